@@ -1,0 +1,73 @@
+"""Megatron-Core on CUDA and NCCL, with Transformer Engine layers where it is installed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from dasd_megatron.config import BackendConfig, ConfigError
+
+
+def install(config: BackendConfig) -> None:
+    """Bind this process to its GPU; :class:`ConfigError` when there is none, or Transformer Engine is asked for and missing."""
+    if not torch.cuda.is_available():
+        raise ConfigError("backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set backend.kind=cpu")
+    if config.transformer_impl == "transformer_engine" and not _transformer_engine_installed():
+        raise ConfigError("backend.transformer_impl=transformer_engine, but transformer-engine is not installed: install it, or write local")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes")
+    torch.cuda.set_device(local_rank)
+    torch.set_num_threads(config.threads)
+
+
+def _transformer_engine_installed() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def capabilities() -> set[str]:
+    """Features beyond the common ones that this backend can run."""
+    return {"context_parallel"} if _transformer_engine_installed() else set()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def init_process_group(timeout_seconds: float) -> None:
+    """Start NCCL, with gloo for host tensors; every collective fails after ``timeout_seconds``."""
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device()
+    )
+
+
+def get_rng_state() -> torch.Tensor:
+    """State of the device's default generator, uint8."""
+    return torch.cuda.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    torch.cuda.set_rng_state(state)
+
+
+def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
+    """TransformerConfig fields that this backend fixes; fusions that need Transformer Engine or Apex follow what is installed."""
+    transformer_engine = uses_transformer_engine(transformer_impl)
+    return dict(
+        use_cpu_initialization=False,
+        masked_softmax_fusion=transformer_engine,
+        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        apply_rope_fusion=transformer_engine,
+        attention_softmax_in_fp32=True,
+    )
+
+
+def uses_transformer_engine(transformer_impl: str) -> bool:
+    """Whether layers are Transformer Engine's: as configured, or with auto wherever it is installed."""
+    return transformer_impl == "transformer_engine" or (transformer_impl == "auto" and _transformer_engine_installed())

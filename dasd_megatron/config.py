@@ -1,0 +1,490 @@
+"""The typed configuration, and the one place where it is checked.
+
+Every value that a run reads stands in :class:`Config` below with its unit. ``conf/`` holds Hydra groups that fill it; :func:`load_config`
+composes them with command-line overrides, and :func:`validate` refuses contradictions before any process starts. Every refusal is a
+:class:`ConfigError` whose message is one line: the field, what is wrong with it, and what to write instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message is one line that names the field and the fix."""
+
+
+def _doc(default: Any, text: str) -> Any:
+    """A dataclass field with its documentation; lists and nested configs get a factory."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"doc": text})
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"doc": text})
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass
+class RunConfig:
+    name: str = _doc(MISSING, "name of the run; also the folder under runs/")
+    dir: Optional[str] = _doc(None, "run directory; null: runs/<name>/<date-time>, or with resume=auto the newest run of that name")
+    seed: int = _doc(1, "seed of weights, data order, rollouts and dropout")
+    steps: int = _doc(MISSING, "training steps; one step is one batch of rollouts")
+
+
+@dataclass
+class BackendConfig:
+    kind: str = _doc("cpu", "cpu (gloo, local layers) or cuda (NCCL); cuda without a GPU is refused")
+    transformer_impl: str = _doc("auto", "auto, transformer_engine or local; auto takes Transformer Engine where it is installed")
+    threads: int = _doc(1, "CPU threads of each training process")
+    timeout_seconds: float = _doc(1800.0, "limit of every collective and of the process group's start-up, seconds; more than rollout.step_timeout_seconds")
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = _doc(1, "TP: ranks that share each layer")
+    pipeline_model_parallel_size: int = _doc(1, "PP: ranks that share the stack of layers")
+    virtual_pipeline_model_parallel_size: Optional[int] = _doc(None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving")
+    data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x PP x DP")
+    sequence_parallel: bool = _doc(False, "shard activations between tensor-parallel regions along the sequence; needs TP > 1")
+
+
+@dataclass
+class TinyModelConfig:
+    hidden_size: int = _doc(128, "width")
+    num_layers: int = _doc(4, "transformer layers")
+    num_attention_heads: int = _doc(4, "query heads")
+    num_key_value_heads: int = _doc(2, "key/value heads")
+    head_dim: int = _doc(32, "width of one head")
+    intermediate_size: int = _doc(576, "width of the SwiGLU feed-forward")
+    max_position_embeddings: int = _doc(256, "longest sequence, tokens")
+
+
+@dataclass
+class ModelConfig:
+    path: Optional[str] = _doc(None, "Hugging Face directory (config.json, tokenizer, safetensors); null: make a tiny Qwen3 with random weights from model.tiny")
+    tiny: TinyModelConfig = _doc(TinyModelConfig, "architecture of the model made in code when model.path is null")
+
+
+@dataclass
+class PrecisionConfig:
+    params_dtype: str = _doc("fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32")
+    recompute: str = _doc("none", "none or full: recompute activations in the backward pass, layer by layer")
+
+
+@dataclass
+class AlgorithmConfig:
+    name: str = _doc("dasd", "dasd, grpo, opsd, reversed or rlsd")
+    verifier_weight: float = _doc(1.0, "weight of the group-relative verifier advantage; 0 trains on the teacher alone")
+    normalize_std: bool = _doc(True, "divide a group's centred rewards by their standard deviation")
+    beta: float = _doc(MISSING, "weight of the teacher term; our choice, no public value")
+    rho: float = _doc(0.2, "share of a rollout's tokens on the far side of the entropy threshold")
+    quantile_side: str = _doc("upper", "upper: tau is the (1-rho)-quantile, so the most uncertain rho are pushed away (our choice); lower: tau is the rho-quantile")
+    scale_floor: float = _doc(MISSING, "least scale of the log-evidence gap in one rollout, nats; our choice, no public value")
+    gate: bool = _doc(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
+    rlsd_clip: float = _doc(0.2, "rlsd only: the teacher scales the verifier advantage by at most 1 +/- this")
+
+
+@dataclass
+class TeacherConfig:
+    weights: str = _doc("live", "live (the current student), frozen (the student at step 0) or ema")
+    ema_decay: float = _doc(0.99, "teacher.weights=ema: decay per training step")
+    privileged: str = _doc("solution", "what the teacher sees beside the problem: solution, hint (its first part) or answer (the final answer only)")
+    hint_fraction: float = _doc(0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown")
+    template: Optional[str] = _doc(None, "Jinja file for the teacher's user message, with {{ problem }} and {{ privileged }}; null: the built-in one")
+
+
+@dataclass
+class PolicyLossConfig:
+    clip_low: float = _doc(0.2, "PPO clip below: ratio >= 1 - clip_low")
+    clip_high: float = _doc(0.28, "PPO clip above: ratio <= 1 + clip_high")
+    dual_clip: Optional[float] = _doc(None, "bound on the surrogate at negative advantages, > 1; null: none")
+    kl_coef: float = _doc(0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept")
+
+
+@dataclass
+class BatchConfig:
+    groups: int = _doc(16, "prompts of one step")
+    samples_per_group: int = _doc(8, "rollouts of each prompt")
+    minibatches: int = _doc(1, "optimizer steps over one batch of rollouts")
+    epochs: int = _doc(1, "passes over one batch of rollouts")
+    micro_batch_size: int = _doc(16, "sequences of one forward pass")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = _doc(MISSING, "peak learning rate")
+    min_lr: float = _doc(0.0, "learning rate at the end of the decay")
+    warmup_steps: int = _doc(0, "steps of linear warm-up")
+    decay_style: str = _doc("constant", "constant, linear or cosine")
+    weight_decay: float = _doc(0.0, "decoupled weight decay")
+    adam_beta1: float = _doc(0.9, "Adam's first-moment decay")
+    adam_beta2: float = _doc(0.95, "Adam's second-moment decay")
+    adam_eps: float = _doc(1e-8, "Adam's epsilon")
+    clip_grad: float = _doc(1.0, "gradients are scaled to at most this global L2 norm")
+    distributed: bool = _doc(True, "shard optimizer state over data-parallel ranks")
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = _doc("embedded", "embedded (the trainer starts a server on this machine) or external (rollout.servers)")
+    servers: list[str] = _doc([], "addresses of SGLang-compatible servers for rollout.engine=external, like http://10.0.0.1:30000")
+    host: str = _doc("127.0.0.1", "address that the embedded server listens on")
+    port: int = _doc(0, "port of the embedded server; 0: any free one")
+    threads: int = _doc(2, "CPU threads of the embedded server")
+    dtype: str = _doc("float32", "float32 or bfloat16: the embedded server's weights")
+    max_batch_size: int = _doc(256, "sequences that the embedded server decodes at once")
+    deterministic: bool = _doc(True, "one request is one decoding batch, so equal seeds give equal rollouts; false merges concurrent requests")
+    groups_per_request: int = _doc(16, "prompts in one HTTP request")
+    temperature: float = _doc(1.0, "sampling temperature; training scores at the same one")
+    top_p: float = _doc(1.0, "nucleus sampling; values under 1 bias the importance ratio")
+    top_k: int = _doc(-1, "top-k sampling; -1: off")
+    max_new_tokens: int = _doc(MISSING, "longest response, tokens")
+    max_prompt_tokens: int = _doc(MISSING, "longest prompt, the privileged one included, tokens; longer prompts are refused before the run starts")
+    connect_timeout_seconds: float = _doc(5.0, "limit for opening a connection")
+    request_timeout_seconds: float = _doc(120.0, "limit for one request's answer")
+    step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step or one evaluation, retries included")
+    startup_timeout_seconds: float = _doc(120.0, "limit for a server to become healthy")
+    max_retries: int = _doc(3, "further tries of a failed request")
+    backoff_seconds: float = _doc(0.5, "wait before the first retry; doubles each time")
+    max_in_flight: int = _doc(64, "requests under way at once")
+    max_restarts: int = _doc(3, "times in one run that a dead embedded server is started again")
+    replay: Optional[str] = _doc(None, "folder of saved rollouts (<run>/rollouts); the trainer reads them instead of asking a server")
+
+
+@dataclass
+class DataSourceConfig:
+    path: Optional[str] = _doc(None, "JSONL file, one problem a line")
+    generator: Optional[str] = _doc(None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum")
+    generator_args: dict[str, Any] = field(default_factory=dict, metadata={"doc": "arguments of the reasoning-gym dataset, like {min_terms: 2, max_digits: 1}"})
+    size: Optional[int] = _doc(None, "problems to take from the head of the file, or to generate; null: the whole file")
+    seed: int = _doc(0, "seed of the generator")
+    problem_field: str = _doc("problem", "JSON field of the problem's text")
+    answer_field: str = _doc("expected_answer", "JSON field of the final answer")
+    solution_field: str = _doc("reference_solution", "JSON field of the worked solution; a GSM8K-style '#### 72' at its end gives the answer where answer_field is absent")
+
+
+@dataclass
+class DataConfig:
+    train: DataSourceConfig = _doc(DataSourceConfig, "problems to train on")
+    heldout: DataSourceConfig = _doc(DataSourceConfig, "problems to evaluate on; any that also stand in the training set are refused")
+    template: Optional[str] = _doc(None, "Jinja file for the student's user message, with {{ problem }}; null: the problem as it is")
+    shuffle: bool = _doc(True, "a new order of the training problems each epoch")
+
+
+@dataclass
+class VerifyConfig:
+    workers: int = _doc(2, "processes that grade answers math-verify's way; 0 grades by the integer fast path alone")
+    timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
+    max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
+
+
+@dataclass
+class EvaluationConfig:
+    before: bool = _doc(True, "evaluate before the first step")
+    after: bool = _doc(True, "evaluate after the last step")
+    every: int = _doc(0, "evaluate every so many steps; 0: never")
+    samples: int = _doc(16, "responses per problem (the 16 of Avg@16)")
+    ks: list[int] = _doc([1, 2, 4, 8, 16], "the k of Pass@k")
+    temperature: float = _doc(1.0, "sampling temperature of evaluation")
+    top_p: float = _doc(1.0, "nucleus sampling of evaluation")
+
+
+@dataclass
+class WarmStartConfig:
+    steps: int = _doc(0, "steps of supervised fine-tuning before reinforcement; 0: none")
+    batch_size: int = _doc(64, "examples of one step")
+    lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up and before a cosine decay to a tenth")
+    warmup_steps: int = _doc(20, "steps of linear warm-up")
+    privileged_share: float = _doc(0.5, "share of examples whose prompt shows the reference solution, so that the self-teacher can use it")
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = _doc(10, "steps between checkpoints; 0: only at the end and on failure")
+    keep_last: int = _doc(2, "checkpoints to keep")
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = _doc(True, "write TensorBoard events beside metrics.jsonl")
+    save_rollouts_every: int = _doc(1, "save all rollouts of every so many steps, for replay and the report; 0: never")
+    inspect_rollouts: int = _doc(4, "rollouts of each saved step whose per-token statistics are kept for the report")
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    resume: str = field(default="none", metadata={"doc": "none, auto (the newest checkpoint of the run directory, or a fresh start), or the path of a checkpoint"})
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose ``conf/config.yaml`` with Hydra overrides (``experiment=quickstart optimizer.lr=1e-4``), type-check and validate it.
+
+    Raises:
+        ConfigError: an unknown field or group, a value of the wrong type, a required field left out, or a contradiction.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override!r} is not an override: write field=value, like optimizer.lr=1e-4")
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_module("dasd_megatron.conf", version_base="1.3"):
+            composed = compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain_hydra(error)) from error
+    return _typed(composed)
+
+
+def read_config(path: str | Path) -> Config:
+    """The resolved configuration that a run saved (``<run>/config.yaml``), validated again."""
+    return _typed(OmegaConf.load(path))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def known_fields(schema: type = Config, prefix: str = "") -> dict[str, str]:
+    """Every field of the configuration by its dotted name, with its documentation."""
+    fields = {}
+    for one in dataclasses.fields(schema):
+        default = one.default_factory if one.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            fields.update(known_fields(default, f"{prefix}{one.name}."))
+        else:
+            fields[prefix + one.name] = one.metadata["doc"]
+    return fields
+
+
+def _typed(values: Any) -> Config:
+    try:
+        # Plain values first: a composed config that an override has opened with "+" would accept unknown fields.
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} is required ({known_fields()[missing[0]]}): write {missing[0]}=..., or start from experiment=quickstart")
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown_field(str(error.full_key))) from error
+    except (OmegaConfBaseException, MissingMandatoryValue) as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    validate(config)
+    return config
+
+
+def _unknown_field(name: str) -> str:
+    close = difflib.get_close_matches(name, known_fields(), n=1, cutoff=0.5)
+    return f"{name} is not a field of the configuration" + (f"; did you mean {close[0]}?" if close else "; `dasd train --help` lists them")
+
+
+def _explain_hydra(error: Exception) -> str:
+    text = str(error)
+    override = re.fullmatch(r"Error merging override (\S+?)=.*", text, re.DOTALL)
+    if override and error.__cause__ is not None:
+        return f"{override.group(1)}: {str(error.__cause__).splitlines()[0]}"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        return _unknown_field(unknown.group(1))
+    group = re.search(r"Could not find '([^']+)/([^'/]+)'.*?Available options in '[^']*':\n((?:\t[^\n]*\n)*)", text, re.DOTALL)
+    if group:
+        options = ", ".join(group.group(3).split())
+        return f"{group.group(1)}={group.group(2)} does not exist; choose one of: {options}"
+    return " ".join(text.split())
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "backend.kind": ("cpu", "cuda"),
+    "backend.transformer_impl": ("auto", "transformer_engine", "local"),
+    "precision.params_dtype": ("fp32", "bf16"),
+    "precision.recompute": ("none", "full"),
+    "algorithm.name": ("dasd", "grpo", "opsd", "reversed", "rlsd"),
+    "algorithm.quantile_side": ("upper", "lower"),
+    "teacher.weights": ("live", "frozen", "ema"),
+    "teacher.privileged": ("solution", "hint", "answer"),
+    "optimizer.decay_style": ("constant", "linear", "cosine"),
+    "rollout.engine": ("embedded", "external"),
+    "rollout.dtype": ("float32", "bfloat16"),
+}
+
+# Inclusive bounds; a bound of None is open.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    "run.seed": (0, 2**31 - 1),
+    "run.steps": (0, None),
+    "backend.threads": (1, None),
+    "backend.timeout_seconds": (1, None),
+    "parallel.tensor_model_parallel_size": (1, None),
+    "parallel.pipeline_model_parallel_size": (1, None),
+    "parallel.virtual_pipeline_model_parallel_size": (2, None),
+    "parallel.data_parallel_size": (1, None),
+    "algorithm.verifier_weight": (0, None),
+    "algorithm.beta": (0, None),
+    "algorithm.rho": (0, 1),
+    "algorithm.scale_floor": (0, None),
+    "algorithm.rlsd_clip": (0, 1),
+    "teacher.ema_decay": (0, 1),
+    "teacher.hint_fraction": (0, 1),
+    "loss.clip_low": (0, 1),
+    "loss.clip_high": (0, None),
+    "loss.dual_clip": (1, None),
+    "loss.kl_coef": (0, None),
+    "batch.groups": (1, None),
+    "batch.samples_per_group": (1, None),
+    "batch.minibatches": (1, None),
+    "batch.epochs": (1, None),
+    "batch.micro_batch_size": (1, None),
+    "optimizer.lr": (0, None),
+    "optimizer.min_lr": (0, None),
+    "optimizer.warmup_steps": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.adam_beta1": (0, 1),
+    "optimizer.adam_beta2": (0, 1),
+    "optimizer.adam_eps": (0, None),
+    "optimizer.clip_grad": (0, None),
+    "rollout.port": (0, 65535),
+    "rollout.threads": (1, None),
+    "rollout.max_batch_size": (1, None),
+    "rollout.groups_per_request": (1, None),
+    "rollout.temperature": (1e-3, None),
+    "rollout.top_p": (1e-6, 1),
+    "rollout.top_k": (-1, None),
+    "rollout.max_new_tokens": (1, None),
+    "rollout.max_prompt_tokens": (1, None),
+    "rollout.connect_timeout_seconds": (0.1, None),
+    "rollout.request_timeout_seconds": (0.1, None),
+    "rollout.step_timeout_seconds": (1, None),
+    "rollout.startup_timeout_seconds": (1, None),
+    "rollout.max_retries": (0, None),
+    "rollout.backoff_seconds": (0, None),
+    "rollout.max_in_flight": (1, None),
+    "rollout.max_restarts": (0, None),
+    "verify.workers": (0, None),
+    "verify.timeout_seconds": (0.1, None),
+    "verify.max_answer_chars": (1, None),
+    "evaluation.every": (0, None),
+    "evaluation.samples": (1, None),
+    "evaluation.temperature": (0, None),
+    "evaluation.top_p": (1e-6, 1),
+    "warm_start.steps": (0, None),
+    "warm_start.batch_size": (1, None),
+    "warm_start.lr": (0, None),
+    "warm_start.warmup_steps": (0, None),
+    "warm_start.privileged_share": (0, 1),
+    "checkpoint.every": (0, None),
+    "checkpoint.keep_last": (1, None),
+    "logging.save_rollouts_every": (0, None),
+    "logging.inspect_rollouts": (0, None),
+}
+
+
+def _value(config: Config, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Refuse values out of range and fields that contradict each other; see :class:`ConfigError`."""
+    for name, choices in _CHOICES.items():
+        if _value(config, name) not in choices:
+            raise ConfigError(f"{name}={_value(config, name)}: write one of {', '.join(choices)}")
+    for name, (low, high) in _RANGES.items():
+        value = _value(config, name)
+        if value is None:
+            continue
+        # Written so that NaN is refused too.
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{name}={value}: must be {bounds}")
+    parallel, batch, rollout = config.parallel, config.batch, config.rollout
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", config.run.name):
+        raise ConfigError(f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, since it names a folder")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: raise it, or write false")
+    if parallel.virtual_pipeline_model_parallel_size is not None and parallel.pipeline_model_parallel_size == 1:
+        raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1: raise it, or write null")
+    if config.backend.kind == "cpu" and config.backend.transformer_impl == "transformer_engine":
+        raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
+    share = parallel.data_parallel_size * batch.minibatches
+    if batch.groups % share:
+        raise ConfigError(
+            f"batch.groups={batch.groups} does not divide into {parallel.data_parallel_size} replicas x {batch.minibatches} minibatches: "
+            f"write a multiple of {share}"
+        )
+    sequences = batch.groups // share * batch.samples_per_group
+    if parallel.virtual_pipeline_model_parallel_size is not None and sequences < parallel.pipeline_model_parallel_size:
+        raise ConfigError("batch.groups: interleaved pipelining needs at least as many sequences in a minibatch as pipeline stages")
+    if batch.samples_per_group == 1 and config.algorithm.verifier_weight > 0:
+        raise ConfigError("batch.samples_per_group=1 leaves the verifier advantage always 0: write 2 or more, or algorithm.verifier_weight=0")
+    if config.algorithm.name == "grpo" and config.algorithm.verifier_weight == 0:
+        raise ConfigError("algorithm.name=grpo with algorithm.verifier_weight=0 trains on nothing: write verifier_weight=1")
+    if config.warm_start.steps and config.warm_start.batch_size % parallel.data_parallel_size:
+        raise ConfigError(f"warm_start.batch_size={config.warm_start.batch_size}: must be a multiple of parallel.data_parallel_size={parallel.data_parallel_size}")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
+    if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
+        raise ConfigError("rollout.engine=external needs rollout.servers=[http://host:port,...], or write rollout.engine=embedded")
+    if rollout.engine == "embedded" and rollout.servers:
+        raise ConfigError("rollout.servers is set but rollout.engine=embedded starts its own: write rollout.engine=external, or leave servers empty")
+    for server in rollout.servers:
+        if not re.fullmatch(r"https?://[^/\s]+", server):
+            raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
+    if rollout.top_k == 0:
+        raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
+    if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
+        raise ConfigError(
+            "backend.timeout_seconds must exceed rollout.step_timeout_seconds + rollout.startup_timeout_seconds "
+            f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since the other ranks wait in a collective meanwhile: raise it"
+        )
+    evaluation = config.evaluation
+    if rollout.replay is not None and (evaluation.before or evaluation.after or evaluation.every):
+        raise ConfigError("rollout.replay starts no server, so it cannot evaluate: write evaluation.before=false evaluation.after=false evaluation.every=0")
+    for k in config.evaluation.ks:
+        if not 1 <= k <= config.evaluation.samples:
+            raise ConfigError(f"evaluation.ks: Pass@{k} needs 1 <= k <= evaluation.samples={config.evaluation.samples}: raise samples or drop it")
+    if config.model.path is None and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {rollout.max_prompt_tokens + rollout.max_new_tokens} exceed "
+            f"model.tiny.max_position_embeddings={config.model.tiny.max_position_embeddings}: lower them or raise it"
+        )
+    for name in ("train", "heldout"):
+        source = getattr(config.data, name)
+        if (source.path is None) == (source.generator is None):
+            raise ConfigError(f"data.{name}: give either data.{name}.path or data.{name}.generator, and not both")
+        if source.size is not None and source.size < 1:
+            raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
+        if source.generator is not None and source.size is None:
+            raise ConfigError(f"data.{name}.size is required with data.{name}.generator: write how many problems to generate")
+    for name in ("model.path", "teacher.template", "data.template", "data.train.path", "data.heldout.path", "rollout.replay"):
+        path = _value(config, name)
+        if path is not None and not os.path.exists(path):
+            raise ConfigError(f"{name}={path}: no such file or directory")
+    if config.resume not in ("none", "auto") and not os.path.isdir(config.resume):
+        raise ConfigError(f"resume={config.resume}: write none, auto or the path of a checkpoint directory")

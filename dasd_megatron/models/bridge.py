@@ -1,0 +1,153 @@
+"""Between Hugging Face directories and sharded Megatron-Core models: mbridge, with what it gets wrong put right.
+
+mbridge 0.15.1 names layer norms for Transformer Engine's fused layers alone, shares one weight mapping between all models of a class,
+and treats every RoPE scaling as linear. :func:`make_bridge` returns the architecture's own mbridge class with these three corrected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
+from safetensors.torch import save_file
+from transformers import AutoConfig, PretrainedConfig
+
+from dasd_megatron.config import ConfigError
+
+# Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
+VOCAB_ALIGNMENT = 64
+# Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class _Corrections:
+    """Mixed in before an mbridge class; set up by :func:`make_bridge`."""
+
+    def use_local_layer_norm_names(self) -> None:
+        """Map the separate norms of Megatron's local layers; the fused names stay in place for Transformer Engine's."""
+        layer = "model.layers.{layer_number}."
+        self._MLP_MAPPING = {**self._MLP_MAPPING, "pre_mlp_layernorm.weight": [layer + "post_attention_layernorm.weight"]}
+        self._OTHER_MAPPING = {**self._OTHER_MAPPING, "input_layernorm.weight": [layer + "input_layernorm.weight"]}
+
+    def _adjust_mapping_for_shared_weights(self) -> None:
+        tied = self.hf_config.tie_word_embeddings
+        self._DIRECT_MAPPING = {
+            **self._DIRECT_MAPPING,
+            "output_layer.weight": "model.embed_tokens.weight" if tied else "lm_head.weight",
+        }
+
+    def _get_gptmodel_args(self) -> dict[str, Any]:
+        return dict(
+            vocab_size=self.hf_config.vocab_size,
+            max_sequence_length=self.hf_config.max_position_embeddings,
+            position_embedding_type="rope",
+            **rotary_arguments(self.hf_config),
+        )
+
+
+def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that Megatron-Core cannot represent."""
+    arguments: dict[str, Any] = {"rotary_base": hf_config.rope_theta}
+    scaling = getattr(hf_config, "rope_scaling", None)
+    if not scaling:
+        return arguments
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        arguments["seq_len_interpolation_factor"] = scaling["factor"]
+    elif kind == "llama3":
+        for name, value in _LLAMA3_CONSTANTS.items():
+            if scaling[name] != value:
+                raise ConfigError(f"model.path: rope_scaling.{name}={scaling[name]} in config.json; Megatron-Core has {value} built in")
+        arguments.update(rope_scaling=True, rope_scaling_factor=scaling["factor"])
+    elif kind != "default":
+        raise ConfigError(f"model.path: rope_scaling type {kind!r} in config.json is not supported: only default, linear and llama3 are")
+    return arguments
+
+
+def read_hf_config(path: str | Path) -> PretrainedConfig:
+    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing or its architecture is not supported."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model.path={path}: no config.json there; give a Hugging Face model directory")
+    hf_config = AutoConfig.from_pretrained(path)
+    if hf_config.model_type not in ("qwen2", "qwen3", "llama"):
+        raise ConfigError(f"model.path={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
+    if getattr(hf_config, "use_sliding_window", False):
+        raise ConfigError(f"model.path={path}: use_sliding_window=true in config.json is not supported")
+    if hf_config.hidden_act != "silu":
+        raise ConfigError(f"model.path={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is")
+    rotary_arguments(hf_config)
+    return hf_config
+
+
+def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_engine: bool, **transformer_config: Any) -> Bridge:
+    """The bridge for ``hf_config`` on the parallel state initialised in this process.
+
+    ``transformer_config`` overrides fields of the TransformerConfig that mbridge derives from the Hugging Face config.
+    """
+    base = _MODEL_REGISTRY[hf_config.model_type]
+    bridge = type(base.__name__, (_Corrections, base), {})(hf_config, dtype=dtype)
+    if not transformer_engine:
+        bridge.use_local_layer_norm_names()
+    bridge.set_extra_args(**transformer_config)
+    alignment = VOCAB_ALIGNMENT * bridge.mpu.tp_size
+    bridge.make_vocab_size_divisible_by = alignment
+    bridge.vocab_size = hf_config.vocab_size
+    bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / alignment) * alignment
+    return bridge
+
+
+def export_hf(bridge: Bridge, chunks: list[torch.nn.Module], path: str | Path, *, template_dir: str | Path, dtype: torch.dtype) -> None:
+    """Write the sharded model as a Hugging Face directory at ``path``, which appears whole or not at all. Collective over all ranks.
+
+    Args:
+        chunks: this rank's virtual pipeline stages, wrapped or not.
+        template_dir: directory whose config.json, tokenizer, chat template and generation config are carried over.
+        dtype: dtype of the written tensors.
+
+    Rank 0 gathers one tensor at a time (all-gather over tensor-parallel ranks, broadcast over pipeline ranks), writes and fsyncs
+    ``<path>.partial`` and renames it. A directory already at ``path`` is replaced.
+    """
+    path = Path(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in bridge.export_weights(chunks):
+        # A tied head comes by again from the last pipeline stage.
+        if dist.get_rank() == 0 and name not in tensors:
+            # The copy keeps the next gather, or the optimizer, from writing into what is being saved.
+            tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    if dist.get_rank() == 0:
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        hf_config = json.loads((Path(template_dir) / "config.json").read_text())
+        hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        for name in _COPIED_FILES:
+            if (Path(template_dir) / name).is_file():
+                shutil.copyfile(Path(template_dir) / name, partial / name)
+        for written in [*partial.iterdir(), partial]:
+            descriptor = os.open(written, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    dist.barrier()

@@ -1,0 +1,115 @@
+"""Megatron-Core GPT models, for every combination of TP, SP, PP, VPP and DP, from a Hugging Face config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mbridge.core.bridge import Bridge
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config
+from dasd_megatron.models.bridge import make_bridge, read_hf_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm for local layers. Megatron's own wrapper refuses sequence parallelism; this one tags its weight for the
+    gradient all-reduce over tensor-parallel ranks that sequence parallelism needs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+@dataclass
+class ShardedModel:
+    """This rank's part of the policy: one DDP-wrapped chunk per virtual pipeline stage, and how it maps to Hugging Face names."""
+
+    chunks: list[DistributedDataParallel]
+    bridge: Bridge
+    config: TransformerConfig
+    vocab_size: int
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+
+
+def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Layers of this rank's pipeline stage: Transformer Engine's, or Megatron's local ones with :class:`RMSNorm`."""
+    if transformer_engine:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def build_model(config: Config, hf_path: str | Path) -> ShardedModel:
+    """Build this rank's shard, load its weights from ``hf_path`` and wrap it for data parallelism.
+
+    Needs the backend selected and Megatron's parallel state initialised. Collectives: scatters over tensor-parallel ranks while loading.
+
+    Raises:
+        ConfigError: the architecture cannot be represented, or does not divide by the parallel layout.
+    """
+    target = backend.current()
+    dtype = DTYPES[config.precision.params_dtype]
+    transformer_engine = target.uses_transformer_engine(config.backend.transformer_impl)
+    hf_config = read_hf_config(hf_path)
+    vpp = config.parallel.virtual_pipeline_model_parallel_size
+    recompute = config.precision.recompute == "full"
+    bridge = make_bridge(
+        hf_config,
+        dtype=dtype,
+        transformer_engine=transformer_engine,
+        sequence_parallel=config.parallel.sequence_parallel,
+        # Each micro-batch is padded to its own longest sequence, so pipeline stages tell each other the shape.
+        variable_seq_lengths=parallel_state.get_pipeline_model_parallel_world_size() > 1,
+        # With interleaving, batched point-to-point calls pair up wrongly between two stages and the loss is silently wrong.
+        overlap_p2p_comm=vpp is not None,
+        batch_p2p_comm=vpp is None,
+        calculate_per_token_loss=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        **target.transformer_config_overrides(config.backend.transformer_impl),
+    )
+    transformer_config = bridge.config
+    chunks: list[torch.nn.Module] = []
+    for vp_stage in range(vpp) if vpp else [None]:
+        model = GPTModel(
+            transformer_config,
+            layer_spec(transformer_config, transformer_engine=transformer_engine, vp_stage=vp_stage),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            vp_stage=vp_stage,
+            **{**bridge._get_gptmodel_args(), "vocab_size": bridge.padded_vocab_size},
+        ).to(target.device())
+        chunks.append(model)
+    with torch.no_grad():
+        bridge.load_weights(chunks, str(hf_path))
+    if dtype is torch.bfloat16:
+        chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed)
+    wrapped = [
+        DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    return ShardedModel(wrapped, bridge, transformer_config, hf_config.vocab_size)

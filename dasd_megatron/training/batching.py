@@ -1,0 +1,77 @@
+"""Sequences to micro-batches: right-padded, sorted by length, with the way back to packed response tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """One forward pass. B sequences padded to S; R is the number of their response tokens.
+
+    Attributes:
+        tokens: [B, S] int64; padding is 0 and stands only after the last token, where a causal mask hides it.
+        position_ids: [B, S] int64.
+        rows, columns: [R] int64; the logits at ``[rows[i], columns[i]]`` predict response token i.
+        targets: [R] int64, the response tokens.
+        packed_index: [R] int64, place of each response token among all response tokens of the batch, in the callers' order of sequences.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    packed_index: torch.Tensor
+
+
+def make_micro_batches(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    micro_batch_size: int,
+    pad_multiple: int,
+    count_multiple: int,
+    device: torch.device,
+) -> list[MicroBatch]:
+    """Cut ``prompts[i] + responses[i]`` into micro-batches of neighbours in length, the longest first.
+
+    The longest come first so that a batch which does not fit in memory fails at once. Each micro-batch is padded to its own longest
+    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism). The number of micro-batches is a multiple
+    of ``count_multiple``; it needs at least as many sequences.
+    """
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    starts = [0]
+    for response in responses:
+        starts.append(starts[-1] + len(response))
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    count = -(-len(order) // micro_batch_size)
+    count = -(-count // count_multiple) * count_multiple
+    bounds = [len(order) * index // count for index in range(count + 1)]
+    batches = []
+    for begin, end in zip(bounds, bounds[1:]):
+        members = order[begin:end]
+        # The last response token predicts nothing, so it is a target but never an input.
+        width = max(lengths[members[0]] - 1, 1)
+        width = -(-width // pad_multiple) * pad_multiple
+        tokens = torch.zeros(len(members), width, dtype=torch.int64)
+        rows, columns, targets, packed_index = [], [], [], []
+        for row, index in enumerate(members):
+            prompt, response = prompts[index], responses[index]
+            sequence = [*prompt, *response][:-1]
+            tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
+            rows.append(torch.full((len(response),), row, dtype=torch.int64))
+            columns.append(torch.arange(len(prompt) - 1, len(prompt) - 1 + len(response)))
+            targets.append(torch.tensor(response, dtype=torch.int64))
+            packed_index.append(torch.arange(starts[index], starts[index + 1]))
+        batches.append(
+            MicroBatch(
+                tokens.to(device),
+                torch.arange(width).expand(len(members), -1).to(device),
+                *(torch.cat(parts).to(device) for parts in (rows, columns, targets, packed_index)),
+            )
+        )
+    return batches

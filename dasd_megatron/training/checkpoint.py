@@ -1,0 +1,210 @@
+"""Checkpoints from which a killed run goes on with the numbers it would have had.
+
+A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
+``rng.pt`` (the generators of every rank) and ``trainer.json`` (step, data position, weight version). It is written under another name,
+fsynced and renamed; ``checkpoints/latest`` then names it, by rename again. A crash or a full disk leaves the previous one in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+
+from dasd_megatron import backend
+from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.training.optimizer import OptimizerState
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank
+from dasd_megatron.training.snapshots import WeightSnapshot
+
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message says which and what to do."""
+
+
+@dataclass
+class TrainerState:
+    """Where the run is: ``step`` finished steps, ``position`` prompts drawn from the training set so far."""
+
+    step: int = 0
+    position: int = 0
+    weight_version: str = ""
+
+
+def architecture(hf_config: Any) -> dict[str, Any]:
+    """The numbers of a Hugging Face config that a checkpoint's tensors depend on."""
+    return {name: getattr(hf_config, name) for name in _ARCHITECTURE}
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The directory that ``checkpoints/latest`` names, or None where there is no checkpoint yet."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    path = pointer.parent / pointer.read_text().strip()
+    if not (path / "trainer.json").is_file():
+        raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of a complete one into it")
+    return path
+
+
+def _sharded_state(
+    model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    model_state = {
+        f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)
+    }
+    state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading)}
+    if average is not None:
+        state["average"] = average.sharded_state_dict(model, model_state, "average.")
+    return state
+
+
+def _rng_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
+        "torch": torch.get_rng_state(),
+        "device": backend.current().get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    backend.current().set_rng_state(state["device"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _fsync_tree(root: Path) -> None:
+    for path in [*root.rglob("*"), root]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_checkpoint(
+    run_dir: Path,
+    state: TrainerState,
+    model: ShardedModel,
+    optimizer: OptimizerState,
+    average: WeightSnapshot | None,
+    *,
+    keep_last: int,
+) -> Path:
+    """Write ``checkpoints/step_<n>`` and make it the latest; older ones beyond ``keep_last`` are removed. Collective over all ranks.
+
+    Raises:
+        CheckpointError: writing failed (a full disk, say); the previous checkpoint is untouched.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step_{state.step:06d}"
+    partial = folder / f"{final.name}.partial"
+
+    def prepare() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    rng: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rng, _rng_state())
+    failure: Exception | None = None
+    try:
+        on_selected_rank(dist.get_rank() == 0, prepare, (OSError,))
+        dist_checkpointing.save(_sharded_state(model, optimizer, average, is_loading=False), str(partial))
+    except Exception as error:  # noqa: BLE001 - torch's writer wraps a full disk in several types; all of them mean "not written"
+        failure = error
+
+    def raise_failure() -> None:
+        if failure is not None:
+            raise CheckpointError(
+                f"could not write {final}: {type(failure).__name__}: {failure}; "
+                "the previous checkpoint is untouched: free disk space and continue with resume=auto"
+            )
+
+    def finish() -> None:
+        torch.save(rng, partial / "rng.pt")
+        record = {
+            **dataclasses.asdict(state),
+            "world_size": dist.get_world_size(),
+            "architecture": architecture(model.bridge.hf_config),
+        }
+        (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
+        _fsync_tree(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        pointer = folder / "latest.partial"
+        pointer.write_text(final.name + "\n")
+        pointer.rename(folder / "latest")
+        _fsync_tree(folder)
+        complete = sorted(path for path in folder.glob("step_*") if path.suffix == "")
+        for old in complete[:-keep_last]:
+            if old != final:
+                shutil.rmtree(old)
+
+    try:
+        on_selected_rank(True, raise_failure, (CheckpointError,))
+        on_selected_rank(dist.get_rank() == 0, finish, (OSError, RuntimeError))
+    except PeerError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(str(error)) from failure
+    return final
+
+
+def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None) -> TrainerState:
+    """Restore everything that :func:`save_checkpoint` wrote, in place. Collective over all ranks.
+
+    The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a rank.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
+    record = broadcast_from_rank0(json.loads((path / "trainer.json").read_text()) if dist.get_rank() == 0 else None)
+    wanted = architecture(model.bridge.hf_config)
+    for name, value in wanted.items():
+        if record["architecture"][name] != value:
+            raise CheckpointError(
+                f"{path} was saved from a model with {name}={record['architecture'][name]}, this model has {value}; "
+                "set model.path to the model that the checkpoint came from, or start a new run"
+            )
+    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
+    for index, chunk in enumerate(model.chunks):
+        unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
+    optimizer.load_state_dict(loaded)
+    if average is not None:
+        names = [(f"model{index}", name) for index, chunk in enumerate(model.chunks) for name, _ in unwrap_model(chunk).named_parameters()]
+        for tensor, (chunk_name, name) in zip(average.tensors, names, strict=True):
+            tensor.copy_(loaded["average"][chunk_name][name])
+    if record["world_size"] == dist.get_world_size():
+        _set_rng_state(torch.load(path / "rng.pt", weights_only=True)[dist.get_rank()])
+    return TrainerState(**{field.name: record[field.name] for field in dataclasses.fields(TrainerState)})

@@ -1,0 +1,93 @@
+"""The metrics of one training step, reduced over data-parallel replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.training.parallel import reduce_over_replicas
+from dasd_megatron.training.passes import UpdateResult
+
+if TYPE_CHECKING:
+    from dasd_megatron.training.train import ScoredRollouts
+
+
+def step_metrics(
+    samples: Sequence[Sample],
+    scores: ScoredRollouts,
+    advantage: torch.Tensor,
+    credit: Credit,
+    updates: Sequence[UpdateResult],
+    seconds: dict[str, float],
+    samples_per_group: int,
+) -> dict[str, float]:
+    """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: two all-reduces over replicas.
+
+    ``rollout/kl`` is the k3 estimate of KL(rollout policy || trainer's student), nats per token; updates are averaged over the step's
+    optimizer steps, seconds are this rank's.
+    """
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, samples_per_group)
+    correct = rewards > 0
+    lengths = [len(sample.response_ids) for sample in samples]
+    log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
+    own_sums = torch.tensor(
+        [
+            len(samples),
+            rewards.sum(),
+            (rewards**2).sum(),
+            correct.sum(),
+            len(rewards),
+            correct.all(dim=1).sum(),
+            (~correct).all(dim=1).sum(),
+            sum(lengths),
+            sum(sample.finish_reason == "length" for sample in samples),
+            sum(sample.timed_out for sample in samples),
+            sum(len(sample.prompt_ids) for sample in samples),
+            (log_ratio.exp() - 1.0 - log_ratio).sum(),
+            log_ratio.abs().sum(),
+        ],
+        dtype=torch.float64,
+        device=advantage.device,
+    )
+    own_maxima = torch.tensor([max(lengths), log_ratio.abs().max()], dtype=torch.float64, device=advantage.device)
+    routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
+    sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
+    maxima = reduce_over_replicas(torch.cat([own_maxima, routed.maxima]), dist.ReduceOp.MAX)
+    num_samples, reward, reward_squares, solved, groups, all_correct, all_wrong, tokens, truncated, timeouts, prompt_tokens, kl, difference = (
+        sums[: len(own_sums)].tolist()
+    )
+    longest, largest_difference = maxima[:2].tolist()
+    mean = reward / num_samples
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": max(reward_squares / num_samples - mean**2, 0.0) ** 0.5,
+        "reward/accuracy": solved / num_samples,
+        "reward/groups_all_correct": all_correct / groups,
+        "reward/groups_all_wrong": all_wrong / groups,
+        "response/length_mean": tokens / num_samples,
+        "response/length_max": longest,
+        "response/truncated_share": truncated / num_samples,
+        **credit_metrics(CreditStatistics(sums[len(own_sums) :], maxima[2:])),
+        "rollout/kl": kl / tokens,
+        "rollout/log_prob_diff_mean": difference / tokens,
+        "rollout/log_prob_diff_max": largest_difference,
+        "update/loss": _mean([one.loss for one in updates]),
+        "update/clip_share": _mean([one.clip_share for one in updates]),
+        "update/grad_norm": _mean([one.grad_norm for one in updates]),
+        "update/lr": updates[-1].lr,
+        "verify/timeouts": timeouts,
+        "throughput/tokens_per_second": (tokens + prompt_tokens) / seconds["total"],
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+    }
+    if scores.start_log_prob is not None:
+        metrics["update/kl_to_start"] = _mean([one.kl_to_start for one in updates])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,108 @@
+"""Megatron's optimizer and learning-rate schedule, with torch's AdamW made resumable where Apex and Transformer Engine are missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from dasd_megatron.config import OptimizerConfig as OptimizerSettings
+from dasd_megatron.models.gpt import ShardedModel
+
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class OptimizerState:
+    """The optimizer of this rank's shard and its schedule, counted in optimizer updates."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def step(self) -> tuple[float, float]:
+        """Advance the schedule, clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
+        self.scheduler.step(1)
+        _, grad_norm, _ = self.optimizer.step()
+        return float(grad_norm), self.optimizer.param_groups[0]["lr"]
+
+    def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """Reshardable optimizer state for Megatron's dist checkpointing; collective over data-parallel ranks."""
+        state = self.optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=is_loading, metadata=_SHARDING)
+        return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for inner in _torch_adam_optimizers(self.optimizer):
+            # DistributedOptimizer restores one step tensor for all parameters; AdamW would advance it once for each of them.
+            for parameter_state in inner.optimizer.state.values():
+                parameter_state["step"] = parameter_state["step"].clone()
+
+
+def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in inner if isinstance(one.optimizer, torch.optim.Adam)]
+
+
+def _make_torch_adam_resumable(optimizer: DistributedOptimizer) -> None:
+    """Give every parameter its Adam state now, and keep the per-parameter ``step`` that torch's AdamW needs through a load.
+
+    DistributedOptimizer was written for fused Adams that keep one step per parameter group; its loader looks for a ``step`` beside each
+    parameter's moments and finds none in the checkpoint.
+    """
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def set_states_keeping_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = optimizer.model_param_group_index_map[model_param]
+        parameter = optimizer.optimizer.param_groups[group_index]["params"][group_order]
+        set_states(model_param, {"step": optimizer.optimizer.state[parameter]["step"], **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = set_states_keeping_step
+
+
+def build_optimizer(settings: OptimizerSettings, model: ShardedModel, total_updates: int) -> OptimizerState:
+    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with ``total_updates`` steps of schedule."""
+    bf16 = model.config.params_dtype is torch.bfloat16
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=settings.distributed,
+    )
+    optimizer = get_megatron_optimizer(config, model.chunks)
+    for inner in _torch_adam_optimizers(optimizer):
+        if isinstance(inner, DistributedOptimizer):
+            _make_torch_adam_resumable(inner)
+    model.config.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=max(total_updates, settings.warmup_steps + 1),
+        lr_decay_style=settings.decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )
+    return OptimizerState(optimizer, scheduler)

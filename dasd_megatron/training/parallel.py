@@ -1,0 +1,106 @@
+"""The process group, Megatron's parallel state and the few collectives that the loop itself uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, ConfigError
+
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Work that every rank was waiting for failed on one of them; raised on all, with that rank's message."""
+
+
+def initialize(config: Config) -> None:
+    """Start the process group from torchrun's environment and split it into TP x PP x DP; seeds all generators from ``run.seed``.
+
+    Raises:
+        ConfigError: the number of processes is not the product of the parallel sizes.
+    """
+    backend.current().init_process_group(config.backend.timeout_seconds)
+    parallel = config.parallel
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    expected = model_parallel * parallel.data_parallel_size
+    if dist.get_world_size() != expected:
+        raise ConfigError(
+            f"parallel: TP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
+            f"set parallel.data_parallel_size={dist.get_world_size() // model_parallel or 1} or start {expected} processes"
+        )
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.backend.timeout_seconds / 60)),
+    )
+    torch.manual_seed(config.run.seed)
+    model_parallel_cuda_manual_seed(config.run.seed)
+
+
+def is_replica_source() -> bool:
+    """Whether this is the rank that talks to the rollout servers for its data-parallel replica."""
+    return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+
+
+def broadcast_in_replica(value: T | None) -> T:
+    """The replica source's Python object on every rank of its replica."""
+    group = parallel_state.get_model_parallel_group()
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
+    return box[0]
+
+
+def broadcast_from_rank0(value: T | None) -> T:
+    """Global rank 0's Python object on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_replicas(value: T) -> list[T]:
+    """The Python objects of all data-parallel replicas, in replica order, on every rank."""
+    gathered: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
+    dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group())
+    return gathered
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill ``tensor`` with the last pipeline stage's values on every stage, in place."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+        )
+    return tensor
+
+
+def reduce_over_replicas(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """All-reduce over the data-parallel group, in place."""
+    dist.all_reduce(tensor, op, group=parallel_state.get_data_parallel_group())
+    return tensor
+
+
+def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T | None:
+    """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of them.
+
+    Every rank must call it: a failure that stayed on one rank would leave the others waiting in their next collective.
+    """
+    result, message = None, None
+    if selected:
+        try:
+            result = work()
+        except errors as error:
+            message = f"{type(error).__name__}: {error}"
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = sorted({text for text in messages if text})
+    if failed:
+        raise PeerError("; ".join(failed))
+    return result

@@ -1,0 +1,160 @@
+"""The trainer's side of the rollout servers: start the embedded one, hand over weights, collect rollouts, survive a dead server."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from dasd_megatron.config import Config
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.models.bridge import export_hf
+from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.rollout.client import RolloutClient, RolloutError
+from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
+from dasd_megatron.rollout.launch import EmbeddedServer, LaunchError
+from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
+from dasd_megatron.training.prepare import RunPaths
+from dasd_megatron.verify.grader import Grader, GraderError
+
+T = TypeVar("T")
+
+
+class RolloutFailure(RuntimeError):
+    """The servers could not give the rollouts of a step; nothing of the step has been applied. Raised on every rank."""
+
+
+def replica_groups(config: Config) -> list[int]:
+    """The prompt groups of a step, by their index in it, that this data-parallel replica trains on, minibatch after minibatch.
+
+    Every minibatch takes the same groups of a step whatever the number of replicas.
+    """
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    minibatch = config.batch.groups // config.batch.minibatches
+    share = minibatch // replicas
+    return [start + replica * share + index for start in range(0, config.batch.groups, minibatch) for index in range(share)]
+
+
+class RolloutPlane:
+    """Owns the embedded server (on global rank 0) and knows which weights the servers hold. Methods are collective over all ranks."""
+
+    def __init__(self, config: Config, paths: RunPaths, grader: Grader, renderer: PromptRenderer) -> None:
+        self.config, self.paths, self.grader, self.renderer = config, paths, grader, renderer
+        self.server: EmbeddedServer | None = None
+        self.urls: list[str] = list(config.rollout.servers)
+        self.restarts = 0
+        self.weight_version: str | None = None
+
+    def __enter__(self) -> RolloutPlane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.server is not None:
+            self.server.stop()
+
+    def sync_weights(self, model: ShardedModel, version: str, template_dir: Path) -> None:
+        """Export the policy to ``weights/<version>`` and make every server serve it; older versions are removed.
+
+        Raises:
+            RolloutFailure: a server did not take the weights.
+        """
+        if self.config.rollout.replay is not None:
+            return
+        path = self.paths.weights / version
+        export_hf(model.bridge, model.chunks, path, template_dir=template_dir, dtype=model.config.params_dtype)
+        self.weight_version = version
+        self._with_restarts(dist.get_rank() == 0, self._serve_current)
+        self.urls = broadcast_from_rank0(self.urls)
+        if dist.get_rank() == 0:
+            for old in self.paths.weights.iterdir():
+                if old != path:
+                    shutil.rmtree(old)
+
+    def _serve_current(self, client: RolloutClient) -> None:
+        path = self.paths.weights / self.weight_version
+        if self.config.rollout.engine == "embedded" and self.server is None:
+            self.server = EmbeddedServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
+            self.server.start()
+            self.urls = [self.server.url]
+        else:
+            asyncio.run(client.update_weights_from_disk(str(path.absolute()), self.weight_version))
+
+    def _with_restarts(self, selected: bool, work: Callable[[RolloutClient], T]) -> T | None:
+        """``work`` where ``selected``; when it fails anywhere, restart the embedded server with the current weights and do all of it again."""
+        while True:
+            try:
+                return on_selected_rank(
+                    selected, lambda: work(make_client(self.config.rollout, self.urls)), (RolloutError, LaunchError, GraderError)
+                )
+            except PeerError as error:
+                refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
+                if refusal is not None:
+                    raise RolloutFailure(f"{error} ({refusal})") from error
+
+    def _restart(self) -> str | None:
+        """Start the embedded server again with the current weights; returns why not, or None when it serves."""
+        rollout = self.config.rollout
+        if self.server is None:
+            return "no server of ours to restart"
+        if self.restarts >= rollout.max_restarts:
+            return f"restarted rollout.max_restarts={rollout.max_restarts} times already"
+        self.restarts += 1
+        try:
+            self.server.restart(self.paths.weights / self.weight_version, self.weight_version)
+        except LaunchError as error:
+            return f"restart failed: {error}"
+        self.urls = [self.server.url]
+        return None
+
+    def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
+        """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
+        return self._with_restarts(dist.get_rank() == 0, work)
+
+    def rollouts(self, step: int, problems: list[Problem]) -> tuple[list[Sample], float]:
+        """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on every
+        rank of the replica.
+
+        Raises:
+            RolloutFailure: the servers failed beyond repair.
+            PeerError: rollout.replay lacks this step's rollouts.
+        """
+        groups = replica_groups(self.config)
+        if self.config.rollout.replay is not None:
+            graded = on_selected_rank(is_replica_source(), lambda: self._replayed(step, groups), (ReplayError,))
+        else:
+            graded = self._with_restarts(is_replica_source(), lambda client: self._generated(client, step, problems, groups))
+        return broadcast_in_replica(graded)
+
+    def _replayed(self, step: int, groups: list[int]) -> tuple[list[Sample], float]:
+        batch = self.config.batch
+        saved = load_samples(
+            rollouts_path(self.config.rollout.replay, step), groups=batch.groups, samples_per_group=batch.samples_per_group
+        )
+        n = batch.samples_per_group
+        return [sample for group in groups for sample in saved[group * n : (group + 1) * n]], 0.0
+
+    def _generated(self, client: RolloutClient, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float]:
+        rollout, n = self.config.rollout, self.config.batch.samples_per_group
+        mine = [problems[group] for group in groups]
+        prompts = [self.renderer.student(problem) for problem in mine]
+        completions = generate(
+            client,
+            [prompt for prompt in prompts for _ in range(n)],
+            [sampling_seed(self.config.run.seed, step, group, sample) for group in groups for sample in range(n)],
+            rollout,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            weight_version=self.weight_version,
+            rows_per_request=rollout.groups_per_request * n,
+        )
+        started = time.perf_counter()
+        samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n)
+        return samples, time.perf_counter() - started

@@ -1,0 +1,55 @@
+"""Copies of the policy's weights beside the live ones: the starting model, and an exponential moving average."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+from dasd_megatron.models.gpt import ShardedModel
+
+
+class WeightSnapshot:
+    """This rank's shard of every parameter, copied when made. An average is kept in float32, a frozen copy in the parameters' dtype."""
+
+    def __init__(self, model: ShardedModel, *, dtype: torch.dtype | None = None) -> None:
+        self.tensors = [parameter.detach().to(dtype or parameter.dtype, copy=True) for parameter in model.parameters()]
+
+    @contextlib.contextmanager
+    def applied(self, model: ShardedModel) -> Iterator[None]:
+        """The model computes with these weights inside the block. Live weights keep their storage, so DDP's buffers stay valid."""
+        parameters = model.parameters()
+        live = [parameter.data for parameter in parameters]
+        for parameter, tensor in zip(parameters, self.tensors, strict=True):
+            parameter.data = tensor.to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, live, strict=True):
+                parameter.data = data
+
+    @torch.no_grad()
+    def average_in(self, model: ShardedModel, decay: float) -> None:
+        """``snapshot = decay * snapshot + (1 - decay) * live``."""
+        for tensor, parameter in zip(self.tensors, model.parameters(), strict=True):
+            tensor.lerp_(parameter.detach().to(tensor.dtype), 1.0 - decay)
+
+    def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """``model_state`` (a sharded state dict of the live model) with its tensors replaced by this snapshot's and its keys prefixed."""
+        by_parameter = {id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)}
+
+        def replace(value: Any) -> Any:
+            if not isinstance(value, ShardedBase) or id(value.data) not in by_parameter:
+                return value
+            tensor = by_parameter[id(value.data)]
+            changes: dict[str, Any] = {"key": prefix + value.key, "data": tensor}
+            if hasattr(value, "dtype"):
+                changes["dtype"] = tensor.dtype
+            return dataclasses.replace(value, **changes)
+
+        return dict_list_map_outplace(replace, model_state)

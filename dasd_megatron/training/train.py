@@ -1,0 +1,413 @@
+"""The training loop: rollout, verify, score, route, update, sync. Every rank runs :func:`train`; only the first one reports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from dasd_megatron import backend
+from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
+from dasd_megatron.config import Config
+from dasd_megatron.data.order import DataOrder
+from dasd_megatron.data.prompts import Problem, load_problems
+from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.evaluation.evaluate import evaluate
+from dasd_megatron.models.bridge import export_hf
+from dasd_megatron.models.gpt import ShardedModel, build_model
+from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
+from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
+from dasd_megatron.observability.report import write_report
+from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
+from dasd_megatron.training.batching import MicroBatch, make_micro_batches
+from dasd_megatron.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, save_checkpoint
+from dasd_megatron.training.metrics import step_metrics
+from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas
+from dasd_megatron.training.passes import TokenScores, UpdateResult, score, update
+from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_path
+from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane, replica_groups
+from dasd_megatron.training.snapshots import WeightSnapshot
+from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
+from dasd_megatron.verify.grader import Grader
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says what to do. The latest checkpoint is usable."""
+
+
+@dataclass
+class Timers:
+    """Wall seconds by phase of the step under way."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Trainer:
+    """What the steps of one run share. ``start`` and ``average`` exist only where the configuration reads them."""
+
+    config: Config
+    paths: RunPaths
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    grader: Grader
+    train_problems: list[Problem]
+    heldout_problems: list[Problem]
+    model: ShardedModel
+    optimizer: OptimizerState
+    start: WeightSnapshot | None
+    average: WeightSnapshot | None
+    state: TrainerState
+    plane: RolloutPlane
+    display: ProgressDisplay
+    logger: MetricsLogger | None
+
+
+def train(config: Config, paths: RunPaths) -> None:
+    """Run or resume the training that ``paths`` was prepared for. Needs the backend selected and the parallel state initialised.
+
+    Raises:
+        RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
+        CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
+        TrainingError: the loss or the gradient stopped being finite.
+    """
+    rank0 = dist.get_rank() == 0
+    tokenizer = load_tokenizer(start_path(config, paths))
+    renderer = make_renderer(config, tokenizer)
+    problems = {name: load_problems(_prepared_source(paths, name), name, needs_solution=False) for name in ("train", "heldout")}
+    checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
+    with contextlib.ExitStack() as stack:
+        stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
+        first_step = int(checkpoint.name.split("_")[1]) if checkpoint is not None else 0
+        display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
+        logger = None
+        if rank0:
+            truncate_after(paths.root, first_step if checkpoint is not None else -1)
+            logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
+        hf_path = start_path(config, paths)
+        if config.warm_start.steps:
+            if not (paths.warm_started_model / "config.json").exists():
+                with display.phase("warm start", total=config.warm_start.steps) as phase:
+
+                    def report(metrics: dict[str, float]) -> None:
+                        phase.advance(loss=metrics["loss"], lr=metrics["lr"])
+                        if logger is not None:
+                            logger.log_warm_start(metrics)
+
+                    warm_start(config, paths, problems["train"], renderer, tokenizer, report)
+            hf_path = paths.warm_started_model
+
+        model = build_model(config, hf_path)
+        optimizer = build_optimizer(config.optimizer, model, config.run.steps * config.batch.minibatches * config.batch.epochs)
+        keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
+        start = WeightSnapshot(model) if keeps_start else None
+        keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
+        average = WeightSnapshot(model, dtype=torch.float32) if keeps_average else None
+        state = TrainerState()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, model, optimizer, average)
+            display.message(f"resumed from {checkpoint} at step {state.step}")
+        grader = stack.enter_context(Grader(config.verify))
+        plane = stack.enter_context(RolloutPlane(config, paths, grader, renderer))
+        trainer = Trainer(
+            config, paths, tokenizer, renderer, grader, problems["train"], problems["heldout"],
+            model, optimizer, start, average, state, plane, display, logger,
+        )  # fmt: skip
+        _run(trainer)
+        export_hf(model.bridge, model.chunks, paths.final_model, template_dir=hf_path, dtype=model.config.params_dtype)
+        if rank0:
+            _conclude(trainer)
+
+
+def _prepared_source(paths: RunPaths, name: str) -> Any:
+    from dasd_megatron.config import DataSourceConfig
+
+    return DataSourceConfig(path=str(paths.problems(name)))
+
+
+def _checkpoint_to_resume(config: Config, paths: RunPaths) -> Path | None:
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return latest_checkpoint(paths.root)
+    return Path(config.resume)
+
+
+def _run(trainer: Trainer) -> None:
+    """All remaining steps, with evaluations and checkpoints between them."""
+    config, state = trainer.config, trainer.state
+    watch = CollapseWatch()
+    for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
+        watch.update(row)
+    try:
+        trainer.plane.sync_weights(trainer.model, version_name(state.step), start_path(config, trainer.paths))
+        if config.evaluation.before and state.step == 0:
+            _evaluate(trainer, "before")
+        checkpoint_seconds = 0.0
+        while state.step < config.run.steps:
+            metrics = _step(trainer)
+            metrics["seconds/checkpoint"] = checkpoint_seconds
+            state.step += 1
+            if trainer.logger is not None:
+                trainer.logger.log_step(metrics)
+                trainer.display.step(metrics)
+                warning = watch.update(metrics)
+                if warning:
+                    trainer.display.warning(warning)
+            if not (math.isfinite(metrics["update/loss"]) and math.isfinite(metrics["update/grad_norm"])):
+                raise TrainingError(
+                    f"step {state.step}: loss {metrics['update/loss']}, gradient norm {metrics['update/grad_norm']}: "
+                    "continue from the last checkpoint with resume=auto and a lower optimizer.lr"
+                )
+            if config.evaluation.every and state.step % config.evaluation.every == 0 and state.step < config.run.steps:
+                _evaluate(trainer, "step")
+            checkpoint_seconds = 0.0
+            if state.step == config.run.steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
+                checkpoint_seconds = _save(trainer)
+        if config.evaluation.after:
+            _evaluate(trainer, "after")
+    except RolloutFailure as failure:
+        saved = trainer.paths.root / "checkpoints" / f"step_{state.step:06d}"
+        if state.step and not broadcast_from_rank0(saved.exists()):
+            _save(trainer)
+        raise RolloutFailure(f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended") from failure
+
+
+def version_name(step: int) -> str:
+    """Name of the weights after ``step`` steps, which every sample drawn from them carries."""
+    return f"step_{step:06d}"
+
+
+def _save(trainer: Trainer) -> float:
+    started = time.perf_counter()
+    save_checkpoint(
+        trainer.paths.root,
+        trainer.state,
+        trainer.model,
+        trainer.optimizer,
+        trainer.average,
+        keep_last=trainer.config.checkpoint.keep_last,
+    )
+    return time.perf_counter() - started
+
+
+def _evaluate(trainer: Trainer, label: str) -> None:
+    """Evaluate the weights that the servers hold, on rank 0; skipped where a resumed run has this evaluation already."""
+    step = trainer.state.step
+    done = trainer.logger is not None and any(
+        row["label"] == label and row["step"] == step for row in read_metrics(trainer.paths.root / "evaluation.jsonl")
+    )
+    if broadcast_from_rank0(done):
+        return
+
+    def work(client: RolloutClient) -> dict[str, Any]:
+        return evaluate(
+            trainer.config,
+            client,
+            trainer.grader,
+            trainer.renderer,
+            trainer.heldout_problems,
+            step=step,
+            label=label,
+            weight_version=trainer.plane.weight_version,
+            samples_path=trainer.paths.root / "evaluations" / f"{label}-{version_name(step)}" / "samples.jsonl",
+        )
+
+    with trainer.display.phase(f"evaluate {label}"):
+        metrics = trainer.plane.on_rank0(work)
+    if trainer.logger is not None:
+        trainer.logger.log_evaluation(metrics)
+
+
+def _step(trainer: Trainer) -> dict[str, Any]:
+    """One training step; returns its metrics on every rank. Nothing of it is applied if its rollouts fail."""
+    config, state = trainer.config, trainer.state
+    timers, started = Timers(), time.perf_counter()
+    order = DataOrder(len(trainer.train_problems), config.run.seed, config.data.shuffle)
+    problems = [trainer.train_problems[index] for index in order.indices(state.position, config.batch.groups)]
+    with timers("rollout"):
+        samples, timers.seconds["verify"] = trainer.plane.rollouts(state.step + 1, problems)
+    timers.seconds["rollout"] -= timers.seconds["verify"]
+    with timers("score"):
+        scores = _score(trainer, samples)
+    with timers("route"):
+        rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
+        verifier_advantage = group_relative_advantage(
+            rewards, samples_per_group=config.batch.samples_per_group, normalize_std=config.algorithm.normalize_std
+        )
+        advantage, credit = _route(config, scores, verifier_advantage)
+    with timers("update"):
+        results = _update(trainer, samples, scores, advantage)
+    with timers("sync"):
+        if trainer.average is not None:
+            trainer.average.average_in(trainer.model, config.teacher.ema_decay)
+        state.position += config.batch.groups
+        state.weight_version = version_name(state.step + 1)
+        trainer.plane.sync_weights(trainer.model, state.weight_version, start_path(config, trainer.paths))
+    every = config.logging.save_rollouts_every
+    if every and (state.step + 1) % every == 0:
+        _save_rollouts(trainer, samples, scores, verifier_advantage, credit)
+    timers.seconds["total"] = time.perf_counter() - started
+    metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config.batch.samples_per_group)
+    return {"step": state.step + 1, **metrics, "weight_version": samples[0].weight_version}
+
+
+@dataclass
+class ScoredRollouts:
+    """Packed response tokens of this replica, float32 [N], equal on all its ranks; all at the sampling temperature.
+
+    ``delta`` is teacher log-prob minus student log-prob, all zero for an algorithm without a teacher; ``start_log_prob`` is the starting
+    model's, None without a KL penalty. ``lengths`` is int64 [B].
+    """
+
+    student: TokenScores
+    teacher_log_prob: torch.Tensor
+    start_log_prob: torch.Tensor | None
+    rollout_log_prob: torch.Tensor
+    lengths: torch.Tensor
+
+    @property
+    def delta(self) -> torch.Tensor:
+        return self.teacher_log_prob - self.student.log_prob
+
+
+def _micro_batches(config: Config, prompts: list[list[int]], responses: list[list[int]]) -> list[MicroBatch]:
+    return make_micro_batches(prompts, responses, micro_batch_size=config.batch.micro_batch_size, **micro_batch_layout(config))
+
+
+def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
+    config, model, device = trainer.config, trainer.model, backend.current().device()
+    temperature = config.rollout.temperature
+    responses = [sample.response_ids for sample in samples]
+    batches = _micro_batches(config, [sample.prompt_ids for sample in samples], responses)
+    student = score(model, batches, temperature=temperature)
+    start_log_prob = None
+    if config.loss.kl_coef > 0:
+        with trainer.start.applied(model):
+            start_log_prob = score(model, batches, temperature=temperature).log_prob
+    teacher_log_prob = student.log_prob
+    if needs_teacher(config):
+        prompts = {
+            sample.group: trainer.renderer.teacher(
+                Problem(sample.problem_id, sample.problem, sample.expected_answer, sample.reference_solution)
+            )
+            for sample in samples
+        }
+        batches = _micro_batches(config, [prompts[sample.group] for sample in samples], responses)
+        weights = {"live": None, "frozen": trainer.start, "ema": trainer.average}[config.teacher.weights]
+        with weights.applied(model) if weights is not None else contextlib.nullcontext():
+            teacher_log_prob = score(model, batches, temperature=temperature).log_prob
+    rollout_log_prob = torch.tensor([value for sample in samples for value in sample.rollout_log_probs], dtype=torch.float32, device=device)
+    lengths = torch.tensor([len(response) for response in responses], device=device)
+    return ScoredRollouts(student, teacher_log_prob, start_log_prob, rollout_log_prob, lengths)
+
+
+def _route(config: Config, scores: ScoredRollouts, verifier_advantage: torch.Tensor) -> tuple[torch.Tensor, Credit]:
+    settings = config.algorithm
+    return token_advantages(
+        settings.name,
+        rewards_advantage=verifier_advantage,
+        entropy=scores.student.entropy,
+        delta=scores.delta,
+        lengths=scores.lengths,
+        verifier_weight=settings.verifier_weight,
+        beta=settings.beta,
+        rho=settings.rho,
+        quantile_side=settings.quantile_side,
+        scale_floor=settings.scale_floor,
+        gate=settings.gate,
+        rlsd_clip=settings.rlsd_clip,
+    )
+
+
+def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, advantage: torch.Tensor) -> list[UpdateResult]:
+    """All epochs of minibatches over one batch of rollouts; one result for each optimizer step."""
+    config = trainer.config
+    share = len(samples) // config.batch.minibatches
+    bounds = [0, *scores.lengths.cumsum(0).tolist()]
+    results = []
+    for _ in range(config.batch.epochs):
+        for first in range(0, len(samples), share):
+            chosen = samples[first : first + share]
+            tokens = slice(bounds[first], bounds[first + share])
+            results.append(
+                update(
+                    trainer.model,
+                    trainer.optimizer,
+                    _micro_batches(config, [sample.prompt_ids for sample in chosen], [sample.response_ids for sample in chosen]),
+                    old_log_prob=scores.student.log_prob[tokens],
+                    advantage=advantage[tokens],
+                    start_log_prob=scores.start_log_prob[tokens] if scores.start_log_prob is not None else None,
+                    settings=config.loss,
+                    temperature=config.rollout.temperature,
+                )
+            )
+    return results
+
+
+def _save_rollouts(
+    trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, verifier_advantage: torch.Tensor, credit: Credit
+) -> None:
+    """The step's rollouts of all replicas for replay, and the first ones' token statistics for the report; written by rank 0."""
+    config, step = trainer.config, trainer.state.step + 1
+    everyone = gather_replicas(samples)
+    if trainer.logger is None:
+        return
+    if config.rollout.replay is None:
+        ordered = sorted((sample for part in everyone for sample in part), key=lambda sample: (sample.group, sample.sample))
+        save_samples(rollouts_path(trainer.paths.rollouts, step), ordered)
+    bounds = [0, *scores.lengths.cumsum(0).tolist()]
+    records = []
+    for index, sample in enumerate(samples[: config.logging.inspect_rollouts]):
+        tokens = slice(bounds[index], bounds[index + 1])
+        records.append(
+            {
+                "problem_id": sample.problem_id,
+                "problem": sample.problem,
+                "text": sample.text,
+                "reward": sample.reward,
+                "advantage": verifier_advantage[index].item(),
+                "tokens": [trainer.tokenizer.decode([token]) for token in sample.response_ids],
+                "entropy": scores.student.entropy[tokens].tolist(),
+                "delta": scores.delta[tokens].tolist(),
+                "omega": credit.omega[tokens].tolist(),
+                "student_log_prob": scores.student.log_prob[tokens].tolist(),
+                "teacher_log_prob": scores.teacher_log_prob[tokens].tolist(),
+                "tau": credit.tau[index].item(),
+                "sigma": credit.sigma[index].item(),
+            }
+        )
+    path = trainer.paths.root / "inspect" / f"step_{step:06d}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(records))
+
+
+def _conclude(trainer: Trainer) -> None:
+    """Write the report and print the closing table."""
+    report = write_report(trainer.paths.root)
+    rows = {row["label"]: row for row in read_metrics(trainer.paths.root / "evaluation.jsonl")}
+    facts = {
+        "model": trainer.paths.final_model.absolute(),
+        "metrics": (trainer.paths.root / "metrics.jsonl").absolute(),
+        "report": report.absolute(),
+    }
+    summary_table(rows.get("before"), rows.get("after"), facts)

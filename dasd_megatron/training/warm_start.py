@@ -1,0 +1,93 @@
+"""Supervised fine-tuning on the training problems' reference solutions, so that reinforcement starts from a policy that can be right.
+
+A share of the examples shows the solution in the prompt, through the teacher's template: the self-teacher has to be able to use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from transformers import PreTrainedTokenizerBase
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, OptimizerConfig
+from dasd_megatron.data.order import DataOrder
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.models.bridge import export_hf
+from dasd_megatron.models.gpt import build_model
+from dasd_megatron.rollout.generation import sampling_seed
+from dasd_megatron.training.batching import make_micro_batches
+from dasd_megatron.training.optimizer import build_optimizer
+from dasd_megatron.training.passes import supervised_update
+from dasd_megatron.training.prepare import RunPaths, start_path
+
+
+def warm_start(
+    config: Config,
+    paths: RunPaths,
+    problems: list[Problem],
+    renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Callable[[dict[str, float]], None],
+) -> None:
+    """Fine-tune from the starting model and export the result to ``paths.warm_started_model``. Collective over all ranks.
+
+    Args:
+        report: called after every step with step, loss (nats per response token), lr and grad_norm.
+    """
+    settings = config.warm_start
+    model = build_model(config, start_path(config, paths))
+    optimizer = build_optimizer(
+        OptimizerConfig(
+            lr=settings.lr,
+            min_lr=settings.lr / 10,
+            warmup_steps=settings.warmup_steps,
+            decay_style="cosine",
+            weight_decay=0.01,
+            clip_grad=config.optimizer.clip_grad,
+            distributed=config.optimizer.distributed,
+        ),
+        model,
+        settings.steps,
+    )
+    order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
+    share = settings.batch_size // parallel_state.get_data_parallel_world_size()
+    first = parallel_state.get_data_parallel_rank() * share
+    for step in range(settings.steps):
+        position = step * settings.batch_size
+        indices = order.indices(position, settings.batch_size)[first : first + share]
+        prompts, responses = [], []
+        for offset, index in enumerate(indices):
+            # Drawn per example and not alternated, so that a problem is seen both ways in different epochs.
+            draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
+            prompts.append(renderer.teacher(problems[index]) if draw < settings.privileged_share else renderer.student(problems[index]))
+            responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
+        micro_batches = make_micro_batches(
+            prompts,
+            responses,
+            micro_batch_size=config.batch.micro_batch_size,
+            **micro_batch_layout(config),
+        )
+        loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches)
+        report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
+    export_hf(
+        model.bridge,
+        model.chunks,
+        paths.warm_started_model,
+        template_dir=start_path(config, paths),
+        dtype=model.config.params_dtype,
+    )
+
+
+def micro_batch_layout(config: Config) -> dict[str, int | torch.device]:
+    """What the parallel layout asks of :func:`make_micro_batches`."""
+    parallel = config.parallel
+    return {
+        "pad_multiple": parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
+        "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
+        "device": backend.current().device(),
+    }

@@ -1,0 +1,42 @@
+"""One process of a training run: ``torchrun ... -m dasd_megatron.training.worker RUN_DIR``. ``dasd train`` starts these."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, read_config
+
+
+def run(config: Config, root: Path, *, prepared: bool) -> None:
+    """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be."""
+    backend.select(config.backend)
+    # Megatron-Core is imported from here on, after the backend has prepared torch.
+    import torch.distributed as dist
+
+    from dasd_megatron.data.prompts import DataError
+    from dasd_megatron.data.templates import TemplateError
+    from dasd_megatron.training import parallel
+    from dasd_megatron.training.prepare import RunPaths, prepare_run
+    from dasd_megatron.training.train import train
+
+    parallel.initialize(config)
+    try:
+        root = parallel.broadcast_from_rank0(root)
+        if not prepared:
+            parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError))
+        train(config, RunPaths(root))
+    finally:
+        dist.destroy_process_group()
+
+
+def main() -> int:
+    from dasd_megatron.cli import report_errors
+
+    root = Path(sys.argv[1])
+    return report_errors(lambda: run(read_config(root / "config.yaml"), root, prepared=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Start a worker script under torchrun with gloo and a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORKERS = Path(__file__).parent / "workers"
+
+
+def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> None:
+    """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON; raises with the output on failure or time-out."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc),
+        str(WORKERS / f"{worker}.py"), json.dumps(arguments),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{worker} with {arguments} did not end within {timeout} s:\n{output[-6000:]}") from None
+    assert process.returncode == 0, f"{worker} with {arguments} failed:\n{output[-6000:]}"
