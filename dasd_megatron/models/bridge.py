@@ -114,6 +114,7 @@ def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_
     return bridge
 
 
+@torch.no_grad()
 def export_hf(bridge: Bridge, chunks: list[torch.nn.Module], path: str | Path, *, template_dir: str | Path, dtype: torch.dtype) -> None:
     """Write the sharded model as a Hugging Face directory at ``path``, which appears whole or not at all. Collective over all ranks.
 

@@ -19,7 +19,7 @@ from dasd_megatron.models.bridge import export_hf
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
-from dasd_megatron.rollout.launch import EmbeddedServer, LaunchError
+from dasd_megatron.rollout.launch import EmbeddedServer, ServerStartError
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
 from dasd_megatron.training.prepare import RunPaths
@@ -78,22 +78,24 @@ class RolloutPlane:
                 if old != path:
                     shutil.rmtree(old)
 
-    def _serve_current(self, client: RolloutClient) -> None:
+    def _serve_current(self) -> None:
         path = self.paths.weights / self.weight_version
         if self.config.rollout.engine == "embedded" and self.server is None:
             self.server = EmbeddedServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
             self.server.start()
             self.urls = [self.server.url]
         else:
-            asyncio.run(client.update_weights_from_disk(str(path.absolute()), self.weight_version))
+            asyncio.run(self._update_weights(make_client(self.config.rollout, self.urls), str(path.absolute())))
 
-    def _with_restarts(self, selected: bool, work: Callable[[RolloutClient], T]) -> T | None:
+    async def _update_weights(self, client: RolloutClient, path: str) -> None:
+        async with client:
+            await client.update_weights_from_disk(path, self.weight_version)
+
+    def _with_restarts(self, selected: bool, work: Callable[[], T]) -> T | None:
         """``work`` where ``selected``; when it fails anywhere, restart the embedded server with the current weights and do all of it again."""
         while True:
             try:
-                return on_selected_rank(
-                    selected, lambda: work(make_client(self.config.rollout, self.urls)), (RolloutError, LaunchError, GraderError)
-                )
+                return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
                 refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
                 if refusal is not None:
@@ -109,14 +111,14 @@ class RolloutPlane:
         self.restarts += 1
         try:
             self.server.restart(self.paths.weights / self.weight_version, self.weight_version)
-        except LaunchError as error:
+        except ServerStartError as error:
             return f"restart failed: {error}"
         self.urls = [self.server.url]
         return None
 
     def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
-        return self._with_restarts(dist.get_rank() == 0, work)
+        return self._with_restarts(dist.get_rank() == 0, lambda: work(make_client(self.config.rollout, self.urls)))
 
     def rollouts(self, step: int, problems: list[Problem]) -> tuple[list[Sample], float]:
         """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on every
@@ -130,7 +132,7 @@ class RolloutPlane:
         if self.config.rollout.replay is not None:
             graded = on_selected_rank(is_replica_source(), lambda: self._replayed(step, groups), (ReplayError,))
         else:
-            graded = self._with_restarts(is_replica_source(), lambda client: self._generated(client, step, problems, groups))
+            graded = self._with_restarts(is_replica_source(), lambda: self._generated(step, problems, groups))
         return broadcast_in_replica(graded)
 
     def _replayed(self, step: int, groups: list[int]) -> tuple[list[Sample], float]:
@@ -141,12 +143,12 @@ class RolloutPlane:
         n = batch.samples_per_group
         return [sample for group in groups for sample in saved[group * n : (group + 1) * n]], 0.0
 
-    def _generated(self, client: RolloutClient, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float]:
+    def _generated(self, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float]:
         rollout, n = self.config.rollout, self.config.batch.samples_per_group
         mine = [problems[group] for group in groups]
         prompts = [self.renderer.student(problem) for problem in mine]
         completions = generate(
-            client,
+            make_client(rollout, self.urls),
             [prompt for prompt in prompts for _ in range(n)],
             [sampling_seed(self.config.run.seed, step, group, sample) for group in groups for sample in range(n)],
             rollout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 from dasd_megatron import backend
@@ -11,6 +12,8 @@ from dasd_megatron.config import Config, read_config
 
 def run(config: Config, root: Path, *, prepared: bool) -> None:
     """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be."""
+    # Megatron-Core's calls, which a user of this package cannot change.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     backend.select(config.backend)
     # Megatron-Core is imported from here on, after the backend has prepared torch.
     import torch.distributed as dist

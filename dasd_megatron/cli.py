@@ -1,0 +1,178 @@
+"""The ``dasd`` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from dasd_megatron.config import Config, ConfigError, known_fields, load_config
+
+_USAGE = """usage: dasd COMMAND ...
+
+commands:
+  train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
+  evaluate  OVERRIDES           evaluate model.path on data.heldout
+  serve     --model-path DIR    serve a Hugging Face directory with the embedded rollout server (--help lists its options)
+  report    RUN_DIR             write RUN_DIR/report.html
+  doctor                        what is installed, what is missing and how to get it
+
+`dasd train --help` lists every field of the configuration."""
+
+
+def report_errors(work: Callable[[], None]) -> int:
+    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a traceback."""
+    try:
+        work()
+    except Exception as error:
+        # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
+        if type(error).__module__.startswith("dasd_megatron."):
+            # Every rank sees the same error; one line is enough.
+            if os.environ.get("RANK", "0") == "0":
+                print(f"dasd: error: {error}", file=sys.stderr, flush=True)
+            return 1
+        raise
+    return 0
+
+
+def _train(overrides: list[str]) -> None:
+    from dasd_megatron.training.prepare import choose_run_dir, prepare_run
+
+    config = load_config(overrides)
+    root = choose_run_dir(config)
+    if "RANK" in os.environ:
+        from dasd_megatron.training.worker import run
+
+        run(config, root, prepared=False)
+        return
+    _check_backend(config)
+    _check_port(config)
+    prepare_run(config, root)
+    print(f"run directory: {root}", flush=True)
+    status = _launch(config, root)
+    if status:
+        raise SystemExit(status)
+
+
+def _check_backend(config: Config) -> None:
+    if config.backend.kind != "cuda":
+        return
+    # In a process of its own: the launcher must not hold a CUDA context beside its workers.
+    probe = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, timeout=120, check=True
+    )
+    needed = num_processes(config)
+    if int(probe.stdout) < needed:
+        raise ConfigError(
+            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees {probe.stdout.strip()}; "
+            "lower them, start with torchrun on more machines, or set backend.kind=cpu"
+        )
+
+
+def _check_port(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.engine != "embedded" or rollout.replay is not None or rollout.port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((rollout.host, rollout.port))
+        except OSError as error:
+            raise ConfigError(
+                f"rollout.port={rollout.port} on {rollout.host} cannot be used ({error.strerror}): choose another, or 0 for any free one"
+            ) from error
+
+
+def num_processes(config: Config) -> int:
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+
+
+def _launch(config: Config, root: Path) -> int:
+    """Start the workers of one machine under torchrun's agent and wait for them; returns the exit status.
+
+    When one worker ends with an error the agent ends the others, so no rank waits for a dead one.
+    """
+    import torch.distributed.elastic.multiprocessing as workers
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Spinning OpenMP threads starve the rollout server, and anything else on the machine, tenfold.
+    os.environ.update(OMP_NUM_THREADS=str(config.backend.threads), OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
+    # The agent's own log repeats what the workers have said.
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes(config),
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        rdzv_configs={"timeout": 120},
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)("-m", "dasd_megatron.training.worker", str(root))
+    except ChildFailedError as error:
+        return max(1, abs(error.get_first_failure()[1].exitcode))
+    except workers.SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def _evaluate(overrides: list[str]) -> None:
+    from dasd_megatron.evaluation.command import evaluate_model
+
+    evaluate_model(load_config(overrides))
+
+
+def _report(arguments: list[str]) -> None:
+    from dasd_megatron.observability.report import write_report
+
+    parser = argparse.ArgumentParser(prog="dasd report")
+    parser.add_argument("run_dir", type=Path)
+    print(write_report(parser.parse_args(arguments).run_dir).absolute())
+
+
+def _fields_help(command: str) -> str:
+    fields = known_fields()
+    width = max(map(len, fields))
+    lines = [f"  {name:<{width}}  {text}" for name, text in fields.items()]
+    return "\n".join([f"usage: dasd {command} [experiment=NAME] [field=value ...]", "", "fields:", *lines])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command == "doctor":
+        from dasd_megatron.observability.doctor import print_doctor
+
+        return print_doctor()
+    if command == "serve":
+        from dasd_megatron.rollout.server import main as serve
+
+        return serve(rest) or 0
+    commands = {"train": _train, "evaluate": _evaluate, "report": _report}
+    if command not in commands:
+        print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    if command in ("train", "evaluate") and {"-h", "--help"} & set(rest):
+        print(_fields_help(command))
+        return 0
+    return report_errors(lambda: commands[command](rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
