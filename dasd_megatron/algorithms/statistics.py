@@ -1,0 +1,91 @@
+"""Metrics of a batch's credit, as sums and maxima that add up over data-parallel ranks and micro-batches."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dasd_megatron.algorithms.credit import GAP_LIMIT, Credit
+
+_SUMS = (
+    "tokens", "rollouts", "pushed", "pulled", "entropy", "entropy_pushed", "entropy_pulled", "omega", "omega_squared",
+    "delta", "delta_abs", "delta_bar_abs", "advantage_abs", "tau", "sigma",
+)  # fmt: skip
+
+
+class CreditStatistics(NamedTuple):
+    """Two float64 tensors. Over ranks reduce ``sums`` with SUM and ``maxima`` with MAX, then call :func:`credit_metrics`."""
+
+    sums: Tensor
+    """``[15]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or rollouts."""
+    maxima: Tensor
+    """``[2]``: the largest omega, and minus the smallest; -inf without tokens."""
+
+
+def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage: Tensor) -> CreditStatistics:
+    """Additive statistics of N packed tokens of B rollouts.
+
+    ``entropy``, ``delta`` and ``advantage`` are ``[N]``; infinite gaps count as +-20 nats, as they do in the credit. On the tokens' device,
+    no collectives and no read-back. Raises ValueError on different shapes.
+    """
+    for name, values in (("entropy", entropy), ("delta", delta), ("advantage", advantage)):
+        if values.shape != credit.omega.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}; the credit has {tuple(credit.omega.shape)}")
+    entropy, advantage, omega = (values.detach().double() for values in (entropy, advantage, credit.omega))
+    delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
+    pushed, pulled = omega < 0, omega > 0
+    sums = {
+        "tokens": entropy.new_tensor(entropy.numel()),
+        "rollouts": entropy.new_tensor(credit.tau.numel()),
+        "pushed": pushed.sum(),
+        "pulled": pulled.sum(),
+        "entropy": entropy.sum(),
+        "entropy_pushed": (entropy * pushed).sum(),
+        "entropy_pulled": (entropy * pulled).sum(),
+        "omega": omega.sum(),
+        "omega_squared": omega.square().sum(),
+        "delta": delta.sum(),
+        "delta_abs": delta.abs().sum(),
+        "delta_bar_abs": credit.delta_bar.double().abs().sum(),
+        "advantage_abs": advantage.abs().sum(),
+        "tau": credit.tau.double().sum(),
+        "sigma": credit.sigma.double().sum(),
+    }
+    lowest = omega.new_full((1,), -math.inf)
+    maxima = torch.stack([torch.cat([omega, lowest]).amax(), torch.cat([-omega, lowest]).amax()])
+    return CreditStatistics(torch.stack([sums[name].double() for name in _SUMS]), maxima)
+
+
+def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
+    """Metrics from reduced statistics, by the names of the metrics file; nats where they are entropies or gaps.
+
+    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, and everything without any token.
+    ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. Reads the tensors back from their device.
+    """
+    total = dict(zip(_SUMS, statistics.sums.tolist(), strict=True))
+    omega_max, minus_omega_min = statistics.maxima.tolist()
+    tokens, rollouts = total["tokens"], total["rollouts"]
+    if tokens == 0:
+        return {}
+    omega_mean = total["omega"] / tokens
+    metrics = {"entropy/mean": total["entropy"] / tokens}
+    if total["pushed"]:
+        metrics["entropy/pushed"] = total["entropy_pushed"] / total["pushed"]
+    if total["pulled"]:
+        metrics["entropy/pulled"] = total["entropy_pulled"] / total["pulled"]
+    return metrics | {
+        "credit/pushed_share": total["pushed"] / tokens,
+        "credit/omega_mean": omega_mean,
+        "credit/omega_std": math.sqrt(max(total["omega_squared"] / tokens - omega_mean**2, 0.0)),
+        "credit/omega_min": -minus_omega_min,
+        "credit/omega_max": omega_max,
+        "credit/delta_mean": total["delta"] / tokens,
+        "credit/delta_abs_mean": total["delta_abs"] / tokens,
+        "credit/delta_bar_abs_mean": total["delta_bar_abs"] / tokens,
+        "credit/tau_mean": total["tau"] / rollouts,
+        "credit/sigma_mean": total["sigma"] / rollouts,
+        "credit/advantage_abs_mean": total["advantage_abs"] / tokens,
+    }

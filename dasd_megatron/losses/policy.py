@@ -1,0 +1,98 @@
+"""The clipped policy surrogate of PPO and the KL penalty to a reference policy, per token."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# exp(20) is 5e8: far outside every clip range, and far from overflow.
+_MAX_LOG_RATIO = 20.0
+# Beyond this gap the k3 estimator goes on as a straight line.
+_K3_LINEAR_FROM = 10.0
+
+
+def policy_surrogate(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate per token, as a loss to minimise.
+
+    With r = exp(log_prob - old_log_prob) and A the advantage, the loss is ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``
+    (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With ``dual_clip`` c, tokens of negative advantage lose at most
+    ``-c A`` (arXiv:1912.09729).
+
+    Args:
+        log_prob: ``[N]`` log-prob under the policy being trained, nats; the only argument that receives a gradient.
+        old_log_prob: ``[N]`` log-prob under the policy that the ratio is taken against.
+        advantage: ``[N]`` any finite number.
+        clip_low, clip_high: width of the trust region below and above a ratio of 1; 0 <= clip_low <= 1, clip_high >= 0.
+        dual_clip: None, or a number above 1.
+
+    Returns:
+        loss ``[N]``, float32 or wider, and clipped ``[N]`` bool: tokens whose gradient the clip, or the dual clip, removes. The
+        log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss and never an infinite one.
+
+    Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes or bounds that do not fit.
+    """
+    _same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
+    if not 0.0 <= clip_low <= 1.0:
+        raise ValueError(f"clip_low is {clip_low}; expected 0 to 1, so that the ratio's lower bound is not negative")
+    if not clip_high >= 0.0:
+        raise ValueError(f"clip_high is {clip_high}; expected at least 0")
+    if dual_clip is not None and not dual_clip > 1.0:
+        raise ValueError(f"dual_clip is {dual_clip}; expected a number above 1, or None for no dual clip")
+    log_prob = _at_least_float32(log_prob)
+    advantage = advantage.detach().to(log_prob.dtype)
+    ratio = (log_prob - old_log_prob.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    unclipped = -advantage * ratio
+    bounded = -advantage * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    clipped = bounded > unclipped
+    loss = torch.where(clipped, bounded, unclipped)
+    if dual_clip is not None:
+        limit = -advantage * dual_clip
+        over = (advantage < 0) & (loss > limit)
+        loss = torch.where(over, limit, loss)
+        clipped = clipped | over
+    return loss, clipped.detach()
+
+
+def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x = ref_log_prob - log_prob``.
+
+    Source: http://joschu.net/blog/kl-approx.html; the penalty of GRPO (arXiv:2402.03300). Never negative, and 0 only at x = 0.
+
+    Args:
+        log_prob: ``[N]`` log-prob under the policy being trained, nats; receives the gradient ``1 - exp(x)``.
+        ref_log_prob: ``[N]`` log-prob under the reference; no gradient.
+
+    Returns:
+        ``[N]`` nats, float32 or wider. Near x = 0 a power series replaces the difference of nearly equal numbers; above x = 10 the curve
+        goes on as its tangent, so that value and gradient stay finite however far the policy has moved.
+
+    Elementwise; no collectives. Raises ValueError on different shapes.
+    """
+    _same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
+    log_prob = _at_least_float32(log_prob)
+    gap = ref_log_prob.detach().to(log_prob.dtype) - log_prob
+    held = gap.clamp(max=_K3_LINEAR_FROM)
+    far = torch.expm1(held) - held + (gap - held) * math.expm1(_K3_LINEAR_FROM)
+    small = gap.clamp(-0.1, 0.1)
+    near = small.square() / 2 * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6 * (1 + small / 7 * (1 + small / 8))))))
+    return torch.where(gap.abs() < 0.1, near, far)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"shapes differ: {shapes}; expected one entry per token in each")
