@@ -1,0 +1,93 @@
+"""Avg@k, Pass@k and Maj@k of the served policy on a set of problems."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dasd_megatron.config import Config
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
+from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.rollout.generation import generate, make_samples, sampling_seed
+from dasd_megatron.verify.grader import Grader
+
+
+def evaluate(
+    config: Config,
+    client: RolloutClient,
+    grader: Grader,
+    renderer: PromptRenderer,
+    problems: Sequence[Problem],
+    *,
+    step: int,
+    label: str,
+    weight_version: str | None,
+    samples_path: Path,
+) -> dict[str, Any]:
+    """Draw ``evaluation.samples`` responses to each problem, grade them, write them to ``samples_path`` and return the metrics.
+
+    The seeds depend on ``run.seed``, the problem and the sample alone, so two evaluations differ by the weights only.
+    """
+    started = time.perf_counter()
+    settings = config.evaluation
+    prompts = [renderer.student(problem) for problem in problems]
+    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+    seeds = [
+        sampling_seed(config.run.seed, "evaluation", index, sample) for index in range(len(problems)) for sample in range(settings.samples)
+    ]
+    completions = generate(
+        client,
+        repeated,
+        seeds,
+        config.rollout,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        weight_version=weight_version,
+        rows_per_request=config.rollout.groups_per_request * config.batch.samples_per_group,
+    )
+    samples = make_samples(problems, range(len(problems)), prompts, completions, grader, samples_per_group=settings.samples)
+    _write_samples(samples_path, samples)
+    by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
+    outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]
+    answers = [[sample.predicted_answer for sample in group] for group in by_problem]
+    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    return {
+        "step": step,
+        "label": label,
+        "num_problems": len(problems),
+        "num_samples": settings.samples,
+        f"avg@{settings.samples}": avg_at_k(outcomes),
+        **{f"pass@{k}": pass_at_k(outcomes, k) for k in settings.ks},
+        f"maj@{settings.samples}": maj_at_k(answers, outcomes, settings.samples),
+        "response/length_mean": num_tokens / len(samples),
+        "nll_mean": -sum(sum(sample.rollout_log_probs) for sample in samples) / num_tokens,
+        "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
+        "timeouts": sum(sample.timed_out for sample in samples),
+        "weight_version": samples[0].weight_version,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """NeMo-Skills' field names, one sample a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for sample in samples:
+            record = {
+                "problem_id": sample.problem_id,
+                "sample": sample.sample,
+                "problem": sample.problem,
+                "expected_answer": sample.expected_answer,
+                "generation": sample.text,
+                "predicted_answer": sample.predicted_answer,
+                "symbolic_correct": sample.reward > 0,
+                "finish_reason": sample.finish_reason,
+                "num_tokens": len(sample.response_ids),
+            }
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,226 @@
+"""Grading responses against expected answers, in a pool of worker processes that can be killed."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.popen_spawn_posix
+import multiprocessing.spawn
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
+
+import pebble
+
+from dasd_megatron.config import VerifyConfig
+from dasd_megatron.verify.answers import compare_plain, extract_answer
+from dasd_megatron.verify.symbolic import prepare_worker, symbolically_equal
+
+logger = logging.getLogger(__name__)
+
+STARTUP_TIMEOUT_SECONDS = 120.0
+_TRIES = 2
+
+Pair = tuple[str, str]
+
+
+class GraderError(RuntimeError):
+    """The grading workers cannot be started, or the grader was used after it was closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The grade of one response. ``predicted_answer`` is None where the response marks none or one over the length cap."""
+
+    correct: bool
+    predicted_answer: str | None
+    timed_out: bool
+
+
+class Grader:
+    """Grades responses; a context manager that owns ``config.workers`` processes.
+
+    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`). What that leaves open
+    goes to math-verify in a worker process: the first such answer starts the workers, about two seconds. With ``workers=0`` it is wrong.
+
+    math-verify can take minutes and any amount of memory on a hostile answer, and its own timeouts need the main thread of a process. So
+    each comparison runs in a worker's main thread with those timeouts off, and the worker is killed after ``config.timeout_seconds``.
+
+    :meth:`grade` may be called from any thread; concurrent calls that need workers take turns.
+    """
+
+    def __init__(self, config: VerifyConfig):
+        if config.workers < 0:
+            raise ValueError(f"verify.workers is {config.workers}; it must be 0 or more")
+        if config.timeout_seconds <= 0:
+            raise ValueError(f"verify.timeout_seconds is {config.timeout_seconds}; it must be over 0")
+        if config.max_answer_chars < 1:
+            raise ValueError(f"verify.max_answer_chars is {config.max_answer_chars}; it must be at least 1")
+        self.config = config
+        self._pool: pebble.ProcessPool | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, waiting for a :meth:`grade` under way in another thread; harmless when called twice."""
+        with self._lock:
+            self._closed = True
+            self._stop_pool()
+
+    def grade(self, responses: Sequence[str], expected_answers: Sequence[str]) -> list[Verdict]:
+        """Grade each response against the expected answer at the same place.
+
+        An answer longer than ``config.max_answer_chars`` is wrong, ungraded. A comparison over its time limit is wrong with ``timed_out``
+        set; so is one whose worker died twice. Equal pairs of answers are compared once.
+
+        Raises:
+            ValueError: the two sequences differ in length.
+            GraderError: workers are needed and cannot be started, or the grader is closed.
+        """
+        if len(responses) != len(expected_answers):
+            raise ValueError(f"{len(responses)} responses, but {len(expected_answers)} expected answers; give one for each")
+        if self._closed:
+            raise GraderError("the grader is closed; grade inside its with block")
+        pairs = [(self._capped(extract_answer(response)), expected) for response, expected in zip(responses, expected_answers, strict=True)]
+        # True, False, or None for a comparison that did not end in time.
+        results: dict[Pair, bool | None] = {}
+        undecided: list[Pair] = []
+        for predicted, expected in dict.fromkeys(pairs):
+            if predicted is None:
+                continue
+            decision = compare_plain(predicted, expected)
+            results[predicted, expected] = bool(decision)
+            if decision is None and self.config.workers:
+                undecided.append((predicted, expected))
+        if undecided:
+            results |= self._compare_in_workers(undecided)
+        return [
+            Verdict(correct=False, predicted_answer=None, timed_out=False)
+            if predicted is None
+            else Verdict(
+                correct=bool(results[predicted, expected]), predicted_answer=predicted, timed_out=results[predicted, expected] is None
+            )
+            for predicted, expected in pairs
+        ]
+
+    def _capped(self, answer: str | None) -> str | None:
+        return None if answer is not None and len(answer) > self.config.max_answer_chars else answer
+
+    def _compare_in_workers(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
+        results: dict[Pair, bool | None] = dict.fromkeys(pairs)
+        with self._lock:
+            left = pairs
+            for _ in range(_TRIES):
+                left = self._try_pairs(left, results)
+                if not left:
+                    break
+        for predicted, expected in left:
+            logger.warning(
+                "the grading worker died %d times over answer %.80r (expected %.80r); it counts as timed out", _TRIES, predicted, expected
+            )
+        return results
+
+    def _try_pairs(self, pairs: list[Pair], results: dict[Pair, bool | None]) -> list[Pair]:
+        """Compare pairs, writing to ``results``; returns those whose worker died."""
+        pool = self._running_pool()
+        timeout = self.config.timeout_seconds
+        # Only a pool that has stopped working passes this; a hanging answer is ended by the pool itself, at ``timeout``.
+        deadline = time.monotonic() + STARTUP_TIMEOUT_SECONDS + 2 * timeout * len(pairs)
+        try:
+            futures = [pool.schedule(symbolically_equal, args=(*pair, timeout), timeout=timeout) for pair in pairs]
+        except RuntimeError:
+            # A worker that dies while idle breaks a pebble pool.
+            return pairs
+        died: list[Pair] = []
+        for pair, future in zip(pairs, futures, strict=True):
+            try:
+                results[pair] = _result(pool, future, deadline)
+            except FutureTimeoutError:
+                logger.info("grading answer %.80r (expected %.80r) took over %g s; it counts as timed out", *pair, timeout)
+            except (pebble.ProcessExpired, BrokenProcessPool):
+                died.append(pair)
+            # math-verify catches its own errors; one that escapes must cost one reward, not the run.
+            except Exception:
+                logger.warning("math-verify failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True)
+                results[pair] = False
+        if time.monotonic() > deadline:
+            self._stop_pool()
+        return died
+
+    def _running_pool(self) -> pebble.ProcessPool:
+        if self._closed:
+            raise GraderError("the grader is closed; grade inside its with block")
+        if self._pool is not None and not self._pool.active:
+            self._stop_pool()
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(self.config.workers, initializer=prepare_worker, context=_WorkerContext())
+            try:
+                probe = self._pool.schedule(symbolically_equal, args=("1/2", "0.5", STARTUP_TIMEOUT_SECONDS))
+                works = _result(self._pool, probe, time.monotonic() + STARTUP_TIMEOUT_SECONDS)
+            except Exception as error:
+                self._stop_pool()
+                raise GraderError(
+                    f"the grading workers do not start ({type(error).__name__}: {error}); their error stands above. "
+                    "Check that math-verify[antlr4_9_3] is installed, or set verify.workers=0"
+                ) from error
+            if not works:
+                self._stop_pool()
+                raise GraderError("math-verify does not find 1/2 equal to 0.5; install math-verify[antlr4_9_3] with its own antlr4 runtime")
+        return self._pool
+
+    def _stop_pool(self) -> None:
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            pool.stop()
+            pool.join()
+
+
+def _result(pool: pebble.ProcessPool, future: Future[bool], deadline: float) -> bool:
+    """The future's result or error; :class:`BrokenProcessPool` when the pool has died, which leaves futures open, or at ``deadline``."""
+    while not wait([future], timeout=0.5).done:
+        if not pool.active or time.monotonic() > deadline:
+            raise BrokenProcessPool("the pool stopped working")
+    return future.result()
+
+
+class _WorkerProcess(SpawnProcess):
+    """A spawned process that does not import its parent's main module.
+
+    multiprocessing lets a spawned child import it, for functions defined there. Under a trainer that import is torch and Megatron, seconds
+    and gigabytes in each worker, and there is no public switch.
+    """
+
+    _launch_lock = threading.Lock()
+
+    @staticmethod
+    def _Popen(process: SpawnProcess) -> multiprocessing.popen_spawn_posix.Popen:
+        launching_thread = threading.get_ident()
+        with _WorkerProcess._launch_lock:
+            original = multiprocessing.spawn.get_preparation_data
+
+            def without_main(name: str) -> dict:
+                data = original(name)
+                if threading.get_ident() == launching_thread:
+                    data.pop("init_main_from_name", None)
+                    data.pop("init_main_from_path", None)
+                return data
+
+            multiprocessing.spawn.get_preparation_data = without_main
+            try:
+                return multiprocessing.popen_spawn_posix.Popen(process)
+            finally:
+                multiprocessing.spawn.get_preparation_data = original
+
+
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess

@@ -1,0 +1,45 @@
+"""What a grading worker runs: math-verify on one pair of answers. Imported in workers only, which must stay light: no torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import signal
+
+MEMORY_LIMIT_BYTES = 4 << 30
+_ORPHAN_GRACE_SECONDS = 5
+
+
+def prepare_worker() -> None:
+    """Load math-verify and bound what an answer can do to the machine."""
+    # The pool stops a worker by SIGTERM. Its own Python handler would wait for the end of, say, a giant integer power; the default action
+    # does not.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # math-verify warns once per process that its timeouts are off; the pool has its own.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    import math_verify
+
+    math_verify.parse("$1$", parsing_timeout=None)
+    # "9^{9^{9^{9}}}" asks for more memory than any machine has; math-verify turns the MemoryError into "not equal".
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(hard, MEMORY_LIMIT_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def symbolically_equal(predicted: str, expected: str, timeout_seconds: float) -> bool:
+    """Whether math-verify finds the two answers equal. The caller kills the worker at ``timeout_seconds``."""
+    import math_verify
+
+    # Should the caller itself be killed while an answer hangs, nobody is left to stop this process but the kernel.
+    signal.alarm(math.ceil(timeout_seconds) + _ORPHAN_GRACE_SECONDS)
+    try:
+        gold = _parse(math_verify, expected)
+        return bool(gold) and math_verify.verify(gold, _parse(math_verify, predicted), timeout_seconds=None)
+    finally:
+        signal.alarm(0)
+
+
+def _parse(math_verify, answer: str) -> list:
+    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)

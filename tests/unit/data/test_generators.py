@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dasd_megatron.config import DataSourceConfig
+from dasd_megatron.data.generators import generate_problems, generate_splits, worked_sum
+from dasd_megatron.data.prompts import DataError, check_disjoint
+from dasd_megatron.verify.answers import extract_answer
+
+
+def chain_sum(size, seed=0, **arguments):
+    return DataSourceConfig(generator="chain_sum", size=size, seed=seed, generator_args=arguments)
+
+
+def test_solutions_add_up_and_end_in_the_answer():
+    problems = generate_problems(chain_sum(300, min_terms=1, max_terms=5, min_digits=1, max_digits=3, allow_negation=True))
+    for problem in problems:
+        expression = problem.problem.removesuffix(" =")
+        # The expression has digits, spaces and signs only.
+        assert re.fullmatch(r"[-+ 0-9]+", expression)
+        assert eval(expression) == int(problem.expected_answer)
+        *steps, final = problem.reference_solution.split("\n")
+        assert len(steps) == len(expression.split()) // 2
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+        assert final == f"#### {problem.expected_answer}"
+        assert extract_answer(problem.reference_solution) == problem.expected_answer
+
+
+@pytest.mark.parametrize(
+    ("expression", "solution"),
+    [("4 - 1 - 7", "4-1=3\n3-7=-4\n#### -4"), ("5", "#### 5"), ("2 - -3", "2--3=5\n#### 5"), ("-2 + 3", "-2+3=1\n#### 1")],
+)
+def test_worked_sum(expression, solution):
+    assert worked_sum(expression) == solution
+
+
+def test_problems_are_distinct_and_depend_on_the_seed_alone():
+    source = chain_sum(150, seed=7, min_terms=2, max_terms=2, max_digits=1)
+    problems = generate_problems(source)
+    assert len({problem.problem for problem in problems}) == len({problem.id for problem in problems}) == 150
+    assert problems == generate_problems(source)
+    assert problems[:20] == generate_problems(chain_sum(20, seed=7, min_terms=2, max_terms=2, max_digits=1))
+    assert problems != generate_problems(chain_sum(150, seed=1000, min_terms=2, max_terms=2, max_digits=1))
+
+
+def test_a_whole_space_can_be_drawn_but_no_more():
+    arguments = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+    assert len(generate_problems(chain_sum(200, **arguments))) == 200
+    with pytest.raises(DataError, match=r"data\.train\.size asks for 201 problems.* has only 200 distinct"):
+        generate_problems(chain_sum(201, **arguments))
+
+
+@pytest.mark.parametrize("train_seed", [0, 1, 5])
+def test_splits_share_no_problem(train_seed):
+    arguments = dict(min_terms=2, max_terms=2, max_digits=1)
+    train, heldout = generate_splits(chain_sum(150, train_seed, **arguments), chain_sum(50, 0, **arguments))
+    assert (len(train), len(heldout)) == (150, 50)
+    assert not {problem.problem for problem in train} & {problem.problem for problem in heldout}
+    assert len({problem.id for problem in train + heldout}) == 200
+    check_disjoint(train, heldout)
+    assert heldout == generate_problems(chain_sum(50, 0, **arguments))
+    with pytest.raises(DataError, match="only 150 distinct ones beside 50 excluded"):
+        generate_splits(chain_sum(151, train_seed, **arguments), chain_sum(50, 0, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (DataSourceConfig(generator="chain_sums", size=1), r"data\.train\.generator is 'chain_sums'; known: chain_sum"),
+        (DataSourceConfig(size=1), "generator is None"),
+        (DataSourceConfig(generator="chain_sum"), r"data\.train\.size is None"),
+        (chain_sum(0), r"data\.train\.size is 0"),
+        (chain_sum(5, terms=3), "takes no 'terms'; known: min_terms, max_terms, min_digits, max_digits, allow_negation"),
+        (DataSourceConfig(generator="chain_sum", size=5, generator_args={"seed": 3}), r"'seed'; it stands in data\.train\.seed"),
+        (chain_sum(5, min_terms=4, max_terms=2), "max_terms must be >= min_terms"),
+        (chain_sum(5, min_terms="2"), "min_terms is '2'; it must be an integer"),
+        (chain_sum(5, allow_negation=1), "allow_negation is 1; it must be true or false"),
+    ],
+)
+def test_bad_sources_are_refused(source, message):
+    with pytest.raises(DataError, match=message):
+        generate_problems(source)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.templates import SHIPPED, PromptRenderer, TemplateError, check_lengths
+from dasd_megatron.models.tiny import character_tokenizer
+
+PROBLEM = Problem("p1", "4 - 1 =", "3", "4-1=3\n#### 3")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return character_tokenizer()
+
+
+def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """Splits at spaces and newlines; adds <s> before and </s> behind every text, as Llama-style tokenizers can be set to."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "4", "-", "1", "=", "3", "Solution:", "user:", "bot:"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
+
+
+def test_chat_template_and_generation_prompt(tokenizer):
+    renderer = PromptRenderer(tokenizer)
+    assert tokenizer.decode(renderer.student(PROBLEM)) == "<|user|>4 - 1 =<|end|><|assistant|>"
+    assert tokenizer.decode(renderer.teacher(PROBLEM)) == "<|user|>4 - 1 =\nSolution: 4-1=3\n#### 3<|end|><|assistant|>"
+    assert all(type(token) is int for token in renderer.student(PROBLEM))
+
+
+def test_without_a_chat_template_the_prompt_is_text_that_stays_open():
+    tokenizer = word_tokenizer()
+    assert tokenizer("4")["input_ids"] == [0, 3, 1]
+    assert tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).student(PROBLEM)) == ["<s>", "4", "-", "1", "="]
+
+
+def test_the_newline_of_a_plain_prompt_is_encoded():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = None
+    assert tokenizer.decode(PromptRenderer(tokenizer).student(PROBLEM)) == "4 - 1 =\n"
+
+
+def test_a_chat_template_that_writes_the_first_token_gets_no_second():
+    template = (
+        "{{ bos_token }} {% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} bot:{% endif %}"
+    )
+    tokenizer = word_tokenizer(template)
+    tokens = tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).student(PROBLEM))
+    assert tokens == ["<s>", "user:", "4", "-", "1", "=", "bot:"]
+
+
+def test_a_failing_chat_template_is_named(tokenizer):
+    broken = word_tokenizer("{{ raise_exception('needs a system turn') }}")
+    with pytest.raises(TemplateError, match=r"tokenizer's own chat template.*needs a system turn"):
+        PromptRenderer(broken).student(PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("privileged", "fraction", "shown"),
+    [
+        ("solution", 0.5, "4-1=3\n#### 3"),
+        ("answer", 0.5, "3"),
+        ("hint", 0.5, "4-1=3\n"),
+        ("hint", 0.01, "4"),
+        ("hint", 1.0, "4-1=3\n#### 3"),
+    ],
+)
+def test_privileged_information(tokenizer, privileged, fraction, shown):
+    renderer = PromptRenderer(tokenizer, privileged=privileged, hint_fraction=fraction)
+    assert renderer.teacher_message(PROBLEM) == f"4 - 1 =\nSolution: {shown}"
+
+
+def test_a_missing_solution_is_refused_where_the_teacher_needs_it(tokenizer):
+    bare = Problem("p2", "4 - 1 =", "3", "")
+    for privileged in ("solution", "hint"):
+        with pytest.raises(DataError, match=f"'p2' has no reference solution, which teacher.privileged={privileged}"):
+            PromptRenderer(tokenizer, privileged=privileged).teacher(bare)
+    assert PromptRenderer(tokenizer, privileged="answer").teacher(bare)
+    assert PromptRenderer(tokenizer).student(bare)
+
+
+def test_shipped_templates(tokenizer):
+    assert {file.name for file in SHIPPED.iterdir()} == {"student.jinja", "teacher.jinja", "student_math.jinja", "teacher_math.jinja"}
+    renderer = PromptRenderer(tokenizer)
+    assert renderer.student_message(PROBLEM) == PROBLEM.problem
+    assert len(renderer.teacher_message(PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
+    math = PromptRenderer(tokenizer, "student_math.jinja", "teacher_math.jinja")
+    for message in (math.student_message(PROBLEM), math.teacher_message(PROBLEM)):
+        assert message.startswith("4 - 1 =\n") and message.endswith("put your final answer within \\boxed{}.")
+    assert PROBLEM.reference_solution in math.teacher_message(PROBLEM)
+    assert PROBLEM.reference_solution not in math.student_message(PROBLEM)
+
+
+def test_a_template_file_of_the_users(tokenizer, tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% if privileged|length > 3 %}Look: {{ privileged }}\n{% endif %}<b> {{ problem|upper }} & é")
+    renderer = PromptRenderer(tokenizer, None, path)
+    assert renderer.teacher_message(PROBLEM) == "Look: 4-1=3\n#### 3\n<b> 4 - 1 = & é"
+
+
+def test_template_syntax_in_a_problem_is_text(tokenizer):
+    problem = Problem("p", "{{ 1 }} {% if %}", "1", "{{ problem }}")
+    assert PromptRenderer(tokenizer).teacher_message(problem) == "{{ 1 }} {% if %}\nSolution: {{ problem }}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ problem }}", r"does not show \{\{ privileged \}\}"),
+        ("{{ privileged }}", r"does not show \{\{ problem \}\}"),
+        ("{{ problem }}{% if false %}{{ privileged }}{% endif %}", r"does not show \{\{ privileged \}\}"),
+        ("{{ problem }}{# {{ privileged }} #}", r"does not show \{\{ privileged \}\}"),
+        ("{{ problem }}\n{{ privileged", r"line 2: .*fix the template"),
+        ("{{ problem }}{{ privileged }}{{ solution }}", r"uses the unknown variable \{\{ solution \}\}; only .*problem.* and .*privileged"),
+        ("{{ problem }}{{ privileged.text }}", "fails to render: UndefinedError"),
+        ("{{ problem }}{{ privileged }}{{ 1 // 0 }}", "fails to render: ZeroDivisionError"),
+        ("{{ problem }}{{ privileged }}{{ ''.__class__.__mro__ }}", "fails to render: SecurityError"),
+        ("{{ problem }}{{ privileged }}{% include 'x' %}", "fails to render"),
+    ],
+)
+def test_bad_teacher_templates_are_refused(tokenizer, tmp_path, source, message):
+    path = tmp_path / "bad.jinja"
+    path.write_text(source)
+    with pytest.raises(TemplateError, match=f"bad.jinja.*{message}" if "line" not in message else message) as caught:
+        PromptRenderer(tokenizer, None, path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_student_template_may_not_show_privileged_information(tokenizer, tmp_path):
+    path = tmp_path / "leak.jinja"
+    path.write_text("{{ problem }} {{ privileged }}")
+    with pytest.raises(TemplateError, match=r"data\.template: .*unknown variable \{\{ privileged \}\}; only \{\{ problem \}\}"):
+        PromptRenderer(tokenizer, path)
+
+
+def test_unreadable_templates_are_refused(tokenizer, tmp_path):
+    with pytest.raises(TemplateError, match=r"teacher\.template: .*absent.jinja does not exist.*teacher_math.jinja"):
+        PromptRenderer(tokenizer, None, tmp_path / "absent.jinja")
+    with pytest.raises(TemplateError, match=r"data\.template: .* cannot be read"):
+        PromptRenderer(tokenizer, tmp_path)
+    binary = tmp_path / "binary.jinja"
+    binary.write_bytes(b"\xff{{ problem }}")
+    with pytest.raises(TemplateError, match="cannot be read"):
+        PromptRenderer(tokenizer, binary)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"privileged": "hints"}, "teacher.privileged is 'hints'"),
+        ({"hint_fraction": 0.0}, "hint_fraction is 0.0"),
+        ({"hint_fraction": 1.1}, "hint_fraction"),
+    ],
+)
+def test_bad_settings_are_refused(tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PromptRenderer(tokenizer, **arguments)
+
+
+def test_check_lengths(tokenizer):
+    renderer = PromptRenderer(tokenizer)
+    student, teacher = len(renderer.student(PROBLEM)), len(renderer.teacher(PROBLEM))
+    assert student < teacher
+    short = Problem("p0", "1 =", "1", "1")
+    check_lengths([short, PROBLEM], renderer, teacher)
+    with pytest.raises(
+        DataError, match=rf"'p1': the teacher's prompt is {teacher} tokens long, over rollout\.max_prompt_tokens={teacher - 1}"
+    ):
+        check_lengths([short, PROBLEM], renderer, teacher - 1)
+    with pytest.raises(DataError, match=f"'p1': the student's prompt is {student} tokens long"):
+        check_lengths([short, PROBLEM], renderer, student - 1, teacher=False)
+    check_lengths([Problem("p3", "1 =", "1", "")], renderer, student, teacher=False)
+
+
+@pytest.mark.parametrize("make", [character_tokenizer, word_tokenizer])
+def test_text_without_a_token_is_refused(make):
+    with pytest.raises(DataError, match="'p4': the student's prompt has '\u2019', for which the tokenizer has no token"):
+        check_lengths([Problem("p4", "4 - \u2019 =", "3", "3")], PromptRenderer(make()), 100)
