@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dasd_megatron.observability import report
+from dasd_megatron.observability.loggers import RunDirectoryError
+from dasd_megatron.observability.report import ReportError, write_report
+
+HOSTILE = (
+    '</pre></script><script>alert("x")</script><img src=https://evil.example/a.png onerror=alert(1)>'
+    '&amp; "quoted" \u202etxt\x1b[2J\x00 {{ 7*7 }} \ud800'
+)
+VOID = {"meta", "link", "img", "br", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """The page's elements, with their attributes and the text inside them; checks that elements are nested soundly."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[tuple[str, dict]] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID and not self.get_starttag_text().endswith("/>"):
+            self.open.append((tag, dict(attributes)))
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1][0] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1][0] if self.open else "", data))
+
+    def text(self, *tags: str) -> str:
+        return "".join(data for tag, data in self.texts if (tag in tags if tags else tag not in ("script", "style")))
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def metrics(step: int, noise: random.Random) -> dict:
+    accuracy, entropy = 0.5 + 0.01 * step, 0.4
+    return {
+        "step": step,
+        "time": 1.7e9 + step,
+        "reward/mean": accuracy,
+        "reward/accuracy": accuracy,
+        "reward/groups_all_correct": 0.2,
+        "reward/groups_all_wrong": 0.1,
+        "response/length_mean": 20.0,
+        "response/length_max": 60,
+        "response/truncated_share": 0.0,
+        "entropy/mean": entropy,
+        "entropy/pushed": 3 * entropy,
+        "entropy/pulled": entropy / 3,
+        "credit/pushed_share": 0.2,
+        "credit/omega_mean": 0.1,
+        "credit/omega_std": 0.2,
+        "credit/omega_min": -0.6,
+        "credit/omega_max": 0.5,
+        "credit/delta_mean": -0.02,
+        "credit/delta_abs_mean": 0.3,
+        "rollout/kl": 1e-7 * noise.random(),
+        "update/loss": 0.1,
+        "update/clip_share": 0.01,
+        "update/grad_norm": 1.0,
+        "update/lr": 1e-4,
+        "verify/timeouts": 1,
+        "throughput/tokens_per_second": 900.0,
+        "seconds/rollout": 1.0,
+        "seconds/verify": 0.1,
+        "seconds/score": 0.5,
+        "seconds/update": 1.0,
+        "seconds/sync": 0.2,
+        "seconds/checkpoint": 0.0,
+        "seconds/total": 3.0,
+        "weight_version": str(step),
+    }
+
+
+def lines(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def inspected(text: str, tokens: list[str], **changes) -> dict:
+    count = len(tokens)
+    entry = {
+        "problem_id": "p1",
+        "problem": "What is 1 + 1?",
+        "text": text,
+        "reward": 1.0,
+        "advantage": 0.5,
+        "tokens": tokens,
+        "tau": 0.5,
+        "sigma": 0.2,
+    }
+    entry |= {"entropy": [0.25] * count, "delta": [-0.125] * count, "omega": [(-1) ** i * 0.4 for i in range(count)]}
+    entry |= {"student_log_prob": [math.log(0.5)] * count, "teacher_log_prob": [math.log(0.75)] * count}
+    return entry | changes
+
+
+def rollout(text: str, **changes) -> dict:
+    row = {
+        "group": 0,
+        "sample": 0,
+        "problem_id": "p1",
+        "problem": "What is 1 + 1?",
+        "expected_answer": "2",
+        "reference_solution": "1 + 1 = 2",
+    }
+    row |= {"text": text, "finish_reason": "stop", "reward": 1.0, "predicted_answer": "2", "timed_out": False, "weight_version": "0"}
+    return row | changes
+
+
+def make_run(path: Path, steps: int = 12, text: str = "1+1=2\n\\boxed{2}", tokens: list[str] | None = None) -> Path:
+    noise = random.Random(0)
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(
+        "run:\n  name: toy-run\n  seed: 3\n  steps: 12\nalgorithm:\n  name: dasd\n  beta: 0.1\nbatch:\n  groups: 4\n"
+    )
+    (path / "environment.json").write_text(json.dumps({"git_revision": "abc123", "packages": {"torch": "2.13.0"}}))
+    lines(path / "metrics.jsonl", [metrics(step, noise) for step in range(1, steps + 1)])
+    lines(path / "warm_start.jsonl", [{"step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0} for step in range(1, 9)])
+    results = {
+        "num_problems": 8,
+        "num_samples": 2,
+        "pass@1": 0.5,
+        "pass@2": 0.75,
+        "maj@2": 0.5,
+        "response/length_mean": 20.0,
+        "nll_mean": 0.3,
+        "seconds": 1.0,
+    }
+    lines(
+        path / "evaluation.jsonl",
+        [{"step": 0, "label": "before", "avg@2": 0.5, **results}, {"step": steps, "label": "after", "avg@2": 0.75, **results}],
+    )
+    for label, step, right in (("before", 0, 1), ("after", steps, 2)):
+        samples = [
+            {"problem_id": f"h{p}", "sample": s, "problem": f"What is {p} + 1?", "expected_answer": str(p + 1), "generation": text}
+            | {"predicted_answer": str(p + 1), "symbolic_correct": s < right, "finish_reason": "stop", "num_tokens": 9}
+            for p in range(8)
+            for s in range(2)
+        ]
+        lines(path / "evaluations" / f"{label}-step_{step:06d}" / "samples.jsonl", samples)
+    for step in range(1, steps + 1):
+        lines(path / "rollouts" / f"step_{step:06d}.jsonl", [rollout(text, sample=i) for i in range(5)])
+        (path / "inspect").mkdir(exist_ok=True)
+        (path / "inspect" / f"step_{step:06d}.json").write_text(json.dumps([inspected(text, tokens or list(text))]))
+    return path
+
+
+def load(run: Path) -> tuple[str, Page]:
+    text = write_report(run).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_a_whole_run_has_every_section(tmp_path):
+    text, page = load(make_run(tmp_path / "run"))
+    assert {element.get("id") for element in page.all("section")} == {
+        "results",
+        "warm-start",
+        "training",
+        "tokens",
+        "samples",
+        "configuration",
+    }
+    words = page.text()
+    for part in (
+        "toy-run",
+        "finished · 12 steps",
+        "Avg@2",
+        "+25.0 points",
+        "Difference of average accuracy, paired over 8 problems: +50.0 points",
+    ):
+        assert part in words, part
+    titles = {attributes["aria-label"] for attributes in page.all("svg")}
+    assert titles >= {
+        "Pass@k",
+        "Loss of the warm start",
+        "Reward: accuracy on training problems",
+        "Student entropy H",
+        "Response length",
+        "Tokens pushed away from the teacher",
+        "Direction weight ω",
+        "Teacher–student gap δ",
+        "KL to the rollout policy",
+        "Clipped tokens",
+        "Gradient norm",
+        "Where a step's time goes",
+        "Entropy along the rollout",
+    }
+    assert "Signs of collapse" not in words and "Not everything could be read" not in words
+    assert "groups: 4" in page.text("pre") and "abc123" in page.text("pre")
+    assert len(page.all("option")) == 3 and [o for o in re.findall(r"step (\d+), rollout", page.text("option"))] == ["1", "7", "12"]
+    assert len(text) < 1_000_000
+
+
+def test_tokens_carry_their_numbers_colour_and_visible_newlines(tmp_path):
+    _, page = load(make_run(tmp_path / "run", text="a\nb", tokens=["a", "\n", "b"]))
+    tokens = [attributes for tag, attributes in page.elements if tag == "i" and "data-v" in attributes][:3]
+    assert [token["class"] for token in tokens] == ["l10", "s10", "l10"]
+    assert tokens[0]["data-v"] == "0.250|−0.125|0.400|0.500|0.750"
+    assert "⏎" in page.text("b")
+
+
+def test_the_heat_map_shows_the_sample_behind_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines(
+        run / "rollouts" / "step_000001.jsonl",
+        [rollout("other"), rollout("1+1=2\n\\boxed{2}", predicted_answer="the-answer", finish_reason="length")],
+    )
+    _, page = load(run)
+    assert "the-answer" in page.text("b") and "ended by length" in page.text()
+
+
+def test_hostile_text_is_only_text(tmp_path):
+    run = make_run(tmp_path / "run", text=HOSTILE, tokens=[HOSTILE, "x"])
+    (run / "config.yaml").write_text(f"run:\n  name: {json.dumps(HOSTILE)}\n  steps: 12\n")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines(run / "metrics.jsonl", [{**row, "weight_version": HOSTILE, HOSTILE: 1.0} for row in rows])
+    text, page = load(run)
+    scripts = [data for tag, data in page.texts if tag == "script"]
+    assert len(page.all("script")) == 1 and "alert" not in scripts[0]
+    assert page.all("img") == [] and page.all("link") == [] and page.all("iframe") == []
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert 'alert("x")' in page.text("pre") and "‹U+202E›txt‹U+001B›[2J‹U+0000› {{ 7*7 }} ‹U+D800›" in page.text("pre")
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\u202a-\u202e]", text)
+
+
+def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
+    text, page = load(make_run(tmp_path / "run"))
+    loading = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
+    targets = [value for _, attributes in page.elements for name, value in attributes.items() if name in loading]
+    assert targets and all(target.startswith("#") for target in targets)
+    assert not re.search(r"https?://|@import|url\(", text)
+    (policy,) = [attributes["content"] for attributes in page.all("meta") if attributes.get("http-equiv") == "Content-Security-Policy"]
+    (script,) = [data for tag, data in page.texts if tag == "script"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ["config.yaml"],
+        ["metrics.jsonl"],
+        ["config.yaml", "warm_start.jsonl"],
+        ["config.yaml", "metrics.jsonl", "rollouts"],
+        ["config.yaml", "metrics.jsonl", "inspect"],
+        ["config.yaml", "evaluation.jsonl"],
+        ["evaluation.jsonl", "evaluations"],
+    ],
+)
+def test_partial_runs(tmp_path, kept):
+    run = make_run(tmp_path / "run")
+    for path in run.iterdir():
+        if path.name not in kept:
+            path.rename(tmp_path / path.name)
+    _, page = load(run)
+    words = page.text()
+    assert ("No evaluation yet" in words) == ("evaluation.jsonl" not in kept)
+    assert ("No training step yet" in words) == ("metrics.jsonl" not in kept)
+    assert ("No token statistics" in words) == ("inspect" not in kept)
+    assert ("No samples were saved" in words) == (not {"rollouts", "evaluations"} & set(kept))
+
+
+def test_a_run_that_was_killed(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    rows = (run / "evaluation.jsonl").read_text().splitlines()
+    (run / "evaluation.jsonl").write_text(rows[0] + "\n" + rows[1][:20])
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "reward/acc')
+    (run / "inspect" / "step_000005.json").write_text('[{"problem_id": "p')
+    with open(run / "rollouts" / "step_000005.jsonl", "a") as file:
+        file.write('{"group": ')
+    _, page = load(run)
+    words = page.text()
+    assert "not finished · step 5 of 12" in words and "no comparison yet" in words
+    assert "inspect/step_000005.json could not be read" in words and "1 unreadable lines were left out" in words
+
+
+def test_damage_is_listed_not_hidden(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("a: [1,\n")
+    (run / "environment.json").write_text("[1, 2]")
+    (run / "warm_start.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    bad = [
+        inspected("x", ["x"], omega=[0.1, 0.2]),
+        inspected("x", ["x"]) | {"tokens": None},
+        {"tokens": ["x"]},
+        inspected("fine", ["fine"]),
+    ]
+    (run / "inspect" / "step_000001.json").write_text(json.dumps(bad))
+    _, page = load(run)
+    words = page.text()
+    for part in (
+        "config.yaml could not be read",
+        "environment.json could not be read",
+        "warm_start.jsonl: 1 unreadable lines",
+        "rollout 1 was left out",
+        "rollout 3 was left out",
+    ):
+        assert part in words, part
+    assert "step 1, rollout 4" in page.text("option")
+
+
+def test_numbers_that_are_not_finite(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[5] |= {"update/grad_norm": "NaN", "update/loss": "Infinity", "entropy/mean": None}
+    lines(run / "metrics.jsonl", rows)
+    entry = inspected(
+        "ab", ["a", "b"], teacher_log_prob=[-math.inf, -1.0], delta=[-math.inf, math.nan], omega=[math.nan, 0.5], tau=math.nan
+    )
+    (run / "inspect" / "step_000001.json").write_text(json.dumps([entry]))
+    text, page = load(run)
+    words = page.text()
+    assert "Signs of collapse" in words and "step 6: the run may be collapsing: update/loss and update/grad_norm not finite" in words
+    assert "1 values were NaN or infinite" in words
+    assert 'data-v="0.250|−inf|nan|0.500|0.000"' in text
+
+
+def test_the_size_stays_bounded(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    noise = random.Random(0)
+    lines(run / "metrics.jsonl", [metrics(step, noise) for step in range(1, 3001)])
+    long = "word " * 8000
+    for step in (1, 2, 3):
+        entries = [inspected(long, ["word "] * 8000) for _ in range(20)]
+        (run / "inspect" / f"step_{step:06d}.json").write_text(json.dumps(entries))
+        lines(run / "rollouts" / f"step_{step:06d}.jsonl", [rollout(long, group=i // 16, sample=i % 16) for i in range(64)])
+    text, page = load(run)
+    assert len(text) < 5_000_000
+    tokens = [attributes for tag, attributes in page.elements if tag == "i" and "data-v" in attributes]
+    assert 5000 < len(tokens) <= report.TOKENS_IN_ALL
+    assert "of 8,000 tokens are shown" in page.text() and "more characters in the file" in page.text("pre")
+    assert {re.match(r"step (\d+)", data).group(1) for tag, data in page.texts if tag == "option"} == {"1", "2", "3"}
+
+
+def test_only_pushes_of_the_named_algorithm_are_explained_by_tau(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Tokens above τ are pushed" in load(run)[1].text()
+    (run / "config.yaml").write_text("algorithm:\n  name: reversed\n")
+    assert "Tokens above τ are pushed" not in load(run)[1].text()
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ReportError, match="is not a directory"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(ReportError, match="holds no run"):
+        write_report(tmp_path)
+
+
+def test_an_unwritable_run_is_refused_clearly(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    old = write_report(run).read_text()
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(RunDirectoryError, match=r"cannot write .*report.html: No space left on device"):
+        write_report(run)
+    assert (run / "report.html").read_text() == old
+    assert not list(run.glob(".report.html*"))
