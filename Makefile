@@ -1,0 +1,45 @@
+# Two targets do all the set-up: `make quickstart` runs the main job, `make test` runs the tests.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The tested release. Where the package index offers only CUDA builds and there is no GPU, install a CPU build into .venv first to save
+# gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your CUDA first.
+TORCH ?= torch==2.13.0
+
+.PHONY: quickstart test lint format test-gpu seeds clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/dasd train experiment=quickstart
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m gpu
+
+seeds: $(VENV)/.installed
+	$(BIN)/python benchmarks/quickstart_seeds.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,389 @@
+"""Asynchronous client of SGLang's native HTTP API, for SGLang itself and for the embedded server alike.
+
+Every call has a time limit, failures are tried again a bounded number of times, and an answer is used only after it has been checked: as
+many rows as were asked for, one finite log-prob per token, the expected weight version. Requests are idempotent (each row carries its own
+``sampling_seed``), so that trying one again never doubles a sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+MAX_BACKOFF_SECONDS = 30.0
+LOG_PROB_TOLERANCE = 1e-3  # rounding may put a certain token's log-prob a little above 0
+RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included."""
+
+    output_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    weight_version: str
+    text: str
+
+
+class RolloutError(RuntimeError):
+    """A rollout server that cannot be used: ``url``, ``what`` failed, after how many ``tries``."""
+
+    def __init__(self, url: str, what: str, tries: int, fix: str):
+        super().__init__(f"{url}: {what} (after {tries} {'try' if tries == 1 else 'tries'}); {fix}")
+        self.url = url
+        self.what = what
+        self.tries = tries
+        self.fix = fix
+
+
+class RequestRefusedError(RolloutError):
+    """The server understood the request and refused it (4xx); trying again cannot help."""
+
+
+class WeightVersionError(RolloutError):
+    """The server answers under another weight version than the expected one."""
+
+
+class _TryAgainError(Exception):
+    """What went wrong in one try."""
+
+    error_class: type[RolloutError] = RolloutError
+    fix = "check that the server is up and reachable, and its log"
+
+
+class _OtherVersionError(_TryAgainError):
+    error_class = WeightVersionError
+    fix = "update the server's weights (update_weights_from_disk) before sampling, and let nothing else update them"
+
+
+class RolloutClient:
+    """Talks to one or more rollout servers.
+
+    urls: base addresses like ``http://10.0.0.1:30000``. connect_timeout, request_timeout: seconds, for opening a connection and for one
+    whole request. max_retries: further tries after the first. backoff: seconds before the second try; doubles each time, at most 30.
+    max_in_flight: requests under way at once, over all servers.
+
+    May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as their loop. Close with
+    :meth:`aclose` or ``async with``.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        connect_timeout: float,
+        request_timeout: float,
+        max_retries: int,
+        backoff: float,
+        max_in_flight: int,
+    ):
+        if not urls:
+            raise ValueError("urls is empty: give the address of at least one rollout server")
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout server address {url!r} must start with http:// or https://")
+        if max_in_flight < 1 or max_retries < 0 or connect_timeout <= 0 or request_timeout <= 0 or backoff < 0:
+            raise ValueError(
+                "max_in_flight must be at least 1, max_retries and backoff at least 0, connect_timeout and request_timeout above 0; got "
+                f"{max_in_flight=} {max_retries=} {backoff=} {connect_timeout=} {request_timeout=}"
+            )
+        self.urls = [url.rstrip("/") for url in urls]
+        self.connect_timeout = connect_timeout
+        self.request_timeout = request_timeout
+        self.max_retries = max_retries
+        self.backoff = backoff
+        self.max_in_flight = max_in_flight
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._http: httpx.AsyncClient | None = None
+        self._slots: asyncio.Semaphore | None = None
+
+    async def __aenter__(self) -> RolloutClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop."""
+        if self._http is not None and self._loop is asyncio.get_running_loop():
+            await self._http.aclose()
+        self._http = self._loop = self._slots = None
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: Sequence[dict[str, Any]],
+        *,
+        weight_version: str | None,
+        rows_per_request: int,
+    ) -> list[Completion]:
+        """Sample one completion of every prompt; returns them in the prompts' order.
+
+        prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
+        weight_version: the version that every completion must have been sampled under; None accepts any.
+        rows_per_request: prompts in one HTTP request. Request i goes to server i modulo their number, a further try to the one after.
+
+        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError when a request has
+        failed ``max_retries + 1`` times; the other requests are then cancelled.
+        """
+        if len(prompts) != len(sampling_params):
+            raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one per prompt")
+        if rows_per_request < 1:
+            raise ValueError(f"rows_per_request must be at least 1, got {rows_per_request}")
+        if any(params.get("n", 1) != 1 for params in sampling_params):
+            raise ValueError("n must be absent or 1: repeat the prompt with other seeds for more samples of it")
+
+        async def request(index: int, start: int) -> list[Completion]:
+            rows = slice(start, start + rows_per_request)
+            body = {
+                "input_ids": [list(prompt) for prompt in prompts[rows]],
+                "sampling_params": list(sampling_params[rows]),
+                "return_logprob": True,
+            }
+
+            def read(response: httpx.Response) -> list[Completion]:
+                return read_completions(_json(response), len(body["input_ids"]), weight_version)
+
+            return await self._call("POST", "/generate", read, index=index, body=body)
+
+        starts = range(0, len(prompts), rows_per_request)
+        answers = await _all_or_cancel([request(index, start) for index, start in enumerate(starts)])
+        return [completion for answer in answers for completion in answer]
+
+    async def health(self) -> dict[str, bool]:
+        """Whether each server answers /health with 200 within ``request_timeout``, in one try; by address."""
+
+        async def one(index: int) -> bool:
+            try:
+                await self._call("GET", "/health", _nothing, index=index, tries=1)
+            except RolloutError:
+                return False
+            return True
+
+        return dict(zip(self.urls, await _all_or_cancel([one(i) for i in range(len(self.urls))]), strict=True))
+
+    async def wait_until_healthy(self, timeout_seconds: float) -> None:
+        """Return once every server is healthy; raises RolloutError naming one that is not after ``timeout_seconds``."""
+        deadline = time.monotonic() + timeout_seconds
+        pause = 0.05
+        while True:
+            # A server that does not answer must not hold this up beyond its own limit.
+            try:
+                async with asyncio.timeout(max(0.05, deadline - time.monotonic())):
+                    sick = [url for url, healthy in (await self.health()).items() if not healthy]
+            except TimeoutError:
+                sick = self.urls
+            if not sick:
+                return
+            if time.monotonic() + pause >= deadline:
+                raise RolloutError(
+                    sick[0],
+                    f"not healthy within {timeout_seconds:g} s",
+                    1,
+                    "check that the server is up, its log, and rollout.startup_timeout_seconds",
+                )
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    async def model_info(self) -> list[dict[str, Any]]:
+        """/model_info of every server, in the order of ``urls``."""
+        return await self._everywhere("GET", "/model_info", _json_object)
+
+    async def server_info(self) -> list[dict[str, Any]]:
+        """/server_info of every server, in the order of ``urls``."""
+        return await self._everywhere("GET", "/server_info", _json_object)
+
+    async def update_weights_from_disk(self, path: str, weight_version: str) -> None:
+        """Let every server load the Hugging Face directory ``path`` (on its own file system) as ``weight_version``, and check that it did.
+
+        Raises RequestRefusedError with the server's message when one refuses, WeightVersionError when one still reports another version.
+        """
+
+        def read(response: httpx.Response) -> None:
+            answer = _json_object(response)
+            if answer.get("success") is not True:
+                raise _TryAgainError(f"/update_weights_from_disk of {path} failed: {answer.get('message')!r}")
+
+        await self._everywhere("POST", "/update_weights_from_disk", read, body={"model_path": str(path), "weight_version": weight_version})
+
+        def check(response: httpx.Response) -> None:
+            found = _json_object(response).get("weight_version")
+            if found != weight_version:
+                raise _OtherVersionError(f"expected weight version {weight_version!r} after the update, but the server reports {found!r}")
+
+        await self._everywhere("GET", "/model_info", check)
+
+    async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
+        """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests wait."""
+        await self._everywhere("POST", "/pause_generation", _nothing, body={"mode": mode})
+
+    async def continue_generation(self) -> None:
+        """End the pause."""
+        await self._everywhere("POST", "/continue_generation", _nothing, body={})
+
+    async def abort_request(self, rid: str | None = None) -> None:
+        """End one request early on whichever server runs it, or all requests where ``rid`` is None; what was sampled so far is answered."""
+        body = {"abort_all": True} if rid is None else {"rid": rid}
+        await self._everywhere("POST", "/abort_request", _nothing, body=body)
+
+    async def flush_cache(self) -> None:
+        """Drop every server's prefix cache; raises RequestRefusedError while requests are running."""
+        await self._everywhere("POST", "/flush_cache", _nothing)
+
+    async def _everywhere(self, method: str, path: str, read: Callable[[httpx.Response], T], body: Any = None) -> list[T]:
+        calls = [self._call(method, path, read, index=i, body=body, pinned=True) for i in range(len(self.urls))]
+        return await _all_or_cancel(calls)
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[httpx.Response], T],
+        *,
+        index: int,
+        body: Any = None,
+        tries: int | None = None,
+        pinned: bool = False,
+    ) -> T:
+        """One request until ``read`` accepts its answer; a further try goes to the next server unless ``pinned``."""
+        tries = self.max_retries + 1 if tries is None else tries
+        http, slots = self._connections()
+        failure = _TryAgainError("not tried")
+        for number in range(tries):
+            if number:
+                await asyncio.sleep(min(self.backoff * 2 ** (number - 1), MAX_BACKOFF_SECONDS))
+            url = self.urls[(index + (0 if pinned else number)) % len(self.urls)]
+            try:
+                async with slots, asyncio.timeout(self.request_timeout):
+                    response = await http.request(method, url + path, json=body)
+                if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
+                    raise _TryAgainError(f"{path} answered {response.status_code}: {_server_message(response)}")
+                if response.status_code >= 400:
+                    raise RequestRefusedError(
+                        url, f"{path} refused with {response.status_code}: {_server_message(response)}", number + 1, "correct the request"
+                    )
+                return read(response)
+            except TimeoutError:
+                failure = _TryAgainError(f"{path} gave no answer within {self.request_timeout:g} s")
+            except httpx.HTTPError as error:  # refused, reset or timed-out connections and broken HTTP
+                failure = _TryAgainError(f"{path} failed: {type(error).__name__}: {error}")
+            except _TryAgainError as error:
+                failure = error
+        raise failure.error_class(url, str(failure), tries, failure.fix) from failure
+
+    def _connections(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        """The running loop's HTTP client and its limit on requests in flight. Connections of an ended loop cannot be used or closed."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop or self._http is None or self._slots is None:
+            self._loop = loop
+            self._slots = asyncio.Semaphore(self.max_in_flight)
+            self._http = httpx.AsyncClient(
+                timeout=httpx.Timeout(self.request_timeout, connect=self.connect_timeout),
+                limits=httpx.Limits(max_connections=self.max_in_flight, max_keepalive_connections=self.max_in_flight),
+                trust_env=False,  # rollout servers are inside the cluster: no proxy, no .netrc
+            )
+        return self._http, self._slots
+
+
+async def _all_or_cancel(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first failure cancels the rest and is raised."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _nothing(response: httpx.Response) -> None:
+    """For answers whose status says it all."""
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return json.loads(response.content)
+    except ValueError as error:
+        raise _TryAgainError(f"{response.url.path} answered what is not JSON ({error}): {response.content[:80]!r}") from error
+
+
+def _json_object(response: httpx.Response) -> dict[str, Any]:
+    answer = _json(response)
+    if not isinstance(answer, dict):
+        raise _TryAgainError(f"{response.url.path} answered {_kind(answer)} instead of an object")
+    return answer
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _server_message(response: httpx.Response) -> str:
+    """The server's own words, from any of SGLang's error bodies."""
+    try:
+        body = json.loads(response.content)
+    except ValueError:
+        return response.text[:300]
+    if isinstance(body, dict):
+        error = body.get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+        return str(message or body.get("message") or body.get("detail") or body)[:1000]
+    return str(body)[:300]
+
+
+def read_completions(answer: Any, rows: int, weight_version: str | None) -> list[Completion]:
+    """Check a parsed batch answer of /generate and read its completions; anything unsound counts as a failed try."""
+    if not isinstance(answer, list):
+        raise _TryAgainError(f"/generate answered {_kind(answer)} instead of a list of {rows} rows")
+    if len(answer) != rows:
+        raise _TryAgainError(f"/generate answered {len(answer)} rows instead of {rows}")
+    return [_read_row(row, index, weight_version) for index, row in enumerate(answer)]
+
+
+def _read_row(row: Any, index: int, weight_version: str | None) -> Completion:
+    def unsound(what: str) -> _TryAgainError:
+        return _TryAgainError(f"/generate answered garbage in row {index}: {what}")
+
+    meta = row.get("meta_info") if isinstance(row, dict) else None
+    if not isinstance(meta, dict):
+        raise unsound("no meta_info")
+    reason = meta.get("finish_reason")
+    if not isinstance(reason, dict) or not isinstance(reason.get("type"), str):
+        raise unsound(f"finish_reason is {reason!r}")
+    if reason["type"] == "abort":
+        raise _TryAgainError(f"row {index} was aborted by the server: {reason.get('message')!r}")
+    ids = row.get("output_ids")
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise unsound("output_ids is not a list of integers")
+    triples = meta.get("output_token_logprobs")
+    if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
+        raise unsound("output_token_logprobs is missing or not a list of [log-prob, id, text]")
+    if len(triples) != len(ids):
+        raise unsound(f"{len(triples)} log-probs for {len(ids)} tokens")
+    for position, (triple, token) in enumerate(zip(triples, ids, strict=True)):
+        value = triple[0]
+        if type(value) not in (int, float) or not math.isfinite(value) or value > LOG_PROB_TOLERANCE:
+            raise unsound(f"log-prob {value!r} of token {position}")
+        if triple[1] != token:
+            raise unsound(f"log-prob {position} belongs to token {triple[1]!r}, not to {token}")
+    text = row.get("text", "")  # a server started without a tokenizer sends none
+    if not isinstance(text, str):
+        raise unsound(f"text is {_kind(text)}")
+    version = meta.get("weight_version")
+    # Under an update in flight SGLang lists the version of every span of tokens.
+    spans = meta.get("weight_versions") or []
+    versions = {str(version)} | {str(span["version"]) for span in spans if isinstance(span, dict) and "version" in span}
+    if weight_version is not None and versions != {weight_version}:
+        found = " and ".join(sorted(map(repr, versions)))
+        raise _OtherVersionError(f"expected weight version {weight_version!r}, but row {index} was sampled under {found}")
+    return Completion(ids, [float(triple[0]) for triple in triples], reason["type"], str(version), text)

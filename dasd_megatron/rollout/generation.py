@@ -1,0 +1,96 @@
+"""Graded rollouts for one training step or one evaluation: from problems to :class:`Sample` records."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+
+from dasd_megatron.config import RolloutConfig
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.verify.grader import Grader
+
+
+def sampling_seed(*parts: int | str) -> int:
+    """A 31-bit seed that depends on ``parts`` alone, so a retried or resumed rollout draws the same tokens."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_client(config: RolloutConfig, urls: Sequence[str]) -> RolloutClient:
+    return RolloutClient(
+        list(urls),
+        connect_timeout=config.connect_timeout_seconds,
+        request_timeout=config.request_timeout_seconds,
+        max_retries=config.max_retries,
+        backoff=config.backoff_seconds,
+        max_in_flight=config.max_in_flight,
+    )
+
+
+def generate(
+    client: RolloutClient,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    config: RolloutConfig,
+    *,
+    temperature: float,
+    top_p: float,
+    weight_version: str | None,
+    rows_per_request: int,
+) -> list[Completion]:
+    """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest."""
+    common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
+    sampling_params = [{**common, "sampling_seed": seed} for seed in seeds]
+
+    async def bounded() -> list[Completion]:
+        try:
+            async with client, asyncio.timeout(config.step_timeout_seconds):
+                return await client.generate(prompts, sampling_params, weight_version=weight_version, rows_per_request=rows_per_request)
+        except TimeoutError as error:
+            raise RolloutError(
+                ", ".join(client.urls),
+                f"{len(prompts)} rollouts did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
+                1,
+                "look at the rollout server's log, or raise rollout.step_timeout_seconds",
+            ) from error
+
+    return asyncio.run(bounded())
+
+
+def make_samples(
+    problems: Sequence[Problem],
+    groups: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    grader: Grader,
+    *,
+    samples_per_group: int,
+) -> list[Sample]:
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0."""
+    repeated = [
+        (problem, group, prompt) for problem, group, prompt in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)
+    ]
+    verdicts = grader.grade([completion.text for completion in completions], [problem.expected_answer for problem, _, _ in repeated])
+    return [
+        Sample(
+            group=group,
+            sample=index % samples_per_group,
+            problem_id=problem.id,
+            problem=problem.problem,
+            expected_answer=problem.expected_answer,
+            reference_solution=problem.reference_solution,
+            prompt_ids=list(prompt),
+            response_ids=completion.output_ids,
+            rollout_log_probs=completion.log_probs,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            weight_version=completion.weight_version,
+            reward=float(verdict.correct),
+            predicted_answer=verdict.predicted_answer,
+            timed_out=verdict.timed_out,
+        )
+        for index, ((problem, group, prompt), completion, verdict) in enumerate(zip(repeated, completions, verdicts, strict=True))
+    ]

@@ -1,0 +1,85 @@
+"""Whole training runs of a very small model, as a user would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+# Seconds, not minutes: 30k parameters, two groups of four short responses. Rewards are rare at this size, but the teacher term always acts.
+SMALL = [
+    "experiment=quickstart",
+    "parallel=single",
+    "model.tiny.hidden_size=32",
+    "model.tiny.intermediate_size=48",
+    "model.tiny.num_attention_heads=4",
+    "model.tiny.head_dim=8",
+    "model.tiny.num_layers=4",
+    "data.train.size=40",
+    "data.heldout.size=6",
+    "batch.groups=4",
+    "batch.samples_per_group=4",
+    "batch.micro_batch_size=3",
+    "rollout.max_new_tokens=12",
+    "rollout.max_prompt_tokens=64",
+    "rollout.threads=1",
+    "rollout.groups_per_request=2",
+    "verify.workers=0",
+    "warm_start.steps=0",
+    "evaluation.samples=2",
+    "evaluation.ks=[1,2]",
+    "optimizer.lr=1e-3",
+    "optimizer.warmup_steps=0",
+    "algorithm.scale_floor=0.0",
+    "logging.tensorboard=false",
+]
+NO_EVALUATION = ["evaluation=none"]
+_NOT_REPRODUCIBLE = ("seconds/", "throughput/", "time", "seconds")
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "dasd_megatron.cli", "train", *SMALL, *overrides]
+
+
+def start(*overrides: str) -> subprocess.Popen:
+    """Start a run in a process group of its own, its output in one pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        command(*overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for the launcher and all its workers at once, as a node that goes down."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
+    """Exit status and output; a run that outlives ``timeout`` seconds is killed and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise AssertionError(f"the run did not end within {timeout} s: {process.args}") from None
+    return process.returncode, output
+
+
+def train(*overrides: str, timeout: float = 240) -> str:
+    """Run to the end and return the output; a failure is shown."""
+    status, output = finish(start(*overrides), timeout)
+    assert status == 0, output[-6000:]
+    return output
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reproducible(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file without wall-clock values."""
+    return [{key: value for key, value in row.items() if not key.startswith(_NOT_REPRODUCIBLE)} for row in rows(path)]

@@ -1,0 +1,66 @@
+"""The same rollouts give the same losses and gradient norms in every parallel layout."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import NO_EVALUATION, rows, train  # noqa: E402
+
+from dasd_megatron.rollout.samples import load_samples, rollouts_path, save_samples  # noqa: E402
+
+pytestmark = pytest.mark.integration
+
+TP, PP, VPP, DP = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.virtual_pipeline_model_parallel_size=2",
+    "parallel.data_parallel_size=2",
+)
+LAYOUTS = {
+    "tp2": [TP],
+    "tp2-sp": [TP, "parallel.sequence_parallel=true"],
+    "pp2": [PP],
+    "pp2-vpp2": [PP, VPP],
+    "tp2-pp2": [TP, PP],
+    "dp2": [DP],
+    "dp2-replicated-optimizer": [DP, "optimizer.distributed=false"],
+}
+# Two minibatches of two epochs, so that the optimizer's state, the clip and the order of the data all count; every weight of the loss on.
+COMMON = [*NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "batch.epochs=2", "loss.kl_coef=0.1", "loss.dual_clip=3.0", "teacher.weights=ema"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """Rollouts saved by one process, with random rewards so that the verifier counts, and the metrics of one process that replays them."""
+    folder = tmp_path_factory.mktemp("recorded")
+    train(*COMMON, f"run.dir={folder / 'made'}")
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for step in (1, 2):
+        samples = load_samples(rollouts_path(folder / "made" / "rollouts", step), groups=4, samples_per_group=4)
+        for sample in samples:
+            sample.reward = float(draw.random() < 0.5)
+        save_samples(rollouts_path(folder / "replay", step), samples)
+    train(*COMMON, f"rollout.replay={folder / 'replay'}", f"run.dir={folder / 'single'}")
+    return folder / "replay", rows(folder / "single" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_metrics_equal_those_of_one_process(layout: str, recorded: tuple[Path, list[dict]], tmp_path: Path) -> None:
+    replay, expected = recorded
+    train(*COMMON, *LAYOUTS[layout], f"rollout.replay={replay}", f"run.dir={tmp_path / 'run'}")
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(found) == len(expected) == 2
+    assert expected[0]["update/grad_norm"] > 0.01 and expected[0]["reward/std"] > 0
+    for one, other in zip(found, expected, strict=True):
+        for name in ("update/loss", "update/grad_norm", "update/kl_to_start", "entropy/mean", "credit/delta_mean", "credit/omega_mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (one["step"], name)
+        for name in ("reward/mean", "response/length_mean", "credit/pushed_share", "update/lr"):
+            assert one[name] == pytest.approx(other[name], rel=1e-9), (one["step"], name)
