@@ -1,0 +1,103 @@
+"""A run that is killed without warning and resumed ends with the metrics of one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import finish, kill, reproducible, rows, start, train  # noqa: E402
+
+pytestmark = pytest.mark.integration
+
+# Everything that a checkpoint has to carry: optimizer and schedule over several updates a step, an averaged teacher, the starting model
+# for the KL penalty, two ranks, and data that is reshuffled in the middle of the run (40 problems, 4 a step, 14 steps).
+OVERRIDES = [
+    "parallel=tp2",
+    "run.steps=14",
+    "batch.minibatches=2",
+    "loss.kl_coef=0.05",
+    "teacher.weights=ema",
+    "optimizer.decay_style=cosine",
+    "optimizer.warmup_steps=4",
+    "checkpoint.every=3",
+    "evaluation.before=false",
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(*OVERRIDES, f"run.dir={path}")
+    assert len(rows(path / "metrics.jsonl")) == 14
+    return path
+
+
+@pytest.mark.parametrize("third", range(3))
+def test_killed_and_resumed_run_has_the_same_metrics(third: int, uninterrupted: Path, tmp_path: Path) -> None:
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    # One kill in each third of the run, a random share of a step after the metrics of the step before came out.
+    step = draw.randint(1 + 4 * third, 4 + 4 * third)
+    run = tmp_path / "run"
+    process = start(*OVERRIDES, f"run.dir={run}")
+    deadline = time.monotonic() + 180
+    while len(rows_so_far(run)) < step:
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.01)
+    time.sleep(draw.random() * rows_so_far(run)[-1]["seconds/total"])
+    kill(process)
+    done = len(rows_so_far(run))
+    assert done < 14, "killed too late to show anything"
+
+    output = train(*OVERRIDES, f"run.dir={run}", "resume=auto")
+    if done >= 3:
+        assert "resumed from" in output
+    assert reproducible(run / "metrics.jsonl") == reproducible(uninterrupted / "metrics.jsonl")
+    assert reproducible(run / "evaluation.jsonl") == reproducible(uninterrupted / "evaluation.jsonl")
+
+
+def rows_so_far(run: Path) -> list[dict]:
+    """The whole lines of a metrics file that is being written."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    """The checkpoint reshards: two replicas continue what two tensor-parallel ranks began, with the same losses up to rounding."""
+    run = tmp_path / "run"
+    train(*OVERRIDES, f"run.dir={run}", "run.steps=3", "evaluation=none")
+    train(
+        *OVERRIDES, "parallel=single", "parallel.data_parallel_size=2", f"run.dir={run}", "resume=auto", "run.steps=4", "evaluation=none",
+        f"rollout.replay={uninterrupted / 'rollouts'}",
+    )  # fmt: skip
+    expected, found = rows(uninterrupted / "metrics.jsonl")[3], rows(run / "metrics.jsonl")[3]
+    for name in ("update/grad_norm", "entropy/mean", "credit/delta_mean", "update/kl_to_start"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path) -> None:
+    for overrides, named in (
+        ([], "resume=auto"),
+        (["resume=auto", "algorithm.beta=0.7"], "algorithm.beta"),
+        (["resume=auto", "run.seed=5"], "run.seed"),
+    ):
+        status, output = finish(start(*OVERRIDES, f"run.dir={uninterrupted}", *overrides))
+        assert status == 1 and len(output.strip().splitlines()) == 1 and named in output, output
+
+
+def test_checkpoint_of_another_shape_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = uninterrupted / "checkpoints" / "step_000012"
+    status, output = finish(
+        start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}")
+    )
+    assert status == 1 and "hidden_size=32" in output and "this model has 64" in output and "Traceback" not in output, output[-3000:]
