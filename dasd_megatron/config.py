@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -38,7 +38,7 @@ def _doc(default: Any, text: str) -> Any:
 @dataclass
 class RunConfig:
     name: str = _doc(MISSING, "name of the run; also the folder under runs/")
-    dir: Optional[str] = _doc(None, "run directory; null: runs/<name>/<date-time>, or with resume=auto the newest run of that name")
+    dir: str | None = _doc(None, "run directory; null: runs/<name>/<date-time>, or with resume=auto the newest run of that name")
     seed: int = _doc(1, "seed of weights, data order, rollouts and dropout")
     steps: int = _doc(MISSING, "training steps; one step is one batch of rollouts")
 
@@ -48,14 +48,18 @@ class BackendConfig:
     kind: str = _doc("cpu", "cpu (gloo, local layers) or cuda (NCCL); cuda without a GPU is refused")
     transformer_impl: str = _doc("auto", "auto, transformer_engine or local; auto takes Transformer Engine where it is installed")
     threads: int = _doc(1, "CPU threads of each training process")
-    timeout_seconds: float = _doc(1800.0, "limit of every collective and of the process group's start-up, seconds; more than rollout.step_timeout_seconds")
+    timeout_seconds: float = _doc(
+        1800.0, "limit of every collective and of the process group's start-up, seconds; more than rollout.step_timeout_seconds"
+    )
 
 
 @dataclass
 class ParallelConfig:
     tensor_model_parallel_size: int = _doc(1, "TP: ranks that share each layer")
     pipeline_model_parallel_size: int = _doc(1, "PP: ranks that share the stack of layers")
-    virtual_pipeline_model_parallel_size: Optional[int] = _doc(None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving")
+    virtual_pipeline_model_parallel_size: int | None = _doc(
+        None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving"
+    )
     data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x PP x DP")
     sequence_parallel: bool = _doc(False, "shard activations between tensor-parallel regions along the sequence; needs TP > 1")
 
@@ -73,13 +77,17 @@ class TinyModelConfig:
 
 @dataclass
 class ModelConfig:
-    path: Optional[str] = _doc(None, "Hugging Face directory (config.json, tokenizer, safetensors); null: make a tiny Qwen3 with random weights from model.tiny")
+    path: str | None = _doc(
+        None, "Hugging Face directory (config.json, tokenizer, safetensors); null: make a tiny Qwen3 with random weights from model.tiny"
+    )
     tiny: TinyModelConfig = _doc(TinyModelConfig, "architecture of the model made in code when model.path is null")
 
 
 @dataclass
 class PrecisionConfig:
-    params_dtype: str = _doc("fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32")
+    params_dtype: str = _doc(
+        "fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32"
+    )
     recompute: str = _doc("none", "none or full: recompute activations in the backward pass, layer by layer")
 
 
@@ -90,7 +98,10 @@ class AlgorithmConfig:
     normalize_std: bool = _doc(True, "divide a group's centred rewards by their standard deviation")
     beta: float = _doc(MISSING, "weight of the teacher term; our choice, no public value")
     rho: float = _doc(0.2, "share of a rollout's tokens on the far side of the entropy threshold")
-    quantile_side: str = _doc("upper", "upper: tau is the (1-rho)-quantile, so the most uncertain rho are pushed away (our choice); lower: tau is the rho-quantile")
+    quantile_side: str = _doc(
+        "upper",
+        "upper: tau is the (1-rho)-quantile, so the most uncertain rho are pushed away (our choice); lower: tau is the rho-quantile",
+    )
     scale_floor: float = _doc(MISSING, "least scale of the log-evidence gap in one rollout, nats; our choice, no public value")
     gate: bool = _doc(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
     rlsd_clip: float = _doc(0.2, "rlsd only: the teacher scales the verifier advantage by at most 1 +/- this")
@@ -100,16 +111,20 @@ class AlgorithmConfig:
 class TeacherConfig:
     weights: str = _doc("live", "live (the current student), frozen (the student at step 0) or ema")
     ema_decay: float = _doc(0.99, "teacher.weights=ema: decay per training step")
-    privileged: str = _doc("solution", "what the teacher sees beside the problem: solution, hint (its first part) or answer (the final answer only)")
+    privileged: str = _doc(
+        "solution", "what the teacher sees beside the problem: solution, hint (its first part) or answer (the final answer only)"
+    )
     hint_fraction: float = _doc(0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown")
-    template: Optional[str] = _doc(None, "Jinja file for the teacher's user message, with {{ problem }} and {{ privileged }}; null: the built-in one")
+    template: str | None = _doc(
+        None, "Jinja file for the teacher's user message, with {{ problem }} and {{ privileged }}; null: the built-in one"
+    )
 
 
 @dataclass
 class PolicyLossConfig:
     clip_low: float = _doc(0.2, "PPO clip below: ratio >= 1 - clip_low")
     clip_high: float = _doc(0.28, "PPO clip above: ratio <= 1 + clip_high")
-    dual_clip: Optional[float] = _doc(None, "bound on the surrogate at negative advantages, > 1; null: none")
+    dual_clip: float | None = _doc(None, "bound on the surrogate at negative advantages, > 1; null: none")
     kl_coef: float = _doc(0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept")
 
 
@@ -145,13 +160,17 @@ class RolloutConfig:
     threads: int = _doc(2, "CPU threads of the embedded server")
     dtype: str = _doc("float32", "float32 or bfloat16: the embedded server's weights")
     max_batch_size: int = _doc(256, "sequences that the embedded server decodes at once")
-    deterministic: bool = _doc(True, "one request is one decoding batch, so equal seeds give equal rollouts; false merges concurrent requests")
+    deterministic: bool = _doc(
+        True, "one request is one decoding batch, so equal seeds give equal rollouts; false merges concurrent requests"
+    )
     groups_per_request: int = _doc(16, "prompts in one HTTP request")
     temperature: float = _doc(1.0, "sampling temperature; training scores at the same one")
     top_p: float = _doc(1.0, "nucleus sampling; values under 1 bias the importance ratio")
     top_k: int = _doc(-1, "top-k sampling; -1: off")
     max_new_tokens: int = _doc(MISSING, "longest response, tokens")
-    max_prompt_tokens: int = _doc(MISSING, "longest prompt, the privileged one included, tokens; longer prompts are refused before the run starts")
+    max_prompt_tokens: int = _doc(
+        MISSING, "longest prompt, the privileged one included, tokens; longer prompts are refused before the run starts"
+    )
     connect_timeout_seconds: float = _doc(5.0, "limit for opening a connection")
     request_timeout_seconds: float = _doc(120.0, "limit for one request's answer")
     step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step or one evaluation, retries included")
@@ -160,26 +179,31 @@ class RolloutConfig:
     backoff_seconds: float = _doc(0.5, "wait before the first retry; doubles each time")
     max_in_flight: int = _doc(64, "requests under way at once")
     max_restarts: int = _doc(3, "times in one run that a dead embedded server is started again")
-    replay: Optional[str] = _doc(None, "folder of saved rollouts (<run>/rollouts); the trainer reads them instead of asking a server")
+    replay: str | None = _doc(None, "folder of saved rollouts (<run>/rollouts); the trainer reads them instead of asking a server")
 
 
 @dataclass
 class DataSourceConfig:
-    path: Optional[str] = _doc(None, "JSONL file, one problem a line")
-    generator: Optional[str] = _doc(None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum")
-    generator_args: dict[str, Any] = field(default_factory=dict, metadata={"doc": "arguments of the reasoning-gym dataset, like {min_terms: 2, max_digits: 1}"})
-    size: Optional[int] = _doc(None, "problems to take from the head of the file, or to generate; null: the whole file")
+    path: str | None = _doc(None, "JSONL file, one problem a line")
+    generator: str | None = _doc(None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum")
+    generator_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"doc": "arguments of the reasoning-gym dataset, like {min_terms: 2, max_digits: 1}"}
+    )
+    size: int | None = _doc(None, "problems to take from the head of the file, or to generate; null: the whole file")
     seed: int = _doc(0, "seed of the generator")
     problem_field: str = _doc("problem", "JSON field of the problem's text")
     answer_field: str = _doc("expected_answer", "JSON field of the final answer")
-    solution_field: str = _doc("reference_solution", "JSON field of the worked solution; a GSM8K-style '#### 72' at its end gives the answer where answer_field is absent")
+    solution_field: str = _doc(
+        "reference_solution",
+        "JSON field of the worked solution; a GSM8K-style '#### 72' at its end gives the answer where answer_field is absent",
+    )
 
 
 @dataclass
 class DataConfig:
     train: DataSourceConfig = _doc(DataSourceConfig, "problems to train on")
     heldout: DataSourceConfig = _doc(DataSourceConfig, "problems to evaluate on; any that also stand in the training set are refused")
-    template: Optional[str] = _doc(None, "Jinja file for the student's user message, with {{ problem }}; null: the problem as it is")
+    template: str | None = _doc(None, "Jinja file for the student's user message, with {{ problem }}; null: the problem as it is")
     shuffle: bool = _doc(True, "a new order of the training problems each epoch")
 
 
@@ -242,7 +266,10 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    resume: str = field(default="none", metadata={"doc": "none, auto (the newest checkpoint of the run directory, or a fresh start), or the path of a checkpoint"})
+    resume: str = field(
+        default="none",
+        metadata={"doc": "none, auto (the newest checkpoint of the run directory, or a fresh start), or the path of a checkpoint"},
+    )
 
 
 def load_config(overrides: list[str]) -> Config:
@@ -290,7 +317,9 @@ def _typed(values: Any) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(values, resolve=True))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{missing[0]} is required ({known_fields()[missing[0]]}): write {missing[0]}=..., or start from experiment=quickstart")
+            raise ConfigError(
+                f"{missing[0]} is required ({known_fields()[missing[0]]}): write {missing[0]}=..., or start from experiment=quickstart"
+            )
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise ConfigError(_unknown_field(str(error.full_key))) from error
@@ -429,7 +458,9 @@ def validate(config: Config) -> None:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: raise it, or write false")
     if parallel.virtual_pipeline_model_parallel_size is not None and parallel.pipeline_model_parallel_size == 1:
-        raise ConfigError("parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1: raise it, or write null")
+        raise ConfigError(
+            "parallel.virtual_pipeline_model_parallel_size needs parallel.pipeline_model_parallel_size > 1: raise it, or write null"
+        )
     if config.backend.kind == "cpu" and config.backend.transformer_impl == "transformer_engine":
         raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
     share = parallel.data_parallel_size * batch.minibatches
@@ -442,17 +473,23 @@ def validate(config: Config) -> None:
     if parallel.virtual_pipeline_model_parallel_size is not None and sequences < parallel.pipeline_model_parallel_size:
         raise ConfigError("batch.groups: interleaved pipelining needs at least as many sequences in a minibatch as pipeline stages")
     if batch.samples_per_group == 1 and config.algorithm.verifier_weight > 0:
-        raise ConfigError("batch.samples_per_group=1 leaves the verifier advantage always 0: write 2 or more, or algorithm.verifier_weight=0")
+        raise ConfigError(
+            "batch.samples_per_group=1 leaves the verifier advantage always 0: write 2 or more, or algorithm.verifier_weight=0"
+        )
     if config.algorithm.name == "grpo" and config.algorithm.verifier_weight == 0:
         raise ConfigError("algorithm.name=grpo with algorithm.verifier_weight=0 trains on nothing: write verifier_weight=1")
     if config.warm_start.steps and config.warm_start.batch_size % parallel.data_parallel_size:
-        raise ConfigError(f"warm_start.batch_size={config.warm_start.batch_size}: must be a multiple of parallel.data_parallel_size={parallel.data_parallel_size}")
+        raise ConfigError(
+            f"warm_start.batch_size={config.warm_start.batch_size}: write a multiple of the data-parallel size {parallel.data_parallel_size}"
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
         raise ConfigError("rollout.engine=external needs rollout.servers=[http://host:port,...], or write rollout.engine=embedded")
     if rollout.engine == "embedded" and rollout.servers:
-        raise ConfigError("rollout.servers is set but rollout.engine=embedded starts its own: write rollout.engine=external, or leave servers empty")
+        raise ConfigError(
+            "rollout.servers is set but rollout.engine=embedded starts its own: write rollout.engine=external, or leave servers empty"
+        )
     for server in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+", server):
             raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
@@ -461,14 +498,18 @@ def validate(config: Config) -> None:
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
         raise ConfigError(
             "backend.timeout_seconds must exceed rollout.step_timeout_seconds + rollout.startup_timeout_seconds "
-            f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since the other ranks wait in a collective meanwhile: raise it"
+            f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since other ranks wait in a collective meanwhile: raise it"
         )
     evaluation = config.evaluation
     if rollout.replay is not None and (evaluation.before or evaluation.after or evaluation.every):
-        raise ConfigError("rollout.replay starts no server, so it cannot evaluate: write evaluation.before=false evaluation.after=false evaluation.every=0")
+        raise ConfigError(
+            "rollout.replay starts no server to evaluate with: write evaluation.before=false evaluation.after=false evaluation.every=0"
+        )
     for k in config.evaluation.ks:
         if not 1 <= k <= config.evaluation.samples:
-            raise ConfigError(f"evaluation.ks: Pass@{k} needs 1 <= k <= evaluation.samples={config.evaluation.samples}: raise samples or drop it")
+            raise ConfigError(
+                f"evaluation.ks: Pass@{k} needs 1 <= k <= evaluation.samples={config.evaluation.samples}: raise samples or drop it"
+            )
     if config.model.path is None and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens:
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {rollout.max_prompt_tokens + rollout.max_new_tokens} exceed "

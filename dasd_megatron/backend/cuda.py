@@ -15,12 +15,18 @@ from dasd_megatron.config import BackendConfig, ConfigError
 def install(config: BackendConfig) -> None:
     """Bind this process to its GPU; :class:`ConfigError` when there is none, or Transformer Engine is asked for and missing."""
     if not torch.cuda.is_available():
-        raise ConfigError("backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set backend.kind=cpu")
+        raise ConfigError(
+            "backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set backend.kind=cpu"
+        )
     if config.transformer_impl == "transformer_engine" and not _transformer_engine_installed():
-        raise ConfigError("backend.transformer_impl=transformer_engine, but transformer-engine is not installed: install it, or write local")
+        raise ConfigError(
+            "backend.transformer_impl=transformer_engine, but transformer-engine is not installed: install it, or write local"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes")
+        raise ConfigError(
+            f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes"
+        )
     torch.cuda.set_device(local_rank)
     torch.set_num_threads(config.threads)
 
@@ -40,9 +46,7 @@ def device() -> torch.device:
 
 def init_process_group(timeout_seconds: float) -> None:
     """Start NCCL, with gloo for host tensors; every collective fails after ``timeout_seconds``."""
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device()
-    )
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device())
 
 
 def get_rng_state() -> torch.Tensor:

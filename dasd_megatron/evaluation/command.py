@@ -39,9 +39,7 @@ def evaluate_model(config: Config) -> None:
         urls, version = list(config.rollout.servers), None
         if config.rollout.engine == "embedded":
             version = "evaluated"
-            server = stack.enter_context(
-                EmbeddedServer(config.model.path, version, config.rollout, root / "logs" / "rollout_server.log")
-            )
+            server = stack.enter_context(EmbeddedServer(config.model.path, version, config.rollout, root / "logs" / "rollout_server.log"))
             urls = [server.url]
         with display.phase(f"evaluate {len(problems)} problems x {config.evaluation.samples} samples"):
             metrics = evaluate(
@@ -56,6 +54,4 @@ def evaluate_model(config: Config) -> None:
                 samples_path=root / "evaluations" / "evaluate" / "samples.jsonl",
             )
     (root / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    summary_table(
-        metrics, None, {"model": config.model.path, "samples": (root / "evaluations" / "evaluate").absolute()}, stream=sys.stdout
-    )
+    summary_table(metrics, None, {"model": config.model.path, "samples": (root / "evaluations" / "evaluate").absolute()}, stream=sys.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,9 @@ def make_micro_batches(
     """Cut ``prompts[i] + responses[i]`` into micro-batches of neighbours in length, the longest first.
 
     The longest come first so that a batch which does not fit in memory fails at once. Each micro-batch is padded to its own longest
-    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism). The number of micro-batches is a multiple
-    of ``count_multiple``; it needs at least as many sequences.
+    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism). The number of micro-batches is a
+    multiple of ``count_multiple``, for which there must be at least as many sequences; where there are too few to round the number up, it
+    is rounded down and micro-batches exceed ``micro_batch_size``.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     starts = [0]
@@ -49,10 +51,10 @@ def make_micro_batches(
         starts.append(starts[-1] + len(response))
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     count = -(-len(order) // micro_batch_size)
-    count = -(-count // count_multiple) * count_multiple
+    count = min(-(-count // count_multiple), len(order) // count_multiple) * count_multiple
     bounds = [len(order) * index // count for index in range(count + 1)]
     batches = []
-    for begin, end in zip(bounds, bounds[1:]):
+    for begin, end in itertools.pairwise(bounds):
         members = order[begin:end]
         # The last response token predicts nothing, so it is a target but never an input.
         width = max(lengths[members[0]] - 1, 1)

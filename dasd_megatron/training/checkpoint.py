@@ -70,13 +70,9 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return path
 
 
-def _sharded_state(
-    model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    model_state = {
-        f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)
-    }
+    model_state = {f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)}
     state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading)}
     if average is not None:
         state["average"] = average.sharded_state_dict(model, model_state, "average.")
@@ -141,7 +137,7 @@ def save_checkpoint(
     try:
         on_selected_rank(dist.get_rank() == 0, prepare, (OSError,))
         dist_checkpointing.save(_sharded_state(model, optimizer, average, is_loading=False), str(partial))
-    except Exception as error:  # noqa: BLE001 - torch's writer wraps a full disk in several types; all of them mean "not written"
+    except Exception as error:
         failure = error
 
     def raise_failure() -> None:

@@ -58,9 +58,21 @@ def step_metrics(
     routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
     sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
     maxima = reduce_over_replicas(torch.cat([own_maxima, routed.maxima]), dist.ReduceOp.MAX)
-    num_samples, reward, reward_squares, solved, groups, all_correct, all_wrong, tokens, truncated, timeouts, prompt_tokens, kl, difference = (
-        sums[: len(own_sums)].tolist()
-    )
+    (
+        num_samples,
+        reward,
+        reward_squares,
+        solved,
+        groups,
+        all_correct,
+        all_wrong,
+        tokens,
+        truncated,
+        timeouts,
+        prompt_tokens,
+        kl,
+        difference,
+    ) = sums[: len(own_sums)].tolist()
     longest, largest_difference = maxima[:2].tolist()
     mean = reward / num_samples
     metrics = {

@@ -19,9 +19,31 @@ from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 
-_PACKAGES = ("dasd-megatron", "torch", "megatron-core", "mbridge", "transformers", "transformer-engine", "reasoning-gym", "math-verify", "sglang")
+_PACKAGES = (
+    "dasd-megatron",
+    "torch",
+    "megatron-core",
+    "mbridge",
+    "transformers",
+    "transformer-engine",
+    "reasoning-gym",
+    "math-verify",
+    "sglang",
+)
 # Fields that may differ between a run and its continuation: they change how long, how often or where, not what is computed.
-_FREE_ON_RESUME = ("run.steps", "run.dir", "resume", "backend", "rollout", "evaluation", "checkpoint", "logging", "parallel", "verify", "batch.micro_batch_size")
+_FREE_ON_RESUME = (
+    "run.steps",
+    "run.dir",
+    "resume",
+    "backend",
+    "rollout",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "parallel",
+    "verify",
+    "batch.micro_batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +144,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(
-        tokenizer, config.data.template, config.teacher.template, config.teacher.privileged, config.teacher.hint_fraction
-    )
+    return PromptRenderer(tokenizer, config.data.template, config.teacher.template, config.teacher.privileged, config.teacher.hint_fraction)
 
 
 def check_prompt_lengths(config: Config, renderer: PromptRenderer, train: list[Problem], heldout: list[Problem]) -> None:
@@ -155,7 +175,9 @@ def _check_same_run(previous: Config, config: Config) -> None:
     for name, value in after.items():
         free = any(name == allowed or name.startswith(allowed + ".") for allowed in _FREE_ON_RESUME)
         if not free and before.get(name) != value:
-            raise ConfigError(f"{name}={value} differs from {before.get(name)} in the run to resume: write {name}={before.get(name)}, or start a new run")
+            raise ConfigError(
+                f"{name}={value} differs from {before.get(name)} in the run to resume: write {name}={before.get(name)}, or start a new run"
+            )
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:
@@ -173,7 +195,9 @@ def _environment(config: Config) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     source = Path(__file__).parent
-    git = subprocess.run(["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10)
+    git = subprocess.run(
+        ["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10
+    )
     return {
         "seed": config.run.seed,
         "git_revision": git.stdout.strip() or None,

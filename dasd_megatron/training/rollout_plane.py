@@ -92,7 +92,7 @@ class RolloutPlane:
             await client.update_weights_from_disk(path, self.weight_version)
 
     def _with_restarts(self, selected: bool, work: Callable[[], T]) -> T | None:
-        """``work`` where ``selected``; when it fails anywhere, restart the embedded server with the current weights and do all of it again."""
+        """``work`` where ``selected``; when it fails anywhere, restart the embedded server with the current weights and do it again."""
         while True:
             try:
                 return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
@@ -121,8 +121,8 @@ class RolloutPlane:
         return self._with_restarts(dist.get_rank() == 0, lambda: work(make_client(self.config.rollout, self.urls)))
 
     def rollouts(self, step: int, problems: list[Problem]) -> tuple[list[Sample], float]:
-        """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on every
-        rank of the replica.
+        """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on
+        every rank of the replica.
 
         Raises:
             RolloutFailure: the servers failed beyond repair.

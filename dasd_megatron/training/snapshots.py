@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 
 from dasd_megatron.models.gpt import ShardedModel
 
@@ -40,16 +39,17 @@ class WeightSnapshot:
             tensor.lerp_(parameter.detach().to(tensor.dtype), 1.0 - decay)
 
     def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """``model_state`` (a sharded state dict of the live model) with its tensors replaced by this snapshot's and its keys prefixed."""
+        """The parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this snapshot's tensors in their
+        place and ``prefix`` before their keys."""
         by_parameter = {id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)}
-
-        def replace(value: Any) -> Any:
-            if not isinstance(value, ShardedBase) or id(value.data) not in by_parameter:
-                return value
-            tensor = by_parameter[id(value.data)]
-            changes: dict[str, Any] = {"key": prefix + value.key, "data": tensor}
-            if hasattr(value, "dtype"):
-                changes["dtype"] = tensor.dtype
-            return dataclasses.replace(value, **changes)
-
-        return dict_list_map_outplace(replace, model_state)
+        replaced: dict[str, dict[str, Any]] = {}
+        for chunk, values in model_state.items():
+            replaced[chunk] = {}
+            for name, value in values.items():
+                if not isinstance(value, ShardedBase) or id(value.data) not in by_parameter:
+                    continue
+                changes: dict[str, Any] = {"key": prefix + value.key, "data": by_parameter[id(value.data)]}
+                if isinstance(value, ShardedTensor):
+                    changes["dtype"] = changes["data"].dtype
+                replaced[chunk][name] = dataclasses.replace(value, **changes)
+        return replaced

@@ -38,7 +38,7 @@ from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas
 from dasd_megatron.training.passes import TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_path
-from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane, replica_groups
+from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
 from dasd_megatron.verify.grader import Grader

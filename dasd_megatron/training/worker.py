@@ -28,7 +28,9 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     try:
         root = parallel.broadcast_from_rank0(root)
         if not prepared:
-            parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError))
+            parallel.on_selected_rank(
+                dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError)
+            )
         train(config, RunPaths(root))
     finally:
         dist.destroy_process_group()

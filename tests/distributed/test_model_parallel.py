@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launch import torchrun  # noqa: E402
+from launch import torchrun
 
-from dasd_megatron.models.tiny import character_tokenizer  # noqa: E402
+from dasd_megatron.models.tiny import character_tokenizer
 
 pytestmark = pytest.mark.distributed
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import NO_EVALUATION, rows, train  # noqa: E402
+from runs import NO_EVALUATION, rows, train
 
-from dasd_megatron.rollout.samples import load_samples, rollouts_path, save_samples  # noqa: E402
+from dasd_megatron.rollout.samples import load_samples, rollouts_path, save_samples
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +32,15 @@ LAYOUTS = {
     "dp2-replicated-optimizer": [DP, "optimizer.distributed=false"],
 }
 # Two minibatches of two epochs, so that the optimizer's state, the clip and the order of the data all count; every weight of the loss on.
-COMMON = [*NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "batch.epochs=2", "loss.kl_coef=0.1", "loss.dual_clip=3.0", "teacher.weights=ema"]
+COMMON = [
+    *NO_EVALUATION,
+    "run.steps=2",
+    "batch.minibatches=2",
+    "batch.epochs=2",
+    "loss.kl_coef=0.1",
+    "loss.dual_clip=3.0",
+    "teacher.weights=ema",
+]
 
 
 @pytest.fixture(scope="module")

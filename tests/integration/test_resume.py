@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import finish, kill, reproducible, rows, start, train  # noqa: E402
+from runs import finish, kill, reproducible, rows, start, train
 
 pytestmark = pytest.mark.integration
 
@@ -97,7 +97,5 @@ def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path)
 
 def test_checkpoint_of_another_shape_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / "step_000012"
-    status, output = finish(
-        start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}")
-    )
+    status, output = finish(start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}"))
     assert status == 1 and "hidden_size=32" in output and "this model has 64" in output and "Traceback" not in output, output[-3000:]

@@ -1,0 +1,263 @@
+"""Rollout servers that die, hang, answer 500 or garbage; disks that fill up; input that is wrong. Nothing hangs, is lost or comes twice."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train
+
+from dasd_megatron.config import load_config
+from dasd_megatron.models.tiny import make_tiny_model
+from dasd_megatron.rollout.launch import EmbeddedServer
+
+pytestmark = pytest.mark.integration
+
+OVERRIDES = [
+    *NO_EVALUATION,
+    "run.steps=6",
+    "checkpoint.every=2",
+    "rollout.backoff_seconds=0.05",
+    "rollout.request_timeout_seconds=3",
+    "rollout.connect_timeout_seconds=1",
+]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("healthy") / "run"
+    train(*OVERRIDES, f"run.dir={path}")
+    return path
+
+
+class FaultyProxy:
+    """In front of a real server; ``fault(path, count)`` says what to do with the count-th request of that path: "500", "garbage",
+    "short" (a row is missing), "hang", or None to pass it on."""
+
+    def __init__(self, upstream: str, fault: Callable[[str, int], str | None]) -> None:
+        counts: dict[str, int] = {}
+        lock = threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _serve(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                with lock:
+                    counts[self.path] = counts.get(self.path, 0) + 1
+                    action = fault(self.path, counts[self.path])
+                if action == "hang":
+                    time.sleep(8)
+                    self.close_connection = True
+                    return
+                if action == "500":
+                    status, answer = 500, b'{"error": {"message": "injected"}}'
+                elif action == "garbage":
+                    status, answer = 200, b"<html>not json"
+                else:
+                    request = urllib.request.Request(upstream + self.path, data=body or None, method=self.command)
+                    request.add_header("Content-Type", "application/json")
+                    try:
+                        with urllib.request.urlopen(request, timeout=30) as response:
+                            status, answer = response.status, response.read()
+                    except urllib.error.HTTPError as error:
+                        status, answer = error.code, error.read()
+                    if action == "short":
+                        answer = json.dumps(json.loads(answer)[:-1]).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_POST = _serve
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
+        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.httpd.shutdown()
+        self.httpd.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    config = load_config([*SMALL])
+    make_tiny_model(folder / "model", config.model.tiny, 1)
+    with EmbeddedServer(folder / "model", "first", config.rollout, folder / "log") as embedded:
+        yield embedded.url
+
+
+def external(url: str) -> list[str]:
+    return ["rollout.engine=external", f"rollout.servers=[{url}]"]
+
+
+@pytest.mark.parametrize("fault", ["500", "garbage", "short", "hang"])
+def test_passing_faults_change_nothing(fault: str, server: str, healthy: Path, tmp_path: Path) -> None:
+    """The third, and the sixth to eighth requests for rollouts go wrong; the run's metrics are those of an undisturbed one."""
+    proxy = FaultyProxy(server, lambda path, count: fault if path == "/generate" and count in (3, 6, 7, 8) else None)
+    try:
+        train(*OVERRIDES, *external(proxy.url), f"run.dir={tmp_path / 'run'}")
+    finally:
+        proxy.close()
+    assert reproducible(tmp_path / "run" / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def test_lasting_fault_stops_the_run_with_a_usable_checkpoint(server: str, healthy: Path, tmp_path: Path) -> None:
+    """From step 4 on every request fails: one line says so, steps 1 to 3 are saved, and a healthy server finishes the run."""
+    proxy = FaultyProxy(server, lambda path, count: "500" if path == "/generate" and count > 6 else None)
+    run = tmp_path / "run"
+    try:
+        status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
+    finally:
+        proxy.close()
+    assert status == 1 and "Traceback" not in output, output[-4000:]
+    assert "after step 3" in output and proxy.url in output and "resume=auto" in output, output[-4000:]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000003"
+    train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
+    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def test_weight_update_that_hangs_stops_the_run(server: str, tmp_path: Path) -> None:
+    proxy = FaultyProxy(server, lambda path, count: "hang" if path == "/update_weights_from_disk" else None)
+    started = time.monotonic()
+    try:
+        status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={tmp_path / 'run'}"))
+    finally:
+        proxy.close()
+    assert status == 1 and "/update_weights_from_disk" in output and "Traceback" not in output, output[-4000:]
+    assert time.monotonic() - started < 120
+
+
+def _embedded_server(process: subprocess.Popen) -> psutil.Process | None:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "dasd_megatron.rollout.server" in child.cmdline():
+                return child
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
+def _wait_for_rows(process: subprocess.Popen, path: Path, count: int) -> None:
+    deadline = time.monotonic() + 180
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.01)
+
+
+def test_killed_embedded_server_is_restarted_and_nothing_changes(healthy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*OVERRIDES, f"run.dir={run}", "rollout.max_retries=1")
+    _wait_for_rows(process, run / "metrics.jsonl", 2)
+    server = _embedded_server(process)
+    assert server is not None
+    server.kill()
+    status, output = finish(process)
+    assert status == 0, output[-4000:]
+    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def test_embedded_server_ends_with_its_run(tmp_path: Path) -> None:
+    process = start(*OVERRIDES, f"run.dir={tmp_path / 'run'}")
+    _wait_for_rows(process, tmp_path / "run" / "metrics.jsonl", 1)
+    server = _embedded_server(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    try:
+        server.wait(timeout=20)
+    except psutil.TimeoutExpired:
+        pytest.fail("the rollout server outlived its killed run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run directory whose checkpoints lie on a disk that holds one of them and not two."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small tmpfs needs root: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, output = finish(start(*OVERRIDES, f"run.dir={run}"))
+    assert status == 1 and "step_000004" in output and "previous checkpoint is untouched" in output, output[-4000:]
+    assert "No space left" in output or "no space" in output.lower(), output[-4000:]
+    assert (small_disk / "latest").read_text().strip() == "step_000002"
+    assert not list(small_disk.glob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    train(*OVERRIDES, f"run.dir={run}", "resume=auto")
+    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def _refused(*overrides: str) -> str:
+    """The one line on which a run was refused, within seconds and before any process started."""
+    started = time.monotonic()
+    status, output = finish(start(*overrides), timeout=60)
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("dasd: error: "), output[-3000:]
+    assert time.monotonic() - started < 45
+    return lines[0]
+
+
+def test_bad_problem_sets_are_refused(tmp_path: Path) -> None:
+    good = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "#### 2"}
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({**good, "problem": "2 + 2 ="}) + "\n")
+    common = ["data=jsonl", f"data.heldout.path={heldout}", "batch.groups=1", f"run.dir={tmp_path / 'run'}"]
+    cases = {
+        "missing": (json.dumps(good) + "\n" + json.dumps({"problem": "1 + 2 ="}), ":2", "expected_answer"),
+        "empty": ("", "empty.jsonl", "empty"),
+        "broken": (json.dumps(good) + "\n{oops", ":2", "JSON"),
+        "long": (json.dumps({**good, "problem": "1 + " * 40 + "1 ="}), "rollout.max_prompt_tokens", "64"),
+        "leak": (json.dumps({**good, "problem": "2 + 2 ="}), "2 + 2 =", "heldout"),
+    }
+    for name, (text, *named) in cases.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        message = _refused(*[override for override in common], f"data.train.path={path}", *_without_generator())
+        for part in named:
+            assert part in message, (name, message)
+
+
+def _without_generator() -> list[str]:
+    return ["data.train.generator=null", "data.heldout.generator=null", "data.train.size=null", "data.heldout.size=null"]
+
+
+def test_bad_surroundings_are_refused(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = _refused(f"rollout.port={port}", f"run.dir={tmp_path / 'run'}")
+        assert f"rollout.port={port}" in message
+    assert "run.dir=/proc/nowhere" in _refused("run.dir=/proc/nowhere")
+    assert "backend.kind=cuda" in _refused("backend.kind=cuda", f"run.dir={tmp_path / 'run'}")
+    assert "algorithm.beta" in _refused("algorithm.betta=1", f"run.dir={tmp_path / 'run'}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "gpt2" in _refused(f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}")

@@ -1,0 +1,87 @@
+"""Every wrong configuration is refused with one line that names the field and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+import dasd_megatron
+from dasd_megatron.config import Config, ConfigError, known_fields, load_config, read_config, save_config
+
+QUICK = "experiment=quickstart"
+
+REFUSED = [
+    (["optimizer.rl=3"], ["optimizer.rl", "optimizer.lr"]),
+    (["optimzer.lr=3"], ["optimzer.lr", "optimizer.lr"]),
+    (["+run.b=3"], ["run.b"]),
+    (["algorithm=foo"], ["algorithm=foo", "dasd", "grpo", "rlsd"]),
+    (["experiment=quick"], ["experiment=quick", "quickstart"]),
+    (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
+    (["optimizer.lr=null"], ["optimizer.lr"]),
+    (["optimizer.lr=nan"], ["optimizer.lr=nan"]),
+    (["optimizer.lr"], ["'optimizer.lr'", "field=value"]),
+    (["run.steps=1.5"], ["run.steps"]),
+    (["algorithm.name=ppo"], ["algorithm.name=ppo", "dasd"]),
+    (["algorithm.rho=1.5"], ["algorithm.rho", "between 0 and 1"]),
+    (["parallel=single", "parallel.sequence_parallel=true"], ["sequence_parallel", "tensor_model_parallel_size"]),
+    (["parallel.virtual_pipeline_model_parallel_size=2"], ["virtual_pipeline", "pipeline_model_parallel_size"]),
+    (["batch.groups=7", "batch.minibatches=2"], ["batch.groups=7", "multiple of 2"]),
+    (["batch.groups=8", "parallel.data_parallel_size=3"], ["batch.groups=8", "multiple of 3"]),
+    (["batch.samples_per_group=1"], ["batch.samples_per_group", "verifier_weight"]),
+    (["algorithm=grpo", "algorithm.verifier_weight=0"], ["algorithm.verifier_weight"]),
+    (["optimizer.min_lr=1"], ["optimizer.min_lr", "optimizer.lr"]),
+    (["rollout.engine=external"], ["rollout.servers"]),
+    (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
+    (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
+    (["rollout.top_k=0"], ["rollout.top_k=0", "-1"]),
+    (["backend.timeout_seconds=10"], ["backend.timeout_seconds", "rollout.step_timeout_seconds"]),
+    (["backend.transformer_impl=transformer_engine"], ["transformer_impl", "cuda"]),
+    (["evaluation.ks=[1,32]"], ["evaluation.ks", "32", "evaluation.samples=16"]),
+    (["rollout.max_new_tokens=500"], ["rollout.max_new_tokens", "max_position_embeddings"]),
+    (["model.path=/nowhere"], ["model.path=/nowhere"]),
+    (["resume=/nowhere"], ["resume=/nowhere"]),
+    (["data.train.path=/tmp"], ["data.train.path", "data.train.generator"]),
+    (["data.train.size=null"], ["data.train.size"]),
+    (["rollout.replay=/tmp"], ["rollout.replay", "evaluation.before=false"]),
+    (["run.name=a/b"], ["run.name"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_refusals_name_the_field_and_the_fix(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([QUICK, *overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+def test_required_fields_are_asked_for() -> None:
+    with pytest.raises(ConfigError, match="is required"):
+        load_config([])
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: pathlib.Path) -> None:
+    config = load_config([QUICK, "optimizer.lr=3e-5", "evaluation.ks=[1,4]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])
+def test_every_algorithm_group_composes(algorithm: str) -> None:
+    assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm
+
+
+def test_every_field_is_documented_and_read() -> None:
+    """A field that nothing outside config.py names would be a knob that does nothing."""
+    fields = known_fields()
+    assert all(text for text in fields.values())
+    package = pathlib.Path(dasd_megatron.__file__).parent
+    source = "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
+    unread = [name for name in fields if not re.search(rf"\b{name.rsplit('.', 1)[-1]}\b", source)]
+    assert not unread
+    assert {name.split(".")[0] for name in fields} == {field.name for field in dataclasses.fields(Config)}
