@@ -33,9 +33,11 @@ def report_errors(work: Callable[[], None]) -> int:
     except Exception as error:
         # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
         if type(error).__module__.startswith("dasd_megatron."):
-            # Every rank sees the same error; one line is enough.
-            if os.environ.get("RANK", "0") == "0":
+            rank = os.environ.get("RANK", "0")
+            if rank == "0":
                 print(f"dasd: error: {error}", file=sys.stderr, flush=True)
+            elif not getattr(error, "on_all_ranks", False):
+                print(f"dasd: error on rank {rank}: {error}", file=sys.stderr, flush=True)
             return 1
         raise
     return 0
@@ -123,7 +125,12 @@ def _launch(config: Config, root: Path) -> int:
     try:
         elastic_launch(launch_config, sys.executable)("-m", "dasd_megatron.training.worker", str(root))
     except ChildFailedError as error:
-        return max(1, abs(error.get_first_failure()[1].exitcode))
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"dasd: error: the process of rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory?)", file=sys.stderr
+            )
+        return max(1, abs(failure.exitcode))
     except workers.SignalException as error:
         return 128 + error.sigval
     return 0

@@ -479,9 +479,7 @@ def validate(config: Config) -> None:
     if config.algorithm.name == "grpo" and config.algorithm.verifier_weight == 0:
         raise ConfigError("algorithm.name=grpo with algorithm.verifier_weight=0 trains on nothing: write verifier_weight=1")
     if config.warm_start.steps and config.warm_start.batch_size % parallel.data_parallel_size:
-        raise ConfigError(
-            f"warm_start.batch_size={config.warm_start.batch_size}: write a multiple of the data-parallel size {parallel.data_parallel_size}"
-        )
+        raise ConfigError(f"warm_start.batch_size={config.warm_start.batch_size}: write a multiple of parallel.data_parallel_size")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
@@ -498,7 +496,7 @@ def validate(config: Config) -> None:
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
         raise ConfigError(
             "backend.timeout_seconds must exceed rollout.step_timeout_seconds + rollout.startup_timeout_seconds "
-            f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since other ranks wait in a collective meanwhile: raise it"
+            f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since other ranks wait meanwhile: raise it"
         )
     evaluation = config.evaluation
     if rollout.replay is not None and (evaluation.before or evaluation.after or evaluation.every):

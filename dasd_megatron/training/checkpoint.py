@@ -42,7 +42,9 @@ _ARCHITECTURE = (
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do."""
+    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank."""
+
+    on_all_ranks = True
 
 
 @dataclass
@@ -68,6 +70,21 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     if not (path / "trainer.json").is_file():
         raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of a complete one into it")
     return path
+
+
+def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
+    """What ``trainer.json`` of a checkpoint says, as state and whole. Collective over all ranks: rank 0 reads.
+
+    Raises:
+        CheckpointError: ``path`` is not a complete checkpoint.
+    """
+    file = path / "trainer.json"
+    record = broadcast_from_rank0(json.loads(file.read_text()) if dist.get_rank() == 0 and file.is_file() else None)
+    if record is None:
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
+        )
+    return TrainerState(**{field.name: record[field.name] for field in dataclasses.fields(TrainerState)}), record
 
 
 def _sharded_state(model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool) -> dict[str, Any]:
@@ -185,7 +202,7 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
     Raises:
         CheckpointError: the checkpoint is of another architecture.
     """
-    record = broadcast_from_rank0(json.loads((path / "trainer.json").read_text()) if dist.get_rank() == 0 else None)
+    state, record = read_state(path)
     wanted = architecture(model.bridge.hf_config)
     for name, value in wanted.items():
         if record["architecture"][name] != value:
@@ -203,4 +220,4 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
             tensor.copy_(loaded["average"][chunk_name][name])
     if record["world_size"] == dist.get_world_size():
         _set_rng_state(torch.load(path / "rng.pt", weights_only=True)[dist.get_rank()])
-    return TrainerState(**{field.name: record[field.name] for field in dataclasses.fields(TrainerState)})
+    return state

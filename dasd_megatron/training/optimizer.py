@@ -22,6 +22,7 @@ class OptimizerState:
 
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    settings: OptimizerSettings
 
     def step(self) -> tuple[float, float]:
         """Advance the schedule, clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
@@ -35,7 +36,10 @@ class OptimizerState:
         return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore moments, steps and the place in the schedule. The rates themselves are the configuration's, which may have changed."""
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
         for inner in _torch_adam_optimizers(self.optimizer):
             # DistributedOptimizer restores one step tensor for all parameters; AdamW would advance it once for each of them.
@@ -104,5 +108,7 @@ def build_optimizer(settings: OptimizerSettings, model: ShardedModel, total_upda
         end_wd=settings.weight_decay,
         wd_incr_steps=1,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
-    return OptimizerState(optimizer, scheduler)
+    return OptimizerState(optimizer, scheduler, settings)

@@ -19,6 +19,8 @@ T = TypeVar("T")
 class PeerError(RuntimeError):
     """Work that every rank was waiting for failed on one of them; raised on all, with that rank's message."""
 
+    on_all_ranks = True
+
 
 def initialize(config: Config) -> None:
     """Start the process group from torchrun's environment and split it into TP x PP x DP; seeds all generators from ``run.seed``.

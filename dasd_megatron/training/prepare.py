@@ -30,20 +30,10 @@ _PACKAGES = (
     "math-verify",
     "sglang",
 )
-# Fields that may differ between a run and its continuation: they change how long, how often or where, not what is computed.
-_FREE_ON_RESUME = (
-    "run.steps",
-    "run.dir",
-    "resume",
-    "backend",
-    "rollout",
-    "evaluation",
-    "checkpoint",
-    "logging",
-    "parallel",
-    "verify",
-    "batch.micro_batch_size",
-)
+# What a checkpoint's tensors, or the meaning of its data position, depend on. Everything else may change when a run goes on.
+_FIXED_ON_RESUME = (
+    "model", "data", "run.seed", "batch.groups", "warm_start", "precision.params_dtype", "optimizer.distributed", "teacher.weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,13 +161,16 @@ def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def _check_same_run(previous: Config, config: Config) -> None:
+    """Refuse to resume with another model or other data, and say what else has changed."""
     before, after = _flatten(dataclasses.asdict(previous)), _flatten(dataclasses.asdict(config))
     for name, value in after.items():
-        free = any(name == allowed or name.startswith(allowed + ".") for allowed in _FREE_ON_RESUME)
-        if not free and before.get(name) != value:
+        if name in ("resume", "run.dir") or before.get(name) == value:
+            continue
+        if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
             raise ConfigError(
                 f"{name}={value} differs from {before.get(name)} in the run to resume: write {name}={before.get(name)}, or start a new run"
             )
+        print(f"resuming with {name}={value} (was {before.get(name)})", flush=True)
 
 
 def _flatten(values: dict, prefix: str = "") -> dict:

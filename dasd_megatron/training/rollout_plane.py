@@ -31,6 +31,8 @@ T = TypeVar("T")
 class RolloutFailure(RuntimeError):
     """The servers could not give the rollouts of a step; nothing of the step has been applied. Raised on every rank."""
 
+    on_all_ranks = True
+
 
 def replica_groups(config: Config) -> list[int]:
     """The prompt groups of a step, by their index in it, that this data-parallel replica trains on, minibatch after minibatch.

@@ -32,7 +32,7 @@ from dasd_megatron.observability.report import write_report
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
-from dasd_megatron.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, save_checkpoint
+from dasd_megatron.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from dasd_megatron.training.metrics import step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas
@@ -45,7 +45,9 @@ from dasd_megatron.verify.grader import Grader
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the message says what to do. The latest checkpoint is usable."""
+    """The run cannot go on; the message says what to do. The latest checkpoint is usable. Raised on every rank."""
+
+    on_all_ranks = True
 
 
 @dataclass
@@ -97,11 +99,12 @@ def train(config: Config, paths: RunPaths) -> None:
     checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
-        first_step = int(checkpoint.name.split("_")[1]) if checkpoint is not None else 0
+        first_step = read_state(checkpoint)[0].step if checkpoint is not None else 0
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
         logger = None
         if rank0:
-            truncate_after(paths.root, first_step if checkpoint is not None else -1)
+            warm_started = (paths.warm_started_model / "config.json").exists()
+            truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
             logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
         hf_path = start_path(config, paths)
         if config.warm_start.steps:

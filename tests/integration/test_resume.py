@@ -85,10 +85,18 @@ def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: P
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
 
+def test_a_resumed_run_takes_the_new_learning_rate(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = uninterrupted / "checkpoints" / "step_000012"
+    steady = ["optimizer.decay_style=constant", "optimizer.lr=3e-4", "run.steps=13", "evaluation=none"]
+    train(*OVERRIDES, *steady, f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}")
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["step"] == 13 and row["update/lr"] == pytest.approx(3e-4)
+
+
 def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path) -> None:
     for overrides, named in (
         ([], "resume=auto"),
-        (["resume=auto", "algorithm.beta=0.7"], "algorithm.beta"),
+        (["resume=auto", "data.train.size=39"], "data.train.size"),
         (["resume=auto", "run.seed=5"], "run.seed"),
     ):
         status, output = finish(start(*OVERRIDES, f"run.dir={uninterrupted}", *overrides))
