@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import random
 import secrets
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import NO_EVALUATION, rows, train
 
 from dasd_megatron.rollout.samples import load_samples, rollouts_path, save_samples

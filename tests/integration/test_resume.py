@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import random
 import secrets
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from runs import finish, kill, reproducible, rows, start, train
 
 pytestmark = pytest.mark.integration

@@ -1,0 +1,104 @@
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import NO_EVALUATION, SMALL, rows, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.integration
+
+
+def dasd(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "dasd_megatron.cli", *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The whole job, small: warm start, evaluation, training, evaluation, report; with its output."""
+    path = tmp_path_factory.mktemp("job") / "run"
+    output = train("parallel=tp2", "run.steps=3", "warm_start.steps=5", "evaluation.every=2", "logging.tensorboard=true", f"run.dir={path}")
+    return path, output
+
+
+def test_the_job_leaves_what_the_documentation_promises(run: tuple[Path, str]) -> None:
+    path, output = run
+    assert "Avg@2" in output and "Pass@1" in output and str(path / "report.html") in output
+    assert "\x1b" not in output, "control characters in a log file"
+    for name in ("config.yaml", "environment.json", "data/train.jsonl", "data/heldout.jsonl", "report.html", "checkpoints/latest"):
+        assert (path / name).is_file(), name
+    environment = json.loads((path / "environment.json").read_text())
+    assert environment["seed"] == 1 and environment["packages"]["megatron-core"] and environment["packages"]["torch"]
+    assert [row["step"] for row in rows(path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in rows(path / "warm_start.jsonl")] == [1, 2, 3, 4, 5]
+    assert [(row["label"], row["step"]) for row in rows(path / "evaluation.jsonl")] == [("before", 0), ("step", 2), ("after", 3)]
+    assert [row["weight_version"] for row in rows(path / "metrics.jsonl")] == ["step_000000", "step_000001", "step_000002"]
+    assert len(list((path / "weights").iterdir())) == 1
+    assert list((path / "tensorboard").rglob("events*"))
+
+
+def test_the_trained_model_is_a_hugging_face_directory(run: tuple[Path, str]) -> None:
+    path, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(path / "model")
+    model = AutoModelForCausalLM.from_pretrained(path / "model")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2 ="}], add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt.shape[1] + 3
+
+
+def test_trainer_and_server_agree_on_log_probs(run: tuple[Path, str]) -> None:
+    """The same weights, tokens and temperature give the same numbers in Megatron and in the rollout server."""
+    for row in rows(run[0] / "metrics.jsonl"):
+        assert row["rollout/log_prob_diff_max"] < 1e-4
+        assert 0 <= row["rollout/kl"] < 1e-8
+
+
+def test_evaluate_repeats_the_last_evaluation(run: tuple[Path, str], tmp_path: Path) -> None:
+    path, _ = run
+    result = dasd("evaluate", *SMALL, "model=hf", f"model.path={path / 'model'}", f"run.dir={tmp_path}")
+    assert result.returncode == 0 and "Avg@2" in result.stdout, result.stdout + result.stderr
+    found, last = json.loads((tmp_path / "evaluation.json").read_text()), rows(path / "evaluation.jsonl")[-1]
+    for name in ("avg@2", "pass@2", "maj@2", "response/length_mean", "nll_mean"):
+        assert found[name] == last[name]
+
+
+def test_report_is_written_again(run: tuple[Path, str]) -> None:
+    path, _ = run
+    (path / "report.html").unlink()
+    result = dasd("report", str(path))
+    assert result.returncode == 0 and result.stdout.strip() == str(path / "report.html")
+    assert (path / "report.html").is_file()
+
+
+def test_doctor_reports_this_machine() -> None:
+    result = dasd("doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for part in ("torch", "megatron-core", "transformer-engine", "sglang", "nemo", "apex", "gloo"):
+        assert part in result.stdout.lower(), part
+
+
+def test_unknown_commands_and_help() -> None:
+    assert dasd("trian").returncode == 2
+    listing = dasd("train", "--help").stdout
+    assert "algorithm.scale_floor" in listing and "nats" in listing
+    missing = dasd("report", "/nowhere")
+    assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1
+
+
+def test_under_an_outer_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dasd_megatron.cli", "train"]
+    overrides = [*SMALL, *NO_EVALUATION, "parallel=tp2", "run.steps=1", f"run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    result = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=180, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 1
+    wrong = subprocess.run(
+        [*command, *overrides[:-1], "parallel.data_parallel_size=2", f"run.dir={tmp_path / 'other'}"],
+        capture_output=True, text=True, timeout=180, env=environment,
+    )  # fmt: skip
+    assert wrong.returncode != 0 and "start 4 processes" in wrong.stderr
