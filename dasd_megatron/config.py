@@ -229,7 +229,8 @@ class EvaluationConfig:
 class WarmStartConfig:
     steps: int = _doc(0, "steps of supervised fine-tuning before reinforcement; 0: none")
     batch_size: int = _doc(64, "examples of one step")
-    lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up and before a cosine decay to a tenth")
+    lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up")
+    decay_style: str = _doc("cosine", "constant, linear or cosine; the last two end at a tenth of the peak")
     warmup_steps: int = _doc(20, "steps of linear warm-up")
     privileged_share: float = _doc(0.5, "share of examples whose prompt shows the reference solution, so that the self-teacher can use it")
 
@@ -359,6 +360,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.weights": ("live", "frozen", "ema"),
     "teacher.privileged": ("solution", "hint", "answer"),
     "optimizer.decay_style": ("constant", "linear", "cosine"),
+    "warm_start.decay_style": ("constant", "linear", "cosine"),
     "rollout.engine": ("embedded", "external"),
     "rollout.dtype": ("float32", "bfloat16"),
 }

@@ -45,7 +45,7 @@ def warm_start(
             lr=settings.lr,
             min_lr=settings.lr / 10,
             warmup_steps=settings.warmup_steps,
-            decay_style="cosine",
+            decay_style=settings.decay_style,
             weight_decay=0.01,
             clip_grad=config.optimizer.clip_grad,
             distributed=config.optimizer.distributed,
