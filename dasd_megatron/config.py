@@ -66,12 +66,12 @@ class ParallelConfig:
 
 @dataclass
 class TinyModelConfig:
-    hidden_size: int = _doc(128, "width")
-    num_layers: int = _doc(4, "transformer layers")
+    hidden_size: int = _doc(192, "width")
+    num_layers: int = _doc(2, "transformer layers")
     num_attention_heads: int = _doc(4, "query heads")
     num_key_value_heads: int = _doc(2, "key/value heads")
-    head_dim: int = _doc(32, "width of one head")
-    intermediate_size: int = _doc(576, "width of the SwiGLU feed-forward")
+    head_dim: int = _doc(48, "width of one head")
+    intermediate_size: int = _doc(704, "width of the SwiGLU feed-forward")
     max_position_embeddings: int = _doc(256, "longest sequence, tokens")
 
 

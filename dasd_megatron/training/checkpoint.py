@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.models.gpt import ShardedModel
@@ -126,6 +127,12 @@ def _fsync_tree(root: Path) -> None:
             os.close(descriptor)
 
 
+def _last_line(error: BaseException) -> str:
+    """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
 def save_checkpoint(
     run_dir: Path,
     state: TrainerState,
@@ -150,17 +157,18 @@ def save_checkpoint(
 
     rng: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rng, _rng_state())
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         on_selected_rank(dist.get_rank() == 0, prepare, (OSError,))
         dist_checkpointing.save(_sharded_state(model, optimizer, average, is_loading=False), str(partial))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
+        # The writers report a full disk in several types, one of them no Exception; every one of them means "not written".
         failure = error
 
     def raise_failure() -> None:
         if failure is not None:
             raise CheckpointError(
-                f"could not write {final}: {type(failure).__name__}: {failure}; "
+                f"could not write {final}: {_last_line(failure)}; "
                 "the previous checkpoint is untouched: free disk space and continue with resume=auto"
             )
 

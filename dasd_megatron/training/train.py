@@ -101,14 +101,15 @@ def train(config: Config, paths: RunPaths) -> None:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
         first_step = read_state(checkpoint)[0].step if checkpoint is not None else 0
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
+        # Asked on one rank: the others may see a shared file system later, and must not decide otherwise.
+        warm_started = broadcast_from_rank0((paths.warm_started_model / "config.json").exists())
         logger = None
         if rank0:
-            warm_started = (paths.warm_started_model / "config.json").exists()
             truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
             logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
         hf_path = start_path(config, paths)
         if config.warm_start.steps:
-            if not (paths.warm_started_model / "config.json").exists():
+            if not warm_started:
                 with display.phase("warm start", total=config.warm_start.steps) as phase:
 
                     def report(metrics: dict[str, float]) -> None:
