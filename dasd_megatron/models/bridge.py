@@ -115,40 +115,40 @@ def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_
 
 
 @torch.no_grad()
-def export_hf(bridge: Bridge, chunks: list[torch.nn.Module], path: str | Path, *, template_dir: str | Path, dtype: torch.dtype) -> None:
-    """Write the sharded model as a Hugging Face directory at ``path``, which appears whole or not at all. Collective over all ranks.
+def gather_hf_tensors(bridge: Bridge, chunks: list[torch.nn.Module], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The sharded model's weights by their Hugging Face names, whole, on the host of global rank 0; an empty dict on other ranks.
 
-    Args:
-        chunks: this rank's virtual pipeline stages, wrapped or not.
-        template_dir: directory whose config.json, tokenizer, chat template and generation config are carried over.
-        dtype: dtype of the written tensors.
-
-    Rank 0 gathers one tensor at a time (all-gather over tensor-parallel ranks, broadcast over pipeline ranks), writes and fsyncs
-    ``<path>.partial`` and renames it. A directory already at ``path`` is replaced.
+    Collective over all ranks, one tensor at a time: an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
     """
-    path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in bridge.export_weights(chunks):
         # A tied head comes by again from the last pipeline stage.
         if dist.get_rank() == 0 and name not in tensors:
             # The copy keeps the next gather, or the optimizer, from writing into what is being saved.
             tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-    if dist.get_rank() == 0:
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        hf_config = json.loads((Path(template_dir) / "config.json").read_text())
-        hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-        for name in _COPIED_FILES:
-            if (Path(template_dir) / name).is_file():
-                shutil.copyfile(Path(template_dir) / name, partial / name)
-        for written in [*partial.iterdir(), partial]:
-            descriptor = os.open(written, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    dist.barrier()
+    return tensors
+
+
+def write_hf_directory(tensors: dict[str, torch.Tensor], path: Path, *, template_dir: Path, dtype: torch.dtype) -> None:
+    """Write ``tensors`` as a Hugging Face directory at ``path``, which appears whole or not at all and replaces one that is there.
+
+    config.json, tokenizer, chat template and generation config are carried over from ``template_dir``. OSError or SafetensorError when
+    the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    hf_config = json.loads((template_dir / "config.json").read_text())
+    hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    for name in _COPIED_FILES:
+        if (template_dir / name).is_file():
+            shutil.copyfile(template_dir / name, partial / name)
+    for written in [*partial.iterdir(), partial]:
+        descriptor = os.open(written, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(path: str | Path, config: TinyModelConfig, seed: int) -> Path:
-    """Write a randomly initialised Qwen3 (float32, tied embeddings) and its tokenizer to ``path``; returns ``path``.
+    """Write a randomly initialised Qwen3 (float32, tied embeddings) and its tokenizer to ``path``, all of it or nothing; returns ``path``.
 
     The weights depend on ``config`` and ``seed`` alone; the caller's random state is left as it was.
     """
@@ -60,6 +61,10 @@ def make_tiny_model(path: str | Path, config: TinyModelConfig, seed: int) -> Pat
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(hf_config)
     model.generation_config = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return Path(path)
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(path)
+    return path

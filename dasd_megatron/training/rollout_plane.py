@@ -15,12 +15,12 @@ from megatron.core import parallel_state
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
-from dasd_megatron.models.bridge import export_hf
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
 from dasd_megatron.rollout.launch import EmbeddedServer, ServerStartError
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
+from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
 from dasd_megatron.training.prepare import RunPaths
 from dasd_megatron.verify.grader import Grader, GraderError
@@ -71,7 +71,7 @@ class RolloutPlane:
         if self.config.rollout.replay is not None:
             return
         path = self.paths.weights / version
-        export_hf(model.bridge, model.chunks, path, template_dir=template_dir, dtype=model.config.params_dtype)
+        export_model(model, path, template_dir=template_dir)
         self.weight_version = version
         self._with_restarts(dist.get_rank() == 0, self._serve_current)
         self.urls = broadcast_from_rank0(self.urls)

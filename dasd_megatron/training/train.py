@@ -24,7 +24,6 @@ from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.evaluate import evaluate
-from dasd_megatron.models.bridge import export_hf
 from dasd_megatron.models.gpt import ShardedModel, build_model
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
 from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
@@ -33,6 +32,7 @@ from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas
@@ -137,7 +137,7 @@ def train(config: Config, paths: RunPaths) -> None:
             model, optimizer, start, average, state, plane, display, logger,
         )  # fmt: skip
         _run(trainer)
-        export_hf(model.bridge, model.chunks, paths.final_model, template_dir=hf_path, dtype=model.config.params_dtype)
+        export_model(model, paths.final_model, template_dir=hf_path)
         if rank0:
             _conclude(trainer)
 

@@ -16,10 +16,10 @@ from dasd_megatron.config import Config, OptimizerConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
-from dasd_megatron.models.bridge import export_hf
 from dasd_megatron.models.gpt import build_model
 from dasd_megatron.rollout.generation import sampling_seed
 from dasd_megatron.training.batching import make_micro_batches
+from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
 from dasd_megatron.training.passes import supervised_update
 from dasd_megatron.training.prepare import RunPaths, start_path
@@ -73,13 +73,7 @@ def warm_start(
         )
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches)
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-    export_hf(
-        model.bridge,
-        model.chunks,
-        paths.warm_started_model,
-        template_dir=start_path(config, paths),
-        dtype=model.config.params_dtype,
-    )
+    export_model(model, paths.warm_started_model, template_dir=start_path(config, paths))
 
 
 def micro_batch_layout(config: Config) -> dict[str, int | torch.device]:

@@ -16,10 +16,10 @@ import torch.distributed as dist  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from dasd_megatron.models.bridge import export_hf  # noqa: E402
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.export import export_model  # noqa: E402
 from dasd_megatron.training.passes import score  # noqa: E402
 from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
@@ -45,13 +45,13 @@ with torch.no_grad():
         expected = log_probs.gather(1, torch.tensor(response)[:, None])[:, 0]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         part = slice(start, start + len(response))
-        torch.testing.assert_close(scores.log_prob[part].double(), expected, rtol=1e-5, atol=2e-5)
-        torch.testing.assert_close(scores.entropy[part].double(), entropy, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(scores.log_prob[part].cpu().double(), expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(scores.entropy[part].cpu().double(), entropy, rtol=1e-5, atol=2e-5)
         start += len(response)
 assert start == len(scores.log_prob)
 
 exported = Path(arguments["export"])
-export_hf(model.bridge, model.chunks, exported, template_dir=path, dtype=torch.float32)
+export_model(model, exported, template_dir=path)
 if dist.get_rank() == 0:
     before, after = load_file(path / "model.safetensors"), load_file(exported / "model.safetensors")
     assert before.keys() == after.keys(), before.keys() ^ after.keys()

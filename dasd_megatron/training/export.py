@@ -1,0 +1,36 @@
+"""The policy as a Hugging Face directory: for the rollout servers, after the warm start, and as the result of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from dasd_megatron.models.bridge import gather_hf_tensors, write_hf_directory
+from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.training.parallel import PeerError, on_selected_rank
+
+
+class ExportError(RuntimeError):
+    """The weights could not be written. Raised on every rank; the latest checkpoint is usable."""
+
+    on_all_ranks = True
+
+
+def export_model(model: ShardedModel, path: Path, *, template_dir: Path) -> None:
+    """Write the policy to ``path`` in its own dtype, with the tokenizer and config of ``template_dir``. Collective over all ranks.
+
+    Raises:
+        ExportError: rank 0 could not write.
+    """
+    dtype = model.config.params_dtype
+    tensors = gather_hf_tensors(model.bridge, model.chunks, dtype)
+    try:
+        on_selected_rank(
+            dist.get_rank() == 0,
+            lambda: write_hf_directory(tensors, path, template_dir=template_dir, dtype=dtype),
+            (OSError, SafetensorError),
+        )
+    except PeerError as error:
+        raise ExportError(f"could not write the weights to {path}: {error}; free disk space and continue with resume=auto") from error
