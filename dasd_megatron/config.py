@@ -1,14 +1,16 @@
 """The typed configuration, and the one place where it is checked.
 
 Every value that a run reads stands in :class:`Config` below with its unit. ``conf/`` holds Hydra groups that fill it; :func:`load_config`
-composes them with command-line overrides, and :func:`validate` refuses contradictions before any process starts. Every refusal is a
-:class:`ConfigError` whose message is one line: the field, what is wrong with it, and what to write instead.
+composes them with command-line overrides, and :func:`validate` and :func:`check_paths` refuse contradictions and missing files before any
+process starts. Every refusal is a :class:`ConfigError` whose message is one line: the field, what is wrong with it, and what to write
+instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -277,7 +279,8 @@ def load_config(overrides: list[str]) -> Config:
     """Compose ``conf/config.yaml`` with Hydra overrides (``experiment=quickstart optimizer.lr=1e-4``), type-check and validate it.
 
     Raises:
-        ConfigError: an unknown field or group, a value of the wrong type, a required field left out, or a contradiction.
+        ConfigError: an unknown field or group, a value of the wrong type, a required field left out, a contradiction, or a path that
+            does not exist.
     """
     for override in overrides:
         if "=" not in override:
@@ -288,11 +291,14 @@ def load_config(overrides: list[str]) -> Config:
             composed = compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_hydra(error)) from error
-    return _typed(composed)
+    config = _typed(composed)
+    check_paths(config)
+    return config
 
 
 def read_config(path: str | Path) -> Config:
-    """The resolved configuration that a run saved (``<run>/config.yaml``), validated again."""
+    """The resolved configuration that a run saved (``<run>/config.yaml``), validated again, but for its paths: what a run was resumed
+    from, replayed or read may be gone by now."""
     return _typed(OmegaConf.load(path))
 
 
@@ -375,16 +381,22 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.pipeline_model_parallel_size": (1, None),
     "parallel.virtual_pipeline_model_parallel_size": (2, None),
     "parallel.data_parallel_size": (1, None),
+    "model.tiny.hidden_size": (1, None),
+    "model.tiny.num_layers": (1, None),
+    "model.tiny.num_attention_heads": (1, None),
+    "model.tiny.num_key_value_heads": (1, None),
+    "model.tiny.head_dim": (1, None),
+    "model.tiny.intermediate_size": (1, None),
+    "model.tiny.max_position_embeddings": (1, None),
     "algorithm.verifier_weight": (0, None),
     "algorithm.beta": (0, None),
     "algorithm.rho": (0, 1),
     "algorithm.scale_floor": (0, None),
-    "algorithm.rlsd_clip": (0, 1),
+    "algorithm.rlsd_clip": (0, None),
     "teacher.ema_decay": (0, 1),
-    "teacher.hint_fraction": (0, 1),
+    "teacher.hint_fraction": (None, 1),
     "loss.clip_low": (0, 1),
     "loss.clip_high": (0, None),
-    "loss.dual_clip": (1, None),
     "loss.kl_coef": (0, None),
     "batch.groups": (1, None),
     "batch.samples_per_group": (1, None),
@@ -395,8 +407,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
     "optimizer.weight_decay": (0, None),
-    "optimizer.adam_beta1": (0, 1),
-    "optimizer.adam_beta2": (0, 1),
+    "optimizer.adam_beta1": (0, None),
+    "optimizer.adam_beta2": (0, None),
     "optimizer.adam_eps": (0, None),
     "optimizer.clip_grad": (0, None),
     "rollout.port": (0, 65535),
@@ -434,6 +446,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "logging.inspect_rollouts": (0, None),
 }
 
+# Bounds that the value itself may not reach.
+_ABOVE = {"teacher.hint_fraction": 0, "loss.dual_clip": 1}
+_BELOW = {"algorithm.rlsd_clip": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
+
 
 def _value(config: Config, name: str) -> Any:
     for part in name.split("."):
@@ -442,21 +458,34 @@ def _value(config: Config, name: str) -> Any:
 
 
 def validate(config: Config) -> None:
-    """Refuse values out of range and fields that contradict each other; see :class:`ConfigError`."""
+    """Refuse values out of range and fields that contradict each other, without a look at the disk; see :class:`ConfigError`."""
     for name, choices in _CHOICES.items():
         if _value(config, name) not in choices:
             raise ConfigError(f"{name}={_value(config, name)}: write one of {', '.join(choices)}")
+    for name in known_fields():
+        value = _value(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}={value}: must be a finite number")
     for name, (low, high) in _RANGES.items():
         value = _value(config, name)
         if value is None:
             continue
-        # Written so that NaN is refused too.
-        if not ((low is None or value >= low) and (high is None or value <= high)):
-            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name}={value}: must be {bounds}")
+    for name, bound in _ABOVE.items():
+        value = _value(config, name)
+        if value is not None and value <= bound:
+            raise ConfigError(f"{name}={value}: must be above {bound}")
+    for name, bound in _BELOW.items():
+        value = _value(config, name)
+        if value is not None and value >= bound:
+            raise ConfigError(f"{name}={value}: must be below {bound}")
     parallel, batch, rollout = config.parallel, config.batch, config.rollout
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", config.run.name):
-        raise ConfigError(f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, since it names a folder")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.run.name):
+        raise ConfigError(
+            f"run.name={config.run.name!r}: use letters, digits, '.', '_' and '-' only, and no '.' in front, since it names a folder"
+        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1: raise it, or write false")
     if parallel.virtual_pipeline_model_parallel_size is not None and parallel.pipeline_model_parallel_size == 1:
@@ -478,10 +507,28 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "batch.samples_per_group=1 leaves the verifier advantage always 0: write 2 or more, or algorithm.verifier_weight=0"
         )
-    if config.algorithm.name == "grpo" and config.algorithm.verifier_weight == 0:
-        raise ConfigError("algorithm.name=grpo with algorithm.verifier_weight=0 trains on nothing: write verifier_weight=1")
+    algorithm = config.algorithm
+    if algorithm.verifier_weight == 0 and algorithm.name in ("grpo", "rlsd"):
+        raise ConfigError(
+            f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 trains on nothing: write algorithm.verifier_weight=1"
+        )
+    if algorithm.verifier_weight == 0 and algorithm.beta == 0:
+        raise ConfigError(
+            f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 and algorithm.beta=0 trains on nothing: raise one of them"
+        )
     if config.warm_start.steps and config.warm_start.batch_size % parallel.data_parallel_size:
         raise ConfigError(f"warm_start.batch_size={config.warm_start.batch_size}: write a multiple of parallel.data_parallel_size")
+    warm_start_sequences = config.warm_start.batch_size // parallel.data_parallel_size
+    if (
+        config.warm_start.steps
+        and parallel.virtual_pipeline_model_parallel_size is not None
+        and warm_start_sequences < parallel.pipeline_model_parallel_size
+    ):
+        least = parallel.data_parallel_size * parallel.pipeline_model_parallel_size
+        raise ConfigError(
+            f"warm_start.batch_size={config.warm_start.batch_size}: interleaved pipelining needs at least as many examples on each replica "
+            f"as pipeline stages: write at least {least}"
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
@@ -523,6 +570,10 @@ def validate(config: Config) -> None:
             raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
         if source.generator is not None and source.size is None:
             raise ConfigError(f"data.{name}.size is required with data.{name}.generator: write how many problems to generate")
+
+
+def check_paths(config: Config) -> None:
+    """Refuse files and directories that do not exist; see :class:`ConfigError`."""
     for name in ("model.path", "teacher.template", "data.template", "data.train.path", "data.heldout.path", "rollout.replay"):
         path = _value(config, name)
         if path is not None and not os.path.exists(path):

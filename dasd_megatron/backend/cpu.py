@@ -81,7 +81,7 @@ def install(config: BackendConfig) -> None:
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
 
     # True, expected, and printed many times over by every process.
-    warnings.filterwarnings("ignore", message="Apex is not installed")
+    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")
 
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")

@@ -29,7 +29,8 @@ def evaluate_model(config: Config) -> None:
     problems = (
         generate_problems(source, "heldout") if source.generator is not None else load_problems(source, "heldout", needs_solution=False)
     )
-    renderer = make_renderer(config, load_tokenizer(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    renderer = make_renderer(config, tokenizer)
     check_lengths(problems, renderer, config.rollout.max_prompt_tokens, teacher=False)
     root = choose_run_dir(config)
     root.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ def evaluate_model(config: Config) -> None:
                 make_client(config.rollout, urls),
                 grader,
                 renderer,
+                tokenizer,
                 problems,
                 step=0,
                 label="evaluate",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
@@ -23,6 +25,7 @@ def evaluate(
     client: RolloutClient,
     grader: Grader,
     renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
     step: int,
@@ -50,8 +53,11 @@ def evaluate(
         top_p=settings.top_p,
         weight_version=weight_version,
         rows_per_request=config.rollout.groups_per_request * config.batch.samples_per_group,
+        vocab_size=None,
     )
-    samples = make_samples(problems, range(len(problems)), prompts, completions, grader, samples_per_group=settings.samples)
+    samples = make_samples(
+        problems, range(len(problems)), prompts, completions, grader, samples_per_group=settings.samples, tokenizer=tokenizer
+    )
     _write_samples(samples_path, samples)
     by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
     outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]

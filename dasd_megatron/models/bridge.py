@@ -17,14 +17,12 @@ import torch
 import torch.distributed as dist
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from safetensors.torch import save_file
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from dasd_megatron.config import ConfigError
+from dasd_megatron.models.hf_config import rotary_arguments
 
 # Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
 VOCAB_ALIGNMENT = 64
-# Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,40 +59,6 @@ class _Corrections:
             position_embedding_type="rope",
             **rotary_arguments(self.hf_config),
         )
-
-
-def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that Megatron-Core cannot represent."""
-    arguments: dict[str, Any] = {"rotary_base": hf_config.rope_theta}
-    scaling = getattr(hf_config, "rope_scaling", None)
-    if not scaling:
-        return arguments
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "linear":
-        arguments["seq_len_interpolation_factor"] = scaling["factor"]
-    elif kind == "llama3":
-        for name, value in _LLAMA3_CONSTANTS.items():
-            if scaling[name] != value:
-                raise ConfigError(f"model.path: rope_scaling.{name}={scaling[name]} in config.json; Megatron-Core has {value} built in")
-        arguments.update(rope_scaling=True, rope_scaling_factor=scaling["factor"])
-    elif kind != "default":
-        raise ConfigError(f"model.path: rope_scaling type {kind!r} in config.json is not supported: only default, linear and llama3 are")
-    return arguments
-
-
-def read_hf_config(path: str | Path) -> PretrainedConfig:
-    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing or its architecture is not supported."""
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path={path}: no config.json there; give a Hugging Face model directory")
-    hf_config = AutoConfig.from_pretrained(path)
-    if hf_config.model_type not in ("qwen2", "qwen3", "llama"):
-        raise ConfigError(f"model.path={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError(f"model.path={path}: use_sliding_window=true in config.json is not supported")
-    if hf_config.hidden_act != "silu":
-        raise ConfigError(f"model.path={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is")
-    rotary_arguments(hf_config)
-    return hf_config
 
 
 def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_engine: bool, **transformer_config: Any) -> Bridge:

@@ -18,7 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config
-from dasd_megatron.models.bridge import make_bridge, read_hf_config
+from dasd_megatron.models.bridge import make_bridge
+from dasd_megatron.models.hf_config import read_hf_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,8 +1,9 @@
 """Asynchronous client of SGLang's native HTTP API, for SGLang itself and for the embedded server alike.
 
 Every call has a time limit, failures are tried again a bounded number of times, and an answer is used only after it has been checked: as
-many rows as were asked for, one finite log-prob per token, the expected weight version. Requests are idempotent (each row carries its own
-``sampling_seed``), so that trying one again never doubles a sample.
+many rows as were asked for, at least one token and no more than were asked for, ids of the vocabulary, one finite log-prob per token, the
+expected weight version. Requests are idempotent (each row carries its own ``sampling_seed``), so that trying one again never doubles a
+sample.
 """
 
 from __future__ import annotations
@@ -126,12 +127,14 @@ class RolloutClient:
         *,
         weight_version: str | None,
         rows_per_request: int,
+        vocab_size: int | None = None,
     ) -> list[Completion]:
         """Sample one completion of every prompt; returns them in the prompts' order.
 
         prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
         weight_version: the version that every completion must have been sampled under; None accepts any.
         rows_per_request: prompts in one HTTP request. Request i goes to server i modulo their number, a further try to the one after.
+        vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
 
         Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError when a request has
         failed ``max_retries + 1`` times; the other requests are then cancelled.
@@ -140,6 +143,8 @@ class RolloutClient:
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one per prompt")
         if rows_per_request < 1:
             raise ValueError(f"rows_per_request must be at least 1, got {rows_per_request}")
+        if vocab_size is not None and vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, or None for no upper bound; got {vocab_size}")
         if any(params.get("n", 1) != 1 for params in sampling_params):
             raise ValueError("n must be absent or 1: repeat the prompt with other seeds for more samples of it")
 
@@ -152,7 +157,7 @@ class RolloutClient:
             }
 
             def read(response: httpx.Response) -> list[Completion]:
-                return read_completions(_json(response), len(body["input_ids"]), weight_version)
+                return read_completions(_json(response), body["sampling_params"], weight_version, vocab_size)
 
             return await self._call("POST", "/generate", read, index=index, body=body)
 
@@ -341,16 +346,26 @@ def _server_message(response: httpx.Response) -> str:
     return str(body)[:300]
 
 
-def read_completions(answer: Any, rows: int, weight_version: str | None) -> list[Completion]:
-    """Check a parsed batch answer of /generate and read its completions; anything unsound counts as a failed try."""
+def read_completions(
+    answer: Any, sampling_params: Sequence[dict[str, Any]], weight_version: str | None, vocab_size: int | None = None
+) -> list[Completion]:
+    """Check a parsed batch answer of /generate and read its completions; anything unsound counts as a failed try.
+
+    sampling_params: those of the request, one per row; a row has at most its ``max_new_tokens`` tokens, where given. vocab_size: ids are in
+    [0, vocab_size); None sets no upper bound.
+    """
+    rows = len(sampling_params)
     if not isinstance(answer, list):
         raise _TryAgainError(f"/generate answered {_kind(answer)} instead of a list of {rows} rows")
     if len(answer) != rows:
         raise _TryAgainError(f"/generate answered {len(answer)} rows instead of {rows}")
-    return [_read_row(row, index, weight_version) for index, row in enumerate(answer)]
+    return [
+        _read_row(row, index, params.get("max_new_tokens"), weight_version, vocab_size)
+        for index, (row, params) in enumerate(zip(answer, sampling_params, strict=True))
+    ]
 
 
-def _read_row(row: Any, index: int, weight_version: str | None) -> Completion:
+def _read_row(row: Any, index: int, max_new_tokens: int | None, weight_version: str | None, vocab_size: int | None) -> Completion:
     def unsound(what: str) -> _TryAgainError:
         return _TryAgainError(f"/generate answered garbage in row {index}: {what}")
 
@@ -365,6 +380,15 @@ def _read_row(row: Any, index: int, weight_version: str | None) -> Completion:
     ids = row.get("output_ids")
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise unsound("output_ids is not a list of integers")
+    if not ids:
+        # Every response ends with a stop token or at the limit, so that even the shortest has one token.
+        raise unsound(f"no tokens, but finish_reason {reason['type']!r}")
+    if max_new_tokens is not None and len(ids) > max_new_tokens:
+        raise unsound(f"{len(ids)} tokens, but max_new_tokens is {max_new_tokens}")
+    for position, token in enumerate(ids):
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            bounds = "is negative" if vocab_size is None else f"is outside the vocabulary of {vocab_size}"
+            raise unsound(f"id {token} of token {position} {bounds}")
     triples = meta.get("output_token_logprobs")
     if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
         raise unsound("output_token_logprobs is missing or not a list of [log-prob, id, text]")

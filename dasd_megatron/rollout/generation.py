@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
@@ -40,15 +42,21 @@ def generate(
     top_p: float,
     weight_version: str | None,
     rows_per_request: int,
+    vocab_size: int | None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest."""
+    """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest.
+
+    vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused. None sets no bound.
+    """
     common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
     sampling_params = [{**common, "sampling_seed": seed} for seed in seeds]
 
     async def bounded() -> list[Completion]:
         try:
             async with client, asyncio.timeout(config.step_timeout_seconds):
-                return await client.generate(prompts, sampling_params, weight_version=weight_version, rows_per_request=rows_per_request)
+                return await client.generate(
+                    prompts, sampling_params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size
+                )
         except TimeoutError as error:
             raise RolloutError(
                 ", ".join(client.urls),
@@ -68,12 +76,18 @@ def make_samples(
     grader: Grader,
     *,
     samples_per_group: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0."""
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0.
+
+    What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
+    without a tokenizer sends no text.
+    """
     repeated = [
         (problem, group, prompt) for problem, group, prompt in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)
     ]
-    verdicts = grader.grade([completion.text for completion in completions], [problem.expected_answer for problem, _, _ in repeated])
+    texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]
+    verdicts = grader.grade(texts, [problem.expected_answer for problem, _, _ in repeated])
     return [
         Sample(
             group=group,
@@ -85,12 +99,14 @@ def make_samples(
             prompt_ids=list(prompt),
             response_ids=completion.output_ids,
             rollout_log_probs=completion.log_probs,
-            text=completion.text,
+            text=text,
             finish_reason=completion.finish_reason,
             weight_version=completion.weight_version,
             reward=float(verdict.correct),
             predicted_answer=verdict.predicted_answer,
             timed_out=verdict.timed_out,
         )
-        for index, ((problem, group, prompt), completion, verdict) in enumerate(zip(repeated, completions, verdicts, strict=True))
+        for index, ((problem, group, prompt), completion, text, verdict) in enumerate(
+            zip(repeated, completions, texts, verdicts, strict=True)
+        )
     ]

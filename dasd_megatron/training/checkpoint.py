@@ -1,8 +1,9 @@
 """Checkpoints from which a killed run goes on with the numbers it would have had.
 
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
-``rng.pt`` (the generators of every rank) and ``trainer.json`` (step, data position, weight version). It is written under another name,
-fsynced and renamed; ``checkpoints/latest`` then names it, by rename again. A crash or a full disk leaves the previous one in place.
+``rng.pt`` (the generators of every rank) and ``trainer.json`` (step and data position; the weight version is the step's). It is written
+under another name, fsynced and renamed; ``checkpoints/latest`` then names it, by rename again. A crash or a full disk leaves the previous
+one in place.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class TrainerState:
 
     step: int = 0
     position: int = 0
-    weight_version: str = ""
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
@@ -86,6 +86,41 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
             f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
         )
     return TrainerState(**{field.name: record[field.name] for field in dataclasses.fields(TrainerState)}), record
+
+
+def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
+    """Refuse (CheckpointError) a checkpoint, by the record of :func:`read_state`, whose tensors are not those of ``hf_config``'s model."""
+    for name, value in architecture(hf_config).items():
+        if record["architecture"][name] != value:
+            raise CheckpointError(
+                f"{path} was saved from a model with {name}={record['architecture'][name]}, this model has {value}; "
+                "set model.path to the model that the checkpoint came from, or start a new run"
+            )
+
+
+def depart_from(run_dir: Path, path: Path) -> None:
+    """Remove the checkpoints of ``run_dir`` that are later than ``path``, one of them, and make ``path`` the latest. For rank 0, when a run
+    goes on from an earlier checkpoint: what it departs from must not be resumed, counted or kept in place of its own."""
+    folder = run_dir / "checkpoints"
+    if path.resolve().parent != folder.resolve():
+        return
+    _point_to(folder, path.name)
+    for later in _complete_checkpoints(folder):
+        if later.name > path.name:
+            shutil.rmtree(later)
+
+
+def _point_to(folder: Path, name: str) -> None:
+    pointer = folder / "latest.partial"
+    with open(pointer, "w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    pointer.rename(folder / "latest")
+
+
+def _complete_checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.suffix == "")
 
 
 def _sharded_state(model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool) -> dict[str, Any]:
@@ -181,16 +216,14 @@ def save_checkpoint(
         }
         (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
         _fsync_tree(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            # Aside and not away: a crash between the two renames must leave something to resume from.
+            final.rename(final.with_suffix(".replaced"))
         partial.rename(final)
-        pointer = folder / "latest.partial"
-        pointer.write_text(final.name + "\n")
-        pointer.rename(folder / "latest")
+        _point_to(folder, final.name)
         _fsync_tree(folder)
-        complete = sorted(path for path in folder.glob("step_*") if path.suffix == "")
-        for old in complete[:-keep_last]:
-            if old != final:
-                shutil.rmtree(old)
+        for old in [*folder.glob("*.replaced"), *_complete_checkpoints(folder)[:-keep_last]]:
+            shutil.rmtree(old)
 
     try:
         on_selected_rank(True, raise_failure, (CheckpointError,))
@@ -205,19 +238,10 @@ def save_checkpoint(
 def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None) -> TrainerState:
     """Restore everything that :func:`save_checkpoint` wrote, in place. Collective over all ranks.
 
-    The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a rank.
-
-    Raises:
-        CheckpointError: the checkpoint is of another architecture.
+    The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a rank. Call
+    :func:`check_architecture` first.
     """
     state, record = read_state(path)
-    wanted = architecture(model.bridge.hf_config)
-    for name, value in wanted.items():
-        if record["architecture"][name] != value:
-            raise CheckpointError(
-                f"{path} was saved from a model with {name}={record['architecture'][name]}, this model has {value}; "
-                "set model.path to the model that the checkpoint came from, or start a new run"
-            )
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
     for index, chunk in enumerate(model.chunks):
         unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])

@@ -25,10 +25,11 @@ class OptimizerState:
     settings: OptimizerSettings
 
     def step(self) -> tuple[float, float]:
-        """Advance the schedule, clip and apply the accumulated gradients; returns (gradient norm before clipping, learning rate)."""
-        self.scheduler.step(1)
+        """Clip and apply the accumulated gradients, then advance the schedule; returns (gradient norm before clipping, rate used)."""
+        lr = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
-        return float(grad_norm), self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step(1)
+        return float(grad_norm), lr
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """Reshardable optimizer state for Megatron's dist checkpointing; collective over data-parallel ranks."""
@@ -49,7 +50,7 @@ class OptimizerState:
 
 def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in inner if isinstance(one.optimizer, torch.optim.Adam)]
+    return [one for one in inner if isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
 
 
 def _make_torch_adam_resumable(optimizer: DistributedOptimizer) -> None:
@@ -75,8 +76,10 @@ def _make_torch_adam_resumable(optimizer: DistributedOptimizer) -> None:
     optimizer._set_main_param_and_optimizer_states = set_states_keeping_step
 
 
-def build_optimizer(settings: OptimizerSettings, model: ShardedModel, total_updates: int) -> OptimizerState:
-    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with ``total_updates`` steps of schedule."""
+def build_optimizer(settings: OptimizerSettings, model: ShardedModel, *, steps: int, updates_per_step: int) -> OptimizerState:
+    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with a schedule of ``steps`` training steps of
+    ``updates_per_step`` updates each."""
+    warmup_updates = settings.warmup_steps * updates_per_step
     bf16 = model.config.params_dtype is torch.bfloat16
     config = OptimizerConfig(
         optimizer="adam",
@@ -98,11 +101,12 @@ def build_optimizer(settings: OptimizerSettings, model: ShardedModel, total_upda
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # The first update of a warm-up already moves: Megatron would start it from a rate of zero.
+        init_lr=settings.lr / (warmup_updates + 1),
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=max(total_updates, settings.warmup_steps + 1),
+        lr_warmup_steps=warmup_updates,
+        lr_decay_steps=max(steps * updates_per_step, warmup_updates + 1),
         lr_decay_style=settings.decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -12,12 +12,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+import dasd_megatron
 from dasd_megatron.config import Config, ConfigError, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
+from dasd_megatron.models.hf_config import read_hf_config
 
 _PACKAGES = (
     "dasd-megatron",
@@ -101,11 +103,12 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         ConfigError, DataError, TemplateError: with one line on what is wrong and what to do.
     """
     paths = RunPaths(root)
-    previous = read_config(paths.config) if paths.config.exists() else None
-    if previous is not None:
-        if config.resume == "none":
-            raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
-        _check_same_run(previous, config)
+    _check_server_reaches_all(config)
+    if paths.config.exists() and config.resume == "none":
+        raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
+    continued = _continued_runs(config, paths)
+    for run in continued:
+        _check_same_run(read_config(run.config), config)
     try:
         paths.problems("train").parent.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
@@ -117,20 +120,93 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         from dasd_megatron.models.tiny import make_tiny_model
 
         make_tiny_model(paths.start_model, config.model.tiny, config.run.seed)
+    # Before the tokenizer: of an architecture that is not supported, it is the config that should be complained about.
+    hf_config = read_hf_config(start_path(config, paths))
+    check_layout(config, hf_config)
     tokenizer = load_tokenizer(start_path(config, paths))
     train, heldout = _load_data(config)
-    check_prompt_lengths(config, make_renderer(config, tokenizer), train, heldout)
+    for run in continued:
+        _check_same_problems(run, {"train": train, "heldout": heldout})
+    renderer = make_renderer(config, tokenizer)
+    check_prompt_lengths(config, renderer, train, heldout)
+    if config.warm_start.steps > 0:
+        check_warm_start_lengths(config, hf_config, renderer, tokenizer, train)
     if config.batch.groups > len(train):
         raise ConfigError(f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more problems")
-    write_problems(paths.problems("train"), train)
-    write_problems(paths.problems("heldout"), heldout)
+    for name, problems in {"train": train, "heldout": heldout}.items():
+        # The problems of a run that goes on have just been found equal, and stay as they were written.
+        if not (paths.config.exists() and paths.problems(name).exists()):
+            write_problems(paths.problems(name), problems)
     save_config(config, paths.config)
     (root / "environment.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
     return paths
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path)
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model.path={path}: its tokenizer cannot be loaded ({reason}); put the model's tokenizer.json and tokenizer_config.json there"
+        ) from error
+
+
+def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
+    """Refuse a parallel layout that does not divide the architecture, and sequences longer than its positions."""
+    parallel, rollout = config.parallel, config.rollout
+    where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
+        if getattr(hf_config, name) % tensor:
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(hf_config, name)} ({where}): "
+                "write a divisor of it"
+            )
+    if hf_config.num_attention_heads % hf_config.num_key_value_heads:
+        raise ConfigError(
+            f"num_key_value_heads={hf_config.num_key_value_heads} does not divide num_attention_heads={hf_config.num_attention_heads} "
+            f"({where}): write a divisor of it"
+        )
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    chunks = pipeline * (virtual or 1)
+    if hf_config.num_hidden_layers % chunks:
+        name = "parallel.pipeline_model_parallel_size" + (" x parallel.virtual_pipeline_model_parallel_size" if virtual else "")
+        layers = "num_layers" if config.model.path is None else "num_hidden_layers"
+        raise ConfigError(f"{name} = {chunks} does not divide {layers}={hf_config.num_hidden_layers} ({where}): write a divisor of it")
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if longest > hf_config.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
+            f"{hf_config.max_position_embeddings} ({where}): lower them"
+        )
+
+
+def check_warm_start_lengths(
+    config: Config,
+    hf_config: PretrainedConfig,
+    renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+) -> None:
+    """Refuse problems whose prompt, reference solution and end-of-sequence token do not fit into the model's positions."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"warm_start.steps={config.warm_start.steps} needs a tokenizer with an end-of-sequence token: "
+            f"set eos_token in tokenizer_config.json of model.path={config.model.path}, or write warm_start.steps=0"
+        )
+    limit = hf_config.max_position_embeddings
+    for problem in problems:
+        prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
+        solution = len(tokenizer.encode(problem.reference_solution, add_special_tokens=False))
+        if prompt + solution + 1 > limit:
+            where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
+            raise ConfigError(
+                f"warm_start.steps={config.warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a solution of {solution} "
+                f"tokens, with its end over max_position_embeddings={limit} ({where}): remove it from data.train, or write 0"
+            )
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
@@ -160,11 +236,47 @@ def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     return train, heldout
 
 
+def _check_server_reaches_all(config: Config) -> None:
+    """Under torchrun on several machines the embedded server, which this machine's processes share, is not enough."""
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "LOCAL_WORLD_SIZE" in os.environ and world > local and config.rollout.engine == "embedded" and config.rollout.replay is None:
+        raise ConfigError(
+            f"rollout.engine=embedded serves one machine, and torchrun has started {world} processes with {local} on this one: "
+            "write rollout.engine=external with rollout.servers=[http://host:port,...]"
+        )
+
+
+def _continued_runs(config: Config, paths: RunPaths) -> list[RunPaths]:
+    """The runs that this one goes on from: the one in its directory, and the one that the checkpoint in ``resume`` belongs to."""
+    runs = [paths] if paths.config.exists() else []
+    if config.resume not in ("none", "auto"):
+        other = RunPaths(Path(config.resume).resolve().parent.parent)
+        if other.config.exists() and other.root != paths.root.resolve():
+            runs.append(other)
+    return runs
+
+
+def _check_same_problems(run: RunPaths, loaded: dict[str, list[Problem]]) -> None:
+    """Refuse to go on with other problems than those the run began with: the data position would mean something else."""
+    for name, problems in loaded.items():
+        path = run.problems(name)
+        if not path.exists():
+            continue
+        # Only the newline byte ends a line: str.splitlines would also break inside a problem's text.
+        saved = [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if saved != problems:
+            raise ConfigError(
+                f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "
+                "restore it, or start a new run"
+            )
+
+
 def _check_same_run(previous: Config, config: Config) -> None:
     """Refuse to resume with another model or other data, and say what else has changed."""
     before, after = _flatten(dataclasses.asdict(previous)), _flatten(dataclasses.asdict(config))
     for name, value in after.items():
-        if name in ("resume", "run.dir") or before.get(name) == value:
+        # A problem set may have moved: what it holds is compared itself.
+        if name in ("resume", "run.dir", "data.train.path", "data.heldout.path") or before.get(name) == value:
             continue
         if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
             raise ConfigError(
@@ -187,15 +299,28 @@ def _environment(config: Config) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    source = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", source, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10
-    )
     return {
         "seed": config.run.seed,
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": _git_revision(),
         "packages": versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
     }
+
+
+def _git_revision() -> str | None:
+    """The revision of this package's sources; None where they are no checkout, or lie inside another project's, or git does not work."""
+    package = Path(dasd_megatron.__file__).resolve().parent
+    try:
+        top = _git(package, "rev-parse", "--show-toplevel")
+        if not top or Path(top).resolve() / package.name != package:
+            return None
+        return _git(package, "describe", "--always", "--dirty", "--abbrev=40") or None
+    # A run does not depend on this record, and git may be missing or hang on a slow disk.
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10).stdout.strip()

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
@@ -48,8 +49,17 @@ def replica_groups(config: Config) -> list[int]:
 class RolloutPlane:
     """Owns the embedded server (on global rank 0) and knows which weights the servers hold. Methods are collective over all ranks."""
 
-    def __init__(self, config: Config, paths: RunPaths, grader: Grader, renderer: PromptRenderer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        paths: RunPaths,
+        grader: Grader,
+        renderer: PromptRenderer,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+    ) -> None:
         self.config, self.paths, self.grader, self.renderer = config, paths, grader, renderer
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.server: EmbeddedServer | None = None
         self.urls: list[str] = list(config.rollout.servers)
         self.restarts = 0
@@ -99,7 +109,7 @@ class RolloutPlane:
             try:
                 return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
-                refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
+                refusal, self.urls = broadcast_from_rank0((self._restart(), self.urls) if dist.get_rank() == 0 else None)
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
 
@@ -158,7 +168,8 @@ class RolloutPlane:
             top_p=rollout.top_p,
             weight_version=self.weight_version,
             rows_per_request=rollout.groups_per_request * n,
+            vocab_size=self.vocab_size,
         )
         started = time.perf_counter()
-        samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n)
+        samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
         return samples, time.perf_counter() - started

@@ -25,13 +25,22 @@ from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.evaluate import evaluate
 from dasd_megatron.models.gpt import ShardedModel, build_model
+from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
 from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
-from dasd_megatron.training.checkpoint import TrainerState, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from dasd_megatron.training.checkpoint import (
+    TrainerState,
+    check_architecture,
+    depart_from,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
@@ -99,17 +108,23 @@ def train(config: Config, paths: RunPaths) -> None:
     checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
-        first_step = read_state(checkpoint)[0].step if checkpoint is not None else 0
+        first_step = 0
+        if checkpoint is not None:
+            saved, record = read_state(checkpoint)
+            check_architecture(checkpoint, record, read_hf_config(start_path(config, paths)))
+            first_step = saved.step
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
-        # Asked on one rank: the others may see a shared file system later, and must not decide otherwise.
-        warm_started = broadcast_from_rank0((paths.warm_started_model / "config.json").exists())
+        # Looked up on one rank: the others may see a shared file system later, and must not decide otherwise.
+        warm_started = broadcast_from_rank0(_warm_started_model(paths, checkpoint) if rank0 else None)
         logger = None
         if rank0:
+            if checkpoint is not None:
+                depart_from(paths.root, checkpoint)
             truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
             logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
         hf_path = start_path(config, paths)
         if config.warm_start.steps:
-            if not warm_started:
+            if warm_started is None:
                 with display.phase("warm start", total=config.warm_start.steps) as phase:
 
                     def report(metrics: dict[str, float]) -> None:
@@ -118,10 +133,12 @@ def train(config: Config, paths: RunPaths) -> None:
                             logger.log_warm_start(metrics)
 
                     warm_start(config, paths, problems["train"], renderer, tokenizer, report)
-            hf_path = paths.warm_started_model
+            hf_path = warm_started or paths.warm_started_model
 
         model = build_model(config, hf_path)
-        optimizer = build_optimizer(config.optimizer, model, config.run.steps * config.batch.minibatches * config.batch.epochs)
+        optimizer = build_optimizer(
+            config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
+        )
         keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
         start = WeightSnapshot(model) if keeps_start else None
         keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
@@ -131,7 +148,7 @@ def train(config: Config, paths: RunPaths) -> None:
             state = load_checkpoint(checkpoint, model, optimizer, average)
             display.message(f"resumed from {checkpoint} at step {state.step}")
         grader = stack.enter_context(Grader(config.verify))
-        plane = stack.enter_context(RolloutPlane(config, paths, grader, renderer))
+        plane = stack.enter_context(RolloutPlane(config, paths, grader, renderer, tokenizer, model.vocab_size))
         trainer = Trainer(
             config, paths, tokenizer, renderer, grader, problems["train"], problems["heldout"],
             model, optimizer, start, average, state, plane, display, logger,
@@ -146,6 +163,14 @@ def _prepared_source(paths: RunPaths, name: str) -> Any:
     from dasd_megatron.config import DataSourceConfig
 
     return DataSourceConfig(path=str(paths.problems(name)))
+
+
+def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:
+    """The warm-started model of this run, or of the run that the checkpoint is from; None where there is none yet."""
+    candidates = [paths.warm_started_model]
+    if checkpoint is not None:
+        candidates.append(RunPaths(checkpoint.parent.parent).warm_started_model)
+    return next((path for path in candidates if (path / "config.json").exists()), None)
 
 
 def _checkpoint_to_resume(config: Config, paths: RunPaths) -> Path | None:
@@ -163,14 +188,16 @@ def _run(trainer: Trainer) -> None:
     for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
         watch.update(row)
     try:
-        trainer.plane.sync_weights(trainer.model, version_name(state.step), start_path(config, trainer.paths))
+        sync_seconds = _sync(trainer)
         if config.evaluation.before and state.step == 0:
             _evaluate(trainer, "before")
+        # A run that stopped between a step and its evaluation makes it up; one that is there already is not repeated.
+        _evaluate_if_due(trainer)
         checkpoint_seconds = 0.0
         while state.step < config.run.steps:
             metrics = _step(trainer)
-            metrics["seconds/checkpoint"] = checkpoint_seconds
-            state.step += 1
+            # Both belong to the end of the step before this one; a step's own line is written as soon as the step is done.
+            metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": checkpoint_seconds}
             if trainer.logger is not None:
                 trainer.logger.log_step(metrics)
                 trainer.display.step(metrics)
@@ -182,8 +209,9 @@ def _run(trainer: Trainer) -> None:
                     f"step {state.step}: loss {metrics['update/loss']}, gradient norm {metrics['update/grad_norm']}: "
                     "continue from the last checkpoint with resume=auto and a lower optimizer.lr"
                 )
-            if config.evaluation.every and state.step % config.evaluation.every == 0 and state.step < config.run.steps:
-                _evaluate(trainer, "step")
+            # The step is done and counted from here on, whatever happens to the servers.
+            sync_seconds = _sync(trainer)
+            _evaluate_if_due(trainer)
             checkpoint_seconds = 0.0
             if state.step == config.run.steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
                 checkpoint_seconds = _save(trainer)
@@ -194,6 +222,19 @@ def _run(trainer: Trainer) -> None:
         if state.step and not broadcast_from_rank0(saved.exists()):
             _save(trainer)
         raise RolloutFailure(f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended") from failure
+
+
+def _sync(trainer: Trainer) -> float:
+    """Hand the weights of the last finished step to the servers; returns seconds."""
+    started = time.perf_counter()
+    trainer.plane.sync_weights(trainer.model, version_name(trainer.state.step), start_path(trainer.config, trainer.paths))
+    return time.perf_counter() - started
+
+
+def _evaluate_if_due(trainer: Trainer) -> None:
+    every, step = trainer.config.evaluation.every, trainer.state.step
+    if every and 0 < step < trainer.config.run.steps and step % every == 0:
+        _evaluate(trainer, "step")
 
 
 def version_name(step: int) -> str:
@@ -229,6 +270,7 @@ def _evaluate(trainer: Trainer, label: str) -> None:
             client,
             trainer.grader,
             trainer.renderer,
+            trainer.tokenizer,
             trainer.heldout_problems,
             step=step,
             label=label,
@@ -243,7 +285,8 @@ def _evaluate(trainer: Trainer, label: str) -> None:
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
-    """One training step; returns its metrics on every rank. Nothing of it is applied if its rollouts fail."""
+    """One training step, counted in ``trainer.state`` when it is done; returns its metrics on every rank. If its rollouts fail, nothing of
+    it is applied."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     order = DataOrder(len(trainer.train_problems), config.run.seed, config.data.shuffle)
@@ -261,18 +304,16 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         advantage, credit = _route(config, scores, verifier_advantage)
     with timers("update"):
         results = _update(trainer, samples, scores, advantage)
-    with timers("sync"):
         if trainer.average is not None:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
-        state.position += config.batch.groups
-        state.weight_version = version_name(state.step + 1)
-        trainer.plane.sync_weights(trainer.model, state.weight_version, start_path(config, trainer.paths))
+    state.step += 1
+    state.position += config.batch.groups
     every = config.logging.save_rollouts_every
-    if every and (state.step + 1) % every == 0:
+    if every and state.step % every == 0:
         _save_rollouts(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config.batch.samples_per_group)
-    return {"step": state.step + 1, **metrics, "weight_version": samples[0].weight_version}
+    return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
 
 
 @dataclass
@@ -372,7 +413,7 @@ def _save_rollouts(
     trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, verifier_advantage: torch.Tensor, credit: Credit
 ) -> None:
     """The step's rollouts of all replicas for replay, and the first ones' token statistics for the report; written by rank 0."""
-    config, step = trainer.config, trainer.state.step + 1
+    config, step = trainer.config, trainer.state.step
     everyone = gather_replicas(samples)
     if trainer.logger is None:
         return

@@ -51,7 +51,8 @@ def warm_start(
             distributed=config.optimizer.distributed,
         ),
         model,
-        settings.steps,
+        steps=settings.steps,
+        updates_per_step=1,
     )
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()

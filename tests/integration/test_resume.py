@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import secrets
+import shutil
 import time
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: P
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
+def test_going_back_to_an_earlier_checkpoint_departs_from_the_later_ones(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    checkpoints = run / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000014"]
+    train(*OVERRIDES, f"run.dir={run}", f"resume={checkpoints / 'step_000012'}", "run.steps=13", "evaluation=none", "checkpoint.every=0")
+    assert (checkpoints / "latest").read_text().strip() == "step_000013"
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000013"]
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 14))
+
+
 def test_a_resumed_run_takes_the_new_learning_rate(uninterrupted: Path, tmp_path: Path) -> None:
     checkpoint = uninterrupted / "checkpoints" / "step_000012"
     steady = ["optimizer.decay_style=constant", "optimizer.lr=3e-4", "run.steps=13", "evaluation=none"]
@@ -101,6 +113,11 @@ def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path)
 
 
 def test_checkpoint_of_another_shape_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
-    checkpoint = uninterrupted / "checkpoints" / "step_000012"
+    overrides = [*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'other'}"]
+    status, output = finish(start(*overrides, f"resume={uninterrupted / 'checkpoints' / 'step_000012'}"))
+    assert status == 1 and "model.tiny.hidden_size=64" in output and len(output.strip().splitlines()) == 1, output[-3000:]
+    # A checkpoint that was moved away from its run says itself what it is.
+    checkpoint = tmp_path / "alone" / "step_000012"
+    shutil.copytree(uninterrupted / "checkpoints" / "step_000012", checkpoint)
     status, output = finish(start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}"))
     assert status == 1 and "hidden_size=32" in output and "this model has 64" in output and "Traceback" not in output, output[-3000:]

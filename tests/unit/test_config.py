@@ -47,6 +47,31 @@ REFUSED = [
     (["data.train.size=null"], ["data.train.size"]),
     (["rollout.replay=/tmp"], ["rollout.replay", "evaluation.before=false"]),
     (["run.name=a/b"], ["run.name"]),
+    (["run.name=.hidden"], ["run.name", "'.'"]),
+    (["algorithm.rlsd_clip=1"], ["algorithm.rlsd_clip=1", "below 1"]),
+    (["loss.dual_clip=1"], ["loss.dual_clip=1", "above 1"]),
+    (["teacher.hint_fraction=0"], ["teacher.hint_fraction=0", "above 0"]),
+    (["teacher.hint_fraction=1.1"], ["teacher.hint_fraction=1.1", "at most 1"]),
+    (["optimizer.adam_beta1=1"], ["optimizer.adam_beta1=1", "below 1"]),
+    (["optimizer.adam_beta2=1"], ["optimizer.adam_beta2=1", "below 1"]),
+    (["optimizer.clip_grad=inf"], ["optimizer.clip_grad=inf", "finite"]),
+    (["algorithm.beta=-inf"], ["algorithm.beta=-inf", "finite"]),
+    (["model.tiny.num_layers=0"], ["model.tiny.num_layers=0", "at least 1"]),
+    (["algorithm=rlsd", "algorithm.verifier_weight=0"], ["rlsd", "algorithm.verifier_weight"]),
+    *(
+        ([f"algorithm={name}", "algorithm.verifier_weight=0", "algorithm.beta=0"], [name, "algorithm.verifier_weight", "algorithm.beta"])
+        for name in ("opsd", "dasd", "reversed")
+    ),
+    (
+        [
+            "parallel=pp2",
+            "parallel.pipeline_model_parallel_size=4",
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "parallel.data_parallel_size=2",
+            "warm_start.batch_size=6",
+        ],
+        ["warm_start.batch_size=6", "at least 8"],
+    ),
 ]
 
 
@@ -69,6 +94,22 @@ def test_saved_configuration_reads_back_equal(tmp_path: pathlib.Path) -> None:
     config = load_config([QUICK, "optimizer.lr=3e-5", "evaluation.ks=[1,4]"])
     save_config(config, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path) -> None:
+    checkpoint, data, rollouts = tmp_path / "step_000001", tmp_path / "train.jsonl", tmp_path / "rollouts"
+    checkpoint.mkdir()
+    rollouts.mkdir()
+    data.touch()
+    overrides = [QUICK, "evaluation=none", f"resume={checkpoint}", f"rollout.replay={rollouts}", "data.train.generator=null"]
+    config = load_config([*overrides, f"data.train.path={data}"])
+    save_config(config, tmp_path / "config.yaml")
+    checkpoint.rmdir()
+    rollouts.rmdir()
+    data.unlink()
+    assert read_config(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config([*overrides, f"data.train.path={data}"])
 
 
 @pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])

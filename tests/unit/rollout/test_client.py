@@ -99,9 +99,9 @@ PARAMS = [{"sampling_seed": 100 + i, "max_new_tokens": 4} for i in range(10)]
 EXPECTED = [[i, i + 1, 100 + i] for i in range(10)]
 
 
-async def sample(c, prompts=PROMPTS, params=PARAMS, *, weight_version=VERSION, rows_per_request=3):
+async def sample(c, prompts=PROMPTS, params=PARAMS, *, weight_version=VERSION, rows_per_request=3, vocab_size=None):
     async with c:
-        return await c.generate(prompts, params, weight_version=weight_version, rows_per_request=rows_per_request)
+        return await c.generate(prompts, params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size)
 
 
 async def test_rows_keep_their_order_over_requests_and_servers():
@@ -140,6 +140,21 @@ def changed(path, value):
     return answer
 
 
+def sampled(ids, reason="stop"):
+    """An answer whose last row has these tokens, with a log-prob for each."""
+
+    def answer(body):
+        return sound(body)[:-1] + [row(ids[:-1], ids[-1], reason=reason) if ids else row_without_tokens(reason)]
+
+    return answer
+
+
+def row_without_tokens(reason):
+    empty = row([], 0, reason=reason)
+    empty["output_ids"] = empty["meta_info"]["output_token_logprobs"] = []
+    return empty
+
+
 GARBAGE = {
     "http 500": (500, {"error": {"message": "boom"}}),
     "http 503": (503, b"busy"),
@@ -155,7 +170,11 @@ GARBAGE = {
     "finish_reason is a string": changed(["meta_info", "finish_reason"], "stop"),
     "aborted": changed(["meta_info", "finish_reason"], {"type": "abort", "message": "Aborted"}),
     "no log-probs": changed(["meta_info", "output_token_logprobs"], KeyError),
-    "a log-prob too few": changed(["output_ids"], [1, 2, 3, 4, 5]),
+    "a log-prob too few": changed(["output_ids"], [1, 2, 3, 4]),
+    "no tokens, stopped": sampled([]),
+    "no tokens, at the limit": sampled([], "length"),
+    "more than max_new_tokens": sampled([1, 2, 3, 4, 5], "length"),
+    "negative token id": sampled([1, -1]),
     "NaN log-prob": changed(["meta_info", "output_token_logprobs", 0, 0], float("nan")),
     "-inf log-prob": changed(["meta_info", "output_token_logprobs", 0, 0], float("-inf")),
     "null log-prob": changed(["meta_info", "output_token_logprobs", 0, 0], None),
@@ -188,6 +207,33 @@ async def test_bad_answers_without_end_are_an_error(action):
         assert caught.value.url == url
         assert caught.value.tries == 3 and "3 tries" in str(caught.value)
     assert len(server.requests) == 3
+
+
+async def test_ids_outside_the_vocabulary_are_asked_for_again():
+    largest = max(ids[-1] for ids in EXPECTED)
+    server = FakeServer([sampled([1, largest + 1])])
+    async with server.serve() as url:
+        completions = await sample(client(url), vocab_size=largest + 1)
+    assert [c.output_ids for c in completions] == EXPECTED  # the largest id of the vocabulary among them
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("token", [110, 2**40, -1])
+async def test_ids_outside_the_vocabulary_without_end_are_an_error(token):
+    server = FakeServer([sampled([1, token])] * 20)
+    async with server.serve() as url:
+        with pytest.raises(RolloutError, match=f"row 9: id {token} of token 1 is outside the vocabulary of 110"):
+            await sample(client(url), rows_per_request=10, vocab_size=110)
+    assert len(server.requests) == 3
+
+
+async def test_each_row_has_its_own_limit_or_none():
+    params = [{"sampling_seed": 100, "max_new_tokens": 3}, {"sampling_seed": 101}, {"sampling_seed": 102, "max_new_tokens": 2}]
+    server = FakeServer()
+    async with server.serve() as url:
+        assert [c.output_ids for c in await sample(client(url), PROMPTS[:2], params[:2])] == EXPECTED[:2]
+        with pytest.raises(RolloutError, match="row 2: 3 tokens, but max_new_tokens is 2"):
+            await sample(client(url), PROMPTS[:3], params)
 
 
 @pytest.mark.parametrize("action", ["hang", "trickle"])
@@ -269,6 +315,11 @@ async def test_the_first_failure_cancels_the_rest():
 async def test_calls_that_cannot_work_are_refused(prompts, params, rows):
     with pytest.raises(ValueError):
         await sample(client("http://127.0.0.1:9"), prompts, params, rows_per_request=rows)
+
+
+async def test_an_empty_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocab_size must be at least 1"):
+        await sample(client("http://127.0.0.1:9"), vocab_size=0)
 
 
 @pytest.mark.parametrize(

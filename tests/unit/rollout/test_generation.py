@@ -1,0 +1,51 @@
+"""Rewards come from the sampled tokens, whatever text the server sends, and the vocabulary's size reaches the client."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from dasd_megatron.config import RolloutConfig, VerifyConfig
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.rollout.client import Completion, RolloutError
+from dasd_megatron.rollout.generation import generate, make_client, make_samples
+from dasd_megatron.verify.grader import Grader
+
+TOKENIZER = character_tokenizer()
+PROBLEMS = [Problem("a", "1+1 =", "2", ""), Problem("b", "1+2 =", "3", "")]
+
+
+def completion(response: str, server_text: str) -> Completion:
+    ids = [*TOKENIZER.encode(response), TOKENIZER.eos_token_id]
+    return Completion(ids, [-0.5] * len(ids), "stop", "7", server_text)
+
+
+@pytest.mark.parametrize("server_text", ["", "#### 2", "#### 3"], ids=["no text", "another text", "yet another text"])
+def test_rewards_and_texts_are_those_of_the_tokens(server_text: str) -> None:
+    responses = ["#### 2", "#### 3", "#### 3", "#### 2"]
+    completions = [completion(response, server_text) for response in responses]
+    with Grader(VerifyConfig(workers=0)) as grader:
+        samples = make_samples(PROBLEMS, [4, 5], [[1], [2]], completions, grader, samples_per_group=2, tokenizer=TOKENIZER)
+    assert [sample.reward for sample in samples] == [1.0, 0.0, 1.0, 0.0]
+    assert [sample.predicted_answer for sample in samples] == ["2", "3", "3", "2"]
+    assert [sample.text for sample in samples] == responses  # without the end token
+    assert [sample.response_ids for sample in samples] == [c.output_ids for c in completions]  # with it
+    assert [(sample.problem_id, sample.group, sample.sample) for sample in samples] == [("a", 4, 0), ("a", 4, 1), ("b", 5, 0), ("b", 5, 1)]
+
+
+@pytest.mark.parametrize(("vocab_size", "accepted"), [(None, True), (100, True), (99, False)])
+def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_args: object, **_options: object) -> httpx.Response:
+        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 99, None]]}
+        return httpx.Response(200, json=[{"text": "", "output_ids": [99], "meta_info": meta}])
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
+    options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": vocab_size}
+    client = make_client(config, ["http://server"])
+    if accepted:
+        assert [c.output_ids for c in generate(client, [[1]], [0], config, **options)] == [[99]]
+    else:
+        with pytest.raises(RolloutError, match="id 99 of token 0 is outside the vocabulary of 99"):
+            generate(client, [[1]], [0], config, **options)

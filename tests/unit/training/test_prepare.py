@@ -1,0 +1,230 @@
+"""A run that cannot work is refused before any process starts, with one line; a run that goes on does so with its own model and data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dasd_megatron
+from dasd_megatron.config import Config, ConfigError, TinyModelConfig, load_config
+from dasd_megatron.models.hf_config import read_hf_config
+from dasd_megatron.models.tiny import make_tiny_model
+from dasd_megatron.training import prepare
+from dasd_megatron.training.prepare import prepare_run
+
+SMALL = [
+    "experiment=quickstart",
+    "parallel=single",
+    "model.tiny.hidden_size=32",
+    "model.tiny.intermediate_size=48",
+    "model.tiny.head_dim=8",
+    "model.tiny.num_layers=4",
+    "batch.groups=2",
+    "warm_start.steps=0",
+]
+GOOD = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "1 + 1 = 2\n#### 2"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Overrides that read small problem files instead of generating problems."""
+    for name, first in (("train", 1), ("heldout", 5)):
+        lines = [json.dumps({**GOOD, "problem": f"{number} + 1 ="}) + "\n" for number in range(first, first + 3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    sources = [f"data.{name}.path={tmp_path / name}.jsonl" for name in ("train", "heldout")]
+    return ["data=jsonl", *sources, *(f"data.{name}.{field}=null" for name in ("train", "heldout") for field in ("generator", "size"))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = TinyModelConfig(hidden_size=32, num_layers=4, head_dim=8, intermediate_size=48)
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", sizes, 1)
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a tiny model with changed fields in config.json."""
+
+    def make(**fields: Any) -> Path:
+        path = tmp_path / "hf"
+        shutil.copytree(tiny, path)
+        values = json.loads((path / "config.json").read_text())
+        # One entry a layer, which transformers derives again where it is absent.
+        values.pop("layer_types")
+        (path / "config.json").write_text(json.dumps({**values, **fields}))
+        return path
+
+    return make
+
+
+def refusal(work: Callable[[], Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        work()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def configure(*overrides: str) -> Config:
+    return load_config([*SMALL, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("fields", "overrides", "named"),
+    [
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, ["parallel=tp2"], ["tensor_model_parallel_size=2", "num_attention_heads=5"]),
+        ({"num_key_value_heads": 1}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "num_key_value_heads=1"]),
+        ({"intermediate_size": 47}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "intermediate_size=47"]),
+        ({"hidden_size": 33}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "hidden_size=33"]),
+        ({"num_key_value_heads": 3}, [], ["num_key_value_heads=3", "num_attention_heads=4"]),
+        ({"num_hidden_layers": 3}, ["parallel=pp2"], ["parallel.pipeline_model_parallel_size = 2", "num_hidden_layers=3"]),
+        (
+            {"num_hidden_layers": 6},
+            ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
+            ["parallel.virtual_pipeline_model_parallel_size = 4", "num_hidden_layers=6"],
+        ),
+        ({"max_position_embeddings": 111}, [], ["rollout.max_prompt_tokens", "= 112", "max_position_embeddings=111"]),
+        ({"attention_bias": True}, [], ["attention_bias=true"]),
+        ({"model_type": "llama", "attention_bias": True}, [], ["attention_bias=true"]),
+        ({"model_type": "llama", "mlp_bias": True}, [], ["mlp_bias=true"]),
+        ({"model_type": "gpt2"}, [], ["gpt2"]),
+        ({"model_type": "no-such"}, [], ["no-such"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, [], ["config.json", "factor"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, [], ["rope_scaling", "dynamic"]),
+    ],
+    ids=str,
+)
+def test_architectures_that_cannot_run_are_refused(
+    model: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], overrides: list[str], named: list[str]
+) -> None:
+    config = configure(f"model.path={model(**fields)}", *overrides)
+    message = refusal(lambda: prepare_run(config, tmp_path / "run"))
+    for part in ["model.path", *named]:
+        assert part in message
+
+
+def test_layouts_of_the_model_made_in_code_are_checked(tmp_path: Path) -> None:
+    message = refusal(lambda: prepare_run(configure("parallel=pp2", "model.tiny.num_layers=3"), tmp_path / "run"))
+    assert "num_layers=3 (model.tiny)" in message
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("qwen2", "attention_bias"), ("qwen3", "mlp_bias")])
+def test_biases_that_an_architecture_does_not_have_are_no_reason(model: Callable[..., Path], model_type: str, name: str) -> None:
+    assert read_hf_config(model(model_type=model_type, **{name: True})).model_type == model_type
+
+
+@pytest.mark.parametrize("content", [None, "{broken", '{"version": "1.0"}'])
+def test_tokenizers_that_do_not_load_are_refused(model: Callable[..., Path], tmp_path: Path, content: str | None) -> None:
+    path = model()
+    (path / "tokenizer.json").unlink()
+    if content is None:
+        (path / "tokenizer_config.json").unlink()
+    else:
+        (path / "tokenizer.json").write_text(content)
+    message = refusal(lambda: prepare_run(configure(f"model.path={path}"), tmp_path / "run"))
+    assert f"model.path={path}" in message and "tokenizer" in message
+
+
+def test_config_is_complained_about_before_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "model_type 'gpt2'" in refusal(lambda: prepare_run(configure(f"model.path={tmp_path / 'gpt2'}"), tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("positions", "fits"), [(229, True), (228, False)])
+def test_warm_start_examples_must_fit(model: Callable[..., Path], files: list[str], tmp_path: Path, positions: int, fits: bool) -> None:
+    """22 tokens of privileged prompt, 206 of solution and the end; rollouts ask for 112 positions only."""
+    long = {**GOOD, "problem": "7 + 7 =", "reference_solution": "x" * 200 + "#### 2"}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (GOOD, long)))
+    shown = ["teacher.privileged=answer", f"model.path={model(max_position_embeddings=positions)}", *files]
+    if fits:
+        prepare_run(configure(*shown, "warm_start.steps=1"), tmp_path / "run")
+        return
+    prepare_run(configure(*shown), tmp_path / "without")
+    message = refusal(lambda: prepare_run(configure(*shown, "warm_start.steps=1"), tmp_path / "run"))
+    assert "warm_start.steps" in message and "'train-1'" in message and "max_position_embeddings=228" in message
+
+
+def test_launcher_does_not_import_megatron() -> None:
+    script = "import sys, dasd_megatron.training.prepare; print(sorted(name for name in sys.modules if name.split('.')[0] == 'megatron'))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_resuming_keeps_the_problems(files: list[str], tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    paths = prepare_run(configure(*files), root)
+    saved = {name: paths.problems(name).stat().st_ino for name in ("train", "heldout")}
+    prepare_run(configure(*files, "resume=auto"), root)
+    assert {name: paths.problems(name).stat().st_ino for name in saved} == saved
+
+
+@pytest.mark.parametrize("name", ["train", "heldout"])
+def test_resuming_with_changed_problems_is_refused(files: list[str], tmp_path: Path, name: str) -> None:
+    root = tmp_path / "run"
+    paths = prepare_run(configure(*files), root)
+    before = paths.problems(name).read_bytes()
+    with (tmp_path / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps({**GOOD, "problem": "8 + 8 ="}) + "\n")
+    message = refusal(lambda: prepare_run(configure(*files, "resume=auto"), root))
+    assert message.startswith(f"data.{name}: ") and "changed since the run began" in message
+    assert paths.problems(name).read_bytes() == before
+
+
+def test_checkpoint_of_another_run_fixes_the_same_fields(files: list[str], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "first" / "checkpoints" / "step_000001"
+    prepare_run(configure(*files), tmp_path / "first")
+    checkpoint.mkdir(parents=True)
+    resumed = [*files, f"resume={checkpoint}"]
+    message = refusal(lambda: prepare_run(configure(*resumed, "run.seed=7"), tmp_path / "second"))
+    assert "run.seed=7" in message and "run.seed=1" in message
+    prepare_run(configure(*resumed, "optimizer.lr=2e-5"), tmp_path / "second")
+
+
+def test_embedded_server_is_refused_on_several_machines(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    message = refusal(lambda: prepare_run(configure(*files), tmp_path / "run"))
+    assert "rollout.engine=external" in message
+    prepare_run(configure(*files, "rollout.engine=external", "rollout.servers=[http://10.0.0.1:1]"), tmp_path / "external")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    prepare_run(configure(*files), tmp_path / "run")
+
+
+def _checkout(top: Path, package: Path) -> None:
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", "-C", top, *arguments], check=True, timeout=20)
+
+
+def test_revision_is_recorded_of_this_project_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own" / "dasd_megatron"
+    _checkout(tmp_path / "own", own)
+    monkeypatch.setattr(dasd_megatron, "__file__", str(own / "__init__.py"))
+    head = subprocess.run(["git", "-C", own, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    assert prepare._git_revision() == head
+    installed = tmp_path / "other" / "site-packages" / "dasd_megatron"
+    _checkout(tmp_path / "other", installed)
+    monkeypatch.setattr(dasd_megatron, "__file__", str(installed / "__init__.py"))
+    assert prepare._git_revision() is None
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)], ids=["missing", "hangs"])
+def test_git_that_does_not_work_is_no_reason_to_stop(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    config = configure(*files)
+    monkeypatch.setattr(subprocess, "run", fail)
+    prepare_run(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_revision"] is None
