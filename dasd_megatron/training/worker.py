@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -33,9 +37,22 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     dist.destroy_process_group()
 
 
+def _end_with(parent: int) -> None:
+    """Kill this process soon after its parent is gone. The agent starts workers in sessions of their own, so a launcher that is killed
+    would leave them training, and writing into the run directory beside a resumed run."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> int:
     from dasd_megatron.cli import report_errors
 
+    _end_with(os.getppid())
     root = Path(sys.argv[1])
     return report_errors(lambda: run(read_config(root / "config.yaml"), root, prepared=True))
 

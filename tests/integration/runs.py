@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # Seconds, not minutes: 30k parameters, two groups of four short responses. Rewards are rare at this size, but the teacher term always acts.
 SMALL = [
@@ -55,9 +58,13 @@ def start(*overrides: str) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for the launcher and all its workers at once, as a node that goes down."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL for the launcher and all its descendants at once, as a node that goes down; returns when all are gone."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(family, timeout=30)
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:

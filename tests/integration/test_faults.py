@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
-import signal
 import socket
 import subprocess
 import threading
@@ -189,16 +187,18 @@ def test_killed_embedded_server_is_restarted_and_nothing_changes(healthy: Path, 
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 
 
-def test_embedded_server_ends_with_its_run(tmp_path: Path) -> None:
-    process = start(*OVERRIDES, f"run.dir={tmp_path / 'run'}")
+def test_everything_ends_with_its_launcher(tmp_path: Path) -> None:
+    """Only the launcher is killed, in the middle of a long run: its workers and their server must not go on without it."""
+    process = start(*OVERRIDES, "run.steps=5000", "checkpoint.every=0", f"run.dir={tmp_path / 'run'}")
     _wait_for_rows(process, tmp_path / "run" / "metrics.jsonl", 1)
-    server = _embedded_server(process)
-    os.killpg(process.pid, signal.SIGKILL)
+    assert _embedded_server(process) is not None
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
     process.wait()
-    try:
-        server.wait(timeout=20)
-    except psutil.TimeoutExpired:
-        pytest.fail("the rollout server outlived its killed run")
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for member in alive:
+        member.kill()
+    assert not alive, "processes outlived their launcher"
 
 
 @pytest.fixture
