@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, DataSourceConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import PromptRenderer
@@ -104,7 +104,9 @@ def train(config: Config, paths: RunPaths) -> None:
     rank0 = dist.get_rank() == 0
     tokenizer = load_tokenizer(start_path(config, paths))
     renderer = make_renderer(config, tokenizer)
-    problems = {name: load_problems(_prepared_source(paths, name), name, needs_solution=False) for name in ("train", "heldout")}
+    problems = {
+        name: load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False) for name in ("train", "heldout")
+    }
     checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
@@ -157,12 +159,6 @@ def train(config: Config, paths: RunPaths) -> None:
         export_model(model, paths.final_model, template_dir=hf_path)
         if rank0:
             _conclude(trainer)
-
-
-def _prepared_source(paths: RunPaths, name: str) -> Any:
-    from dasd_megatron.config import DataSourceConfig
-
-    return DataSourceConfig(path=str(paths.problems(name)))
 
 
 def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:
