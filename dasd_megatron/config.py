@@ -107,6 +107,17 @@ class AlgorithmConfig:
     scale_floor: float = _doc(MISSING, "least scale of the log-evidence gap in one rollout, nats; our choice, no public value")
     gate: bool = _doc(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
     rlsd_clip: float = _doc(0.2, "rlsd only: the teacher scales the verifier advantage by at most 1 +/- this")
+    objective: str = _doc(
+        "sampled",
+        "sampled: the teacher acts through the advantage of the sampled token; distributional: through a divergence over the full "
+        "vocabulary, weighted by omega, beside the verifier's surrogate",
+    )
+    divergence: str = _doc("reverse_kl", "distributional only: reverse_kl, KL(student || teacher); forward_kl; or jsd")
+    divergence_weight: float = _doc(0.1, "distributional only: weight of the divergence term; our choice, no public value")
+    divergence_cap: float = _doc(
+        2.0, "distributional only: a token is not pushed away from the teacher beyond this divergence, nats; our choice"
+    )
+    jsd_weight: float = _doc(0.5, "divergence=jsd only: weight of the student in the mixture")
 
 
 @dataclass
@@ -128,6 +139,12 @@ class PolicyLossConfig:
     clip_high: float = _doc(0.28, "PPO clip above: ratio <= 1 + clip_high")
     dual_clip: float | None = _doc(None, "bound on the surrogate at negative advantages, > 1; null: none")
     kl_coef: float = _doc(0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept")
+    fused_linear: bool = _doc(
+        True, "token statistics straight from hidden states and LM head, block by block; false materialises all logits of a micro-batch"
+    )
+    block_tokens: int = _doc(1024, "fused_linear only: tokens of one block of logits")
+    block_columns: int = _doc(8192, "fused_linear only: vocabulary columns of one block of logits")
+    max_skipped_steps: int = _doc(3, "steps in a row whose logits or gradients are not finite, and which are skipped, before the run stops")
 
 
 @dataclass
@@ -136,7 +153,10 @@ class BatchConfig:
     samples_per_group: int = _doc(8, "rollouts of each prompt")
     minibatches: int = _doc(1, "optimizer steps over one batch of rollouts")
     epochs: int = _doc(1, "passes over one batch of rollouts")
-    micro_batch_size: int = _doc(16, "sequences of one forward pass")
+    micro_batch_size: int = _doc(16, "most sequences of one forward pass")
+    micro_batch_tokens: int | None = _doc(
+        None, "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least one; null: no limit"
+    )
 
 
 @dataclass
@@ -363,6 +383,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision.recompute": ("none", "full"),
     "algorithm.name": ("dasd", "grpo", "opsd", "reversed", "rlsd"),
     "algorithm.quantile_side": ("upper", "lower"),
+    "algorithm.objective": ("sampled", "distributional"),
+    "algorithm.divergence": ("reverse_kl", "forward_kl", "jsd"),
     "teacher.weights": ("live", "frozen", "ema"),
     "teacher.privileged": ("solution", "hint", "answer"),
     "optimizer.decay_style": ("constant", "linear", "cosine"),
@@ -393,16 +415,22 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "algorithm.rho": (0, 1),
     "algorithm.scale_floor": (0, None),
     "algorithm.rlsd_clip": (0, None),
+    "algorithm.divergence_weight": (0, None),
+    "algorithm.divergence_cap": (0, None),
     "teacher.ema_decay": (0, 1),
     "teacher.hint_fraction": (None, 1),
     "loss.clip_low": (0, 1),
     "loss.clip_high": (0, None),
     "loss.kl_coef": (0, None),
+    "loss.block_tokens": (1, None),
+    "loss.block_columns": (1, None),
+    "loss.max_skipped_steps": (0, None),
     "batch.groups": (1, None),
     "batch.samples_per_group": (1, None),
     "batch.minibatches": (1, None),
     "batch.epochs": (1, None),
     "batch.micro_batch_size": (1, None),
+    "batch.micro_batch_tokens": (1, None),
     "optimizer.lr": (0, None),
     "optimizer.min_lr": (0, None),
     "optimizer.warmup_steps": (0, None),
@@ -447,8 +475,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 # Bounds that the value itself may not reach.
-_ABOVE = {"teacher.hint_fraction": 0, "loss.dual_clip": 1}
-_BELOW = {"algorithm.rlsd_clip": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
+_ABOVE = {"teacher.hint_fraction": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
+_BELOW = {"algorithm.rlsd_clip": 1, "algorithm.jsd_weight": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
 
 
 def _value(config: Config, name: str) -> Any:
@@ -512,9 +540,21 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 trains on nothing: write algorithm.verifier_weight=1"
         )
-    if algorithm.verifier_weight == 0 and algorithm.beta == 0:
+    distributional = algorithm.objective == "distributional"
+    teacher_weight = "divergence_weight" if distributional else "beta"
+    if algorithm.verifier_weight == 0 and getattr(algorithm, teacher_weight) == 0:
         raise ConfigError(
-            f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 and algorithm.beta=0 trains on nothing: raise one of them"
+            f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 and algorithm.{teacher_weight}=0 trains on nothing: "
+            "raise one of them"
+        )
+    if distributional and algorithm.name in ("grpo", "rlsd"):
+        raise ConfigError(
+            f"algorithm.objective=distributional has no direction under algorithm.name={algorithm.name}: "
+            "write dasd, opsd or reversed, or objective=sampled"
+        )
+    if distributional and not config.loss.fused_linear:
+        raise ConfigError(
+            "algorithm.objective=distributional re-projects the teacher's hidden states: write loss.fused_linear=true, or objective=sampled"
         )
     if config.warm_start.steps and config.warm_start.batch_size % parallel.data_parallel_size:
         raise ConfigError(f"warm_start.batch_size={config.warm_start.batch_size}: write a multiple of parallel.data_parallel_size")

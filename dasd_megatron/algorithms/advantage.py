@@ -22,6 +22,7 @@ _DIRECTIONS: dict[str, Callable[[RolloutStatistics], Tensor]] = {
     "rlsd": lambda statistics: torch.zeros_like(statistics.routed),
 }
 ALGORITHMS = tuple(_DIRECTIONS)
+OBJECTIVES = ("sampled", "distributional")
 
 
 def group_relative_advantage(
@@ -91,6 +92,7 @@ def token_advantages(
     scale_floor: float,
     gate: bool,
     rlsd_clip: float,
+    objective: str = "sampled",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
     """Per-token advantage of an algorithm: ``verifier_weight * A + advantage_term``, with A the rollout's verifier advantage.
@@ -100,6 +102,9 @@ def token_advantages(
     without the warm-up that blends it with plain advantages): the token's advantage is
     ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone decides the sign; its
     omega is 0, and the term is what the weight changes.
+
+    Under the ``distributional`` objective the teacher acts through a divergence that the loss weights with omega, so the token's advantage
+    is the verifier's alone, and the term is 0.
 
     Args:
         name: one of :data:`ALGORITHMS`.
@@ -122,6 +127,8 @@ def token_advantages(
         )
     if not 0.0 <= rlsd_clip < 1.0:
         raise ValueError(f"rlsd_clip is {rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     dtype = output_dtype(entropy)
     statistics = rollout_statistics(entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps)
     credit = make_credit(statistics, _DIRECTIONS[name](statistics), beta=beta, gate=gate, dtype=dtype)
@@ -130,4 +137,6 @@ def token_advantages(
         gap = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
         weight = torch.exp(verifier.sign() * gap).clamp(1.0 - rlsd_clip, 1.0 + rlsd_clip)
         credit = credit._replace(advantage_term=(verifier * (weight - 1.0)).to(dtype))
+    if objective == "distributional":
+        credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
     return verifier.to(dtype) + credit.advantage_term, credit

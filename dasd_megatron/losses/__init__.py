@@ -1,8 +1,19 @@
-"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, policy surrogate, KL penalty."""
+"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, policy surrogate, penalties."""
 
 from __future__ import annotations
 
-from dasd_megatron.losses.policy import kl_k3, policy_surrogate
-from dasd_megatron.losses.token_stats import DIVERGENCES, TokenStats, vocab_parallel_token_stats
+from dasd_megatron.losses.linear_stats import linear_token_stats
+from dasd_megatron.losses.policy import kl_k3, policy_surrogate, routed_divergence
+from dasd_megatron.losses.statistics import DIVERGENCES, IMPLEMENTATIONS, TokenStats
+from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
 
-__all__ = ["DIVERGENCES", "TokenStats", "kl_k3", "policy_surrogate", "vocab_parallel_token_stats"]
+__all__ = [
+    "DIVERGENCES",
+    "IMPLEMENTATIONS",
+    "TokenStats",
+    "kl_k3",
+    "linear_token_stats",
+    "policy_surrogate",
+    "routed_divergence",
+    "vocab_parallel_token_stats",
+]

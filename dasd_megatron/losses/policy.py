@@ -63,6 +63,32 @@ def policy_surrogate(
     return loss, clipped.detach()
 
 
+def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
+    """The distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is pushed away.
+
+    Minimising it lowers D where omega is above 0 and raises it where omega is below, but there only while D is under ``cap``: an
+    unbounded repulsion could run away, since a divergence has no maximum. The cap is our choice.
+
+    Args:
+        divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond the cap.
+        omega: ``[N]`` direction times reliability, in [-1, 1]; no gradient.
+        cap: nats, at least 0.
+
+    Returns:
+        term ``[N]`` and capped ``[N]`` bool: pushed tokens at or beyond the cap. A pulled token whose divergence is infinite, which has no
+        gradient to follow, contributes 0.
+
+    Elementwise; no collectives. Raises ValueError on shapes or a cap that do not fit.
+    """
+    _same_shape(divergence=divergence, omega=omega)
+    if not cap >= 0.0:
+        raise ValueError(f"cap is {cap}; expected at least 0 nats")
+    omega = omega.detach().to(divergence.dtype)
+    capped = (omega < 0) & (divergence >= cap)
+    held = torch.where(capped, cap, torch.where(divergence == math.inf, 0.0, divergence))
+    return omega * held, capped.detach()
+
+
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x = ref_log_prob - log_prob``.
 

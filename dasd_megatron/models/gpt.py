@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config
@@ -33,14 +36,40 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class HiddenStatesHead(ColumnParallelLinear):
+    """An LM head that hands on what it would multiply its weight with: the product is left to ``linear_token_stats``.
+
+    It returns ``[S, B, h]`` of the whole sequence. Under sequence parallelism it gathers that from the tensor-parallel ranks, and the
+    backward pass reduce-scatters its gradient, so that nobody else may reduce it; without, the caller has to.
+    """
+
+    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
+        return input_, None
+
+
 @dataclass
 class ShardedModel:
-    """This rank's part of the policy: one DDP-wrapped chunk per virtual pipeline stage, and how it maps to Hugging Face names."""
+    """This rank's part of the policy: one DDP-wrapped chunk per virtual pipeline stage, and how it maps to Hugging Face names.
+
+    With ``fused_linear`` the last pipeline stage's output is ``[B, S, h]``, what the LM head is applied to, and else the logits
+    ``[B, S, V_local]``.
+    """
 
     chunks: list[DistributedDataParallel]
     bridge: Bridge
     config: TransformerConfig
     vocab_size: int
+    fused_linear: bool
+
+    def head_weight(self) -> torch.nn.Parameter:
+        """This rank's shard of the LM head, ``[V_local, h]``; on the last pipeline stage only."""
+        last = unwrap_model(self.chunks[-1])
+        return last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else last.output_layer.weight
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return (pair for chunk in self.chunks for pair in unwrap_model(chunk).named_parameters())
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -103,6 +132,9 @@ def build_model(config: Config, hf_path: str | Path) -> ShardedModel:
             vp_stage=vp_stage,
             **{**bridge._get_gptmodel_args(), "vocab_size": bridge.padded_vocab_size},
         ).to(target.device())
+        if config.loss.fused_linear and model.post_process:
+            # The layer keeps its weight, name and place in checkpoints.
+            model.output_layer.__class__ = HiddenStatesHead
         chunks.append(model)
     with torch.no_grad():
         bridge.load_weights(chunks, str(hf_path))
@@ -113,4 +145,4 @@ def build_model(config: Config, hf_path: str | Path) -> ShardedModel:
         DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
     transformer_config.finalize_model_grads_func = finalize_model_grads
-    return ShardedModel(wrapped, bridge, transformer_config, hf_config.vocab_size)
+    return ShardedModel(wrapped, bridge, transformer_config, hf_config.vocab_size, config.loss.fused_linear)

@@ -34,6 +34,7 @@ def make_micro_batches(
     responses: Sequence[Sequence[int]],
     *,
     micro_batch_size: int,
+    micro_batch_tokens: int | None,
     pad_multiple: int,
     count_multiple: int,
     device: torch.device,
@@ -41,24 +42,23 @@ def make_micro_batches(
     """Cut ``prompts[i] + responses[i]`` into micro-batches of neighbours in length, the longest first.
 
     The longest come first so that a batch which does not fit in memory fails at once. Each micro-batch is padded to its own longest
-    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism). The number of micro-batches is a
-    multiple of ``count_multiple``, for which there must be at least as many sequences; where there are too few to round the number up, it
-    is rounded down and micro-batches exceed ``micro_batch_size``.
+    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism), and holds at most ``micro_batch_size``
+    sequences and ``micro_batch_tokens`` padded tokens, but at least one sequence. The number of micro-batches is a multiple of
+    ``count_multiple``, for which there must be at least as many sequences; where there are too few to round the number up, it is rounded
+    down and micro-batches exceed these bounds.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     starts = [0]
     for response in responses:
         starts.append(starts[-1] + len(response))
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    count = -(-len(order) // micro_batch_size)
-    count = min(-(-count // count_multiple), len(order) // count_multiple) * count_multiple
-    bounds = [len(order) * index // count for index in range(count + 1)]
+    # The last response token predicts nothing, so it is a target but never an input.
+    widths = [-(-max(lengths[index] - 1, 1) // pad_multiple) * pad_multiple for index in order]
+    bounds = _cut(widths, micro_batch_size, micro_batch_tokens, count_multiple)
     batches = []
     for begin, end in itertools.pairwise(bounds):
         members = order[begin:end]
-        # The last response token predicts nothing, so it is a target but never an input.
-        width = max(lengths[members[0]] - 1, 1)
-        width = -(-width // pad_multiple) * pad_multiple
+        width = widths[begin]
         tokens = torch.zeros(len(members), width, dtype=torch.int64)
         rows, columns, targets, packed_index = [], [], [], []
         for row, index in enumerate(members):
@@ -77,3 +77,21 @@ def make_micro_batches(
             )
         )
     return batches
+
+
+def _cut(widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count_multiple: int) -> list[int]:
+    """Where micro-batches of sequences with these padded widths, the widest first, begin and end."""
+    total = len(widths)
+    bounds = [0]
+    while bounds[-1] < total:
+        begin = bounds[-1]
+        size = micro_batch_size if micro_batch_tokens is None else min(micro_batch_size, max(micro_batch_tokens // widths[begin], 1))
+        bounds.append(min(begin + size, total))
+    count = min(-(-(len(bounds) - 1) // count_multiple), total // count_multiple) * count_multiple
+    if count < len(bounds) - 1:
+        return [total * index // count for index in range(count + 1)]
+    while len(bounds) - 1 < count:
+        # Halve the one with the most tokens that can be halved.
+        begin, end = max(itertools.pairwise(bounds), key=lambda pair: (pair[1] - pair[0] > 1, (pair[1] - pair[0]) * widths[pair[0]]))
+        bounds = sorted([*bounds, (begin + end) // 2])
+    return bounds

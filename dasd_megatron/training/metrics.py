@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
+from dasd_megatron.config import Config
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.training.parallel import reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
@@ -24,17 +26,55 @@ def step_metrics(
     credit: Credit,
     updates: Sequence[UpdateResult],
     seconds: dict[str, float],
-    samples_per_group: int,
+    config: Config,
 ) -> dict[str, float]:
-    """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: two all-reduces over replicas.
+    """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: four all-reduces over replicas.
 
     ``rollout/kl`` is the k3 estimate of KL(rollout policy || trainer's student), nats per token; updates are averaged over the step's
-    optimizer steps, seconds are this rank's.
+    optimizer steps, seconds are this rank's. ``update/skipped`` counts those of them whose gradients were not finite.
     """
+    log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
+    own_sums = torch.stack(
+        [
+            torch.ones_like(log_ratio).sum(),
+            (log_ratio.exp() - 1.0 - log_ratio).sum(),
+            log_ratio.abs().sum(),
+        ]
+    )
+    routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
+    sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
+    maxima = reduce_over_replicas(torch.cat([log_ratio.abs().max()[None], routed.maxima]), dist.ReduceOp.MAX)
+    tokens, kl, difference = sums[: len(own_sums)].tolist()
+    applied = [one for one in updates if one.applied]
+    metrics = {
+        **reward_metrics(samples, seconds, config.batch.samples_per_group),
+        **credit_metrics(CreditStatistics(sums[len(own_sums) :], maxima[1:])),
+        "rollout/kl": kl / tokens,
+        "rollout/log_prob_diff_mean": difference / tokens,
+        "rollout/log_prob_diff_max": maxima[0].item(),
+        "update/skipped": len(updates) - len(applied),
+    }
+    if applied:
+        metrics |= {
+            "update/loss": _mean([one.loss for one in applied]),
+            "update/clip_share": _mean([one.clip_share for one in applied]),
+            "update/grad_norm": _mean([one.grad_norm for one in applied]),
+            "update/lr": applied[-1].lr,
+        }
+        if scores.start_log_prob is not None:
+            metrics["update/kl_to_start"] = _mean([one.kl_to_start for one in applied])
+        if config.algorithm.objective == "distributional":
+            metrics["update/divergence"] = _mean([one.divergence for one in applied])
+            metrics["update/capped_share"] = _mean([one.capped_share for one in applied])
+    return metrics
+
+
+def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples_per_group: int) -> dict[str, float]:
+    """What the rollouts alone say, by the names of ``metrics.jsonl``, over all replicas. Collective: two all-reduces over replicas."""
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, samples_per_group)
     correct = rewards > 0
     lengths = [len(sample.response_ids) for sample in samples]
-    log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
+    device = backend.current().device()
     own_sums = torch.tensor(
         [
             len(samples),
@@ -48,16 +88,11 @@ def step_metrics(
             sum(sample.finish_reason == "length" for sample in samples),
             sum(sample.timed_out for sample in samples),
             sum(len(sample.prompt_ids) for sample in samples),
-            (log_ratio.exp() - 1.0 - log_ratio).sum(),
-            log_ratio.abs().sum(),
         ],
         dtype=torch.float64,
-        device=advantage.device,
+        device=device,
     )
-    own_maxima = torch.tensor([max(lengths), log_ratio.abs().max()], dtype=torch.float64, device=advantage.device)
-    routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
-    sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
-    maxima = reduce_over_replicas(torch.cat([own_maxima, routed.maxima]), dist.ReduceOp.MAX)
+    longest = reduce_over_replicas(torch.tensor(max(lengths), device=device), dist.ReduceOp.MAX).item()
     (
         num_samples,
         reward,
@@ -70,12 +105,9 @@ def step_metrics(
         truncated,
         timeouts,
         prompt_tokens,
-        kl,
-        difference,
-    ) = sums[: len(own_sums)].tolist()
-    longest, largest_difference = maxima[:2].tolist()
+    ) = reduce_over_replicas(own_sums).tolist()
     mean = reward / num_samples
-    metrics = {
+    return {
         "reward/mean": mean,
         "reward/std": max(reward_squares / num_samples - mean**2, 0.0) ** 0.5,
         "reward/accuracy": solved / num_samples,
@@ -84,21 +116,10 @@ def step_metrics(
         "response/length_mean": tokens / num_samples,
         "response/length_max": longest,
         "response/truncated_share": truncated / num_samples,
-        **credit_metrics(CreditStatistics(sums[len(own_sums) :], maxima[2:])),
-        "rollout/kl": kl / tokens,
-        "rollout/log_prob_diff_mean": difference / tokens,
-        "rollout/log_prob_diff_max": largest_difference,
-        "update/loss": _mean([one.loss for one in updates]),
-        "update/clip_share": _mean([one.clip_share for one in updates]),
-        "update/grad_norm": _mean([one.grad_norm for one in updates]),
-        "update/lr": updates[-1].lr,
         "verify/timeouts": timeouts,
         "throughput/tokens_per_second": (tokens + prompt_tokens) / seconds["total"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
-    if scores.start_log_prob is not None:
-        metrics["update/kl_to_start"] = _mean([one.kl_to_start for one in updates])
-    return metrics
 
 
 def _mean(values: Sequence[float]) -> float:

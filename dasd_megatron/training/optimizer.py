@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -24,12 +26,26 @@ class OptimizerState:
     scheduler: OptimizerParamScheduler
     settings: OptimizerSettings
 
-    def step(self) -> tuple[float, float]:
-        """Clip and apply the accumulated gradients, then advance the schedule; returns (gradient norm before clipping, rate used)."""
+    def step(self) -> tuple[float, float, bool]:
+        """Clip and apply the accumulated gradients and advance the schedule; returns (norm before clipping, rate, whether applied).
+
+        Gradients that are not finite anywhere are not applied: weights, moments and schedule stay as they are. Megatron's own ``step``
+        would apply them, since it looks for infinities only when it scales the loss.
+        """
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        with torch.no_grad():
+            self.optimizer.prepare_grads()
+            # The same number on every rank: it is reduced over all that hold a part of the model.
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(grad_norm):
+                return grad_norm, lr, False
+            if self.settings.clip_grad > 0:
+                for inner in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                    if not getattr(inner, "is_stub_optimizer", False) and (parameters := inner.get_parameters()):
+                        clip_grad_by_total_norm_fp32(parameters, self.settings.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
-        return float(grad_norm), lr
+        return grad_norm, lr, True
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """Reshardable optimizer state for Megatron's dist checkpointing; collective over data-parallel ranks."""

@@ -74,6 +74,13 @@ def gather_replicas(value: T) -> list[T]:
     return gathered
 
 
+def gather_world(value: T) -> list[T]:
+    """The Python objects of all ranks, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     """Fill ``tensor`` with the last pipeline stage's values on every stage, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -100,9 +107,7 @@ def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[E
             result = work()
         except errors as error:
             message = f"{type(error).__name__}: {error}"
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = sorted({text for text in messages if text})
+    failed = sorted({text for text in gather_world(message) if text})
     if failed:
         raise PeerError("; ".join(failed))
     return result

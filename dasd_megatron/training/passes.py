@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from dasd_megatron.config import PolicyLossConfig
-from dasd_megatron.losses import TokenStats, kl_k3, policy_surrogate, vocab_parallel_token_stats
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
+from dasd_megatron.losses import TokenStats, kl_k3, linear_token_stats, policy_surrogate, routed_divergence, vocab_parallel_token_stats
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState
@@ -26,22 +28,75 @@ class TokenScores(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """Means over the response tokens of all replicas, and what the optimizer reported."""
+    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where loss or gradient norm
+    was not finite, and nothing was changed."""
 
     loss: float
     clip_share: float
     kl_to_start: float
+    divergence: float
+    capped_share: float
     grad_norm: float
     lr: float
+    applied: bool
 
 
-def _token_stats(model: ShardedModel, micro_batch: MicroBatch, logits: torch.Tensor, temperature: float) -> TokenStats:
-    return vocab_parallel_token_stats(
-        logits[micro_batch.rows, micro_batch.columns],
+@dataclass
+class TeacherStates:
+    """What the full-vocabulary divergence needs of the teacher; on the last pipeline stage.
+
+    Attributes:
+        hidden: ``[N, h / TP]``, each tensor-parallel rank's part of what the teacher's LM head is applied to, for every packed token.
+        weight: ``[V_local, h]``, this rank's shard of the LM head that the teacher was scored with.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+    def of(self, index: torch.Tensor) -> torch.Tensor:
+        """Whole states ``[R, h]`` of these packed tokens; one all-gather over tensor-parallel ranks."""
+        return gather_from_tensor_model_parallel_region(self.hidden[index])
+
+
+@dataclass
+class Distillation:
+    """The distributional objective of one update: direction ``omega`` [N] float32 and the teacher, None before the last stage."""
+
+    omega: torch.Tensor
+    teacher: TeacherStates | None
+    settings: AlgorithmConfig
+
+
+def _token_stats(
+    model: ShardedModel,
+    micro_batch: MicroBatch,
+    output: torch.Tensor,
+    loss: PolicyLossConfig,
+    temperature: float,
+    distillation: Distillation | None = None,
+) -> TokenStats:
+    """Statistics of a micro-batch's response tokens from what the last stage put out; see :class:`ShardedModel`."""
+    rows = output[micro_batch.rows, micro_batch.columns]
+    common = dict(group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature)
+    if not model.fused_linear:
+        return vocab_parallel_token_stats(rows, micro_batch.targets, **common)
+    if distillation is not None:
+        common |= dict(
+            teacher_hidden=distillation.teacher.of(micro_batch.packed_index),
+            teacher_weight=distillation.teacher.weight,
+            divergence=distillation.settings.divergence,
+            jsd_weight=distillation.settings.jsd_weight,
+        )
+    weight = model.head_weight()
+    return linear_token_stats(
+        # Megatron hands the last stage's output over in float32; the values are those of the model's own dtype.
+        rows.to(weight.dtype),
+        weight,
         micro_batch.targets,
-        group=parallel_state.get_tensor_model_parallel_group(),
-        vocab_size=model.vocab_size,
-        temperature=temperature,
+        chunk_size=loss.block_tokens,
+        vocab_chunk_size=loss.block_columns,
+        reduce_hidden_grad=not model.config.sequence_parallel,
+        **common,
     )
 
 
@@ -70,14 +125,30 @@ def _run_schedule(
 
 
 @torch.no_grad()
-def score(model: ShardedModel, micro_batches: list[MicroBatch], *, temperature: float) -> TokenScores:
+def score(
+    model: ShardedModel,
+    micro_batches: list[MicroBatch],
+    loss: PolicyLossConfig,
+    *,
+    temperature: float,
+    keep_hidden: list[torch.Tensor] | None = None,
+) -> TokenScores:
     """Log-prob of every response token and entropy of the distribution it was drawn from, at ``temperature``.
+
+    ``keep_hidden``, if given, receives on the last pipeline stage one tensor: the states that the LM head was applied to, ``[N, h / TP]``,
+    of which each tensor-parallel rank keeps its part.
 
     Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage.
     """
+    hidden = []
 
-    def last_stage(micro_batch: MicroBatch, logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        stats = _token_stats(model, micro_batch, logits, temperature)
+    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+        if keep_hidden is not None:
+            rank, parts = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+            part = output[micro_batch.rows, micro_batch.columns].chunk(parts, dim=-1)[rank]
+            # A copy, where the chunk would keep all of it alive.
+            hidden.append(part.to(model.config.params_dtype, copy=True))
+        stats = _token_stats(model, micro_batch, output, loss, temperature)
         return torch.stack([stats.log_prob, stats.entropy])
 
     size = max(len(batch.tokens) for batch in micro_batches)
@@ -86,6 +157,9 @@ def score(model: ShardedModel, micro_batches: list[MicroBatch], *, temperature: 
     packed = torch.zeros(2, len(packed_index), dtype=torch.float32, device=packed_index.device)
     if outputs:
         packed[:, packed_index] = torch.cat(outputs, dim=1)
+    if hidden:
+        keep_hidden.append(torch.empty(len(packed_index), hidden[0].shape[1], dtype=hidden[0].dtype, device=packed_index.device))
+        keep_hidden[0][packed_index] = torch.cat(hidden)
     return TokenScores(*broadcast_from_last_stage(packed))
 
 
@@ -97,10 +171,13 @@ def update(
     old_log_prob: torch.Tensor,
     advantage: torch.Tensor,
     start_log_prob: torch.Tensor | None,
+    distillation: Distillation | None,
     settings: PolicyLossConfig,
     temperature: float,
 ) -> UpdateResult:
     """One optimizer step on the clipped surrogate, averaged over the response tokens of all replicas.
+
+    With ``distillation`` the loss also has ``divergence_weight * omega * D(student, teacher)`` of every token.
 
     Args:
         old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the last is the
@@ -109,11 +186,11 @@ def update(
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics, and two to report.
     """
 
-    def policy_loss(micro_batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def policy_loss(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index = micro_batch.packed_index
-        log_prob = _token_stats(model, micro_batch, logits, temperature).log_prob
+        stats = _token_stats(model, micro_batch, output, settings, temperature, distillation)
         surrogate, clipped = policy_surrogate(
-            log_prob,
+            stats.log_prob,
             old_log_prob[index],
             advantage[index],
             clip_low=settings.clip_low,
@@ -121,25 +198,31 @@ def update(
             dual_clip=settings.dual_clip,
         )
         loss = surrogate.sum()
-        kl = torch.zeros_like(loss)
+        kl = divergence = capped_count = torch.zeros_like(loss)
         if start_log_prob is not None:
-            kl = kl_k3(log_prob, start_log_prob[index]).sum()
+            kl = kl_k3(stats.log_prob, start_log_prob[index]).sum()
             loss = loss + settings.kl_coef * kl
-        return loss, _count(index), torch.stack([loss.detach(), clipped.sum().to(loss.dtype), kl.detach()])
+        if distillation is not None:
+            term, capped = routed_divergence(stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap)
+            loss = loss + distillation.settings.divergence_weight * term.sum()
+            divergence, capped_count = stats.divergence.sum(), capped.sum()
+        reported = (loss, clipped.sum(), kl, divergence, capped_count)
+        return loss, _count(index), torch.stack([value.detach().to(loss.dtype) for value in reported])
 
-    sums, grad_norm, lr = _optimize(model, optimizer, micro_batches, policy_loss, num_reported=3)
-    loss, clip_share, kl = sums.tolist()
-    return UpdateResult(loss, clip_share, kl, grad_norm, lr)
+    sums, *rest = _optimize(model, optimizer, micro_batches, policy_loss, num_reported=5)
+    return UpdateResult(*sums.tolist(), *rest)
 
 
-def supervised_update(model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch]) -> tuple[float, float, float]:
+def supervised_update(
+    model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], settings: PolicyLossConfig
+) -> tuple[float, float, float]:
     """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient norm, lr)."""
 
-    def negative_log_likelihood(micro_batch: MicroBatch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss = -_token_stats(model, micro_batch, logits, 1.0).log_prob.sum()
+    def negative_log_likelihood(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss = -_token_stats(model, micro_batch, output, settings, 1.0).log_prob.sum()
         return loss, _count(micro_batch.packed_index), loss.detach()[None]
 
-    sums, grad_norm, lr = _optimize(model, optimizer, micro_batches, negative_log_likelihood, num_reported=1)
+    sums, grad_norm, lr, _ = _optimize(model, optimizer, micro_batches, negative_log_likelihood, num_reported=1)
     return sums.item(), grad_norm, lr
 
 
@@ -149,19 +232,19 @@ def _count(index: torch.Tensor) -> torch.Tensor:
 
 def _optimize(
     model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], loss_function: Callable[..., Any], *, num_reported: int
-) -> tuple[torch.Tensor, float, float]:
+) -> tuple[torch.Tensor, float, float, bool]:
     """Accumulate gradients over ``micro_batches`` and step; returns (means [num_reported] over the tokens of all replicas of the sums
-    that ``loss_function`` reported, float64; gradient norm; learning rate)."""
+    that ``loss_function`` reported, float64; gradient norm; learning rate; whether the gradients were finite and applied)."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.optimizer.zero_grad()
     size = max(len(batch.tokens) for batch in micro_batches)
     reports = _run_schedule(model, micro_batches, loss_function, micro_batch_size=size, forward_only=False)
-    grad_norm, lr = optimizer.step()
+    grad_norm, lr, applied = optimizer.step()
     sums = torch.zeros(num_reported + 1, dtype=torch.float64, device=micro_batches[0].tokens.device)
     if reports:
         sums[:-1] = torch.stack(reports).double().sum(0)
     broadcast_from_last_stage(sums)
     sums[-1] = sum(batch.packed_index.numel() for batch in micro_batches)
     reduce_over_replicas(sums)
-    return sums[:-1] / sums[-1], grad_norm, lr
+    return sums[:-1] / sums[-1], grad_norm, lr, applied

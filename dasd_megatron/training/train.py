@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import math
@@ -42,10 +43,10 @@ from dasd_megatron.training.checkpoint import (
     save_checkpoint,
 )
 from dasd_megatron.training.export import export_model
-from dasd_megatron.training.metrics import step_metrics
+from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas
-from dasd_megatron.training.passes import TokenScores, UpdateResult, score, update
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world
+from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
@@ -91,6 +92,7 @@ class Trainer:
     plane: RolloutPlane
     display: ProgressDisplay
     logger: MetricsLogger | None
+    reported_non_finite: bool = False
 
 
 def train(config: Config, paths: RunPaths) -> None:
@@ -99,7 +101,7 @@ def train(config: Config, paths: RunPaths) -> None:
     Raises:
         RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
-        TrainingError: the loss or the gradient stopped being finite.
+        TrainingError: logits, loss or gradient were not finite in too many steps in a row.
     """
     rank0 = dist.get_rank() == 0
     tokenizer = load_tokenizer(start_path(config, paths))
@@ -180,7 +182,7 @@ def _checkpoint_to_resume(config: Config, paths: RunPaths) -> Path | None:
 def _run(trainer: Trainer) -> None:
     """All remaining steps, with evaluations and checkpoints between them."""
     config, state = trainer.config, trainer.state
-    watch = CollapseWatch()
+    watch, skipped = CollapseWatch(), 0
     for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
         watch.update(row)
     try:
@@ -200,10 +202,11 @@ def _run(trainer: Trainer) -> None:
                 warning = watch.update(metrics)
                 if warning:
                     trainer.display.warning(warning)
-            if not (math.isfinite(metrics["update/loss"]) and math.isfinite(metrics["update/grad_norm"])):
+            skipped = skipped + 1 if metrics["update/skipped"] else 0
+            if skipped > config.loss.max_skipped_steps:
                 raise TrainingError(
-                    f"step {state.step}: loss {metrics['update/loss']}, gradient norm {metrics['update/grad_norm']}: "
-                    "continue from the last checkpoint with resume=auto and a lower optimizer.lr"
+                    f"step {state.step}: logits or gradients were not finite in {skipped} steps in a row, more than loss.max_skipped_steps="
+                    f"{config.loss.max_skipped_steps}: continue from a checkpoint before them (resume=PATH) with a lower optimizer.lr"
                 )
             # The step is done and counted from here on, whatever happens to the servers.
             sync_seconds = _sync(trainer)
@@ -282,7 +285,7 @@ def _evaluate(trainer: Trainer, label: str) -> None:
 
 def _step(trainer: Trainer) -> dict[str, Any]:
     """One training step, counted in ``trainer.state`` when it is done; returns its metrics on every rank. If its rollouts fail, nothing of
-    it is applied."""
+    it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     order = DataOrder(len(trainer.train_problems), config.run.seed, config.data.shuffle)
@@ -292,6 +295,12 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     timers.seconds["rollout"] -= timers.seconds["verify"]
     with timers("score"):
         scores = _score(trainer, samples)
+    state.step += 1
+    state.position += config.batch.groups
+    if _report_non_finite(trainer, samples, scores):
+        timers.seconds["total"] = time.perf_counter() - started
+        metrics = reward_metrics(samples, timers.seconds, config.batch.samples_per_group)
+        return {"step": state.step, **metrics, "update/skipped": 1, "weight_version": samples[0].weight_version}
     with timers("route"):
         rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
         verifier_advantage = group_relative_advantage(
@@ -299,17 +308,45 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         )
         advantage, credit = _route(config, scores, verifier_advantage)
     with timers("update"):
-        results = _update(trainer, samples, scores, advantage)
+        results = _update(trainer, samples, scores, advantage, credit)
         if trainer.average is not None:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
-    state.step += 1
-    state.position += config.batch.groups
     every = config.logging.save_rollouts_every
     if every and state.step % every == 0:
         _save_rollouts(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
-    metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config.batch.samples_per_group)
+    metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config)
     return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
+
+
+def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> bool:
+    """Whether any token's statistics are not finite on any replica; the first time in a run it is said where. Collective."""
+    found = [scores.student.log_prob, scores.student.entropy, scores.start_log_prob]
+    # -inf is what a teacher says of a token that it rules out, and routing can take it.
+    bad = torch.isnan(scores.teacher_log_prob) | (scores.teacher_log_prob == math.inf)
+    for values in found:
+        if values is not None:
+            bad |= ~torch.isfinite(values)
+    place = None
+    if bool(bad.any()):
+        token = int(bad.nonzero()[0])
+        ends = scores.lengths.cumsum(0).tolist()
+        index = bisect.bisect_right(ends, token)
+        position = token - ends[index] + len(samples[index].response_ids)
+        broken = next((name for name, one in trainer.model.named_parameters() if not bool(torch.isfinite(one).all())), None)
+        place = (
+            f"rank {dist.get_rank()}: {int(bad.sum())} of {bad.numel()} tokens, first response token {position} of problem "
+            f"{samples[index].problem_id}, sample {samples[index].sample}; "
+            + (f"parameter {broken} is not finite here" if broken else "the parameters here are finite")
+        )
+    places = [one for one in gather_world(place) if one]
+    if places and not trainer.reported_non_finite:
+        trainer.reported_non_finite = True
+        trainer.display.warning(
+            f"step {trainer.state.step} is skipped, its logits are not finite ({' | '.join(places[:8])}); "
+            "further skipped steps are counted in update/skipped and not described"
+        )
+    return bool(places)
 
 
 @dataclass
@@ -325,6 +362,8 @@ class ScoredRollouts:
     start_log_prob: torch.Tensor | None
     rollout_log_prob: torch.Tensor
     lengths: torch.Tensor
+    teacher: TeacherStates | None = None
+    """For the distributional objective, on the last pipeline stage."""
 
     @property
     def delta(self) -> torch.Tensor:
@@ -332,7 +371,7 @@ class ScoredRollouts:
 
 
 def _micro_batches(config: Config, prompts: list[list[int]], responses: list[list[int]]) -> list[MicroBatch]:
-    return make_micro_batches(prompts, responses, micro_batch_size=config.batch.micro_batch_size, **micro_batch_layout(config))
+    return make_micro_batches(prompts, responses, **micro_batch_layout(config))
 
 
 def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
@@ -340,12 +379,12 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
     temperature = config.rollout.temperature
     responses = [sample.response_ids for sample in samples]
     batches = _micro_batches(config, [sample.prompt_ids for sample in samples], responses)
-    student = score(model, batches, temperature=temperature)
+    student = score(model, batches, config.loss, temperature=temperature)
     start_log_prob = None
     if config.loss.kl_coef > 0:
         with trainer.start.applied(model):
-            start_log_prob = score(model, batches, temperature=temperature).log_prob
-    teacher_log_prob = student.log_prob
+            start_log_prob = score(model, batches, config.loss, temperature=temperature).log_prob
+    teacher_log_prob, teacher = student.log_prob, None
     if needs_teacher(config):
         prompts = {
             sample.group: trainer.renderer.teacher(
@@ -355,11 +394,17 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
         }
         batches = _micro_batches(config, [prompts[sample.group] for sample in samples], responses)
         weights = {"live": None, "frozen": trainer.start, "ema": trainer.average}[config.teacher.weights]
+        keep_hidden = [] if config.algorithm.objective == "distributional" else None
         with weights.applied(model) if weights is not None else contextlib.nullcontext():
-            teacher_log_prob = score(model, batches, temperature=temperature).log_prob
+            teacher_log_prob = score(model, batches, config.loss, temperature=temperature, keep_hidden=keep_hidden).log_prob
+            if keep_hidden:
+                # The head that the teacher was scored with; the first update would change the live one.
+                changes = weights is not None or config.batch.minibatches * config.batch.epochs > 1
+                head = model.head_weight().detach()
+                teacher = TeacherStates(keep_hidden[0], head.clone() if changes else head)
     rollout_log_prob = torch.tensor([value for sample in samples for value in sample.rollout_log_probs], dtype=torch.float32, device=device)
     lengths = torch.tensor([len(response) for response in responses], device=device)
-    return ScoredRollouts(student, teacher_log_prob, start_log_prob, rollout_log_prob, lengths)
+    return ScoredRollouts(student, teacher_log_prob, start_log_prob, rollout_log_prob, lengths, teacher)
 
 
 def _route(config: Config, scores: ScoredRollouts, verifier_advantage: torch.Tensor) -> tuple[torch.Tensor, Credit]:
@@ -377,10 +422,11 @@ def _route(config: Config, scores: ScoredRollouts, verifier_advantage: torch.Ten
         scale_floor=settings.scale_floor,
         gate=settings.gate,
         rlsd_clip=settings.rlsd_clip,
+        objective=settings.objective,
     )
 
 
-def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, advantage: torch.Tensor) -> list[UpdateResult]:
+def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, advantage: torch.Tensor, credit: Credit) -> list[UpdateResult]:
     """All epochs of minibatches over one batch of rollouts; one result for each optimizer step."""
     config = trainer.config
     share = len(samples) // config.batch.minibatches
@@ -390,6 +436,10 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
         for first in range(0, len(samples), share):
             chosen = samples[first : first + share]
             tokens = slice(bounds[first], bounds[first + share])
+            distillation = None
+            if config.algorithm.objective == "distributional":
+                teacher = None if scores.teacher is None else TeacherStates(scores.teacher.hidden[tokens], scores.teacher.weight)
+                distillation = Distillation(credit.omega[tokens], teacher, config.algorithm)
             results.append(
                 update(
                     trainer.model,
@@ -398,6 +448,7 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
                     old_log_prob=scores.student.log_prob[tokens],
                     advantage=advantage[tokens],
                     start_log_prob=scores.start_log_prob[tokens] if scores.start_log_prob is not None else None,
+                    distillation=distillation,
                     settings=config.loss,
                     temperature=config.rollout.temperature,
                 )

@@ -66,22 +66,19 @@ def warm_start(
             draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
             prompts.append(renderer.teacher(problems[index]) if draw < settings.privileged_share else renderer.student(problems[index]))
             responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
-        micro_batches = make_micro_batches(
-            prompts,
-            responses,
-            micro_batch_size=config.batch.micro_batch_size,
-            **micro_batch_layout(config),
-        )
-        loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches)
+        micro_batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+        loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
     export_model(model, paths.warm_started_model, template_dir=start_path(config, paths))
 
 
-def micro_batch_layout(config: Config) -> dict[str, int | torch.device]:
-    """What the parallel layout asks of :func:`make_micro_batches`."""
+def micro_batch_layout(config: Config) -> dict[str, int | torch.device | None]:
+    """What the configuration and the parallel layout ask of :func:`make_micro_batches`."""
     parallel = config.parallel
     return {
+        "micro_batch_size": config.batch.micro_batch_size,
         "pad_multiple": parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        "micro_batch_tokens": config.batch.micro_batch_tokens,
         # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
         "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
         "device": backend.current().device(),

@@ -32,9 +32,9 @@ for _ in range(7):
     lengths = torch.randint(1, 24, (2,), generator=generator).tolist()
     prompts.append(torch.randint(0, model.vocab_size, (lengths[0],), generator=generator).tolist())
     responses.append(torch.randint(0, model.vocab_size, (lengths[1],), generator=generator).tolist())
-batches = make_micro_batches(prompts, responses, micro_batch_size=3, **micro_batch_layout(config))
+batches = make_micro_batches(prompts, responses, **(micro_batch_layout(config) | {"micro_batch_size": 3}))
 temperature = 0.7
-scores = score(model, batches, temperature=temperature)
+scores = score(model, batches, config.loss, temperature=temperature)
 
 reference = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float64)
 start = 0

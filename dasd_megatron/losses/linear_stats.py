@@ -1,0 +1,288 @@
+"""Token statistics straight from hidden states and the LM head: logits exist only one block of tokens and columns at a time.
+
+Every block is projected, reduced to partial sums and forgotten; the backward pass projects it again, turns it into its own gradient and
+multiplies that into the gradients of hidden states and head. One more matrix product than with stored logits buys memory that no longer
+grows with tokens times vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dasd_megatron.losses.statistics import (
+    Kernels,
+    Objective,
+    Shard,
+    TokenStats,
+    all_gather,
+    choose_kernels,
+    finish,
+    gradient_coefficients,
+    jensen_shannon,
+    make_objective,
+    make_shard,
+    merge_partials,
+)
+from dasd_megatron.losses.token_stats import FLOATING, pack, to_outputs, unpack
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    divergence: str = "reverse_kl",
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    vocab_chunk_size: int | None = None,
+    inplace_backward: bool = False,
+    reduce_hidden_grad: bool = True,
+    jsd_weight: float = 0.5,
+    implementation: str = "auto",
+) -> TokenStats:
+    """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never materialised.
+
+    Args:
+        hidden: ``[T, h]``, bfloat16, float16, float32 or float64; what the LM head is applied to, the same on every rank of the group.
+        weight: ``[V_local, h]``, same dtype; this rank's contiguous shard of the LM head, rank order = group order, equal sizes.
+        targets: ``[T]`` int64 global token ids, the same on every rank.
+        teacher_hidden: ``[T, h_teacher]`` or None. Never receives a gradient.
+        teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is now. No gradient.
+        divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows of ``weight`` get gradient 0.
+        chunk_size, vocab_chunk_size: tokens and columns of one block; None: :data:`BLOCK_TOKENS` and :data:`BLOCK_COLUMNS`.
+        inplace_backward: the backward pass writes the gradient of ``hidden`` into its storage.
+        reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves each rank its own
+            part of the sum, for a caller that reduces it itself: under sequence parallelism the reduce-scatter that belongs to the
+            all-gather of ``hidden`` does.
+
+    Returns:
+        TokenStats like there; ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``hidden`` and ``weight``. Logits of half
+        precision inputs are accumulated and kept in float32, so they are more exact than a materialised half precision tensor. The
+        gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept in float32.
+
+    Memory beyond inputs and outputs: one block of logits (two with a teacher) and its gradient, and float32 ``[V_local, h]`` where the
+    gradient of ``weight`` is summed in half precision inputs. Saved for the backward pass: the inputs and 7 numbers per token.
+
+    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the forward pass.
+
+    Collectives: forward as there, one all-gather (two for ``jsd``). Backward: one all-reduce of ``[T, h]``, none without
+    ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
+
+    Raises:
+        ValueError: as there, and on hidden states and weights that do not fit each other.
+    """
+    objective = make_objective(divergence, jsd_weight)
+    if teacher_weight is not None and teacher_hidden is None:
+        raise ValueError("teacher_weight is given without teacher_hidden; give both, or teacher_hidden alone")
+    _check_linear("hidden", hidden, "weight", weight, targets)
+    teacher = None
+    if teacher_hidden is not None:
+        teacher = _Linear(teacher_hidden.detach(), (weight if teacher_weight is None else teacher_weight).detach())
+        _check_linear("teacher_hidden", teacher.hidden, "teacher_weight", teacher.weight, targets)
+        if len(teacher.weight) != len(weight):
+            raise ValueError(
+                f"teacher_weight has {len(teacher.weight)} rows and weight {len(weight)}; it needs the same vocabulary and sharding"
+            )
+    shard = make_shard(len(weight), targets, vocab_size, group, temperature)
+    for name, size in (("chunk_size", chunk_size), ("vocab_chunk_size", vocab_chunk_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
+    blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
+    # Rows of a block that the PyTorch kernels work on at once are their own choice.
+    kernels = choose_kernels(implementation, hidden, None)
+    settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None)
+    return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
+
+
+# One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers' activations.
+BLOCK_TOKENS = 1024
+BLOCK_COLUMNS = 8192
+
+
+class _Linear(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+
+
+class _Blocks(NamedTuple):
+    """How one rank cuts its ``[T, V_local]`` logits."""
+
+    shard: Shard
+    tokens: int
+    columns: int
+
+    def rows(self) -> Iterator[slice]:
+        total = self.shard.targets.numel()
+        return (slice(start, min(start + self.tokens, total)) for start in range(0, total, self.tokens))
+
+    def column_ranges(self) -> Iterator[slice]:
+        total = self.shard.columns
+        return (slice(start, min(start + self.columns, total)) for start in range(0, total, self.columns))
+
+
+class _Settings(NamedTuple):
+    shard: Shard
+    blocks: _Blocks
+    kernels: Kernels
+    objective: Objective
+    inplace_backward: bool
+    reduces_hidden_grad: bool
+
+
+def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor, targets: Tensor) -> None:
+    for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
+        if tensor.dim() != 2 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, the last of the hidden size")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; expected bfloat16, float16, float32 or float64")
+        if tensor.device != targets.device:
+            raise ValueError(f"{name} is on {tensor.device} and targets on {targets.device}; expected one device")
+    if len(weight) == 0:
+        raise ValueError(f"{weight_name} has no rows; expected this rank's shard of the vocabulary")
+    if hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"{hidden_name} is {hidden.dtype} {tuple(hidden.shape)} and {weight_name} {weight.dtype} {tuple(weight.shape)}; "
+            "expected one dtype and one hidden size"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets has shape {tuple(targets.shape)}; {hidden_name} of {len(hidden)} tokens need [{len(hidden)}]")
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """``left @ right`` into float32 or wider ``out``, accumulated in its precision, or added to it."""
+    if left.dtype == out.dtype:
+        return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+    if left.is_cuda:
+        product = torch.mm(left, right, out_dtype=out.dtype)
+        return out.add_(product) if add else out.copy_(product)
+    return _matmul(left.to(out.dtype), right.to(out.dtype), out, add=add)
+
+
+class _Projector:
+    """Blocks of logits of one head, in a buffer that every block shares."""
+
+    def __init__(self, linear: _Linear, blocks: _Blocks) -> None:
+        self.linear = linear
+        dtype = torch.float64 if linear.hidden.dtype == torch.float64 else torch.float32
+        tokens, columns = min(blocks.tokens, len(linear.hidden)), min(blocks.columns, blocks.shard.columns)
+        self.buffer = torch.empty(tokens * columns, dtype=dtype, device=linear.hidden.device)
+
+    def __call__(self, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        out = self.buffer[: shape[0] * shape[1]].view(shape)
+        return _matmul(self.linear.hidden[rows], self.linear.weight[columns].t(), out)
+
+
+class _LinearTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        shard, blocks, kernels, objective = settings[:4]
+        student = _Projector(_Linear(hidden, weight), blocks)
+        teacher = None if teacher_hidden is None else _Projector(_Linear(teacher_hidden, teacher_weight), blocks)
+        partials = _partials(student, teacher, settings)
+        finished, student_to_mixture = finish(all_gather(partials, shard), objective, shard), None
+        if teacher is not None and objective.divergence == "jsd":
+            sums = partials.new_zeros(2, len(hidden))
+            for rows in blocks.rows():
+                distributions = [one[rows] for one in (*finished.student, *finished.teacher)]
+                for columns in blocks.column_ranges():
+                    sums[:, rows] += kernels.mixture_sums(
+                        student(rows, columns), teacher(rows, columns), *distributions, columns=columns.stop - columns.start,
+                        inverse_temperature=shard.inverse_temperature, weight=objective.jsd_weight,
+                    )  # fmt: skip
+            value, student_to_mixture = jensen_shannon(all_gather(sums, shard), objective.jsd_weight)
+            finished = finished._replace(divergence=value)
+        ctx.settings = settings
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *pack(finished, student_to_mixture))
+        return to_outputs(ctx, finished, partials.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx,
+        grad_log_prob: Tensor | None,
+        grad_entropy: Tensor | None,
+        _: Tensor | None,
+        grad_divergence: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, teacher_hidden, teacher_weight, *saved = ctx.saved_tensors
+        shard, blocks, kernels, objective, inplace, reduces = ctx.settings
+        coefficients = gradient_coefficients(
+            *unpack(saved), objective, shard.inverse_temperature, grad_log_prob, grad_entropy, grad_divergence
+        )
+        per_token = {name: value for name, value in coefficients.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in coefficients.items() if name not in per_token}
+        student = _Projector(_Linear(hidden, weight), blocks)
+        # Only a divergence's gradient depends on the teacher.
+        needs_teacher = grad_divergence is not None
+        teacher = _Projector(_Linear(teacher_hidden, teacher_weight), blocks) if needs_teacher else None
+        dtype = student.buffer.dtype
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = hidden.detach() if inplace else torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        for rows in blocks.rows():
+            row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
+            for columns in blocks.column_ranges():
+                block = student(rows, columns)
+                # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix units are fast.
+                gradient = block if hidden.dtype == dtype else torch.empty_like(block, dtype=hidden.dtype)
+                kernels.backward(
+                    block, teacher(rows, columns) if needs_teacher else None, gradient, shard.targets[rows],
+                    columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
+                    inverse_temperature=shard.inverse_temperature, **{name: value[rows] for name, value in per_token.items()}, **others,
+                )  # fmt: skip
+                if grad_hidden is not None:
+                    _matmul(gradient, weight[columns], row_grad, add=True)
+                if grad_weight is not None:
+                    _matmul(gradient.t(), hidden[rows], grad_weight[columns], add=True)
+            if grad_hidden is not None:
+                grad_hidden[rows] = row_grad
+        if grad_hidden is not None and reduces:
+            dist.all_reduce(grad_hidden, group=shard.group)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _partials(student: _Projector, teacher: _Projector | None, settings: _Settings) -> Tensor:
+    """This rank's partial sums ``[n, T]``, block by block."""
+    shard, blocks, kernels, objective = settings[:4]
+    parts = []
+    for rows in blocks.rows():
+        row_parts = [
+            kernels.local_partials(
+                student(rows, columns), None if teacher is None else teacher(rows, columns), shard.targets[rows],
+                columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
+                inverse_temperature=shard.inverse_temperature, divergence=objective.divergence,
+            )
+            for columns in blocks.column_ranges()
+        ]  # fmt: skip
+        if row_parts:
+            parts.append(merge_partials(torch.stack(row_parts), objective.divergence, shard.inverse_temperature))
+    if parts:
+        return torch.cat(parts, dim=1)
+    # No tokens, or a shard that is all padding.
+    empty = student.buffer.new_zeros(len(shard.targets), 0)
+    return kernels.local_partials(
+        empty, None if teacher is None else empty, shard.targets, columns=0, first_column=shard.first_column,
+        inverse_temperature=shard.inverse_temperature, divergence=objective.divergence,
+    )  # fmt: skip
