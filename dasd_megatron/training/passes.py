@@ -205,7 +205,9 @@ def update(
         if distillation is not None:
             term, capped = routed_divergence(stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap)
             loss = loss + distillation.settings.divergence_weight * term.sum()
-            divergence, capped_count = stats.divergence.sum(), capped.sum()
+            # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.
+            divergence = torch.where(torch.isinf(stats.divergence), 0.0, stats.divergence).sum()
+            capped_count = capped.sum()
         reported = (loss, clipped.sum(), kl, divergence, capped_count)
         return loss, _count(index), torch.stack([value.detach().to(loss.dtype) for value in reported])
 

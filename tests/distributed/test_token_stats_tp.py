@@ -1,235 +1,73 @@
-"""Token statistics and credit over gloo groups: agreement with one process, bit-equality of ranks, collectives counted.
-
-This file is also the program that each process of a group runs: ``python test_token_stats_tp.py RANK WORLD_SIZE STORE SEED``.
-"""
+"""Token statistics and credit over gloo groups of 1, 2 and 4: features one by one, and properties over random shapes and settings."""
 
 from __future__ import annotations
 
-import datetime
-import math
 import os
-import random
-import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_pool import GlooPool
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dasd_megatron.algorithms import context_parallel_credit, direction_adaptive_credit, gather_packed_tokens
-from dasd_megatron.losses import DIVERGENCES, TokenStats, vocab_parallel_token_stats
+from dasd_megatron.losses import DIVERGENCES
 
-COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "broadcast", "reduce", "gather",
-    "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv", "barrier",
-)  # fmt: skip
+pytestmark = pytest.mark.distributed
 
-
-@contextmanager
-def counted() -> Iterator[Counter]:
-    """Count every collective that runs through torch.distributed."""
-    calls: Counter = Counter()
-    originals = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
-
-    def wrap(name: str):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return originals[name](*args, **kwargs)
-
-        return call
-
-    for name in originals:
-        setattr(dist, name, wrap(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+CHECKS = "token_stats_checks"
+PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def backward_of_all(stats: TokenStats, weights: torch.Tensor) -> None:
-    total = (stats.log_prob * weights[0] + stats.entropy * weights[1]).sum()
-    if stats.divergence is not None:
-        total = total + (stats.divergence * weights[2]).sum()
-    total.backward()
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda size: f"tp{size}")
+def pool(request: pytest.FixtureRequest) -> Iterator[GlooPool]:
+    with GlooPool(request.param) as pool:
+        yield pool
 
 
-def assert_equal_on_all_ranks(value: torch.Tensor, message: str) -> None:
-    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, value.contiguous())
-    assert all(torch.equal(gathered[0], other) for other in gathered), f"{message}: ranks differ"
-
-
-def check_case(rank: int, world_size: int, case: dict, message: str) -> None:
-    """One group of processes against one process on the whole vocabulary, which the unit tests hold against float64."""
-    generator = torch.Generator().manual_seed(case["seed"])
-    width, tokens, vocab_size = case["width"], case["tokens"], case["vocab_size"]
-    logits, teacher = torch.randn(2, tokens, width * world_size, generator=generator, dtype=torch.float64) * case["scale"] + case["shift"]
-    # One shard of the teacher so far below the others that its share of the mass underflows, while the student's does not.
-    teacher[:, :width] -= case["gap"]
-    if case["masked"]:
-        logits[:, 1:3], teacher[:, 1:3] = -math.inf, -math.inf
-        # A whole shard of one token without mass.
-        logits[:1, 3:width], teacher[:1, 3:width] = -math.inf, -math.inf
-        logits[:1, 0], teacher[:1, 0] = -math.inf, -math.inf
-    logits, teacher = logits.to(case["dtype"]), teacher.to(case["dtype"])
-    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
-    # Shard borders, first and last id of the vocabulary.
-    borders = torch.tensor([0, width - 1, width, vocab_size - 1]).clamp_max(vocab_size - 1)[:tokens]
-    targets[: len(borders)] = borders
-    if case["masked"]:
-        targets[(targets < 3) | (torch.arange(tokens) == 0)] = vocab_size - 1
-    weights = torch.randn(3, tokens, generator=generator)
-    divergence = case["divergence"]
-    extra = dict(divergence=divergence or "reverse_kl", vocab_size=vocab_size, temperature=case["temperature"], jsd_weight=0.3)
-
-    whole = logits.clone().requires_grad_()
-    expected = vocab_parallel_token_stats(whole, targets, teacher_logits=None if divergence is None else teacher, **extra)
-    backward_of_all(expected, weights)
-
-    columns = slice(rank * width, (rank + 1) * width)
-    leaf = logits[:, columns].contiguous().requires_grad_()
-    own = leaf * 1
-    before = own.detach().clone()
-    with counted() as forward_calls:
-        stats = vocab_parallel_token_stats(
-            own, targets, teacher_logits=None if divergence is None else teacher[:, columns], group=dist.group.WORLD,
-            inplace_backward=case["inplace"], chunk_size=case["chunk_size"], **extra,
-        )  # fmt: skip
-    assert torch.equal(own.detach(), before), f"{message}: forward changed the logits"
-    with counted() as backward_calls:
-        backward_of_all(stats, weights)
-    allowed = 0 if world_size == 1 or tokens == 0 else 2 if divergence == "jsd" else 1
-    assert forward_calls.total() == allowed, f"{message}: {forward_calls}"
-    assert not backward_calls, f"{message}: {backward_calls}"
-
-    exact = case["dtype"] == torch.float64
-    tolerance = dict(rtol=1e-9, atol=1e-10) if exact else dict(rtol=2e-6, atol=2e-6)
-    for name, got, want in zip(TokenStats._fields, stats, expected, strict=True):
-        if want is None:
-            assert got is None
-            continue
-        torch.testing.assert_close(got, want, **tolerance, msg=lambda m, name=name: f"{message} {name}: {m}")
-        if tokens:
-            assert_equal_on_all_ranks(got.detach(), f"{message} {name}")
-    gradient = {torch.float64: dict(rtol=1e-8, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=3e-6)}
-    torch.testing.assert_close(
-        leaf.grad,
-        whole.grad[:, columns],
-        **gradient.get(case["dtype"], dict(rtol=1e-2, atol=1e-4)),
-        msg=lambda m: f"{message} gradient: {m}",
-    )
-    padding = max(vocab_size - rank * width, 0)
-    assert (leaf.grad[:, padding:] == 0).all(), f"{message}: gradient in the padding"
-
-
-def cases(world_size: int, seed: int) -> Iterator[dict]:
-    """Every divergence with every feature on its own, then random mixtures of them."""
-    base = dict(
-        width=13, tokens=9, vocab_size=13 * world_size, scale=2.0, shift=0.0, gap=0.0, masked=False, dtype=torch.float32,
-        temperature=1.0, inplace=False, chunk_size=None, divergence=None, seed=seed,
-    )  # fmt: skip
-    features = (
-        {}, {"vocab_size": 13 * world_size - 5}, {"vocab_size": 7}, {"vocab_size": 1, "scale": 1.0}, {"masked": True}, {"shift": 1e4},
-        {"temperature": 0.6}, {"inplace": True, "chunk_size": 2}, {"dtype": torch.bfloat16}, {"dtype": torch.float16},
-        {"dtype": torch.float64}, {"tokens": 0}, {"tokens": 1}, {"width": 1, "vocab_size": world_size},
-        {"width": 4000, "vocab_size": 3990 * world_size}, {"scale": 60.0, "dtype": torch.float64}, {"gap": 2000.0, "dtype": torch.float64},
-    )  # fmt: skip
-    for divergence in (None, *DIVERGENCES):
-        for feature in features:
-            if feature.get("masked") and world_size == 1:
-                continue
-            yield base | {"divergence": divergence} | feature
-    draw = random.Random(seed)
-    for index in range(40):
-        width = draw.randint(4, 60)
-        yield dict(
-            width=width, tokens=draw.randint(0, 12), vocab_size=draw.randint(1, width * world_size), masked=False, dtype=torch.float64,
-            scale=draw.choice([0.01, 1.0, 5.0]), shift=draw.choice([0.0, -300.0]), gap=draw.choice([0.0, 0.0, 900.0]),
-            temperature=draw.uniform(0.3, 3.0), inplace=draw.random() < 0.5, chunk_size=draw.choice([None, 1, 5]),
-            divergence=draw.choice([None, *DIVERGENCES]), seed=seed + index,
-        )  # fmt: skip
-
-
-def check_target_refused_everywhere() -> None:
-    """All ranks refuse a wrong target before the collective, so none is left waiting."""
-    with counted() as calls:
-        try:
-            vocab_parallel_token_stats(torch.randn(2, 4), torch.tensor([0, 4 * dist.get_world_size()]), group=dist.group.WORLD)
-        except ValueError as error:
-            assert "targets[1]" in str(error)
-        else:
-            raise AssertionError("a target outside the vocabulary was accepted")
-    assert not calls
-
-
-def check_context_parallel(rank: int, world_size: int, seed: int) -> None:
-    """Credit of sharded tokens is bit-equal to that of whole rollouts for any split, an empty shard included, with one collective."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([5, 0, 1, 17, 8])
-    total = int(lengths.sum())
-    entropy, delta = torch.rand(total, generator=generator) * 3, torch.randn(total, generator=generator)
-    delta[4] = -math.inf
-    whole = direction_adaptive_credit(entropy, delta, lengths, beta=0.3, scale_floor=0.2)
-    owners = (torch.arange(total) % world_size, torch.randint(0, world_size, (total,), generator=generator), torch.zeros(total).long())
-    for owner in owners:
-        positions = (owner == rank).nonzero()[:, 0]
-        positions = positions[torch.randperm(len(positions))]
-        with counted() as calls:
-            credit = context_parallel_credit(
-                entropy[positions], delta[positions], lengths, positions, group=dist.group.WORLD, beta=0.3, scale_floor=0.2
-            )
-        assert calls == Counter({"all_reduce": 1} if world_size > 1 else {}), calls
-        for name in ("omega", "delta_bar", "advantage_term"):
-            assert torch.equal(getattr(credit, name), getattr(whole, name)[positions]), f"seed {seed}: {name}"
-        assert torch.equal(credit.tau, whole.tau) and torch.equal(credit.sigma, whole.sigma), f"seed {seed}"
-    # One rank's mistake is refused by all of them.
-    positions = (owners[0] == rank).nonzero()[:, 0]
-    if rank == 0:
-        positions[0] = total
-    try:
-        gather_packed_tokens(torch.zeros(1, len(positions)), positions, total, dist.group.WORLD)
-    except ValueError as error:
-        assert "place 0 is held 0 times" in str(error), error
-    else:
-        raise AssertionError("positions that do not cover the pack were accepted")
-
-
-def worker(rank: int, world_size: int, store: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=60))
-    for case in cases(world_size, seed):
-        check_case(rank, world_size, case, f"seed {seed}, case {case}")
-    check_target_refused_everywhere()
-    check_context_parallel(rank, world_size, seed)
-    dist.destroy_process_group()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_groups_agree_with_one_process(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["check_features", "check_target_refused_everywhere", "check_context_parallel"])
+def test_groups_agree_with_one_process(pool: GlooPool, check: str) -> None:
     seed = int.from_bytes(os.urandom(3), "big")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(Path(__file__).parents[2])}
-    logs = [tmp_path / f"rank{rank}.log" for rank in range(world_size)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, __file__, str(rank), str(world_size), str(tmp_path / "store"), str(seed)]
-        with log.open("w") as output:
-            processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment))
-    deadline = time.monotonic() + 150
-    try:
-        codes = [process.wait(timeout=max(deadline - time.monotonic(), 0.1)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failures = [f"rank {rank}: {log.read_text()[-3000:]}" for rank, log in enumerate(logs) if codes[rank]]
-    assert not failures, f"seed {seed}\n" + "\n".join(failures)
+    pool.run(CHECKS, check, {"seed": seed}, f"seed {seed}")
 
 
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+DIVERGENCE = st.sampled_from([None, *DIVERGENCES])
+SEED = st.integers(0, 2**31 - 1)
+
+
+@PROPERTY
+@given(
+    data=st.data(),
+    width=st.integers(1, 60),
+    tokens=st.integers(0, 12),
+    scale=st.sampled_from([0.01, 1.0, 5.0]),
+    shift=st.sampled_from([0.0, -300.0]),
+    gap=st.sampled_from([0.0, 0.0, 900.0]),
+    temperature=st.floats(0.3, 3.0),
+    inplace=st.booleans(),
+    chunk_size=st.sampled_from([None, 1, 5]),
+    divergence=DIVERGENCE,
+    seed=SEED,
+)
+def test_any_shard_of_logits(pool: GlooPool, data: st.DataObject, width: int, **case: object) -> None:
+    vocab_size = data.draw(st.integers(1, width * pool.world_size))
+    pool.run(CHECKS, "check_case", case | {"width": width, "vocab_size": vocab_size, "masked": False, "dtype": torch.float64})
+
+
+@PROPERTY
+@given(
+    data=st.data(),
+    width=st.integers(1, 40),
+    tokens=st.integers(0, 12),
+    hidden_size=st.integers(1, 9),
+    scale=st.sampled_from([0.01, 1.0, 4.0]),
+    temperature=st.floats(0.3, 3.0),
+    chunk_size=st.none() | st.integers(1, 13),
+    vocab_chunk_size=st.none() | st.integers(1, 50),
+    reduces=st.booleans(),
+    divergence=DIVERGENCE,
+    seed=SEED,
+)
+def test_any_shard_of_the_head(pool: GlooPool, data: st.DataObject, width: int, **case: object) -> None:
+    vocab_size = data.draw(st.integers(1, width * pool.world_size))
+    pool.run(CHECKS, "check_linear_case", case | {"width": width, "vocab_size": vocab_size})

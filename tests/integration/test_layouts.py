@@ -27,7 +27,11 @@ LAYOUTS = {
     "tp2-pp2": [TP, PP],
     "dp2": [DP],
     "dp2-replicated-optimizer": [DP, "optimizer.distributed=false"],
+    "materialised-logits": ["loss.fused_linear=false"],
+    "small-blocks": ["loss.block_tokens=7", "loss.block_columns=30", "batch.micro_batch_tokens=120"],
 }
+DISTRIBUTIONAL = ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"]
+DISTRIBUTIONAL_LAYOUTS = ("tp2-sp", "pp2", "tp2-pp2", "small-blocks")
 # Two minibatches of two epochs, so that the optimizer's state, the clip and the order of the data all count; every weight of the loss on.
 COMMON = [
     *NO_EVALUATION,
@@ -60,15 +64,37 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[
     return overrides, rows(folder / "single" / "metrics.jsonl")
 
 
+def assert_same_training(found: list[dict], expected: list[dict], *names: str) -> None:
+    assert len(found) == len(expected) == 2
+    assert expected[0]["update/grad_norm"] > 0.01 and expected[0]["reward/std"] > 0
+    for one, other in zip(found, expected, strict=True):
+        for name in (*names, "update/loss", "update/grad_norm", "entropy/mean", "credit/delta_mean", "credit/omega_mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (one["step"], name)
+        for name in ("reward/mean", "response/length_mean", "credit/pushed_share", "update/lr"):
+            assert one[name] == pytest.approx(other[name], rel=1e-9), (one["step"], name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_metrics_equal_those_of_one_process(layout: str, recorded: tuple[list[str], list[dict]], tmp_path: Path) -> None:
     overrides, expected = recorded
     train(*overrides, *LAYOUTS[layout], f"run.dir={tmp_path / 'run'}")
-    found = rows(tmp_path / "run" / "metrics.jsonl")
-    assert len(found) == len(expected) == 2
-    assert expected[0]["update/grad_norm"] > 0.01 and expected[0]["reward/std"] > 0
-    for one, other in zip(found, expected, strict=True):
-        for name in ("update/loss", "update/grad_norm", "update/kl_to_start", "entropy/mean", "credit/delta_mean", "credit/omega_mean"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (one["step"], name)
-        for name in ("reward/mean", "response/length_mean", "credit/pushed_share", "update/lr"):
-            assert one[name] == pytest.approx(other[name], rel=1e-9), (one["step"], name)
+    assert_same_training(rows(tmp_path / "run" / "metrics.jsonl"), expected, "update/kl_to_start")
+
+
+@pytest.fixture(scope="module")
+def distributional(recorded: tuple[list[str], list[dict]], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """Metrics of one process on the same rollouts under the distributional objective."""
+    path = tmp_path_factory.mktemp("distributional") / "run"
+    train(*recorded[0], *DISTRIBUTIONAL, f"run.dir={path}")
+    return rows(path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("layout", DISTRIBUTIONAL_LAYOUTS)
+def test_distributional_objective_equals_that_of_one_process(
+    layout: str, recorded: tuple[list[str], list[dict]], distributional: list[dict], tmp_path: Path
+) -> None:
+    overrides, sampled = recorded
+    train(*overrides, *DISTRIBUTIONAL, *LAYOUTS[layout], f"run.dir={tmp_path / 'run'}")
+    assert_same_training(rows(tmp_path / "run" / "metrics.jsonl"), distributional, "update/divergence", "update/capped_share")
+    assert distributional[0]["update/divergence"] > 1e-3
+    assert distributional[0]["update/grad_norm"] != pytest.approx(sampled[0]["update/grad_norm"], rel=1e-3)

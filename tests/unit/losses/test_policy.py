@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.losses import kl_k3, policy_surrogate
+from dasd_megatron.losses import kl_k3, policy_surrogate, routed_divergence
 
 
 def plain_surrogate(log_prob: float, old: float, advantage: float, low: float, high: float, dual: float | None) -> float:
@@ -126,3 +126,21 @@ def test_k3_far_away_is_finite_convex_and_pulls_back() -> None:
     value.sum().backward()
     assert torch.isfinite(value).all() and (value.diff() > 0).all()
     assert torch.isfinite(log_prob.grad).all() and (log_prob.grad < -8000).all() and (log_prob.grad.diff() <= 0).all()
+
+
+def test_routed_divergence_pulls_without_bound_and_pushes_up_to_the_cap() -> None:
+    divergence = torch.tensor([0.5, 3.0, 0.5, 1.9, 2.0, 3.0, math.inf, math.inf]).requires_grad_()
+    omega = torch.tensor([0.4, 0.4, -0.3, -0.3, -0.3, -0.3, 0.4, -0.3], requires_grad=True)
+    term, capped = routed_divergence(divergence, omega, cap=2.0)
+    term.sum().backward()
+    torch.testing.assert_close(term.detach(), torch.tensor([0.2, 1.2, -0.15, -0.57, -0.6, -0.6, 0.0, -0.6]))
+    assert capped.tolist() == [False, False, False, False, True, True, False, True]
+    torch.testing.assert_close(divergence.grad, torch.tensor([0.4, 0.4, -0.3, -0.3, 0.0, 0.0, 0.0, 0.0]))
+    assert omega.grad is None
+
+
+def test_routed_divergence_refusals() -> None:
+    with pytest.raises(ValueError, match=r"omega \(3,\)"):
+        routed_divergence(torch.zeros(2), torch.zeros(3), cap=1.0)
+    with pytest.raises(ValueError, match="cap is -1.0"):
+        routed_divergence(torch.zeros(2), torch.zeros(2), cap=-1.0)

@@ -1,0 +1,232 @@
+"""Time and memory of the token statistics, as ratios to named peers in the same run.
+
+    python benchmarks/loss.py                  # both parts; about 15 minutes on two cores
+    python benchmarks/loss.py --skip-linear    # the first part alone, about 2 minutes
+
+Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against Megatron-Core's
+``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states: ``linear_token_stats`` against the
+matrix product followed by ``vocab_parallel_token_stats``, one process, all cores. Variants alternate; times are medians over the rounds of
+the slowest process, memory is the peak beyond the inputs. The cross-entropy overwrites its logits, so each of its calls gets a copy, made
+outside the clock; other variants that overwrite theirs likewise.
+
+Writes ``benchmarks/results/loss.json`` unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from machine import describe, peak_bytes
+from torch.distributed.nn.functional import all_reduce
+
+WORLD_SIZE = 2
+BASELINE = "Megatron cross-entropy"
+Prepare = Callable[[], Callable[[], None]]
+
+
+def naive_statistics(logits: torch.Tensor, teacher: torch.Tensor, owned: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Sum of log-prob, entropy and reverse KL as one would write them down, differentiated by autograd."""
+
+    def log_softmax(values: torch.Tensor) -> torch.Tensor:
+        maximum = values.detach().amax(-1)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        shifted = values - maximum[:, None]
+        return shifted - all_reduce(shifted.exp().sum(-1)).log()[:, None]
+
+    log_p = log_softmax(logits)
+    with torch.no_grad():
+        log_q = log_softmax(teacher)
+    p = log_p.exp()
+    log_prob = all_reduce(torch.where(owned, log_p.gather(1, local[:, None])[:, 0], 0.0))
+    entropy = -all_reduce((p * log_p).sum(-1))
+    return (log_prob + 0.1 * entropy + all_reduce((p * (log_p - log_q)).sum(-1))).sum()
+
+
+def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str, Prepare]:
+    """Name -> a function that prepares one call, untimed, and returns it."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from dasd_megatron.losses import vocab_parallel_token_stats
+
+    width = vocab_size // WORLD_SIZE
+    generator = torch.Generator().manual_seed(rank)
+    logits = torch.randn(tokens, width, generator=generator).mul_(3.0)
+    teacher = torch.randn(tokens, width, generator=generator).mul_(3.0)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    owned = (targets >= rank * width) & (targets < (rank + 1) * width)
+    local = torch.where(owned, targets - rank * width, 0)
+
+    def cross_entropy() -> Callable[[], None]:
+        own = logits.clone().requires_grad_()
+        return lambda: vocab_parallel_cross_entropy(own, targets).sum().backward()
+
+    def autograd() -> Callable[[], None]:
+        own = logits.detach().requires_grad_()
+        return lambda: naive_statistics(own, teacher, owned, local).backward()
+
+    def token_stats(divergence: str | None, inplace: bool = False) -> Callable[[], None]:
+        own = (logits.clone() if inplace else logits.detach()).requires_grad_()
+
+        def call() -> None:
+            extra = {} if divergence is None else {"teacher_logits": teacher, "divergence": divergence}
+            stats = vocab_parallel_token_stats(own, targets, group=dist.group.WORLD, inplace_backward=inplace, **extra)
+            loss = stats.log_prob.sum() + 0.1 * stats.entropy.sum()
+            (loss if divergence is None else loss + stats.divergence.sum()).backward()
+
+        return call
+
+    return {
+        BASELINE: cross_entropy,
+        "log-prob + entropy": functools.partial(token_stats, None),
+        "log-prob + entropy, in place": functools.partial(token_stats, None, True),
+        "+ teacher, reverse KL": functools.partial(token_stats, "reverse_kl"),
+        "+ teacher, reverse KL, in place": functools.partial(token_stats, "reverse_kl", True),
+        "+ teacher, forward KL": functools.partial(token_stats, "forward_kl"),
+        "+ teacher, JSD": functools.partial(token_stats, "jsd"),
+        "autograd: log-prob + entropy + reverse KL": autograd,
+    }
+
+
+def alternate(
+    variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[float]], list[float]]
+) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Per variant the [wall, CPU] seconds of each round, and the peak memory of one more call."""
+    seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
+    peaks = {}
+    for round_index in range(rounds + 1):
+        for name, prepare in variants.items():
+            call = prepare()
+            if round_index == 0:  # the first round warms up, and measures memory
+                peaks[name] = peak_bytes(call)
+                continue
+            slowest([0.0, 0.0])  # start together
+            wall, cpu_time = time.perf_counter(), time.process_time()
+            call()
+            elapsed = [time.perf_counter() - wall, time.process_time() - cpu_time]
+            del call
+            seconds[name].append(slowest(elapsed))
+    return seconds, peaks
+
+
+def _worker(rank: int, port: int, tokens: int, vocab_size: int, rounds: int, output: str) -> None:
+    from dasd_megatron.backend import cpu
+    from dasd_megatron.config import BackendConfig
+
+    cpu.install(BackendConfig(threads=1))
+    limit = datetime.timedelta(seconds=120)
+    store = dist.TCPStore("127.0.0.1", port, WORLD_SIZE, rank == 0, limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=limit)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=WORLD_SIZE)
+
+    def slowest(values: list[float]) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced.tolist()
+
+    seconds, peaks = alternate(vocab_parallel_variants(tokens, vocab_size, rank), rounds, slowest)
+    if rank == 0:
+        Path(output).write_text(json.dumps({"seconds": seconds, "peaks": peaks}))
+    dist.destroy_process_group()
+
+
+def measure_vocab_parallel(tokens: int, vocab_size: int, rounds: int, output: Path) -> dict[str, Any]:
+    probe = dist.TCPStore("127.0.0.1", 0, 1, True)
+    port = probe.port
+    del probe
+    raw = output.with_suffix(".part")
+    mp.spawn(_worker, args=(port, tokens, vocab_size, rounds, str(raw)), nprocs=WORLD_SIZE)
+    measured = json.loads(raw.read_text())
+    raw.unlink()
+    print(f"\nT={tokens} V={vocab_size} float32, TP={WORLD_SIZE} gloo, one thread each, median of {rounds} alternated rounds")
+    return table(measured, BASELINE, "local logits", tokens * vocab_size // WORLD_SIZE * 4)
+
+
+def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int) -> dict[str, Any]:
+    from dasd_megatron.losses import linear_token_stats, vocab_parallel_token_stats
+
+    torch.set_num_threads(os.cpu_count())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, hidden_size, generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator).mul_(hidden_size**-0.5)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+
+    def prepare(fused: bool) -> Callable[[], None]:
+        states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+
+        def call() -> None:
+            stats = linear_token_stats(states, head, targets) if fused else vocab_parallel_token_stats(states @ head.t(), targets)
+            (stats.log_prob.sum() + 0.1 * stats.entropy.sum()).backward()
+
+        return call
+
+    variants = {"materialised logits": functools.partial(prepare, False), "linear_token_stats": functools.partial(prepare, True)}
+    seconds, peaks = alternate(variants, rounds, lambda values: values)
+    print(f"\nT={tokens} V={vocab_size} h={hidden_size} float32, {os.cpu_count()} threads, median of {rounds} alternated rounds")
+    return table({"seconds": seconds, "peaks": peaks}, "materialised logits", "materialised peak", peaks["materialised logits"])
+
+
+def table(measured: dict[str, Any], baseline: str, memory_unit: str, memory_bytes: int) -> dict[str, Any]:
+    """Print medians and ratios to ``baseline``; returns them. Ratios are medians of the ratios within each round."""
+    rows = {}
+    reference = measured["seconds"][baseline]
+    print(
+        f"{'forward + backward':44}{'wall ms':>10}{'ratio':>7}{'spread':>13}{'CPU ms':>10}{'ratio':>7}{'peak memory / ' + memory_unit:>34}"
+    )
+    for name, rounds in measured["seconds"].items():
+        wall, cpu_time = ([row[column] for row in rounds] for column in (0, 1))
+        ratios, cpu_ratios = ([row[c] / base[c] for row, base in zip(rounds, reference, strict=True)] for c in (0, 1))
+        rows[name] = {
+            "wall_seconds": statistics.median(wall),
+            "cpu_seconds": statistics.median(cpu_time),
+            "wall_ratio": statistics.median(ratios),
+            "wall_ratio_range": [min(ratios), max(ratios)],
+            "cpu_ratio": statistics.median(cpu_ratios),
+            "peak_bytes": measured["peaks"][name],
+            "peak_memory_ratio": measured["peaks"][name] / memory_bytes,
+        }
+        row = rows[name]
+        print(
+            f"{name:44}{1e3 * row['wall_seconds']:10.1f}{row['wall_ratio']:7.2f}{min(ratios):7.2f}-{max(ratios):5.2f}"
+            f"{1e3 * row['cpu_seconds']:10.1f}{row['cpu_ratio']:7.2f}{row['peak_memory_ratio']:34.3f}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of part 1 (default: 1024)")
+    parser.add_argument("--linear-tokens", type=int, default=4096, help="tokens of part 2 (default: 4096)")
+    parser.add_argument("--hidden-size", type=int, default=1024, help="hidden size of part 2 (default: 1024)")
+    parser.add_argument("--vocab-size", type=int, default=151_936, help="vocabulary; a multiple of 2 (default: 151936)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--skip-linear", action="store_true", help="part 1 alone")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loss.json")
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {
+        "machine": describe(),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "skip_linear")},
+        "vocab_parallel": measure_vocab_parallel(args.tokens, args.vocab_size, args.rounds, args.output),
+    }
+    if not args.skip_linear:
+        results["linear"] = measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Logits or gradients that are not finite: the step is skipped and counted, the weights stay, and a run of nothing else stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launch import torchrun
+from runs import NO_EVALUATION, finish, rows, start, train
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from dasd_megatron.models.tiny import character_tokenizer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """A model whose embedding of one character is NaN, rollouts that it can be trained on for four steps, and that character's token.
+
+    The head is another tensor, so that only a prompt that holds the character has NaN logits.
+    """
+    folder = tmp_path_factory.mktemp("poisoned")
+    tokenizer = character_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    sound = folder / "sound"
+    model.save_pretrained(sound)
+    tokenizer.save_pretrained(sound)
+    train(*NO_EVALUATION, "run.steps=4", "model=hf", f"model.path={sound}", f"run.dir={folder / 'made'}")
+    token = tokenizer.convert_tokens_to_ids("@")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model", folder / "made" / "rollouts", token
+
+
+def replay(source: Path, target: Path, token: int, steps: tuple[int, ...]) -> Path:
+    """A copy of saved rollouts in which one prompt of each of ``steps`` begins with ``token``, and which hold it nowhere else."""
+    target.mkdir()
+    for path in source.glob("*.jsonl"):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            record["response_ids"] = [one - (one == token) for one in record["response_ids"]]
+        if int(path.stem.removeprefix("step_")) in steps:
+            records[5]["prompt_ids"][0] = token
+        (target / path.name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return target
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.tensor_model_parallel_size=2"], ["parallel.data_parallel_size=2"]])
+def test_a_step_with_nan_logits_is_skipped_described_and_counted(
+    layout: list[str], poisoned: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    model, rollouts, token = poisoned
+    common = [*NO_EVALUATION, "model=hf", f"model.path={model}", *layout]
+    folder = replay(rollouts, tmp_path / "replay", token, (2, 3))
+    output = train(*common, "run.steps=3", f"rollout.replay={folder}", f"run.dir={tmp_path / 'run'}")
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["update/skipped"] for row in found] == [0, 1, 1]
+    assert "update/loss" in found[0] and "update/loss" not in found[1] and found[1]["reward/mean"] is not None
+    assert output.count("its logits are not finite") == 1
+    assert "step 2 is skipped" in output and "first response token 0 of problem" in output and "sample 1" in output
+    # Where its own shard holds the row, a rank names the parameter.
+    assert "embedding.word_embeddings.weight is not finite" in output
+    # The skipped steps left no trace in the weights: they are those of the first step.
+    train(*common, "run.steps=1", f"rollout.replay={folder}", f"run.dir={tmp_path / 'one'}")
+    skipped, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "one"))
+    assert all(torch.equal(tensor.nan_to_num(9.0), one[name].nan_to_num(9.0)) for name, tensor in skipped.items())
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+    model, rollouts, token = poisoned
+    folder = replay(rollouts, tmp_path / "replay", token, (2, 3))
+    status, output = finish(
+        start(
+            *NO_EVALUATION, "model=hf", f"model.path={model}", "run.steps=4", f"rollout.replay={folder}", f"run.dir={tmp_path / 'run'}",
+            "loss.max_skipped_steps=1",
+        )
+    )  # fmt: skip
+    assert status != 0
+    assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(("processes", "overrides"), [(1, []), (2, ["parallel.data_parallel_size=2"])])
+def test_gradients_that_are_not_finite_are_not_applied(
+    processes: int, overrides: list[str], poisoned: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    torchrun("optimizer_step", processes, {"path": str(poisoned[0].parent / "sound"), "overrides": overrides})
