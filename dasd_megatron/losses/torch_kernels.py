@@ -49,41 +49,41 @@ def local_partials(
 
     Returns:
         ``[4, T]``, with a teacher ``[9, T]``, float32 (float64 for float64 logits): MAX raw maximum, -inf without mass; Z sum of exp(d);
-        MEAN expectation of d; TARGET raw logit of the target where this shard owns it, else 0; the same four for the teacher; CROSS the
-        expectation of e under the student (``reverse_kl``) or of d under the teacher (``forward_kl``). Sums without mass are 0. Where the
-        weight is not 0 and the other logit is -inf, CROSS is beyond -1e30.
+        MEAN expectation of d; TARGET raw logit of the target where this shard owns it, else 0; the same four for the teacher, whose
+        mean is 0 but for ``forward_kl``; CROSS the expectation of e under the student (``reverse_kl``) or of d under the teacher
+        (``forward_kl``). Sums without mass are 0. Where the weight is not 0 and the other logit is -inf, CROSS is beyond -1e30.
     """
     dtype = accumulator(logits)
-    floor = torch.finfo(dtype).min
+    lowest = torch.finfo(dtype).min
     scale = inverse_temperature * _LOG2_E
     packed = torch.zeros(4 if teacher is None else 9, logits.shape[0], dtype=dtype, device=logits.device)
-    packed[MAX :: TEACHER_MAX - MAX] = -math.inf
-    if teacher is not None:
-        packed[CROSS] = 0.0
+    packed[MAX:CROSS:TEACHER_MAX] = -math.inf
     if columns == 0:
         return packed
     chunk_size = chunk_size or rows_by_cache(logits, columns, teacher is not None)
     work_d, work_p, *teacher_work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
+    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here, and its results are divided below.
+    # A product that is only summed is written over a factor that is not needed again: a dot product proper would lose digits.
     for rows in _chunks(logits, chunk_size):
-        maximum, d, p, total = _exponentials(logits[rows, :columns], scale, floor, work_d, work_p)
-        packed[MAX, rows], packed[Z, rows] = maximum, total
-        # Divided by the sum where there is one. A product that is only summed is written over a factor that is not needed again: a dot
-        # product proper would lose digits.
-        inverse = _LN_2 / total.clamp_min(torch.finfo(dtype).tiny)
+        sums = packed[:, rows]
+        d, p = _exponentials(logits[rows, :columns], scale, lowest, work_d, work_p, sums[MAX], sums[Z])
         if teacher is None:
-            packed[MEAN, rows] = d.mul_(p).sum(-1) * inverse
+            torch.sum(d.mul_(p), -1, out=sums[MEAN])
             continue
-        teacher_maximum, e, q, teacher_total = _exponentials(teacher[rows, :columns], scale, floor, *teacher_work)
-        packed[TEACHER_MAX, rows], packed[TEACHER_Z, rows] = teacher_maximum, teacher_total
-        teacher_inverse = _LN_2 / teacher_total.clamp_min(torch.finfo(dtype).tiny)
+        e, q = _exponentials(teacher[rows, :columns], scale, lowest, *teacher_work, sums[TEACHER_MAX], sums[TEACHER_Z])
         if divergence == "reverse_kl":
-            packed[MEAN, rows] = d.mul_(p).sum(-1) * inverse
-            packed[CROSS, rows] = e.mul_(p).sum(-1) * inverse
+            torch.sum(d.mul_(p), -1, out=sums[MEAN])
+            torch.sum(e.mul_(p), -1, out=sums[CROSS])
             continue
-        packed[MEAN, rows] = p.mul_(d).sum(-1) * inverse
-        packed[TEACHER_MEAN, rows] = e.mul_(q).sum(-1) * teacher_inverse
+        torch.sum(p.mul_(d), -1, out=sums[MEAN])
         if divergence == "forward_kl":
-            packed[CROSS, rows] = d.mul_(q).sum(-1) * teacher_inverse
+            torch.sum(e.mul_(q), -1, out=sums[TEACHER_MEAN])
+            torch.sum(d.mul_(q), -1, out=sums[CROSS])
+    for mass, weighted in ((Z, MEAN), (TEACHER_Z, TEACHER_MEAN))[: 1 if teacher is None else 2]:
+        inverse = _LN_2 / packed[mass].clamp_min(torch.finfo(dtype).tiny)
+        packed[weighted] *= inverse
+        if teacher is not None and mass == (TEACHER_Z if divergence == "forward_kl" else Z):
+            packed[CROSS] *= inverse
     local = targets - first_column
     owned = (local >= 0) & (local < columns)
     index = torch.where(owned, local, 0)[:, None]
@@ -116,12 +116,16 @@ def mixture_sums(
     chunk_size = chunk_size or rows_by_cache(logits, columns, True)
     work_d, work_e, work_p, work_q, work_m = _buffers(logits, columns, chunk_size, 5)
     scale = inverse_temperature * _LOG2_E
+    # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot be seen.
+    least = math.log2(torch.finfo(sums.dtype).tiny) + 1
     for rows in _chunks(logits, chunk_size):
-        d, p = _probabilities(logits[rows, :columns], p_max[rows], p_log_z[rows], scale, work_d, work_p)
-        e, q = _probabilities(teacher[rows, :columns], q_max[rows], q_log_z[rows], scale, work_e, work_q)
-        log_m = _log2_mixture(p, q, weight, work_m)
-        sums[0, rows] = d.sub_(log_m).mul_(p).sum(-1)
-        sums[1, rows] = e.sub_(log_m).mul_(q).sum(-1)
+        log_p = _log2_probabilities(logits[rows, :columns], p_max[rows], p_log_z[rows], scale, work_d).clamp_min_(least)
+        p = torch.exp2(log_p, out=work_p[: len(log_p)])
+        log_q = _log2_probabilities(teacher[rows, :columns], q_max[rows], q_log_z[rows], scale, work_e).clamp_min_(least)
+        q = torch.exp2(log_q, out=work_q[: len(log_q)])
+        log_m = torch.lerp(q, p, weight, out=work_m[: len(p)]).log2_()
+        torch.sum(log_p.sub_(log_m).mul_(p), -1, out=sums[0, rows])
+        torch.sum(log_q.sub_(log_m).mul_(q), -1, out=sums[1, rows])
     return sums.mul_(_LN_2)
 
 
@@ -163,21 +167,21 @@ def backward(
     scale = inverse_temperature * _LOG2_E
     with_mixture = mixture_weight is not None
     needs_teacher = cross is not None or teacher_share is not None
-    # p stays unnormalised, and X may be in other units: what is missing goes into the coefficients, in float64 for their differences.
-    inverse_z = p_log_z.double().neg().exp()
     constant, linear, cross = (None if one is None else one.double() for one in (constant, linear, cross))
-    if linear is not None:
-        constant = constant - linear * p_log_z
-        linear = (linear * _LN_2 * inverse_z).to(dtype)
-    if cross is not None:
-        if not with_mixture:
-            constant = constant + cross * q_log_z
-        cross = (cross * (_LN_2 if with_mixture else inverse_temperature) * inverse_z).to(dtype)
-    constant = (constant * inverse_z).to(dtype)
     if with_mixture:
-        student_share = inverse_z.mul(mixture_weight).to(dtype)
-        teacher_scale = q_log_z.double().neg().exp().mul(1.0 - mixture_weight).to(dtype)
-    elif teacher_share is not None:
+        linear, cross = linear * _LN_2, cross * _LN_2
+    else:
+        # p stays unnormalised, and X in other units: what is missing goes into the coefficients, in float64 for their differences.
+        inverse_z = p_log_z.double().neg().exp()
+        if linear is not None:
+            constant = constant - linear * p_log_z
+            linear = linear * _LN_2 * inverse_z
+        if cross is not None:
+            constant = constant + cross * q_log_z
+            cross = cross * inverse_temperature * inverse_z
+        constant = constant * inverse_z
+    constant, linear, cross = (None if one is None else one.to(dtype) for one in (constant, linear, cross))
+    if teacher_share is not None:
         teacher_scale = (teacher_share.double() * q_log_z.double().neg().exp()).to(dtype)
     if one_hot is not None:
         local = targets - first_column
@@ -185,11 +189,12 @@ def backward(
         index, one_hot = torch.where(owned, local, 0)[:, None], torch.where(owned, one_hot, 0.0).to(dtype)[:, None]
 
     chunk_size = chunk_size or rows_by_cache(logits, columns, needs_teacher)
-    work_d, work_p, *work = _buffers(
-        logits, columns, chunk_size, 4 if with_mixture or teacher_share is not None else 3 if needs_teacher else 2
-    )
+    work_d, work_p, *work = _buffers(logits, columns, chunk_size, 4 if teacher_share is not None else 3 if needs_teacher else 2)
     for rows in _chunks(logits, chunk_size):
-        d = _shift(logits[rows, :columns], p_max[rows], scale, work_d)
+        if with_mixture:
+            d = _log2_probabilities(logits[rows, :columns], p_max[rows], p_log_z[rows], scale, work_d)
+        else:
+            d = _shift(logits[rows, :columns], p_max[rows], scale, work_d)
         p = torch.exp2(d, out=work_p[: len(d)])
         if linear is None and cross is None:
             factor = constant[rows, None]
@@ -198,9 +203,8 @@ def backward(
         else:
             factor = d.clamp_min_(_BACKWARD_FLOOR).mul_(linear[rows, None]).add_(constant[rows, None])
         if with_mixture:
-            e = _shift(teacher[rows, :columns], q_max[rows], scale, work[0])
-            m = torch.exp2(e, out=e).mul_(teacher_scale[rows, None])
-            m = m.add_(torch.mul(p, student_share[rows, None], out=work[1][: len(p)]))
+            q = _log2_probabilities(teacher[rows, :columns], q_max[rows], q_log_z[rows], scale, work[0]).exp2_()
+            m = torch.lerp(q, p, mixture_weight, out=q)
             factor = factor.sub_(m.clamp_min_(torch.finfo(dtype).tiny).log2_().mul_(cross[rows, None]))
         elif cross is not None:
             e = _shift(teacher[rows, :columns], q_max[rows], 1.0, work[0]).clamp_min_(_BACKWARD_FLOOR)
@@ -239,9 +243,9 @@ def _l2_cache_bytes(device: torch.device) -> int:
 def rows_by_cache(logits: Tensor, columns: int, with_teacher: bool) -> int:
     """Rows to work on at once when the caller leaves the choice open."""
     row_bytes = max(columns, 1) * accumulator(logits).itemsize * (4 if with_teacher else 2)
-    # Measured on CPU at 16,384 to 151,936 columns: buffers of about four times the L2 cache are fastest. Smaller ones pay more for the
-    # calls than they save in traffic, which the next cache level still catches.
-    rows = max(4 * _l2_cache_bytes(logits.device) // row_bytes, 1)
+    # Measured on CPU at 75,968 columns, 4 to 8 rows of them are fastest, in buffers of about eight times the L2 cache: with fewer rows the
+    # calls cost as much as their arithmetic, with more the next cache level no longer catches what L2 does not.
+    rows = max(8 * _l2_cache_bytes(logits.device) // row_bytes, 4)
     # Each thread works on rows of its own, in its core's own cache.
     return rows * torch.get_num_threads() if logits.device.type == "cpu" else rows
 
@@ -265,21 +269,19 @@ def _shift(logits: Tensor, maximum: Tensor, scale: float, out: Tensor) -> Tensor
     return out if scale == 1.0 else out.mul_(scale)
 
 
-def _exponentials(logits: Tensor, scale: float, floor: float, out_d: Tensor, out_p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row maxima, shifted logits (never -inf, so that 0 x -inf cannot arise), their powers of two and the sums of these."""
-    maximum = logits.amax(-1).to(out_d.dtype)
-    # A row that is -inf throughout is shifted by 0: it then has no mass, where -inf - -inf would have made it NaN.
-    d = _shift(logits, torch.where(maximum == -math.inf, 0.0, maximum), scale, out_d).clamp_min_(floor)
+def _exponentials(
+    logits: Tensor, scale: float, lowest: float, out_d: Tensor, out_p: Tensor, out_max: Tensor, out_sum: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Shifted logits (never -inf, so that 0 x -inf cannot arise) and their powers of two; row maxima and sums go into the outputs."""
+    torch.amax(logits, -1, out=out_max) if logits.dtype == out_max.dtype else out_max.copy_(logits.amax(-1))
+    # A row that is -inf throughout is shifted by the lowest number: it then has no mass, where -inf - -inf would have made it NaN.
+    d = _shift(logits, out_max.clamp_min(lowest), scale, out_d).clamp_min_(lowest)
     p = torch.exp2(d, out=out_p[: len(d)])
-    return maximum, d, p, p.sum(-1)
+    torch.sum(p, -1, out=out_sum)
+    return d, p
 
 
-def _probabilities(logits: Tensor, maximum: Tensor, log_z: Tensor, scale: float, out_log: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Global log-probabilities in units of log 2, finite, and probabilities of this shard's columns."""
-    log_p = _shift(logits, maximum, scale, out_log).sub_((log_z * _LOG2_E)[:, None]).clamp_min_(_BACKWARD_FLOOR)
-    return log_p, torch.exp2(log_p, out=out[: len(log_p)])
-
-
-def _log2_mixture(p: Tensor, q: Tensor, weight: float, out: Tensor) -> Tensor:
-    out = torch.mul(p, weight, out=out[: len(p)])
-    return out.add_(q, alpha=1.0 - weight).clamp_min_(torch.finfo(p.dtype).tiny).log2_()
+def _log2_probabilities(logits: Tensor, maximum: Tensor, log_z: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Logarithms to base 2 of the global probabilities of this shard's columns, into the first rows of ``out``."""
+    shifted = _shift(logits, maximum, 1.0, out)
+    return torch.add((log_z * -_LOG2_E)[:, None], shifted, alpha=scale, out=shifted)
