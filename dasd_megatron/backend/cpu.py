@@ -80,8 +80,9 @@ def install(config: BackendConfig) -> None:
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
 
-    # True, expected, and printed many times over by every process.
-    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed")
+    # True, expected, or about streams, which there are none of here, and printed by every process.
+    for message in (r".*Apex (is|are) not installed", r"When using async grad allreduce"):
+        warnings.filterwarnings("ignore", message=message)
 
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")

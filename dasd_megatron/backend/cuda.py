@@ -27,6 +27,8 @@ def install(config: BackendConfig) -> None:
         raise ConfigError(
             f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes"
         )
+    # One queue keeps communication that was launched before a computation ahead of it, on which Megatron's overlap relies.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     torch.set_num_threads(config.threads)
 

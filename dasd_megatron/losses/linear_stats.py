@@ -99,7 +99,7 @@ def linear_token_stats(
             raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
     # Rows of a block that the PyTorch kernels work on at once are their own choice.
-    kernels = choose_kernels(implementation, hidden, None)
+    kernels = choose_kernels(implementation, (hidden,) if teacher is None else (hidden, teacher.hidden), None)
     settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
 

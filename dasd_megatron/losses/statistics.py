@@ -119,19 +119,22 @@ def make_objective(divergence: str, jsd_weight: float) -> Objective:
     return Objective(divergence, jsd_weight)
 
 
-def choose_kernels(implementation: str, like: Tensor, chunk_size: int | None) -> Kernels:
-    """``auto`` takes Triton for CUDA tensors where Triton is installed and the dtype is not float64, and PyTorch otherwise.
+def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size: int | None) -> Kernels:
+    """``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's kernels do not fit.
 
-    ``chunk_size`` is the PyTorch kernels' number of rows at once; Triton's need no buffers.
+    They take logits of any row stride whose columns lie side by side, in half or single precision. ``chunk_size`` is the PyTorch kernels'
+    number of rows at once; Triton's need no buffers.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None to choose it")
+    fits = all(tensor.dtype != torch.float64 and tensor.stride(-1) == 1 for tensor in tensors)
     if implementation == "auto":
-        fits = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
-        implementation = "triton" if fits else "torch"
+        implementation = "triton" if fits and tensors[0].is_cuda and importlib.util.find_spec("triton") is not None else "torch"
     if implementation == "triton":
+        if not fits:
+            raise ValueError("implementation is 'triton', which needs tensors that are not float64 and whose last stride is 1; take 'auto'")
         from dasd_megatron.losses import triton_kernels
 
         return Kernels(triton_kernels.local_partials, triton_kernels.mixture_sums, triton_kernels.backward)
@@ -181,13 +184,12 @@ def _expectations(
     if len(rows) <= CROSS:
         return student, mean, None, None, None
     teacher = _merge(rows[TEACHER_MAX], rows[TEACHER_Z], inverse_temperature)
-    teacher_mean = teacher.expectation(rows[TEACHER_MEAN], teacher.offsets)
+    teacher_mean = cross = torch.zeros_like(mean)
     if divergence == "reverse_kl":
         cross = student.expectation(rows[CROSS], teacher.offsets)
     elif divergence == "forward_kl":
+        teacher_mean = teacher.expectation(rows[TEACHER_MEAN], teacher.offsets)
         cross = teacher.expectation(rows[CROSS], student.offsets)
-    else:
-        cross = torch.zeros_like(mean)
     return student, mean, teacher, teacher_mean, cross
 
 

@@ -87,8 +87,8 @@ def vocab_parallel_token_stats(
     objective = make_objective(divergence, jsd_weight)
     _check_logits(logits, targets, teacher_logits)
     shard = make_shard(logits.shape[1], targets, vocab_size, group, temperature)
-    kernels = choose_kernels(implementation, logits, chunk_size)
     teacher = None if teacher_logits is None else teacher_logits.detach()
+    kernels = choose_kernels(implementation, (logits,) if teacher is None else (logits, teacher), chunk_size)
     return TokenStats(*_VocabParallelTokenStats.apply(logits, teacher, shard, kernels, objective, inplace_backward))
 
 

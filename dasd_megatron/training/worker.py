@@ -17,7 +17,12 @@ from dasd_megatron.config import Config, read_config
 def run(config: Config, root: Path, *, prepared: bool) -> None:
     """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be."""
     # Megatron-Core's calls, which a user of this package cannot change.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
+    for message in (
+        r"`torch\.distributed\.\w+` is deprecated",
+        r"full scope is deprecated",
+        r"The \.grad attribute of a Tensor that is not a leaf",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     backend.select(config.backend)
     # Megatron-Core is imported from here on, after the backend has prepared torch.
     import torch.distributed as dist

@@ -1,0 +1,175 @@
+"""The Triton kernels on one GPU at the width of a real vocabulary, against float64 formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_reference import (
+    COEFFICIENTS,
+    CROSS,
+    MAX,
+    Case,
+    check_backward,
+    check_mixture_sums,
+    check_partials,
+    make_case,
+    normalisers,
+)
+
+from dasd_megatron.losses import DIVERGENCES
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dasd_megatron.losses import triton_kernels as kernels
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+
+VOCABULARY, WIDTH = 151_669, 151_936
+# Columns of the vocabulary, padding and elements between the rows: every access by whole vectors, rows on odd addresses.
+LAYOUTS = {"aligned": (151_936, 0, 0), "padded": (VOCABULARY, WIDTH - VOCABULARY, 0), "odd rows": (VOCABULARY, WIDTH - VOCABULARY, 3)}
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(torch.seed() % 2**31)
+
+
+def wide_case(generator: torch.Generator, tokens: int, layout: str = "padded", dtype: torch.dtype = torch.bfloat16, **options) -> Case:
+    columns, padding, gap = LAYOUTS[layout]
+    return make_case(generator, tokens, columns, padding=padding, gap=gap, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+def test_partials(generator: torch.Generator, divergence: str | None, layout: str, dtype: torch.dtype) -> None:
+    """A few rows that several programs share, and more rows than that."""
+    for tokens in (1, 40, 513):
+        case = wide_case(generator, tokens, layout, dtype, temperature=0.7)
+        check_partials(kernels, case, divergence, f"seed {generator.initial_seed()} {tokens}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mixture_sums(generator: torch.Generator, layout: str, dtype: torch.dtype) -> None:
+    for tokens in (1, 40, 513):
+        case = wide_case(generator, tokens, layout, dtype, temperature=0.7)
+        check_mixture_sums(kernels, case, normalisers(case, generator), 0.3, f"seed {generator.initial_seed()} {tokens}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+def test_backward(generator: torch.Generator, inplace: bool, layout: str, dtype: torch.dtype) -> None:
+    for names in COEFFICIENTS:
+        for weight in (None, 0.3) if "cross" in names else (None,):
+            case = wide_case(generator, 24, layout, dtype, temperature=0.7)
+            norm = normalisers(case, generator)
+            message = f"seed {generator.initial_seed()}"
+            check_backward(kernels, case, norm, names, generator, mixture_weight=weight, inplace=inplace, message=message)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("columns", [0, 1, 2, 3, 7, 8, 9, 100, 2047, 2048, 2049, 8193, 18_992])
+def test_sizes(generator: torch.Generator, columns: int, tokens: int) -> None:
+    """Nothing, the sizes of tiles and one more or less, and the arguments equal to 1 that Triton compiles in."""
+    for dtype, padding, gap in ((torch.bfloat16, 8, 0), (torch.float32, 1, 0), (torch.bfloat16, 0 if columns else 1, 0)):
+        case = make_case(generator, tokens, columns, padding=padding, gap=gap, dtype=dtype)
+        message = f"seed {generator.initial_seed()} {dtype} {padding}"
+        for divergence in (None, *DIVERGENCES):
+            check_partials(kernels, case, divergence, message)
+        norm = normalisers(case, generator)
+        check_mixture_sums(kernels, case, norm, 0.3, message)
+        check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, message=message)
+        check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, mixture_weight=0.3, inplace=True, message=message)
+
+
+def test_dtypes_may_differ(generator: torch.Generator) -> None:
+    for dtype, teacher_dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        case = wide_case(generator, 9, dtype=dtype, teacher_dtype=teacher_dtype)
+        norm = normalisers(case, generator)
+        message = f"seed {generator.initial_seed()} {dtype}"
+        check_partials(kernels, case, "forward_kl", message)
+        check_mixture_sums(kernels, case, norm, 0.4, message)
+        check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, message=message)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masks_nan_and_huge_logits(generator: torch.Generator, divergence: str) -> None:
+    """Rows with columns or everything at -inf, with a NaN, far from zero and far apart; some of them split among programs."""
+    for tokens in (9, 600):
+        case = wide_case(generator, tokens, dtype=torch.float32)
+        logits, teacher = case.logits, case.teacher
+        logits[0, :100_000], teacher[0, :100_000] = -math.inf, -math.inf
+        logits[1, :VOCABULARY], teacher[2, :VOCABULARY] = -math.inf, -math.inf
+        logits[3, 140_000], teacher[4, 12] = math.nan, math.nan
+        logits[5] += 1e4
+        teacher[6] *= 1e4
+        logits[7] *= 1e4
+        weighing, other = (teacher, logits) if divergence == "forward_kl" else (logits, teacher)
+        other[8, 77_777], weighing[8, 77_777] = -math.inf, 5.0
+        message = f"seed {generator.initial_seed()} {tokens}"
+        finite = torch.ones(tokens, dtype=torch.bool, device="cuda")
+        finite[3:5] = False
+        whole = case._replace(logits=logits[finite], teacher=teacher[finite], targets=case.targets[finite])
+        got = check_partials(kernels, whole, divergence, message)
+        assert divergence == "jsd" or got[CROSS, 6] < -1e30, message
+        norm = normalisers(whole, generator)
+        check_mixture_sums(kernels, whole, norm, 0.3, message)
+        names, weight = (("linear", "cross"), 0.3) if divergence == "jsd" else (("linear", "teacher_share", "one_hot"), None)
+        check_backward(kernels, whole, norm, names, generator, mixture_weight=weight, message=message)
+        every = kernels.local_partials(logits, teacher, case.targets, divergence=divergence, **case.place)
+        assert every[MAX].isnan().nonzero().tolist() == [[3]], message
+        assert every[:CROSS].isnan().any(0).nonzero().tolist() == [[3], [4]], message
+
+
+def test_a_distribution_against_itself(generator: torch.Generator) -> None:
+    case = wide_case(generator, 30)
+    case = case._replace(teacher=case.logits.clone())
+    norm = normalisers(case, generator, others=False)
+    norm = norm._replace(q_max=norm.p_max, q_log_z=norm.p_log_z)
+    assert (check_mixture_sums(kernels, case, norm, 0.3) == 0).all(), f"seed {generator.initial_seed()}"
+    one = torch.ones(30, device="cuda")
+    for weight in (None, 0.3):
+        out = torch.empty_like(case.logits)
+        kernels.backward(
+            case.logits, case.teacher, out, case.targets, constant=one - 1, linear=one, cross=one, mixture_weight=weight,
+            **norm._asdict(), **case.place,
+        )  # fmt: skip
+        assert (out == 0).all(), f"seed {generator.initial_seed()} {weight}"
+
+
+def test_more_than_2_to_the_31_elements(generator: torch.Generator) -> None:
+    """The last rows, beyond what 32-bit offsets reach, come out as they do alone."""
+    last = wide_case(generator, 12)
+    rows = 2**31 // WIDTH
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+
+    def below_zeros(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
+
+    case = last._replace(logits=below_zeros(last.logits), teacher=below_zeros(last.teacher), targets=below_zeros(last.targets))
+    alone = check_partials(kernels, last, "reverse_kl", f"seed {generator.initial_seed()}")
+    among = kernels.local_partials(case.logits, case.teacher, case.targets, divergence="reverse_kl", **case.place)
+    torch.testing.assert_close(among[:, rows:], alone, rtol=1e-5, atol=0.0)
+
+    norm = normalisers(last, generator)
+    alone = check_mixture_sums(kernels, last, norm, 0.3, f"seed {generator.initial_seed()}")
+    options = {"columns": case.columns, "inverse_temperature": 1.0, "weight": 0.3}
+    among = kernels.mixture_sums(case.logits, case.teacher, *map(below_zeros, norm), **options)
+    torch.testing.assert_close(among[:, rows:], alone, rtol=1e-5, atol=1e-6)
+
+    coefficients = dict(zip(("constant", "linear", "cross", "one_hot"), torch.randn(4, 12, device="cuda"), strict=True))
+    options = coefficients | norm._asdict()
+    alone = torch.empty_like(last.logits)
+    kernels.backward(last.logits, last.teacher, alone, last.targets, **options, **last.place)
+    options = {name: below_zeros(value) for name, value in options.items()}
+    kernels.backward(case.logits, case.teacher, case.logits, case.targets, **options, **case.place)
+    assert torch.equal(case.logits[rows:], alone) and not case.logits[:rows].any()
