@@ -1,8 +1,11 @@
 """What one rank computes on its own vocabulary shard, in PyTorch: partial sums, the mixture's sums, and the closed-form gradient.
 
 ``triton_kernels`` has the same three functions for GPUs; this is their reference, and what runs everywhere else. Notation: z and x are
-the student's and the teacher's logits, ``c = 1 / temperature``, ``d = (z - max z) c`` and ``e = (x - max x) c``. Powers of two stand for
-exponentials (PyTorch's ``exp2`` takes half the time of its ``exp`` on CPU), so d and e are kept in units of log 2.
+the student's and the teacher's logits, ``c = 1 / temperature``, ``d = (z - max z) c`` and ``e = (x - max x) c``.
+
+Powers of two stand for exponentials: PyTorch's ``exp2`` takes half the time of its ``exp`` on CPU. Logits are scaled and shifted in one
+fused multiply-add, ``z c log2(e) - shift``, with the whole number next to the scaled maximum for a shift (:class:`_Frame`): nothing is
+rounded but the result, however large the logits are.
 
 Rows are worked on a few at a time, so that the buffers stay in the core's cache: on CPU that, and not arithmetic, decides the speed.
 """
@@ -13,6 +16,7 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,22 +59,28 @@ def local_partials(
     """
     dtype = accumulator(logits)
     lowest = torch.finfo(dtype).min
-    scale = inverse_temperature * _LOG2_E
+    scale = _log2_scale(inverse_temperature, dtype)
     packed = torch.zeros(4 if teacher is None else 9, logits.shape[0], dtype=dtype, device=logits.device)
     packed[MAX:CROSS:TEACHER_MAX] = -math.inf
     if columns == 0:
         return packed
     chunk_size = chunk_size or rows_by_cache(logits, columns, teacher is not None)
     work_d, work_p, *teacher_work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
-    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here, and its results are divided below.
-    # A product that is only summed is written over a factor that is not needed again: a dot product proper would lose digits.
+    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is only summed is
+    # written over a factor that is not needed again: a dot product proper would lose digits.
     for rows in _chunks(logits, chunk_size):
         sums = packed[:, rows]
-        d, p = _exponentials(logits[rows, :columns], scale, lowest, work_d, work_p, sums[MAX], sums[Z])
+        d = _about_maximum(logits[rows, :columns], scale, work_d, sums[MAX]).clamp_min_(lowest)
+        p = torch.exp2(d, out=work_p[: len(d)])
+        torch.sum(p, -1, out=sums[Z])
         if teacher is None:
             torch.sum(d.mul_(p), -1, out=sums[MEAN])
             continue
-        e, q = _exponentials(teacher[rows, :columns], scale, lowest, *teacher_work, sums[TEACHER_MAX], sums[TEACHER_Z])
+        e = _about_maximum(teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX])
+        if divergence != "jsd":
+            e.clamp_min_(lowest)
+        q = torch.exp2(e, out=teacher_work[1][: len(e)])
+        torch.sum(q, -1, out=sums[TEACHER_Z])
         if divergence == "reverse_kl":
             torch.sum(d.mul_(p), -1, out=sums[MEAN])
             torch.sum(e.mul_(p), -1, out=sums[CROSS])
@@ -79,11 +89,21 @@ def local_partials(
         if divergence == "forward_kl":
             torch.sum(e.mul_(q), -1, out=sums[TEACHER_MEAN])
             torch.sum(d.mul_(q), -1, out=sums[CROSS])
-    for mass, weighted in ((Z, MEAN), (TEACHER_Z, TEACHER_MEAN))[: 1 if teacher is None else 2]:
-        inverse = _LN_2 / packed[mass].clamp_min(torch.finfo(dtype).tiny)
-        packed[weighted] *= inverse
-        if teacher is not None and mass == (TEACHER_Z if divergence == "forward_kl" else Z):
-            packed[CROSS] *= inverse
+
+    def expectation(weighted: Tensor, mass: Tensor, offset: Tensor) -> Tensor:
+        return torch.where(mass == 0, 0.0, (weighted / mass + offset) * _LN_2)
+
+    sums = packed.to(torch.float64, copy=True)
+    offset = _Frame.of(packed[MAX], scale).offset
+    packed[Z], packed[MEAN] = sums[Z] * offset.exp2(), expectation(sums[MEAN], sums[Z], offset)
+    if teacher is not None:
+        teacher_offset = _Frame.of(packed[TEACHER_MAX], scale).offset
+        packed[TEACHER_Z] = sums[TEACHER_Z] * teacher_offset.exp2()
+        if divergence == "reverse_kl":
+            packed[CROSS] = expectation(sums[CROSS], sums[Z], teacher_offset)
+        elif divergence == "forward_kl":
+            packed[TEACHER_MEAN] = expectation(sums[TEACHER_MEAN], sums[TEACHER_Z], teacher_offset)
+            packed[CROSS] = expectation(sums[CROSS], sums[TEACHER_Z], offset)
     local = targets - first_column
     owned = (local >= 0) & (local < columns)
     index = torch.where(owned, local, 0)[:, None]
@@ -115,13 +135,14 @@ def mixture_sums(
         return sums
     chunk_size = chunk_size or rows_by_cache(logits, columns, True)
     work_d, work_e, work_p, work_q, work_m = _buffers(logits, columns, chunk_size, 5)
-    scale = inverse_temperature * _LOG2_E
+    scale = _log2_scale(inverse_temperature, sums.dtype)
+    student, other = (_Frame.of(maximum, scale, log_z) for maximum, log_z in ((p_max, p_log_z), (q_max, q_log_z)))
     # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot be seen.
     least = math.log2(torch.finfo(sums.dtype).tiny) + 1
     for rows in _chunks(logits, chunk_size):
-        log_p = _log2_probabilities(logits[rows, :columns], p_max[rows], p_log_z[rows], scale, work_d).clamp_min_(least)
+        log_p = student.log2_probabilities(logits, rows, columns, work_d).clamp_min_(least)
         p = torch.exp2(log_p, out=work_p[: len(log_p)])
-        log_q = _log2_probabilities(teacher[rows, :columns], q_max[rows], q_log_z[rows], scale, work_e).clamp_min_(least)
+        log_q = other.log2_probabilities(teacher, rows, columns, work_e).clamp_min_(least)
         q = torch.exp2(log_q, out=work_q[: len(log_q)])
         log_m = torch.lerp(q, p, weight, out=work_m[: len(p)]).log2_()
         torch.sum(log_p.sub_(log_m).mul_(p), -1, out=sums[0, rows])
@@ -164,25 +185,27 @@ def backward(
     if columns == 0:
         return
     dtype = accumulator(logits)
-    scale = inverse_temperature * _LOG2_E
+    scale = _log2_scale(inverse_temperature, dtype)
     with_mixture = mixture_weight is not None
     needs_teacher = cross is not None or teacher_share is not None
+    student = _Frame.of(p_max, scale, p_log_z)
+    other = _Frame.of(q_max, scale, q_log_z) if needs_teacher else None
     constant, linear, cross = (None if one is None else one.double() for one in (constant, linear, cross))
-    if with_mixture:
-        linear, cross = linear * _LN_2, cross * _LN_2
-    else:
-        # p stays unnormalised, and X in other units: what is missing goes into the coefficients, in float64 for their differences.
-        inverse_z = p_log_z.double().neg().exp()
+    if linear is not None:
+        linear = linear * _LN_2
+    if cross is not None:
+        cross = cross * _LN_2
+    if not with_mixture:
+        # p stays unnormalised, and X about its shift: what is missing goes into the coefficients, in float64 for their differences.
         if linear is not None:
-            constant = constant - linear * p_log_z
-            linear = linear * _LN_2 * inverse_z
+            constant = constant - linear * student.log2_z
         if cross is not None:
-            constant = constant + cross * q_log_z
-            cross = cross * inverse_temperature * inverse_z
-        constant = constant * inverse_z
+            constant = constant + cross * other.log2_z
+        inverse_z = student.log2_z.neg().exp2()
+        constant, linear, cross = (None if one is None else one * inverse_z for one in (constant, linear, cross))
     constant, linear, cross = (None if one is None else one.to(dtype) for one in (constant, linear, cross))
     if teacher_share is not None:
-        teacher_scale = (teacher_share.double() * q_log_z.double().neg().exp()).to(dtype)
+        teacher_scale = (teacher_share.double() * other.log2_z.neg().exp2()).to(dtype)
     if one_hot is not None:
         local = targets - first_column
         owned = (local >= 0) & (local < columns)
@@ -191,10 +214,7 @@ def backward(
     chunk_size = chunk_size or rows_by_cache(logits, columns, needs_teacher)
     work_d, work_p, *work = _buffers(logits, columns, chunk_size, 4 if teacher_share is not None else 3 if needs_teacher else 2)
     for rows in _chunks(logits, chunk_size):
-        if with_mixture:
-            d = _log2_probabilities(logits[rows, :columns], p_max[rows], p_log_z[rows], scale, work_d)
-        else:
-            d = _shift(logits[rows, :columns], p_max[rows], scale, work_d)
+        d = (student.log2_probabilities if with_mixture else student.shifted)(logits, rows, columns, work_d)
         p = torch.exp2(d, out=work_p[: len(d)])
         if linear is None and cross is None:
             factor = constant[rows, None]
@@ -203,17 +223,16 @@ def backward(
         else:
             factor = d.clamp_min_(_BACKWARD_FLOOR).mul_(linear[rows, None]).add_(constant[rows, None])
         if with_mixture:
-            q = _log2_probabilities(teacher[rows, :columns], q_max[rows], q_log_z[rows], scale, work[0]).exp2_()
+            q = other.log2_probabilities(teacher, rows, columns, work[0]).exp2_()
             m = torch.lerp(q, p, mixture_weight, out=q)
             factor = factor.sub_(m.clamp_min_(torch.finfo(dtype).tiny).log2_().mul_(cross[rows, None]))
         elif cross is not None:
-            e = _shift(teacher[rows, :columns], q_max[rows], 1.0, work[0]).clamp_min_(_BACKWARD_FLOOR)
+            e = other.shifted(teacher, rows, columns, work[0]).clamp_min_(_BACKWARD_FLOOR)
             factor = factor.sub_(e.mul_(cross[rows, None]))
         destination = out[rows, :columns]
         result = destination if destination.dtype == dtype else p
         if teacher_share is not None:
-            e = _shift(teacher[rows, :columns], q_max[rows], scale, work[1])
-            q = torch.exp2(e, out=e).mul_(teacher_scale[rows, None])
+            q = other.shifted(teacher, rows, columns, work[1]).exp2_().mul_(teacher_scale[rows, None])
             torch.sub(p.mul_(factor), q, out=result)
         else:
             torch.mul(p, factor, out=result)
@@ -259,29 +278,51 @@ def _buffers(logits: Tensor, columns: int, chunk_size: int, count: int) -> list[
     return [torch.empty(shape, dtype=accumulator(logits), device=logits.device) for _ in range(count)]
 
 
-def _shift(logits: Tensor, maximum: Tensor, scale: float, out: Tensor) -> Tensor:
-    """``(logits - maximum) * scale`` into the first rows of ``out``. Subtracting first keeps full precision when logits are large."""
+def _log2_scale(inverse_temperature: float, dtype: torch.dtype) -> float:
+    """What logits are multiplied by, as the kernels' dtype holds it, so that arithmetic beside them can use the same number."""
+    return torch.tensor(inverse_temperature * _LOG2_E, dtype=dtype).item()
+
+
+def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:
+    """``logits * scale - shift`` into the first rows of ``out``, rounded once: PyTorch adds with ``alpha`` by a fused multiply-add."""
     out = out[: logits.shape[0]]
-    if logits.dtype == out.dtype:
-        torch.sub(logits, maximum[:, None], out=out)
-    else:
-        out.copy_(logits).sub_(maximum[:, None])
-    return out if scale == 1.0 else out.mul_(scale)
+    if logits.dtype != out.dtype:
+        logits = out.copy_(logits)
+    return torch.add(shift.neg()[:, None], logits, alpha=scale, out=out)
 
 
-def _exponentials(
-    logits: Tensor, scale: float, lowest: float, out_d: Tensor, out_p: Tensor, out_max: Tensor, out_sum: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Shifted logits (never -inf, so that 0 x -inf cannot arise) and their powers of two; row maxima and sums go into the outputs."""
-    torch.amax(logits, -1, out=out_max) if logits.dtype == out_max.dtype else out_max.copy_(logits.amax(-1))
+def _shift_of(maximum: Tensor, scale: float) -> Tensor:
     # A row that is -inf throughout is shifted by the lowest number: it then has no mass, where -inf - -inf would have made it NaN.
-    d = _shift(logits, out_max.clamp_min(lowest), scale, out_d).clamp_min_(lowest)
-    p = torch.exp2(d, out=out_p[: len(d)])
-    torch.sum(p, -1, out=out_sum)
-    return d, p
+    return (maximum * scale).round_().clamp_min_(torch.finfo(maximum.dtype).min)
 
 
-def _log2_probabilities(logits: Tensor, maximum: Tensor, log_z: Tensor, scale: float, out: Tensor) -> Tensor:
-    """Logarithms to base 2 of the global probabilities of this shard's columns, into the first rows of ``out``."""
-    shifted = _shift(logits, maximum, 1.0, out)
-    return torch.add((log_z * -_LOG2_E)[:, None], shifted, alpha=scale, out=shifted)
+def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor) -> Tensor:
+    """Logits scaled and shifted by their row maxima, which go into ``out_max`` unscaled."""
+    if logits.dtype == out_max.dtype:
+        torch.amax(logits, -1, out=out_max)
+    else:
+        out_max.copy_(logits.amax(-1))
+    return _scale_and_shift(logits, scale, _shift_of(out_max, scale), out)
+
+
+class _Frame(NamedTuple):
+    """Where the scaled logits of rows are counted from, ``[T]``: scaled logits minus ``shift`` are logarithms to base 2."""
+
+    scale: float
+    shift: Tensor
+    offset: Tensor
+    """float64: shift minus scaled maximum."""
+    log2_z: Tensor | None
+    """float64: logarithm to base 2 of the normaliser about the shift."""
+
+    @classmethod
+    def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None) -> _Frame:
+        shift = _shift_of(maximum, scale)
+        offset = torch.where(maximum == -math.inf, 0.0, shift.double() - maximum.double() * scale)
+        return cls(scale, shift, offset, None if log_z is None else log_z.double() * _LOG2_E - offset)
+
+    def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor) -> Tensor:
+        return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out)
+
+    def log2_probabilities(self, logits: Tensor, rows: slice, columns: int, out: Tensor) -> Tensor:
+        return self.shifted(logits, rows, columns, out).sub_(self.log2_z[rows, None].to(out.dtype))
