@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your CUDA first.
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test lint format test-gpu seeds clean
+.PHONY: quickstart test lint format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,12 @@ format: $(VENV)/.installed-dev
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+bench: $(VENV)/.installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/loss.py
+
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/loss_cuda.py
 
 seeds: $(VENV)/.installed
 	$(BIN)/python benchmarks/quickstart_seeds.py

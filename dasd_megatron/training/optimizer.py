@@ -18,6 +18,12 @@ from dasd_megatron.models.gpt import ShardedModel
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says what to do. The latest checkpoint is usable. Raised on every rank."""
+
+    on_all_ranks = True
+
+
 @dataclass
 class OptimizerState:
     """The optimizer of this rank's shard and its schedule, counted in optimizer updates."""

@@ -16,7 +16,7 @@ from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
 from dasd_megatron.losses import TokenStats, kl_k3, linear_token_stats, policy_surrogate, routed_divergence, vocab_parallel_token_stats
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
-from dasd_megatron.training.optimizer import OptimizerState
+from dasd_megatron.training.optimizer import OptimizerState, TrainingError
 from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas
 
 
@@ -218,13 +218,22 @@ def update(
 def supervised_update(
     model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], settings: PolicyLossConfig
 ) -> tuple[float, float, float]:
-    """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient norm, lr)."""
+    """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient norm, lr).
+
+    Raises:
+        TrainingError: the gradient is not finite; nothing was changed.
+    """
 
     def negative_log_likelihood(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = -_token_stats(model, micro_batch, output, settings, 1.0).log_prob.sum()
         return loss, _count(micro_batch.packed_index), loss.detach()[None]
 
-    sums, grad_norm, lr, _ = _optimize(model, optimizer, micro_batches, negative_log_likelihood, num_reported=1)
+    sums, grad_norm, lr, applied = _optimize(model, optimizer, micro_batches, negative_log_likelihood, num_reported=1)
+    if not applied:
+        raise TrainingError(
+            f"warm start: loss {sums.item()}, gradient norm {grad_norm}: start again with a lower warm_start.lr, "
+            "and check that the weights in model.path are finite"
+        )
     return sums.item(), grad_norm, lr
 
 

@@ -44,7 +44,7 @@ from dasd_megatron.training.checkpoint import (
 )
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import reward_metrics, step_metrics
-from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
+from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_path
@@ -52,12 +52,6 @@ from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
 from dasd_megatron.verify.grader import Grader
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says what to do. The latest checkpoint is usable. Raised on every rank."""
-
-    on_all_ranks = True
 
 
 @dataclass

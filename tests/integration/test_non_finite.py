@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from launch import torchrun
 from runs import NO_EVALUATION, finish, rows, start, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
@@ -90,6 +91,17 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(poisoned: tuple[Path, Path
     )  # fmt: skip
     assert status != 0
     assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1" in output and "Traceback" not in output
+
+
+def test_a_warm_start_from_weights_that_are_not_finite_stops_at_once(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(poisoned[0].parent / "sound", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    status, output = finish(start(*NO_EVALUATION, "model=hf", f"model.path={broken}", "warm_start.steps=3", f"run.dir={tmp_path / 'run'}"))
+    assert status != 0
+    assert "warm start: loss nan" in output and "lower warm_start.lr" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize(("processes", "overrides"), [(1, []), (2, ["parallel.data_parallel_size=2"])])
