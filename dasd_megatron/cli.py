@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from dasd_megatron import backend
 from dasd_megatron.config import Config, ConfigError, known_fields, load_config
 
 _USAGE = """usage: dasd COMMAND ...
@@ -105,8 +106,7 @@ def _launch(config: Config, root: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Spinning OpenMP threads starve the rollout server, and anything else on the machine, tenfold.
-    os.environ.update(OMP_NUM_THREADS=str(config.backend.threads), OMP_WAIT_POLICY="PASSIVE", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(backend.process_environment(config.backend), TOKENIZERS_PARALLELISM="false")
     # The agent's own log repeats what the workers have said.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
