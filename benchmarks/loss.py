@@ -5,9 +5,11 @@
 
 Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against Megatron-Core's
 ``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states: ``linear_token_stats`` against the
-matrix product followed by ``vocab_parallel_token_stats``, one process, all cores. Variants alternate; times are medians over the rounds of
-the slowest process, memory is the peak beyond the inputs. The cross-entropy overwrites its logits, so each of its calls gets a copy, made
-outside the clock; other variants that overwrite theirs likewise.
+matrix product followed by ``vocab_parallel_token_stats``, one process, all cores.
+
+Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs. Each is measured in
+processes of its own: the timed ones get the environment that ``dasd train`` gives its workers, in which freed memory is kept and a peak
+would not show. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the clock.
 
 Writes ``benchmarks/results/loss.json`` unless told otherwise.
 """
@@ -30,6 +32,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import describe, peak_bytes
 from torch.distributed.nn.functional import all_reduce
+
+from dasd_megatron.backend import process_environment
+from dasd_megatron.config import BackendConfig
 
 WORLD_SIZE = 2
 BASELINE = "Megatron cross-entropy"
@@ -99,30 +104,44 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
     }
 
 
-def alternate(
-    variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[float]], list[float]]
-) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
-    """Per variant the [wall, CPU] seconds of each round, and the peak memory of one more call."""
+def measure(variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[float]], list[float]]) -> dict[str, Any]:
+    """Per variant the [wall, CPU] seconds of each alternated round; with ``rounds`` 0 instead the peak memory of one call."""
+    if rounds == 0:
+        return {name: peak_bytes(prepare()) for name, prepare in variants.items()}
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
-    peaks = {}
     for round_index in range(rounds + 1):
         for name, prepare in variants.items():
             call = prepare()
-            if round_index == 0:  # the first round warms up, and measures memory
-                peaks[name] = peak_bytes(call)
-                continue
             slowest([0.0, 0.0])  # start together
             wall, cpu_time = time.perf_counter(), time.process_time()
             call()
-            elapsed = [time.perf_counter() - wall, time.process_time() - cpu_time]
+            elapsed = slowest([time.perf_counter() - wall, time.process_time() - cpu_time])
             del call
-            seconds[name].append(slowest(elapsed))
-    return seconds, peaks
+            if round_index:  # the first one warms up
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def in_processes(worker: Callable[..., None], count: int, arguments: tuple[Any, ...], rounds: int, scratch: Path) -> dict[str, Any]:
+    """Run ``worker(rank, port, *arguments, rounds, path)`` in fresh processes twice, for memory and for time; rank 0 writes its result."""
+    results = {}
+    for name, number in (("peaks", 0), ("seconds", rounds)):
+        probe = dist.TCPStore("127.0.0.1", 0, 1, True)
+        port = probe.port
+        del probe
+        before = dict(os.environ)
+        if number:
+            os.environ.update(process_environment(BackendConfig(threads=os.cpu_count() // count)))
+        mp.spawn(worker, args=(port, *arguments, number, str(scratch)), nprocs=count)
+        os.environ.clear()
+        os.environ.update(before)
+        results[name] = json.loads(scratch.read_text())
+        scratch.unlink()
+    return results
 
 
 def _worker(rank: int, port: int, tokens: int, vocab_size: int, rounds: int, output: str) -> None:
     from dasd_megatron.backend import cpu
-    from dasd_megatron.config import BackendConfig
 
     cpu.install(BackendConfig(threads=1))
     limit = datetime.timedelta(seconds=120)
@@ -137,25 +156,19 @@ def _worker(rank: int, port: int, tokens: int, vocab_size: int, rounds: int, out
         dist.all_reduce(reduced, dist.ReduceOp.MAX)
         return reduced.tolist()
 
-    seconds, peaks = alternate(vocab_parallel_variants(tokens, vocab_size, rank), rounds, slowest)
+    measured = measure(vocab_parallel_variants(tokens, vocab_size, rank), rounds, slowest)
     if rank == 0:
-        Path(output).write_text(json.dumps({"seconds": seconds, "peaks": peaks}))
+        Path(output).write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
 def measure_vocab_parallel(tokens: int, vocab_size: int, rounds: int, output: Path) -> dict[str, Any]:
-    probe = dist.TCPStore("127.0.0.1", 0, 1, True)
-    port = probe.port
-    del probe
-    raw = output.with_suffix(".part")
-    mp.spawn(_worker, args=(port, tokens, vocab_size, rounds, str(raw)), nprocs=WORLD_SIZE)
-    measured = json.loads(raw.read_text())
-    raw.unlink()
+    measured = in_processes(_worker, WORLD_SIZE, (tokens, vocab_size), rounds, output.with_suffix(".part"))
     print(f"\nT={tokens} V={vocab_size} float32, TP={WORLD_SIZE} gloo, one thread each, median of {rounds} alternated rounds")
     return table(measured, BASELINE, "local logits", tokens * vocab_size // WORLD_SIZE * 4)
 
 
-def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int) -> dict[str, Any]:
+def _linear_worker(_: int, port: int, tokens: int, vocab_size: int, hidden_size: int, rounds: int, output: str) -> None:
     from dasd_megatron.losses import linear_token_stats, vocab_parallel_token_stats
 
     torch.set_num_threads(os.cpu_count())
@@ -174,9 +187,13 @@ def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int) 
         return call
 
     variants = {"materialised logits": functools.partial(prepare, False), "linear_token_stats": functools.partial(prepare, True)}
-    seconds, peaks = alternate(variants, rounds, lambda values: values)
+    Path(output).write_text(json.dumps(measure(variants, rounds, lambda values: values)))
+
+
+def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int, output: Path) -> dict[str, Any]:
+    measured = in_processes(_linear_worker, 1, (tokens, vocab_size, hidden_size), rounds, output.with_suffix(".part"))
     print(f"\nT={tokens} V={vocab_size} h={hidden_size} float32, {os.cpu_count()} threads, median of {rounds} alternated rounds")
-    return table({"seconds": seconds, "peaks": peaks}, "materialised logits", "materialised peak", peaks["materialised logits"])
+    return table(measured, "materialised logits", "materialised peak", measured["peaks"]["materialised logits"])
 
 
 def table(measured: dict[str, Any], baseline: str, memory_unit: str, memory_bytes: int) -> dict[str, Any]:
@@ -224,7 +241,7 @@ def main() -> None:
         "vocab_parallel": measure_vocab_parallel(args.tokens, args.vocab_size, args.rounds, args.output),
     }
     if not args.skip_linear:
-        results["linear"] = measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds)
+        results["linear"] = measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds, args.output)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -144,7 +144,9 @@ class PolicyLossConfig:
     )
     block_tokens: int = _doc(1024, "fused_linear only: tokens of one block of logits")
     block_columns: int = _doc(8192, "fused_linear only: vocabulary columns of one block of logits")
-    max_skipped_steps: int = _doc(3, "steps in a row whose logits or gradients are not finite, and which are skipped, before the run stops")
+    max_skipped_steps: int = _doc(
+        3, "steps in a row with updates skipped, because logits or gradients are not finite, before the run stops"
+    )
 
 
 @dataclass
@@ -155,7 +157,7 @@ class BatchConfig:
     epochs: int = _doc(1, "passes over one batch of rollouts")
     micro_batch_size: int = _doc(16, "most sequences of one forward pass")
     micro_batch_tokens: int | None = _doc(
-        None, "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least one; null: no limit"
+        32768, "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least one; null: no limit"
     )
 
 

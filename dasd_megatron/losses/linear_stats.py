@@ -70,8 +70,9 @@ def linear_token_stats(
         precision inputs are accumulated and kept in float32, so they are more exact than a materialised half precision tensor. The
         gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept in float32.
 
-    Memory beyond inputs and outputs: one block of logits (two with a teacher) and its gradient, and float32 ``[V_local, h]`` where the
-    gradient of ``weight`` is summed in half precision inputs. Saved for the backward pass: the inputs and 7 numbers per token.
+    Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and the PyTorch
+    kernels' buffers; for half precision inputs also a block's gradient and a float32 ``[V_local, h]`` in which the gradient of ``weight`` is summed.
+    Saved for the backward pass: the inputs and at most 7 numbers per token.
 
     Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the forward pass.
 
@@ -98,8 +99,9 @@ def linear_token_stats(
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
-    # Rows of a block that the PyTorch kernels work on at once are their own choice.
-    kernels = choose_kernels(implementation, (hidden,) if teacher is None else (hidden, teacher.hidden), None)
+    # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their own choice.
+    accumulated = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    kernels = choose_kernels(implementation, (torch.empty(0, dtype=accumulated, device=hidden.device),), None)
     settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
 
@@ -163,8 +165,9 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> T
     if left.dtype == out.dtype:
         return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
     if left.is_cuda:
-        product = torch.mm(left, right, out_dtype=out.dtype)
-        return out.add_(product) if add else out.copy_(product)
+        if add:
+            return out.add_(torch.mm(left, right, out_dtype=out.dtype))
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
     return _matmul(left.to(out.dtype), right.to(out.dtype), out, add=add)
 
 

@@ -157,6 +157,9 @@ class _VocabParallelTokenStats(torch.autograd.Function):
             logits, teacher, out, shard.targets, columns=shard.columns, first_column=shard.first_column,
             inverse_temperature=shard.inverse_temperature, **coefficients,
         )  # fmt: skip
+        if ctx.inplace_backward:
+            # Kernels that write through a pointer go unnoticed, and autograd would read the gradient where it had saved the logits.
+            torch.autograd.graph.increment_version(out)
         return out, None, None, None, None, None
 
 

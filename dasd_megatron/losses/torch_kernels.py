@@ -7,7 +7,7 @@ Powers of two stand for exponentials: PyTorch's ``exp2`` takes half the time of 
 fused multiply-add, ``z c log2(e) - shift``, with the whole number next to the scaled maximum for a shift (:class:`_Frame`): nothing is
 rounded but the result, however large the logits are.
 
-Rows are worked on a few at a time, so that the buffers stay in the core's cache: on CPU that, and not arithmetic, decides the speed.
+Rows are worked on a few at a time, so that the buffers stay in the caches of a core: on CPU that, and not arithmetic, decides the speed.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def backward(
         out: ``[T, V_local]``; may be ``logits`` itself. Padding columns get 0.
         p_max, p_log_z, q_max, q_log_z: ``[T]`` maxima and logarithms of the normalisers over the whole vocabulary.
         constant, linear, cross, teacher_share, one_hot: ``[T]`` coefficients, which contain the incoming gradients and the division by
-            the temperature; None: 0.
+            the temperature; None: 0. ``cross`` comes with ``linear``.
         mixture_weight: X is log q; with a weight w it is log(w p + (1 - w) q).
         logits, teacher, targets, columns, first_column, chunk_size: as in :func:`local_partials`.
     """
@@ -216,10 +216,8 @@ def backward(
     for rows in _chunks(logits, chunk_size):
         d = (student.log2_probabilities if with_mixture else student.shifted)(logits, rows, columns, work_d)
         p = torch.exp2(d, out=work_p[: len(d)])
-        if linear is None and cross is None:
+        if linear is None:
             factor = constant[rows, None]
-        elif linear is None:
-            factor = d.copy_(constant[rows, None])
         else:
             factor = d.clamp_min_(_BACKWARD_FLOOR).mul_(linear[rows, None]).add_(constant[rows, None])
         if with_mixture:

@@ -45,7 +45,7 @@ class HiddenStatesHead(ColumnParallelLinear):
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         if self.sequence_parallel:
-            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True)
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         return input_, None
 
 

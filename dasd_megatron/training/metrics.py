@@ -31,7 +31,7 @@ def step_metrics(
     """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: four all-reduces over replicas.
 
     ``rollout/kl`` is the k3 estimate of KL(rollout policy || trainer's student), nats per token; updates are averaged over the step's
-    optimizer steps, seconds are this rank's. ``update/skipped`` counts those of them whose gradients were not finite.
+    optimizer steps that were applied, seconds are this rank's. ``update/skipped`` counts the others, whose gradients were not finite.
     """
     log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
     own_sums = torch.stack(

@@ -28,8 +28,8 @@ class TokenScores(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where loss or gradient norm
-    was not finite, and nothing was changed."""
+    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where the gradient norm was not
+    finite, and nothing was changed."""
 
     loss: float
     clip_share: float
@@ -79,7 +79,8 @@ def _token_stats(
     rows = output[micro_batch.rows, micro_batch.columns]
     common = dict(group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature)
     if not model.fused_linear:
-        return vocab_parallel_token_stats(rows, micro_batch.targets, **common)
+        # The rows are a copy of ours, so their gradient may take their place.
+        return vocab_parallel_token_stats(rows, micro_batch.targets, inplace_backward=True, **common)
     if distillation is not None:
         common |= dict(
             teacher_hidden=distillation.teacher.of(micro_batch.packed_index),
@@ -140,26 +141,24 @@ def score(
 
     Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage.
     """
-    hidden = []
+    packed_index = torch.cat([batch.packed_index for batch in micro_batches])
 
     def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
         if keep_hidden is not None:
             rank, parts = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-            part = output[micro_batch.rows, micro_batch.columns].chunk(parts, dim=-1)[rank]
-            # A copy, where the chunk would keep all of it alive.
-            hidden.append(part.to(model.config.params_dtype, copy=True))
+            width = output.shape[-1] // parts
+            if not keep_hidden:
+                keep_hidden.append(output.new_empty(len(packed_index), width, dtype=model.config.params_dtype))
+            part = output[..., rank * width : (rank + 1) * width][micro_batch.rows, micro_batch.columns]
+            keep_hidden[0][micro_batch.packed_index] = part.to(model.config.params_dtype)
         stats = _token_stats(model, micro_batch, output, loss, temperature)
         return torch.stack([stats.log_prob, stats.entropy])
 
     size = max(len(batch.tokens) for batch in micro_batches)
     outputs = _run_schedule(model, micro_batches, last_stage, micro_batch_size=size, forward_only=True)
-    packed_index = torch.cat([batch.packed_index for batch in micro_batches])
     packed = torch.zeros(2, len(packed_index), dtype=torch.float32, device=packed_index.device)
     if outputs:
         packed[:, packed_index] = torch.cat(outputs, dim=1)
-    if hidden:
-        keep_hidden.append(torch.empty(len(packed_index), hidden[0].shape[1], dtype=hidden[0].dtype, device=packed_index.device))
-        keep_hidden[0][packed_index] = torch.cat(hidden)
     return TokenScores(*broadcast_from_last_stage(packed))
 
 
@@ -183,7 +182,8 @@ def update(
         old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the last is the
             starting model's log-prob and only read when ``settings.kl_coef`` is not 0.
 
-    Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics, and two to report.
+    Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
+    ``distillation`` another for the teacher's states, and one more for ``jsd``), and two to report.
     """
 
     def policy_loss(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

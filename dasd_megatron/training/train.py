@@ -291,10 +291,14 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         scores = _score(trainer, samples)
     state.step += 1
     state.position += config.batch.groups
+    saves = config.logging.save_rollouts_every and state.step % config.logging.save_rollouts_every == 0
+    if saves:
+        _save_rollouts(trainer, samples)
     if _report_non_finite(trainer, samples, scores):
         timers.seconds["total"] = time.perf_counter() - started
         metrics = reward_metrics(samples, timers.seconds, config.batch.samples_per_group)
-        return {"step": state.step, **metrics, "update/skipped": 1, "weight_version": samples[0].weight_version}
+        metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
+        return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
     with timers("route"):
         rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
         verifier_advantage = group_relative_advantage(
@@ -305,9 +309,9 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         results = _update(trainer, samples, scores, advantage, credit)
         if trainer.average is not None:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
-    every = config.logging.save_rollouts_every
-    if every and state.step % every == 0:
-        _save_rollouts(trainer, samples, scores, verifier_advantage, credit)
+    _report_not_applied(trainer, results)
+    if saves and trainer.logger is not None:
+        _save_inspection(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config)
     return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
@@ -341,6 +345,17 @@ def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRo
             "further skipped steps are counted in update/skipped and not described"
         )
     return bool(places)
+
+
+def _report_not_applied(trainer: Trainer, results: list[UpdateResult]) -> None:
+    """Say the first time in a run that an update was not applied for its gradient."""
+    norms = [one.grad_norm for one in results if not one.applied]
+    if norms and not trainer.reported_non_finite:
+        trainer.reported_non_finite = True
+        trainer.display.warning(
+            f"step {trainer.state.step}: {len(norms)} of {len(results)} updates are skipped, their gradient norm is {norms[0]}; "
+            "further ones are counted in update/skipped and not described"
+        )
 
 
 @dataclass
@@ -392,8 +407,8 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
         with weights.applied(model) if weights is not None else contextlib.nullcontext():
             teacher_log_prob = score(model, batches, config.loss, temperature=temperature, keep_hidden=keep_hidden).log_prob
             if keep_hidden:
-                # The head that the teacher was scored with; the first update would change the live one.
-                changes = weights is not None or config.batch.minibatches * config.batch.epochs > 1
+                # The head that the teacher was scored with. The first update would change the live one; a snapshot stays until all are done.
+                changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
                 head = model.head_weight().detach()
                 teacher = TeacherStates(keep_hidden[0], head.clone() if changes else head)
     rollout_log_prob = torch.tensor([value for sample in samples for value in sample.rollout_log_probs], dtype=torch.float32, device=device)
@@ -450,17 +465,19 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
     return results
 
 
-def _save_rollouts(
+def _save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
+    """The step's rollouts of all replicas, for replay; written by rank 0."""
+    everyone = gather_replicas(samples)
+    if trainer.logger is not None and trainer.config.rollout.replay is None:
+        ordered = sorted((sample for part in everyone for sample in part), key=lambda sample: (sample.group, sample.sample))
+        save_samples(rollouts_path(trainer.paths.rollouts, trainer.state.step), ordered)
+
+
+def _save_inspection(
     trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, verifier_advantage: torch.Tensor, credit: Credit
 ) -> None:
-    """The step's rollouts of all replicas for replay, and the first ones' token statistics for the report; written by rank 0."""
+    """Token statistics of the first rollouts of this replica, for the report."""
     config, step = trainer.config, trainer.state.step
-    everyone = gather_replicas(samples)
-    if trainer.logger is None:
-        return
-    if config.rollout.replay is None:
-        ordered = sorted((sample for part in everyone for sample in part), key=lambda sample: (sample.group, sample.sample))
-        save_samples(rollouts_path(trainer.paths.rollouts, step), ordered)
     bounds = [0, *scores.lengths.cumsum(0).tolist()]
     records = []
     for index, sample in enumerate(samples[: config.logging.inspect_rollouts]):
