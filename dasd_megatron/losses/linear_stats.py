@@ -71,7 +71,7 @@ def linear_token_stats(
         gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept in float32.
 
     Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and the PyTorch
-    kernels' buffers; for half precision inputs also a block's gradient and a float32 ``[V_local, h]`` in which the gradient of ``weight`` is summed.
+    kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum the gradient of ``weight`` in.
     Saved for the backward pass: the inputs and at most 7 numbers per token.
 
     Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the forward pass.

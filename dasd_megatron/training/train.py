@@ -407,7 +407,7 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
         with weights.applied(model) if weights is not None else contextlib.nullcontext():
             teacher_log_prob = score(model, batches, config.loss, temperature=temperature, keep_hidden=keep_hidden).log_prob
             if keep_hidden:
-                # The head that the teacher was scored with. The first update would change the live one; a snapshot stays until all are done.
+                # The head that the teacher was scored with: the first update would change the live one, while a snapshot stays as it is.
                 changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
                 head = model.head_weight().detach()
                 teacher = TeacherStates(keep_hidden[0], head.clone() if changes else head)

@@ -17,8 +17,9 @@ from kernel_reference import (
     make_case,
     normalisers,
 )
+from token_stats_reference import dense, weighted_sum
 
-from dasd_megatron.losses import DIVERGENCES
+from dasd_megatron.losses import DIVERGENCES, linear_token_stats
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -173,3 +174,32 @@ def test_more_than_2_to_the_31_elements(generator: torch.Generator) -> None:
     options = {name: below_zeros(value) for name, value in options.items()}
     kernels.backward(case.logits, case.teacher, case.logits, case.targets, **options, **case.place)
     assert torch.equal(case.logits[rows:], alone) and not case.logits[:rows].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+def test_linear_token_stats(generator: torch.Generator, divergence: str | None, dtype: torch.dtype) -> None:
+    """Several blocks of tokens and columns, with padding, against the definitions in float64; and no tokens at all."""
+    shapes = ((300, 64), (20_100, 64), (300, 96), (20_100, 96))
+    hidden, head, teacher_hidden, teacher_head = (torch.randn(shape, generator=generator, device="cuda").to(dtype) / 4 for shape in shapes)
+    extra = {} if divergence is None else dict(teacher_weight=teacher_head, divergence=divergence)
+    for tokens in (300, 0):
+        targets = torch.randint(0, 20_000, (tokens,), generator=generator, device="cuda")
+        weights = torch.randn(3, tokens, generator=generator, device="cuda")
+        own = [hidden[:tokens].clone().requires_grad_(), head.clone().requires_grad_()]
+        if divergence is not None:
+            extra["teacher_hidden"] = teacher_hidden[:tokens]
+        stats = linear_token_stats(
+            *own, targets, vocab_size=20_000, temperature=0.7, chunk_size=128, vocab_chunk_size=4096, jsd_weight=0.3, **extra
+        )
+        weighted_sum(stats, weights).backward()
+        exact = [one.detach().double().requires_grad_() for one in own]
+        teacher_logits = None if divergence is None else teacher_hidden[:tokens].double() @ teacher_head.double().t()
+        reference = dense(exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", 0.7, 20_000, 0.3)
+        weighted_sum(reference, weights.double()).backward()
+        for got, want in zip(stats, reference, strict=True):
+            if want is not None:
+                torch.testing.assert_close(got.double(), want.detach(), rtol=1e-4, atol=1e-4)
+        for got, want in zip(own, exact, strict=True):
+            bound = (2e-2 if dtype == torch.bfloat16 else 1e-3) * want.grad.abs().amax() if tokens else 0.0
+            assert not tokens or (got.grad.double() - want.grad).abs().max() <= bound, f"seed {generator.initial_seed()}"

@@ -16,7 +16,9 @@ SETTINGS = dict(rho=0.2, quantile_side="upper", scale_floor=0.0)
 @pytest.fixture
 def rollouts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits of student and teacher ``[T, V]`` with entropies from sharp to flat, sampled tokens, and lengths of three rollouts."""
-    torch.manual_seed(torch.seed() % 2**31)
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    print(f"seed {seed}")
     # In float64, so that the sign of every small change can be told from rounding.
     sharpness = torch.rand(60, 1, dtype=torch.float64) * 4
     student = torch.randn(60, 12, dtype=torch.float64) * sharpness

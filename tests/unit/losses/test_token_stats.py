@@ -254,7 +254,7 @@ def test_one_column_and_no_tokens() -> None:
     own = torch.randn(2, 1).requires_grad_()
     stats = vocab_parallel_token_stats(own, torch.zeros(2, dtype=torch.int64), teacher_logits=torch.randn(2, 1))
     weighted_sum(stats, torch.ones(3, 2)).backward()
-    assert all(value.tolist() == pytest.approx([0.0, 0.0], abs=1e-7) for value in stats) and own.grad.abs().max() < 1e-7
+    assert all(value.tolist() == pytest.approx([0.0, 0.0], abs=5e-7) for value in stats) and own.grad.abs().max() < 5e-7
     empty = torch.empty(0, 7).requires_grad_()
     for divergence in DIVERGENCES:
         stats = vocab_parallel_token_stats(

@@ -401,6 +401,18 @@ def test_public_functions_agree_with_the_pytorch_kernels(
         assert (got - want).abs().max() <= bound, described(generator, got, want)
 
 
+def test_autograd_notices_that_the_logits_were_overwritten(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dasd_megatron.losses.triton_kernels", kernels)
+    monkeypatch.setattr(dasd_megatron.losses, "triton_kernels", kernels, raising=False)
+    logits = torch.randn(2, 8, requires_grad=True) * 1
+    other = logits.square().sum()
+    stats = vocab_parallel_token_stats(logits, torch.tensor([1, 2]), inplace_backward=True, implementation="triton")
+    stats.log_prob.sum().backward(retain_graph=True)
+    for loss in (other, stats.log_prob.sum()):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_what_the_kernels_cannot_take_is_refused_or_left_to_pytorch() -> None:
     targets = torch.zeros(3, dtype=torch.int64)
     for logits in (torch.randn(3, 8, dtype=torch.float64), torch.randn(8, 3).t()):

@@ -1,0 +1,46 @@
+"""The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and divergences."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import pytest
+import torch
+from launch import torchrun
+from test_model_parallel import MODELS
+
+from dasd_megatron.models.tiny import character_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+OBJECTIVE = [
+    "algorithm.objective=distributional",
+    "algorithm.divergence_weight=0.7",
+    "algorithm.jsd_weight=0.3",
+    "batch.micro_batch_size=3",
+]
+TP2, PP2, VPP2 = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.virtual_pipeline_model_parallel_size=2",
+)
+CASES = {
+    "single": ("qwen3-tied", "reverse_kl", 1, ["parallel=single"]),
+    "tp2-sp": ("qwen2-untied", "jsd", 2, ["parallel=single", TP2, "parallel.sequence_parallel=true"]),
+    "pp2-vpp2": ("qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2]),
+    "bf16": ("qwen2-untied", "reverse_kl", 1, ["parallel=single", "precision=bf16"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_divergence_equal_the_formulas(case: str, tmp_path: Path) -> None:
+    name, divergence, processes, overrides = CASES[case]
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    overrides = [*OBJECTIVE, f"algorithm.divergence={divergence}", *overrides]
+    torchrun("update_matches_dense", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})

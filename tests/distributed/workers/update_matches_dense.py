@@ -1,0 +1,105 @@
+"""Scoring and one update of the distributional objective against the formulas, computed densely by transformers from the same weights.
+
+The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions.
+"""
+
+import json
+import sys
+
+from dasd_megatron import backend
+from dasd_megatron.config import load_config
+
+arguments = json.loads(sys.argv[1])
+config = load_config(["experiment=quickstart", "batch.groups=16", f"model.path={arguments['path']}", *arguments["overrides"]])
+backend.select(config.backend)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from dasd_megatron.models.gpt import build_model  # noqa: E402
+from dasd_megatron.training import parallel  # noqa: E402
+from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
+from dasd_megatron.training.passes import Distillation, TeacherStates, score, update  # noqa: E402
+from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
+
+parallel.initialize(config)
+model = build_model(config, arguments["path"])
+optimizer = build_optimizer(config.optimizer, model, steps=1, updates_per_step=1)
+half = config.precision.params_dtype == "bf16"
+temperature = 0.7
+generator = torch.Generator().manual_seed(arguments["seed"])
+
+
+def tokens(low: int, high: int) -> list[int]:
+    length = int(torch.randint(low, high, (1,), generator=generator))
+    return torch.randint(0, model.vocab_size, (length,), generator=generator).tolist()
+
+
+prompts, teacher_prompts, responses = ([tokens(low, high) for _ in range(7)] for low, high in ((1, 12), (8, 20), (1, 15)))
+batches, teacher_batches = (make_micro_batches(one, responses, **micro_batch_layout(config)) for one in (prompts, teacher_prompts))
+student = score(model, batches, config.loss, temperature=temperature)
+kept: list[torch.Tensor] = []
+teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=kept)
+total = len(student.log_prob)
+omega, advantage = torch.rand(total, generator=generator) * 2 - 1, torch.randn(total, generator=generator)
+# Off by a little, so that the ratio of the surrogate is not 1.
+old_log_prob = student.log_prob + 0.05 * torch.randn(total, generator=generator)
+
+reference = AutoModelForCausalLM.from_pretrained(arguments["path"], torch_dtype=torch.float64)
+
+
+@torch.no_grad()
+def dense_log_probs(all_prompts: list[list[int]]) -> torch.Tensor:
+    """[N, V] of the response tokens' distributions."""
+    parts = [
+        (reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        for prompt, response in zip(all_prompts, responses, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+log_p, log_q = dense_log_probs(prompts), dense_log_probs(teacher_prompts)
+targets = torch.tensor([token for response in responses for token in response])
+log_prob = log_p.gather(1, targets[:, None])[:, 0]
+p, q, w = log_p.exp(), log_q.exp(), config.algorithm.jsd_weight
+log_m = (w * p + (1 - w) * q).log()
+divergence = {
+    "reverse_kl": (p * (log_p - log_q)).sum(-1),
+    "forward_kl": (q * (log_q - log_p)).sum(-1),
+    "jsd": w * (p * (log_p - log_m)).sum(-1) + (1 - w) * (q * (log_q - log_m)).sum(-1),
+}[config.algorithm.divergence]
+cap = float(divergence[omega < 0].median())
+config.algorithm.divergence_cap = cap
+ratio = (log_prob - old_log_prob).exp()
+surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high) * advantage)
+term = torch.where(omega < 0, omega * divergence.clamp(max=cap), omega * divergence)
+expected_loss = (surrogate + config.algorithm.divergence_weight * term).mean()
+tolerance = dict(rel=0.05, abs=0.02) if half else dict(rel=1e-5, abs=1e-5)
+
+
+def assert_near(found: float, expected: torch.Tensor, name: str) -> None:
+    assert abs(found - float(expected)) <= tolerance["rel"] * abs(float(expected)) + tolerance["abs"], (name, found, float(expected))
+
+
+for name, found, expected in (
+    ("student", student.log_prob, log_prob),
+    ("teacher", teacher.log_prob, log_q.gather(1, targets[:, None])[:, 0]),
+):
+    assert_near(float((found.double() - expected).abs().mean()), torch.tensor(0.0), name)
+
+states = TeacherStates(kept[0], model.head_weight().detach().clone()) if kept else None
+before = [parameter.detach().clone() for parameter in model.parameters()]
+result = update(
+    model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None,
+    distillation=Distillation(omega, states, config.algorithm), settings=config.loss, temperature=temperature,
+)  # fmt: skip
+assert_near(result.loss, expected_loss, "loss")
+assert_near(result.divergence, divergence.mean(), "divergence")
+capped = ((omega < 0) & (divergence >= cap)).double().mean()
+assert abs(result.capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (result.capped_share, float(capped))
+assert result.applied and result.grad_norm > 0
+assert any(not torch.equal(old, parameter) for old, parameter in zip(before, model.parameters(), strict=True))
+dist.barrier()
+dist.destroy_process_group()
