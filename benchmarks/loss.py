@@ -7,9 +7,8 @@ Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2)
 ``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states: ``linear_token_stats`` against the
 matrix product followed by ``vocab_parallel_token_stats``, one process, all cores.
 
-Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs. Each is measured in
-processes of its own: the timed ones get the environment that ``dasd train`` gives its workers, in which freed memory is kept and a peak
-would not show. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the clock.
+Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs, measured in processes
+of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the clock.
 
 Writes ``benchmarks/results/loss.json`` unless told otherwise.
 """
@@ -33,7 +32,6 @@ import torch.multiprocessing as mp
 from machine import describe, peak_bytes
 from torch.distributed.nn.functional import all_reduce
 
-from dasd_megatron.backend import process_environment
 from dasd_megatron.config import BackendConfig
 
 WORLD_SIZE = 2
@@ -129,12 +127,7 @@ def in_processes(worker: Callable[..., None], count: int, arguments: tuple[Any, 
         probe = dist.TCPStore("127.0.0.1", 0, 1, True)
         port = probe.port
         del probe
-        before = dict(os.environ)
-        if number:
-            os.environ.update(process_environment(BackendConfig(threads=os.cpu_count() // count)))
         mp.spawn(worker, args=(port, *arguments, number, str(scratch)), nprocs=count)
-        os.environ.clear()
-        os.environ.update(before)
         results[name] = json.loads(scratch.read_text())
         scratch.unlink()
     return results
@@ -177,16 +170,23 @@ def _linear_worker(_: int, port: int, tokens: int, vocab_size: int, hidden_size:
     weight = torch.randn(vocab_size, hidden_size, generator=generator).mul_(hidden_size**-0.5)
     targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
 
-    def prepare(fused: bool) -> Callable[[], None]:
+    def prepare(fused: bool, inplace: bool = False) -> Callable[[], None]:
         states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
         def call() -> None:
-            stats = linear_token_stats(states, head, targets) if fused else vocab_parallel_token_stats(states @ head.t(), targets)
+            if fused:
+                stats = linear_token_stats(states, head, targets)
+            else:
+                stats = vocab_parallel_token_stats(states @ head.t(), targets, inplace_backward=inplace)
             (stats.log_prob.sum() + 0.1 * stats.entropy.sum()).backward()
 
         return call
 
-    variants = {"materialised logits": functools.partial(prepare, False), "linear_token_stats": functools.partial(prepare, True)}
+    variants = {
+        "materialised logits": functools.partial(prepare, False),
+        "materialised logits, gradient in place": functools.partial(prepare, False, True),
+        "linear_token_stats": functools.partial(prepare, True),
+    }
     Path(output).write_text(json.dumps(measure(variants, rounds, lambda values: values)))
 
 
