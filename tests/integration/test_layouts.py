@@ -28,10 +28,10 @@ LAYOUTS = {
     "dp2": [DP],
     "dp2-replicated-optimizer": [DP, "optimizer.distributed=false"],
     "materialised-logits": ["loss.fused_linear=false"],
-    "small-blocks": ["loss.block_tokens=7", "loss.block_columns=30", "batch.micro_batch_tokens=120"],
 }
+SMALL_BLOCKS = ["loss.block_tokens=7", "loss.block_columns=30", "batch.micro_batch_tokens=120"]
 DISTRIBUTIONAL = ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"]
-DISTRIBUTIONAL_LAYOUTS = ("tp2-sp", "pp2", "tp2-pp2", "small-blocks")
+DISTRIBUTIONAL_LAYOUTS = {name: LAYOUTS[name] for name in ("tp2-sp", "pp2")} | {"tp2-pp2-small-blocks": LAYOUTS["tp2-pp2"] + SMALL_BLOCKS}
 # Two minibatches of two epochs, so that the optimizer's state, the clip and the order of the data all count; every weight of the loss on.
 COMMON = [
     *NO_EVALUATION,
@@ -94,7 +94,7 @@ def test_distributional_objective_equals_that_of_one_process(
     layout: str, recorded: tuple[list[str], list[dict]], distributional: list[dict], tmp_path: Path
 ) -> None:
     overrides, sampled = recorded
-    train(*overrides, *DISTRIBUTIONAL, *LAYOUTS[layout], f"run.dir={tmp_path / 'run'}")
+    train(*overrides, *DISTRIBUTIONAL, *DISTRIBUTIONAL_LAYOUTS[layout], f"run.dir={tmp_path / 'run'}")
     assert_same_training(rows(tmp_path / "run" / "metrics.jsonl"), distributional, "update/divergence", "update/capped_share")
     assert distributional[0]["update/divergence"] > 1e-3
     assert distributional[0]["update/grad_norm"] != pytest.approx(sampled[0]["update/grad_norm"], rel=1e-3)

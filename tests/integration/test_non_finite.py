@@ -74,6 +74,8 @@ def test_a_step_with_nan_logits_is_skipped_described_and_counted(
     assert "step 2 is skipped" in output and "first response token 0 of problem" in output and "sample 1" in output
     # Where its own shard holds the row, a rank names the parameter.
     assert "embedding.word_embeddings.weight is not finite" in output
+    if layout:
+        return
     # The skipped steps left no trace in the weights: they are those of the first step.
     train(*common, "run.steps=1", f"rollout.replay={folder}", f"run.dir={tmp_path / 'one'}")
     skipped, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "one"))
