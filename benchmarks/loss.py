@@ -1,7 +1,7 @@
 """Time and memory of the token statistics, as ratios to named peers in the same run.
 
-    python benchmarks/loss.py                  # both parts; about 15 minutes on two cores
-    python benchmarks/loss.py --skip-linear    # the first part alone, about 2 minutes
+    python benchmarks/loss.py              # both parts; about 20 minutes on two cores
+    python benchmarks/loss.py --parts 1    # one of them; what the results file has of the other stays
 
 Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against Megatron-Core's
 ``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states: ``linear_token_stats`` against the
@@ -231,18 +231,21 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024, help="hidden size of part 2 (default: 1024)")
     parser.add_argument("--vocab-size", type=int, default=151_936, help="vocabulary; a multiple of 2 (default: 151936)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--skip-linear", action="store_true", help="part 1 alone")
+    parser.add_argument("--parts", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="parts to run (default: both)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loss.json")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {
-        "machine": describe(),
-        "settings": {name: value for name, value in vars(args).items() if name not in ("output", "skip_linear")},
-        "vocab_parallel": measure_vocab_parallel(args.tokens, args.vocab_size, args.rounds, args.output),
-    }
-    if not args.skip_linear:
-        results["linear"] = measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds, args.output)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    for part in args.parts:
+        measured = (
+            measure_vocab_parallel(args.tokens, args.vocab_size, args.rounds, args.output)
+            if part == 1
+            else measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds, args.output)
+        )
+        settings = {"vocab_size": args.vocab_size, "rounds": args.rounds, "dtype": "float32"}
+        settings |= {"tokens": args.tokens} if part == 1 else {"tokens": args.linear_tokens, "hidden_size": args.hidden_size}
+        results["vocab_parallel" if part == 1 else "linear"] = {"machine": describe(), "settings": settings, "variants": measured}
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
