@@ -30,6 +30,7 @@ from dasd_megatron.losses.statistics import (
     merge_partials,
 )
 from dasd_megatron.losses.token_stats import FLOATING, pack, to_outputs, unpack
+from dasd_megatron.losses.torch_kernels import accumulator
 
 
 def linear_token_stats(
@@ -100,8 +101,7 @@ def linear_token_stats(
             raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
     # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their own choice.
-    accumulated = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    kernels = choose_kernels(implementation, (torch.empty(0, dtype=accumulated, device=hidden.device),), None)
+    kernels = choose_kernels(implementation, (torch.empty(0, dtype=accumulator(hidden), device=hidden.device),), None)
     settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None)
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
 
@@ -176,9 +176,8 @@ class _Projector:
 
     def __init__(self, linear: _Linear, blocks: _Blocks) -> None:
         self.linear = linear
-        dtype = torch.float64 if linear.hidden.dtype == torch.float64 else torch.float32
         tokens, columns = min(blocks.tokens, len(linear.hidden)), min(blocks.columns, blocks.shard.columns)
-        self.buffer = torch.empty(tokens * columns, dtype=dtype, device=linear.hidden.device)
+        self.buffer = torch.empty(tokens * columns, dtype=accumulator(linear.hidden), device=linear.hidden.device)
 
     def __call__(self, rows: slice, columns: slice) -> Tensor:
         shape = (rows.stop - rows.start, columns.stop - columns.start)
