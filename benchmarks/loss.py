@@ -98,6 +98,7 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
         "+ teacher, reverse KL, in place": functools.partial(token_stats, "reverse_kl", True),
         "+ teacher, forward KL": functools.partial(token_stats, "forward_kl"),
         "+ teacher, JSD": functools.partial(token_stats, "jsd"),
+        "+ teacher, JSD, in place": functools.partial(token_stats, "jsd", True),
         "autograd: log-prob + entropy + reverse KL": autograd,
     }
 

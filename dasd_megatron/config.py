@@ -129,7 +129,8 @@ class TeacherConfig:
     )
     hint_fraction: float = _doc(0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown")
     template: str | None = _doc(
-        None, "Jinja file for the teacher's user message, with {{ problem }} and {{ privileged }}; null: the built-in one"
+        None,
+        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }} and {{ privileged }}; null: teacher.jinja",
     )
 
 
@@ -227,7 +228,9 @@ class DataSourceConfig:
 class DataConfig:
     train: DataSourceConfig = _doc(DataSourceConfig, "problems to train on")
     heldout: DataSourceConfig = _doc(DataSourceConfig, "problems to evaluate on; any that also stand in the training set are refused")
-    template: str | None = _doc(None, "Jinja file for the student's user message, with {{ problem }}; null: the problem as it is")
+    template: str | None = _doc(
+        None, "Jinja file or name of a shipped one for the student's user message, with {{ problem }}; null: the problem as it is"
+    )
     shuffle: bool = _doc(True, "a new order of the training problems each epoch")
 
 
@@ -253,6 +256,7 @@ class EvaluationConfig:
 class WarmStartConfig:
     steps: int = _doc(0, "steps of supervised fine-tuning before reinforcement; 0: none")
     batch_size: int = _doc(64, "examples of one step")
+    micro_batch_size: int | None = _doc(None, "sequences of one forward pass; null: batch.micro_batch_size")
     lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up")
     decay_style: str = _doc("cosine", "constant, linear or cosine; the last two end at a tenth of the peak")
     warmup_steps: int = _doc(20, "steps of linear warm-up")
@@ -467,6 +471,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.top_p": (1e-6, 1),
     "warm_start.steps": (0, None),
     "warm_start.batch_size": (1, None),
+    "warm_start.micro_batch_size": (1, None),
     "warm_start.lr": (0, None),
     "warm_start.warmup_steps": (0, None),
     "warm_start.privileged_share": (0, 1),
@@ -615,8 +620,8 @@ def validate(config: Config) -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Refuse files and directories that do not exist; see :class:`ConfigError`."""
-    for name in ("model.path", "teacher.template", "data.template", "data.train.path", "data.heldout.path", "rollout.replay"):
+    """Refuse files and directories that do not exist; see :class:`ConfigError`. Templates may be shipped ones: their renderer looks."""
+    for name in ("model.path", "data.train.path", "data.heldout.path", "rollout.replay"):
         path = _value(config, name)
         if path is not None and not os.path.exists(path):
             raise ConfigError(f"{name}={path}: no such file or directory")

@@ -15,8 +15,8 @@ GENERATORS = ("chain_sum",)
 def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude: Iterable[Problem] = ()) -> list[Problem]:
     """Make ``source.size`` distinct problems with reasoning-gym's dataset ``source.generator``.
 
-    ``chain_sum``: the problem is the bare expression and `` =``, as in ``4 - 1 - 7 =``, not reasoning-gym's English sentence around it: the
-    tokens are characters, and the sentence would be most of the prompt. The worked solution has one running sum a line and ends in the
+    ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's English sentence: the
+    tokens are characters, and these would be most of the prompt. The worked solution has one running sum a line and ends in the
     answer: ``4-1=3``, ``3-7=-4``, ``#### -4``. reasoning-gym draws with replacement; repeated expressions are dropped here.
 
     Args:
@@ -112,7 +112,7 @@ def _chain_sum(source: DataSourceConfig, name: str) -> Iterator[Problem]:
         expression = item["metadata"]["expression"]
         yield Problem(
             id=f"chain_sum-{source.seed}-{index}",
-            problem=f"{expression} =",
+            problem=f"{expression.replace(' ', '')}=",
             expected_answer=item["answer"],
             reference_solution=worked_sum(expression),
         )

@@ -66,29 +66,34 @@ def local_partials(
         return packed
     chunk_size = chunk_size or rows_by_cache(logits, columns, teacher is not None)
     work_d, work_p, *teacher_work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
+
     # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is only summed is
     # written over a factor that is not needed again: a dot product proper would lose digits.
-    for rows in _chunks(logits, chunk_size):
+    def reduce(rows: slice, floor: float | None) -> None:
         sums = packed[:, rows]
-        d = _about_maximum(logits[rows, :columns], scale, work_d, sums[MAX]).clamp_min_(lowest)
+        d = _about_maximum(logits[rows, :columns], scale, work_d, sums[MAX], floor)
         p = torch.exp2(d, out=work_p[: len(d)])
         torch.sum(p, -1, out=sums[Z])
         if teacher is None:
             torch.sum(d.mul_(p), -1, out=sums[MEAN])
-            continue
-        e = _about_maximum(teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX])
-        if divergence != "jsd":
-            e.clamp_min_(lowest)
+            return
+        e = _about_maximum(teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX], None if divergence == "jsd" else floor)
         q = torch.exp2(e, out=teacher_work[1][: len(e)])
         torch.sum(q, -1, out=sums[TEACHER_Z])
         if divergence == "reverse_kl":
             torch.sum(d.mul_(p), -1, out=sums[MEAN])
             torch.sum(e.mul_(p), -1, out=sums[CROSS])
-            continue
+            return
         torch.sum(p.mul_(d), -1, out=sums[MEAN])
         if divergence == "forward_kl":
             torch.sum(e.mul_(q), -1, out=sums[TEACHER_MEAN])
             torch.sum(d.mul_(q), -1, out=sums[CROSS])
+
+    for rows in _chunks(logits, chunk_size):
+        reduce(rows, None)
+        # A logit of -inf makes 0 * -inf. That is rare, so what avoids it costs a pass only where it has happened.
+        if not bool(packed[MEAN:, rows].isfinite().all()):
+            reduce(rows, lowest)
 
     def expectation(weighted: Tensor, mass: Tensor, offset: Tensor) -> Tensor:
         return torch.where(mass == 0, 0.0, (weighted / mass + offset) * _LN_2)
@@ -139,14 +144,21 @@ def mixture_sums(
     student, other = (_Frame.of(maximum, scale, log_z) for maximum, log_z in ((p_max, p_log_z), (q_max, q_log_z)))
     # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot be seen.
     least = math.log2(torch.finfo(sums.dtype).tiny) + 1
-    for rows in _chunks(logits, chunk_size):
-        log_p = student.log2_probabilities(logits, rows, columns, work_d).clamp_min_(least)
+
+    def reduce(rows: slice, floor: float | None) -> None:
+        log_p = student.log2_probabilities(logits, rows, columns, work_d, floor)
         p = torch.exp2(log_p, out=work_p[: len(log_p)])
-        log_q = other.log2_probabilities(teacher, rows, columns, work_e).clamp_min_(least)
+        log_q = other.log2_probabilities(teacher, rows, columns, work_e, floor)
         q = torch.exp2(log_q, out=work_q[: len(log_q)])
         log_m = torch.lerp(q, p, weight, out=work_m[: len(p)]).log2_()
         torch.sum(log_p.sub_(log_m).mul_(p), -1, out=sums[0, rows])
         torch.sum(log_q.sub_(log_m).mul_(q), -1, out=sums[1, rows])
+
+    for rows in _chunks(logits, chunk_size):
+        reduce(rows, None)
+        # 0 log 0, where both probabilities are below float32's least.
+        if not bool(sums[:, rows].isfinite().all()):
+            reduce(rows, least)
     return sums.mul_(_LN_2)
 
 
@@ -225,7 +237,7 @@ def backward(
             m = torch.lerp(q, p, mixture_weight, out=q)
             factor = factor.sub_(m.clamp_min_(torch.finfo(dtype).tiny).log2_().mul_(cross[rows, None]))
         elif cross is not None:
-            e = other.shifted(teacher, rows, columns, work[0]).clamp_min_(_BACKWARD_FLOOR)
+            e = other.shifted(teacher, rows, columns, work[0], _BACKWARD_FLOOR)
             factor = factor.sub_(e.mul_(cross[rows, None]))
         destination = out[rows, :columns]
         result = destination if destination.dtype == dtype else p
@@ -281,12 +293,14 @@ def _log2_scale(inverse_temperature: float, dtype: torch.dtype) -> float:
     return torch.tensor(inverse_temperature * _LOG2_E, dtype=dtype).item()
 
 
-def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor) -> Tensor:
-    """``logits * scale - shift`` into the first rows of ``out``, rounded once: PyTorch adds with ``alpha`` by a fused multiply-add."""
+def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor, floor: float | None) -> Tensor:
+    """``logits * scale - shift``, at least ``floor``, into the first rows of ``out``. Rounded once: PyTorch adds with ``alpha`` by a fused
+    multiply-add."""
     out = out[: logits.shape[0]]
     if logits.dtype != out.dtype:
         logits = out.copy_(logits)
-    return torch.add(shift.neg()[:, None], logits, alpha=scale, out=out)
+    torch.add(shift.neg()[:, None], logits, alpha=scale, out=out)
+    return out if floor is None else out.clamp_min_(floor)
 
 
 def _shift_of(maximum: Tensor, scale: float) -> Tensor:
@@ -294,13 +308,13 @@ def _shift_of(maximum: Tensor, scale: float) -> Tensor:
     return (maximum * scale).round_().clamp_min_(torch.finfo(maximum.dtype).min)
 
 
-def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor) -> Tensor:
+def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor, floor: float | None) -> Tensor:
     """Logits scaled and shifted by their row maxima, which go into ``out_max`` unscaled."""
     if logits.dtype == out_max.dtype:
         torch.amax(logits, -1, out=out_max)
     else:
         out_max.copy_(logits.amax(-1))
-    return _scale_and_shift(logits, scale, _shift_of(out_max, scale), out)
+    return _scale_and_shift(logits, scale, _shift_of(out_max, scale), out, floor)
 
 
 class _Frame(NamedTuple):
@@ -312,15 +326,24 @@ class _Frame(NamedTuple):
     """float64: shift minus scaled maximum."""
     log2_z: Tensor | None
     """float64: logarithm to base 2 of the normaliser about the shift."""
+    log2_total: Tensor | None
+    """That of the normaliser about 0 in the dtype of the logits, where its rounding is below 2e-6 in all rows, and else None."""
 
     @classmethod
     def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None) -> _Frame:
         shift = _shift_of(maximum, scale)
         offset = torch.where(maximum == -math.inf, 0.0, shift.double() - maximum.double() * scale)
-        return cls(scale, shift, offset, None if log_z is None else log_z.double() * _LOG2_E - offset)
+        if log_z is None:
+            return cls(scale, shift, offset, None, None)
+        log2_z = log_z.double() * _LOG2_E - offset
+        total = shift + log2_z
+        return cls(scale, shift, offset, log2_z, total.to(maximum.dtype) if bool((total.abs() < 64).all()) else None)
 
-    def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor) -> Tensor:
-        return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out)
+    def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
+        return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out, floor)
 
-    def log2_probabilities(self, logits: Tensor, rows: slice, columns: int, out: Tensor) -> Tensor:
-        return self.shifted(logits, rows, columns, out).sub_(self.log2_z[rows, None].to(out.dtype))
+    def log2_probabilities(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
+        if self.log2_total is not None:
+            return _scale_and_shift(logits[rows, :columns], self.scale, self.log2_total[rows], out, floor)
+        log_p = self.shifted(logits, rows, columns, out).sub_(self.log2_z[rows, None].to(out.dtype))
+        return log_p if floor is None else log_p.clamp_min_(floor)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -58,22 +59,22 @@ def make_micro_batches(
     batches = []
     for begin, end in itertools.pairwise(bounds):
         members = order[begin:end]
-        width = widths[begin]
-        tokens = torch.zeros(len(members), width, dtype=torch.int64)
-        rows, columns, targets, packed_index = [], [], [], []
+        tokens = np.zeros((len(members), widths[begin]), dtype=np.int64)
         for row, index in enumerate(members):
-            prompt, response = prompts[index], responses[index]
-            sequence = [*prompt, *response][:-1]
-            tokens[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-            rows.append(torch.full((len(response),), row, dtype=torch.int64))
-            columns.append(torch.arange(len(prompt) - 1, len(prompt) - 1 + len(response)))
-            targets.append(torch.tensor(response, dtype=torch.int64))
-            packed_index.append(torch.arange(starts[index], starts[index + 1]))
+            sequence = [*prompts[index], *responses[index]][:-1]
+            tokens[row, : len(sequence)] = sequence
+        counts = np.array([len(responses[index]) for index in members])
+        # Place of each response token in its own response.
+        place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        rows = np.repeat(np.arange(len(members)), counts)
+        columns = place + np.repeat([len(prompts[index]) - 1 for index in members], counts)
+        targets = np.fromiter(itertools.chain.from_iterable(responses[index] for index in members), np.int64, len(place))
+        packed_index = place + np.repeat([starts[index] for index in members], counts)
         batches.append(
             MicroBatch(
-                tokens.to(device),
-                torch.arange(width).expand(len(members), -1).to(device),
-                *(torch.cat(parts).to(device) for parts in (rows, columns, targets, packed_index)),
+                torch.from_numpy(tokens).to(device),
+                torch.arange(tokens.shape[1]).expand(len(members), -1).to(device),
+                *(torch.from_numpy(part).to(device) for part in (rows, columns, targets, packed_index)),
             )
         )
     return batches

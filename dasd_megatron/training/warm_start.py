@@ -54,6 +54,9 @@ def warm_start(
         steps=settings.steps,
         updates_per_step=1,
     )
+    layout = micro_batch_layout(config)
+    if settings.micro_batch_size is not None:
+        layout["micro_batch_size"] = settings.micro_batch_size
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
@@ -66,7 +69,7 @@ def warm_start(
             draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
             prompts.append(renderer.teacher(problems[index]) if draw < settings.privileged_share else renderer.student(problems[index]))
             responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
-        micro_batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+        micro_batches = make_micro_batches(prompts, responses, **layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
     export_model(model, paths.warm_started_model, template_dir=start_path(config, paths))

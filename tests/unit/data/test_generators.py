@@ -17,12 +17,12 @@ def chain_sum(size, seed=0, **arguments):
 def test_solutions_add_up_and_end_in_the_answer():
     problems = generate_problems(chain_sum(300, min_terms=1, max_terms=5, min_digits=1, max_digits=3, allow_negation=True))
     for problem in problems:
-        expression = problem.problem.removesuffix(" =")
-        # The expression has digits, spaces and signs only.
-        assert re.fullmatch(r"[-+ 0-9]+", expression)
+        expression = problem.problem.removesuffix("=")
+        # The expression has digits and signs only.
+        assert re.fullmatch(r"[-+0-9]+", expression)
         assert eval(expression) == int(problem.expected_answer)
         *steps, final = problem.reference_solution.split("\n")
-        assert len(steps) == len(expression.split()) // 2
+        assert len(steps) == len(re.findall(r"(?<=[0-9])[-+]", expression))
         for step in steps:
             left, right = step.split("=")
             assert eval(left) == int(right)

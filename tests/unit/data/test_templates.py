@@ -84,10 +84,14 @@ def test_a_missing_solution_is_refused_where_the_teacher_needs_it(tokenizer):
 
 
 def test_shipped_templates(tokenizer):
-    assert {file.name for file in SHIPPED.iterdir()} == {"student.jinja", "teacher.jinja", "student_math.jinja", "teacher_math.jinja"}
+    assert {file.name for file in SHIPPED.iterdir()} == {
+        "student.jinja", "student_math.jinja", "teacher.jinja", "teacher_bare.jinja", "teacher_math.jinja"
+    }  # fmt: skip
     renderer = PromptRenderer(tokenizer)
     assert renderer.student_message(PROBLEM) == PROBLEM.problem
     assert len(renderer.teacher_message(PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
+    bare = PromptRenderer(tokenizer, None, "teacher_bare.jinja")
+    assert bare.teacher_message(PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
     math = PromptRenderer(tokenizer, "student_math.jinja", "teacher_math.jinja")
     for message in (math.student_message(PROBLEM), math.teacher_message(PROBLEM)):
         assert message.startswith("4 - 1 =\n") and message.endswith("put your final answer within \\boxed{}.")

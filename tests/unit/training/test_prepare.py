@@ -137,9 +137,9 @@ def test_config_is_complained_about_before_the_tokenizer(tmp_path: Path) -> None
     assert "model_type 'gpt2'" in refusal(lambda: prepare_run(configure(f"model.path={tmp_path / 'gpt2'}"), tmp_path / "run"))
 
 
-@pytest.mark.parametrize(("positions", "fits"), [(229, True), (228, False)])
+@pytest.mark.parametrize(("positions", "fits"), [(219, True), (218, False)])
 def test_warm_start_examples_must_fit(model: Callable[..., Path], files: list[str], tmp_path: Path, positions: int, fits: bool) -> None:
-    """22 tokens of privileged prompt, 206 of solution and the end; rollouts ask for 112 positions only."""
+    """12 tokens of privileged prompt, 206 of solution and the end; rollouts ask for 112 positions only."""
     long = {**GOOD, "problem": "7 + 7 =", "reference_solution": "x" * 200 + "#### 2"}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (GOOD, long)))
     shown = ["teacher.privileged=answer", f"model.path={model(max_position_embeddings=positions)}", *files]
@@ -148,7 +148,7 @@ def test_warm_start_examples_must_fit(model: Callable[..., Path], files: list[st
         return
     prepare_run(configure(*shown), tmp_path / "without")
     message = refusal(lambda: prepare_run(configure(*shown, "warm_start.steps=1"), tmp_path / "run"))
-    assert "warm_start.steps" in message and "'train-1'" in message and "max_position_embeddings=228" in message
+    assert "warm_start.steps" in message and "'train-1'" in message and "max_position_embeddings=218" in message
 
 
 def test_launcher_does_not_import_megatron() -> None:
