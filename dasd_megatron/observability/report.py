@@ -470,6 +470,21 @@ def _training_charts(run: Run) -> list[Markup]:
     chart("KL to the starting model", "nats per token", (("KL", "update/kl_to_start", "c1"),), include_zero=True)
     chart("Clipped tokens", "share of response tokens", (("clipped", "update/clip_share", "c1"),), form=percent, include_zero=True)
     chart("Gradient norm", "L2, before clipping", (("gradient norm", "update/grad_norm", "c1"),), include_zero=True)
+    chart(
+        "Divergence from the teacher",
+        "nats per token",
+        (("D", "update/divergence", "c1"),),
+        include_zero=True,
+        note="Over the full vocabulary, before the cap; of the distributional objective only.",
+    )
+    if any(_column(rows, "update/skipped")):
+        chart(
+            "Updates skipped",
+            "per step",
+            (("skipped", "update/skipped", "push"),),
+            include_zero=True,
+            note="Optimizer steps that were not applied because logits or gradients were not finite.",
+        )
     alike = (("all correct", "reward/groups_all_correct", "c3"), ("all wrong", "reward/groups_all_wrong", "c2"))
     shares = all(value <= 1 for _, key, _ in alike for value in _column(rows, key) if value is not None)
     chart(

@@ -215,6 +215,20 @@ def test_a_whole_run_has_every_section(tmp_path):
     assert len(text) < 1_000_000
 
 
+def test_charts_of_some_runs_only(tmp_path):
+    run = make_run(tmp_path / "run")
+    rare = {"Divergence from the teacher", "Updates skipped"}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for fields, shown in (
+        ({"update/skipped": 0}, set()),
+        ({"update/skipped": 1}, {"Updates skipped"}),
+        ({"update/divergence": 0.1}, {"Divergence from the teacher"}),
+    ):
+        lines(run / "metrics.jsonl", [*rows[:-1], {**rows[-1], **fields}])
+        _, page = load(run)
+        assert {attributes["aria-label"] for attributes in page.all("svg")} & rare == shown
+
+
 def test_tokens_carry_their_numbers_colour_and_visible_newlines(tmp_path):
     _, page = load(make_run(tmp_path / "run", text="a\nb", tokens=["a", "\n", "b"]))
     tokens = [attributes for tag, attributes in page.elements if tag == "i" and "data-v" in attributes][:3]
