@@ -22,6 +22,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
     """Name -> a function that prepares one call, untimed, and returns it."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_reduce is deprecated")
     from dasd_megatron.losses import vocab_parallel_token_stats
 
     width = vocab_size // WORLD_SIZE

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import describe
 
 
 def run_seed(seed: int, overrides: list[str], folder: Path) -> dict[str, float]:
@@ -57,7 +58,7 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "overrides": arguments.overrides,
-        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+        "machine": describe(),
         "gain_points": {"mean": statistics.mean(gains), "stdev": spread, "min": min(gains)},
         "seeds": results,
     }
