@@ -17,7 +17,7 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
 
     ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's English sentence: the
     tokens are characters, and these would be most of the prompt. The worked solution has one running sum a line and ends in the
-    answer: ``4-1=3``, ``3-7=-4``, ``#### -4``. reasoning-gym draws with replacement; repeated expressions are dropped here.
+    answer: ``3``, ``#### -4``. reasoning-gym draws with replacement; repeated expressions are dropped here.
 
     Args:
         source: generator, its arguments, number of problems and seed; equal sources give equal problems.
@@ -72,15 +72,12 @@ def generate_splits(train: DataSourceConfig, heldout: DataSourceConfig) -> tuple
 
 
 def worked_sum(expression: str) -> str:
-    """Running sums of an expression like ``4 - 1 - 7``, one step a line, then ``#### `` and the result."""
+    """Running sums of an expression like ``4 - 1 - 7``, one a line, the last one behind ``#### ``."""
     first, *rest = expression.split(" ")
-    total = int(first)
-    lines = []
+    sums = [int(first)]
     for operator, term in zip(rest[::2], rest[1::2], strict=True):
-        after = total + int(term) if operator == "+" else total - int(term)
-        lines.append(f"{total}{operator}{term}={after}")
-        total = after
-    return "\n".join([*lines, f"#### {total}"])
+        sums.append(sums[-1] + int(term) if operator == "+" else sums[-1] - int(term))
+    return "\n".join([*map(str, sums[1:-1]), f"#### {sums[-1]}"])
 
 
 def _chain_sum(source: DataSourceConfig, name: str) -> Iterator[Problem]:

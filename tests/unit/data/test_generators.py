@@ -22,17 +22,15 @@ def test_solutions_add_up_and_end_in_the_answer():
         assert re.fullmatch(r"[-+0-9]+", expression)
         assert eval(expression) == int(problem.expected_answer)
         *steps, final = problem.reference_solution.split("\n")
-        assert len(steps) == len(re.findall(r"(?<=[0-9])[-+]", expression))
-        for step in steps:
-            left, right = step.split("=")
-            assert eval(left) == int(right)
+        terms = re.findall(r"(?:^|(?<=[0-9]))[-+]?-?[0-9]+", expression)
+        assert [int(step) for step in steps] == [eval("".join(terms[:count])) for count in range(2, len(terms))]
         assert final == f"#### {problem.expected_answer}"
         assert extract_answer(problem.reference_solution) == problem.expected_answer
 
 
 @pytest.mark.parametrize(
     ("expression", "solution"),
-    [("4 - 1 - 7", "4-1=3\n3-7=-4\n#### -4"), ("5", "#### 5"), ("2 - -3", "2--3=5\n#### 5"), ("-2 + 3", "-2+3=1\n#### 1")],
+    [("4 - 1 - 7", "3\n#### -4"), ("5", "#### 5"), ("2 - -3", "#### 5"), ("-2 + 3 + 4 - 1", "1\n5\n#### 4")],
 )
 def test_worked_sum(expression, solution):
     assert worked_sum(expression) == solution
