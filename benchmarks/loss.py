@@ -62,9 +62,9 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
     """Name -> a function that prepares one call, untimed, and returns it."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_reduce is deprecated")
     from dasd_megatron.losses import vocab_parallel_token_stats
 
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_reduce is deprecated")
     width = vocab_size // WORLD_SIZE
     generator = torch.Generator().manual_seed(rank)
     logits = torch.randn(tokens, width, generator=generator).mul_(3.0)

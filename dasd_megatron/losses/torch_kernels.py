@@ -141,7 +141,7 @@ def mixture_sums(
     chunk_size = chunk_size or rows_by_cache(logits, columns, True)
     work_d, work_e, work_p, work_q, work_m = _buffers(logits, columns, chunk_size, 5)
     scale = _log2_scale(inverse_temperature, sums.dtype)
-    student, other = (_Frame.of(maximum, scale, log_z) for maximum, log_z in ((p_max, p_log_z), (q_max, q_log_z)))
+    student, other = (_Frame.of(*frame, probabilities=True) for frame in ((p_max, scale, p_log_z), (q_max, scale, q_log_z)))
     # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot be seen.
     least = math.log2(torch.finfo(sums.dtype).tiny) + 1
 
@@ -200,8 +200,8 @@ def backward(
     scale = _log2_scale(inverse_temperature, dtype)
     with_mixture = mixture_weight is not None
     needs_teacher = cross is not None or teacher_share is not None
-    student = _Frame.of(p_max, scale, p_log_z)
-    other = _Frame.of(q_max, scale, q_log_z) if needs_teacher else None
+    student = _Frame.of(p_max, scale, p_log_z, probabilities=with_mixture)
+    other = _Frame.of(q_max, scale, q_log_z, probabilities=with_mixture) if needs_teacher else None
     constant, linear, cross = (None if one is None else one.double() for one in (constant, linear, cross))
     if linear is not None:
         linear = linear * _LN_2
@@ -327,17 +327,18 @@ class _Frame(NamedTuple):
     log2_z: Tensor | None
     """float64: logarithm to base 2 of the normaliser about the shift."""
     log2_total: Tensor | None
-    """That of the normaliser about 0 in the dtype of the logits, where its rounding is below 2e-6 in all rows, and else None."""
+    """That of the normaliser about 0 in the dtype of the logits, where it was asked for and its rounding is below 2e-6 in all rows."""
 
     @classmethod
-    def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None) -> _Frame:
+    def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None, *, probabilities: bool = False) -> _Frame:
+        """``probabilities``: :meth:`log2_probabilities` will be called; looking whether it may take the short way waits for the device."""
         shift = _shift_of(maximum, scale)
         offset = torch.where(maximum == -math.inf, 0.0, shift.double() - maximum.double() * scale)
-        if log_z is None:
-            return cls(scale, shift, offset, None, None)
-        log2_z = log_z.double() * _LOG2_E - offset
-        total = shift + log2_z
-        return cls(scale, shift, offset, log2_z, total.to(maximum.dtype) if bool((total.abs() < 64).all()) else None)
+        log2_z = None if log_z is None else log_z.double() * _LOG2_E - offset
+        log2_total = None
+        if probabilities and bool(((total := shift + log2_z).abs() < 64).all()):
+            log2_total = total.to(maximum.dtype)
+        return cls(scale, shift, offset, log2_z, log2_total)
 
     def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
         return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out, floor)

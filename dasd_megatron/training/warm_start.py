@@ -54,9 +54,7 @@ def warm_start(
         steps=settings.steps,
         updates_per_step=1,
     )
-    layout = micro_batch_layout(config)
-    if settings.micro_batch_size is not None:
-        layout["micro_batch_size"] = settings.micro_batch_size
+    layout = micro_batch_layout(config) | {"micro_batch_size": settings.micro_batch_size or config.batch.micro_batch_size}
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
