@@ -205,10 +205,13 @@ def _thin(x: Sequence[float], columns: Sequence[Sequence[float | None]]) -> tupl
 
 def _widen(low: float, high: float) -> tuple[float, float]:
     """A range that is not empty, wide enough for ticks that differ in floating point."""
-    if high - low > 1e-9 * max(abs(low), abs(high)) and high - low > 1e-300:
+    size = max(abs(low), abs(high))
+    # Below this, differences lose their digits or vanish.
+    if size < 1e-290:
+        return 0.0, 1.0
+    if high - low > 1e-9 * size:
         return low, high
-    pad = 0.1 * abs(high) if high else 0.5
-    return (low - pad, high + pad) if high else (0.0, 1.0)
+    return low - 0.1 * size, high + 0.1 * size
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:

@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dasd_megatron.observability.charts import MAX_POINTS, Series, compact, line_chart, moving_mean, nice_ticks, percent, stacked_chart
@@ -32,6 +32,8 @@ def drawn(figure: str) -> list[float]:
 
 @settings(max_examples=200, deadline=None)
 @given(values, st.booleans(), st.sampled_from([percent, compact]))
+@example([5e-324], False, percent)
+@example([-1e-305, 1e-305], False, compact)
 def test_any_values_give_a_sound_figure(column, zero, form):
     figure = line_chart("t", "u", range(len(column)), [Series("a", column, "c1")], include_zero=zero, form=form)
     assert all(math.isfinite(number) and -50 <= number <= 600 for number in drawn(figure))
