@@ -20,6 +20,7 @@ _USAGE = """usage: dasd COMMAND ...
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
   evaluate  OVERRIDES           evaluate model.path on data.heldout
+  convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     --model-path DIR    serve a Hugging Face directory with the embedded rollout server (--help lists its options)
   report    RUN_DIR             write RUN_DIR/report.html
   doctor                        what is installed, what is missing and how to get it
@@ -142,6 +143,12 @@ def _evaluate(overrides: list[str]) -> None:
     evaluate_model(load_config(overrides))
 
 
+def _convert(arguments: list[str]) -> None:
+    from dasd_megatron.models.convert_command import convert
+
+    convert(arguments)
+
+
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
@@ -171,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.rollout.server import main as serve
 
         return serve(rest) or 0
-    commands = {"train": _train, "evaluate": _evaluate, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "report": _report}
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2

@@ -6,34 +6,21 @@ and treats every RoPE scaling as linear. :func:`make_bridge` returns the archite
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
-from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from dasd_megatron.models.hf_config import rotary_arguments
+from dasd_megatron.models.hf_config import expected_tensors, rotary_arguments
+from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
 
 # Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
 VOCAB_ALIGNMENT = 64
-_COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class _Corrections:
@@ -79,40 +66,41 @@ def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_
 
 
 @torch.no_grad()
-def gather_hf_tensors(bridge: Bridge, chunks: list[torch.nn.Module], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The sharded model's weights by their Hugging Face names, whole, on the host of global rank 0; an empty dict on other ranks.
+def export_hf(
+    bridge: Bridge, chunks: list[torch.nn.Module], path: Path, *, template_dir: Path, dtype: torch.dtype, manifest: bool
+) -> Callable[[], None]:
+    """Write the sharded model's weights as a Hugging Face directory at ``path``, tensor by tensor, by global rank 0.
 
-    Collective over all ranks, one tensor at a time: an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
+    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. Rank 0 holds one
+    whole tensor at a time. An error of its disk is kept until every tensor has gone by, so that no other rank waits for it.
+
+    Args:
+        template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
+        manifest: note the SHA-256 of each tensor; costs a pass over the bytes.
+
+    Returns:
+        What is left to do for rank 0 alone: it raises the error (OSError or WeightsError), or lets the directory appear.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    failure: Exception | None = None
+    writer = None
+    if dist.get_rank() == 0:
+        try:
+            writer = HfDirectoryWriter(path, expected_tensors(bridge.hf_config), dtype, template_dir=template_dir, hashes=manifest)
+        except (OSError, WeightsError) as error:
+            failure = error
     for name, tensor in bridge.export_weights(chunks):
-        # A tied head comes by again from the last pipeline stage.
-        if dist.get_rank() == 0 and name not in tensors:
-            # The copy keeps the next gather, or the optimizer, from writing into what is being saved.
-            tensors[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-    return tensors
+        if writer is not None and failure is None:
+            try:
+                # A tied head comes by again from the last pipeline stage, and is written already.
+                writer.write(name, tensor)
+            except (OSError, WeightsError) as error:
+                failure = error
 
+    def finish() -> None:
+        if writer is not None:
+            writer.close()
+        if failure is not None:
+            raise failure
+        writer.finish({"kind": "hf"})
 
-def write_hf_directory(tensors: dict[str, torch.Tensor], path: Path, *, template_dir: Path, dtype: torch.dtype) -> None:
-    """Write ``tensors`` as a Hugging Face directory at ``path``, which appears whole or not at all and replaces one that is there.
-
-    config.json, tokenizer, chat template and generation config are carried over from ``template_dir``. OSError or SafetensorError when
-    the disk is full.
-    """
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    hf_config = json.loads((template_dir / "config.json").read_text())
-    hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    for name in _COPIED_FILES:
-        if (template_dir / name).is_file():
-            shutil.copyfile(template_dir / name, partial / name)
-    for written in [*partial.iterdir(), partial]:
-        descriptor = os.open(written, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    return finish

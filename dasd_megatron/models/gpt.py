@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mbridge.core.bridge import Bridge
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -20,11 +21,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config
 from dasd_megatron.models.bridge import make_bridge
-from dasd_megatron.models.hf_config import read_hf_config
+from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
+from dasd_megatron.models.hf_weights import WeightsError, first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -106,18 +109,63 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage:
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
-def build_model(config: Config, hf_path: str | Path) -> ShardedModel:
-    """Build this rank's shard, load its weights from ``hf_path`` and wrap it for data parallelism.
+def build_chunks(bridge: Bridge, *, transformer_engine: bool) -> list[GPTModel]:
+    """This rank's part of the model, one chunk per virtual pipeline stage, with the weights that Megatron initialises, or on the meta
+    device where that is torch's default."""
+    config = bridge.config
+    vpp = config.virtual_pipeline_model_parallel_size
+    return [
+        GPTModel(
+            config,
+            layer_spec(config, transformer_engine=transformer_engine, vp_stage=vp_stage),
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=bridge.hf_config.tie_word_embeddings,
+            vp_stage=vp_stage,
+            **{**bridge._get_gptmodel_args(), "vocab_size": bridge.padded_vocab_size},
+        )
+        for vp_stage in (range(vpp) if vpp else [None])
+    ]
 
-    Needs the backend selected and Megatron's parallel state initialised. Collectives: scatters over tensor-parallel ranks while loading.
+
+def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
+    """Fill the chunks from a distributed checkpoint that was saved in any layout. Collective over all ranks.
+
+    Raises:
+        WeightsError: it is not a checkpoint of this model, or cannot be read.
+    """
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+    # What Transformer Engine keeps for FP8 scaling; weights that come from elsewhere have none.
+    state = {name: {key: entry for key, entry in chunk.items() if "_extra_state" not in key} for name, chunk in state.items()}
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be loaded into this model ({first_line(error)})") from error
+    for index, chunk in enumerate(chunks):
+        mismatch = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [key for key in mismatch.missing_keys if "_extra_state" not in key]
+        if missing or mismatch.unexpected_keys:
+            raise WeightsError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {mismatch.unexpected_keys[:3]}")
+
+
+def build_model(config: Config, path: str | Path) -> ShardedModel:
+    """Build this rank's shard, load its weights and wrap it for data parallelism.
+
+    Needs the backend selected and Megatron's parallel state initialised. Collectives: while loading a Hugging Face directory, one scatter
+    over tensor-parallel ranks per tensor, of which their first rank holds one at a time; while loading a checkpoint, Megatron's.
+
+    Args:
+        path: Hugging Face directory, or distributed checkpoint that ``dasd convert`` has written.
 
     Raises:
         ConfigError: the architecture cannot be represented, or does not divide by the parallel layout.
+        WeightsError: the checkpoint cannot be loaded into it.
     """
     target = backend.current()
     dtype = DTYPES[config.precision.params_dtype]
     transformer_engine = target.uses_transformer_engine(config.backend.transformer_impl)
-    hf_config = read_hf_config(hf_path)
+    hf_config = read_hf_config(hf_folder(path))
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     recompute = config.precision.recompute == "full"
     bridge = make_bridge(
@@ -139,23 +187,15 @@ def build_model(config: Config, hf_path: str | Path) -> ShardedModel:
         **target.transformer_config_overrides(config.backend.transformer_impl),
     )
     transformer_config = bridge.config
-    chunks: list[torch.nn.Module] = []
-    for vp_stage in range(vpp) if vpp else [None]:
-        model = GPTModel(
-            transformer_config,
-            layer_spec(transformer_config, transformer_engine=transformer_engine, vp_stage=vp_stage),
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-            vp_stage=vp_stage,
-            **{**bridge._get_gptmodel_args(), "vocab_size": bridge.padded_vocab_size},
-        ).to(target.device())
-        if config.loss.fused_linear and model.post_process:
-            # The layer keeps its weight, name and place in checkpoints.
-            model.output_layer.__class__ = HiddenStatesHead
-        chunks.append(model)
-    with torch.no_grad():
-        bridge.load_weights(chunks, str(hf_path))
+    chunks: list[torch.nn.Module] = [model.to(target.device()) for model in build_chunks(bridge, transformer_engine=transformer_engine)]
+    if config.loss.fused_linear and chunks[-1].post_process:
+        # The layer keeps its weight, name and place in checkpoints.
+        chunks[-1].output_layer.__class__ = HiddenStatesHead
+    if is_megatron_checkpoint(path):
+        load_megatron_weights(chunks, path)
+    else:
+        with torch.no_grad():
+            bridge.load_weights(chunks, str(path), memory_efficient=True)
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed)

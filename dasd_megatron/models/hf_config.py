@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dasd_megatron.config import ConfigError
 
 # Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
+# Weights that a tied model's files may hold although the architecture has no use for them.
+TIED_HEAD = ("lm_head.weight",)
 _DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
+# Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
+_ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -27,31 +32,70 @@ def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     elif kind == "llama3":
         for name, value in _LLAMA3_CONSTANTS.items():
             if scaling[name] != value:
-                raise ConfigError(f"model.path: rope_scaling.{name}={scaling[name]} in config.json; Megatron-Core has {value} built in")
+                raise ConfigError(f"rope_scaling.{name}={scaling[name]}; Megatron-Core has {value} built in")
         arguments.update(rope_scaling=True, rope_scaling_factor=scaling["factor"])
     elif kind != "default":
-        raise ConfigError(f"model.path: rope_scaling type {kind!r} in config.json is not supported: only default, linear and llama3 are")
+        raise ConfigError(f"rope_scaling type {kind!r} is not supported: only default, linear and llama3 are")
     return arguments
 
 
-def read_hf_config(path: str | Path) -> PretrainedConfig:
-    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what is not supported."""
+def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedConfig:
+    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what is not supported.
+
+    ``field``: what the caller's user has called the path.
+    """
     if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"model.path={path}: no config.json there; give a Hugging Face model directory")
+        raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model.path={path}: config.json cannot be used ({reason}); give a qwen2, qwen3 or llama model") from error
+        raise ConfigError(f"{field}={path}: config.json cannot be used ({reason}); give a qwen2, qwen3 or llama model") from error
     if hf_config.model_type not in _DROPPED_BIASES:
-        raise ConfigError(f"model.path={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
+        raise ConfigError(f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
     if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError(f"model.path={path}: use_sliding_window=true in config.json is not supported; give a model without it")
+        raise ConfigError(f"{field}={path}: use_sliding_window=true in config.json is not supported; give a model without it")
     if hf_config.hidden_act != "silu":
-        raise ConfigError(f"model.path={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is")
+        raise ConfigError(f"{field}={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is")
     for name in _DROPPED_BIASES[hf_config.model_type]:
         if getattr(hf_config, name, False):
-            raise ConfigError(f"model.path={path}: {name}=true in config.json is not supported; give a model without these biases")
-    rotary_arguments(hf_config)
+            raise ConfigError(f"{field}={path}: {name}=true in config.json is not supported; give a model without these biases")
+    for name, supported in _ONLY.items():
+        value = getattr(hf_config, name, None)
+        if value is not None and value != supported:
+            raise ConfigError(f"{field}={path}: {name}={value!r} in config.json is not supported; {supported!r} is")
+    if "sliding_attention" in (getattr(hf_config, "layer_types", None) or []):
+        raise ConfigError(f"{field}={path}: layer_types has sliding_attention in config.json, which is not supported")
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ConfigError(f"{field}={path}: quantization_config in config.json is not supported; give unquantised weights")
+    try:
+        rotary_arguments(hf_config)
+    except ConfigError as error:
+        raise ConfigError(f"{field}={path}: {error} (config.json)") from error
     return hf_config
+
+
+def is_megatron_checkpoint(path: str | Path) -> bool:
+    """Whether ``path`` is a distributed checkpoint of Megatron-Core, and not a Hugging Face directory."""
+    return (Path(path) / ".metadata").is_file()
+
+
+def hf_folder(path: str | Path) -> Path:
+    """Where config and tokenizer of a model are: its directory, or the folder ``hf`` of a checkpoint that this package has written."""
+    return Path(path) / "hf" if is_megatron_checkpoint(path) else Path(path)
+
+
+def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of the architecture, as transformers has them; a tied head is not one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
+    """The dtype of the weights by config.json; float32 where it does not say."""
+    values = hf_config.to_dict()
+    # transformers 4.56 renamed it.
+    name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))

@@ -1,9 +1,9 @@
 """Checkpoints from which a killed run goes on with the numbers it would have had.
 
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
-``rng.pt`` (the generators of every rank) and ``trainer.json`` (step and data position; the weight version is the step's). It is written
-under another name, fsynced and renamed; ``checkpoints/latest`` then names it, by rename again. A crash or a full disk leaves the previous
-one in place.
+``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else) and ``trainer.json``
+(step and data position; the weight version is the step's). It is written under another name, fsynced and renamed; ``checkpoints/latest``
+then names it, by rename again. A crash or a full disk leaves the previous one in place.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.models.hf_weights import copy_side_files, fsync_tree
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank
 from dasd_megatron.training.snapshots import WeightSnapshot
@@ -153,15 +154,6 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _fsync_tree(root: Path) -> None:
-    for path in [*root.rglob("*"), root]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _last_line(error: BaseException) -> str:
     """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -176,8 +168,11 @@ def save_checkpoint(
     average: WeightSnapshot | None,
     *,
     keep_last: int,
+    template_dir: Path,
 ) -> Path:
     """Write ``checkpoints/step_<n>`` and make it the latest; older ones beyond ``keep_last`` are removed. Collective over all ranks.
+
+    Config and tokenizer of the Hugging Face directory ``template_dir`` go into its folder ``hf``, so that it can be converted by itself.
 
     Raises:
         CheckpointError: writing failed (a full disk, say); the previous checkpoint is untouched.
@@ -215,13 +210,15 @@ def save_checkpoint(
             "architecture": architecture(model.bridge.hf_config),
         }
         (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
-        _fsync_tree(partial)
+        (partial / "hf").mkdir()
+        copy_side_files(template_dir, partial / "hf", model.config.params_dtype)
+        fsync_tree(partial)
         if final.exists():
             # Aside and not away: a crash between the two renames must leave something to resume from.
             final.rename(final.with_suffix(".replaced"))
         partial.rename(final)
         _point_to(folder, final.name)
-        _fsync_tree(folder)
+        fsync_tree(folder)
         for old in [*folder.glob("*.replaced"), *_complete_checkpoints(folder)[:-keep_last]]:
             shutil.rmtree(old)
 

@@ -19,7 +19,8 @@ from dasd_megatron.config import Config, ConfigError, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
-from dasd_megatron.models.hf_config import read_hf_config
+from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, is_megatron_checkpoint, read_hf_config
+from dasd_megatron.models.hf_weights import HfWeights
 
 _PACKAGES = (
     "dasd-megatron",
@@ -80,8 +81,13 @@ def needs_teacher(config: Config) -> bool:
 
 
 def start_path(config: Config, paths: RunPaths) -> Path:
-    """The Hugging Face directory that the run begins from, before any warm start."""
+    """The model that the run begins from, before any warm start: a Hugging Face directory or a converted checkpoint."""
     return Path(config.model.path) if config.model.path is not None else paths.start_model
+
+
+def start_hf_files(config: Config, paths: RunPaths) -> Path:
+    """Where its config and tokenizer are."""
+    return hf_folder(start_path(config, paths))
 
 
 def choose_run_dir(config: Config) -> Path:
@@ -100,7 +106,7 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """Check everything that can be checked without a model in memory and write the run directory's fixed parts.
 
     Raises:
-        ConfigError, DataError, TemplateError: with one line on what is wrong and what to do.
+        ConfigError, DataError, TemplateError, WeightsError: with one line on what is wrong and what to do.
     """
     paths = RunPaths(root)
     _check_server_reaches_all(config)
@@ -121,9 +127,12 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
 
         make_tiny_model(paths.start_model, config.model.tiny, config.run.seed)
     # Before the tokenizer: of an architecture that is not supported, it is the config that should be complained about.
-    hf_config = read_hf_config(start_path(config, paths))
+    hf_config = read_hf_config(start_hf_files(config, paths))
     check_layout(config, hf_config)
-    tokenizer = load_tokenizer(start_path(config, paths))
+    tokenizer = load_tokenizer(start_hf_files(config, paths))
+    if config.model.path is not None and not is_megatron_checkpoint(config.model.path):
+        with HfWeights(config.model.path) as weights:
+            weights.check_coverage(expected_tensors(hf_config), ignored=TIED_HEAD)
     train, heldout = _load_data(config)
     for run in continued:
         _check_same_problems(run, {"train": train, "heldout": heldout})

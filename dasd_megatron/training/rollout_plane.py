@@ -81,7 +81,8 @@ class RolloutPlane:
         if self.config.rollout.replay is not None:
             return
         path = self.paths.weights / version
-        export_model(model, path, template_dir=template_dir)
+        # It lives until the next step: hashes would cost a pass over the bytes, and nobody would read them.
+        export_model(model, path, template_dir=template_dir, manifest=False)
         self.weight_version = version
         self._with_restarts(dist.get_rank() == 0, self._serve_current)
         self.urls = broadcast_from_rank0(self.urls)

@@ -47,7 +47,7 @@ from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
-from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_path
+from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_hf_files, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
@@ -98,7 +98,7 @@ def train(config: Config, paths: RunPaths) -> None:
         TrainingError: logits, loss or gradient were not finite in too many steps in a row.
     """
     rank0 = dist.get_rank() == 0
-    tokenizer = load_tokenizer(start_path(config, paths))
+    tokenizer = load_tokenizer(start_hf_files(config, paths))
     renderer = make_renderer(config, tokenizer)
     problems = {
         name: load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False) for name in ("train", "heldout")
@@ -109,7 +109,7 @@ def train(config: Config, paths: RunPaths) -> None:
         first_step = 0
         if checkpoint is not None:
             saved, record = read_state(checkpoint)
-            check_architecture(checkpoint, record, read_hf_config(start_path(config, paths)))
+            check_architecture(checkpoint, record, read_hf_config(start_hf_files(config, paths)))
             first_step = saved.step
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
         # Looked up on one rank: the others may see a shared file system later, and must not decide otherwise.
@@ -120,7 +120,7 @@ def train(config: Config, paths: RunPaths) -> None:
                 depart_from(paths.root, checkpoint)
             truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
             logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
-        hf_path = start_path(config, paths)
+        model_path = start_path(config, paths)
         if config.warm_start.steps:
             if warm_started is None:
                 with display.phase("warm start", total=config.warm_start.steps) as phase:
@@ -131,9 +131,9 @@ def train(config: Config, paths: RunPaths) -> None:
                             logger.log_warm_start(metrics)
 
                     warm_start(config, paths, problems["train"], renderer, tokenizer, report)
-            hf_path = warm_started or paths.warm_started_model
+            model_path = warm_started or paths.warm_started_model
 
-        model = build_model(config, hf_path)
+        model = build_model(config, model_path)
         optimizer = build_optimizer(
             config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
         )
@@ -152,7 +152,7 @@ def train(config: Config, paths: RunPaths) -> None:
             model, optimizer, start, average, state, plane, display, logger,
         )  # fmt: skip
         _run(trainer)
-        export_model(model, paths.final_model, template_dir=hf_path)
+        export_model(model, paths.final_model, template_dir=start_hf_files(config, paths))
         if rank0:
             _conclude(trainer)
 
@@ -220,7 +220,7 @@ def _run(trainer: Trainer) -> None:
 def _sync(trainer: Trainer) -> float:
     """Hand the weights of the last finished step to the servers; returns seconds."""
     started = time.perf_counter()
-    trainer.plane.sync_weights(trainer.model, version_name(trainer.state.step), start_path(trainer.config, trainer.paths))
+    trainer.plane.sync_weights(trainer.model, version_name(trainer.state.step), start_hf_files(trainer.config, trainer.paths))
     return time.perf_counter() - started
 
 
@@ -244,6 +244,7 @@ def _save(trainer: Trainer) -> float:
         trainer.optimizer,
         trainer.average,
         keep_last=trainer.config.checkpoint.keep_last,
+        template_dir=start_hf_files(trainer.config, trainer.paths),
     )
     return time.perf_counter() - started
 

@@ -22,7 +22,7 @@ from dasd_megatron.training.batching import make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
 from dasd_megatron.training.passes import supervised_update
-from dasd_megatron.training.prepare import RunPaths, start_path
+from dasd_megatron.training.prepare import RunPaths, start_hf_files, start_path
 
 
 def warm_start(
@@ -70,7 +70,7 @@ def warm_start(
         micro_batches = make_micro_batches(prompts, responses, **layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-    export_model(model, paths.warm_started_model, template_dir=start_path(config, paths))
+    export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))
 
 
 def micro_batch_layout(config: Config) -> dict[str, int | torch.device | None]:

@@ -1,4 +1,4 @@
-"""Start a worker script under torchrun with gloo and a time limit."""
+"""Start a worker script with a time limit: under torchrun with gloo, or by itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ WORKERS = Path(__file__).parent / "workers"
 
 def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> None:
     """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON; raises with the output on failure or time-out."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc),
-        str(WORKERS / f"{worker}.py"), json.dumps(arguments),
-    ]  # fmt: skip
+    _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)], worker, arguments, timeout)
+
+
+def run_alone(worker: str, arguments: Any, timeout: float = 240) -> None:
+    """The same in one process, without torchrun."""
+    _run([sys.executable], worker, arguments, timeout)
+
+
+def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> None:
+    command = [*launcher, str(WORKERS / f"{worker}.py"), json.dumps(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

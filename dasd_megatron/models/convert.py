@@ -1,0 +1,224 @@
+"""Between Hugging Face directories and Megatron-Core's distributed checkpoints, in one process that holds one tensor at a time.
+
+The tensors that Megatron expects, their keys and shapes, are asked of a model on the meta device; how they are made of Hugging Face's is
+the bridge's business, the same that the trainer's weight sync goes through. Needs the CPU backend selected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mbridge.core.bridge import Bridge
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt import GPTModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from dasd_megatron.backend import cpu
+from dasd_megatron.config import ConfigError
+from dasd_megatron.models.bridge import make_bridge
+from dasd_megatron.models.gpt import build_chunks, load_megatron_weights
+from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, read_hf_config, stored_dtype
+from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, copy_side_files
+from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, CheckpointWriter
+
+# Called with the tensors done and in all.
+Progress = Callable[[int, int], None]
+VERIFY_TOKENS = 64
+# The model of one process, whose weights come from elsewhere.
+_SINGLE = dict(**cpu.transformer_config_overrides("local"), sequence_parallel=False, perform_initialization=False, attention_dropout=0.0)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: tensors on either side, all of them used; the bytes and dtype of the weights that were written."""
+
+    hf_tensors: int
+    megatron_tensors: int
+    bytes: int
+    dtype: torch.dtype
+
+
+@contextlib.contextmanager
+def single_process() -> Iterator[None]:
+    """A process group and Megatron's parallel state of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def meta_model(hf_config: PretrainedConfig, dtype: torch.dtype) -> tuple[Bridge, GPTModel]:
+    """The whole model without storage, and its bridge; inside :func:`single_process`."""
+    bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE)
+    with torch.device("meta"):
+        (model,) = build_chunks(bridge, transformer_engine=False)
+    return bridge, model
+
+
+def _entries(model: GPTModel) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Megatron's name of every weight and how it is stored."""
+    state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group()})
+    return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+
+
+def _chunks(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    return list(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
+
+
+def _split(shard: ShardedTensor, axis: int | None, parts: int) -> list[ShardedTensor]:
+    """``shard`` in ``parts`` along ``axis`` of its data, as that many tensor-parallel ranks read it."""
+    if axis is None or parts == 1:
+        return [shard]
+    pieces = []
+    for data in shard.data.chunk(parts, dim=axis):
+        offset = list(shard.global_offset)
+        offset[shard.prepend_axis_num + axis] += sum(piece.local_shape[axis] for piece in pieces)
+        piece = shard.without_data()
+        piece.data, piece.local_shape, piece.global_offset = data, tuple(data.shape), tuple(offset)
+        pieces.append(piece)
+    return pieces
+
+
+def hf_to_megatron(
+    hf_path: Path, output: Path, *, dtype: torch.dtype | None = None, tensor_parallel: int = 1, progress: Progress = lambda *_: None
+) -> Conversion:
+    """Write the weights of a Hugging Face directory as a distributed checkpoint, with config and tokenizer in its folder ``hf``.
+
+    A job that was killed goes on where it was when it is started again with the same arguments.
+
+    Args:
+        dtype: of the weights written; None keeps the one in config.json.
+        tensor_parallel: tensors are stored in chunks for this many ranks, so that each reads its own part alone. Any other layout can load
+            the checkpoint too.
+
+    Raises:
+        ConfigError: config.json describes a model that Megatron-Core cannot represent, or ``tensor_parallel`` does not divide it.
+        WeightsError: the weights are incomplete, damaged or of other shapes; OSError: the disk is full.
+    """
+    hf_config = read_hf_config(hf_path, "--hf-path")
+    dtype = dtype or stored_dtype(hf_config)
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf_config, name) % tensor_parallel:
+            raise ConfigError(f"tensor parallel size {tensor_parallel} does not divide {name}={getattr(hf_config, name)}: give a divisor")
+    with HfWeights(hf_path) as weights, single_process():
+        expected = expected_tensors(hf_config)
+        weights.check_coverage(expected, ignored=TIED_HEAD)
+        bridge, model = meta_model(hf_config, dtype)
+        parameters = dict(model.named_parameters())
+        entries = _entries(model)
+        names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
+        _check_all_used(names, set(expected))
+        job = {"source": str(hf_path.resolve()), "dtype": str(dtype), "tensor_parallel": tensor_parallel, "config": hf_config.to_dict()}
+        writer = CheckpointWriter(output, job)
+        copy_target = writer.folder / "hf"
+        copy_target.mkdir(exist_ok=True)
+        copy_side_files(hf_path, copy_target, dtype)
+        written = 0
+        for count, (name, entry) in enumerate(entries.items()):
+            progress(count, len(entries))
+            axis = getattr(parameters[name], "partition_dim", -1) if getattr(parameters[name], "tensor_model_parallel", False) else None
+            pieces = [piece for chunk in _chunks(entry) for piece in _split(chunk, axis, tensor_parallel)]
+            if not all(writer.has(piece) for piece in pieces):
+                entry.data = bridge._weight_to_mcore_format(name, [weights.tensor(hf_name) for hf_name in names[name]])
+                pieces = [piece for chunk in _chunks(entry) for piece in _split(chunk, axis, tensor_parallel)]
+            for piece in pieces:
+                writer.add(piece, dtype)
+                written += piece.data.numel() * dtype.itemsize
+            entry.data = None
+        writer.finish({"kind": "megatron", "source": str(hf_path.resolve()), "dtype": str(dtype), "tensor_parallel": tensor_parallel})
+        progress(len(entries), len(entries))
+    return Conversion(len(expected), len(entries), written, dtype)
+
+
+def megatron_to_hf(
+    path: Path,
+    output: Path,
+    *,
+    template_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Progress = lambda *_: None,
+) -> Conversion:
+    """Write the weights of a distributed checkpoint, saved in whatever layout, as a Hugging Face directory.
+
+    A job that was killed goes on where it was when it is started again with the same arguments.
+
+    Args:
+        template_dir: Hugging Face directory to take config and tokenizer from; None: the checkpoint's own folder ``hf``.
+        dtype: of the weights written; None keeps the checkpoint's.
+
+    Raises:
+        ConfigError: no config, or one that Megatron-Core cannot represent.
+        WeightsError: the checkpoint is incomplete, damaged, or of another model; OSError: the disk is full.
+    """
+    files = CheckpointFiles(path)
+    template_dir = template_dir or hf_folder(path)
+    hf_config = read_hf_config(template_dir, "--hf-config")
+    dtype = dtype or files.dtype()
+    with single_process():
+        bridge, model = meta_model(hf_config, files.dtype())
+        entries = _entries(model)
+        files.check_coverage([chunk for entry in entries.values() for chunk in _chunks(entry)], hf_config.vocab_size)
+        expected = expected_tensors(hf_config)
+        names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
+        _check_all_used(names, set(expected))
+        # The order in which the tensors come, so that files fill one after another.
+        shapes = {hf_name: expected[hf_name] for found in names.values() for hf_name in found}
+        job = {"source": str(path.resolve()), "dtype": str(dtype)}
+        writer = HfDirectoryWriter(output, shapes, dtype, template_dir=template_dir, max_shard_bytes=max_shard_bytes, job=job)
+        with contextlib.closing(writer):
+            for count, (name, entry) in enumerate(entries.items()):
+                progress(count, len(entries))
+                if all(hf_name in writer for hf_name in names[name]):
+                    continue
+                for hf_name, converted in zip(*bridge._weight_to_hf_format(name, _read_one(files, entry)), strict=True):
+                    writer.write(hf_name, converted)
+            writer.finish({"kind": "hf", **job})
+        progress(len(entries), len(entries))
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    return Conversion(len(shapes), len(entries), total, dtype)
+
+
+def _check_all_used(names: dict[str, list[str]], expected: set[str]) -> None:
+    """Every tensor of the Hugging Face model goes into a Megatron tensor, and none is asked for that it has not."""
+    mapped = {hf_name for found in names.values() for hf_name in found}
+    if mapped != expected:
+        unused, unknown = sorted(expected - mapped)[:3], sorted(mapped - expected)[:3]
+        raise WeightsError(f"the mapping to Megatron does not cover the model: unused {unused}, unknown {unknown}")
+
+
+def _read_one(files: CheckpointFiles, entry: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
+    if isinstance(entry, ShardedTensorFactory):
+        return entry.merge_fn([files.read(chunk) for chunk in entry.build()])
+    return files.read(entry)
+
+
+@torch.no_grad()
+def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Logits of a Megatron checkpoint and of a Hugging Face directory on one fixed prompt of :data:`VERIFY_TOKENS` tokens.
+
+    Both models are whole in memory, one after the other, their weights rounded to ``dtype`` and their arithmetic float32.
+
+    Returns:
+        The largest absolute difference, the largest absolute logit, and the share of positions with the same argmax.
+    """
+    hf_config = read_hf_config(hf_path)
+    tokens = torch.randint(hf_config.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True).float()(tokens).logits
+    with single_process():
+        bridge = make_bridge(hf_config, dtype=torch.float32, transformer_engine=False, **_SINGLE)
+        (model,) = build_chunks(bridge, transformer_engine=False)
+        load_megatron_weights([model], checkpoint)
+        positions = torch.arange(VERIFY_TOKENS)[None]
+        found = model.eval()(tokens, positions, None)[..., : hf_config.vocab_size]
+    agreement = (found.argmax(-1) == reference.argmax(-1)).float().mean()
+    return float((found - reference).abs().max()), float(reference.abs().max()), float(agreement)

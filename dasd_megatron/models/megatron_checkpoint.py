@@ -1,0 +1,215 @@
+"""Distributed checkpoints of Megatron-Core written and checked one tensor at a time, by a single process.
+
+The format (``torch_dist``: PyTorch's distributed checkpoint with Megatron's keys) does not depend on the parallel layout: a tensor of the
+model is one entry, repeated layers are one entry with the layer as its first axis, and each entry is stored in rectangular chunks. Loading
+is Megatron's own ``dist_checkpointing.load``; only saving goes another way here, because that saves from a model in memory.
+
+Needs Megatron importable, so a backend selected.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, first_line, read_manifest, sha256
+
+# Beside a model's tensors, what a checkpoint may hold that no model has.
+_NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
+
+
+class CheckpointWriter:
+    """A checkpoint of model weights, filled tensor by tensor, that appears whole or not at all. Each chunk is a file of its own.
+
+    Args:
+        path: where it will appear; a directory that is there is replaced.
+        job: what is written from what; chunks that a killed writer of the same job left behind are kept, after a look at their bytes.
+    """
+
+    def __init__(self, path: Path, job: dict[str, Any]) -> None:
+        self.path = path
+        self._journal = Journal(path, job)
+        self.folder = self._journal.folder
+        self._entries: dict[str, TensorStorageMetadata] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        for name in [name for name, record in self._journal.done.items() if not self._intact(record)]:
+            del self._journal.done[name]
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        path = self.folder / record["file"]
+        return path.is_file() and path.stat().st_size == record["bytes"] and sha256(path.read_bytes()) == record["sha256"]
+
+    def has(self, shard: ShardedTensor) -> bool:
+        """Whether this chunk is written; its ``data`` is not looked at."""
+        return self._name(shard) in self._journal.done
+
+    @staticmethod
+    def _name(shard: ShardedTensor) -> str:
+        return f"{shard.key}@{','.join(map(str, shard.global_offset))}"
+
+    def add(self, shard: ShardedTensor, dtype: torch.dtype) -> None:
+        """Write one chunk, or only take it up into the checkpoint where it is written already.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        name = self._name(shard)
+        shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+        entry = self._entries.setdefault(
+            shard.key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shard.global_shape), [])
+        )
+        file = f"__0_{len(self._storage)}.distcp"
+        if not self.has(shard):
+            buffer = io.BytesIO()
+            # torch.save would keep all of the storage that a view looks into.
+            torch.save(shard.data.detach().to(dtype).reshape(shape).clone(), buffer)
+            with open(self.folder / file, "wb") as stream:
+                stream.write(buffer.getbuffer())
+            self._journal.add(name, {"file": file, "bytes": buffer.getbuffer().nbytes, "sha256": sha256(buffer.getbuffer())})
+        record = self._journal.done[name]
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(shard.global_offset), torch.Size(shape)))
+        index = MetadataIndex(shard.key, shard.global_offset, len(entry.chunks) - 1)
+        self._storage[index] = _StorageInfo(record["file"], 0, record["bytes"])
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the metadata and a manifest with ``record`` and every file's SHA-256, and let the checkpoint appear."""
+        planner_data = {key: (key,) for key in self._entries}
+        metadata = Metadata(state_dict_metadata=self._entries, planner_data=planner_data, storage_data=self._storage)
+        with open(self.folder / ".metadata", "wb") as file:
+            pickle.dump(metadata, file)
+        torch.save({"checkpoint_version": 3.0, "iteration": 0}, self.folder / "common.pt")
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
+        files = {done["file"]: {"bytes": done["bytes"], "sha256": done["sha256"]} for done in self._journal.done.values()}
+        (self.folder / MANIFEST_FILE).write_text(json.dumps({"format": 1, **record, "files": files}, indent=2) + "\n")
+        self._journal.commit(self.path)
+
+
+class CheckpointFiles:
+    """What a distributed checkpoint says it holds, and whether the files bear it out.
+
+    Raises:
+        WeightsError: no checkpoint there, a file is missing or too short.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
+            raise WeightsError(f"{path} is not a distributed checkpoint of Megatron-Core: it has no metadata.json and .metadata")
+        try:
+            self._metadata = FileSystemReader(path).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise WeightsError(f"{path / '.metadata'} is damaged ({first_line(error)}); restore it") from error
+        self.entries: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NOT_THE_MODEL)
+        }
+        self._places: dict[str, list[_StorageInfo]] = {}
+        for index, place in self._metadata.storage_data.items():
+            if index.fqn in self.entries:
+                self._places.setdefault(index.fqn, []).append(place)
+        manifest = path / MANIFEST_FILE
+        self._unverified = read_manifest(manifest)["files"] if manifest.is_file() else {}
+        self._check_files()
+
+    def _check_files(self) -> None:
+        for key, entry in self.entries.items():
+            for place in self._places.get(key, []):
+                file = self.path / place.relative_path
+                if not file.is_file():
+                    raise WeightsError(f"{file} is missing; it holds part of {key}: restore it")
+                if file.stat().st_size < place.offset + place.length:
+                    raise WeightsError(
+                        f"{file} is truncated: it has {file.stat().st_size} bytes, {key} ends at {place.offset + place.length}"
+                    )
+            stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+            if stored != math.prod(entry.size) or len(self._places.get(key, [])) != len(entry.chunks):
+                raise WeightsError(f"{self.path}: {key} has {stored} of its {math.prod(entry.size)} elements; the checkpoint is incomplete")
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights.
+
+        Raises:
+            WeightsError: they have several.
+        """
+        found = {key: entry.properties.dtype for key, entry in self.entries.items()}
+        if len(set(found.values())) != 1:
+            raise WeightsError(f"{self.path}: expected weights of one dtype, found {sorted(map(str, set(found.values())))}")
+        return next(iter(found.values()))
+
+    def check_coverage(self, shards: list[ShardedTensor], vocab_size: int) -> None:
+        """Compare keys and shapes with those of the whole model, in any sharding.
+
+        Raises:
+            WeightsError: tensors are missing, have no place, or another shape; the first ones are named.
+        """
+        expected = {shard.key: shard for shard in shards}
+        missing, unused = sorted(set(expected) - set(self.entries)), sorted(set(self.entries) - set(expected))
+        if missing:
+            raise WeightsError(f"{self.path}: {len(missing)} tensors that the model has are missing: {', '.join(missing[:3])}")
+        if unused:
+            raise WeightsError(f"{self.path}: {len(unused)} tensors have no place in the model: {', '.join(unused[:3])}")
+        for key, shard in expected.items():
+            stored, wanted = tuple(self.entries[key].size), tuple(shard.global_shape)
+            if shard.allow_shape_mismatch:
+                # Rows of the vocabulary, padded to the layout that saved them.
+                stored, wanted = (min(stored[0], vocab_size), *stored[1:]), (vocab_size, *wanted[1:])
+            if stored != wanted:
+                raise WeightsError(f"{self.path}: {key} has shape {stored}, and the model's config calls for {wanted}")
+
+    def read(self, shard: ShardedTensor) -> torch.Tensor:
+        """The part of a stored tensor that ``shard`` describes, whatever the chunks; rows past the stored ones are 0.
+
+        Files that the manifest lists are compared with it the first time that something is read from them.
+
+        Raises:
+            WeightsError: a file is not the one that was written, or cannot be read.
+        """
+        entry = self.entries[shard.key]
+        shape = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+        result = torch.zeros(shape, dtype=entry.properties.dtype)
+        for chunk in entry.chunks:
+            low = [max(a, b) for a, b in zip(chunk.offsets, shard.global_offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, shard.global_offset, shape, strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            stored = self._chunk(shard.key, chunk)
+            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, shard.global_offset, strict=True))
+            result[target] = stored[source]
+        return result.reshape(shard.local_shape)
+
+    def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self.path / place.relative_path
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                data = file.read(place.length)
+            if place.relative_path in self._unverified and sha256(path.read_bytes()) != self._unverified.pop(place.relative_path)["sha256"]:
+                raise WeightsError(f"{path} is not what {MANIFEST_FILE} lists; it holds part of {key}: restore it")
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            raise WeightsError(f"{path} cannot be read ({first_line(error)}); it holds part of {key}: restore it") from error
+        if tuple(tensor.shape) != tuple(chunk.sizes):
+            raise WeightsError(f"{path}: part of {key} has shape {tuple(tensor.shape)} and not {tuple(chunk.sizes)}: restore it")
+        return tensor
