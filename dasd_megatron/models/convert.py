@@ -218,6 +218,8 @@ def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple
         bridge = make_bridge(hf_config, dtype=torch.float32, transformer_engine=False, **_SINGLE)
         (model,) = build_chunks(bridge, transformer_engine=False)
         load_megatron_weights([model], checkpoint)
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
         positions = torch.arange(VERIFY_TOKENS)[None]
         found = model.eval()(tokens, positions, None)[..., : hf_config.vocab_size]
     agreement = (found.argmax(-1) == reference.argmax(-1)).float().mean()

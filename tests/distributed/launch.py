@@ -18,12 +18,12 @@ def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float 
     _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)], worker, arguments, timeout)
 
 
-def run_alone(worker: str, arguments: Any, timeout: float = 240) -> None:
-    """The same in one process, without torchrun."""
-    _run([sys.executable], worker, arguments, timeout)
+def run_alone(worker: str, arguments: Any, timeout: float = 240) -> str:
+    """The same in one process, without torchrun; returns the output."""
+    return _run([sys.executable], worker, arguments, timeout)
 
 
-def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> None:
+def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> str:
     command = [*launcher, str(WORKERS / f"{worker}.py"), json.dumps(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
@@ -36,3 +36,4 @@ def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> No
         output, _ = process.communicate()
         raise AssertionError(f"{worker} with {arguments} did not end within {timeout} s:\n{output[-6000:]}") from None
     assert process.returncode == 0, f"{worker} with {arguments} failed:\n{output[-6000:]}"
+    return output

