@@ -20,6 +20,7 @@ _USAGE = """usage: dasd COMMAND ...
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
   evaluate  OVERRIDES           evaluate model.path on data.heldout
+  plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     --model-path DIR    serve a Hugging Face directory with the embedded rollout server (--help lists its options)
   report    RUN_DIR             write RUN_DIR/report.html
@@ -149,6 +150,12 @@ def _convert(arguments: list[str]) -> None:
     convert(arguments)
 
 
+def _plan(arguments: list[str]) -> None:
+    from dasd_megatron.planning.command import plan
+
+    plan(arguments)
+
+
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
@@ -178,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.rollout.server import main as serve
 
         return serve(rest) or 0
-    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "plan": _plan, "report": _report}
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2

@@ -80,7 +80,16 @@ class TinyModelConfig:
 @dataclass
 class ModelConfig:
     path: str | None = _doc(
-        None, "Hugging Face directory (config.json, tokenizer, safetensors); null: make a tiny Qwen3 with random weights from model.tiny"
+        None,
+        "Hugging Face directory (config.json, tokenizer, safetensors) or checkpoint from `dasd convert`; null: make a tiny Qwen3 with "
+        "random weights from model.tiny",
+    )
+    architecture: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "doc": "sizes of a preset, named as in config.json: `dasd plan` reads them where model.path is null, and config.json of "
+            "model.path must agree"
+        },
     )
     tiny: TinyModelConfig = _doc(TinyModelConfig, "architecture of the model made in code when model.path is null")
 
@@ -604,7 +613,11 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 f"evaluation.ks: Pass@{k} needs 1 <= k <= evaluation.samples={config.evaluation.samples}: raise samples or drop it"
             )
-    if config.model.path is None and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens:
+    if (
+        config.model.path is None
+        and not config.model.architecture
+        and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens
+    ):
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {rollout.max_prompt_tokens + rollout.max_new_tokens} exceed "
             f"model.tiny.max_position_embeddings={config.model.tiny.max_position_embeddings}: lower them or raise it"

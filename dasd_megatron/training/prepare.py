@@ -122,12 +122,21 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     except OSError as error:
         raise ConfigError(f"run.dir={root} cannot be written ({error.strerror or error}): give a directory you can write to") from error
 
+    if config.model.path is None and config.model.architecture:
+        raise ConfigError("model.path is required with a preset: write model.path=DIRECTORY, with the weights of that model")
     if config.model.path is None and not (paths.start_model / "config.json").exists():
         from dasd_megatron.models.tiny import make_tiny_model
 
         make_tiny_model(paths.start_model, config.model.tiny, config.run.seed)
     # Before the tokenizer: of an architecture that is not supported, it is the config that should be complained about.
     hf_config = read_hf_config(start_hf_files(config, paths))
+    for name, expected in config.model.architecture.items():
+        # The context length is not part of the weights: releases of one model differ in it.
+        if name != "max_position_embeddings" and getattr(hf_config, name, None) != expected:
+            raise ConfigError(
+                f"model.path={config.model.path}: config.json has {name}={getattr(hf_config, name, None)}, the chosen preset {expected}: "
+                "choose the preset of that model, or model=hf"
+            )
     check_layout(config, hf_config)
     tokenizer = load_tokenizer(start_hf_files(config, paths))
     if config.model.path is not None and not is_megatron_checkpoint(config.model.path):
@@ -166,7 +175,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
     """Refuse a parallel layout that does not divide the architecture, and sequences longer than its positions."""
     parallel, rollout = config.parallel, config.rollout
-    where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
+    where = f"config.json of model.path={config.model.path}" if config.model.path is not None else "model.tiny"
+    if config.model.path is None and config.model.architecture:
+        where = "model.architecture"
     tensor = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
         if getattr(hf_config, name) % tensor:

@@ -1,0 +1,273 @@
+"""What one rank of a training run holds and sends, by arithmetic alone: no GPU, no Megatron, no weights.
+
+Parameters, gradients and optimizer state follow Megatron-Core's buffers to the byte, padding included; the tests compare them with the real
+ones. Activations are the tensors that autograd keeps in local layers, measured on CPU; for Transformer Engine's fused layers they are what
+those keep by their construction, which has not been measured. Communication counts bytes that one rank sends, by ring algorithms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from dasd_megatron.config import Config
+
+VOCAB_ALIGNMENT = 64
+_DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+_FP32 = 4
+# Buffers of one block's logits that the fused loss works in, student and teacher: logits, probabilities, and the gradient.
+_LOSS_BUFFERS = 6
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a model that memory depends on."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> Architecture:
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        return cls(
+            hf_config.hidden_size,
+            hf_config.intermediate_size,
+            hf_config.num_hidden_layers,
+            hf_config.num_attention_heads,
+            hf_config.num_key_value_heads,
+            head_dim,
+            hf_config.vocab_size,
+            hf_config.tie_word_embeddings,
+            qkv_bias=hf_config.model_type == "qwen2",
+            qk_norm=hf_config.model_type == "qwen3",
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def padded_vocab(self, tensor_parallel: int) -> int:
+        alignment = VOCAB_ALIGNMENT * tensor_parallel
+        return math.ceil(self.vocab / alignment) * alignment
+
+
+def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
+    """Elements of each parameter of one layer on one rank, in the order in which local layers register them."""
+    query, key, ffn = arch.query // tensor_parallel, arch.key // tensor_parallel, arch.ffn // tensor_parallel
+    sizes = [arch.hidden, arch.hidden * query, arch.hidden * (query + 2 * key)]
+    if arch.qkv_bias:
+        sizes.append(query + 2 * key)
+    if arch.qk_norm:
+        sizes += [arch.head_dim, arch.head_dim]
+    return [*sizes, arch.hidden, arch.hidden * 2 * ffn, arch.hidden * ffn]
+
+
+def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[list[tuple[int, bool]]]:
+    """Per model chunk of a rank on pipeline ``stage``: (elements, whether it is the embedding that two stages share) of each parameter."""
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    layers = arch.layers // (pipeline * virtual)
+    vocabulary = arch.padded_vocab(tensor) // tensor * arch.hidden
+    chunks = []
+    for chunk in range(virtual):
+        sizes = [(size, False) for _ in range(layers) for size in layer_parameters(arch, tensor)]
+        first, last = stage == 0 and chunk == 0, stage == pipeline - 1 and chunk == virtual - 1
+        if first:
+            sizes.insert(0, (vocabulary, arch.tied and pipeline > 1))
+        if last:
+            sizes.append((arch.hidden, False))
+            if not (arch.tied and first):
+                sizes.append((vocabulary, arch.tied))
+        chunks.append(sizes)
+    return chunks
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of what a rank keeps from step to step, and the number of its parameters."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
+    """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer allocate them."""
+    data_parallel, distributed = config.parallel.data_parallel_size, config.optimizer.distributed
+    weight_bytes = _DTYPE_BYTES[config.precision.params_dtype]
+    # Two moments, and float32 weights where the model's are not.
+    adam_bytes = 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
+    parameters = weights = gradients = optimizer = 0
+    for sizes in chunk_parameters(arch, config, stage):
+        count = sum(size for size, _ in sizes)
+        parameters += count
+        if not distributed:
+            weights, gradients = weights + count * weight_bytes, gradients + count * _FP32
+            # torch's Adam counts the steps of each parameter.
+            optimizer += count * adam_bytes + len(sizes) * _FP32
+            continue
+        buckets, places = _buffer(sizes, data_parallel)
+        total = buckets[-1][1]
+        weights, gradients = weights + total * weight_bytes, gradients + total * _FP32
+        for start, end in buckets:
+            share = (end - start) // data_parallel
+            low, high = start + data_rank * share, start + (data_rank + 1) * share
+            held = [min(high, stop) - max(low, begin) for begin, stop in places if min(high, stop) > max(low, begin)]
+            optimizer += sum(held) * adam_bytes + len(held) * _FP32
+    return State(parameters, weights, gradients, optimizer)
+
+
+def _buffer(sizes: list[tuple[int, bool]], data_parallel: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Buckets and places of parameters in the buffer of a distributed optimizer: from the last parameter to the first, each at a multiple
+    of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the number of replicas."""
+
+    def padded(value: int, divisor: int) -> int:
+        return math.ceil(value / divisor) * divisor
+
+    buckets: list[tuple[int, int]] = []
+    places: list[tuple[int, int]] = []
+    position = bucket_start = 0
+
+    def close(end: int) -> int:
+        nonlocal bucket_start
+        end = padded(end, math.lcm(data_parallel, 128))
+        buckets.append((bucket_start, end))
+        bucket_start = end
+        return end
+
+    for size, alone in reversed(sizes):
+        position = padded(position, 64)
+        if alone and position > bucket_start:
+            position = close(position)
+        places.append((position, position + size))
+        position += size
+        if alone:
+            position = close(position)
+    if position > bucket_start:
+        close(position)
+    return buckets, places
+
+
+def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
+    """Bytes per token that autograd keeps of one layer on one rank, without recomputation."""
+    tensor = config.parallel.tensor_model_parallel_size
+    width = _DTYPE_BYTES[config.precision.params_dtype]
+    # Sequence parallelism shards what lies between the tensor-parallel products; else every rank has all of it.
+    hidden = arch.hidden / (tensor if config.parallel.sequence_parallel else 1)
+    query, key, ffn = arch.query / tensor, arch.key / tensor, arch.ffn / tensor
+    projected, rotated, context = query + 2 * key, query + key, query
+    log_sum_exp = _FP32 * arch.heads / tensor
+    if transformer_engine:
+        norms = rotated if arch.qk_norm else 0
+        return width * (4 * hidden + projected + norms + rotated + context + 3 * ffn) + log_sum_exp
+    # A norm keeps its input and its result before the weight in float32, and what goes into the product.
+    norms = 2 * hidden * (2 * _FP32 + width)
+    head_norms = 0.0
+    if arch.qk_norm:
+        head_norms = _FP32 * (2 * query + key) + (_FP32 * key if width != _FP32 else 0)
+    return norms + head_norms + width * (projected + rotated + context + 5 * ffn) + log_sum_exp
+
+
+def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool) -> float:
+    """Peak bytes of activations of a rank on pipeline ``stage`` with micro-batches of ``tokens`` padded tokens.
+
+    Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds more.
+    """
+    parallel = config.parallel
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    width = _DTYPE_BYTES[config.precision.params_dtype]
+    hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    layer = layer_activation_bytes(arch, config, transformer_engine=transformer_engine)
+    layers = arch.layers / (pipeline * virtual)
+    # Chunks of the model in flight on this stage.
+    if virtual == 1:
+        in_flight = min(pipeline - stage, micro_batches)
+    else:
+        in_flight = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual)
+    recompute = config.precision.recompute == "full"
+    kept = in_flight * layers * (width * hidden if recompute else layer) + (layer if recompute else 0.0)
+    # The last norm and the hidden states that the head reads.
+    ends = (2 * _FP32 + width) * hidden + width * hidden if stage == pipeline - 1 else 0.0
+    return tokens * (kept + ends)
+
+
+def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens: int) -> tuple[float, float]:
+    """Bytes of logits and loss buffers on the last stage: (materialised, fused). Fused, also the gradient of the hidden states."""
+    tensor = config.parallel.tensor_model_parallel_size
+    width = _DTYPE_BYTES[config.precision.params_dtype]
+    columns = arch.padded_vocab(tensor) // tensor
+    materialised = tokens * columns * (width + _FP32) + response_tokens * columns * _FP32
+    rows = min(config.loss.block_tokens, response_tokens)
+    block = rows * min(config.loss.block_columns, columns) * _FP32 * _LOSS_BUFFERS
+    return materialised, block + 2 * response_tokens * arch.hidden * _FP32
+
+
+def bubble_fraction(config: Config, micro_batches: int) -> float:
+    """Share of a step's forward and backward time that a pipeline stage waits."""
+    pipeline, virtual = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    return (pipeline - 1) / (virtual * micro_batches + pipeline - 1)
+
+
+def kv_bytes_per_token(arch: Architecture, rollout_tensor_parallel: int) -> float:
+    """Bytes of keys and values of one token on one GPU of a rollout engine in bf16."""
+    return 2 * arch.layers * arch.key * 2 / min(rollout_tensor_parallel, arch.kv_heads)
+
+
+def total_parameters(arch: Architecture) -> int:
+    """Parameters of the model by itself, without padding or copies."""
+    vocabulary = arch.vocab * arch.hidden
+    return arch.layers * sum(layer_parameters(arch, 1)) + arch.hidden + vocabulary * (1 if arch.tied else 2)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one rank sends in a training step."""
+
+    tensor: float
+    pipeline: float
+    data: float
+    weight_sync: float
+
+
+def communication(arch: Architecture, config: Config, tokens: int, state: State) -> Communication:
+    """For ``tokens`` padded tokens of one replica in one step: forward and backward of the update, and the forward passes that score
+    student and teacher. Weight sync counts what global rank 0 writes for the rollout servers."""
+    parallel, batch = config.parallel, config.batch
+    width = _DTYPE_BYTES[config.precision.params_dtype]
+    tensor, pipeline, data = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.data_parallel_size,
+    )
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    forwards = 2 + batch.epochs
+    recomputed = batch.epochs if config.precision.recompute == "full" else 0
+    layers = arch.layers / pipeline
+    # Two all-reduces a layer and direction; under sequence parallelism an all-gather and a reduce-scatter in place of each.
+    reduces = 2 * layers * (forwards + batch.epochs + recomputed)
+    tensor_bytes = tokens * arch.hidden * width * reduces * 2 * (tensor - 1) / tensor
+    hops = 0 if pipeline == 1 else virtual
+    # Under sequence parallelism each rank sends its part of the sequence.
+    share = tensor if parallel.sequence_parallel else 1
+    pipeline_bytes = tokens * arch.hidden * width * hops * (forwards + batch.epochs) / share
+    updates = batch.minibatches * batch.epochs
+    # Gradients reduce-scattered in float32, weights all-gathered; without a distributed optimizer one all-reduce.
+    moved = state.gradients + (state.weights if config.optimizer.distributed else state.gradients)
+    data_bytes = updates * moved * (data - 1) / data
+    return Communication(tensor_bytes, pipeline_bytes, data_bytes, total_parameters(arch) * width)
