@@ -60,10 +60,10 @@ def load_problems(source: DataSourceConfig, name: str, *, needs_solution: bool =
     line_of_id: dict[str, int] = {}
     for index, line in enumerate(_read_lines(path, name)):
         where = f"{path} line {index + 1}"
-        record = _parse_line(line, where, index)
+        record = parse_line(line, where, index)
         if record is None:
             continue
-        problem = _parse_record(record, where, f"{path.stem}-{index}", source, name, needs_solution)
+        problem = parse_record(record, where, f"{path.stem}-{index}", source, f"data.{name}.", needs_solution)
         if problem.id in line_of_id:
             raise DataError(
                 f"{where}: id {problem.id!r} already stands on line {line_of_id[problem.id]}; give each problem an id of its own"
@@ -126,7 +126,8 @@ def _read_lines(path: Path, name: str) -> list[bytes]:
     return content.split(b"\n")
 
 
-def _parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
+def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
+    """The JSON object of line ``index`` (from 0) of a file, None for a blank line; :class:`DataError` where it is none."""
     try:
         text = line.decode("utf-8-sig" if index == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -143,13 +144,18 @@ def _parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
     return record
 
 
-def _parse_record(
-    record: dict[str, Any], where: str, default_id: str, source: DataSourceConfig, name: str, needs_solution: bool
+def parse_record(
+    record: dict[str, Any], where: str, default_id: str, source: DataSourceConfig, prefix: str, needs_solution: bool
 ) -> Problem:
-    problem = _text_field(record, source.problem_field, where, f"data.{name}.problem_field")
+    """The problem in one record; see :func:`load_problems`. ``prefix``: what a setting's name begins with in messages.
+
+    Raises:
+        DataError: it is not a usable problem.
+    """
+    problem = _text_field(record, source.problem_field, where, f"{prefix}problem_field")
     solution = ""
     if _present(record, source.solution_field):
-        solution = _text_field(record, source.solution_field, where, f"data.{name}.solution_field")
+        solution = _text_field(record, source.solution_field, where, f"{prefix}solution_field")
     answer = ""
     if _present(record, source.answer_field):
         answer = _answer_text(record[source.answer_field], where, source.answer_field)
@@ -163,12 +169,12 @@ def _parse_record(
     if not answer:
         raise DataError(
             f"{where}: no answer: field {source.answer_field!r} is absent or empty and {source.solution_field!r} does not end "
-            f"in '#### <answer>' (fields: {', '.join(map(repr, record))}); set data.{name}.answer_field or fix the line"
+            f"in '#### <answer>' (fields: {', '.join(map(repr, record))}); set {prefix}answer_field or fix the line"
         )
     if needs_solution and not solution:
         raise DataError(
             f"{where}: no reference solution: field {source.solution_field!r} is absent or empty (fields: {', '.join(map(repr, record))}); "
-            f"set data.{name}.solution_field, or teacher.privileged=answer, which needs none"
+            f"set {prefix}solution_field, or teacher.privileged=answer, which needs none"
         )
     return Problem(
         id=_id_text(record["id"], where) if record.get("id") is not None else default_id,

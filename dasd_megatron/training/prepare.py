@@ -194,7 +194,7 @@ def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
     chunks = pipeline * (virtual or 1)
     if hf_config.num_hidden_layers % chunks:
         name = "parallel.pipeline_model_parallel_size" + (" x parallel.virtual_pipeline_model_parallel_size" if virtual else "")
-        layers = "num_layers" if config.model.path is None else "num_hidden_layers"
+        layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
         raise ConfigError(f"{name} = {chunks} does not divide {layers}={hf_config.num_hidden_layers} ({where}): write a divisor of it")
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > hf_config.max_position_embeddings:

@@ -1,0 +1,119 @@
+"""tools/prepare_data.py: what is kept, what is dropped and why, from every kind of source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dasd_megatron.config import DataSourceConfig, TinyModelConfig
+from dasd_megatron.data.prepare_data import main
+from dasd_megatron.data.prompts import DataError, load_problems
+from dasd_megatron.models.tiny import make_tiny_model
+
+LONG = "A farmer has seven fields and plants three rows of twenty trees in each of them how many trees"
+ROWS = [
+    {"q": "1 + 1 = ?", "a": "2", "s": "Two. #### 2", "id": "first"},
+    {"q": "2 + 2 = ?", "a": 4, "s": "Four."},
+    {"q": "2 +  2 = ?", "a": "4", "s": "Four, again."},
+    {"q": "No answer?", "s": "None."},
+    {"q": "", "a": "1", "s": "x"},
+    {"q": "No solution?", "a": "1"},
+    {"q": f"{LONG}, if one dies?", "a": "419", "s": "7*3*20-1"},
+    {"q": "3 + 3 = ?", "a": "6", "s": "x" * 100},
+    {"q": "An eval problem, verbatim!", "a": "1", "s": "y"},
+    {"q": "5 + 5 = ?", "a": "10", "s": "Ten.", "id": "first"},
+]
+FIELDS = ["--problem-field", "q", "--answer-field", "a", "--solution-field", "s"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "{broken\n\n[1]\n")
+    return path
+
+
+@pytest.fixture
+def heldout(tmp_path: Path) -> Path:
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"problem": "an eval problem verbatim"}) + "\n" + json.dumps({"problem": f"Suppose {LONG}?"}) + "\n")
+    return path
+
+
+def test_every_row_is_kept_or_dropped_for_a_reason(source: Path, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = make_tiny_model(tmp_path / "model", TinyModelConfig(hidden_size=16, num_layers=1), 1)
+    output = tmp_path / "out" / "train.jsonl"
+    limits = ["--tokenizer", str(tokenizer), "--max-solution-tokens", "50"]
+    main(["--input", str(source), "--output", str(output), *FIELDS, "--contamination", str(heldout), *limits])
+    kept = load_problems(DataSourceConfig(path=str(output)), "train")
+    assert [(problem.id, problem.problem, problem.expected_answer) for problem in kept] == [
+        ("first", "1 + 1 = ?", "2"),
+        ("train-1", "2 + 2 = ?", "4"),
+    ]
+    rejected = [json.loads(line) for line in output.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    assert {entry["where"].split()[-1]: entry["reason"] for entry in rejected} == {
+        "3": "duplicate",
+        "4": "unusable",
+        "5": "unusable",
+        "6": "unusable",
+        "7": "contamination",
+        "8": "reference_solution too long",
+        "9": "contamination",
+        "10": "duplicate id",
+        "11": "unusable",
+        "13": "unusable",
+    }
+    assert "set --answer_field" in rejected[1]["detail"] and "column" in rejected[-2]["detail"]
+    manifest = json.loads(output.with_suffix(".manifest.json").read_text())
+    assert manifest["kept"] == 2 and sum(manifest["dropped"].values()) == len(rejected) == 10
+    assert manifest["contamination_problems"] == 2
+    printed = capsys.readouterr().out
+    assert "kept 2" in printed and "dropped 5: unusable" in printed
+
+
+def test_missing_solutions_are_kept_on_request(source: Path, tmp_path: Path) -> None:
+    main(["--input", str(source), "--output", str(tmp_path / "out.jsonl"), *FIELDS, "--allow-missing-solution"])
+    assert "No solution?" in (tmp_path / "out.jsonl").read_text()
+
+
+def test_parquet_and_saved_datasets_give_what_jsonl_gives(source: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": None, "s": None, **row, "a": str(row["a"])} for row in ROWS if "a" in row]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(tmp_path / "source.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outputs = []
+    for name, arguments in {
+        "parquet": ["--input", str(tmp_path / "source.parquet")],
+        "saved": ["--dataset", str(tmp_path / "saved")],
+        "jsonl": ["--input", str(plain)],
+    }.items():
+        output = tmp_path / name / "out.jsonl"
+        main([*arguments, "--output", str(output), *FIELDS])
+        outputs.append(output.read_text())
+    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].count("\n") == 5
+
+
+def test_bad_calls_are_refused_with_one_line(source: Path, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "out.jsonl")]
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.parquet").write_text("x")
+    for arguments, named in (
+        (["--input", str(tmp_path / "missing.jsonl"), *output], "missing.jsonl"),
+        (["--input", str(source), *output], "nothing of"),
+        (["--input", str(tmp_path / "empty.jsonl"), *output], "empty"),
+        (["--input", str(tmp_path / "bad.parquet"), *output], "Parquet"),
+        (["--dataset", str(tmp_path / "nowhere"), *output], "--dataset"),
+        (["--input", str(source), *output, "--max-problem-tokens", "3"], "--tokenizer"),
+        (["--input", str(source), *output, *FIELDS, "--ngram", "0"], "--ngram"),
+        (["--input", str(source), "--output", str(source), *FIELDS], "exists"),
+        (["--input", str(source), *output, *FIELDS, "--contamination", str(source)], "line 11"),
+    ):
+        with pytest.raises(DataError) as caught:
+            main(arguments)
+        assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()

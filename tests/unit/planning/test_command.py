@@ -1,0 +1,134 @@
+"""``dasd plan``: what it prints, what it refuses, and numbers that can be done by hand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dasd_megatron
+from dasd_megatron.config import ConfigError
+from dasd_megatron.planning.command import model_of, plan, plan_config
+from dasd_megatron.planning.estimate import (
+    Architecture,
+    bubble_fraction,
+    communication,
+    kv_bytes_per_token,
+    total_parameters,
+    training_state,
+)
+
+PRESETS = sorted(
+    path.stem for path in (Path(dasd_megatron.__file__).parent / "conf" / "model").glob("*.yaml") if path.stem not in ("hf", "tiny")
+)
+# As published with the weights.
+PARAMETERS = {
+    "llama3_70b": 70_553_706_496,
+    "llama3_8b": 8_030_261_248,
+    "qwen2.5_0.5b": 494_032_768,
+    "qwen2.5_1.5b": 1_543_714_304,
+    "qwen2.5_32b": 32_763_876_352,
+    "qwen2.5_72b": 72_706_203_648,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "smollm2_135m": 134_515_008,
+}
+TP, PP, VPP, DP = (
+    "parallel.tensor_model_parallel_size=",
+    "parallel.pipeline_model_parallel_size=",
+    "parallel.virtual_pipeline_model_parallel_size=",
+    "parallel.data_parallel_size=",
+)
+
+
+def test_there_is_a_published_count_for_every_preset() -> None:
+    assert sorted(PARAMETERS) == PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_number_of_parameters(name: str) -> None:
+    from dasd_megatron.models.hf_config import expected_tensors
+
+    hf_config = model_of(plan_config([f"model={name}"]))
+    assert total_parameters(Architecture.of(hf_config)) == PARAMETERS[name]
+    shapes = expected_tensors(hf_config).values()
+    total = 0
+    for shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    assert total == PARAMETERS[name]
+
+
+def test_numbers_by_hand() -> None:
+    config = plan_config(["model=llama3_8b", TP + "2", PP + "4", DP + "2", "batch.groups=8"])
+    arch = Architecture.of(model_of(config))
+    assert bubble_fraction(config, 32) == 3 / 35
+    assert bubble_fraction(plan_config(["model=llama3_8b", PP + "4", VPP + "2", "batch.groups=8"]), 32) == 3 / 67
+    # 32 layers x 8 heads x 128 x (keys, values) x 2 bytes, on two GPUs half of it.
+    assert kv_bytes_per_token(arch, 2) == 65536
+    # Stages between first and last hold eight layers and no vocabulary.
+    state = training_state(arch, config, 1)
+    layer = 2 * 4096 + (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) // 2
+    assert state.parameters == 8 * layer
+    assert state.weights == 2 * state.parameters and state.gradients == 4 * state.parameters
+    # 12 bytes a parameter on half of the replicas, and a step counter for each of some fifty parameters.
+    assert abs(state.optimizer - 6 * state.parameters) < 4 * 50
+    traffic = communication(arch, config, 1000, state)
+    # Two all-reduces a layer for each of 3 forward passes and 1 backward pass; of a ring of two each rank sends its tensor once.
+    assert traffic.tensor == 1000 * 4096 * 2 * 8 * 2 * 4
+    assert traffic.pipeline == 1000 * 4096 * 2 * 4
+    assert traffic.data == 0.5 * 6 * state.parameters
+    assert traffic.weight_sync == 2 * PARAMETERS["llama3_8b"]
+
+
+def printed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    plan(list(arguments))
+    return capsys.readouterr().out
+
+
+def test_a_plan_says_whether_it_fits(capsys: pytest.CaptureFixture) -> None:
+    job = ["model=qwen3_8b", TP + "8", "parallel.sequence_parallel=true"]
+    assert "fits" in printed(capsys, *job) and "DOES NOT FIT" in printed(capsys, "--gpu-memory", "20", *job)
+    text = printed(capsys, *job[:2])
+    assert "sequence_parallel=false" in text and "8,190,735,360 in all" in text
+    assert "over the network" in printed(capsys, "--gpus-per-node", "4", *job)
+    assert "turns them off" in printed(capsys, "model=qwen3_8b", PP + "2", VPP + "2")
+    fused, dense = (float(number) for number in re.search(r"last stage +([\d.]+) GB fused \(([\d.]+) GB", text).groups())
+    assert fused < dense
+    assert "no context parallelism" in printed(capsys, "model=smollm2_135m", "backend.kind=cpu", "rollout.max_new_tokens=64")
+
+
+def test_search_lists_layouts_that_fit(capsys: pytest.CaptureFixture) -> None:
+    text = printed(capsys, "--search", "--gpus", "32", "model=qwen3_32b", "batch.groups=64")
+    rows = [line.split() for line in text.splitlines()[2:]]
+    assert 1 <= len(rows) <= 10
+    for tensor, pipeline, _, data, _, memory, *_ in rows:
+        assert int(tensor) * int(pipeline) * int(data) == 32 and float(memory) <= 80
+    assert [float(row[-1]) for row in rows] == sorted(float(row[-1]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["model=qwen3_8b", TP + "3"], "num_attention_heads=32"),
+        (["model=qwen3_8b", PP + "5"], "num_hidden_layers=36"),
+        (["model=qwen9"], "choose one of"),
+        (["--search", "model=qwen3_8b"], "--gpus"),
+        (["--search", "--gpus", "1", "model=llama3_70b"], "needs"),
+        (["--search", "--gpus", "7", "model=llama3_70b"], "batch.groups"),
+        (["model=qwen3_8b", "rollout.max_new_tokens=100000"], "max_position_embeddings"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_in_one_line(arguments: list[str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(arguments)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
