@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import run_alone, torchrun
-from runs import kill
+from runs import NO_EVALUATION, kill, reproducible, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,3 +164,19 @@ def test_an_output_that_exists_is_kept(checkpoint: Path, tmp_path: Path) -> None
     assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert not (tmp_path / "hf" / "precious").exists()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) -> None:
+    common = [*NO_EVALUATION, "run.steps=2"]
+    train(*common, "run.steps=0", f"run.dir={tmp_path / 'made'}")
+    hf, megatron = tmp_path / "made" / "model", tmp_path / "megatron"
+    convert("hf-to-megatron", "--hf-path", hf, "--output", megatron)
+    found = []
+    for name, path in (("hf", hf), ("megatron", megatron)):
+        train(*common, "model=hf", f"model.path={path}", f"run.dir={tmp_path / name}")
+        found.append(reproducible(tmp_path / name / "metrics.jsonl"))
+    assert len(found[0]) == 2 and found[0] == found[1]
+    # The run's own checkpoint is as good, and gives what the run exported.
+    convert("megatron-to-hf", "--checkpoint", tmp_path / "hf" / "checkpoints" / "step_000002", "--output", tmp_path / "back")
+    exported, back = (load_file(path / "model.safetensors") for path in (tmp_path / "hf" / "model", tmp_path / "back"))
+    assert exported.keys() == back.keys() and all(torch.equal(back[name], tensor) for name, tensor in exported.items())

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load, save_file
 
 import dasd_megatron
 from dasd_megatron.config import Config, ConfigError, TinyModelConfig, load_config
 from dasd_megatron.models.hf_config import read_hf_config
+from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.training import prepare
 from dasd_megatron.training.prepare import prepare_run
@@ -29,6 +31,13 @@ SMALL = [
     "batch.groups=2",
     "warm_start.steps=0",
 ]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 GOOD = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "1 + 1 = 2\n#### 2"}
 
 
@@ -97,6 +106,13 @@ def configure(*overrides: str) -> Config:
         ({"model_type": "no-such"}, [], ["no-such"]),
         ({"rope_scaling": {"rope_type": "linear"}}, [], ["config.json", "factor"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, [], ["rope_scaling", "dynamic"]),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, [], ["rope_scaling.low_freq_factor=2.0"]),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, [], ["original_max_position_embeddings=4096"]),
+        ({"use_sliding_window": True}, [], ["use_sliding_window"]),
+        ({"hidden_act": "gelu"}, [], ["hidden_act='gelu'"]),
+        ({"partial_rotary_factor": 0.5}, [], ["partial_rotary_factor=0.5"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, [], ["quantization_config"]),
+        ({}, ["+model.architecture={hidden_size:64}"], ["hidden_size=32", "64", "preset"]),
     ],
     ids=str,
 )
@@ -112,6 +128,25 @@ def test_architectures_that_cannot_run_are_refused(
 def test_layouts_of_the_model_made_in_code_are_checked(tmp_path: Path) -> None:
     message = refusal(lambda: prepare_run(configure("parallel=pp2", "model.tiny.num_layers=3"), tmp_path / "run"))
     assert "num_layers=3 (model.tiny)" in message
+
+
+def test_a_preset_needs_the_weights(tmp_path: Path) -> None:
+    config = configure("model=qwen3_0.6b")
+    assert "model.path is required" in refusal(lambda: prepare_run(config, tmp_path / "run"))
+
+
+def test_weights_that_are_incomplete_are_refused(model: Callable[..., Path], tmp_path: Path) -> None:
+    path = model()
+    config = configure(f"model.path={path}")
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(WeightsError, match="model.safetensors is truncated"):
+        prepare_run(config, tmp_path / "run")
+    tensors = load(weights)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(WeightsError, match="model.layers.1.mlp.up_proj.weight"):
+        prepare_run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("qwen2", "attention_bias"), ("qwen3", "mlp_bias")])
