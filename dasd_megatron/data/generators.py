@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text
-
-GENERATORS = ("chain_sum",)
 
 
 def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude: Iterable[Problem] = ()) -> list[Problem]:
@@ -17,7 +16,8 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
 
     ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's English sentence: the
     tokens are characters, and these would be most of the prompt. The worked solution has one running sum a line and ends in the
-    answer: ``3``, ``#### -4``. reasoning-gym draws with replacement; repeated expressions are dropped here.
+    answer: ``3``, ``#### -4``. ``gsm_symbolic``: word problems of grade-school mathematics as reasoning-gym states them, with its worked
+    solution, with the answer behind ``####`` at its end. reasoning-gym draws with replacement; repeated expressions are dropped here.
 
     Args:
         source: generator, its arguments, number of problems and seed; equal sources give equal problems.
@@ -35,7 +35,7 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
     num_excluded = len(seen)
     problems: list[Problem] = []
     repeats = 0
-    for problem in _chain_sum(source, name):
+    for problem in _stream(source, name):
         key = normalize_text(problem.problem)
         if key not in seen:
             seen.add(key)
@@ -80,37 +80,59 @@ def worked_sum(expression: str) -> str:
     return "\n".join([*map(str, sums[1:-1]), f"#### {sums[-1]}"])
 
 
-def _chain_sum(source: DataSourceConfig, name: str) -> Iterator[Problem]:
-    """An endless stream of problems, with repeats."""
-    # Imported here: reasoning-gym loads every dataset that it has, and runs on a prompt file need none of them.
-    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+def _chain_sum(item: dict[str, Any]) -> tuple[str, str]:
+    expression = item["metadata"]["expression"]
+    return f"{expression.replace(' ', '')}=", worked_sum(expression)
 
+
+def _gsm_symbolic(item: dict[str, Any]) -> tuple[str, str]:
+    solution = item["metadata"]["answer_cot"].rstrip()
+    # Most of its templates end so, and the response has to.
+    end = f"#### {item['answer']}"
+    return item["question"], solution if solution.endswith(end) else f"{solution}\n{end}"
+
+
+# Module, configuration and dataset of reasoning-gym, and what makes (problem, worked solution) of an item.
+GENERATORS = {
+    "chain_sum": ("reasoning_gym.arithmetic.chain_sum", "ChainSumConfig", "ChainSumDataset", _chain_sum),
+    "gsm_symbolic": (
+        "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic",
+        "GSMSymbolicDatasetConfig",
+        "GSMSymbolicDataset",
+        _gsm_symbolic,
+    ),
+}
+
+# gsm_symbolic draws the kinds of all its items when it is made.
+_STREAM_LENGTH = 1_000_000
+
+
+def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
+    """A long stream of problems, with repeats."""
+    # Imported here: reasoning-gym loads every dataset that it has, and runs on a prompt file need none of them.
+    module_name, config_name, dataset_name, convert = GENERATORS[source.generator]
+    module = importlib.import_module(module_name)
+    config_class, dataset_class = getattr(module, config_name), getattr(module, dataset_name)
     arguments: dict[str, Any] = dict(source.generator_args)
-    known = [field.name for field in dataclasses.fields(ChainSumConfig) if field.name not in ("seed", "size")]
-    unknown = [argument for argument in arguments if argument not in known]
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in ("seed", "size")}
+    unknown = [argument for argument in arguments if argument not in defaults]
     if unknown:
-        hint = f"it stands in data.{name}.{unknown[0]}" if unknown[0] in ("seed", "size") else f"known: {', '.join(known)}"
+        hint = f"it stands in data.{name}.{unknown[0]}" if unknown[0] in ("seed", "size") else f"known: {', '.join(defaults)}"
         raise DataError(f"data.{name}.generator_args: {source.generator} takes no {unknown[0]!r}; {hint}")
     for argument, value in arguments.items():
-        expected = bool if argument == "allow_negation" else int
-        if type(value) is not expected:
-            raise DataError(
-                f"data.{name}.generator_args.{argument} is {value!r}; it must be {'true or false' if expected is bool else 'an integer'}"
-            )
-    config = ChainSumConfig(seed=source.seed, size=1, **arguments)
+        expected = type(defaults[argument])
+        if type(value) is not expected and not (expected is float and type(value) is int):
+            kind = {bool: "true or false", int: "an integer", float: "a number"}[expected]
+            raise DataError(f"data.{name}.generator_args.{argument} is {value!r}; it must be {kind}")
+    config = config_class(seed=source.seed, size=_STREAM_LENGTH, **arguments)
     try:
         config.validate()
     except AssertionError as error:
         raise DataError(f"data.{name}.generator_args: {error}") from error
-    dataset = ChainSumDataset(config)
-    index = 0
-    while True:
+    dataset = dataset_class(config)
+    for index in range(_STREAM_LENGTH):
         item = dataset[index]
-        expression = item["metadata"]["expression"]
+        problem, solution = convert(item)
         yield Problem(
-            id=f"chain_sum-{source.seed}-{index}",
-            problem=f"{expression.replace(' ', '')}=",
-            expected_answer=item["answer"],
-            reference_solution=worked_sum(expression),
+            id=f"{source.generator}-{source.seed}-{index}", problem=problem, expected_answer=item["answer"], reference_solution=solution
         )
-        index += 1

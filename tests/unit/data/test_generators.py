@@ -65,6 +65,16 @@ def test_splits_share_no_problem(train_seed):
         generate_splits(chain_sum(151, train_seed, **arguments), chain_sum(50, 0, **arguments))
 
 
+def test_word_problems_end_in_their_answer():
+    source = DataSourceConfig(generator="gsm_symbolic", size=30, seed=3, generator_args={"difficulty": 1})
+    problems = generate_problems(source)
+    assert len({problem.problem for problem in problems}) == 30
+    for problem in problems:
+        assert problem.reference_solution.rsplit("#### ", 1)[1] == problem.expected_answer
+        assert "\n#### " in problem.reference_solution and problem.id.startswith("gsm_symbolic-3-")
+    assert problems == generate_problems(source)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
