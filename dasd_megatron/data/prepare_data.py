@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text, parse_line, parse_record, write_problems
 
 MANIFEST_FORMAT = 1
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[-+*/^=<>%\u00d7\u00f7\u2212\u22c5]")
 
 
 def read_rows(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
@@ -73,7 +76,8 @@ def _load_dataset(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 
 def words_of(text: str) -> list[str]:
-    return "".join(character if character.isalnum() else " " for character in normalize_text(text)).split()
+    """Words, numbers, mathematical signs, and single characters of scripts without spaces; punctuation and case do not count."""
+    return _WORD.findall(normalize_text(text))
 
 
 def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
@@ -145,11 +149,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
                     return f"{name} too long", f"{tokens} tokens, over {limit}"
         return None
 
-    for where, record in track(read_rows(options), description="reading"):
+    for index, (where, record) in enumerate(track(read_rows(options), description="reading")):
         try:
             if isinstance(record, DataError):
                 raise record
-            problem = parse_record(record, where, f"{stem}-{len(kept)}", source, "--", needs_solution=not options.allow_missing_solution)
+            problem = parse_record(record, where, f"{stem}-row-{index}", source, "--", needs_solution=not options.allow_missing_solution)
         except DataError as error:
             rejected.append({"where": where, "reason": "unusable", "detail": str(error)})
             continue

@@ -24,7 +24,7 @@ from dasd_megatron.config import ConfigError
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.gpt import build_chunks, load_megatron_weights
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, read_hf_config, stored_dtype
-from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, copy_side_files
+from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, copy_side_files, fingerprint
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, CheckpointWriter
 
 # Called with the tensors done and in all.
@@ -117,7 +117,7 @@ def hf_to_megatron(
         entries = _entries(model)
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
         _check_all_used(names, set(expected))
-        job = {"source": str(hf_path.resolve()), "dtype": str(dtype), "tensor_parallel": tensor_parallel, "config": hf_config.to_dict()}
+        job = {"source": str(hf_path.resolve()), "files": fingerprint(hf_path), "dtype": str(dtype), "tensor_parallel": tensor_parallel}
         writer = CheckpointWriter(output, job)
         copy_target = writer.folder / "hf"
         copy_target.mkdir(exist_ok=True)
@@ -173,7 +173,8 @@ def megatron_to_hf(
         _check_all_used(names, set(expected))
         # The order in which the tensors come, so that files fill one after another.
         shapes = {hf_name: expected[hf_name] for found in names.values() for hf_name in found}
-        job = {"source": str(path.resolve()), "dtype": str(dtype)}
+        record = {"kind": "hf", "source": str(path.resolve()), "dtype": str(dtype)}
+        job = {**record, "files": fingerprint(path), "config": fingerprint(template_dir)}
         writer = HfDirectoryWriter(output, shapes, dtype, template_dir=template_dir, max_shard_bytes=max_shard_bytes, job=job)
         with contextlib.closing(writer):
             for count, (name, entry) in enumerate(entries.items()):
@@ -182,7 +183,7 @@ def megatron_to_hf(
                     continue
                 for hf_name, converted in zip(*bridge._weight_to_hf_format(name, _read_one(files, entry)), strict=True):
                     writer.write(hf_name, converted)
-            writer.finish({"kind": "hf", **job})
+            writer.finish(record)
         progress(len(entries), len(entries))
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     return Conversion(len(shapes), len(entries), total, dtype)

@@ -63,15 +63,38 @@ def convert(arguments: list[str]) -> None:
         ConfigError, WeightsError, VerifyError: with one line on what is wrong.
     """
     options = _parser().parse_args(arguments)
-    if options.output.exists() and not options.overwrite:
-        raise ConfigError(f"{options.output} exists: give another --output, or --overwrite to replace it once the new one is complete")
-    options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _check_output(options)
+        _convert(options)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--output {options.output}: {reason}; free space or mend the path, and start again to go on") from error
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """Refuse an output that would cost something: one that exists, and always one that holds an input or is no result of a conversion."""
+    output = options.output.absolute()
+    if not output.name or output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ConfigError(f"--output {options.output}: give the name of a directory that does not exist yet")
+    inputs = [getattr(options, name, None) for name in ("hf_path", "checkpoint", "hf_config", "gguf")]
+    for source in inputs:
+        if source is not None and source.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"--output {options.output} holds {source}, which it is to be made of: give another directory")
+    if output.exists():
+        if not options.overwrite:
+            raise ConfigError(f"{options.output} exists: give another --output, or --overwrite to replace it once the new one is complete")
+        if any(output.iterdir()) and not ((output / "config.json").is_file() or (output / "metadata.json").is_file()):
+            raise ConfigError(f"--output {options.output} --overwrite: it holds no model; remove it yourself, or give another directory")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _convert(options: argparse.Namespace) -> None:
     if options.command == "gguf-to-hf":
         _gguf_to_hf(options)
         return
     if options.command == "hf-to-megatron" and options.tensor_parallel < 1:
         raise ConfigError(f"--tensor-parallel {options.tensor_parallel}: give 1 or more")
-    if options.command == "megatron-to-hf" and not options.max_shard_gb > 0:
+    if options.command == "megatron-to-hf" and not 0 < options.max_shard_gb < 1e6:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb}: give a number above 0")
     # Megatron-Core's and PyTorch's own calls, which a user of this package cannot change.
     for message in (r".*is deprecated", r".*Please use DTensor"):

@@ -53,7 +53,9 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     fsync_tree(partial)
+    replaced = output.with_name(output.name + ".replaced")
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(replaced)
     partial.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -28,6 +28,7 @@ from dasd_megatron.config import Config
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError, first_line
+from dasd_megatron.models.megatron_checkpoint import CheckpointFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -134,6 +135,8 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
     Raises:
         WeightsError: it is not a checkpoint of this model, or cannot be read.
     """
+    # Files that are missing or too short are named here, where the loader would speak of shards.
+    CheckpointFiles(Path(path))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     # What Transformer Engine keeps for FP8 scaling; weights that come from elsewhere have none.

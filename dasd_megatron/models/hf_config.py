@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_
 # Weights that a tied model's files may hold although the architecture has no use for them.
 TIED_HEAD = ("lm_head.weight",)
 _DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
 _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
@@ -54,6 +56,15 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
         raise ConfigError(f"{field}={path}: config.json cannot be used ({reason}); give a qwen2, qwen3 or llama model") from error
     if hf_config.model_type not in _DROPPED_BIASES:
         raise ConfigError(f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
+    raw = json.loads((Path(path) / "config.json").read_text())
+    if raw.get("rope_parameters") is not None and not hasattr(PretrainedConfig, "rope_parameters"):
+        raise ConfigError(
+            f"{field}={path}: rope_parameters in config.json is read by transformers 5 alone; write rope_theta and rope_scaling instead"
+        )
+    for name, kinds in {"tie_word_embeddings": (bool,), "rope_theta": (int, float), **dict.fromkeys(_SIZES, (int,))}.items():
+        value = getattr(hf_config, name, None)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
+            raise ConfigError(f"{field}={path}: {name}={value!r} in config.json; expected {' or '.join(kind.__name__ for kind in kinds)}")
     if getattr(hf_config, "use_sliding_window", False):
         raise ConfigError(f"{field}={path}: use_sliding_window=true in config.json is not supported; give a model without it")
     if hf_config.hidden_act != "silu":
@@ -88,8 +99,11 @@ def hf_folder(path: str | Path) -> Path:
 
 def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the architecture, as transformers has them; a tied head is not one."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"config.json describes no model that transformers can make ({str(error).splitlines()[0]})") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -98,4 +112,7 @@ def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
     values = hf_config.to_dict()
     # transformers 4.56 renamed it.
     name = values.get("dtype") or values.get("torch_dtype") or "float32"
-    return getattr(torch, str(name).removeprefix("torch."))
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"torch_dtype={name} in config.json is not supported; float32, bfloat16 and float16 are")
+    return dtype

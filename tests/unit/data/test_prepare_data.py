@@ -50,7 +50,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(source: Path, heldout: Path, 
     kept = load_problems(DataSourceConfig(path=str(output)), "train")
     assert [(problem.id, problem.problem, problem.expected_answer) for problem in kept] == [
         ("first", "1 + 1 = ?", "2"),
-        ("train-1", "2 + 2 = ?", "4"),
+        ("train-row-1", "2 + 2 = ?", "4"),
     ]
     rejected = [json.loads(line) for line in output.with_suffix(".rejected.jsonl").read_text().splitlines()]
     assert {entry["where"].split()[-1]: entry["reason"] for entry in rejected} == {
@@ -117,3 +117,22 @@ def test_bad_calls_are_refused_with_one_line(source: Path, tmp_path: Path) -> No
             main(arguments)
         assert named in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_other_signs_are_another_problem_and_unspaced_scripts_have_words(tmp_path: Path) -> None:
+    repeated = "小明有三十五个苹果和九十三个梨他又买了三十八个苹果请问一共"
+    rows = ["What is 2-3?", "What is 2*3?", "What is 2+3", f"{repeated}有多少水果"]
+    source, heldout, output = (tmp_path / f"{name}.jsonl" for name in ("source", "eval", "out"))
+    source.write_text("".join(json.dumps({"problem": row, "expected_answer": "1"}) + "\n" for row in rows))
+    heldout.write_text("".join(json.dumps({"problem": text}) + "\n" for text in ("What is 2+3?", f"已知{repeated}几个")))
+    main(["--input", str(source), "--output", str(output), "--allow-missing-solution", "--contamination", str(heldout)])
+    assert [json.loads(line)["problem"] for line in output.read_text().splitlines()] == rows[:2]
+
+
+def test_an_id_that_looks_automatic_drops_nothing_else(tmp_path: Path) -> None:
+    rows = [{"problem": f"{index} + 1", "expected_answer": "1"} for index in range(4)]
+    rows[0]["id"] = "out-row-2"
+    source, output = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["--input", str(source), "--output", str(output), "--allow-missing-solution"])
+    assert len(output.read_text().splitlines()) == 3

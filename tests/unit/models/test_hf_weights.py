@@ -187,3 +187,32 @@ def test_coverage_is_complete_and_exact(tensors, sharded):
         ):
             with pytest.raises(WeightsError, match=named):
                 weights.check_coverage(expected)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tensors, tmp_path, template):
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "notes.txt").write_text("x")
+    with pytest.raises(WeightsError, match="was not made by a conversion"):
+        write(tensors, tmp_path / "model", template)
+    assert (tmp_path / "model.partial" / "notes.txt").exists()
+
+
+def test_a_journal_of_zeros_starts_anew(tensors, tmp_path, template):
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "journal.jsonl").write_bytes(b"\0" * 20 + b"\n")
+    assert (write(tensors, tmp_path / "model", template) / "config.json").exists()
+
+
+def test_quantised_weights_and_two_sets_of_weights_are_refused(tensors, sharded, tmp_path):
+    (tmp_path / "int8").mkdir()
+    save_file({NAMES[0]: torch.zeros(2, 5, dtype=torch.int8)}, tmp_path / "int8" / "model.safetensors")
+    assert NAMES[0] in refusal(tmp_path / "int8") and "I8" in refusal(tmp_path / "int8")
+    save_file(tensors, sharded / "model.safetensors")
+    assert "has both" in refusal(sharded)
+
+
+def test_buffers_of_old_llama_files_are_passed_over(tensors, tmp_path):
+    (tmp_path / "old").mkdir()
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, tmp_path / "old" / "model.safetensors")
+    with HfWeights(tmp_path / "old") as weights:
+        assert weights.shapes.keys() == tensors.keys()
