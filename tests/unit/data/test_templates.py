@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -87,18 +85,14 @@ def test_a_missing_solution_is_refused_where_the_teacher_needs_it(tokenizer):
 
 def test_shipped_templates(tokenizer):
     assert {file.name for file in SHIPPED.iterdir()} == {
-        "student.jinja", "student_math.jinja", "student_sum.jinja",
-        "teacher.jinja", "teacher_bare.jinja", "teacher_math.jinja", "teacher_sum.jinja",
+        "student.jinja", "student_math.jinja",
+        "teacher.jinja", "teacher_bare.jinja", "teacher_math.jinja",
     }  # fmt: skip
     renderer = PromptRenderer(tokenizer)
     assert renderer.student_message(PROBLEM) == PROBLEM.problem
     assert len(renderer.teacher_message(PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
     bare = PromptRenderer(tokenizer, None, "teacher_bare.jinja")
     assert bare.teacher_message(PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
-    sums = PromptRenderer(tokenizer, "student_sum.jinja", "teacher_sum.jinja")
-    problem = dataclasses.replace(PROBLEM, problem="4-1=", reference_solution="#### 3")
-    assert sums.student_message(problem) == 'What is 4-1? End with "The answer is" and the number.'
-    assert sums.teacher_message(problem) == f"4-1=3. {sums.student_message(problem)}"
     math = PromptRenderer(tokenizer, "student_math.jinja", "teacher_math.jinja")
     for message in (math.student_message(PROBLEM), math.teacher_message(PROBLEM)):
         assert message.startswith("4 - 1 =\n") and message.endswith("put your final answer within \\boxed{}.")
