@@ -28,6 +28,11 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line that names the field and the fix."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _doc(default: Any, text: str) -> Any:
     """A dataclass field with its documentation; lists and nested configs get a factory."""
     if isinstance(default, type):
@@ -366,7 +371,7 @@ def _typed(values: Any) -> Config:
     except ConfigKeyError as error:
         raise ConfigError(_unknown_field(str(error.full_key))) from error
     except (OmegaConfBaseException, MissingMandatoryValue) as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     validate(config)
     return config
 
@@ -380,7 +385,7 @@ def _explain_hydra(error: Exception) -> str:
     text = str(error)
     override = re.fullmatch(r"Error merging override (\S+?)=.*", text, re.DOTALL)
     if override and error.__cause__ is not None:
-        return f"{override.group(1)}: {str(error.__cause__).splitlines()[0]}"
+        return f"{override.group(1)}: {first_line(error.__cause__)}"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         return _unknown_field(unknown.group(1))

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.progress import track
 
-from dasd_megatron.config import DataSourceConfig
+from dasd_megatron.config import DataSourceConfig, first_line
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text, parse_line, parse_record, write_problems
 
 MANIFEST_FORMAT = 1
@@ -36,7 +36,7 @@ def read_rows(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         try:
             file = pyarrow.parquet.ParquetFile(options.input)
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{options.input} cannot be read as Parquet ({str(error).splitlines()[0]}); give another --input") from error
+            raise DataError(f"{options.input} cannot be read as Parquet ({first_line(error)}); give another --input") from error
         index = 0
         for batch in file.iter_batches():
             for record in batch.to_pylist():
@@ -72,7 +72,7 @@ def _load_dataset(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(options.dataset, options.config, split=options.split)
     # datasets raises many classes for a name, a configuration or a split that does not exist, and for a hub that cannot be reached.
     except Exception as error:
-        raise DataError(f"--dataset {options.dataset} cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise DataError(f"--dataset {options.dataset} cannot be loaded ({first_line(error)})") from error
 
 
 def words_of(text: str) -> list[str]:

@@ -6,7 +6,7 @@ and treats every RoPE scaling as linear. :func:`make_bridge` returns the archite
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ import torch.distributed as dist
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from transformers import PretrainedConfig
 
-from dasd_megatron.models.hf_config import expected_tensors, rotary_arguments
+from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
-
-# Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
-VOCAB_ALIGNMENT = 64
 
 
 class _Corrections:
     """Mixed in before an mbridge class; set up by :func:`make_bridge`."""
+
+    @functools.cached_property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every Hugging Face tensor; kept, since every weight sync asks."""
+        return expected_tensors(self.hf_config)
 
     def use_local_layer_norm_names(self) -> None:
         """Map the separate norms of Megatron's local layers; the fused names stay in place for Transformer Engine's."""
@@ -58,10 +60,9 @@ def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_
     if not transformer_engine:
         bridge.use_local_layer_norm_names()
     bridge.set_extra_args(**transformer_config)
-    alignment = VOCAB_ALIGNMENT * bridge.mpu.tp_size
-    bridge.make_vocab_size_divisible_by = alignment
     bridge.vocab_size = hf_config.vocab_size
-    bridge.padded_vocab_size = math.ceil(hf_config.vocab_size / alignment) * alignment
+    # mbridge cuts the padding off where the second is set.
+    bridge.padded_vocab_size = bridge.make_vocab_size_divisible_by = padded_vocab_size(hf_config.vocab_size, bridge.mpu.tp_size)
     return bridge
 
 
@@ -85,7 +86,7 @@ def export_hf(
     writer = None
     if dist.get_rank() == 0:
         try:
-            writer = HfDirectoryWriter(path, expected_tensors(bridge.hf_config), dtype, template_dir=template_dir, hashes=manifest)
+            writer = HfDirectoryWriter(path, bridge.hf_shapes, dtype, template_dir=template_dir, hashes=manifest)
         except (OSError, WeightsError) as error:
             failure = error
     for name, tensor in bridge.export_weights(chunks):

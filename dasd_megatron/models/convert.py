@@ -30,7 +30,7 @@ from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, Checkpoint
 # Called with the tensors done and in all.
 Progress = Callable[[int, int], None]
 VERIFY_TOKENS = 64
-# The model of one process, whose weights come from elsewhere.
+# A model whose weights come from elsewhere, if from anywhere.
 _SINGLE = dict(**cpu.transformer_config_overrides("local"), sequence_parallel=False, perform_initialization=False, attention_dropout=0.0)
 
 
@@ -56,12 +56,11 @@ def single_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def meta_model(hf_config: PretrainedConfig, dtype: torch.dtype) -> tuple[Bridge, GPTModel]:
-    """The whole model without storage, and its bridge; inside :func:`single_process`."""
+def meta_chunks(hf_config: PretrainedConfig, dtype: torch.dtype) -> tuple[Bridge, list[GPTModel]]:
+    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge."""
     bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE)
     with torch.device("meta"):
-        (model,) = build_chunks(bridge, transformer_engine=False)
-    return bridge, model
+        return bridge, build_chunks(bridge, transformer_engine=False)
 
 
 def _entries(model: GPTModel) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -112,7 +111,7 @@ def hf_to_megatron(
     with HfWeights(hf_path) as weights, single_process():
         expected = expected_tensors(hf_config)
         weights.check_coverage(expected, ignored=TIED_HEAD)
-        bridge, model = meta_model(hf_config, dtype)
+        bridge, (model,) = meta_chunks(hf_config, dtype)
         parameters = dict(model.named_parameters())
         entries = _entries(model)
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
@@ -165,7 +164,7 @@ def megatron_to_hf(
     hf_config = read_hf_config(template_dir, "--hf-config")
     dtype = dtype or files.dtype()
     with single_process():
-        bridge, model = meta_model(hf_config, files.dtype())
+        bridge, (model,) = meta_chunks(hf_config, files.dtype())
         entries = _entries(model)
         files.check_coverage([chunk for entry in entries.values() for chunk in _chunks(entry)], hf_config.vocab_size)
         expected = expected_tensors(hf_config)

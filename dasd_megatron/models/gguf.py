@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dasd_megatron.config import ConfigError
-from dasd_megatron.models.hf_weights import first_line, fsync_tree
+from dasd_megatron.config import ConfigError, first_line
+from dasd_megatron.models.hf_weights import publish
 
 
 def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) -> int:
@@ -52,10 +52,5 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    fsync_tree(partial)
-    replaced = output.with_name(output.name + ".replaced")
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
+    publish(partial, output)
     return sum(parameter.numel() for parameter in model.parameters())

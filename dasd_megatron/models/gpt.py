@@ -24,10 +24,10 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, first_line
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
-from dasd_megatron.models.hf_weights import WeightsError, first_line
+from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

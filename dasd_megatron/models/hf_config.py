@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dasd_megatron.config import ConfigError
+from dasd_megatron.config import ConfigError, first_line
 
+# Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
+_VOCAB_ALIGNMENT = 64
 # Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
@@ -52,8 +55,9 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{field}={path}: config.json cannot be used ({reason}); give a qwen2, qwen3 or llama model") from error
+        raise ConfigError(
+            f"{field}={path}: config.json cannot be used ({first_line(error)}); give a qwen2, qwen3 or llama model"
+        ) from error
     if hf_config.model_type not in _DROPPED_BIASES:
         raise ConfigError(f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
     raw = json.loads((Path(path) / "config.json").read_text())
@@ -87,6 +91,12 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     return hf_config
 
 
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of embedding and head, padding included, that ``tensor_parallel`` ranks share."""
+    alignment = _VOCAB_ALIGNMENT * tensor_parallel
+    return math.ceil(vocab_size / alignment) * alignment
+
+
 def is_megatron_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is a distributed checkpoint of Megatron-Core, and not a Hugging Face directory."""
     return (Path(path) / ".metadata").is_file()
@@ -103,7 +113,7 @@ def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise ConfigError(f"config.json describes no model that transformers can make ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"config.json describes no model that transformers can make ({first_line(error)})") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dasd_megatron.config import first_line
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "dasd_manifest.json"
@@ -55,10 +57,6 @@ def sha256(data: memoryview | bytes) -> str:
 def fingerprint(folder: Path) -> list[list[Any]]:
     """Name, size and time of change of every file in a folder: what a resumed job's source must still have."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class HfWeights:
@@ -220,15 +218,20 @@ class Journal:
 
     def commit(self, output: Path) -> None:
         """Flush everything to disk and make the folder ``output``, in place of one that is there."""
-        fsync_tree(self.folder)
-        # Aside and not away: a kill between the two renames must leave the old one or the new one.
-        replaced = output.with_name(output.name + ".replaced")
-        if output.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            output.rename(replaced)
-        self.folder.rename(output)
+        publish(self.folder, output)
         (output / JOURNAL_FILE).unlink()
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Flush the folder ``partial`` to disk and make it ``output``, in place of one that is there."""
+    fsync_tree(partial)
+    # Aside and not away: a kill between the two renames must leave the old one or the new one.
+    replaced = output.with_name(output.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if output.exists():
+        output.rename(replaced)
+    partial.rename(output)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def fsync_tree(root: Path) -> None:

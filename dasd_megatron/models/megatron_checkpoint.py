@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, first_line, read_manifest, sha256
+from dasd_megatron.config import first_line
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, read_manifest, sha256
 
 # Beside a model's tensors, what a checkpoint may hold that no model has.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")

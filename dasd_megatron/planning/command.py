@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 from dasd_megatron.config import Config, ConfigError, ParallelConfig, load_config, validate
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.planning.estimate import (
+    DTYPE_BYTES,
     Architecture,
     Communication,
     State,
@@ -101,7 +102,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
     candidates = []
     for stage in range(pipeline):
         state = training_state(arch, config, stage)
-        width = 2 if config.precision.params_dtype == "bf16" else 4
+        width = DTYPE_BYTES[config.precision.params_dtype]
         # Copies of the weights: the starting model, or the averaged teacher in float32.
         copies = width * (config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen"))
         copies += 4 * (needs_teacher(config) and config.teacher.weights == "ema")
@@ -146,15 +147,16 @@ def plan(arguments: list[str]) -> None:
     if options.gpus is not None and not options.search:
         raise ConfigError("--gpus belongs to --search; without it the parallel sizes say how many GPUs there are")
     config = plan_config(options.overrides)
-    arch = Architecture.of(model_of(config))
+    hf_config = model_of(config)
+    arch = Architecture.of(hf_config)
     transformer_engine = config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers
     if not options.search:
-        check_layout(config, model_of(config))
+        check_layout(config, hf_config)
         _print(config, arch, make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine), options)
         return
     if options.gpus is None or options.gpus < 1:
         raise ConfigError("--search needs --gpus N, the number of GPUs of the job")
-    _search(config, options, transformer_engine)
+    _search(config, hf_config, options, transformer_engine)
 
 
 def _gb(value: float) -> str:
@@ -213,8 +215,7 @@ def _print(config: Config, arch: Architecture, found: Plan, options: argparse.Na
         print(f"  note: {warning}")
 
 
-def _search(config: Config, options: argparse.Namespace, transformer_engine: bool) -> None:
-    hf_config = model_of(config)
+def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Namespace, transformer_engine: bool) -> None:
     arch = Architecture.of(hf_config)
     limit, fitting, tried, least = options.gpu_memory * 1e9, [], 0, math.inf
     reasons: dict[str, int] = {}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from dasd_megatron.config import Config
+from dasd_megatron.models.hf_config import padded_vocab_size
 
-VOCAB_ALIGNMENT = 64
-_DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
 # Buffers of one block's logits that the fused loss works in, student and teacher: logits, probabilities, and the gradient.
 _LOSS_BUFFERS = 6
@@ -61,8 +61,7 @@ class Architecture:
         return self.kv_heads * self.head_dim
 
     def padded_vocab(self, tensor_parallel: int) -> int:
-        alignment = VOCAB_ALIGNMENT * tensor_parallel
-        return math.ceil(self.vocab / alignment) * alignment
+        return padded_vocab_size(self.vocab, tensor_parallel)
 
 
 def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
@@ -110,7 +109,7 @@ class State:
 def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
     """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer allocate them."""
     data_parallel, distributed = config.parallel.data_parallel_size, config.optimizer.distributed
-    weight_bytes = _DTYPE_BYTES[config.precision.params_dtype]
+    weight_bytes = DTYPE_BYTES[config.precision.params_dtype]
     # Two moments, and float32 weights where the model's are not.
     adam_bytes = 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
     parameters = weights = gradients = optimizer = 0
@@ -167,7 +166,7 @@ def _buffer(sizes: list[tuple[int, bool]], data_parallel: int) -> tuple[list[tup
 def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
     """Bytes per token that autograd keeps of one layer on one rank, without recomputation."""
     tensor = config.parallel.tensor_model_parallel_size
-    width = _DTYPE_BYTES[config.precision.params_dtype]
+    width = DTYPE_BYTES[config.precision.params_dtype]
     # Sequence parallelism shards what lies between the tensor-parallel products; else every rank has all of it.
     hidden = arch.hidden / (tensor if config.parallel.sequence_parallel else 1)
     query, key, ffn = arch.query / tensor, arch.key / tensor, arch.ffn / tensor
@@ -191,7 +190,7 @@ def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int
     """
     parallel = config.parallel
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    width = _DTYPE_BYTES[config.precision.params_dtype]
+    width = DTYPE_BYTES[config.precision.params_dtype]
     hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     layer = layer_activation_bytes(arch, config, transformer_engine=transformer_engine)
     layers = arch.layers / (pipeline * virtual)
@@ -210,7 +209,7 @@ def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int
 def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens: int) -> tuple[float, float]:
     """Bytes of logits and loss buffers on the last stage: (materialised, fused). Fused, also the gradient of the hidden states."""
     tensor = config.parallel.tensor_model_parallel_size
-    width = _DTYPE_BYTES[config.precision.params_dtype]
+    width = DTYPE_BYTES[config.precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
     materialised = tokens * columns * (width + _FP32) + response_tokens * columns * _FP32
     rows = min(config.loss.block_tokens, response_tokens)
@@ -249,7 +248,7 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
     """For ``tokens`` padded tokens of one replica in one step: forward and backward of the update, and the forward passes that score
     student and teacher. Weight sync counts what global rank 0 writes for the rollout servers."""
     parallel, batch = config.parallel, config.batch
-    width = _DTYPE_BYTES[config.precision.params_dtype]
+    width = DTYPE_BYTES[config.precision.params_dtype]
     tensor, pipeline, data = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

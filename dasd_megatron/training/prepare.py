@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, read_config, save_config
+from dasd_megatron.config import Config, ConfigError, first_line, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
@@ -166,9 +166,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"model.path={path}: its tokenizer cannot be loaded ({reason}); put the model's tokenizer.json and tokenizer_config.json there"
+            f"model.path={path}: its tokenizer cannot be loaded ({first_line(error)}); "
+            "put the model's tokenizer.json and tokenizer_config.json there"
         ) from error
 
 

@@ -15,8 +15,7 @@ from megatron.core import parallel_state  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from dasd_megatron.models.bridge import make_bridge  # noqa: E402
-from dasd_megatron.models.gpt import build_chunks  # noqa: E402
+from dasd_megatron.models.convert import meta_chunks  # noqa: E402
 from dasd_megatron.planning.command import plan_config  # noqa: E402
 from dasd_megatron.planning.estimate import Architecture, chunk_parameters, total_parameters  # noqa: E402
 
@@ -33,18 +32,7 @@ for overrides, rank, published in cases:
     parallel_state.initialize_model_parallel(
         tensor, pipeline, parallel.virtual_pipeline_model_parallel_size, create_gloo_process_groups=False
     )
-    bridge = make_bridge(
-        hf_config,
-        dtype=torch.bfloat16,
-        transformer_engine=False,
-        sequence_parallel=False,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    with torch.device("meta"):
-        chunks = build_chunks(bridge, transformer_engine=False)
+    _, chunks = meta_chunks(hf_config, torch.bfloat16)
     arch = Architecture.of(hf_config)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     found = [[(p.numel(), bool(getattr(p, "shared_embedding", False))) for p in chunk.parameters()] for chunk in chunks]
