@@ -46,7 +46,7 @@ bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/loss_cuda.py
 
 seeds: $(VENV)/.installed
-	$(BIN)/python benchmarks/quickstart_seeds.py
+	$(BIN)/python benchmarks/seeds.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

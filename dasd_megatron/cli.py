@@ -46,10 +46,18 @@ def report_errors(work: Callable[[], None]) -> int:
     return 0
 
 
-def _train(overrides: list[str]) -> None:
+def _configuration(arguments: list[str]) -> Config:
+    parser = argparse.ArgumentParser(prog="dasd", usage="dasd train | evaluate [--config-dir DIR] [field=value ...]", add_help=False)
+    parser.add_argument("--config-dir")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(arguments)
+    return load_config(options.overrides, options.config_dir)
+
+
+def _train(arguments: list[str]) -> None:
     from dasd_megatron.training.prepare import choose_run_dir, prepare_run
 
-    config = load_config(overrides)
+    config = _configuration(arguments)
     root = choose_run_dir(config)
     if "RANK" in os.environ:
         from dasd_megatron.training.worker import run
@@ -138,10 +146,10 @@ def _launch(config: Config, root: Path) -> int:
     return 0
 
 
-def _evaluate(overrides: list[str]) -> None:
+def _evaluate(arguments: list[str]) -> None:
     from dasd_megatron.evaluation.command import evaluate_model
 
-    evaluate_model(load_config(overrides))
+    evaluate_model(_configuration(arguments))
 
 
 def _convert(arguments: list[str]) -> None:
@@ -168,7 +176,8 @@ def _fields_help(command: str) -> str:
     fields = known_fields()
     width = max(map(len, fields))
     lines = [f"  {name:<{width}}  {text}" for name, text in fields.items()]
-    return "\n".join([f"usage: dasd {command} [experiment=NAME] [field=value ...]", "", "fields:", *lines])
+    options = "  --config-dir DIR: a directory of your own groups, as DIR/experiment/NAME.yaml"
+    return "\n".join([f"usage: dasd {command} [--config-dir DIR] [experiment=NAME] [field=value ...]", "", options, "", "fields:", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -253,6 +253,9 @@ class VerifyConfig:
     workers: int = _doc(2, "processes that grade answers math-verify's way; 0 grades by the integer fast path alone")
     timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
+    truncated_is_wrong: bool = _doc(
+        False, "responses that rollout.max_new_tokens cut short get reward 0 whatever they say, so that going on behind the answer does not pay"
+    )
 
 
 @dataclass
@@ -315,8 +318,11 @@ class Config:
     )
 
 
-def load_config(overrides: list[str]) -> Config:
+def load_config(overrides: list[str], config_dir: str | Path | None = None) -> Config:
     """Compose ``conf/config.yaml`` with Hydra overrides (``experiment=quickstart optimizer.lr=1e-4``), type-check and validate it.
+
+    Args:
+        config_dir: a directory of further groups: ``experiment=mine`` is then also looked for in ``config_dir/experiment/mine.yaml``.
 
     Raises:
         ConfigError: an unknown field or group, a value of the wrong type, a required field left out, a contradiction, or a path that
@@ -325,6 +331,13 @@ def load_config(overrides: list[str]) -> Config:
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"{override!r} is not an override: write field=value, like optimizer.lr=1e-4")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(
+                f"--config-dir {config_dir} is no directory: give one that holds groups, like {config_dir}/experiment/mine.yaml"
+            )
+        quoted = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        overrides = [f"hydra.searchpath=['file://{quoted}']", *overrides]
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_module("dasd_megatron.conf", version_base="1.3"):

@@ -117,7 +117,7 @@ def hf_to_megatron(
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
         _check_all_used(names, set(expected))
         job = {"source": str(hf_path.resolve()), "files": fingerprint(hf_path), "dtype": str(dtype), "tensor_parallel": tensor_parallel}
-        writer = CheckpointWriter(output, job)
+        writer = CheckpointWriter(output, job, sum(torch.Size(shape).numel() for shape in expected.values()) * dtype.itemsize)
         copy_target = writer.folder / "hf"
         copy_target.mkdir(exist_ok=True)
         copy_side_files(hf_path, copy_target, dtype)

@@ -16,9 +16,9 @@ from dasd_megatron.config import ConfigError, first_line
 _VOCAB_ALIGNMENT = 64
 # Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
 # Weights that a tied model's files may hold although the architecture has no use for them.
 TIED_HEAD = ("lm_head.weight",)
+# Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
 _DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 # Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
@@ -65,7 +65,8 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
         raise ConfigError(
             f"{field}={path}: rope_parameters in config.json is read by transformers 5 alone; write rope_theta and rope_scaling instead"
         )
-    for name, kinds in {"tie_word_embeddings": (bool,), "rope_theta": (int, float), **dict.fromkeys(_SIZES, (int,))}.items():
+    kinds_of = {"tie_word_embeddings": (bool,), "rope_theta": (int, float), "rms_norm_eps": (int, float), **dict.fromkeys(_SIZES, (int,))}
+    for name, kinds in kinds_of.items():
         value = getattr(hf_config, name, None)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
             raise ConfigError(f"{field}={path}: {name}={value!r} in config.json; expected {' or '.join(kind.__name__ for kind in kinds)}")

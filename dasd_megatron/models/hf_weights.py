@@ -284,6 +284,13 @@ def shard_plan(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}, sizes
 
 
+def check_free_space(path: Path, folder: Path, needed: int) -> None:
+    """Refuse to begin writing ``path``, by way of ``folder``, where its disk has no room for ``needed`` more bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise WeightsError(f"{path}: {needed / 1e9:.1f} GB are to be written and the disk has {free / 1e9:.1f} GB free; free some")
+
+
 class HfDirectoryWriter:
     """A Hugging Face directory, filled tensor by tensor in any order, that appears whole or not at all.
 
@@ -319,10 +326,7 @@ class HfDirectoryWriter:
         self._descriptors: list[int] = []
         self._file_of = {name: file for file, names in plan.items() for name in names}
         total = sum(self._sizes.values())
-        free = shutil.disk_usage(self._journal.folder).free
-        needed = total - sum(self._sizes[name] for name in self._journal.done)
-        if needed > free:
-            raise WeightsError(f"{path}: {needed / 1e9:.1f} GB are to be written and the disk has {free / 1e9:.1f} GB free; free some")
+        check_free_space(path, self._journal.folder, total - sum(self._sizes[name] for name in self._journal.done))
         for file, names in plan.items():
             self._begin_file(self._journal.folder / file, names)
         if len(plan) > 1:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dasd_megatron.config import first_line
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, read_manifest, sha256
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, check_free_space, read_manifest, sha256
 
 # Beside a model's tensors, what a checkpoint may hold that no model has.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
@@ -42,9 +42,13 @@ class CheckpointWriter:
     Args:
         path: where it will appear; a directory that is there is replaced.
         job: what is written from what; chunks that a killed writer of the same job left behind are kept, after a look at their bytes.
+        total_bytes: of all weights that will be added.
+
+    Raises:
+        WeightsError: the disk has no room for them.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any]) -> None:
+    def __init__(self, path: Path, job: dict[str, Any], total_bytes: int) -> None:
         self.path = path
         self._journal = Journal(path, job)
         self.folder = self._journal.folder
@@ -52,6 +56,7 @@ class CheckpointWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         for name in [name for name, record in self._journal.done.items() if not self._intact(record)]:
             del self._journal.done[name]
+        check_free_space(path, self.folder, total_bytes - sum(record["bytes"] for record in self._journal.done.values()))
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.folder / record["file"]

@@ -40,6 +40,7 @@ _DEFAULTS = (
     "evaluation=none",
     "rollout.max_prompt_tokens=1024",
     "rollout.max_new_tokens=8192",
+    "model.tiny.max_position_embeddings=9216",
     "backend.kind=cuda",
     "precision=bf16",
     "batch.micro_batch_size=1",
@@ -71,9 +72,9 @@ class Plan:
     seconds: float
 
 
-def plan_config(overrides: list[str]) -> Config:
+def plan_config(overrides: list[str], config_dir: str | None = None) -> Config:
     """The configuration that ``overrides`` describe, with a GPU job's defaults for what they leave open."""
-    return load_config([*_DEFAULTS, *overrides])
+    return load_config([*_DEFAULTS, *overrides], config_dir)
 
 
 def model_of(config: Config) -> PretrainedConfig:
@@ -140,13 +141,14 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--search", action="store_true", help="list the layouts for --gpus that fit, the fastest by estimate first")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the training job, for --search")
     parser.add_argument("--local-layers", action="store_true", help="Megatron's local layers and not Transformer Engine's")
+    parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own groups, as for dasd train")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train: model=qwen3_8b batch.groups=64 ...")
     options = parser.parse_intermixed_args(arguments)
     if options.gpus_per_node < 1 or not options.gpu_memory > 0:
         raise ConfigError("--gpus-per-node and --gpu-memory must be above 0")
     if options.gpus is not None and not options.search:
         raise ConfigError("--gpus belongs to --search; without it the parallel sizes say how many GPUs there are")
-    config = plan_config(options.overrides)
+    config = plan_config(options.overrides, options.config_dir)
     hf_config = model_of(config)
     arch = Architecture.of(hf_config)
     transformer_engine = config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers

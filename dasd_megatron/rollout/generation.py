@@ -78,7 +78,8 @@ def make_samples(
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0.
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0; under
+    ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
 
     What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
     without a tokenizer sends no text.
@@ -87,7 +88,9 @@ def make_samples(
         (problem, group, prompt) for problem, group, prompt in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)
     ]
     texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]
-    verdicts = grader.grade(texts, [problem.expected_answer for problem, _, _ in repeated])
+    cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
+    graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
+    verdicts = grader.grade(graded, [problem.expected_answer for problem, _, _ in repeated])
     return [
         Sample(
             group=group,

@@ -20,6 +20,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     for message in (
         r"`torch\.distributed\.\w+` is deprecated",
         r"full scope is deprecated",
+        r"`load_state_dict` is deprecated",
         r"Please use DTensor",
         r"The \.grad attribute of a Tensor that is not a leaf",
     ):

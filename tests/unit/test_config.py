@@ -112,6 +112,19 @@ def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path)
         load_config([*overrides, f"data.train.path={data}"])
 
 
+def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "o'er, there=1"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - quickstart\nrun:\n  name: mine\n  steps: 7\n")
+    config = load_config(["experiment=mine", "run.steps=8"], folder)
+    assert (config.run.name, config.run.steps, config.warm_start.steps) == ("mine", 8, 400)
+    assert load_config([QUICK], folder).run.name == "quickstart"
+    with pytest.raises(ConfigError, match="mine"):
+        load_config(["experiment=mine"])
+    with pytest.raises(ConfigError, match="--config-dir .* is no directory"):
+        load_config([QUICK], folder / "experiment" / "mine.yaml")
+
+
 @pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])
 def test_every_algorithm_group_composes(algorithm: str) -> None:
     assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm

@@ -100,6 +100,7 @@ def test_a_plan_says_whether_it_fits(capsys: pytest.CaptureFixture) -> None:
     text = printed(capsys, *job[:2])
     assert "sequence_parallel=false" in text and "8,190,735,360 in all" in text
     assert "over the network" in printed(capsys, "--gpus-per-node", "4", *job)
+    assert "weights" in printed(capsys)
     assert "turns them off" in printed(capsys, "model=qwen3_8b", PP + "2", VPP + "2")
     fused, dense = (float(number) for number in re.search(r"last stage +([\d.]+) GB fused \(([\d.]+) GB", text).groups())
     assert fused < dense

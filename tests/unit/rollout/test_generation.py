@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import httpx
 import pytest
 
@@ -32,6 +34,16 @@ def test_rewards_and_texts_are_those_of_the_tokens(server_text: str) -> None:
     assert [sample.text for sample in samples] == responses  # without the end token
     assert [sample.response_ids for sample in samples] == [c.output_ids for c in completions]  # with it
     assert [(sample.problem_id, sample.group, sample.sample) for sample in samples] == [("a", 4, 0), ("a", 4, 1), ("b", 5, 0), ("b", 5, 1)]
+
+
+@pytest.mark.parametrize("truncated_is_wrong", [False, True])
+def test_a_response_cut_short_counts_by_configuration(truncated_is_wrong: bool) -> None:
+    completions = [completion("#### 2", ""), dataclasses.replace(completion("#### 2", ""), finish_reason="length")]
+    with Grader(VerifyConfig(workers=0, truncated_is_wrong=truncated_is_wrong)) as grader:
+        samples = make_samples(PROBLEMS[:1], [0], [[1]], completions, grader, samples_per_group=2, tokenizer=TOKENIZER)
+    assert [sample.reward for sample in samples] == [1.0, 0.0 if truncated_is_wrong else 1.0]
+    assert [sample.predicted_answer for sample in samples] == ["2", None if truncated_is_wrong else "2"]
+    assert [sample.text for sample in samples] == ["#### 2", "#### 2"]
 
 
 @pytest.mark.parametrize(("vocab_size", "accepted"), [(None, True), (100, True), (99, False)])

