@@ -254,7 +254,7 @@ class VerifyConfig:
     timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
     truncated_is_wrong: bool = _doc(
-        False, "responses that rollout.max_new_tokens cut short get reward 0 whatever they say, so that going on behind the answer does not pay"
+        False, "responses that rollout.max_new_tokens cut short get reward 0 ungraded, so that going on behind the answer does not pay"
     )
 
 
