@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 # gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your CUDA first.
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test lint format test-gpu bench bench-gpu seeds clean
+# An environment of its own for SGLang, which needs other versions than the trainer.
+SGLANG_VENV ?= .venv-sglang
+
+.PHONY: quickstart sglang-cpu test lint format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +23,16 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+$(SGLANG_VENV)/.installed: requirements/sglang_cpu.txt requirements/sglang_cpu_nodeps.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(SGLANG_VENV)/bin/python -c "import torch" 2>/dev/null || $(SGLANG_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(SGLANG_VENV)/bin/python -m pip install --quiet -r requirements/sglang_cpu.txt
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --no-deps -r requirements/sglang_cpu_nodeps.txt
+	touch $@
+
+sglang-cpu: $(SGLANG_VENV)/.installed
 
 quickstart: $(VENV)/.installed
 	$(BIN)/dasd train experiment=quickstart

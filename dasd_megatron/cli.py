@@ -90,7 +90,7 @@ def _check_backend(config: Config) -> None:
 
 def _check_port(config: Config) -> None:
     rollout = config.rollout
-    if rollout.engine != "embedded" or rollout.replay is not None or rollout.port == 0:
+    if rollout.engine == "external" or rollout.replay is not None or rollout.port == 0:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

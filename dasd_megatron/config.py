@@ -191,16 +191,36 @@ class OptimizerConfig:
 
 
 @dataclass
+class SGLangConfig:
+    backend: str = _doc("cuda", "cuda or cpu")
+    python: str | None = _doc(
+        None, "Python interpreter of the environment that SGLang is installed in, like .venv-sglang/bin/python; null: this one"
+    )
+    tensor_parallel_size: int = _doc(1, "GPUs that share each replica of the model")
+    data_parallel_size: int = _doc(1, "replicas behind the server's one address")
+    mem_fraction_static: float | None = _doc(None, "share of GPU memory for weights and key-value cache; null: SGLang's choice")
+    max_total_tokens: int | None = _doc(None, "tokens in the key-value cache; null: SGLang's choice")
+    context_length: int | None = _doc(None, "longest prompt and response together, tokens; null: the model's")
+    quantization: str | None = _doc(None, "quantisation of the served weights, like fp8; null: none")
+    arguments: list[str] = _doc([], "further arguments of sglang.launch_server, like [--enable-metrics]")
+
+
+@dataclass
 class RolloutConfig:
-    engine: str = _doc("embedded", "embedded (the trainer starts a server on this machine) or external (rollout.servers)")
+    engine: str = _doc(
+        "embedded", "embedded or sglang (the trainer starts one server on this machine), or external (those of rollout.servers)"
+    )
+    sglang: SGLangConfig = _doc(SGLangConfig, "rollout.engine=sglang only")
     servers: list[str] = _doc([], "addresses of SGLang-compatible servers for rollout.engine=external, like http://10.0.0.1:30000")
-    host: str = _doc("127.0.0.1", "address that the embedded server listens on")
-    port: int = _doc(0, "port of the embedded server; 0: any free one")
-    threads: int = _doc(2, "CPU threads of the embedded server")
-    dtype: str = _doc("float32", "float32 or bfloat16: the embedded server's weights")
-    max_batch_size: int = _doc(256, "sequences that the embedded server decodes at once")
+    host: str = _doc("127.0.0.1", "address that the trainer's own server listens on")
+    port: int = _doc(0, "port of the trainer's own server; 0: any free one")
+    threads: int = _doc(2, "CPU threads of the trainer's own server")
+    dtype: str = _doc("float32", "float32 or bfloat16: the weights of the trainer's own server")
+    max_batch_size: int = _doc(256, "sequences that the trainer's own server decodes at once")
     deterministic: bool = _doc(
-        True, "one request is one decoding batch, so equal seeds give equal rollouts; false merges concurrent requests"
+        True,
+        "equal seeds give equal rollouts. embedded: one request is one decoding batch, so concurrent requests are not merged; sglang: "
+        "--enable-deterministic-inference, without which it heeds no seed and is faster",
     )
     groups_per_request: int = _doc(16, "prompts in one HTTP request")
     temperature: float = _doc(1.0, "sampling temperature; training scores at the same one")
@@ -217,7 +237,7 @@ class RolloutConfig:
     max_retries: int = _doc(3, "further tries of a failed request")
     backoff_seconds: float = _doc(0.5, "wait before the first retry; doubles each time")
     max_in_flight: int = _doc(64, "requests under way at once")
-    max_restarts: int = _doc(3, "times in one run that a dead embedded server is started again")
+    max_restarts: int = _doc(3, "times in one run that a dead server of the trainer's own is started again")
     replay: str | None = _doc(None, "folder of saved rollouts (<run>/rollouts); the trainer reads them instead of asking a server")
 
 
@@ -422,7 +442,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.privileged": ("solution", "hint", "answer"),
     "optimizer.decay_style": ("constant", "linear", "cosine"),
     "warm_start.decay_style": ("constant", "linear", "cosine"),
-    "rollout.engine": ("embedded", "external"),
+    "rollout.engine": ("embedded", "sglang", "external"),
+    "rollout.sglang.backend": ("cuda", "cpu"),
     "rollout.dtype": ("float32", "bfloat16"),
 }
 
@@ -473,6 +494,11 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.adam_eps": (0, None),
     "optimizer.clip_grad": (0, None),
     "rollout.port": (0, 65535),
+    "rollout.sglang.tensor_parallel_size": (1, None),
+    "rollout.sglang.data_parallel_size": (1, None),
+    "rollout.sglang.mem_fraction_static": (0.01, 0.99),
+    "rollout.sglang.max_total_tokens": (1, None),
+    "rollout.sglang.context_length": (1, None),
     "rollout.threads": (1, None),
     "rollout.max_batch_size": (1, None),
     "rollout.groups_per_request": (1, None),
@@ -607,9 +633,9 @@ def validate(config: Config) -> None:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
         raise ConfigError("rollout.engine=external needs rollout.servers=[http://host:port,...], or write rollout.engine=embedded")
-    if rollout.engine == "embedded" and rollout.servers:
+    if rollout.engine != "external" and rollout.servers:
         raise ConfigError(
-            "rollout.servers is set but rollout.engine=embedded starts its own: write rollout.engine=external, or leave servers empty"
+            f"rollout.servers is set but rollout.engine={rollout.engine} starts its own: write rollout.engine=external, or leave them out"
         )
     for server in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+", server):

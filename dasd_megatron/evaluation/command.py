@@ -14,7 +14,7 @@ from dasd_megatron.evaluation.evaluate import evaluate
 from dasd_megatron.models.hf_config import is_megatron_checkpoint
 from dasd_megatron.observability.progress import ProgressDisplay, summary_table
 from dasd_megatron.rollout.generation import make_client
-from dasd_megatron.rollout.launch import EmbeddedServer
+from dasd_megatron.rollout.launch import LocalServer
 from dasd_megatron.training.prepare import choose_run_dir, load_tokenizer, make_renderer
 from dasd_megatron.verify.grader import Grader
 
@@ -43,9 +43,9 @@ def evaluate_model(config: Config) -> None:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
         urls, version = list(config.rollout.servers), None
-        if config.rollout.engine == "embedded":
+        if config.rollout.engine != "external":
             version = "evaluated"
-            server = stack.enter_context(EmbeddedServer(config.model.path, version, config.rollout, root / "logs" / "rollout_server.log"))
+            server = stack.enter_context(LocalServer(config.model.path, version, config.rollout, root / "logs" / "rollout_server.log"))
             urls = [server.url]
         with display.phase(f"evaluate {len(problems)} problems x {config.evaluation.samples} samples"):
             metrics = evaluate(

@@ -1,7 +1,8 @@
-"""Start, watch and stop the embedded rollout server as a child process of the trainer."""
+"""Start, watch and stop a rollout server as a child process: the embedded one, or SGLang in an environment of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 import dasd_megatron
 from dasd_megatron.config import RolloutConfig
@@ -18,21 +20,24 @@ from dasd_megatron.rollout.server import ServerError, bind
 POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 10.0
 TAIL_LINES = 20
+SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
+# What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches behind another batch.
+_SGLANG_CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule", "--sleep-on-idle"]
 
 
 class ServerStartError(RuntimeError):
-    """The embedded server did not become healthy. The message holds the end of its log."""
+    """The server did not become healthy. The message holds the end of its log."""
 
 
 class PortInUseError(ServerStartError):
     """``rollout.port`` cannot be listened on."""
 
 
-class EmbeddedServer:
-    """The embedded rollout server in its own process; it ends with this process, however that ends.
+class LocalServer:
+    """A rollout server of ours in its own process; it ends with this process, however that ends.
 
-    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: where to listen, threads, dtype,
-    batch size and time limits; log_path: the file that its output is appended to.
+    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: which engine, where to listen, its
+    resources and time limits; log_path: the file that its output is appended to.
     """
 
     def __init__(self, model_path: str | Path, weight_version: str, rollout: RolloutConfig, log_path: str | Path):
@@ -43,7 +48,7 @@ class EmbeddedServer:
         self._port = rollout.port
         self._process: subprocess.Popen | None = None
 
-    def __enter__(self) -> EmbeddedServer:
+    def __enter__(self) -> LocalServer:
         self.start()
         return self
 
@@ -54,9 +59,14 @@ class EmbeddedServer:
     def url(self) -> str:
         """Base address, known once :meth:`start` was called. It survives :meth:`restart` unless another process took the port."""
         if self._port == 0:
-            raise ServerStartError("the embedded server has no address yet: call start() first")
+            raise ServerStartError("the rollout server has no address yet: call start() first")
         host = f"[{self.rollout.host}]" if ":" in self.rollout.host else self.rollout.host
         return f"http://{host}:{self._port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started, or None; it may have started others."""
+        return None if self._process is None else self._process.pid
 
     def alive(self) -> bool:
         """Whether the process is running; says nothing of its health."""
@@ -69,33 +79,34 @@ class EmbeddedServer:
         log when the process ends or is not healthy within ``rollout.startup_timeout_seconds``; nothing is left running then.
         """
         if self.alive():
-            raise ServerStartError(f"the embedded server is already running at {self.url}")
+            raise ServerStartError(f"the rollout server is already running at {self.url}")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sock = self._bind()
         self._port = sock.getsockname()[1]
-        command = [sys.executable, "-m", "dasd_megatron.rollout.server"]
-        command += ["--model-path", self.model_path, "--weight-version", self.weight_version, "--fd", str(sock.fileno())]
-        command += [
-            "--dtype",
-            self.rollout.dtype,
-            "--threads",
-            str(self.rollout.threads),
-            "--max-batch-size",
-            str(self.rollout.max_batch_size),
-        ]
-        command += ["--exit-with-parent"] + (["--deterministic"] if self.rollout.deterministic else [])
-        # The child's socket is bound here, so that the port cannot be lost between choosing and using it; this copy is closed at once, so
-        # that connections are refused, not left waiting, when the child dies.
+        embedded = self.rollout.engine == "embedded"
+        command = self._embedded_command(sock.fileno()) if embedded else sglang_command(self.rollout, self.model_path, self._port)
+        if not embedded:
+            command += ["--weight-version", self.weight_version]
+            # SGLang listens by itself, late in its start.
+            sock.close()
+        # The embedded server gets the socket that is bound here, so that the port cannot be lost between choosing and using it; this copy
+        # is closed at once, so that connections are refused, not left waiting, when the child dies.
         with sock, self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(sock.fileno(),),
-                env=self._environment(),
-                start_new_session=True,  # an interrupt at the terminal is the trainer's to handle
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(sock.fileno(),) if embedded else (),
+                    env=self._environment(),
+                    start_new_session=True,  # an interrupt at the terminal is the trainer's to handle
+                )
+            except OSError as error:
+                raise ServerStartError(
+                    f"rollout.sglang.python: {command[0]} cannot be started ({error.strerror}); give the interpreter of the environment "
+                    "that has SGLang (make sglang-cpu builds .venv-sglang)"
+                ) from error
         try:
             self._wait_until_healthy()
         except BaseException:
@@ -103,23 +114,44 @@ class EmbeddedServer:
             raise
 
     def stop(self) -> None:
-        """End the process: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing happens when it is not running."""
+        """End the process and all that it started: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing happens when it is
+        not running."""
         process, self._process = self._process, None
         if process is None:
             return
+        family = self._descendants(process)
         process.stdin.close()
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(TERMINATE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.kill()
+        process.wait()
+        psutil.wait_procs(family, timeout=TERMINATE_SECONDS)
 
     def restart(self, model_path: str | Path, weight_version: str) -> None:
         """Stop what is left of the process and start it again with these weights; raises as :meth:`start`."""
         self.stop()
         self.model_path, self.weight_version = str(model_path), weight_version
         self.start()
+
+    def _descendants(self, process: subprocess.Popen) -> list[psutil.Process]:
+        """The processes of the session that ``process`` leads, or led: those that SGLang starts outlive it when it is killed."""
+        family = []
+        for member in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+                if member.pid != process.pid and os.getsid(member.pid) == process.pid:
+                    family.append(member)
+        return family
+
+    def _embedded_command(self, descriptor: int) -> list[str]:
+        rollout = self.rollout
+        command = [sys.executable, "-m", "dasd_megatron.rollout.server", "--model-path", self.model_path]
+        command += ["--weight-version", self.weight_version, "--fd", str(descriptor), "--dtype", rollout.dtype]
+        command += ["--threads", str(rollout.threads), "--max-batch-size", str(rollout.max_batch_size)]
+        return command + ["--exit-with-parent"] + (["--deterministic"] if rollout.deterministic else [])
 
     def _bind(self) -> socket.socket:
         try:
@@ -132,34 +164,61 @@ class EmbeddedServer:
             ) from error
 
     def _environment(self) -> dict[str, str]:
-        package_root = str(Path(dasd_megatron.__file__).resolve().parent.parent)
-        paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        return {
+        environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(self.rollout.threads),
             "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the trainer on shared cores
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
         }
+        if self.rollout.engine == "embedded":
+            package_root = str(Path(dasd_megatron.__file__).resolve().parent.parent)
+            paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+            return environment | {"PYTHONPATH": os.pathsep.join(paths)}
+        # SGLang's environment is another one; and what torchrun says of the trainer's ranks is not for it.
+        for name in ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environment.pop(name, None)
+        return environment
 
     def _wait_until_healthy(self) -> None:
         limit = self.rollout.startup_timeout_seconds
         deadline = time.monotonic() + limit
-        with httpx.Client(timeout=2.0, trust_env=False) as http:
+        with httpx.Client(timeout=10.0, trust_env=False) as http:
             while time.monotonic() < deadline:
                 if not self.alive():
-                    raise ServerStartError(f"the embedded rollout server ended with status {self._process.returncode}. {self._log_tail()}")
+                    raise ServerStartError(f"the rollout server ended with status {self._process.returncode}. {self._log_tail()}")
                 try:
                     if http.get(f"{self.url}/health").status_code == 200:
                         return
                 except httpx.TransportError:
                     pass  # it does not listen before the model is loaded
                 time.sleep(POLL_SECONDS)
-        raise ServerStartError(
-            f"the embedded rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self._log_tail()}"
-        )
+        raise ServerStartError(f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self._log_tail()}")
 
     def _log_tail(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"The end of {self.log_path}:\n" + "\n".join(lines)
+
+
+def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[str]:
+    """The command line of a real SGLang server, by ``rollout`` and ``rollout.sglang``; without its weight version."""
+    settings = rollout.sglang
+    command = [settings.python or sys.executable, str(SGLANG_LAUNCHER), settings.backend]
+    command += ["--model-path", model_path, "--host", rollout.host, "--port", str(port), "--dtype", rollout.dtype]
+    command += ["--max-running-requests", str(rollout.max_batch_size), "--skip-server-warmup"]
+    if settings.backend == "cpu":
+        command += _SGLANG_CPU_ARGUMENTS
+    if rollout.deterministic:
+        command += ["--enable-deterministic-inference"]
+    options = {
+        "--tp-size": settings.tensor_parallel_size,
+        "--dp-size": settings.data_parallel_size,
+        "--mem-fraction-static": settings.mem_fraction_static,
+        "--max-total-tokens": settings.max_total_tokens,
+        "--context-length": settings.context_length,
+        "--quantization": settings.quantization,
+    }
+    for name, value in options.items():
+        if value is not None:
+            command += [name, str(value)]
+    return command + list(settings.arguments)

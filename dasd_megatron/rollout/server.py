@@ -1317,14 +1317,12 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
     @app.get("/get_server_info")
     @app.get("/server_info")
     async def server_info() -> dict[str, Any]:
-        state = {
-            "num_running_reqs": engine.running,
-            "num_waiting_reqs": engine.waiting,
-            "paused": engine.paused,
-            "weight_version": engine.weight_version,
-            "decoding_steps": engine.steps,
-        }
+        state = {"paused": engine.paused, "weight_version": engine.weight_version, "decoding_steps": engine.steps}
         return {**settings, "internal_states": [state]}
+
+    @app.get("/v1/loads")
+    async def loads() -> dict[str, Any]:
+        return {"loads": [{"dp_rank": 0, "num_running_reqs": engine.running, "num_waiting_reqs": engine.waiting}]}
 
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(obj: Annotated[UpdateWeightFromDiskReqInput, Body()]) -> JSONResponse:

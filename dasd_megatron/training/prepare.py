@@ -259,10 +259,10 @@ def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 def _check_server_reaches_all(config: Config) -> None:
     """Under torchrun on several machines the embedded server, which this machine's processes share, is not enough."""
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if "LOCAL_WORLD_SIZE" in os.environ and world > local and config.rollout.engine == "embedded" and config.rollout.replay is None:
+    if "LOCAL_WORLD_SIZE" in os.environ and world > local and config.rollout.engine != "external" and config.rollout.replay is None:
         raise ConfigError(
-            f"rollout.engine=embedded serves one machine, and torchrun has started {world} processes with {local} on this one: "
-            "write rollout.engine=external with rollout.servers=[http://host:port,...]"
+            f"rollout.engine={config.rollout.engine} serves one machine, and torchrun has started {world} processes with {local} on "
+            "this one: write rollout.engine=external with rollout.servers=[http://host:port,...]"
         )
 
 

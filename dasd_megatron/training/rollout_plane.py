@@ -19,7 +19,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
-from dasd_megatron.rollout.launch import EmbeddedServer, ServerStartError
+from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
@@ -60,7 +60,7 @@ class RolloutPlane:
     ) -> None:
         self.config, self.paths, self.grader, self.renderer = config, paths, grader, renderer
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self.server: EmbeddedServer | None = None
+        self.server: LocalServer | None = None
         self.urls: list[str] = list(config.rollout.servers)
         self.restarts = 0
         self.weight_version: str | None = None
@@ -93,8 +93,8 @@ class RolloutPlane:
 
     def _serve_current(self) -> None:
         path = self.paths.weights / self.weight_version
-        if self.config.rollout.engine == "embedded" and self.server is None:
-            self.server = EmbeddedServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
+        if self.config.rollout.engine != "external" and self.server is None:
+            self.server = LocalServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
             self.server.start()
             self.urls = [self.server.url]
         else:

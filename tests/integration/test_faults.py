@@ -19,7 +19,7 @@ from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.launch import EmbeddedServer
+from dasd_megatron.rollout.launch import LocalServer
 
 pytestmark = pytest.mark.integration
 
@@ -98,7 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     config = load_config([*SMALL])
     make_tiny_model(folder / "model", config.model.tiny, 1)
-    with EmbeddedServer(folder / "model", "first", config.rollout, folder / "log") as embedded:
+    with LocalServer(folder / "model", "first", config.rollout, folder / "log") as embedded:
         yield embedded.url
 
 

@@ -1,7 +1,7 @@
 """What a rollout server owes the trainer, over HTTP: endpoints, answer shapes, error bodies, log-probs, versions, aborts, pauses, updates.
 
-Tests that take the fixture ``target`` hold for every server of the API; those that take ``embedded``, ``embedded_target`` or start their
-own process are about the embedded server alone.
+Tests that take the fixture ``target`` run against the embedded server and against real SGLang; those that take ``embedded_target`` or start
+their own process are about the embedded server alone.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from servers import sglang_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from dasd_megatron.config import RolloutConfig, TinyModelConfig
+from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.models.tiny import character_tokenizer, make_tiny_model
 from dasd_megatron.rollout.client import RolloutClient
-from dasd_megatron.rollout.launch import EmbeddedServer, PortInUseError, ServerStartError
+from dasd_megatron.rollout.launch import LocalServer, PortInUseError, ServerStartError
 
 pytestmark = pytest.mark.integration
 
@@ -53,12 +55,15 @@ class Target:
         assert response.status_code == 200, response.text
         return response.json()
 
-    def state(self, name):
-        return self.request("GET", "/server_info").json()["internal_states"][0][name]
+    def load(self, name):
+        return self.request("GET", "/v1/loads").json()["loads"][0][name]
+
+    def decoding_steps(self):
+        return self.request("GET", "/server_info").json()["internal_states"][0]["decoding_steps"]
 
     def wait_for(self, name, count):
         deadline = time.monotonic() + 20
-        while self.state(name) < count:
+        while self.load(name) < count:
             assert time.monotonic() < deadline, f"{name} never reached {count}"
             time.sleep(0.01)
 
@@ -91,27 +96,53 @@ def models(tmp_path_factory):
     return paths | {"rope": str(rope), "torn": str(torn), "empty": str(root / "empty"), "absent": str(root / "absent")}
 
 
-@pytest.fixture(scope="module", params=["embedded"])
-def target(request, models, tmp_path_factory):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    with EmbeddedServer(models["a"], "v1", rollout(max_batch_size=64), log) as server:
-        yield Target(request.param, server.url, models["a"])
+@pytest.fixture(scope="module")
+def serve(models, tmp_path_factory):
+    """Gives the server of a kind, started when it is first asked for."""
+    found = {}
+    with ExitStack() as stack:
+
+        def of(kind):
+            if kind not in found:
+                changes = {}
+                if kind == "sglang":
+                    sglang = SGLangConfig(backend="cpu", python=sglang_python(), max_total_tokens=65536)
+                    changes = {"engine": "sglang", "sglang": sglang, "startup_timeout_seconds": 240.0}
+                log = tmp_path_factory.mktemp("log") / "server.log"
+                server = stack.enter_context(LocalServer(models["a"], "v1", rollout(max_batch_size=64, **changes), log))
+                found[kind] = Target(kind, server.url, models["a"])
+            return found[kind]
+
+        yield of
+
+
+@pytest.fixture(scope="module", params=["embedded", "sglang"])
+def target(request, serve):
+    return serve(request.param)
+
+
+@pytest.fixture(scope="module")
+def embedded_target(serve):
+    return serve("embedded")
+
+
+def put_back(target):
+    target.post("/continue_generation", {})
+    body = {"model_path": target.model_path, "weight_version": "v1", "abort_all_requests": True}
+    assert target.post("/update_weights_from_disk", body).status_code == 200
 
 
 @pytest.fixture
-def embedded_target(target):
-    if target.kind != "embedded":
-        pytest.skip("about the embedded server")
-    return target
+def changing(target):
+    """The server for tests that change its weights; they are changed back."""
+    yield target
+    put_back(target)
 
 
 @pytest.fixture
 def embedded(embedded_target):
-    """The embedded server for tests that change its weights; they are changed back."""
     yield embedded_target
-    embedded_target.post("/continue_generation", {})
-    body = {"model_path": embedded_target.model_path, "weight_version": "v1", "abort_all_requests": True}
-    assert embedded_target.post("/update_weights_from_disk", body).status_code == 200
+    put_back(embedded_target)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +240,8 @@ def test_defaults_without_sampling_params(target):
 def test_n_gives_a_prompt_major_flat_list(target):
     answers = target.generate(input_ids=PROMPTS[:2], sampling_params={"n": 3, "max_new_tokens": 8})
     assert [a["meta_info"]["prompt_tokens"] for a in answers] == [4, 4, 4, 11, 11, 11]
-    assert len({tuple(a["output_ids"]) for a in answers[:3]}) > 1, "parallel samples without a seed must differ"
+    if target.kind == "embedded":  # deterministic SGLang takes 42 where no seed is given
+        assert len({tuple(a["output_ids"]) for a in answers[:3]}) > 1, "parallel samples without a seed must differ"
     assert len({a["meta_info"]["id"] for a in answers}) == 6
     assert len(target.generate(input_ids=PROMPTS[0], sampling_params={"n": 2, "max_new_tokens": 2})) == 2
 
@@ -295,9 +327,9 @@ def test_the_same_request_gives_the_same_bits(target):
     assert len({tuple(a["output_ids"]) for a in first[::4]}) == 4, "seeds must matter"
 
 
-def test_requests_without_a_seed_differ(target):
+def test_requests_without_a_seed_differ(embedded_target):
     params = {"max_new_tokens": 16, "ignore_eos": True}
-    assert len({tuple(target.generate(input_ids=[5, 6], sampling_params=params)["output_ids"]) for _ in range(3)}) == 3
+    assert len({tuple(embedded_target.generate(input_ids=[5, 6], sampling_params=params)["output_ids"]) for _ in range(3)}) == 3
 
 
 def test_first_tokens_follow_the_models_distribution(target, reference):
@@ -409,7 +441,7 @@ REFUSED = {
     ),
     "logprob_start_len": ({"return_logprob": True, "logprob_start_len": 5}, ERROR_MESSAGE, "is higher than the number of input tokens"),
     "negative temperature": ({"sampling_params": {"temperature": -1}}, ERROR_MESSAGE, "temperature must be a non-negative finite number"),
-    "top_p 0": ({"sampling_params": {"top_p": 0}}, ERROR_MESSAGE, "top_p must be in (0, 1], got 0.0."),
+    "top_p 0": ({"sampling_params": {"top_p": 0}}, ERROR_MESSAGE, "top_p must be in (0, 1], got 0"),
     "top_p above 1": ({"sampling_params": {"top_p": 1.5}}, ERROR_MESSAGE, "top_p must be in (0, 1], got 1.5."),
     "top_k 0": ({"sampling_params": {"top_k": 0}}, ERROR_MESSAGE, "top_k must be -1 (disable) or at least 1, got 0."),
     "top_k -2": ({"sampling_params": {"top_k": -2}}, ERROR_MESSAGE, "top_k must be -1 (disable) or at least 1, got -2."),
@@ -512,10 +544,10 @@ def test_required_fields_and_choices_of_control_calls(target):
     assert target.post("/pause_generation", {"mode": "sleep"}).status_code == 400
 
 
-def test_parallel_samples_of_one_seed_are_identical(embedded_target):
+def test_parallel_samples_of_one_seed_are_identical(target):
     """As in SGLang under --enable-deterministic-inference: the n copies share the seed."""
     params = {"n": 3, "sampling_seed": 5, "max_new_tokens": 10}
-    answers = embedded_target.generate(input_ids=PROMPTS[0], sampling_params=params)
+    answers = target.generate(input_ids=PROMPTS[0], sampling_params=params)
     assert len({tuple(a["output_ids"]) for a in answers}) == 1
 
 
@@ -544,9 +576,10 @@ def long_request(target, rows=64, **changes):
 
 
 def test_abort_by_id(target):
-    running = long_request(target, rid=[f"row-{i}" for i in range(64)])
+    # SGLang aborts every request whose id begins so.
+    running = long_request(target, rid=[f"row-{i:02}" for i in range(64)])
     target.wait_busy()
-    assert target.post("/abort_request", {"rid": "row-3"}).status_code == 200
+    assert target.post("/abort_request", {"rid": "row-03"}).status_code == 200
     answers = running.answer()
     reason = answers[3]["meta_info"]["finish_reason"]
     assert (reason["type"], reason["message"]) == ("abort", "Aborted")
@@ -586,7 +619,7 @@ def test_pause_aborts_and_holds_new_requests(target):
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_a_suspended_request_goes_on_where_it_was(target, mode):
+def test_a_suspended_request_goes_on_where_it_was(target, reference, mode):
     undisturbed = long_request(target).answer()
     running = long_request(target)
     target.wait_busy()
@@ -594,7 +627,16 @@ def test_a_suspended_request_goes_on_where_it_was(target, mode):
     time.sleep(0.3)
     assert not running.future.done()
     target.post("/continue_generation", {})
-    assert list(map(outcome, running.answer())) == list(map(outcome, undisturbed))
+    answers = running.answer()
+    if target.kind == "sglang" and mode == "retract":
+        # What was retracted is read again in other batches, whose last bits can tip a draw.
+        same = [a["output_ids"] == b["output_ids"] for a, b in zip(answers, undisturbed, strict=True)]
+        assert sum(same) > len(same) / 2
+        for answer in answers:
+            expected = forward_log_probs(reference[0], [5, 6, *answer["output_ids"]])[1:]
+            torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+    else:
+        assert list(map(outcome, answers)) == list(map(outcome, undisturbed))
 
 
 def test_an_abort_reaches_suspended_requests(target):
@@ -602,6 +644,8 @@ def test_an_abort_reaches_suspended_requests(target):
     target.wait_busy()
     target.post("/pause_generation", {"mode": "in_place"})
     target.post("/abort_request", {"abort_all": True})
+    if target.kind == "sglang":  # which ends them when it goes on
+        target.post("/continue_generation", {})
     assert {a["meta_info"]["finish_reason"]["type"] for a in running.answer(10)} == {"abort"}
     target.post("/continue_generation", {})
 
@@ -634,7 +678,7 @@ def test_a_client_that_hangs_up_frees_the_server(embedded_target):
     with pytest.raises(httpx.ReadTimeout):
         embedded_target.post("/generate", body, timeout=1.0)
     deadline = time.monotonic() + 5
-    while embedded_target.state("num_running_reqs"):
+    while embedded_target.load("num_running_reqs"):
         assert time.monotonic() < deadline, "the request of a gone client is still running"
         time.sleep(0.05)
 
@@ -650,28 +694,28 @@ def test_ids_in_use_are_refused(embedded_target):
 # ---- Weight updates ----
 
 
-def test_update_changes_weights_and_version(embedded, models):
+def test_update_changes_weights_and_version(changing, models):
     body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=20), "return_logprob": True}
-    before = embedded.generate(**body)
-    response = embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"})
+    before = changing.generate(**body)
+    response = changing.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"})
     assert response.status_code == 200
     assert response.json() == {
         "success": True,
         "message": "Succeeded to update model weights. Weight version updated to v2.",
         "num_paused_requests": 0,
     }
-    info = embedded.request("GET", "/model_info").json()
+    info = changing.request("GET", "/model_info").json()
     assert (info["weight_version"], info["model_path"]) == ("v2", models["b"])
     model = AutoModelForCausalLM.from_pretrained(models["b"], dtype=torch.float32).eval()
-    after = embedded.generate(**body)
+    after = changing.generate(**body)
     assert [a["output_ids"] for a in after] != [a["output_ids"] for a in before]
     for prompt, answer in zip(PROMPTS, after, strict=True):
         assert answer["meta_info"]["weight_version"] == "v2"
         expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
         torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
     # Without a version the old one stays, as in SGLang; back on the first weights, the first answers come back to the bit.
-    assert embedded.post("/update_weights_from_disk", {"model_path": models["a"]}).json()["message"] == "Succeeded to update model weights."
-    again = embedded.generate(**body)
+    assert changing.post("/update_weights_from_disk", {"model_path": models["a"]}).json()["message"] == "Succeeded to update model weights."
+    again = changing.generate(**body)
     assert {a["meta_info"]["weight_version"] for a in again} == {"v2"}
     assert [outcome(a)[:4] for a in again] == [outcome(a)[:4] for a in before]
 
@@ -732,13 +776,13 @@ def test_an_update_over_suspended_sequences_is_refused(embedded, models):
 # ---- The client against the server ----
 
 
-async def test_the_client_samples_updates_and_waits(embedded, models):
+async def test_the_client_samples_updates_and_waits(changing, models):
     options = {"connect_timeout": 2.0, "request_timeout": 60.0, "max_retries": 1, "backoff": 0.05, "max_in_flight": 8}
-    async with RolloutClient([embedded.url], **options) as client:
+    async with RolloutClient([changing.url], **options) as client:
         await client.wait_until_healthy(10)
         prompts = PROMPTS * 5
         completions = await client.generate(prompts, seeded(20, max_new_tokens=12), weight_version="v1", rows_per_request=6)
-        direct = embedded.generate(input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True)
+        direct = changing.generate(input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True)
         assert [c.output_ids for c in completions[:6]] == [a["output_ids"] for a in direct]
         assert [c.log_probs for c in completions[:6]] == [output_log_probs(a) for a in direct]
         assert {c.finish_reason for c in completions} <= {"stop", "length"}
@@ -749,18 +793,18 @@ async def test_the_client_samples_updates_and_waits(embedded, models):
         completions = await client.generate(prompts, seeded(20, max_new_tokens=12), weight_version="v2", rows_per_request=20)
         assert {c.weight_version for c in completions} == {"v2"}
         assert (await client.model_info())[0]["weight_version"] == "v2"
-        assert (await client.server_info())[0]["context_length"] == CONTEXT
+        assert (await client.server_info())[0]["model_path"] == changing.model_path
 
 
 # ---- Batching of concurrent requests ----
 
 
 def test_concurrent_requests_are_decoded_together_without_deterministic(models, reference, tmp_path):
-    with EmbeddedServer(models["a"], "v1", rollout(deterministic=False, max_batch_size=32), tmp_path / "log") as server:
+    with LocalServer(models["a"], "v1", rollout(deterministic=False, max_batch_size=32), tmp_path / "log") as server:
         target = Target("embedded", server.url, models["a"])
         params = [{"max_new_tokens": 100 + i, "sampling_seed": i, "ignore_eos": True} for i in range(48)]
         prompts = [PROMPTS[i % 4] for i in range(48)]
-        steps = target.state("decoding_steps")
+        steps = target.decoding_steps()
 
         def one(i):
             time.sleep(0.01 * i)
@@ -768,7 +812,7 @@ def test_concurrent_requests_are_decoded_together_without_deterministic(models, 
 
         with ThreadPoolExecutor(48) as pool:
             answers = list(pool.map(one, range(48)))
-        steps = target.state("decoding_steps") - steps
+        steps = target.decoding_steps() - steps
         assert steps < 1000, "48 requests of over 100 tokens one by one would take about 6000 steps"
         for prompt, one_params, answer in zip(prompts, params, answers, strict=True):
             assert len(answer["output_ids"]) == one_params["max_new_tokens"]
@@ -798,7 +842,7 @@ def test_another_architecture_with_learned_positions(tmp_path):
     model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "gpt2")
     character_tokenizer().save_pretrained(tmp_path / "gpt2")
-    with EmbeddedServer(tmp_path / "gpt2", "1", rollout(), tmp_path / "log") as server:
+    with LocalServer(tmp_path / "gpt2", "1", rollout(), tmp_path / "log") as server:
         target = Target("embedded", server.url, "")
         params = seeded(4, max_new_tokens=50, ignore_eos=True)
         params[2]["max_new_tokens"] = 63  # up to the last position
@@ -809,7 +853,7 @@ def test_another_architecture_with_learned_positions(tmp_path):
 
 
 def test_requests_in_flight_at_shutdown_are_answered(models, tmp_path):
-    server = EmbeddedServer(models["a"], "v1", rollout(max_batch_size=64), tmp_path / "log")
+    server = LocalServer(models["a"], "v1", rollout(max_batch_size=64), tmp_path / "log")
     server.start()
     target = Target("embedded", server.url, models["a"])
     running = long_request(target)
@@ -829,7 +873,7 @@ def test_requests_in_flight_at_shutdown_are_answered(models, tmp_path):
 
 
 def test_restart_serves_other_weights_at_the_same_address(models, tmp_path):
-    with EmbeddedServer(models["a"], "v1", rollout(), tmp_path / "log") as server:
+    with LocalServer(models["a"], "v1", rollout(), tmp_path / "log") as server:
         url = server.url
         os.kill(server._process.pid, signal.SIGKILL)
         server._process.wait(10)
@@ -843,8 +887,8 @@ def test_the_server_ends_with_its_parent(models, tmp_path):
     code = (
         "import sys, time\n"
         "from dasd_megatron.config import RolloutConfig\n"
-        "from dasd_megatron.rollout.launch import EmbeddedServer\n"
-        f"server = EmbeddedServer({models['a']!r}, '1', RolloutConfig(threads=1), {str(tmp_path / 'log')!r})\n"
+        "from dasd_megatron.rollout.launch import LocalServer\n"
+        f"server = LocalServer({models['a']!r}, '1', RolloutConfig(threads=1), {str(tmp_path / 'log')!r})\n"
         "server.start()\n"
         "print(server._process.pid, server.url, flush=True)\n"
         "time.sleep(60)\n"
@@ -867,7 +911,7 @@ def test_the_server_ends_with_its_parent(models, tmp_path):
 def test_a_taken_port_is_named_before_anything_starts(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = EmbeddedServer(models["a"], "v1", rollout(port=port), tmp_path / "log")
+        server = LocalServer(models["a"], "v1", rollout(port=port), tmp_path / "log")
         with pytest.raises(PortInUseError, match=rf"^rollout\.port: cannot listen on 127\.0\.0\.1:{port}: .*rollout\.port=0"):
             server.start()
         assert not (tmp_path / "log").exists() and not server.alive()
@@ -895,14 +939,14 @@ def test_the_command_names_a_bad_model_directory_in_one_line(models):
 
 
 def test_a_start_that_fails_shows_the_log(models, tmp_path):
-    server = EmbeddedServer(models["empty"], "v1", rollout(), tmp_path / "log")
+    server = LocalServer(models["empty"], "v1", rollout(), tmp_path / "log")
     with pytest.raises(ServerStartError, match=r"(?s)ended with status 1\. The end of .*error: cannot load"):
         server.start()
     assert not server.alive()
 
 
 def test_a_start_that_takes_too_long_is_given_up(models, tmp_path):
-    server = EmbeddedServer(models["a"], "v1", rollout(startup_timeout_seconds=0.2), tmp_path / "log")
+    server = LocalServer(models["a"], "v1", rollout(startup_timeout_seconds=0.2), tmp_path / "log")
     with pytest.raises(ServerStartError, match=r"rollout\.startup_timeout_seconds=0\.2"):
         server.start()
     assert not server.alive()

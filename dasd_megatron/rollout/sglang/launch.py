@@ -1,0 +1,58 @@
+"""Start SGLang as ``sglang.launch_server`` does: ``python launch.py cuda|cpu ARGUMENTS``, in SGLang's own environment.
+
+The server ends when standard input does, so with the process that started it. On ``cpu``, modules that SGLang imports there but does not
+need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. Nothing of this package is imported, since
+SGLang's environment does not have it.
+"""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+
+def prepare_cpu() -> None:
+    sys.path.insert(0, str(Path(__file__).parent / "stand_ins"))
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    # A few small functions are compiled otherwise, which takes a C++ compiler and asks Triton what it can do.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import torch
+
+    # torchvision's Python code registers kernels for these; the library that declares them is built for another torch.
+    prepare_cpu.torchvision = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        prepare_cpu.torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.arg_groups import choices
+
+    # sampling_seed is heeded under --enable-deterministic-inference alone. Its matrix products are Triton kernels; PyTorch's own, which
+    # run here, give the same bits for the same batch, so equal seeds give equal draws as long as the batches are equal.
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda *_args, **_kwargs: None
+
+
+# Here, and not in main: the processes that SGLang spawns need it too, and they import this file again, under another name.
+if sys.argv[1:2] == ["cpu"]:
+    prepare_cpu()
+
+
+def main() -> None:
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    def end_with_standard_input() -> None:
+        while os.read(0, 1024):
+            pass
+        kill_process_tree(os.getpid(), include_parent=True)
+
+    threading.Thread(target=end_with_standard_input, daemon=True).start()
+    try:
+        run_server(prepare_server_args(sys.argv[2:]))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()
