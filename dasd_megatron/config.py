@@ -230,6 +230,16 @@ class RolloutConfig:
     max_prompt_tokens: int = _doc(
         MISSING, "longest prompt, the privileged one included, tokens; longer prompts are refused before the run starts"
     )
+    weight_sync: str = _doc(
+        "disk",
+        "disk: a Hugging Face directory that trainer and servers share; distributed: broadcast over a process group of trainer and servers",
+    )
+    weight_bucket_bytes: int = _doc(
+        512 * 2**20, "weight_sync=distributed only: bytes sent at once; two buckets are in memory, one travels while the next is gathered"
+    )
+    weight_sync_timeout_seconds: float = _doc(
+        300.0, "weight_sync=distributed only: limit of each request, broadcast and start of the group"
+    )
     connect_timeout_seconds: float = _doc(5.0, "limit for opening a connection")
     request_timeout_seconds: float = _doc(120.0, "limit for one request's answer")
     step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step or one evaluation, retries included")
@@ -444,6 +454,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "warm_start.decay_style": ("constant", "linear", "cosine"),
     "rollout.engine": ("embedded", "sglang", "external"),
     "rollout.sglang.backend": ("cuda", "cpu"),
+    "rollout.weight_sync": ("disk", "distributed"),
     "rollout.dtype": ("float32", "bfloat16"),
 }
 
@@ -507,6 +518,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.top_k": (-1, None),
     "rollout.max_new_tokens": (1, None),
     "rollout.max_prompt_tokens": (1, None),
+    "rollout.weight_bucket_bytes": (1, None),
+    "rollout.weight_sync_timeout_seconds": (0.1, None),
     "rollout.connect_timeout_seconds": (0.1, None),
     "rollout.request_timeout_seconds": (0.1, None),
     "rollout.step_timeout_seconds": (1, None),
@@ -640,6 +653,16 @@ def validate(config: Config) -> None:
     for server in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+", server):
             raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
+    if rollout.weight_sync == "distributed" and rollout.replay is None:
+        if rollout.engine == "embedded" and config.backend.kind == "cuda":
+            raise ConfigError(
+                "rollout.weight_sync=distributed over NCCL needs servers on GPUs: write rollout.engine=sglang or external, or disk"
+            )
+        if rollout.engine == "sglang" and rollout.sglang.data_parallel_size > 1:
+            raise ConfigError(
+                "rollout.weight_sync=distributed does not reach the replicas behind rollout.sglang.data_parallel_size="
+                f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
+            )
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:

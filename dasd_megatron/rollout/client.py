@@ -220,13 +220,56 @@ class RolloutClient:
                 raise _TryAgainError(f"/update_weights_from_disk of {path} failed: {answer.get('message')!r}")
 
         await self._everywhere("POST", "/update_weights_from_disk", read, body={"model_path": str(path), "weight_version": weight_version})
+        await self._check_version(weight_version)
 
+    async def _check_version(self, weight_version: str) -> None:
         def check(response: httpx.Response) -> None:
             found = _json_object(response).get("weight_version")
             if found != weight_version:
                 raise _OtherVersionError(f"expected weight version {weight_version!r} after the update, but the server reports {found!r}")
 
         await self._everywhere("GET", "/model_info", check)
+
+    async def init_weights_update_group(
+        self, address: str, port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
+    ) -> None:
+        """Let every server join a process group whose rank 0 listens at ``address:port``; see :mod:`~dasd_megatron.rollout.weight_group`.
+
+        rank_offsets: the rank of each server's first process, in the order of ``urls``.
+        """
+        common = {"master_address": address, "master_port": port, "world_size": world_size, "group_name": name, "backend": backend}
+        bodies = [{**common, "rank_offset": offset} for offset in rank_offsets]
+        await self._everywhere("POST", "/init_weights_update_group", _succeeded, bodies=bodies, tries=1)
+
+    async def destroy_weights_update_group(self, name: str) -> None:
+        """Let every server leave a process group."""
+        await self._everywhere("POST", "/destroy_weights_update_group", _succeeded, body={"group_name": name}, tries=1)
+
+    async def begin_weight_update(self) -> None:
+        """Open a weight update on every server; answered once no request is running there."""
+        await self._everywhere("POST", "/begin_weight_update", _succeeded, body={}, tries=1)
+
+    async def update_weights_from_distributed(
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, name: str, weight_version: str
+    ) -> None:
+        """Let every server take part in the broadcast of one bucket over the group ``name``; answered when it has it.
+
+        names, dtypes, shapes: of the tensors in the bucket, Hugging Face's; dtypes like ``bfloat16``.
+        """
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": name,
+            "load_format": "flattened_bucket",
+            "weight_version": weight_version,
+        }
+        await self._everywhere("POST", "/update_weights_from_distributed", _succeeded, body=body, tries=1)
+
+    async def end_weight_update(self, weight_version: str) -> None:
+        """Close the update on every server, and check that it now serves ``weight_version``."""
+        await self._everywhere("POST", "/end_weight_update", _succeeded, body={}, tries=1)
+        await self._check_version(weight_version)
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
         """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests wait."""
@@ -245,8 +288,19 @@ class RolloutClient:
         """Drop every server's prefix cache; raises RequestRefusedError while requests are running."""
         await self._everywhere("POST", "/flush_cache", _nothing)
 
-    async def _everywhere(self, method: str, path: str, read: Callable[[httpx.Response], T], body: Any = None) -> list[T]:
-        calls = [self._call(method, path, read, index=i, body=body, pinned=True) for i in range(len(self.urls))]
+    async def _everywhere(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[httpx.Response], T],
+        body: Any = None,
+        *,
+        bodies: Sequence[Any] | None = None,
+        tries: int | None = None,
+    ) -> list[T]:
+        """One request to every server, all with ``body`` or each with its own of ``bodies``."""
+        bodies = [body] * len(self.urls) if bodies is None else bodies
+        calls = [self._call(method, path, read, index=i, body=one, tries=tries, pinned=True) for i, one in enumerate(bodies)]
         return await _all_or_cancel(calls)
 
     async def _call(
@@ -313,6 +367,12 @@ async def _all_or_cancel(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
 
 def _nothing(response: httpx.Response) -> None:
     """For answers whose status says it all."""
+
+
+def _succeeded(response: httpx.Response) -> None:
+    answer = _json_object(response)
+    if answer.get("success") is not True:
+        raise _TryAgainError(f"{response.url.path} failed: {answer.get('message')!r}")
 
 
 def _json(response: httpx.Response) -> Any:

@@ -24,6 +24,10 @@ SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
 # What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches behind another batch.
 _SGLANG_CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule", "--sleep-on-idle"]
 
+_NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
+    prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
+}
+
 
 class ServerStartError(RuntimeError):
     """The server did not become healthy. The message holds the end of its log."""
@@ -175,9 +179,11 @@ class LocalServer:
             package_root = str(Path(dasd_megatron.__file__).resolve().parent.parent)
             paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             return environment | {"PYTHONPATH": os.pathsep.join(paths)}
-        # SGLang's environment is another one; and what torchrun says of the trainer's ranks is not for it.
-        for name in ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
+        # SGLang's environment is another one. And what torchrun says of the trainer's ranks is not for it: its own rendezvous would wait
+        # for the agent's.
+        for name in list(environment):
+            if name in _NOT_FOR_SGLANG or name.startswith("TORCHELASTIC_"):
+                del environment[name]
         return environment
 
     def _wait_until_healthy(self) -> None:

@@ -12,8 +12,11 @@ server differs, on purpose:
   it otherwise. With ``n > 1`` and a seed, all n samples carry the same seed in SGLang and come out identical; so they do here.
   Distinct samples of one prompt under a seed are n rows with n seeds.
 - A prompt may fill the context but for one token; SGLang keeps up to seven tokens of it for itself.
+- ``/abort_request`` ends the one request of this id, SGLang all whose ids begin so; and it ends suspended requests at once, SGLang when
+  generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0 and ``/flush_cache`` only checks that nothing is running.
-- Weights change only while no sequence is half done, so that every completion was sampled under one version. An update that meets
+- Weights change only while no sequence is half done, so that every completion was sampled under one version. An update over a process
+  group gathers them beside the served ones, which are replaced, with the version, by ``/end_weight_update``. An update that meets
   sequences suspended by ``pause_generation`` in mode ``in_place`` or ``retract`` is refused; mode ``abort`` (the default) ends them.
 
 Sampling is a pure function of weights, prompt, ``sampling_seed`` and position: a counter-based hash gives one uniform per token, and
@@ -57,6 +60,8 @@ from pydantic import PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dasd_megatron.rollout.weight_receiver import ReceiveError, WeightReceiver
 
 logger = logging.getLogger("dasd_megatron.rollout.server")
 
@@ -203,8 +208,9 @@ class GenerateJob:
 
 @dataclass(slots=True, eq=False)
 class UpdateJob:
-    """A weight update that waits for its turn. ``done`` resolves to (success, message)."""
+    """A weight update that waits for its turn: ``load`` gives the new model. ``done`` resolves to (success, message)."""
 
+    load: Callable[[], PreTrainedModel]
     model_path: str
     weight_version: str | None
     done: Future = field(default_factory=_running_future)
@@ -819,7 +825,13 @@ class Engine:
 
     def update(self, model_path: str, weight_version: str | None) -> Future:
         """Queue a weight update behind the requests that came before it; resolves to (success, message)."""
-        job = UpdateJob(model_path, weight_version)
+        return self._queue_update(UpdateJob(lambda: load_model(model_path, self.dtype, self.config), model_path, weight_version))
+
+    def replace(self, model: PreTrainedModel, weight_version: str | None) -> Future:
+        """The same with a model in memory, of the served one's architecture and dtype."""
+        return self._queue_update(UpdateJob(lambda: model, self.model_path, weight_version))
+
+    def _queue_update(self, job: UpdateJob) -> Future:
         with self._wake:
             if self._closing:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
@@ -968,7 +980,7 @@ class Engine:
 
     def _apply(self, job: UpdateJob) -> None:
         try:
-            model = load_model(job.model_path, self.dtype, self.config)
+            model = job.load()
         except ModelDirectoryError as error:
             logger.error("update_weights_from_disk refused: %s", error)
             job.done.set_result((False, f"Failed to update weights: {error}. The served weights are unchanged."))
@@ -1203,6 +1215,32 @@ class UpdateWeightFromDiskReqInput:
 
 
 @pydantic_dataclass
+class InitWeightsUpdateGroupReqInput:
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+
+
+@pydantic_dataclass
+class DestroyWeightsUpdateGroupReqInput:
+    group_name: str = "weight_update_group"
+
+
+@pydantic_dataclass
+class UpdateWeightsFromDistributedReqInput:
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    weight_version: str | None = None
+    load_format: str | None = None
+    flush_cache: bool = True  # accepted for compatibility: there is no cache to flush
+
+
+@pydantic_dataclass
 class AbortReq:
     rid: str | None = None
     abort_all: bool = False
@@ -1333,6 +1371,46 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
                 engine.abort(everything=True)
             success, message = await asyncio.wrap_future(engine.update(obj.model_path, obj.weight_version))
         return JSONResponse({"success": success, "message": message, "num_paused_requests": 0}, status_code=200 if success else 400)
+
+    receiver = WeightReceiver(lambda: engine.model)
+    version_to_come: list[str | None] = [None]
+
+    async def received(work: Callable[..., Any], *arguments: Any, said: str) -> JSONResponse:
+        try:
+            await asyncio.to_thread(work, *arguments)
+        except ReceiveError as error:
+            logger.error("%s", error)
+            return JSONResponse({"success": False, "message": str(error)}, status_code=400)
+        return JSONResponse({"success": True, "message": said})
+
+    @app.post("/init_weights_update_group")
+    async def init_weights_update_group(obj: Annotated[InitWeightsUpdateGroupReqInput, Body()]) -> JSONResponse:
+        place = (obj.master_address, obj.master_port, obj.rank_offset, obj.world_size, obj.group_name, obj.backend)
+        return await received(receiver.join, *place, said="Succeeded to initialize custom process group.")
+
+    @app.post("/destroy_weights_update_group")
+    async def destroy_weights_update_group(obj: Annotated[DestroyWeightsUpdateGroupReqInput, Body()]) -> JSONResponse:
+        return await received(receiver.leave, obj.group_name, said="Succeeded to destroy custom process group.")
+
+    @app.post("/begin_weight_update")
+    async def begin_weight_update() -> JSONResponse:
+        version_to_come[0] = None
+        return await received(receiver.begin, said="Success")
+
+    @app.post("/update_weights_from_distributed")
+    async def update_weights_from_distributed(obj: Annotated[UpdateWeightsFromDistributedReqInput, Body()]) -> JSONResponse:
+        version_to_come[0] = obj.weight_version or version_to_come[0]
+        bucket = (obj.names, obj.dtypes, obj.shapes, obj.group_name, obj.load_format)
+        return await received(receiver.receive, *bucket, said="Succeeded to update parameter online.")
+
+    @app.post("/end_weight_update")
+    async def end_weight_update() -> JSONResponse:
+        try:
+            model = receiver.end()
+        except ReceiveError as error:
+            return JSONResponse({"success": False, "message": str(error)}, status_code=400)
+        success, message = await asyncio.wrap_future(engine.replace(model, version_to_come[0]))
+        return JSONResponse({"success": success, "message": message}, status_code=200 if success else 400)
 
     @app.post("/pause_generation")
     async def pause_generation(obj: Annotated[PauseGenerationReqInput, Body()]) -> JSONResponse:

@@ -24,6 +24,7 @@ from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rol
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
 from dasd_megatron.training.prepare import RunPaths
+from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
 from dasd_megatron.verify.grader import Grader, GraderError
 
 T = TypeVar("T")
@@ -64,28 +65,45 @@ class RolloutPlane:
         self.urls: list[str] = list(config.rollout.servers)
         self.restarts = 0
         self.weight_version: str | None = None
+        self.launched_version: str | None = None
+        """The version on disk, from which a server is started."""
+        self.sync: DistributedSync | None = None
 
     def __enter__(self) -> RolloutPlane:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.sync is not None:
+            self.sync.close()
         if self.server is not None:
             self.server.stop()
 
     def sync_weights(self, model: ShardedModel, version: str, template_dir: Path) -> None:
-        """Export the policy to ``weights/<version>`` and make every server serve it; older versions are removed.
+        """Make every server serve the policy as ``version``.
+
+        By ``rollout.weight_sync`` either from a directory ``weights/<version>``, of which older ones are removed, or over a process group.
+        A server of the trainer's own always starts from a directory.
 
         Raises:
             RolloutFailure: a server did not take the weights.
         """
         if self.config.rollout.replay is not None:
             return
+        self.weight_version, self._policy = version, (model, template_dir)
+        own = self.config.rollout.engine != "external"
+        if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
+            self._export(version)
+            self.launched_version = version
+            self._with_restarts(dist.get_rank() == 0, self._serve_current)
+            self.urls = broadcast_from_rank0(self.urls)
+        else:
+            self._with_restarts(False, lambda: None, fresh=False)
+
+    def _export(self, version: str) -> None:
+        model, template_dir = self._policy
         path = self.paths.weights / version
         # It lives until the next step: hashes would cost a pass over the bytes, and nobody would read them.
         export_model(model, path, template_dir=template_dir, manifest=False)
-        self.weight_version = version
-        self._with_restarts(dist.get_rank() == 0, self._serve_current)
-        self.urls = broadcast_from_rank0(self.urls)
         if dist.get_rank() == 0:
             for old in self.paths.weights.iterdir():
                 if old != path:
@@ -104,26 +122,58 @@ class RolloutPlane:
         async with client:
             await client.update_weights_from_disk(path, self.weight_version)
 
-    def _with_restarts(self, selected: bool, work: Callable[[], T]) -> T | None:
-        """``work`` where ``selected``; when it fails anywhere, restart the embedded server with the current weights and do it again."""
+    def _send(self) -> None:
+        """Send the policy over the process group, which is made the first time; PeerError on every rank if that fails."""
+        model, _ = self._policy
+
+        def prepare() -> None:
+            if self.sync is None:
+                sizes = asyncio.run(self._server_sizes(make_client(self.config.rollout, self.urls)))
+                self.sync = DistributedSync(self.config.rollout, self.urls, sizes)
+
+        on_selected_rank(dist.get_rank() == 0, prepare, (RolloutError,))
+        failure = send_weights(model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes)
+
+        def report() -> None:
+            if failure is not None:
+                raise WeightSyncError(failure)
+
+        on_selected_rank(dist.get_rank() == 0, report, (WeightSyncError,))
+
+    async def _server_sizes(self, client: RolloutClient) -> list[int]:
+        async with client:
+            return [int(info.get("tp_size", 1)) for info in await client.server_info()]
+
+    def _with_restarts(self, selected: bool, work: Callable[[], T], *, fresh: bool = True) -> T | None:
+        """``work`` where ``selected``; when it fails anywhere, restart the trainer's own server with the current weights and do it again.
+
+        ``fresh``: the servers have the current weights already, unless they are restarted from an older directory.
+        """
         while True:
             try:
+                if not fresh:
+                    self._send()
+                    fresh = True
                 return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
                 refusal, self.urls = broadcast_from_rank0((self._restart(), self.urls) if dist.get_rank() == 0 else None)
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
+                fresh = self.launched_version == self.weight_version
 
     def _restart(self) -> str | None:
-        """Start the embedded server again with the current weights; returns why not, or None when it serves."""
+        """Start the trainer's own server again, from the newest weights on disk; returns why not, or None when it serves."""
         rollout = self.config.rollout
         if self.server is None:
             return "no server of ours to restart"
         if self.restarts >= rollout.max_restarts:
             return f"restarted rollout.max_restarts={rollout.max_restarts} times already"
         self.restarts += 1
+        if self.sync is not None:
+            self.sync.close()
+            self.sync = None
         try:
-            self.server.restart(self.paths.weights / self.weight_version, self.weight_version)
+            self.server.restart(self.paths.weights / self.launched_version, self.launched_version)
         except ServerStartError as error:
             return f"restart failed: {error}"
         self.urls = [self.server.url]

@@ -1,0 +1,103 @@
+"""The embedded server's end of a weight update over a process group."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from dasd_megatron.rollout.weight_group import bucket_bytes, join_weight_group, split_bucket
+
+JOIN_TIMEOUT_SECONDS = 120.0
+
+
+class ReceiveError(RuntimeError):
+    """An update that cannot go on; the served weights are unchanged."""
+
+
+class WeightReceiver:
+    """Groups that this server has joined, and the update that is under way.
+
+    Weights arrive in a copy of the served model, which takes its place when the update ends; until then the server goes on with the old
+    ones. Methods block and may be called from any thread, one at a time.
+
+    model: gives the served model.
+    """
+
+    def __init__(self, model: Callable[[], PreTrainedModel]):
+        self._model = model
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._next: PreTrainedModel | None = None
+        self._missing: set[str] = set()
+        self._lock = threading.Lock()
+
+    def join(self, address: str, port: int, rank: int, world_size: int, name: str, backend: str) -> None:
+        if backend != "gloo":
+            raise ReceiveError(f"backend {backend!r} is not supported by the embedded rollout server; gloo is")
+        if name in self._groups:
+            raise ReceiveError(f"the group {name!r} exists already")
+        with self._lock:
+            try:
+                self._groups[name] = join_weight_group(
+                    address, port, rank=rank, world_size=world_size, name=name, backend=backend, timeout_seconds=JOIN_TIMEOUT_SECONDS
+                )
+            except (RuntimeError, ValueError) as error:
+                raise ReceiveError(f"Failed to initialize custom process group: {error}.") from error
+
+    def leave(self, name: str) -> None:
+        if name not in self._groups:
+            raise ReceiveError("The group to be destroyed does not exist.")
+        dist.destroy_process_group(self._groups.pop(name))
+
+    def begin(self) -> None:
+        """Open an update. One that was left open, by a trainer that is gone, is dropped."""
+        self._next = copy.deepcopy(self._model())
+        self._missing = set(dict(self._next.named_parameters()))
+
+    def receive(
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group: str, load_format: str | None
+    ) -> None:
+        """Take part in one broadcast of a bucket and copy its tensors into the model to come."""
+        if self._next is None:
+            raise ReceiveError("no weight update is open: call /begin_weight_update first")
+        if group not in self._groups:
+            raise ReceiveError(f"Group {group} not in {list(self._groups)}. Please call `init_weights_update_group` first.")
+        if load_format != "flattened_bucket":
+            raise ReceiveError(f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is")
+        found = [getattr(torch, name) for name in dtypes]
+        flat = torch.empty(bucket_bytes(found, shapes), dtype=torch.uint8)
+        with self._lock, self._failing():
+            dist.broadcast(flat, src=0, group=self._groups[group])
+        parameters = dict(self._next.named_parameters())
+        for name, tensor in zip(names, split_bucket(flat, found, shapes), strict=True):
+            parameter = parameters.get(name)
+            if parameter is None or parameter.shape != tensor.shape:
+                self._next = None
+                has = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+                raise ReceiveError(f"{name} of shape {tuple(tensor.shape)} does not fit: the served model has {has}")
+            with torch.no_grad():
+                parameter.data.copy_(tensor)
+            self._missing.discard(name)
+
+    @contextlib.contextmanager
+    def _failing(self):
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            self._next = None
+            raise ReceiveError(f"the broadcast failed: {error}") from error
+
+    def end(self) -> PreTrainedModel:
+        """Close the update; the complete new model."""
+        model, self._next = self._next, None
+        if model is None:
+            raise ReceiveError("no weight update is open: call /begin_weight_update first")
+        if self._missing:
+            names = ", ".join(sorted(self._missing)[:3])
+            raise ReceiveError(f"{len(self._missing)} parameters were not sent ({names}); the served weights are unchanged")
+        return model

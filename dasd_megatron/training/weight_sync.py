@@ -1,0 +1,228 @@
+"""The policy's weights to the rollout servers over a process group of their own, bucket by bucket, without a file between."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import datetime
+import itertools
+import socket
+import threading
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from dasd_megatron import backend
+from dasd_megatron.config import RolloutConfig
+from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.rollout.client import RolloutClient, RolloutError
+from dasd_megatron.rollout.generation import make_client
+from dasd_megatron.rollout.weight_group import join_weight_group
+
+_GROUP_NUMBERS = itertools.count()
+
+
+class WeightSyncError(RuntimeError):
+    """The servers did not take the weights; what they serve now is unknown."""
+
+
+class DistributedSync:
+    """Sends weights to servers; lives on global rank 0, but :func:`send_weights` is collective over all ranks.
+
+    The group is made when it is first needed, and again after a failure. Every step has the limit ``rollout.weight_sync_timeout_seconds``.
+
+    urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size.
+    """
+
+    def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Sequence[int]):
+        self.config, self.urls, self.sizes = config, list(urls), list(sizes)
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._name = ""
+        self._device = backend.current().device()
+        # Two buffers: one fills while the other is on its way.
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
+        self._client = self._make_client()
+
+    def _make_client(self) -> RolloutClient:
+        client = make_client(self.config, self.urls)
+        client.request_timeout = self.config.weight_sync_timeout_seconds
+        return client
+
+    def _run(self, work) -> concurrent.futures.Future:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _finish(self, future: concurrent.futures.Future) -> None:
+        try:
+            # Each request in it has its own limit, and so has each collective; this is for what neither bounds.
+            future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
+        except (RolloutError, RuntimeError, TimeoutError) as error:
+            self.drop_group()
+            raise WeightSyncError(f"weight sync: {error or type(error).__name__}") from error
+
+    def drop_group(self) -> None:
+        """Leave the group, without waiting for servers that may be gone; the next sync makes another."""
+        group, self._group, self._store = self._group, None, None
+        if group is not None:
+            self._run(self._leave(self._name))
+            # A broadcast that still waits for a dead peer ends by its own limit, in its thread.
+            dist.distributed_c10d._world.pg_group_ranks.pop(group, None)
+
+    async def _leave(self, name: str) -> None:
+        for url in self.urls:
+            client = make_client(self.config, [url])
+            try:
+                await client.destroy_weights_update_group(name)
+            except RolloutError:
+                pass  # it is down, or has left already
+            finally:
+                await client.aclose()
+
+    async def _join(self) -> None:
+        address = _address_towards(self.urls[0])
+        limit = self.config.weight_sync_timeout_seconds
+        world_size = 1 + sum(self.sizes)
+        name = f"weights-{next(_GROUP_NUMBERS)}"
+        store = dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit))
+        offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
+        kind = "nccl" if self._device.type == "cuda" else "gloo"
+        options = dict(rank=0, world_size=world_size, name=name, backend=kind, timeout_seconds=limit, store=store)
+        asked = self._client.init_weights_update_group(
+            address, store.port, rank_offsets=offsets, world_size=world_size, name=name, backend=kind
+        )
+        self._name = name
+        self._group = await _both(asked, asyncio.to_thread(join_weight_group, address, store.port, **options))
+        self._store = store
+
+    def begin(self) -> None:
+        """Make the group if there is none, and open the update on every server.
+
+        Raises:
+            WeightSyncError: a server refused, is gone or too slow.
+        """
+        if self._group is None:
+            self._finish(self._run(self._join()))
+        self._finish(self._run(self._client.begin_weight_update()))
+
+    def buffer(self, index: int, size: int) -> torch.Tensor:
+        """One of the two buffers, with room for ``size`` bytes at least."""
+        if self._buffers[index].numel() < size:
+            self._buffers[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return self._buffers[index]
+
+    def send(self, flat: torch.Tensor, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], version: str) -> concurrent.futures.Future:
+        """Start to send a bucket; the future is done when every server has it."""
+        names, dtypes, shapes = zip(*entries, strict=True)
+        announced = self._client.update_weights_from_distributed(
+            names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name, weight_version=version
+        )
+        return self._run(_both(announced, asyncio.to_thread(dist.broadcast, flat, 0, self._group)))
+
+    def end(self, version: str) -> None:
+        """Close the update on every server and check that it serves ``version``; raises as :meth:`begin`."""
+        self._finish(self._run(self._client.end_weight_update(version)))
+
+    def close(self) -> None:
+        """Leave the group, waiting for the servers at most as long as one request may take."""
+        if self._group is not None:
+            self._group = None
+            concurrent.futures.wait([self._run(self._leave(self._name))], timeout=self.config.request_timeout_seconds)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+async def _both(request, collective):
+    """The result of ``collective``, once ``request``, which asks the servers to take part in it, is answered too.
+
+    A refused request is raised at once: the collective would wait for servers that never come until it times out, and is left to.
+    """
+    tasks = [asyncio.ensure_future(request), asyncio.ensure_future(collective)]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in tasks:
+        if task in done and task.exception() is not None:
+            for other in tasks:
+                other.cancel()
+            raise task.exception()
+    return tasks[1].result()
+
+
+def _address_towards(url: str) -> str:
+    """This machine's address on the network that leads to ``url``; a UDP socket that is connected sends nothing."""
+    parts = urlsplit(url)
+    family, _, _, _, place = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)
+        return probe.getsockname()[0]
+
+
+@torch.no_grad()
+def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str, *, bucket_size: int) -> str | None:
+    """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
+
+    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. While a bucket
+    travels, the next one is gathered; global rank 0 holds these two and one gathered tensor. A failure is kept until every tensor has gone
+    by, so that no other rank waits for rank 0.
+
+    Args:
+        sync: on global rank 0; None elsewhere.
+        bucket_size: bytes of one bucket; a larger tensor has one of its own.
+
+    Returns:
+        On rank 0 what failed, if anything did; None elsewhere.
+    """
+    failure: WeightSyncError | None = None
+    sent: set[str] = set()
+    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    filled, which = 0, 0
+    under_way: concurrent.futures.Future | None = None
+
+    def flush() -> None:
+        nonlocal filled, which, under_way
+        if not entries:
+            return
+        if under_way is not None:
+            previous, under_way = under_way, None
+            sync._finish(previous)
+        under_way = sync.send(sync.buffer(which, filled)[:filled], list(entries), version)
+        entries.clear()
+        filled, which = 0, 1 - which
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        nonlocal filled
+        # A tied head comes by again from the last pipeline stage.
+        if name in sent:
+            return
+        sent.add(name)
+        size = tensor.numel() * tensor.element_size()
+        if entries and filled + size > bucket_size:
+            flush()
+        buffer = sync.buffer(which, max(size, bucket_size))
+        buffer[filled : filled + size].copy_(tensor.contiguous().view(torch.uint8).flatten())
+        entries.append((name, tensor.dtype, tuple(tensor.shape)))
+        filled += size
+
+    def guarded(work, *arguments) -> None:
+        nonlocal failure
+        if failure is None:
+            try:
+                work(*arguments)
+            except WeightSyncError as error:
+                failure = error
+
+    def finish() -> None:
+        flush()
+        if under_way is not None:
+            sync._finish(under_way)
+        sync.end(version)
+
+    if sync is not None:
+        guarded(sync.begin)
+    for name, tensor in model.bridge.export_weights(model.chunks):
+        if sync is not None:
+            guarded(put, name, tensor)
+    if sync is not None:
+        guarded(finish)
+    return None if failure is None else str(failure)
