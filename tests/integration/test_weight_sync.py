@@ -1,0 +1,84 @@
+"""Weights over a process group: the runs that they make, to the bit those of weights from disk; and what happens when a server is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import NO_EVALUATION, finish, reproducible, rows, start, train
+from safetensors.torch import load_file
+from servers import sglang_python
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+RUN = [*NO_EVALUATION, "run.steps=5", "checkpoint.every=0", "rollout.backoff_seconds=0.05", "rollout.max_retries=1"]
+# Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one of their own.
+DISTRIBUTED = ["rollout.weight_sync=distributed", "rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=20"]
+
+
+@pytest.fixture(scope="module", params=["tp2", "pp2"])
+def layout(request: pytest.FixtureRequest) -> str:
+    return f"parallel={request.param}"
+
+
+def test_the_run_is_that_of_weights_from_disk(layout: str, tmp_path: Path) -> None:
+    train(*RUN, layout, f"run.dir={tmp_path / 'disk'}")
+    train(*RUN, *DISTRIBUTED, layout, f"run.dir={tmp_path / 'distributed'}")
+    metrics = reproducible(tmp_path / "disk" / "metrics.jsonl")
+    assert metrics[0]["weight_version"] != metrics[-1]["weight_version"]
+    assert reproducible(tmp_path / "distributed" / "metrics.jsonl") == metrics
+    # Only what the server was started from was ever written.
+    assert [path.name for path in (tmp_path / "distributed" / "weights").iterdir()] == ["step_000000"]
+
+
+def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.005)
+
+
+def server_of(process: subprocess.Popen) -> psutil.Process:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if "dasd_megatron.rollout.server" in child.cmdline():
+            return child
+    raise AssertionError("no server")
+
+
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, tmp_path: Path) -> None:
+    """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the current ones."""
+    train(*RUN, "run.steps=16", f"run.dir={tmp_path / 'disk'}")
+    run = tmp_path / "run"
+    limits = ["rollout.request_timeout_seconds=5", "rollout.weight_sync_timeout_seconds=5"]
+    process = start(*RUN, *DISTRIBUTED, *limits, "run.steps=16", f"run.dir={run}")
+    for step in (3, 8):
+        wait(lambda step=step: len(rows(run / "metrics.jsonl")) >= step, process)
+        server = server_of(process)
+        server.kill() if how == "kill" else server.suspend()
+    status, output = finish(process)
+    assert status == 0, output[-4000:]
+    assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "disk" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("weight_sync", ["distributed", "disk"])
+def test_real_sglang_draws_from_the_weights_of_every_step(weight_sync: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # Steps so large that last step's weights would be seen.
+    moving = ["optimizer.lr=1e-2", "algorithm.beta=0.1", "run.steps=4"]
+    sglang = ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}", f"rollout.weight_sync={weight_sync}"]
+    train(*RUN, *moving, *sglang, "rollout.weight_bucket_bytes=5001", f"run.dir={run}", timeout=400)
+    steps = rows(run / "metrics.jsonl")
+    assert [step["weight_version"] for step in steps] == [f"step_{index:06d}" for index in range(4)]
+    for step in steps:
+        assert step["rollout/log_prob_diff_max"] < 1e-3
+    start_weights, end_weights = (load_file(path / "model.safetensors") for path in (run / "start", run / "model"))
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert (start_weights[name] - end_weights[name]).abs().max() > 4 * 5e-3
+    assert torch.isfinite(end_weights[name]).all()
