@@ -17,11 +17,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from servers import sglang_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -29,6 +32,7 @@ from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.models.tiny import character_tokenizer, make_tiny_model
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.launch import LocalServer, PortInUseError, ServerStartError
+from dasd_megatron.rollout.weight_group import join_weight_group
 
 pytestmark = pytest.mark.integration
 
@@ -771,6 +775,92 @@ def test_an_update_over_suspended_sequences_is_refused(embedded, models):
     assert response.status_code == 400 and "suspended half-way" in response.json()["message"]
     embedded.post("/continue_generation", {})
     assert {a["meta_info"]["weight_version"] for a in running.answer()} == {"v1"}
+
+
+def group_of(target, name):
+    """This process as the trainer: rank 0 of a weight group with the server; the client that asked it to join, and the group."""
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    options = {"rank": 0, "world_size": 2, "name": name, "backend": "gloo", "timeout_seconds": 30.0, "store": store}
+    common = {"world_size": 2, "group_name": name, "backend": "gloo"}
+    body = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 1, **common}
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(target.post, "/init_weights_update_group", body)
+        group = join_weight_group("127.0.0.1", store.port, **options)
+        assert asked.result().json()["success"] is True
+    return group
+
+
+def send(target, group, name, tensors, version):
+    """One bucket; the answer to its announcement."""
+    flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+    body = {
+        "names": list(tensors),
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+        "group_name": name,
+        "load_format": "flattened_bucket",
+        "weight_version": version,
+    }
+    with ThreadPoolExecutor(1) as pool:
+        announced = pool.submit(target.post, "/update_weights_from_distributed", body)
+        dist.broadcast(flat, 0, group)
+        return announced.result()
+
+
+def test_an_update_over_a_process_group(changing, models):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=20), "return_logprob": True}
+    name = f"of-{changing.kind}"
+    group = group_of(changing, name)
+    tensors = load_file(Path(models["b"]) / "model.safetensors")
+    names = sorted(tensors)
+    assert changing.post("/begin_weight_update", {}).json()["success"] is True
+    for part in (names[:5], names[5:]):
+        answer = send(changing, group, name, {key: tensors[key] for key in part}, "v2")
+        assert answer.status_code == 200 and answer.json()["success"] is True, answer.text
+    assert changing.post("/end_weight_update", {}).json()["success"] is True
+    assert changing.request("GET", "/model_info").json()["weight_version"] == "v2"
+    model = AutoModelForCausalLM.from_pretrained(models["b"], dtype=torch.float32).eval()
+    for prompt, answer in zip(PROMPTS, changing.generate(**body), strict=True):
+        assert answer["meta_info"]["weight_version"] == "v2"
+        expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
+        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+    assert changing.post("/destroy_weights_update_group", {"group_name": name}).json()["success"] is True
+    assert changing.post("/destroy_weights_update_group", {"group_name": name}).status_code == 400
+
+
+def test_an_update_out_of_turn_is_refused(target):
+    bucket = {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody", "load_format": "flattened_bucket"}
+    for path, body in (("/update_weights_from_distributed", bucket), ("/end_weight_update", {})):
+        answer = target.post(path, body)
+        assert answer.status_code == 400 and answer.json()["success"] is False, answer.text
+        assert answer.json()["message"]
+
+
+def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedded, models):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = embedded.generate(**body)
+    group = group_of(embedded, "short")
+    tensors = load_file(Path(models["b"]) / "model.safetensors")
+    name = "model.norm.weight"
+    embedded.post("/begin_weight_update", {})
+    assert send(embedded, group, "short", {name: tensors[name]}, "bad").status_code == 200
+    refused = embedded.post("/end_weight_update", {})
+    assert refused.status_code == 400 and "were not sent" in refused.json()["message"]
+    embedded.post("/begin_weight_update", {})
+    refused = send(embedded, group, "short", {name: torch.zeros(3)}, "bad")
+    assert refused.status_code == 400 and name in refused.json()["message"]
+    # A trainer that is gone in the middle of a broadcast.
+    embedded.post("/begin_weight_update", {})
+    with ThreadPoolExecutor(1) as pool:
+        bucket = {"names": [name], "dtypes": ["float32"], "shapes": [[64]], "group_name": "short", "load_format": "flattened_bucket"}
+        announced = pool.submit(embedded.post, "/update_weights_from_distributed", bucket)
+        time.sleep(0.5)
+        dist.destroy_process_group(group)
+        del group
+        refused = announced.result()
+    assert refused.status_code == 400 and "broadcast failed" in refused.json()["message"]
+    assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
+    embedded.post("/destroy_weights_update_group", {"group_name": "short"})
 
 
 # ---- The client against the server ----
