@@ -22,7 +22,7 @@ commands:
   evaluate  OVERRIDES           evaluate model.path on data.heldout
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
-  serve     --model-path DIR    serve a Hugging Face directory with the embedded rollout server (--help lists its options)
+  serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
   report    RUN_DIR             write RUN_DIR/report.html
   doctor                        what is installed, what is missing and how to get it
 
@@ -164,6 +164,12 @@ def _plan(arguments: list[str]) -> None:
     plan(arguments)
 
 
+def _serve(arguments: list[str]) -> None:
+    from dasd_megatron.rollout.serve import serve
+
+    serve(arguments)
+
+
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
@@ -190,11 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.observability.doctor import print_doctor
 
         return print_doctor()
-    if command == "serve":
-        from dasd_megatron.rollout.server import main as serve
-
-        return serve(rest) or 0
-    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "plan": _plan, "report": _report}
+    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "plan": _plan, "serve": _serve, "report": _report}
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2

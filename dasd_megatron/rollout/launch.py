@@ -192,16 +192,17 @@ class LocalServer:
         with httpx.Client(timeout=10.0, trust_env=False) as http:
             while time.monotonic() < deadline:
                 if not self.alive():
-                    raise ServerStartError(f"the rollout server ended with status {self._process.returncode}. {self._log_tail()}")
+                    raise ServerStartError(f"the rollout server ended with status {self._process.returncode}. {self.log_tail()}")
                 try:
                     if http.get(f"{self.url}/health").status_code == 200:
                         return
                 except httpx.TransportError:
                     pass  # it does not listen before the model is loaded
                 time.sleep(POLL_SECONDS)
-        raise ServerStartError(f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self._log_tail()}")
+        raise ServerStartError(f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}")
 
-    def _log_tail(self) -> str:
+    def log_tail(self) -> str:
+        """The log's last lines, under the path of the file."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"The end of {self.log_path}:\n" + "\n".join(lines)
 
