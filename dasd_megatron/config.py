@@ -153,6 +153,12 @@ class PolicyLossConfig:
     clip_low: float = _doc(0.2, "PPO clip below: ratio >= 1 - clip_low")
     clip_high: float = _doc(0.28, "PPO clip above: ratio <= 1 + clip_high")
     dual_clip: float | None = _doc(None, "bound on the surrogate at negative advantages, > 1; null: none")
+    importance_sampling: str = _doc(
+        "none",
+        "correct for the rollout engine's probabilities being others than the trainer's: none, token (each token's ratio) or sequence (the "
+        "response's), truncated, on the surrogate alone",
+    )
+    importance_cap: float = _doc(2.0, "importance_sampling: largest ratio")
     kl_coef: float = _doc(0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept")
     fused_linear: bool = _doc(
         True, "token statistics straight from hidden states and LM head, block by block; false materialises all logits of a micro-batch"
@@ -452,6 +458,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "teacher.privileged": ("solution", "hint", "answer"),
     "optimizer.decay_style": ("constant", "linear", "cosine"),
     "warm_start.decay_style": ("constant", "linear", "cosine"),
+    "loss.importance_sampling": ("none", "token", "sequence"),
     "rollout.engine": ("embedded", "sglang", "external"),
     "rollout.sglang.backend": ("cuda", "cpu"),
     "rollout.weight_sync": ("disk", "distributed"),
@@ -548,7 +555,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 # Bounds that the value itself may not reach.
-_ABOVE = {"teacher.hint_fraction": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
+_ABOVE = {"teacher.hint_fraction": 0, "loss.importance_cap": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
 _BELOW = {"algorithm.rlsd_clip": 1, "algorithm.jsd_weight": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
 
 

@@ -89,6 +89,38 @@ def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple
     return omega * held, capped.detach()
 
 
+def importance_weights(log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tensor, *, level: str, cap: float) -> tuple[Tensor, Tensor]:
+    """Truncated importance weights between the trainer and the rollout engine, which differ even where their weights are equal.
+
+    ``token``: ``min(p(y_t) / m(y_t), cap)`` with p the trainer's and m the engine's probability; ``sequence``: the ratio of the whole
+    response, ``min(prod_t p(y_t) / m(y_t), cap)``, for each of its tokens. Multiplied onto the advantages, they make the expectation over
+    the engine's samples one over the trainer's policy, but for what the cap cuts off.
+
+    Args:
+        log_prob, rollout_log_prob: ``[N]`` packed response tokens of B rollouts, nats; no gradient flows.
+        lengths: ``[B]`` int64, sum N, every one at least 1.
+        cap: above 0.
+
+    Returns:
+        weights ``[N]``, float32 or wider, and cut ``[N]`` bool: tokens whose weight the cap has lowered. No collectives: a rollout has to
+        be whole here for ``sequence``. Raises ValueError on another level, a cap of 0 or below, or shapes that do not fit.
+    """
+    _same_shape(log_prob=log_prob, rollout_log_prob=rollout_log_prob)
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}; expected token or sequence")
+    if not cap > 0.0:
+        raise ValueError(f"cap is {cap}; expected a number above 0")
+    if int(lengths.sum()) != log_prob.numel():
+        raise ValueError(f"lengths sum to {int(lengths.sum())}, but there are {log_prob.numel()} tokens")
+    log_ratio = _at_least_float32(log_prob.detach()) - rollout_log_prob.detach()
+    if level == "sequence":
+        rollout = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        totals = torch.zeros(len(lengths), dtype=log_ratio.dtype, device=log_ratio.device).index_add_(0, rollout, log_ratio)
+        log_ratio = totals[rollout]
+    limit = math.log(cap)
+    return log_ratio.clamp(max=limit).exp(), log_ratio > limit
+
+
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x = ref_log_prob - log_prob``.
 

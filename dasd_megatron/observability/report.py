@@ -467,6 +467,14 @@ def _training_charts(run: Run) -> list[Markup]:
         include_zero=True,
         note="What the rollout engine's log-probs differ from the trainer's. Growth means stale weights or other numerics.",
     )
+    chart(
+        "Importance weights",
+        "share of response tokens",
+        (("lowered by the cap", "rollout/importance_cut_share", "c1"),),
+        form=percent,
+        include_zero=True,
+        note="Tokens that the trainer finds far more likely than the rollout engine did; with loss.importance_sampling only.",
+    )
     chart("KL to the starting model", "nats per token", (("KL", "update/kl_to_start", "c1"),), include_zero=True)
     chart("Clipped tokens", "share of response tokens", (("clipped", "update/clip_share", "c1"),), form=percent, include_zero=True)
     chart("Gradient norm", "L2, before clipping", (("gradient norm", "update/grad_norm", "c1"),), include_zero=True)

@@ -16,7 +16,7 @@ from dasd_megatron.training.parallel import reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
 
 if TYPE_CHECKING:
-    from dasd_megatron.training.train import ScoredRollouts
+    from dasd_megatron.training.train import Importance, ScoredRollouts
 
 
 def step_metrics(
@@ -24,6 +24,7 @@ def step_metrics(
     scores: ScoredRollouts,
     advantage: torch.Tensor,
     credit: Credit,
+    importance: Importance | None,
     updates: Sequence[UpdateResult],
     seconds: dict[str, float],
     config: Config,
@@ -39,12 +40,14 @@ def step_metrics(
             torch.ones_like(log_ratio).sum(),
             (log_ratio.exp() - 1.0 - log_ratio).sum(),
             log_ratio.abs().sum(),
+            torch.zeros_like(log_ratio).sum() if importance is None else importance.weights.double().sum(),
+            torch.zeros_like(log_ratio).sum() if importance is None else importance.cut.double().sum(),
         ]
     )
     routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
     sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
     maxima = reduce_over_replicas(torch.cat([log_ratio.abs().max()[None], routed.maxima]), dist.ReduceOp.MAX)
-    tokens, kl, difference = sums[: len(own_sums)].tolist()
+    tokens, kl, difference, importance_sum, cut = sums[: len(own_sums)].tolist()
     applied = [one for one in updates if one.applied]
     metrics = {
         **reward_metrics(samples, seconds, config.batch.samples_per_group),
@@ -54,6 +57,8 @@ def step_metrics(
         "rollout/log_prob_diff_max": maxima[0].item(),
         "update/skipped": len(updates) - len(applied),
     }
+    if importance is not None:
+        metrics |= {"rollout/importance_mean": importance_sum / tokens, "rollout/importance_cut_share": cut / tokens}
     if applied:
         metrics |= {
             "update/loss": _mean([one.loss for one in applied]),

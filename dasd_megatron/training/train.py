@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.evaluate import evaluate
+from dasd_megatron.losses import importance_weights
 from dasd_megatron.models.gpt import ShardedModel, build_model
 from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
@@ -306,15 +307,17 @@ def _step(trainer: Trainer) -> dict[str, Any]:
             rewards, samples_per_group=config.batch.samples_per_group, normalize_std=config.algorithm.normalize_std
         )
         advantage, credit = _route(config, scores, verifier_advantage)
+        importance = _importance(config, scores)
     with timers("update"):
-        results = _update(trainer, samples, scores, advantage, credit)
+        weighted = advantage if importance is None else advantage * importance.weights
+        results = _update(trainer, samples, scores, weighted, credit)
         if trainer.average is not None:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
     _report_not_applied(trainer, results)
     if saves and trainer.logger is not None:
         _save_inspection(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
-    metrics = step_metrics(samples, scores, advantage, credit, results, timers.seconds, config)
+    metrics = step_metrics(samples, scores, advantage, credit, importance, results, timers.seconds, config)
     return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
 
 
@@ -380,6 +383,13 @@ class ScoredRollouts:
         return self.teacher_log_prob - self.student.log_prob
 
 
+class Importance(NamedTuple):
+    """Truncated importance weights of this replica's response tokens, float32 [N], and which of them the cap has lowered, bool [N]."""
+
+    weights: torch.Tensor
+    cut: torch.Tensor
+
+
 def _micro_batches(config: Config, prompts: list[list[int]], responses: list[list[int]]) -> list[MicroBatch]:
     return make_micro_batches(prompts, responses, **micro_batch_layout(config))
 
@@ -433,6 +443,20 @@ def _route(config: Config, scores: ScoredRollouts, verifier_advantage: torch.Ten
         gate=settings.gate,
         rlsd_clip=settings.rlsd_clip,
         objective=settings.objective,
+    )
+
+
+def _importance(config: Config, scores: ScoredRollouts) -> Importance | None:
+    if config.loss.importance_sampling == "none":
+        return None
+    return Importance(
+        *importance_weights(
+            scores.student.log_prob,
+            scores.rollout_log_prob,
+            scores.lengths,
+            level=config.loss.importance_sampling,
+            cap=config.loss.importance_cap,
+        )
     )
 
 
