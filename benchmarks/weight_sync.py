@@ -1,0 +1,166 @@
+"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group with several bucket sizes, next to
+a bare gloo broadcast of the same bytes between two processes; and the memory that the trainer needs beyond its own.
+
+    python benchmarks/weight_sync.py --model models/smollm2                      # the embedded server
+    python benchmarks/weight_sync.py --model models/smollm2 --engine sglang      # real SGLang on the CPU
+
+The model is whole in this process, in float32. Every figure is the median of ``--rounds`` syncs after one that is not counted. Writes
+``benchmarks/results/weight_sync_ENGINE.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from machine import describe, peak_bytes
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, load_config
+
+MEGABYTE = 2**20
+_PEER = """
+import sys, torch, torch.distributed as dist
+from dasd_megatron.rollout.weight_group import join_weight_group
+port, size, rounds = map(int, sys.argv[1:])
+group = join_weight_group("127.0.0.1", port, rank=1, world_size=2, name="bare", backend="gloo", timeout_seconds=120.0)
+flat = torch.empty(size, dtype=torch.uint8)
+for _ in range(rounds):
+    dist.broadcast(flat, 0, group)
+    dist.all_reduce(torch.zeros(1), group=group)
+"""
+
+
+def _seconds(call: Callable[[], object], rounds: int) -> list[float]:
+    found = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return found[1:]
+
+
+def bare_broadcast(size: int, rounds: int) -> list[float]:
+    """Seconds of gloo broadcasts of ``size`` bytes to another process that does nothing else."""
+    import torch
+    import torch.distributed as dist
+
+    from dasd_megatron.rollout.weight_group import join_weight_group
+
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
+    peer = subprocess.Popen([sys.executable, "-c", _PEER, str(store.port), str(size), str(rounds + 1)])
+    group = join_weight_group(
+        "127.0.0.1", store.port, rank=0, world_size=2, name="bare", backend="gloo", timeout_seconds=120.0, store=store
+    )
+    flat = torch.zeros(size, dtype=torch.uint8)
+
+    def once() -> None:
+        dist.broadcast(flat, 0, group)
+        dist.all_reduce(torch.zeros(1), group=group)
+
+    found = _seconds(once, rounds)
+    peer.wait(60)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
+    parser.add_argument("--buckets", type=int, nargs="+", default=[16, 64, 256, 1024], help="bucket sizes, MiB")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    output = options.output or Path(__file__).parent / "results" / f"weight_sync_{options.engine}.json"
+    engine = ["rollout=sglang_cpu"] if options.engine == "sglang" else []
+    config = load_config(
+        ["experiment=quickstart", "parallel=single", "backend.threads=1", f"model.path={options.model}", "rollout.threads=1", *engine]
+    )
+    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"})
+    backend.select(config.backend)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, size = measure(config, options, Path(folder))
+    print(f"{size / 1e9:.3f} GB of weights, median of {options.rounds}")
+    print("| way | seconds | GB/s | of a bare broadcast's time | extra memory, MB |\n|---|---|---|---|---|")
+    for row in rows:
+        memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
+        print(f"| {row['way']} | {row['seconds']:.2f} | {size / row['seconds'] / 1e9:.2f} | {row['ratio']:.2f} | {memory} |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": describe(), "engine": options.engine, "bytes": size, "rounds": options.rounds, "rows": rows}
+    output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[dict], int]:
+    import dataclasses
+
+    from dasd_megatron.models.gpt import build_model
+    from dasd_megatron.rollout.generation import make_client
+    from dasd_megatron.rollout.launch import LocalServer
+    from dasd_megatron.training import parallel
+    from dasd_megatron.training.export import export_model
+    from dasd_megatron.training.weight_sync import DistributedSync, send_weights
+
+    parallel.initialize(config)
+    model = build_model(config, options.model)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    rows = []
+
+    def report(way: str, found: list[float], extra: int | None) -> None:
+        seconds = statistics.median(found)
+        rows.append(
+            {
+                "way": way,
+                "seconds": seconds,
+                "spread": [min(found), max(found)],
+                "ratio": seconds / (rows[0]["seconds"] if rows else seconds),
+                "extra_bytes": extra,
+            }
+        )
+        print(way, f"{seconds:.2f} s", file=sys.stderr, flush=True)
+
+    report("bare gloo broadcast", bare_broadcast(size, options.rounds), None)
+    with LocalServer(options.model, "start", config.rollout, folder / "server.log") as server:
+        count = 0
+
+        def by_disk() -> None:
+            nonlocal count
+            count += 1
+            path = folder / f"weights-{count}"
+            export_model(model, path, template_dir=options.model, manifest=False)
+
+            async def update() -> None:
+                async with make_client(config.rollout, [server.url]) as client:
+                    await client.update_weights_from_disk(str(path), f"disk-{count}")
+
+            asyncio.run(update())
+
+        report("disk", _seconds(by_disk, options.rounds), peak_bytes(by_disk))
+        for bucket in options.buckets:
+            rollout = dataclasses.replace(config.rollout, weight_sync="distributed", weight_bucket_bytes=bucket * MEGABYTE)
+            sync = DistributedSync(rollout, [server.url], [1])
+
+            def by_group(sync: DistributedSync = sync, bucket: int = bucket) -> None:
+                nonlocal count
+                count += 1
+                failure = send_weights(model, sync, f"group-{count}", bucket_size=bucket * MEGABYTE)
+                if failure is not None:
+                    raise SystemExit(failure)
+
+            extra = peak_bytes(by_group)
+            report(f"process group, {bucket} MiB buckets", _seconds(by_group, options.rounds), extra)
+            sync.close()
+    return rows, size
+
+
+if __name__ == "__main__":
+    main()
