@@ -106,6 +106,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
     from dasd_megatron.models.gpt import build_model
     from dasd_megatron.rollout.generation import make_client
     from dasd_megatron.rollout.launch import LocalServer
+    from dasd_megatron.rollout.pool import ServerPool
     from dasd_megatron.training import parallel
     from dasd_megatron.training.export import export_model
     from dasd_megatron.training.weight_sync import DistributedSync, send_weights
@@ -147,14 +148,14 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
         report("disk", _seconds(by_disk, options.rounds), peak_bytes(by_disk))
         for bucket in options.buckets:
             rollout = dataclasses.replace(config.rollout, weight_sync="distributed", weight_bucket_bytes=bucket * MEGABYTE)
-            sync = DistributedSync(rollout, [server.url], [1])
+            sync = DistributedSync(rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
 
             def by_group(sync: DistributedSync = sync, bucket: int = bucket) -> None:
                 nonlocal count
                 count += 1
                 failure = send_weights(model, sync, f"group-{count}", bucket_size=bucket * MEGABYTE)
                 if failure is not None:
-                    raise SystemExit(failure)
+                    raise failure
 
             extra = peak_bytes(by_group)
             report(f"process group, {bucket} MiB buckets", _seconds(by_group, options.rounds), extra)

@@ -253,7 +253,9 @@ class RolloutConfig:
     max_retries: int = _doc(3, "further tries of a failed request")
     backoff_seconds: float = _doc(0.5, "wait before the first retry; doubles each time")
     max_in_flight: int = _doc(64, "requests under way at once")
-    max_restarts: int = _doc(3, "times in one run that a dead server of the trainer's own is started again")
+    max_restarts: int = _doc(
+        3, "times in one run that a failed step is tried again: the trainer's own server is started anew, or others are back by then"
+    )
     replay: str | None = _doc(None, "folder of saved rollouts (<run>/rollouts); the trainer reads them instead of asking a server")
 
 

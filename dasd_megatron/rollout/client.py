@@ -18,9 +18,12 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 
+from dasd_megatron.rollout.pool import Event, ServerPool, Status
+
 T = TypeVar("T")
 
 MAX_BACKOFF_SECONDS = 30.0
+PROBE_SECONDS = 10.0
 LOG_PROB_TOLERANCE = 1e-3  # rounding may put a certain token's log-prob a little above 0
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
@@ -62,9 +65,17 @@ class _TryAgainError(Exception):
     fix = "check that the server is up and reachable, and its log"
 
 
+class _ClosingError(_TryAgainError):
+    """The server said that it is shutting down, or has too much to do."""
+
+
 class _OtherVersionError(_TryAgainError):
     error_class = WeightVersionError
-    fix = "update the server's weights (update_weights_from_disk) before sampling, and let nothing else update them"
+    fix = "update the server's weights before sampling, and let nothing else update them"
+
+    def __init__(self, what: str, version: str | None = None):
+        super().__init__(what)
+        self.version = version
 
 
 class RolloutClient:
@@ -72,7 +83,7 @@ class RolloutClient:
 
     urls: base addresses like ``http://10.0.0.1:30000``. connect_timeout, request_timeout: seconds, for opening a connection and for one
     whole request. max_retries: further tries after the first. backoff: seconds before the second try; doubles each time, at most 30.
-    max_in_flight: requests under way at once, over all servers.
+    max_in_flight: requests under way at once, over all servers. pool: what is known of these servers, where several clients share it.
 
     May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as their loop. Close with
     :meth:`aclose` or ``async with``.
@@ -87,6 +98,7 @@ class RolloutClient:
         max_retries: int,
         backoff: float,
         max_in_flight: int,
+        pool: ServerPool | None = None,
     ):
         if not urls:
             raise ValueError("urls is empty: give the address of at least one rollout server")
@@ -99,6 +111,7 @@ class RolloutClient:
                 f"{max_in_flight=} {max_retries=} {backoff=} {connect_timeout=} {request_timeout=}"
             )
         self.urls = [url.rstrip("/") for url in urls]
+        self.pool = ServerPool(self.urls) if pool is None else pool
         self.connect_timeout = connect_timeout
         self.request_timeout = request_timeout
         self.max_retries = max_retries
@@ -133,7 +146,7 @@ class RolloutClient:
 
         prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
         weight_version: the version that every completion must have been sampled under; None accepts any.
-        rows_per_request: prompts in one HTTP request. Request i goes to server i modulo their number, a further try to the one after.
+        rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try to another one.
         vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
 
         Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError when a request has
@@ -148,7 +161,7 @@ class RolloutClient:
         if any(params.get("n", 1) != 1 for params in sampling_params):
             raise ValueError("n must be absent or 1: repeat the prompt with other seeds for more samples of it")
 
-        async def request(index: int, start: int) -> list[Completion]:
+        async def request(start: int) -> list[Completion]:
             rows = slice(start, start + rows_per_request)
             body = {
                 "input_ids": [list(prompt) for prompt in prompts[rows]],
@@ -159,10 +172,9 @@ class RolloutClient:
             def read(response: httpx.Response) -> list[Completion]:
                 return read_completions(_json(response), body["sampling_params"], weight_version, vocab_size)
 
-            return await self._call("POST", "/generate", read, index=index, body=body)
+            return await self._call("POST", "/generate", read, body=body, held=lambda completions: completions[0].weight_version)
 
-        starts = range(0, len(prompts), rows_per_request)
-        answers = await _all_or_cancel([request(index, start) for index, start in enumerate(starts)])
+        answers = await _all_or_cancel([request(start) for start in range(0, len(prompts), rows_per_request)])
         return [completion for answer in answers for completion in answer]
 
     async def health(self) -> dict[str, bool]:
@@ -209,9 +221,11 @@ class RolloutClient:
         return await self._everywhere("GET", "/server_info", _json_object)
 
     async def update_weights_from_disk(self, path: str, weight_version: str) -> None:
-        """Let every server load the Hugging Face directory ``path`` (on its own file system) as ``weight_version``, and check that it did.
+        """Let every server that is not dead load the Hugging Face directory ``path`` (on its own file system) as ``weight_version``, and
+        check that it did. One that fails is dead from then on, in the pool.
 
-        Raises RequestRefusedError with the server's message when one refuses, WeightVersionError when one still reports another version.
+        Raises, if all fail, what the first one did: RequestRefusedError with the server's message, WeightVersionError where one still
+        reports another version, RolloutError.
         """
 
         def read(response: httpx.Response) -> None:
@@ -219,16 +233,44 @@ class RolloutClient:
             if answer.get("success") is not True:
                 raise _TryAgainError(f"/update_weights_from_disk of {path} failed: {answer.get('message')!r}")
 
-        await self._everywhere("POST", "/update_weights_from_disk", read, body={"model_path": str(path), "weight_version": weight_version})
-        await self._check_version(weight_version)
+        body = {"model_path": str(path), "weight_version": weight_version}
 
-    async def _check_version(self, weight_version: str) -> None:
+        async def update(index: int) -> None:
+            await self._call("POST", "/update_weights_from_disk", read, index=index, body=body)
+            await self._check_version(index, weight_version)
+
+        dead = self.pool.with_status(Status.DEAD)
+        able = [index for index, url in enumerate(self.urls) if url not in dead] or list(range(len(self.urls)))
+        outcomes = await asyncio.gather(*map(update, able), return_exceptions=True)
+        errors = [outcome for outcome in outcomes if outcome is not None]
+        for error in errors:
+            if not isinstance(error, RolloutError):
+                raise error
+            self.pool.record(error.url, Event.UPDATE_FAILED, reason=error.what)
+        if len(errors) == len(able):
+            raise errors[0]
+
+    async def _check_version(self, index: int, weight_version: str) -> None:
         def check(response: httpx.Response) -> None:
             found = _json_object(response).get("weight_version")
             if found != weight_version:
                 raise _OtherVersionError(f"expected weight version {weight_version!r} after the update, but the server reports {found!r}")
 
-        await self._everywhere("GET", "/model_info", check)
+        await self._call("GET", "/model_info", check, index=index)
+        self.pool.record(self.urls[index], Event.ANSWERED, weight_version)
+
+    async def probe(self, urls: Sequence[str]) -> None:
+        """Ask these servers which weights they hold, once each, and let the pool know who answers."""
+
+        async def one(url: str) -> None:
+            try:
+                info = await self._call("GET", "/model_info", _json_object, index=self.urls.index(url), tries=1, limit=PROBE_SECONDS)
+            except RolloutError as error:
+                self.pool.record(url, Event.FAILED, reason=error.what)
+            else:
+                self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
+
+        await asyncio.gather(*map(one, urls))
 
     async def init_weights_update_group(
         self, address: str, port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
@@ -269,7 +311,7 @@ class RolloutClient:
     async def end_weight_update(self, weight_version: str) -> None:
         """Close the update on every server, and check that it now serves ``weight_version``."""
         await self._everywhere("POST", "/end_weight_update", _succeeded, body={}, tries=1)
-        await self._check_version(weight_version)
+        await asyncio.gather(*(self._check_version(index, weight_version) for index in range(len(self.urls))))
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
         """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests wait."""
@@ -300,7 +342,7 @@ class RolloutClient:
     ) -> list[T]:
         """One request to every server, all with ``body`` or each with its own of ``bodies``."""
         bodies = [body] * len(self.urls) if bodies is None else bodies
-        calls = [self._call(method, path, read, index=i, body=one, tries=tries, pinned=True) for i, one in enumerate(bodies)]
+        calls = [self._call(method, path, read, index=i, body=one, tries=tries) for i, one in enumerate(bodies)]
         return await _all_or_cancel(calls)
 
     async def _call(
@@ -309,36 +351,67 @@ class RolloutClient:
         path: str,
         read: Callable[[httpx.Response], T],
         *,
-        index: int,
+        index: int | None = None,
         body: Any = None,
         tries: int | None = None,
-        pinned: bool = False,
+        limit: float | None = None,
+        held: Callable[[T], str] | None = None,
     ) -> T:
-        """One request until ``read`` accepts its answer; a further try goes to the next server unless ``pinned``."""
+        """One request until ``read`` accepts its answer: to server ``index``, or else each time to the one that the pool chooses and then
+        tells how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below ``request_timeout``."""
         tries = self.max_retries + 1 if tries is None else tries
+        limit = self.request_timeout if limit is None else min(limit, self.request_timeout)
         http, slots = self._connections()
         failure = _TryAgainError("not tried")
+        url, tried = ", ".join(self.urls), []
         for number in range(tries):
             if number:
                 await asyncio.sleep(min(self.backoff * 2 ** (number - 1), MAX_BACKOFF_SECONDS))
-            url = self.urls[(index + (0 if pinned else number)) % len(self.urls)]
-            try:
-                async with slots, asyncio.timeout(self.request_timeout):
-                    response = await http.request(method, url + path, json=body)
-                if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
-                    raise _TryAgainError(f"{path} answered {response.status_code}: {_server_message(response)}")
-                if response.status_code >= 400:
-                    raise RequestRefusedError(
-                        url, f"{path} refused with {response.status_code}: {_server_message(response)}", number + 1, "correct the request"
-                    )
-                return read(response)
-            except TimeoutError:
-                failure = _TryAgainError(f"{path} gave no answer within {self.request_timeout:g} s")
-            except httpx.HTTPError as error:  # refused, reset or timed-out connections and broken HTTP
-                failure = _TryAgainError(f"{path} failed: {type(error).__name__}: {error}")
-            except _TryAgainError as error:
-                failure = error
+            async with slots:
+                chosen = self.pool.choose(tried) if index is None else self.urls[index]
+                if chosen is None:
+                    if not tried:
+                        failure = _OtherVersionError(f"no server holds the weights {self.pool.current!r}")
+                    break
+                url = chosen
+                self.pool.begin(url)
+                try:
+                    async with asyncio.timeout(limit):
+                        response = await http.request(method, url + path, json=body)
+                    if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
+                        kind = _ClosingError if response.status_code == 503 else _TryAgainError
+                        raise kind(f"{path} answered {response.status_code}: {_server_message(response)}")
+                    if response.status_code >= 400:
+                        raise RequestRefusedError(
+                            url,
+                            f"{path} refused with {response.status_code}: {_server_message(response)}",
+                            number + 1,
+                            "correct the request",
+                        )
+                    answer = read(response)
+                except TimeoutError:
+                    failure = _TryAgainError(f"{path} gave no answer within {limit:g} s")
+                except httpx.HTTPError as error:  # refused, reset or timed-out connections and broken HTTP
+                    failure = _TryAgainError(f"{path} failed: {type(error).__name__}: {error}")
+                except _TryAgainError as error:
+                    failure = error
+                else:
+                    if held is not None:
+                        self.pool.record(url, Event.ANSWERED, held(answer))
+                    return answer
+                finally:
+                    self.pool.end(url)
+            if index is None:
+                tried = [*(one for one in tried if one != url), url]
+                self._record_failure(url, failure)
         raise failure.error_class(url, str(failure), tries, failure.fix) from failure
+
+    def _record_failure(self, url: str, failure: _TryAgainError) -> None:
+        other_version = isinstance(failure, _OtherVersionError) and failure.version is not None
+        if other_version and self.pool.current is not None:
+            self.pool.record(url, Event.ANSWERED, failure.version, reason=str(failure))
+        else:
+            self.pool.record(url, Event.CLOSING if isinstance(failure, _ClosingError) else Event.FAILED, reason=str(failure))
 
     def _connections(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """The running loop's HTTP client and its limit on requests in flight. Connections of an ended loop cannot be used or closed."""
@@ -469,5 +542,5 @@ def _read_row(row: Any, index: int, max_new_tokens: int | None, weight_version: 
     versions = {str(version)} | {str(span["version"]) for span in spans if isinstance(span, dict) and "version" in span}
     if weight_version is not None and versions != {weight_version}:
         found = " and ".join(sorted(map(repr, versions)))
-        raise _OtherVersionError(f"expected weight version {weight_version!r}, but row {index} was sampled under {found}")
+        raise _OtherVersionError(f"expected weight version {weight_version!r}, but row {index} was sampled under {found}", str(version))
     return Completion(ids, [float(triple[0]) for triple in triples], reason["type"], str(version), text)

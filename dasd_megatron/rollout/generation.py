@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
+from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
 
@@ -21,7 +22,7 @@ def sampling_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def make_client(config: RolloutConfig, urls: Sequence[str]) -> RolloutClient:
+def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None) -> RolloutClient:
     return RolloutClient(
         list(urls),
         connect_timeout=config.connect_timeout_seconds,
@@ -29,6 +30,7 @@ def make_client(config: RolloutConfig, urls: Sequence[str]) -> RolloutClient:
         max_retries=config.max_retries,
         backoff=config.backoff_seconds,
         max_in_flight=config.max_in_flight,
+        pool=pool,
     )
 
 

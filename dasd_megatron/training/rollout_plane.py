@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
+from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
@@ -63,6 +65,7 @@ class RolloutPlane:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.server: LocalServer | None = None
         self.urls: list[str] = list(config.rollout.servers)
+        self.pool = ServerPool(self.urls)
         self.restarts = 0
         self.weight_version: str | None = None
         self.launched_version: str | None = None
@@ -94,10 +97,13 @@ class RolloutPlane:
         if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
             self._export(version)
             self.launched_version = version
+            self.pool.expect(version)
             self._with_restarts(dist.get_rank() == 0, self._serve_current)
-            self.urls = broadcast_from_rank0(self.urls)
         else:
+            self.pool.expect(version)
             self._with_restarts(False, lambda: None, fresh=False)
+        # What rank 0 has learned of the servers.
+        self.urls, self.pool = broadcast_from_rank0((self.urls, self.pool))
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy
@@ -114,35 +120,84 @@ class RolloutPlane:
         if self.config.rollout.engine != "external" and self.server is None:
             self.server = LocalServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
             self.server.start()
-            self.urls = [self.server.url]
+            self._serves_alone(self.weight_version)
         else:
-            asyncio.run(self._update_weights(make_client(self.config.rollout, self.urls), str(path.absolute())))
+            asyncio.run(self._update_weights(self._client(), str(path.absolute())))
+
+    def _client(self) -> RolloutClient:
+        return make_client(self.config.rollout, self.urls, self.pool)
+
+    def _serves_alone(self, version: str) -> None:
+        """The trainer's own server is up, with the weights ``version``."""
+        self.urls = [self.server.url]
+        self.pool = ServerPool(self.urls)
+        self.pool.expect(self.weight_version)
+        self.pool.record(self.server.url, Event.ANSWERED, version)
 
     async def _update_weights(self, client: RolloutClient, path: str) -> None:
         async with client:
             await client.update_weights_from_disk(path, self.weight_version)
 
     def _send(self) -> None:
-        """Send the policy over the process group, which is made the first time; PeerError on every rank if that fails."""
+        """Send the policy over the process group, which is made the first time and after a failure.
+
+        A server that breaks it off is left out of the next try, as long as others are left; else PeerError on every rank.
+        """
         model, _ = self._policy
-
-        def prepare() -> None:
-            if self.sync is None:
-                sizes = asyncio.run(self._server_sizes(make_client(self.config.rollout, self.urls)))
-                self.sync = DistributedSync(self.config.rollout, self.urls, sizes)
-
-        on_selected_rank(dist.get_rank() == 0, prepare, (RolloutError,))
-        failure = send_weights(model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes)
+        while True:
+            on_selected_rank(dist.get_rank() == 0, self._choose_receivers, (RolloutError,))
+            error = send_weights(model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes)
+            again = dist.get_rank() == 0 and error is not None and self._leave_out(error)
+            if not broadcast_from_rank0(again):
+                break
 
         def report() -> None:
-            if failure is not None:
-                raise WeightSyncError(failure)
+            if error is not None:
+                raise error
 
         on_selected_rank(dist.get_rank() == 0, report, (WeightSyncError,))
 
-    async def _server_sizes(self, client: RolloutClient) -> list[int]:
-        async with client:
-            return [int(info.get("tp_size", 1)) for info in await client.server_info()]
+    def _choose_receivers(self) -> None:
+        """A group of the servers that are not known to be gone, unless there is one of just these."""
+        dead = self.pool.with_status(Status.DEAD)
+        able = [url for url in self.urls if url not in dead] or self.urls
+        if self.sync is not None and self.sync.urls == able:
+            return
+        if self.sync is not None:
+            self.sync.close()
+        self.sync = DistributedSync(self.config.rollout, able, asyncio.run(self._server_sizes(able)), self.pool)
+
+    async def _server_sizes(self, urls: list[str]) -> dict[str, int]:
+        async with make_client(self.config.rollout, urls, self.pool) as client:
+            return {url: int(info.get("tp_size", 1)) for url, info in zip(urls, await client.server_info(), strict=True)}
+
+    def _leave_out(self, error: WeightSyncError) -> bool:
+        """Find out which servers a sync has failed for; whether it is known, and others are left."""
+        if error.url is not None:
+            self.pool.record(error.url, Event.UPDATE_FAILED, reason=str(error))
+        else:
+            asyncio.run(self._probe(self.sync.urls))
+            for url in self.pool.with_status(Status.SUSPECT, Status.DRAINING):
+                self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
+        left = [url for url in self.sync.urls if self.pool.health[url].status is not Status.DEAD]
+        return 0 < len(left) < len(self.sync.urls)
+
+    async def _probe(self, urls: list[str]) -> None:
+        async with self._client() as client:
+            await client.probe(urls)
+
+    async def _revive(self) -> None:
+        """Ask those that do not serve whether they do by now, and give those that came back the current weights."""
+        unsure = [url for url in self.urls if self.pool.health[url].status is not Status.SERVING]
+        if not unsure:
+            return
+        await self._probe(unsure)
+        stale = self.pool.with_status(Status.STALE)
+        # One replica is enough. Over a process group they get theirs with everybody's next weights.
+        if stale and dist.get_rank() == 0 and self.config.rollout.weight_sync == "disk":
+            async with make_client(self.config.rollout, stale, self.pool) as client:
+                with contextlib.suppress(RolloutError):  # the pool has it
+                    await client.update_weights_from_disk(str((self.paths.weights / self.weight_version).absolute()), self.weight_version)
 
     def _with_restarts(self, selected: bool, work: Callable[[], T], *, fresh: bool = True) -> T | None:
         """``work`` where ``selected``; when it fails anywhere, restart the trainer's own server with the current weights and do it again.
@@ -156,19 +211,25 @@ class RolloutPlane:
                     fresh = True
                 return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
-                refusal, self.urls = broadcast_from_rank0((self._restart(), self.urls) if dist.get_rank() == 0 else None)
+                refusal, self.urls, self.pool = broadcast_from_rank0(
+                    (self._restart(), self.urls, self.pool) if dist.get_rank() == 0 else None
+                )
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
                 fresh = self.launched_version == self.weight_version
 
     def _restart(self) -> str | None:
-        """Start the trainer's own server again, from the newest weights on disk; returns why not, or None when it serves."""
+        """Start the trainer's own server again, from the newest weights on disk, or see which of others' servers are back; returns why
+        trying again is of no use, or None."""
         rollout = self.config.rollout
-        if self.server is None:
-            return "no server of ours to restart"
         if self.restarts >= rollout.max_restarts:
-            return f"restarted rollout.max_restarts={rollout.max_restarts} times already"
+            return f"tried again rollout.max_restarts={rollout.max_restarts} times already"
         self.restarts += 1
+        if self.server is None:
+            asyncio.run(self._revive())
+            # Over a process group, those that are back get their weights next.
+            back = [Status.SERVING] if rollout.weight_sync == "disk" else [Status.SERVING, Status.STALE]
+            return None if self.pool.with_status(*back) else "and no server is back"
         if self.sync is not None:
             self.sync.close()
             self.sync = None
@@ -176,12 +237,12 @@ class RolloutPlane:
             self.server.restart(self.paths.weights / self.launched_version, self.launched_version)
         except ServerStartError as error:
             return f"restart failed: {error}"
-        self.urls = [self.server.url]
+        self._serves_alone(self.launched_version)
         return None
 
     def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
-        return self._with_restarts(dist.get_rank() == 0, lambda: work(make_client(self.config.rollout, self.urls)))
+        return self._with_restarts(dist.get_rank() == 0, lambda: work(self._client()))
 
     def rollouts(self, step: int, problems: list[Problem]) -> tuple[list[Sample], float]:
         """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on
@@ -210,8 +271,9 @@ class RolloutPlane:
         rollout, n = self.config.rollout, self.config.batch.samples_per_group
         mine = [problems[group] for group in groups]
         prompts = [self.renderer.student(problem) for problem in mine]
+        asyncio.run(self._revive())
         completions = generate(
-            make_client(rollout, self.urls),
+            self._client(),
             [prompt for prompt in prompts for _ in range(n)],
             [sampling_seed(self.config.run.seed, step, group, sample) for group in groups for sample in range(n)],
             rollout,

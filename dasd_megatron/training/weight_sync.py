@@ -8,7 +8,7 @@ import datetime
 import itertools
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 import torch
@@ -19,13 +19,18 @@ from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import make_client
+from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_group import join_weight_group
 
 _GROUP_NUMBERS = itertools.count()
 
 
 class WeightSyncError(RuntimeError):
-    """The servers did not take the weights; what they serve now is unknown."""
+    """The servers did not take the weights; what they serve now is unknown. ``url``: the server that it failed for, where that is known."""
+
+    def __init__(self, what: str, url: str | None = None):
+        super().__init__(f"weight sync: {what}")
+        self.url = url
 
 
 class DistributedSync:
@@ -33,11 +38,12 @@ class DistributedSync:
 
     The group is made when it is first needed, and again after a failure. Every step has the limit ``rollout.weight_sync_timeout_seconds``.
 
-    urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size.
+    urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size; pool: hears who serves the weights.
     """
 
-    def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Sequence[int]):
-        self.config, self.urls, self.sizes = config, list(urls), list(sizes)
+    def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
+        self.config, self.urls, self.pool = config, list(urls), pool
+        self.sizes = [sizes[url] for url in self.urls]
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
         self._name = ""
@@ -49,7 +55,7 @@ class DistributedSync:
         self._client = self._make_client()
 
     def _make_client(self) -> RolloutClient:
-        client = make_client(self.config, self.urls)
+        client = make_client(self.config, self.urls, self.pool)
         client.request_timeout = self.config.weight_sync_timeout_seconds
         return client
 
@@ -62,10 +68,10 @@ class DistributedSync:
             future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
         except (RolloutError, RuntimeError, TimeoutError) as error:
             self.drop_group()
-            raise WeightSyncError(f"weight sync: {error or type(error).__name__}") from error
+            raise WeightSyncError(str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None) from error
 
     def drop_group(self) -> None:
-        """Leave the group, without waiting for servers that may be gone; the next sync makes another."""
+        """Leave the group without waiting for servers, some of which may be gone; the next sync makes another."""
         group, self._group, self._store = self._group, None, None
         if group is not None:
             self._run(self._leave(self._name))
@@ -159,7 +165,7 @@ def _address_towards(url: str) -> str:
 
 
 @torch.no_grad()
-def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str, *, bucket_size: int) -> str | None:
+def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str, *, bucket_size: int) -> WeightSyncError | None:
     """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
 
     Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. While a bucket
@@ -225,4 +231,4 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
             guarded(put, name, tensor)
     if sync is not None:
         guarded(finish)
-    return None if failure is None else str(failure)
+    return failure

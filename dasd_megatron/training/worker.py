@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,9 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         r"The \.grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # What befalls the rollout servers is said at the time.
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("dasd_megatron").setLevel(logging.INFO)
     backend.select(config.backend)
     # Megatron-Core is imported from here on, after the backend has prepared torch.
     import torch.distributed as dist

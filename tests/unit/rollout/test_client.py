@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutError, WeightVersionError
+from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 VERSION = "7"
 
@@ -287,6 +288,45 @@ async def test_a_dead_server_is_replaced_by_the_next():
     assert [c.output_ids for c in completions] == EXPECTED
 
 
+async def test_a_server_that_fails_gets_nothing_more_while_another_serves():
+    bad, good = FakeServer(), FakeServer()
+    bad.script = [(500, {})] * 100
+    async with bad.serve() as a, good.serve() as b, client(a, b, max_in_flight=1) as c:
+        for _ in range(5):
+            completions = await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=1)
+            assert [one.output_ids for one in completions] == EXPECTED
+        assert len(bad.requests) == 1
+        assert c.pool.with_status(Status.SUSPECT) == [a] and c.pool.with_status(Status.SERVING) == [b]
+
+
+async def test_a_server_under_other_weights_serves_again_only_after_an_update():
+    old, new = FakeServer(), FakeServer()
+    old.script = [changed(["meta_info", "weight_version"], "6")] * 100
+    async with old.serve() as a, new.serve() as b, client(a, b, max_in_flight=1) as c:
+        c.pool.expect(VERSION)
+        await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=1)
+        assert c.pool.with_status(Status.STALE) == [a]
+        old.replies["/model_info"] = (200, {"weight_version": "old"})
+        await c.probe([a])
+        assert c.pool.with_status(Status.STALE) == [a]
+        old.replies["/update_weights_from_disk"] = (200, {"success": True, "message": "ok"})
+        old.replies["/model_info"] = new.replies["/model_info"] = (200, {"weight_version": VERSION})
+        new.replies["/update_weights_from_disk"] = (400, {"success": False, "message": "disk is gone"})
+        await c.update_weights_from_disk("/w", VERSION)
+        # One took them, so the run goes on; the other is not asked again.
+        assert c.pool.with_status(Status.SERVING) == [a] and c.pool.with_status(Status.DEAD) == [b]
+
+
+async def test_nobody_holds_the_weights():
+    server = FakeServer()
+    async with server.serve() as url, client(url) as c:
+        c.pool.expect("next")
+        c.pool.record(url, Event.ANSWERED, VERSION)
+        with pytest.raises(WeightVersionError, match="no server holds the weights 'next'"):
+            await c.generate(PROMPTS, PARAMS, weight_version="next", rows_per_request=1)
+    assert server.requests == []
+
+
 async def test_nobody_listens():
     with pytest.raises(RolloutError, match="ConnectError"):
         await sample(client("http://127.0.0.1:9", max_retries=0))
@@ -337,7 +377,7 @@ def test_one_client_serves_several_event_loops():
 
     async def once():
         async with server.serve() as url:
-            c.urls = [url]
+            c.urls, c.pool = [url], ServerPool([url])
             return await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=5)
 
     for _ in range(2):

@@ -1,0 +1,121 @@
+"""Which rollout servers are asked: the health of each as a pure state machine, and the choice of the least loaded healthy one.
+
+Nothing here talks to a server. :class:`~dasd_megatron.rollout.client.RolloutClient` reports what it saw and asks whom to send to.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+# Failures in a row after which a server is taken for dead.
+DEAD_AFTER = 3
+
+
+class Status(enum.Enum):
+    """In the order in which :meth:`ServerPool.choose` takes them, but for those that it does not take."""
+
+    SERVING = "serving"
+    """Answers, under the current weights."""
+    STARTING = "starting"
+    """Not heard of yet."""
+    SUSPECT = "suspect"
+    """Its last request failed."""
+    DEAD = "dead"
+    """Failed several times in a row, or broke off an update, so that nobody knows what it holds."""
+    DRAINING = "draining"
+    """Said that it is shutting down: like one that is dead, it is asked where there is no other."""
+    STALE = "stale"
+    """Answers, but under other weights: serves again only after a completed update."""
+
+
+class Event(enum.Enum):
+    ANSWERED = "answered"
+    """A request, a probe or a weight update succeeded; its version is what the server holds now."""
+    FAILED = "failed"
+    """No answer, a bad one or a server error."""
+    CLOSING = "shutting down"
+    """It answered 503."""
+    UPDATE_FAILED = "weight update failed"
+    """An update was refused or broken off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What is known of one server. ``failures`` in a row; ``version``: the weights that it last said to hold, None where unknown."""
+
+    status: Status = Status.STARTING
+    failures: int = 0
+    version: str | None = None
+
+
+def transition(health: Health, event: Event, *, current: str | None, version: str | None = None) -> Health:
+    """The health after ``event``. current: the weight version that counts, None where any does; version: of ANSWERED, the server's."""
+    match event:
+        case Event.ANSWERED:
+            fits = current is None or version == current
+            return Health(Status.SERVING if fits else Status.STALE, 0, version)
+        case Event.CLOSING:
+            return Health(Status.DRAINING, health.failures, health.version)
+        case Event.UPDATE_FAILED:
+            return Health(Status.DEAD, health.failures + 1, None)
+        case Event.FAILED:
+            failures = health.failures + 1
+            # One that was shutting down has done so; one under other weights does not become a candidate by failing.
+            if failures >= DEAD_AFTER or health.status in (Status.DEAD, Status.DRAINING):
+                return Health(Status.DEAD, failures, health.version)
+            return Health(Status.STALE if health.status is Status.STALE else Status.SUSPECT, failures, health.version)
+
+
+class ServerPool:
+    """The servers of a run as one process sees them.
+
+    urls: base addresses. Use from one thread. Every change of a server's status but the first is a line in the log.
+    """
+
+    def __init__(self, urls: Iterable[str]):
+        self.current: str | None = None
+        self.health = {url.rstrip("/"): Health() for url in urls}
+        self._in_flight = dict.fromkeys(self.health, 0)
+
+    def record(self, url: str, event: Event, version: str | None = None, reason: str = "") -> None:
+        """Let ``event`` happen to a server; ``reason`` goes to the log."""
+        self._set(url, transition(self.health[url], event, current=self.current, version=version), reason or event.value)
+
+    def expect(self, version: str | None) -> None:
+        """From now on ``version`` counts: a server that serves another is stale."""
+        self.current = version
+        for url, health in self.health.items():
+            if health.status is Status.SERVING and version is not None and health.version != version:
+                self.health[url] = Health(Status.STALE, 0, health.version)
+
+    def with_status(self, *statuses: Status) -> list[str]:
+        return [url for url, health in self.health.items() if health.status in statuses]
+
+    def choose(self, avoid: Collection[str] = ()) -> str | None:
+        """Whom to send the next request: of the servers in the best status the one with the fewest requests. Those in ``avoid``, which have
+        failed this request before, come last. None where all are stale."""
+        for candidates in ([url for url in self.health if url not in avoid], list(avoid)):
+            for statuses in ((Status.SERVING,), (Status.STARTING,), (Status.SUSPECT,), (Status.DEAD, Status.DRAINING)):
+                able = [url for url in candidates if self.health[url].status in statuses]
+                if able:
+                    return min(able, key=self._in_flight.__getitem__)
+        return None
+
+    def begin(self, url: str) -> None:
+        """A request to ``url`` begins; :meth:`end` follows."""
+        self._in_flight[url] += 1
+
+    def end(self, url: str) -> None:
+        self._in_flight[url] -= 1
+
+    def _set(self, url: str, after: Health, reason: str) -> None:
+        before, self.health[url] = self.health[url], after
+        if after.status is before.status or (before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING):
+            return
+        level = logging.INFO if after.status is Status.SERVING else logging.WARNING
+        logger.log(level, "rollout server %s: %s -> %s (%s)", url, before.status.value, after.status.value, reason)
