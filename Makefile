@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your CUDA first.
 TORCH ?= torch==2.13.0
 
-# An environment of its own for SGLang, which needs other versions than the trainer.
+# An environment of its own for SGLang on the CPU, which needs other versions than the trainer: `make sglang-cpu`.
 SGLANG_VENV ?= .venv-sglang
 
 .PHONY: quickstart sglang-cpu test lint format test-gpu bench bench-gpu seeds clean
@@ -62,4 +62,4 @@ seeds: $(VENV)/.installed
 	$(BIN)/python benchmarks/seeds.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info
