@@ -291,6 +291,11 @@ class VerifyConfig:
     workers: int = _doc(2, "processes that grade answers math-verify's way; 0 grades by the integer fast path alone")
     timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
+    reward: str | None = _doc(
+        None,
+        "module:function that gives the reward of a dasd_megatron.rollout.samples.Sample, whose own is 1 or 0; above 0 counts as right in "
+        "evaluation; null: 1 or 0",
+    )
     truncated_is_wrong: bool = _doc(
         False, "responses that rollout.max_new_tokens cut short get reward 0 ungraded, so that going on behind the answer does not pay"
     )
@@ -662,6 +667,8 @@ def validate(config: Config) -> None:
     for server in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+", server):
             raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
+    if config.verify.reward is not None and not re.fullmatch(r"[\w.]+:\w+", config.verify.reward):
+        raise ConfigError(f"verify.reward={config.verify.reward}: write module:function, like my_package.rewards:score")
     if rollout.weight_sync == "distributed" and rollout.replay is None:
         if rollout.engine == "embedded" and config.backend.kind == "cuda":
             raise ConfigError(

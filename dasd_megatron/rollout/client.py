@@ -292,7 +292,7 @@ class RolloutClient:
         await self._everywhere("POST", "/begin_weight_update", _succeeded, body={}, tries=1)
 
     async def update_weights_from_distributed(
-        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, name: str, weight_version: str
+        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, name: str
     ) -> None:
         """Let every server take part in the broadcast of one bucket over the group ``name``; answered when it has it.
 
@@ -304,13 +304,17 @@ class RolloutClient:
             "shapes": [list(shape) for shape in shapes],
             "group_name": name,
             "load_format": "flattened_bucket",
-            "weight_version": weight_version,
         }
         await self._everywhere("POST", "/update_weights_from_distributed", _succeeded, body=body, tries=1)
 
     async def end_weight_update(self, weight_version: str) -> None:
-        """Close the update on every server, and check that it now serves ``weight_version``."""
+        """Close the update on every server, name what it serves now, and check that it does.
+
+        The name comes last: a server for which an update breaks off, and that wakes up later, must not go by it.
+        """
         await self._everywhere("POST", "/end_weight_update", _succeeded, body={}, tries=1)
+        body = {"new_version": weight_version, "abort_all_requests": False}
+        await self._everywhere("POST", "/update_weight_version", _succeeded, body=body, tries=1)
         await asyncio.gather(*(self._check_version(index, weight_version) for index in range(len(self.urls))))
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:

@@ -14,6 +14,7 @@ from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
+from dasd_megatron.verify.reward import own_reward
 
 
 def sampling_seed(*parts: int | str) -> int:
@@ -80,7 +81,8 @@ def make_samples(
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0; under
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or
+    what ``verify.reward`` makes of them; under
     ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
 
     What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
@@ -93,7 +95,7 @@ def make_samples(
     cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
     graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
     verdicts = grader.grade(graded, [problem.expected_answer for problem, _, _ in repeated])
-    return [
+    samples = [
         Sample(
             group=group,
             sample=index % samples_per_group,
@@ -115,3 +117,7 @@ def make_samples(
             zip(repeated, completions, texts, verdicts, strict=True)
         )
     ]
+    if grader.reward is not None:
+        for sample in samples:
+            sample.reward = own_reward(grader.reward, sample)
+    return samples

@@ -16,7 +16,7 @@ server differs, on purpose:
   generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0 and ``/flush_cache`` only checks that nothing is running.
 - Weights change only while no sequence is half done, so that every completion was sampled under one version. An update over a process
-  group gathers them beside the served ones, which are replaced, with the version, by ``/end_weight_update``. An update that meets
+  group gathers them beside the served ones, which ``/end_weight_update`` replaces. An update that meets
   sequences suspended by ``pause_generation`` in mode ``in_place`` or ``retract`` is refused; mode ``abort`` (the default) ends them.
 
 Sampling is a pure function of weights, prompt, ``sampling_seed`` and position: a counter-based hash gives one uniform per token, and
@@ -827,9 +827,9 @@ class Engine:
         """Queue a weight update behind the requests that came before it; resolves to (success, message)."""
         return self._queue_update(UpdateJob(lambda: load_model(model_path, self.dtype, self.config), model_path, weight_version))
 
-    def replace(self, model: PreTrainedModel, weight_version: str | None) -> Future:
-        """The same with a model in memory, of the served one's architecture and dtype."""
-        return self._queue_update(UpdateJob(lambda: model, self.model_path, weight_version))
+    def replace(self, model: PreTrainedModel) -> Future:
+        """The same with a model in memory, of the served one's architecture and dtype, under the old version."""
+        return self._queue_update(UpdateJob(lambda: model, self.model_path, None))
 
     def _queue_update(self, job: UpdateJob) -> Future:
         with self._wake:
@@ -1235,9 +1235,14 @@ class UpdateWeightsFromDistributedReqInput:
     dtypes: list[str]
     shapes: list[list[int]]
     group_name: str = "weight_update_group"
-    weight_version: str | None = None
     load_format: str | None = None
     flush_cache: bool = True  # accepted for compatibility: there is no cache to flush
+
+
+@pydantic_dataclass
+class UpdateWeightVersionReqInput:
+    new_version: str
+    abort_all_requests: bool = True
 
 
 @pydantic_dataclass
@@ -1373,7 +1378,6 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         return JSONResponse({"success": success, "message": message, "num_paused_requests": 0}, status_code=200 if success else 400)
 
     receiver = WeightReceiver(lambda: engine.model)
-    version_to_come: list[str | None] = [None]
 
     async def received(work: Callable[..., Any], *arguments: Any, said: str) -> JSONResponse:
         try:
@@ -1394,12 +1398,10 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
 
     @app.post("/begin_weight_update")
     async def begin_weight_update() -> JSONResponse:
-        version_to_come[0] = None
         return await received(receiver.begin, said="Success")
 
     @app.post("/update_weights_from_distributed")
     async def update_weights_from_distributed(obj: Annotated[UpdateWeightsFromDistributedReqInput, Body()]) -> JSONResponse:
-        version_to_come[0] = obj.weight_version or version_to_come[0]
         bucket = (obj.names, obj.dtypes, obj.shapes, obj.group_name, obj.load_format)
         return await received(receiver.receive, *bucket, said="Succeeded to update parameter online.")
 
@@ -1409,8 +1411,16 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
             model = receiver.end()
         except ReceiveError as error:
             return JSONResponse({"success": False, "message": str(error)}, status_code=400)
-        success, message = await asyncio.wrap_future(engine.replace(model, version_to_come[0]))
+        success, message = await asyncio.wrap_future(engine.replace(model))
         return JSONResponse({"success": success, "message": message}, status_code=200 if success else 400)
+
+    @app.post("/update_weight_version")
+    async def update_weight_version(obj: Annotated[UpdateWeightVersionReqInput, Body()]) -> JSONResponse:
+        if obj.abort_all_requests:
+            engine.abort(everything=True)
+        engine.weight_version = obj.new_version
+        message = f"Weight version updated to {obj.new_version}"
+        return JSONResponse({"success": True, "message": message, "new_version": obj.new_version})
 
     @app.post("/pause_generation")
     async def pause_generation(obj: Annotated[PauseGenerationReqInput, Body()]) -> JSONResponse:
@@ -1533,7 +1543,9 @@ def serve(args: argparse.Namespace) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="dasd_megatron.rollout.server", description="Serve a Hugging Face causal LM with SGLang's native HTTP API."
+        prog="dasd_megatron.rollout.server",
+        description="Serve a Hugging Face causal LM with SGLang's native HTTP API, on the CPU. "
+        "`dasd serve --engine sglang --help` is about SGLang itself.",
     )
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")

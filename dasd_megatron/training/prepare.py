@@ -21,6 +21,7 @@ from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, w
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import HfWeights
+from dasd_megatron.verify.reward import load_reward
 
 _PACKAGES = (
     "dasd-megatron",
@@ -110,6 +111,7 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """
     paths = RunPaths(root)
     _check_server_reaches_all(config)
+    load_reward(config.verify.reward)
     if paths.config.exists() and config.resume == "none":
         raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
     continued = _continued_runs(config, paths)

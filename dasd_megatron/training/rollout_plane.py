@@ -28,6 +28,7 @@ from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, bro
 from dasd_megatron.training.prepare import RunPaths
 from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
 from dasd_megatron.verify.grader import Grader, GraderError
+from dasd_megatron.verify.reward import RewardError
 
 T = TypeVar("T")
 
@@ -249,7 +250,7 @@ class RolloutPlane:
         every rank of the replica.
 
         Raises:
-            RolloutFailure: the servers failed beyond repair.
+            RolloutFailure: the servers failed beyond repair, or the user's reward function failed.
             PeerError: rollout.replay lacks this step's rollouts.
         """
         groups = replica_groups(self.config)
@@ -257,7 +258,21 @@ class RolloutPlane:
             graded = on_selected_rank(is_replica_source(), lambda: self._replayed(step, groups), (ReplayError,))
         else:
             graded = self._with_restarts(is_replica_source(), lambda: self._generated(step, problems, groups))
+            if self.config.verify.reward is not None:
+                self._raise_everywhere(graded)
         return broadcast_in_replica(graded)
+
+    def _raise_everywhere(self, graded: tuple[list[Sample], float] | RewardError | None) -> None:
+        """A reward function that fails, fails again however often servers are started anew: it stops the run on every rank."""
+
+        def check() -> None:
+            if isinstance(graded, RewardError):
+                raise graded
+
+        try:
+            on_selected_rank(is_replica_source(), check, (RewardError,))
+        except PeerError as error:
+            raise RolloutFailure(str(error)) from error
 
     def _replayed(self, step: int, groups: list[int]) -> tuple[list[Sample], float]:
         batch = self.config.batch
@@ -267,7 +282,7 @@ class RolloutPlane:
         n = batch.samples_per_group
         return [sample for group in groups for sample in saved[group * n : (group + 1) * n]], 0.0
 
-    def _generated(self, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float]:
+    def _generated(self, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float] | RewardError:
         rollout, n = self.config.rollout, self.config.batch.samples_per_group
         mine = [problems[group] for group in groups]
         prompts = [self.renderer.student(problem) for problem in mine]
@@ -284,5 +299,8 @@ class RolloutPlane:
             vocab_size=self.vocab_size,
         )
         started = time.perf_counter()
-        samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
+        try:
+            samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
+        except RewardError as error:
+            return error
         return samples, time.perf_counter() - started

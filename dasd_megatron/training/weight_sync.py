@@ -72,13 +72,11 @@ class DistributedSync:
 
     def drop_group(self) -> None:
         """Leave the group without waiting for servers, some of which may be gone; the next sync makes another."""
-        group, self._group, self._store = self._group, None, None
-        if group is not None:
-            self._run(self._leave(self._name))
-            # A broadcast that still waits for a dead peer ends by its own limit, in its thread.
-            dist.distributed_c10d._world.pg_group_ranks.pop(group, None)
+        if self._group is not None:
+            self._run(self._leave(self._name, self._group))
+        self._group = self._store = None
 
-    async def _leave(self, name: str) -> None:
+    async def _leave(self, name: str, group: dist.ProcessGroup) -> None:
         for url in self.urls:
             client = make_client(self.config, [url])
             try:
@@ -87,6 +85,8 @@ class DistributedSync:
                 pass  # it is down, or has left already
             finally:
                 await client.aclose()
+        # In a thread: a broadcast that still waits for a dead peer may hold it up, up to its own limit.
+        await asyncio.to_thread(dist.destroy_process_group, group)
 
     async def _join(self) -> None:
         address = _address_towards(self.urls[0])
@@ -120,11 +120,11 @@ class DistributedSync:
             self._buffers[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffers[index]
 
-    def send(self, flat: torch.Tensor, entries: list[tuple[str, torch.dtype, tuple[int, ...]]], version: str) -> concurrent.futures.Future:
+    def send(self, flat: torch.Tensor, entries: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> concurrent.futures.Future:
         """Start to send a bucket; the future is done when every server has it."""
         names, dtypes, shapes = zip(*entries, strict=True)
         announced = self._client.update_weights_from_distributed(
-            names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name, weight_version=version
+            names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name
         )
         return self._run(_both(announced, asyncio.to_thread(dist.broadcast, flat, 0, self._group)))
 
@@ -135,8 +135,9 @@ class DistributedSync:
     def close(self) -> None:
         """Leave the group, waiting for the servers at most as long as one request may take."""
         if self._group is not None:
-            self._group = None
-            concurrent.futures.wait([self._run(self._leave(self._name))], timeout=self.config.request_timeout_seconds)
+            leaving = self._run(self._leave(self._name, self._group))
+            self._group = self._store = None
+            concurrent.futures.wait([leaving], timeout=self.config.request_timeout_seconds)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
@@ -192,7 +193,7 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
         if under_way is not None:
             previous, under_way = under_way, None
             sync._finish(previous)
-        under_way = sync.send(sync.buffer(which, filled)[:filled], list(entries), version)
+        under_way = sync.send(sync.buffer(which, filled)[:filled], list(entries))
         entries.clear()
         filled, which = 0, 1 - which
 

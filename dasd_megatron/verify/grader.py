@@ -18,6 +18,7 @@ import pebble
 
 from dasd_megatron.config import VerifyConfig
 from dasd_megatron.verify.answers import compare_plain, extract_answer
+from dasd_megatron.verify.reward import load_reward
 from dasd_megatron.verify.symbolic import prepare_worker, symbolically_equal
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Grader:
         if config.max_answer_chars < 1:
             raise ValueError(f"verify.max_answer_chars is {config.max_answer_chars}; it must be at least 1")
         self.config = config
+        self.reward = load_reward(config.reward)
+        """The user's own reward function, or None."""
         self._pool: pebble.ProcessPool | None = None
         self._lock = threading.Lock()
         self._closed = False

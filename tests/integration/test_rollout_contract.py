@@ -790,7 +790,7 @@ def group_of(target, name):
     return group
 
 
-def send(target, group, name, tensors, version):
+def send(target, group, name, tensors):
     """One bucket; the answer to its announcement."""
     flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
     body = {
@@ -799,7 +799,6 @@ def send(target, group, name, tensors, version):
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
         "group_name": name,
         "load_format": "flattened_bucket",
-        "weight_version": version,
     }
     with ThreadPoolExecutor(1) as pool:
         announced = pool.submit(target.post, "/update_weights_from_distributed", body)
@@ -815,9 +814,14 @@ def test_an_update_over_a_process_group(changing, models):
     names = sorted(tensors)
     assert changing.post("/begin_weight_update", {}).json()["success"] is True
     for part in (names[:5], names[5:]):
-        answer = send(changing, group, name, {key: tensors[key] for key in part}, "v2")
+        answer = send(changing, group, name, {key: tensors[key] for key in part})
         assert answer.status_code == 200 and answer.json()["success"] is True, answer.text
+        # Not before all of it is there.
+        assert changing.request("GET", "/model_info").json()["weight_version"] == "v1"
     assert changing.post("/end_weight_update", {}).json()["success"] is True
+    assert changing.request("GET", "/model_info").json()["weight_version"] == "v1"
+    named = changing.post("/update_weight_version", {"new_version": "v2", "abort_all_requests": False})
+    assert named.json() == {"success": True, "message": "Weight version updated to v2", "new_version": "v2"}
     assert changing.request("GET", "/model_info").json()["weight_version"] == "v2"
     model = AutoModelForCausalLM.from_pretrained(models["b"], dtype=torch.float32).eval()
     for prompt, answer in zip(PROMPTS, changing.generate(**body), strict=True):
@@ -843,11 +847,11 @@ def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedde
     tensors = load_file(Path(models["b"]) / "model.safetensors")
     name = "model.norm.weight"
     embedded.post("/begin_weight_update", {})
-    assert send(embedded, group, "short", {name: tensors[name]}, "bad").status_code == 200
+    assert send(embedded, group, "short", {name: tensors[name]}).status_code == 200
     refused = embedded.post("/end_weight_update", {})
     assert refused.status_code == 400 and "were not sent" in refused.json()["message"]
     embedded.post("/begin_weight_update", {})
-    refused = send(embedded, group, "short", {name: torch.zeros(3)}, "bad")
+    refused = send(embedded, group, "short", {name: torch.zeros(3)})
     assert refused.status_code == 400 and name in refused.json()["message"]
     # A trainer that is gone in the middle of a broadcast.
     embedded.post("/begin_weight_update", {})

@@ -1,0 +1,71 @@
+"""A user's reward function: found by its path, applied to every sample, and named when it fails."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from dasd_megatron.config import ConfigError, VerifyConfig
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.rollout.client import Completion
+from dasd_megatron.rollout.generation import make_samples
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.verify.grader import Grader
+from dasd_megatron.verify.reward import RewardError, load_reward
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_reward"
+
+
+def graded(path: str | None, *responses: str) -> list[Sample]:
+    tokenizer = character_tokenizer()
+    completions = []
+    for response in responses:
+        ids = [*tokenizer.encode(response), tokenizer.eos_token_id]
+        completions.append(Completion(ids, [-0.5] * len(ids), "stop", "1", ""))
+    with Grader(VerifyConfig(workers=0, reward=path)) as grader:
+        problem = Problem("p", "1+1 =", "2", "")
+        return make_samples([problem], [0], [[1]], completions, grader, samples_per_group=len(responses), tokenizer=tokenizer)
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "mine.py").write_text(
+        "import math\n"
+        "constant = 3\n"
+        "def fails(sample): return 1 / (len(sample.text) - len(sample.text))\n"
+        "def endless(sample): return math.inf\n"
+        "def text(sample): return 'much'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "mine"
+    sys.modules.pop("mine", None)
+
+
+def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    short, long, wrong = graded("rewards:brief", "#### 2", "well #### 2", "#### 3")
+    assert 1.2 > short.reward > long.reward > 1.0 and wrong.reward == 0.0
+    # The verifier's own verdict stays as it was.
+    assert (short.predicted_answer, wrong.predicted_answer) == ("2", "3")
+
+
+def test_without_one_the_verdict_is_the_reward() -> None:
+    assert [sample.reward for sample in graded(None, "#### 2", "#### 3")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("fails", "ZeroDivisionError"), ("endless", f"gave {math.inf}"), ("text", "could not convert string")]
+)
+def test_what_fails_is_named(module: str, name: str, said: str) -> None:
+    with pytest.raises(RewardError, match=f"{module}:{name} on problem p, sample 0.*{said}"):
+        graded(f"{module}:{name}", "#### 2")
+
+
+@pytest.mark.parametrize("path", ["nowhere:score", "mine:absent", "mine:constant"])
+def test_what_cannot_be_found_is_refused(module: str, path: str) -> None:
+    with pytest.raises(ConfigError, match=f"verify.reward={path}"):
+        load_reward(path)
