@@ -679,6 +679,14 @@ def validate(config: Config) -> None:
                 "rollout.weight_sync=distributed does not reach the replicas behind rollout.sglang.data_parallel_size="
                 f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
             )
+        if config.backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
+            raise ConfigError(
+                "backend.timeout_seconds must exceed four times rollout.weight_sync_timeout_seconds="
+                f"{rollout.weight_sync_timeout_seconds:g}, since other ranks wait while a group is made and a server found to be gone: "
+                "raise the one or lower the other"
+            )
+    if len(set(rollout.servers)) < len(rollout.servers):
+        raise ConfigError("rollout.servers names one server twice: name each once")
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:

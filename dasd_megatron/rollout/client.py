@@ -9,6 +9,7 @@ sample.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -259,28 +260,57 @@ class RolloutClient:
         await self._call("GET", "/model_info", check, index=index)
         self.pool.record(self.urls[index], Event.ANSWERED, weight_version)
 
-    async def probe(self, urls: Sequence[str]) -> None:
-        """Ask these servers which weights they hold, once each, and let the pool know who answers."""
+    async def probe(self, urls: Sequence[str]) -> list[str]:
+        """Ask these servers whether they work and which weights they hold, once each; the pool hears of it. Returns those that failed."""
 
-        async def one(url: str) -> None:
+        async def one(url: str) -> bool:
+            index = self.urls.index(url)
             try:
-                info = await self._call("GET", "/model_info", _json_object, index=self.urls.index(url), tries=1, limit=PROBE_SECONDS)
+                # /model_info alone would be answered by a server whose engine hangs.
+                await self._call("GET", "/health", _nothing, index=index, tries=1, limit=PROBE_SECONDS)
+                info = await self._call("GET", "/model_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
             except RolloutError as error:
                 self.pool.record(url, Event.FAILED, reason=error.what)
-            else:
-                self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
+                return False
+            self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
+            return True
 
-        await asyncio.gather(*map(one, urls))
+        answered = await asyncio.gather(*map(one, urls))
+        return [url for url, well in zip(urls, answered, strict=True) if not well]
+
+    async def tensor_parallel_sizes(self) -> dict[str, int]:
+        """Processes that share each copy of the model, of every server that answers, asked once; the pool hears of the others.
+
+        Raises what the last one did where none answers.
+        """
+        sizes: dict[str, int] = {}
+        failure: RolloutError | None = None
+
+        async def one(index: int) -> None:
+            nonlocal failure
+            try:
+                info = await self._call("GET", "/server_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
+            except RolloutError as error:
+                failure = error
+                self.pool.record(self.urls[index], Event.FAILED, reason=error.what)
+            else:
+                sizes[self.urls[index]] = int(info.get("tp_size", 1))
+
+        await asyncio.gather(*map(one, range(len(self.urls))))
+        if not sizes and failure is not None:
+            raise failure
+        return sizes
 
     async def init_weights_update_group(
-        self, address: str, port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
+        self, addresses: Sequence[str], port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
     ) -> None:
-        """Let every server join a process group whose rank 0 listens at ``address:port``; see :mod:`~dasd_megatron.rollout.weight_group`.
+        """Let every server join a process group whose rank 0 listens at ``port``; see :mod:`~dasd_megatron.rollout.weight_group`.
 
-        rank_offsets: the rank of each server's first process, in the order of ``urls``.
+        addresses: of rank 0, as each server reaches it; rank_offsets: the rank of each server's first process; in the order of ``urls``.
         """
-        common = {"master_address": address, "master_port": port, "world_size": world_size, "group_name": name, "backend": backend}
-        bodies = [{**common, "rank_offset": offset} for offset in rank_offsets]
+        common = {"master_port": port, "world_size": world_size, "group_name": name, "backend": backend}
+        places = zip(addresses, rank_offsets, strict=True)
+        bodies = [{**common, "master_address": address, "rank_offset": offset} for address, offset in places]
         await self._everywhere("POST", "/init_weights_update_group", _succeeded, bodies=bodies, tries=1)
 
     async def destroy_weights_update_group(self, name: str) -> None:
@@ -288,8 +318,18 @@ class RolloutClient:
         await self._everywhere("POST", "/destroy_weights_update_group", _succeeded, body={"group_name": name}, tries=1)
 
     async def begin_weight_update(self) -> None:
-        """Open a weight update on every server; answered once no request is running there."""
-        await self._everywhere("POST", "/begin_weight_update", _succeeded, body={}, tries=1)
+        """Open a weight update on every server; answered once no request is running there. One that was left open is closed first."""
+
+        async def begin(index: int) -> None:
+            try:
+                await self._call("POST", "/begin_weight_update", _succeeded, index=index, body={}, tries=1)
+            except RequestRefusedError:
+                # Left open by a sync that broke off, of this trainer or of one that is gone. What it has loaded is not named.
+                with contextlib.suppress(RequestRefusedError):
+                    await self._call("POST", "/end_weight_update", _succeeded, index=index, body={}, tries=1)
+                await self._call("POST", "/begin_weight_update", _succeeded, index=index, body={}, tries=1)
+
+        await _all_or_cancel([begin(index) for index in range(len(self.urls))])
 
     async def update_weights_from_distributed(
         self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], *, name: str
@@ -374,6 +414,7 @@ class RolloutClient:
             async with slots:
                 chosen = self.pool.choose(tried) if index is None else self.urls[index]
                 if chosen is None:
+                    tries = max(number, 1)
                     if not tried:
                         failure = _OtherVersionError(f"no server holds the weights {self.pool.current!r}")
                     break

@@ -55,7 +55,9 @@ class WeightReceiver:
         dist.destroy_process_group(self._groups.pop(name))
 
     def begin(self) -> None:
-        """Open an update. One that was left open, by a trainer that is gone, is dropped."""
+        """Open an update; refused, as by SGLang, while one is open."""
+        if self._next is not None:
+            raise ReceiveError("a weight-update session is already open; call end_weight_update() first")
         self._next = copy.deepcopy(self._model())
         self._missing = set(dict(self._next.named_parameters()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable
@@ -162,30 +163,28 @@ class RolloutPlane:
         """A group of the servers that are not known to be gone, unless there is one of just these."""
         dead = self.pool.with_status(Status.DEAD)
         able = [url for url in self.urls if url not in dead] or self.urls
-        if self.sync is not None and self.sync.urls == able:
+        if self.sync is not None and self.sync.joined and self.sync.urls == able:
             return
+        # Who does not answer now would keep the others waiting in the start of the group.
+        sizes = asyncio.run(self._sizes(able))
         if self.sync is not None:
             self.sync.close()
-        self.sync = DistributedSync(self.config.rollout, able, asyncio.run(self._server_sizes(able)), self.pool)
+        self.sync = DistributedSync(self.config.rollout, [url for url in able if url in sizes], sizes, self.pool)
 
-    async def _server_sizes(self, urls: list[str]) -> dict[str, int]:
+    async def _sizes(self, urls: list[str]) -> dict[str, int]:
         async with make_client(self.config.rollout, urls, self.pool) as client:
-            return {url: int(info.get("tp_size", 1)) for url, info in zip(urls, await client.server_info(), strict=True)}
+            return await client.tensor_parallel_sizes()
 
     def _leave_out(self, error: WeightSyncError) -> bool:
         """Find out which servers a sync has failed for; whether it is known, and others are left."""
-        if error.url is not None:
-            self.pool.record(error.url, Event.UPDATE_FAILED, reason=str(error))
-        else:
-            asyncio.run(self._probe(self.sync.urls))
-            for url in self.pool.with_status(Status.SUSPECT, Status.DRAINING):
-                self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
-        left = [url for url in self.sync.urls if self.pool.health[url].status is not Status.DEAD]
-        return 0 < len(left) < len(self.sync.urls)
+        gone = [error.url] if error.url is not None else asyncio.run(self._probe(self.sync.urls))
+        for url in gone:
+            self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
+        return 0 < len(gone) < len(self.sync.urls)
 
-    async def _probe(self, urls: list[str]) -> None:
+    async def _probe(self, urls: list[str]) -> list[str]:
         async with self._client() as client:
-            await client.probe(urls)
+            return await client.probe(urls)
 
     async def _revive(self) -> None:
         """Ask those that do not serve whether they do by now, and give those that came back the current weights."""
@@ -196,7 +195,8 @@ class RolloutPlane:
         stale = self.pool.with_status(Status.STALE)
         # One replica is enough. Over a process group they get theirs with everybody's next weights.
         if stale and dist.get_rank() == 0 and self.config.rollout.weight_sync == "disk":
-            async with make_client(self.config.rollout, stale, self.pool) as client:
+            # One try: who hangs would hold up every step.
+            async with make_client(dataclasses.replace(self.config.rollout, max_retries=0), stale, self.pool) as client:
                 with contextlib.suppress(RolloutError):  # the pool has it
                     await client.update_weights_from_disk(str((self.paths.weights / self.weight_version).absolute()), self.weight_version)
 

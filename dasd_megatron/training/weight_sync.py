@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import dataclasses
 import datetime
-import itertools
 import socket
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
@@ -22,7 +24,8 @@ from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_group import join_weight_group
 
-_GROUP_NUMBERS = itertools.count()
+# A server that is gone, or hangs, is not waited for any longer when a group is left.
+_LEAVE_SECONDS = 5.0
 
 
 class WeightSyncError(RuntimeError):
@@ -52,12 +55,18 @@ class DistributedSync:
         self._buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
-        self._client = self._make_client()
+        self._leaving: concurrent.futures.Future | None = None
+        self._client = self._make_client(config.weight_sync_timeout_seconds)
 
-    def _make_client(self) -> RolloutClient:
-        client = make_client(self.config, self.urls, self.pool)
-        client.request_timeout = self.config.weight_sync_timeout_seconds
-        return client
+    @property
+    def joined(self) -> bool:
+        return self._group is not None
+
+    def _make_client(self, request_timeout: float) -> RolloutClient:
+        # All servers have to be asked at once: each waits for the others.
+        in_flight = max(self.config.max_in_flight, len(self.urls))
+        limits = dataclasses.replace(self.config, request_timeout_seconds=request_timeout, max_in_flight=in_flight)
+        return make_client(limits, self.urls, self.pool)
 
     def _run(self, work) -> concurrent.futures.Future:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -66,42 +75,43 @@ class DistributedSync:
         try:
             # Each request in it has its own limit, and so has each collective; this is for what neither bounds.
             future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
-        except (RolloutError, RuntimeError, TimeoutError) as error:
+        except (RolloutError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
             self.drop_group()
             raise WeightSyncError(str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None) from error
 
     def drop_group(self) -> None:
         """Leave the group without waiting for servers, some of which may be gone; the next sync makes another."""
         if self._group is not None:
-            self._run(self._leave(self._name, self._group))
+            self._leaving = self._run(self._leave(self._name, self._group))
         self._group = self._store = None
 
     async def _leave(self, name: str, group: dist.ProcessGroup) -> None:
-        for url in self.urls:
-            client = make_client(self.config, [url])
-            try:
-                await client.destroy_weights_update_group(name)
-            except RolloutError:
-                pass  # it is down, or has left already
-            finally:
-                await client.aclose()
+        async def tell(url: str) -> None:
+            limits = dataclasses.replace(self.config, request_timeout_seconds=_LEAVE_SECONDS)
+            async with make_client(limits, [url]) as client:
+                with contextlib.suppress(RolloutError):  # it is down, or has left already
+                    await client.destroy_weights_update_group(name)
+
         # In a thread: a broadcast that still waits for a dead peer may hold it up, up to its own limit.
-        await asyncio.to_thread(dist.destroy_process_group, group)
+        await asyncio.gather(asyncio.to_thread(dist.destroy_process_group, group), *map(tell, self.urls))
 
     async def _join(self) -> None:
-        address = _address_towards(self.urls[0])
+        addresses = [_address_towards(url) for url in self.urls]
         limit = self.config.weight_sync_timeout_seconds
         world_size = 1 + sum(self.sizes)
-        name = f"weights-{next(_GROUP_NUMBERS)}"
-        store = dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit))
+        # A server may still know groups of a trainer that is gone.
+        name = f"weights-{uuid.uuid4().hex}"
+        store = dist.TCPStore(
+            addresses[0], 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit)
+        )
         offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
         kind = "nccl" if self._device.type == "cuda" else "gloo"
         options = dict(rank=0, world_size=world_size, name=name, backend=kind, timeout_seconds=limit, store=store)
         asked = self._client.init_weights_update_group(
-            address, store.port, rank_offsets=offsets, world_size=world_size, name=name, backend=kind
+            addresses, store.port, rank_offsets=offsets, world_size=world_size, name=name, backend=kind
         )
         self._name = name
-        self._group = await _both(asked, asyncio.to_thread(join_weight_group, address, store.port, **options))
+        self._group = await _both(asked, asyncio.to_thread(join_weight_group, addresses[0], store.port, **options))
         self._store = store
 
     def begin(self) -> None:
@@ -133,11 +143,10 @@ class DistributedSync:
         self._finish(self._run(self._client.end_weight_update(version)))
 
     def close(self) -> None:
-        """Leave the group, waiting for the servers at most as long as one request may take."""
-        if self._group is not None:
-            leaving = self._run(self._leave(self._name, self._group))
-            self._group = self._store = None
-            concurrent.futures.wait([leaving], timeout=self.config.request_timeout_seconds)
+        """Leave the group, tell the servers that can be told, and end what this object has started."""
+        self.drop_group()
+        waiting = [self._run(self._client.aclose())] + ([self._leaving] if self._leaving is not None else [])
+        concurrent.futures.wait(waiting, timeout=2 * _LEAVE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
 
@@ -204,7 +213,8 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
             return
         sent.add(name)
         size = tensor.numel() * tensor.element_size()
-        if entries and filled + size > bucket_size:
+        # A tensor has to begin at a multiple of its element size.
+        if entries and (filled + size > bucket_size or filled % tensor.element_size()):
             flush()
         buffer = sync.buffer(which, max(size, bucket_size))
         buffer[filled : filled + size].copy_(tensor.contiguous().view(torch.uint8).flatten())
@@ -218,6 +228,9 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
                 work(*arguments)
             except WeightSyncError as error:
                 failure = error
+            # Whatever it is, the other ranks are waiting in the next tensor's collectives.
+            except Exception as error:
+                failure = WeightSyncError(f"{type(error).__name__}: {error}")
 
     def finish() -> None:
         flush()

@@ -98,5 +98,5 @@ def test_drill(weight_sync: str, pair: list[LocalServer], healthy: Path, tmp_pat
     # A plain line for what happened, and the restarted server served again.
     for url in (first.url, second.url):
         assert re.search(rf"rollout server {url}: \w+ -> (suspect|dead)", text), text[-4000:]
-    assert (tmp_path / "log0").read_text().count("serving ") == 2
-    assert re.search(rf"rollout server {first.url}: .*-> serving", text) or "-> stale" in text, text[-6000:]
+    # From step 36 on there was only the one that had been killed and restarted, with the weights of the beginning.
+    assert re.search(rf"rollout server {first.url}: dead -> (stale|serving)", text), text[-6000:]

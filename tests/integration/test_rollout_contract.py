@@ -840,6 +840,23 @@ def test_an_update_out_of_turn_is_refused(target):
         assert answer.json()["message"]
 
 
+def test_an_update_is_open_once(changing):
+    assert changing.post("/begin_weight_update", {}).status_code == 200
+    again = changing.post("/begin_weight_update", {})
+    assert again.status_code == 400 and "already open" in again.json()["message"]
+    changing.post("/end_weight_update", {})
+    assert changing.post("/begin_weight_update", {}).status_code == 200
+    changing.post("/end_weight_update", {})
+
+
+async def test_the_client_closes_an_update_that_was_left_open(changing):
+    options = {"connect_timeout": 2.0, "request_timeout": 60.0, "max_retries": 0, "backoff": 0.05, "max_in_flight": 8}
+    changing.post("/begin_weight_update", {})
+    async with RolloutClient([changing.url], **options) as client:
+        await client.begin_weight_update()
+    changing.post("/end_weight_update", {})
+
+
 def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedded, models):
     body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
     before = embedded.generate(**body)

@@ -37,6 +37,8 @@ REFUSED = [
     (["verify.reward=rewards.brief"], ["verify.reward", "module:function"]),
     (["loss.importance_sampling=sentence"], ["loss.importance_sampling", "sequence"]),
     (["loss.importance_cap=0"], ["loss.importance_cap"]),
+    (["rollout.weight_sync=distributed", "rollout.weight_sync_timeout_seconds=450"], ["backend.timeout_seconds", "450"]),
+    (["rollout.engine=external", "rollout.servers=[http://a:1,http://a:1]"], ["rollout.servers", "twice"]),
     (["rollout.weight_sync=distributed", "backend.kind=cuda"], ["rollout.weight_sync", "NCCL"]),
     (
         ["rollout.engine=sglang", "rollout.weight_sync=distributed", "rollout.sglang.data_parallel_size=2"],
