@@ -246,6 +246,11 @@ class RolloutConfig:
     weight_sync_timeout_seconds: float = _doc(
         300.0, "weight_sync=distributed only: limit of each request, broadcast and start of the group"
     )
+    max_log_prob_diff: float | None = _doc(
+        1.0,
+        "mean difference between the servers' log-probs and the trainer's of one step, nats a token, above which the run stops before it "
+        "trains on them: another model, or weights that did not arrive; null: no limit",
+    )
     connect_timeout_seconds: float = _doc(5.0, "limit for opening a connection")
     request_timeout_seconds: float = _doc(120.0, "limit for one request's answer")
     step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step or one evaluation, retries included")
@@ -533,6 +538,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.max_new_tokens": (1, None),
     "rollout.max_prompt_tokens": (1, None),
     "rollout.weight_bucket_bytes": (1, None),
+    "rollout.max_log_prob_diff": (0, None),
     "rollout.weight_sync_timeout_seconds": (0.1, None),
     "rollout.connect_timeout_seconds": (0.1, None),
     "rollout.request_timeout_seconds": (0.1, None),

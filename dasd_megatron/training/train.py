@@ -46,7 +46,7 @@ from dasd_megatron.training.checkpoint import (
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_hf_files, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
@@ -291,6 +291,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     timers.seconds["rollout"] -= timers.seconds["verify"]
     with timers("score"):
         scores = _score(trainer, samples)
+    _check_agreement(config, scores)
     state.step += 1
     state.position += config.batch.groups
     saves = config.logging.save_rollouts_every and state.step % config.logging.save_rollouts_every == 0
@@ -319,6 +320,21 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(samples, scores, advantage, credit, importance, results, timers.seconds, config)
     return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
+
+
+def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
+    """Refuse rollouts whose log-probs are not those of the trainer's weights; collective over replicas."""
+    limit = config.rollout.max_log_prob_diff
+    if limit is None or config.rollout.replay is not None:
+        return
+    gap = (scores.student.log_prob - scores.rollout_log_prob).abs().double()
+    total, count = reduce_over_replicas(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
+    # Not a number is not above: logits that are not finite are another matter.
+    if total / count > limit:
+        raise RolloutFailure(
+            f"the servers' log-probs differ from the trainer's by {total / count:.3g} nats a token, over "
+            f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were started with, or raise the limit"
+        )
 
 
 def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> bool:

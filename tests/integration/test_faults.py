@@ -42,7 +42,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class FaultyProxy:
     """In front of a real server; ``fault(path, count)`` says what to do with the count-th request of that path: "500", "garbage",
-    "short" (a row is missing), "hang", or None to pass it on."""
+    "short" (a row is missing), "shift" (other log-probs), "hang", or None to pass it on."""
 
     def __init__(self, upstream: str, fault: Callable[[str, int], str | None]) -> None:
         counts: dict[str, int] = {}
@@ -72,6 +72,12 @@ class FaultyProxy:
                             status, answer = response.status, response.read()
                     except urllib.error.HTTPError as error:
                         status, answer = error.code, error.read()
+                    if action == "shift":
+                        changed = json.loads(answer)
+                        for row in changed:
+                            for entry in row["meta_info"]["output_token_logprobs"]:
+                                entry[0] -= 1.5
+                        answer = json.dumps(changed).encode()
                     if action == "short":
                         answer = json.dumps(json.loads(answer)[:-1]).encode()
                 self.send_response(status)
@@ -128,6 +134,19 @@ def test_lasting_fault_stops_the_run_with_a_usable_checkpoint(server: str, healt
     assert status == 1 and "Traceback" not in output, output[-4000:]
     assert "after step 3" in output and proxy.url in output and "resume=auto" in output, output[-4000:]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000003"
+    train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
+    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def test_log_probs_of_another_model_are_not_trained_on(server: str, healthy: Path, tmp_path: Path) -> None:
+    proxy = FaultyProxy(server, lambda path, count: "shift" if path == "/generate" and count > 6 else None)
+    run = tmp_path / "run"
+    try:
+        status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
+    finally:
+        proxy.close()
+    assert status == 1 and "Traceback" not in output, output[-4000:]
+    assert "after step 3" in output and "1.5 nats" in output and "rollout.max_log_prob_diff=1" in output, output[-4000:]
     train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 
