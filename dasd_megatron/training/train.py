@@ -333,7 +333,8 @@ def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
     if total / count > limit:
         raise RolloutFailure(
             f"the servers' log-probs differ from the trainer's by {total / count:.3g} nats a token, over "
-            f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were started with, or raise the limit"
+            f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were started with, or raise "
+            "the limit"
         )
 
 
