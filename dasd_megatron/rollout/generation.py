@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,8 @@ from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.reward import own_reward
+
+ALONGSIDE_SECONDS = 2.0
 
 
 def sampling_seed(*parts: int | str) -> int:
@@ -46,17 +49,19 @@ def generate(
     weight_version: str | None,
     rows_per_request: int,
     vocab_size: int | None,
+    alongside: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Completion]:
     """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest.
 
     vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused. None sets no bound.
+    alongside: done meanwhile, and cancelled where it is not done soon after.
     """
     common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
     sampling_params = [{**common, "sampling_seed": seed} for seed in seeds]
 
     async def bounded() -> list[Completion]:
         try:
-            async with client, asyncio.timeout(config.step_timeout_seconds):
+            async with client, asyncio.timeout(config.step_timeout_seconds), _meanwhile(alongside):
                 return await client.generate(
                     prompts, sampling_params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size
                 )
@@ -69,6 +74,22 @@ def generate(
             ) from error
 
     return asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def _meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
+    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors are raised."""
+    if work is None:
+        yield
+        return
+    task = asyncio.ensure_future(work())
+    try:
+        yield
+        await asyncio.wait([task], timeout=ALONGSIDE_SECONDS)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def make_samples(

@@ -286,7 +286,8 @@ class RolloutPlane:
         rollout, n = self.config.rollout, self.config.batch.samples_per_group
         mine = [problems[group] for group in groups]
         prompts = [self.renderer.student(problem) for problem in mine]
-        asyncio.run(self._revive())
+        if not self.pool.with_status(Status.SERVING):
+            asyncio.run(self._revive())
         completions = generate(
             self._client(),
             [prompt for prompt in prompts for _ in range(n)],
@@ -297,6 +298,7 @@ class RolloutPlane:
             weight_version=self.weight_version,
             rows_per_request=rollout.groups_per_request * n,
             vocab_size=self.vocab_size,
+            alongside=self._revive,
         )
         started = time.perf_counter()
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
 
 import httpx
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.rollout import generation
 from dasd_megatron.rollout.client import Completion, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples
 from dasd_megatron.verify.grader import Grader
@@ -61,3 +64,40 @@ def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accep
     else:
         with pytest.raises(RolloutError, match="id 99 of token 0 is outside the vocabulary of 99"):
             generate(client, [[1]], [0], config, **options)
+
+
+@pytest.mark.parametrize(("seconds", "finished"), [(0.0, True), (0.2, True), (60.0, False)])
+def test_what_is_done_alongside_is_waited_for_a_little(seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_args: object, **_options: object) -> httpx.Response:
+        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 9, None]]}
+        return httpx.Response(200, json=[{"text": "", "output_ids": [9], "meta_info": meta}])
+
+    done = []
+
+    async def alongside() -> None:
+        await asyncio.sleep(seconds)
+        done.append(True)
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(generation, "ALONGSIDE_SECONDS", 0.5)
+    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
+    options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
+    started = time.monotonic()
+    completions = generate(make_client(config, ["http://server"]), [[1]], [0], config, **options, alongside=alongside)
+    assert [completion.output_ids for completion in completions] == [[9]]
+    assert bool(done) == finished and time.monotonic() - started < 5
+
+
+def test_an_error_alongside_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_args: object, **_options: object) -> httpx.Response:
+        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 9, None]]}
+        return httpx.Response(200, json=[{"text": "", "output_ids": [9], "meta_info": meta}])
+
+    async def alongside() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
+    options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
+    with pytest.raises(ZeroDivisionError):
+        generate(make_client(config, ["http://server"]), [[1]], [0], config, **options, alongside=alongside)
