@@ -21,14 +21,10 @@ RUN = [*NO_EVALUATION, "run.steps=5", "checkpoint.every=0", "rollout.backoff_sec
 DISTRIBUTED = ["rollout.weight_sync=distributed", "rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=20"]
 
 
-@pytest.fixture(scope="module", params=["tp2", "pp2"])
-def layout(request: pytest.FixtureRequest) -> str:
-    return f"parallel={request.param}"
-
-
-def test_the_run_is_that_of_weights_from_disk(layout: str, tmp_path: Path) -> None:
-    train(*RUN, layout, f"run.dir={tmp_path / 'disk'}")
-    train(*RUN, *DISTRIBUTED, layout, f"run.dir={tmp_path / 'distributed'}")
+def test_the_run_is_that_of_weights_from_disk(tmp_path: Path) -> None:
+    layout = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
+    train(*RUN, *layout, f"run.dir={tmp_path / 'disk'}")
+    train(*RUN, *DISTRIBUTED, *layout, f"run.dir={tmp_path / 'distributed'}")
     metrics = reproducible(tmp_path / "disk" / "metrics.jsonl")
     assert metrics[0]["weight_version"] != metrics[-1]["weight_version"]
     assert reproducible(tmp_path / "distributed" / "metrics.jsonl") == metrics
@@ -58,7 +54,7 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, tmp_path: 
     run = tmp_path / "run"
     limits = ["rollout.request_timeout_seconds=5", "rollout.weight_sync_timeout_seconds=5"]
     process = start(*RUN, *DISTRIBUTED, *limits, "run.steps=16", f"run.dir={run}")
-    for step in (3, 8):
+    for step in (3, 8) if how == "kill" else (3,):
         wait(lambda step=step: len(rows(run / "metrics.jsonl")) >= step, process)
         server = server_of(process)
         server.kill() if how == "kill" else server.suspend()
@@ -67,12 +63,11 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, tmp_path: 
     assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "disk" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("weight_sync", ["distributed", "disk"])
-def test_real_sglang_draws_from_the_weights_of_every_step(weight_sync: str, tmp_path: Path) -> None:
+def test_real_sglang_draws_from_the_weights_of_every_step(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Steps so large that last step's weights would be seen.
     moving = ["optimizer.lr=1e-2", "algorithm.beta=0.1", "run.steps=4"]
-    sglang = ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}", f"rollout.weight_sync={weight_sync}"]
+    sglang = ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}"]
     train(*RUN, *moving, *sglang, "rollout.weight_bucket_bytes=5001", f"run.dir={run}", timeout=400)
     steps = rows(run / "metrics.jsonl")
     assert [step["weight_version"] for step in steps] == [f"step_{index:06d}" for index in range(4)]
