@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import RolloutClient, RolloutError
+from dasd_megatron.rollout.client import RolloutError
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_group import join_weight_group
@@ -45,7 +45,7 @@ class DistributedSync:
     """
 
     def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
-        self.config, self.urls, self.pool = config, list(urls), pool
+        self.config, self.urls = config, list(urls)
         self.sizes = [sizes[url] for url in self.urls]
         self._group: dist.ProcessGroup | None = None
         self._store: dist.TCPStore | None = None
@@ -56,17 +56,14 @@ class DistributedSync:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
         self._leaving: concurrent.futures.Future | None = None
-        self._client = self._make_client(config.weight_sync_timeout_seconds)
+        # All servers have to be asked at once: each waits for the others.
+        in_flight = max(config.max_in_flight, len(self.urls))
+        limits = dataclasses.replace(config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight)
+        self._client = make_client(limits, self.urls, pool)
 
     @property
     def joined(self) -> bool:
         return self._group is not None
-
-    def _make_client(self, request_timeout: float) -> RolloutClient:
-        # All servers have to be asked at once: each waits for the others.
-        in_flight = max(self.config.max_in_flight, len(self.urls))
-        limits = dataclasses.replace(self.config, request_timeout_seconds=request_timeout, max_in_flight=in_flight)
-        return make_client(limits, self.urls, self.pool)
 
     def _run(self, work) -> concurrent.futures.Future:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -123,30 +123,32 @@ def test_passing_faults_change_nothing(fault: str, server: str, healthy: Path, t
     assert reproducible(tmp_path / "run" / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 
 
-def test_lasting_fault_stops_the_run_with_a_usable_checkpoint(server: str, healthy: Path, tmp_path: Path) -> None:
-    """From step 4 on every request fails: one line says so, steps 1 to 3 are saved, and a healthy server finishes the run."""
-    proxy = FaultyProxy(server, lambda path, count: "500" if path == "/generate" and count > 6 else None)
-    run = tmp_path / "run"
+def stopped_after_step_3(fault: str, server: str, run: Path) -> tuple[str, str]:
+    """The proxy's address and the output of a run whose requests for rollouts go wrong from step 4 on."""
+    proxy = FaultyProxy(server, lambda path, count: fault if path == "/generate" and count > 6 else None)
     try:
         status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
     finally:
         proxy.close()
     assert status == 1 and "Traceback" not in output, output[-4000:]
-    assert "after step 3" in output and proxy.url in output and "resume=auto" in output, output[-4000:]
+    assert "after step 3" in output, output[-4000:]
+    return proxy.url, output
+
+
+def test_lasting_fault_stops_the_run_with_a_usable_checkpoint(server: str, healthy: Path, tmp_path: Path) -> None:
+    """From step 4 on every request fails: one line says so, steps 1 to 3 are saved, and a healthy server finishes the run."""
+    run = tmp_path / "run"
+    url, output = stopped_after_step_3("500", server, run)
+    assert url in output and "resume=auto" in output, output[-4000:]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000003"
     train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 
 
 def test_log_probs_of_another_model_are_not_trained_on(server: str, healthy: Path, tmp_path: Path) -> None:
-    proxy = FaultyProxy(server, lambda path, count: "shift" if path == "/generate" and count > 6 else None)
     run = tmp_path / "run"
-    try:
-        status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
-    finally:
-        proxy.close()
-    assert status == 1 and "Traceback" not in output, output[-4000:]
-    assert "after step 3" in output and "1.5 nats" in output and "rollout.max_log_prob_diff=1" in output, output[-4000:]
+    _, output = stopped_after_step_3("shift", server, run)
+    assert "1.5 nats" in output and "rollout.max_log_prob_diff=1" in output, output[-4000:]
     train(*OVERRIDES, *external(server), f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
@@ -49,13 +50,19 @@ def test_a_response_cut_short_counts_by_configuration(truncated_is_wrong: bool) 
     assert [sample.text for sample in samples] == ["#### 2", "#### 2"]
 
 
+def answering(token: int) -> Callable[..., Awaitable[httpx.Response]]:
+    """In the place of a request: an answer of one row with this one token."""
+
+    async def answer(*_args: object, **_options: object) -> httpx.Response:
+        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, token, None]]}
+        return httpx.Response(200, json=[{"text": "", "output_ids": [token], "meta_info": meta}])
+
+    return answer
+
+
 @pytest.mark.parametrize(("vocab_size", "accepted"), [(None, True), (100, True), (99, False)])
 def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(*_args: object, **_options: object) -> httpx.Response:
-        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 99, None]]}
-        return httpx.Response(200, json=[{"text": "", "output_ids": [99], "meta_info": meta}])
-
-    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(httpx.AsyncClient, "request", answering(99))
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": vocab_size}
     client = make_client(config, ["http://server"])
@@ -68,17 +75,13 @@ def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accep
 
 @pytest.mark.parametrize(("seconds", "finished"), [(0.0, True), (0.2, True), (60.0, False)])
 def test_what_is_done_alongside_is_waited_for_a_little(seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(*_args: object, **_options: object) -> httpx.Response:
-        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 9, None]]}
-        return httpx.Response(200, json=[{"text": "", "output_ids": [9], "meta_info": meta}])
-
     done = []
 
     async def alongside() -> None:
         await asyncio.sleep(seconds)
         done.append(True)
 
-    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(httpx.AsyncClient, "request", answering(9))
     monkeypatch.setattr(generation, "ALONGSIDE_SECONDS", 0.5)
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
@@ -89,14 +92,10 @@ def test_what_is_done_alongside_is_waited_for_a_little(seconds: float, finished:
 
 
 def test_an_error_alongside_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(*_args: object, **_options: object) -> httpx.Response:
-        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, 9, None]]}
-        return httpx.Response(200, json=[{"text": "", "output_ids": [9], "meta_info": meta}])
-
     async def alongside() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(httpx.AsyncClient, "request", answer)
+    monkeypatch.setattr(httpx.AsyncClient, "request", answering(9))
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
     with pytest.raises(ZeroDivisionError):
