@@ -236,6 +236,28 @@ class RolloutConfig:
     max_prompt_tokens: int = _doc(
         MISSING, "longest prompt, the privileged one included, tokens; longer prompts are refused before the run starts"
     )
+    max_staleness: int = _doc(
+        0,
+        "training steps that the weights behind a rollout may be older than those that it trains. 0: on-policy, rollouts and updates take "
+        "turns; 1: the next step's rollouts are sampled while this one trains; loss.importance_sampling corrects for it",
+    )
+    unfinished: str = _doc(
+        "finish",
+        "what becomes of rollouts in flight when their step is complete or the weights change. finish: they are waited for; abort: they "
+        "are broken off, and their prompts come first in the next step; retract: they go on under the new weights (needs max_staleness>0)",
+    )
+    over_sampling: float = _doc(1.0, "prompts that are started, as a multiple of those that are missing from a step; at least 1")
+    filter: str | None = _doc(
+        None,
+        "module:function that says of a group (a list of dasd_megatron.rollout.samples.Sample) whether it is trained on; other prompts "
+        "take the place of those refused. dasd_megatron.rollout.filters:rewards_differ drops groups without advantage; null: all",
+    )
+    filter_limit: float = _doc(4.0, "groups that the filter may refuse in a step, in multiples of batch.groups, before these are used")
+    function: str | None = _doc(
+        None,
+        "module:function, async, that samples the responses to one prompt in its own way, by requests to the servers; gets a "
+        "dasd_megatron.rollout.collector.RolloutRequest and a function to generate with; null: one completion each",
+    )
     weight_sync: str = _doc(
         "disk",
         "disk: a Hugging Face directory that trainer and servers share; distributed: broadcast over a process group of trainer and servers",
@@ -473,6 +495,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.importance_sampling": ("none", "token", "sequence"),
     "rollout.engine": ("embedded", "sglang", "external"),
     "rollout.sglang.backend": ("cuda", "cpu"),
+    "rollout.unfinished": ("finish", "abort", "retract"),
     "rollout.weight_sync": ("disk", "distributed"),
     "rollout.dtype": ("float32", "bfloat16"),
 }
@@ -537,6 +560,9 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.top_k": (-1, None),
     "rollout.max_new_tokens": (1, None),
     "rollout.max_prompt_tokens": (1, None),
+    "rollout.max_staleness": (0, None),
+    "rollout.over_sampling": (1, 100),
+    "rollout.filter_limit": (0, None),
     "rollout.weight_bucket_bytes": (1, None),
     "rollout.max_log_prob_diff": (0, None),
     "rollout.weight_sync_timeout_seconds": (0.1, None),
@@ -673,8 +699,20 @@ def validate(config: Config) -> None:
     for server in rollout.servers:
         if not re.fullmatch(r"https?://[^/\s]+", server):
             raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
-    if config.verify.reward is not None and not re.fullmatch(r"[\w.]+:\w+", config.verify.reward):
-        raise ConfigError(f"verify.reward={config.verify.reward}: write module:function, like my_package.rewards:score")
+    for name in ("verify.reward", "rollout.filter", "rollout.function"):
+        path = _value(config, name)
+        if path is not None and not re.fullmatch(r"[\w.]+:\w+", path):
+            raise ConfigError(f"{name}={path}: write module:function, like my_package.my_module:my_function")
+    if rollout.unfinished == "retract" and rollout.max_staleness == 0:
+        raise ConfigError(
+            "rollout.unfinished=retract lets rollouts go on under newer weights than they began with: write rollout.max_staleness=1 or "
+            "more, or unfinished=abort"
+        )
+    if rollout.unfinished == "abort" and rollout.max_staleness == 0 and rollout.over_sampling == 1:
+        raise ConfigError(
+            "rollout.unfinished=abort has nothing to break off when a step waits for every prompt it starts: write rollout.over_sampling "
+            "above 1, or unfinished=finish"
+        )
     if rollout.weight_sync == "distributed" and rollout.replay is None:
         if rollout.engine == "embedded" and config.backend.kind == "cuda":
             raise ConfigError(

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -31,13 +31,21 @@ RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
 @dataclass(slots=True)
 class Completion:
-    """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included."""
+    """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included.
+
+    weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated meanwhile.
+    """
 
     output_ids: list[int]
     log_probs: list[float]
     finish_reason: str
-    weight_version: str
+    weight_versions: list[tuple[str, int]]
     text: str
+
+    @property
+    def weight_version(self) -> str:
+        """The version of its last token, which the server held when it answered."""
+        return self.weight_versions[-1][0]
 
 
 class RolloutError(RuntimeError):
@@ -139,14 +147,15 @@ class RolloutClient:
         prompts: Sequence[Sequence[int]],
         sampling_params: Sequence[dict[str, Any]],
         *,
-        weight_version: str | None,
+        weight_version: str | Collection[str] | None,
         rows_per_request: int,
         vocab_size: int | None = None,
     ) -> list[Completion]:
         """Sample one completion of every prompt; returns them in the prompts' order.
 
         prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
-        weight_version: the version that every completion must have been sampled under; None accepts any.
+        weight_version: the version that every token must have been sampled under, or those that it may; a set is looked at when the answer
+        comes. None accepts any.
         rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try to another one.
         vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
 
@@ -359,16 +368,27 @@ class RolloutClient:
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
         """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests wait."""
-        await self._everywhere("POST", "/pause_generation", _nothing, body={"mode": mode})
+        await self._tell("/pause_generation", {"mode": mode})
 
     async def continue_generation(self) -> None:
         """End the pause."""
-        await self._everywhere("POST", "/continue_generation", _nothing, body={})
+        await self._tell("/continue_generation", {})
 
     async def abort_request(self, rid: str | None = None) -> None:
         """End one request early on whichever server runs it, or all requests where ``rid`` is None; what was sampled so far is answered."""
-        body = {"abort_all": True} if rid is None else {"rid": rid}
-        await self._everywhere("POST", "/abort_request", _nothing, body=body)
+        await self._tell("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
+
+    async def _tell(self, path: str, body: Any) -> None:
+        """Ask every server that is not dead, once; the pool hears of those that fail, and they hold nobody up."""
+
+        async def one(index: int) -> None:
+            try:
+                await self._call("POST", path, _nothing, index=index, body=body, tries=1)
+            except RolloutError as error:
+                self.pool.record(error.url, Event.FAILED, reason=error.what)
+
+        dead = self.pool.with_status(Status.DEAD)
+        await asyncio.gather(*(one(index) for index, url in enumerate(self.urls) if url not in dead))
 
     async def flush_cache(self) -> None:
         """Drop every server's prefix cache; raises RequestRefusedError while requests are running."""
@@ -525,7 +545,7 @@ def _server_message(response: httpx.Response) -> str:
 
 
 def read_completions(
-    answer: Any, sampling_params: Sequence[dict[str, Any]], weight_version: str | None, vocab_size: int | None = None
+    answer: Any, sampling_params: Sequence[dict[str, Any]], weight_version: str | Collection[str] | None, vocab_size: int | None = None
 ) -> list[Completion]:
     """Check a parsed batch answer of /generate and read its completions; anything unsound counts as a failed try.
 
@@ -543,7 +563,9 @@ def read_completions(
     ]
 
 
-def _read_row(row: Any, index: int, max_new_tokens: int | None, weight_version: str | None, vocab_size: int | None) -> Completion:
+def _read_row(
+    row: Any, index: int, max_new_tokens: int | None, weight_version: str | Collection[str] | None, vocab_size: int | None
+) -> Completion:
     def unsound(what: str) -> _TryAgainError:
         return _TryAgainError(f"/generate answered garbage in row {index}: {what}")
 
@@ -581,11 +603,26 @@ def _read_row(row: Any, index: int, max_new_tokens: int | None, weight_version: 
     text = row.get("text", "")  # a server started without a tokenizer sends none
     if not isinstance(text, str):
         raise unsound(f"text is {_kind(text)}")
-    version = meta.get("weight_version")
-    # Under an update in flight SGLang lists the version of every span of tokens.
-    spans = meta.get("weight_versions") or []
-    versions = {str(version)} | {str(span["version"]) for span in spans if isinstance(span, dict) and "version" in span}
-    if weight_version is not None and versions != {weight_version}:
-        found = " and ".join(sorted(map(repr, versions)))
-        raise _OtherVersionError(f"expected weight version {weight_version!r}, but row {index} was sampled under {found}", str(version))
-    return Completion(ids, [float(triple[0]) for triple in triples], reason["type"], str(version), text)
+    version = str(meta.get("weight_version"))
+    versions = _read_versions(meta.get("weight_versions"), len(ids)) if meta.get("weight_versions") else [(version, len(ids))]
+    if versions is None:
+        raise unsound(f"weight_versions {meta['weight_versions']!r} are not spans of {len(ids)} tokens")
+    if weight_version is not None:
+        accepted = {weight_version} if isinstance(weight_version, str) else weight_version
+        if any(found not in accepted for found, _ in versions):
+            found = " and ".join(sorted({repr(one) for one, _ in versions}))
+            wanted = " or ".join(sorted(map(repr, accepted)))
+            raise _OtherVersionError(f"expected weight version {wanted}, but row {index} was sampled under {found}", version)
+    return Completion(ids, [float(triple[0]) for triple in triples], reason["type"], versions, text)
+
+
+def _read_versions(spans: Any, length: int) -> list[tuple[str, int]] | None:
+    """(version, tokens) of SGLang's spans of one response; None where they do not cover its ``length`` tokens one after another."""
+    versions, end = [], 0
+    for span in spans if isinstance(spans, list) else []:
+        if not isinstance(span, dict) or span.get("start") != end or type(span.get("end")) is not int or span["end"] < end:
+            return None
+        if span["end"] > end:
+            versions.append((str(span.get("version")), span["end"] - end))
+        end = span["end"]
+    return versions if end == length else None

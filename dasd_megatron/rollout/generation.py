@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,35 +50,48 @@ def generate(
     weight_version: str | None,
     rows_per_request: int,
     vocab_size: int | None,
-    alongside: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Completion]:
     """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest.
 
     vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused. None sets no bound.
-    alongside: done meanwhile, and cancelled where it is not done soon after.
     """
-    common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
-    sampling_params = [{**common, "sampling_seed": seed} for seed in seeds]
 
     async def bounded() -> list[Completion]:
-        try:
-            async with client, asyncio.timeout(config.step_timeout_seconds), _meanwhile(alongside):
-                return await client.generate(
-                    prompts, sampling_params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size
-                )
-        except TimeoutError as error:
-            raise RolloutError(
-                ", ".join(client.urls),
-                f"{len(prompts)} rollouts did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
-                1,
-                "look at the rollout server's log, or raise rollout.step_timeout_seconds",
-            ) from error
+        async with client, step_limit(config, client.urls, f"{len(prompts)} rollouts"):
+            return await client.generate(
+                prompts,
+                sampling_params(config, seeds, temperature=temperature, top_p=top_p),
+                weight_version=weight_version,
+                rows_per_request=rows_per_request,
+                vocab_size=vocab_size,
+            )
 
     return asyncio.run(bounded())
 
 
+def sampling_params(config: RolloutConfig, seeds: Sequence[int], *, temperature: float, top_p: float) -> list[dict[str, Any]]:
+    """The sampling parameters of a request with one row for each seed."""
+    common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
+    return [{**common, "sampling_seed": seed} for seed in seeds]
+
+
 @contextlib.asynccontextmanager
-async def _meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
+async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`."""
+    try:
+        async with asyncio.timeout(config.step_timeout_seconds):
+            yield
+    except TimeoutError as error:
+        raise RolloutError(
+            ", ".join(urls),
+            f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
+            1,
+            "look at the rollout server's log, or raise rollout.step_timeout_seconds",
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
     """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors are raised."""
     if work is None:
         yield
@@ -101,6 +115,7 @@ def make_samples(
     *,
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
+    positions: Sequence[int] | None = None,
 ) -> list[Sample]:
     """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or
     what ``verify.reward`` makes of them; under
@@ -108,18 +123,20 @@ def make_samples(
 
     What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
     without a tokenizer sends no text.
+
+    positions: of the problems in the order of training problems; None: ``groups``.
     """
-    repeated = [
-        (problem, group, prompt) for problem, group, prompt in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)
-    ]
+    parts = zip(problems, groups, prompts, groups if positions is None else positions, strict=True)
+    repeated = [part for part in parts for _ in range(samples_per_group)]
     texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]
     cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
     graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
-    verdicts = grader.grade(graded, [problem.expected_answer for problem, _, _ in repeated])
+    verdicts = grader.grade(graded, [problem.expected_answer for problem, *_ in repeated])
     samples = [
         Sample(
             group=group,
             sample=index % samples_per_group,
+            position=position,
             problem_id=problem.id,
             problem=problem.problem,
             expected_answer=problem.expected_answer,
@@ -129,12 +146,12 @@ def make_samples(
             rollout_log_probs=completion.log_probs,
             text=text,
             finish_reason=completion.finish_reason,
-            weight_version=completion.weight_version,
+            weight_versions=[list(span) for span in completion.weight_versions],
             reward=float(verdict.correct),
             predicted_answer=verdict.predicted_answer,
             timed_out=verdict.timed_out,
         )
-        for index, ((problem, group, prompt), completion, text, verdict) in enumerate(
+        for index, ((problem, group, prompt, position), completion, text, verdict) in enumerate(
             zip(repeated, completions, texts, verdicts, strict=True)
         )
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -74,24 +75,27 @@ def transition(health: Health, event: Event, *, current: str | None, version: st
 class ServerPool:
     """The servers of a run as one process sees them.
 
-    urls: base addresses. Use from one thread. Every change of a server's status but the first is a line in the log.
+    urls: base addresses. May be used from several threads. Every change of a server's status but the first is a line in the log.
     """
 
     def __init__(self, urls: Iterable[str]):
         self.current: str | None = None
         self.health = {url.rstrip("/"): Health() for url in urls}
         self._in_flight = dict.fromkeys(self.health, 0)
+        self._lock = threading.Lock()
 
     def record(self, url: str, event: Event, version: str | None = None, reason: str = "") -> None:
         """Let ``event`` happen to a server; ``reason`` goes to the log."""
-        self._set(url, transition(self.health[url], event, current=self.current, version=version), reason or event.value)
+        with self._lock:
+            self._set(url, transition(self.health[url], event, current=self.current, version=version), reason or event.value)
 
     def expect(self, version: str | None) -> None:
         """From now on ``version`` counts: a server that serves another is stale."""
-        self.current = version
-        for url, health in self.health.items():
-            if health.status is Status.SERVING and version is not None and health.version != version:
-                self.health[url] = Health(Status.STALE, 0, health.version)
+        with self._lock:
+            self.current = version
+            for url, health in self.health.items():
+                if health.status is Status.SERVING and version is not None and health.version != version:
+                    self.health[url] = Health(Status.STALE, 0, health.version)
 
     def with_status(self, *statuses: Status) -> list[str]:
         return [url for url, health in self.health.items() if health.status in statuses]
@@ -108,10 +112,12 @@ class ServerPool:
 
     def begin(self, url: str) -> None:
         """A request to ``url`` begins; :meth:`end` follows."""
-        self._in_flight[url] += 1
+        with self._lock:
+            self._in_flight[url] += 1
 
     def end(self, url: str) -> None:
-        self._in_flight[url] -= 1
+        with self._lock:
+            self._in_flight[url] -= 1
 
     def _set(self, url: str, after: Health, reason: str) -> None:
         before, self.health[url] = self.health[url], after

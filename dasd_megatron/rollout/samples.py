@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,16 @@ class ReplayError(ValueError):
 
 @dataclass(slots=True)
 class Sample:
-    """A response with what made it. ``rollout_log_probs`` are natural logs, after temperature, one per token of ``response_ids``."""
+    """A response with what made it.
+
+    group: place of its prompt in the batch of its step; sample: its place among the responses to that prompt; position: place of the
+    prompt in the endless order of training problems, which no other group of a run has. rollout_log_probs: natural logs, after
+    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in order.
+    """
 
     group: int
     sample: int
+    position: int
     problem_id: str
     problem: str
     expected_answer: str
@@ -29,10 +37,27 @@ class Sample:
     rollout_log_probs: list[float]
     text: str
     finish_reason: str
-    weight_version: str
+    weight_versions: list[list[str | int]]
     reward: float
     predicted_answer: str | None
     timed_out: bool
+
+    @property
+    def weight_version(self) -> str:
+        """The version of its first token: the oldest."""
+        return self.weight_versions[0][0]
+
+
+def version_name(step: int) -> str:
+    """Name of the weights after ``step`` training steps."""
+    return f"step_{step:06d}"
+
+
+def version_step(name: str) -> int:
+    """The step of a :func:`version_name`; ValueError for other names."""
+    if not re.fullmatch(r"step_\d{6,}", name):
+        raise ValueError(f"{name!r} is not a weight version of a training run")
+    return int(name.removeprefix("step_"))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Sample)]
@@ -49,30 +74,38 @@ def save_samples(path: Path, samples: Iterable[Sample]) -> None:
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+            file.write(json.dumps({name: getattr(sample, name) for name in _FIELDS}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
 
 
+def read_samples(path: Path) -> list[Sample]:
+    """Read a file of :func:`save_samples`; :class:`ReplayError` names a broken line."""
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            sample = Sample(**{name: record[name] for name in _FIELDS})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
+        if len(sample.response_ids) != len(sample.rollout_log_probs) or not sample.response_ids:
+            raise ReplayError(f"{path}:{number}: response_ids and rollout_log_probs must be of one length and not empty")
+        if not all(map(math.isfinite, sample.rollout_log_probs)):
+            raise ReplayError(f"{path}:{number}: rollout_log_probs must be finite")
+        samples.append(sample)
+    return samples
+
+
 def load_samples(path: Path, *, groups: int, samples_per_group: int) -> list[Sample]:
-    """Read a file of :func:`save_samples` in order of (group, sample).
+    """The rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
 
     Raises:
         ReplayError: missing file, broken line, or not exactly ``samples_per_group`` rollouts of each of ``groups`` prompts.
     """
     if not path.is_file():
         raise ReplayError(f"{path}: no such file; rollout.replay must hold one file for every step that is trained")
-    samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            samples.append(Sample(**{name: record[name] for name in _FIELDS}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
-        if len(samples[-1].response_ids) != len(samples[-1].rollout_log_probs) or not samples[-1].response_ids:
-            raise ReplayError(f"{path}:{number}: response_ids and rollout_log_probs must be of one length and not empty")
-    samples.sort(key=lambda sample: (sample.group, sample.sample))
+    samples = sorted(read_samples(path), key=lambda sample: (sample.group, sample.sample))
     expected = [(group, sample) for group in range(groups) for sample in range(samples_per_group)]
     if [(sample.group, sample.sample) for sample in samples] != expected:
         raise ReplayError(

@@ -15,9 +15,9 @@ server differs, on purpose:
 - ``/abort_request`` ends the one request of this id, SGLang all whose ids begin so; and it ends suspended requests at once, SGLang when
   generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0 and ``/flush_cache`` only checks that nothing is running.
-- Weights change only while no sequence is half done, so that every completion was sampled under one version. An update over a process
-  group gathers them beside the served ones, which ``/end_weight_update`` replaces. An update that meets
-  sequences suspended by ``pause_generation`` in mode ``in_place`` or ``retract`` is refused; mode ``abort`` (the default) ends them.
+- An update over a process group gathers weights beside the served ones, which ``/end_weight_update`` replaces.
+- Sequences that ``pause_generation`` suspends go on under the weights of an update that comes meanwhile: in mode ``retract`` their keys and
+  values are computed anew, in mode ``in_place`` they stay those of the old weights, for which SGLang needs ``flush_cache=false``.
 
 Sampling is a pure function of weights, prompt, ``sampling_seed`` and position: a counter-based hash gives one uniform per token, and
 the token is the inverse of the cumulative distribution at it, in float64.
@@ -186,6 +186,7 @@ class Row:
     input_log_probs: list[float | None] = field(default_factory=list)
     input_top: list[list[tuple[float, int]] | None] = field(default_factory=list)
     weight_version: str = ""
+    earlier_versions: list[tuple[str, int]] = field(default_factory=list)  # (version, output tokens until it was replaced)
     finish_reason: dict[str, Any] | None = None
     finished_at: float = 0.0
     started: bool = False
@@ -927,16 +928,7 @@ class Engine:
             self._batch = None
             return "close"
         update = next((item for item in self._queue if isinstance(item, UpdateJob)), None)
-        if update is not None and self._paused and self._batch is not None:
-            self._queue.remove(update)
-            update.done.set_result(
-                (
-                    False,
-                    f"{self.running} sequences are suspended half-way: pause with mode=abort or continue_generation first. Nothing changed",
-                )
-            )
-            update = None
-        if update is not None and self._batch is None and (self._paused or self._queue[0] is update):
+        if update is not None and (self._paused or (self._batch is None and self._queue[0] is update)):
             self._queue.remove(update)
             return update
         if self._paused:
@@ -989,9 +981,33 @@ class Engine:
         with self._wake:
             self.model, self.model_path = model, job.model_path
             if job.weight_version is not None:
-                self.weight_version = job.weight_version
+                self.name_weights(job.weight_version)
                 message += f" Weight version updated to {job.weight_version}."
+            if self._batch is not None and self._paused == "retract":
+                self._read_again(self._batch)
         job.done.set_result((True, message))
+
+    def name_weights(self, version: str) -> None:
+        """What is sampled from now on carries ``version``."""
+        with self._wake:
+            for row in self._live_rows():
+                if row.started and version != row.weight_version:
+                    if row.output_ids:
+                        row.earlier_versions.append((row.weight_version, len(row.output_ids)))
+                    row.weight_version = version
+            self.weight_version = version
+
+    def _read_again(self, batch: DecodingBatch) -> None:
+        """Compute the keys and values of what the batch has read and drawn under the weights that are served now."""
+        length = batch.mask.shape[1]
+        ids = torch.zeros(len(batch.rows), length, dtype=torch.int64)
+        for i, row in enumerate(batch.rows):
+            # The last token is drawn, but not yet read.
+            read = [*row.prompt, *row.output_ids[:-1]][-length:]
+            ids[i, length - len(read) :] = torch.tensor(read)
+        cache = _new_cache(self.num_layers)
+        self._forward(ids, batch.mask, (batch.mask.cumsum(-1) - 1).clamp_(min=0), cache, last_only=True)
+        batch.cache = cache
 
     def _forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, last_only: bool
@@ -1134,6 +1150,8 @@ class Engine:
             raise HTTPException(status, row.finish_reason["message"])
         meta: dict[str, Any] = {"id": row.rid, "finish_reason": row.finish_reason, "weight_version": row.weight_version}
         if row.started:
+            meta["weight_versions"] = _version_spans([*row.earlier_versions, (row.weight_version, len(row.output_ids))])
+        if row.started:
             meta |= {"prompt_tokens": len(row.prompt), "num_retractions": 0, "reasoning_tokens": 0, "cached_tokens": 0}
         meta["completion_tokens"] = len(row.output_ids)
         meta["e2e_latency"] = row.finished_at - row.request.created
@@ -1171,6 +1189,16 @@ class Engine:
         if isinstance(matched, str) and matched in text:
             text = text[: text.index(matched) + (len(matched) if row.params.no_stop_trim else 0)]
         return text
+
+
+def _version_spans(ends: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """SGLang's spans of output tokens under one version each, from (version, output tokens until its end)."""
+    spans: list[dict[str, Any]] = []
+    for version, end in ends:
+        start = spans[-1]["end"] if spans else 0
+        if not spans or end > start:
+            spans.append({"version": version, "start": start, "end": end})
+    return spans
 
 
 def _prefill_groups(rows: list[Row]) -> list[list[Row]]:
@@ -1418,7 +1446,7 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
     async def update_weight_version(obj: Annotated[UpdateWeightVersionReqInput, Body()]) -> JSONResponse:
         if obj.abort_all_requests:
             engine.abort(everything=True)
-        engine.weight_version = obj.new_version
+        engine.name_weights(obj.new_version)
         message = f"Weight version updated to {obj.new_version}"
         return JSONResponse({"success": True, "message": message, "new_version": obj.new_version})
 

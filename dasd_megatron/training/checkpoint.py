@@ -1,19 +1,19 @@
 """Checkpoints from which a killed run goes on with the numbers it would have had.
 
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
-``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else) and ``trainer.json``
-(step and data position; the weight version is the step's). It is written under another name, fsynced and renamed; ``checkpoints/latest``
+``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json``
+(step, data position and prompts that were under way; the weight version is the step's) and ``rollouts.jsonl`` (what was collected for steps
+to come, where there is any). It is written under another name, fsynced and renamed; ``checkpoints/latest``
 then names it, by rename again. A crash or a full disk leaves the previous one in place.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dasd_megatron import backend
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import copy_side_files, fsync_tree
+from dasd_megatron.rollout.buffer import BufferState, read_groups
+from dasd_megatron.rollout.samples import save_samples
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank
 from dasd_megatron.training.snapshots import WeightSnapshot
@@ -52,10 +54,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainerState:
-    """Where the run is: ``step`` finished steps, ``position`` prompts drawn from the training set so far."""
+    """Where the run is: ``step`` finished steps, and the rollouts under way (on rank 0)."""
 
     step: int = 0
-    position: int = 0
+    rollouts: BufferState = field(default_factory=BufferState)
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
         )
-    return TrainerState(**{field.name: record[field.name] for field in dataclasses.fields(TrainerState)}), record
+    return TrainerState(record["step"], BufferState(record["position"], record["pending"])), record
 
 
 def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
@@ -205,11 +207,15 @@ def save_checkpoint(
     def finish() -> None:
         torch.save(rng, partial / "rng.pt")
         record = {
-            **dataclasses.asdict(state),
+            "step": state.step,
+            "position": state.rollouts.position,
+            "pending": state.rollouts.pending,
             "world_size": dist.get_world_size(),
             "architecture": architecture(model.bridge.hf_config),
         }
         (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
+        if state.rollouts.ready:
+            save_samples(partial / "rollouts.jsonl", (sample for group in state.rollouts.ready for sample in group.samples))
         (partial / "hf").mkdir()
         copy_side_files(template_dir, partial / "hf", model.config.params_dtype)
         fsync_tree(partial)
@@ -239,6 +245,8 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
     :func:`check_architecture` first.
     """
     state, record = read_state(path)
+    if dist.get_rank() == 0 and (path / "rollouts.jsonl").exists():
+        state.rollouts.ready = read_groups(path / "rollouts.jsonl")
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
     for index, chunk in enumerate(model.chunks):
         unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])

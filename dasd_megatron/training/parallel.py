@@ -48,7 +48,7 @@ def initialize(config: Config) -> None:
 
 
 def is_replica_source() -> bool:
-    """Whether this is the rank that talks to the rollout servers for its data-parallel replica."""
+    """Whether this is the rank that gets the rollouts of its data-parallel replica."""
     return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
 
 
@@ -58,6 +58,14 @@ def broadcast_in_replica(value: T | None) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
     return box[0]
+
+
+def scatter_to_replicas(parts: list[T] | None) -> T:
+    """Global rank 0's Python objects ``parts``, one for each data-parallel replica, on every rank of that replica; None elsewhere."""
+    box: list[Any] = [None]
+    if is_replica_source():
+        dist.scatter_object_list(box, parts, src=0, group=parallel_state.get_data_parallel_group())
+    return broadcast_in_replica(box[0])
 
 
 def broadcast_from_rank0(value: T | None) -> T:

@@ -1,4 +1,7 @@
-"""The trainer's side of the rollout servers: start the embedded one, hand over weights, collect rollouts, survive a dead server."""
+"""The trainer's side of the rollout servers: start one, hand over weights, collect rollouts, survive a dead server.
+
+Global rank 0 talks to the servers, for all replicas; the others take part in what needs their weights, and get their rollouts.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,30 @@ import asyncio
 import contextlib
 import dataclasses
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.plugins import PluginError
+from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
-from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
+from dasd_megatron.rollout.collector import Batch, Collector
+from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
-from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path
+from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
 from dasd_megatron.training.export import export_model
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
 from dasd_megatron.training.prepare import RunPaths
 from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
 from dasd_megatron.verify.grader import Grader, GraderError
-from dasd_megatron.verify.reward import RewardError
 
 T = TypeVar("T")
 
@@ -40,31 +43,34 @@ class RolloutFailure(RuntimeError):
     on_all_ranks = True
 
 
-def replica_groups(config: Config) -> list[int]:
-    """The prompt groups of a step, by their index in it, that this data-parallel replica trains on, minibatch after minibatch.
+def replica_groups(config: Config, replica: int) -> list[int]:
+    """The prompt groups of a step, by their index in it, that a data-parallel replica trains on, minibatch after minibatch.
 
     Every minibatch takes the same groups of a step whatever the number of replicas.
     """
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     minibatch = config.batch.groups // config.batch.minibatches
-    share = minibatch // replicas
+    share = minibatch // config.parallel.data_parallel_size
     return [start + replica * share + index for start in range(0, config.batch.groups, minibatch) for index in range(share)]
 
 
 class RolloutPlane:
-    """Owns the embedded server (on global rank 0) and knows which weights the servers hold. Methods are collective over all ranks."""
+    """Owns the trainer's own server and the collector of rollouts, on global rank 0. Methods are collective over all ranks.
+
+    state: where the order of problems and what was collected ahead go on; counts on rank 0.
+    """
 
     def __init__(
         self,
         config: Config,
         paths: RunPaths,
+        problems: list[Problem],
         grader: Grader,
         renderer: PromptRenderer,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
+        state: BufferState,
     ) -> None:
-        self.config, self.paths, self.grader, self.renderer = config, paths, grader, renderer
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.config, self.paths = config, paths
         self.server: LocalServer | None = None
         self.urls: list[str] = list(config.rollout.servers)
         self.pool = ServerPool(self.urls)
@@ -73,39 +79,60 @@ class RolloutPlane:
         self.launched_version: str | None = None
         """The version on disk, from which a server is started."""
         self.sync: DistributedSync | None = None
+        self._state = state
+        self.collector: Collector | None = None
+        if dist.get_rank() == 0 and config.rollout.replay is None:
+            self.collector = Collector(config, problems, renderer, grader, tokenizer, vocab_size, state)
 
     def __enter__(self) -> RolloutPlane:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.collector is not None:
+            self.collector.close()
         if self.sync is not None:
             self.sync.close()
         if self.server is not None:
             self.server.stop()
 
-    def sync_weights(self, model: ShardedModel, version: str, template_dir: Path) -> None:
-        """Make every server serve the policy as ``version``.
+    def sync_weights(self, model: ShardedModel, step: int, template_dir: Path) -> None:
+        """Make every server serve the policy after ``step`` steps; rollouts in flight are waited for, broken off or suspended meanwhile.
 
         By ``rollout.weight_sync`` either from a directory ``weights/<version>``, of which older ones are removed, or over a process group.
         A server of the trainer's own always starts from a directory.
 
         Raises:
-            RolloutFailure: a server did not take the weights.
+            RolloutFailure: no server took the weights.
         """
         if self.config.rollout.replay is not None:
             return
-        self.weight_version, self._policy = version, (model, template_dir)
+        first = self.weight_version is None
+        self.weight_version, self._policy = version_name(step), (model, template_dir)
         own = self.config.rollout.engine != "external"
+        if self.collector is not None:
+            if first and not own:
+                self._release()
+            self.collector.before_sync()
+        self.pool.expect(self.weight_version)
         if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
-            self._export(version)
-            self.launched_version = version
-            self.pool.expect(version)
-            self._with_restarts(dist.get_rank() == 0, self._serve_current)
+            self._export(self.weight_version)
+            self.launched_version = self.weight_version
+            self._with_restarts(self._serve_current)
         else:
-            self.pool.expect(version)
-            self._with_restarts(False, lambda: None, fresh=False)
-        # What rank 0 has learned of the servers.
-        self.urls, self.pool = broadcast_from_rank0((self.urls, self.pool))
+            self._with_restarts(lambda: None, fresh=False)
+        if self.collector is not None:
+            if first:
+                self.collector.connect(self._client())
+            self.collector.after_sync(step)
+
+    def _release(self) -> None:
+        """A trainer that ended in the middle of an update may have left servers suspended."""
+
+        async def go_on() -> None:
+            async with make_client(dataclasses.replace(self.config.rollout, request_timeout_seconds=10.0), self.urls, self.pool) as client:
+                await client.continue_generation()
+
+        asyncio.run(go_on())
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy
@@ -193,15 +220,16 @@ class RolloutPlane:
             return
         await self._probe(unsure)
         stale = self.pool.with_status(Status.STALE)
-        # One replica is enough. Over a process group they get theirs with everybody's next weights.
-        if stale and dist.get_rank() == 0 and self.config.rollout.weight_sync == "disk":
+        # Over a process group they get theirs with everybody's next weights.
+        if stale and self.config.rollout.weight_sync == "disk":
             # One try: who hangs would hold up every step.
             async with make_client(dataclasses.replace(self.config.rollout, max_retries=0), stale, self.pool) as client:
+                await client.continue_generation()  # it may have missed the end of a pause
                 with contextlib.suppress(RolloutError):  # the pool has it
                     await client.update_weights_from_disk(str((self.paths.weights / self.weight_version).absolute()), self.weight_version)
 
-    def _with_restarts(self, selected: bool, work: Callable[[], T], *, fresh: bool = True) -> T | None:
-        """``work`` where ``selected``; when it fails anywhere, restart the trainer's own server with the current weights and do it again.
+    def _with_restarts(self, work: Callable[[], T], *, fresh: bool = True) -> T | None:
+        """``work`` on rank 0; when it fails, restart the trainer's own server with the current weights and do it again.
 
         ``fresh``: the servers have the current weights already, unless they are restarted from an older directory.
         """
@@ -210,11 +238,9 @@ class RolloutPlane:
                 if not fresh:
                     self._send()
                     fresh = True
-                return on_selected_rank(selected, work, (RolloutError, ServerStartError, GraderError))
+                return on_selected_rank(dist.get_rank() == 0, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
-                refusal, self.urls, self.pool = broadcast_from_rank0(
-                    (self._restart(), self.urls, self.pool) if dist.get_rank() == 0 else None
-                )
+                refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
                 fresh = self.launched_version == self.weight_version
@@ -239,70 +265,84 @@ class RolloutPlane:
         except ServerStartError as error:
             return f"restart failed: {error}"
         self._serves_alone(self.launched_version)
+        if self.collector is not None:
+            self.collector.connect(self._client())
         return None
 
     def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
-        return self._with_restarts(dist.get_rank() == 0, lambda: work(self._client()))
+        return self._with_restarts(lambda: work(self._client()))
 
-    def rollouts(self, step: int, problems: list[Problem]) -> tuple[list[Sample], float]:
-        """Graded rollouts of this replica's share of ``problems`` (the step's prompts, by group) and the seconds that grading took, on
-        every rank of the replica.
+    def rollouts(self, step: int) -> tuple[list[Sample], float, dict[str, float]]:
+        """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after the last of them was
+        sampled, and the step's metrics of collecting them; on every rank of the replica.
 
         Raises:
-            RolloutFailure: the servers failed beyond repair, or the user's reward function failed.
+            RolloutFailure: the servers failed beyond repair, or a function of the user's own failed.
             PeerError: rollout.replay lacks this step's rollouts.
         """
-        groups = replica_groups(self.config)
+        rank0 = dist.get_rank() == 0
         if self.config.rollout.replay is not None:
-            graded = on_selected_rank(is_replica_source(), lambda: self._replayed(step, groups), (ReplayError,))
-        else:
-            graded = self._with_restarts(is_replica_source(), lambda: self._generated(step, problems, groups))
-            if self.config.verify.reward is not None:
-                self._raise_everywhere(graded)
-        return broadcast_in_replica(graded)
+            samples = on_selected_rank(rank0, lambda: self._replayed(step), (ReplayError,))
+            self._state.position += self.config.batch.groups
+            return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
+        batch = self._with_restarts(self._taken)
+        self._raise_everywhere(batch)
+        if self.collector is not None:
+            self.collector.start_ahead(min(self.config.rollout.max_staleness, self.config.run.steps - step))
+        if not rank0:
+            return scatter_to_replicas(None)
+        samples = [sample for group in batch.groups for sample in group.samples]
+        for index, group in enumerate(batch.groups):
+            for sample in group.samples:
+                sample.group = index
+        metrics = _collection_metrics(batch, samples, step - 1)
+        return scatter_to_replicas([(part, batch.grading_seconds, metrics) for part in self._shares(samples)])
 
-    def _raise_everywhere(self, graded: tuple[list[Sample], float] | RewardError | None) -> None:
-        """A reward function that fails, fails again however often servers are started anew: it stops the run on every rank."""
+    def state(self) -> BufferState:
+        """Where to go on after the last step, to be saved; on global rank 0, elsewhere as it was given."""
+        return self._state if self.collector is None else self.collector.state()
+
+    def _shares(self, samples: list[Sample]) -> list[list[Sample]]:
+        """The samples of each replica."""
+        n = self.config.batch.samples_per_group
+        replicas = [replica_groups(self.config, replica) for replica in range(self.config.parallel.data_parallel_size)]
+        return [[sample for group in groups for sample in samples[group * n : (group + 1) * n]] for groups in replicas]
+
+    def _raise_everywhere(self, batch: Batch | PluginError | None) -> None:
+        """A function of the user's own that fails, fails again however often servers are started anew: it stops the run on every rank."""
 
         def check() -> None:
-            if isinstance(graded, RewardError):
-                raise graded
+            if isinstance(batch, PluginError):
+                raise batch
 
         try:
-            on_selected_rank(is_replica_source(), check, (RewardError,))
+            on_selected_rank(dist.get_rank() == 0, check, (PluginError,))
         except PeerError as error:
             raise RolloutFailure(str(error)) from error
 
-    def _replayed(self, step: int, groups: list[int]) -> tuple[list[Sample], float]:
-        batch = self.config.batch
-        saved = load_samples(
-            rollouts_path(self.config.rollout.replay, step), groups=batch.groups, samples_per_group=batch.samples_per_group
-        )
-        n = batch.samples_per_group
-        return [sample for group in groups for sample in saved[group * n : (group + 1) * n]], 0.0
-
-    def _generated(self, step: int, problems: list[Problem], groups: list[int]) -> tuple[list[Sample], float] | RewardError:
-        rollout, n = self.config.rollout, self.config.batch.samples_per_group
-        mine = [problems[group] for group in groups]
-        prompts = [self.renderer.student(problem) for problem in mine]
+    def _taken(self) -> Batch | PluginError:
         if not self.pool.with_status(Status.SERVING):
             asyncio.run(self._revive())
-        completions = generate(
-            self._client(),
-            [prompt for prompt in prompts for _ in range(n)],
-            [sampling_seed(self.config.run.seed, step, group, sample) for group in groups for sample in range(n)],
-            rollout,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            weight_version=self.weight_version,
-            rows_per_request=rollout.groups_per_request * n,
-            vocab_size=self.vocab_size,
-            alongside=self._revive,
-        )
-        started = time.perf_counter()
         try:
-            samples = make_samples(mine, groups, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
-        except RewardError as error:
+            return self.collector.take(self._revive)
+        except PluginError as error:
             return error
-        return samples, time.perf_counter() - started
+
+    def _replayed(self, step: int) -> list[Sample]:
+        batch = self.config.batch
+        path = rollouts_path(self.config.rollout.replay, step)
+        return load_samples(path, groups=batch.groups, samples_per_group=batch.samples_per_group)
+
+
+def _collection_metrics(batch: Batch, samples: list[Sample], step: int) -> dict[str, float]:
+    """What collecting the groups of a step took. ``step``: the training steps behind the weights that are about to be updated."""
+    staleness = [step - version_step(sample.weight_version) for sample in samples]
+    return {
+        "rollout/staleness_mean": sum(staleness) / len(staleness),
+        "rollout/staleness_max": max(staleness),
+        "rollout/mixed_share": sum(len(sample.weight_versions) > 1 for sample in samples) / len(samples),
+        "rollout/groups_drawn": batch.counts.drawn,
+        "rollout/groups_filtered": batch.counts.filtered,
+        "rollout/groups_restarted": batch.counts.restarted,
+    }

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
 from dasd_megatron.config import Config, DataSourceConfig
-from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.evaluate import evaluate
@@ -32,7 +31,7 @@ from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, tru
 from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.rollout.client import RolloutClient
-from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
+from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
     TrainerState,
@@ -77,7 +76,6 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer
     grader: Grader
-    train_problems: list[Problem]
     heldout_problems: list[Problem]
     model: ShardedModel
     optimizer: OptimizerState
@@ -147,9 +145,11 @@ def train(config: Config, paths: RunPaths) -> None:
             state = load_checkpoint(checkpoint, model, optimizer, average)
             display.message(f"resumed from {checkpoint} at step {state.step}")
         grader = stack.enter_context(Grader(config.verify))
-        plane = stack.enter_context(RolloutPlane(config, paths, grader, renderer, tokenizer, model.vocab_size))
+        plane = stack.enter_context(
+            RolloutPlane(config, paths, problems["train"], grader, renderer, tokenizer, model.vocab_size, state.rollouts)
+        )
         trainer = Trainer(
-            config, paths, tokenizer, renderer, grader, problems["train"], problems["heldout"],
+            config, paths, tokenizer, renderer, grader, problems["heldout"],
             model, optimizer, start, average, state, plane, display, logger,
         )  # fmt: skip
         _run(trainer)
@@ -221,7 +221,7 @@ def _run(trainer: Trainer) -> None:
 def _sync(trainer: Trainer) -> float:
     """Hand the weights of the last finished step to the servers; returns seconds."""
     started = time.perf_counter()
-    trainer.plane.sync_weights(trainer.model, version_name(trainer.state.step), start_hf_files(trainer.config, trainer.paths))
+    trainer.plane.sync_weights(trainer.model, trainer.state.step, start_hf_files(trainer.config, trainer.paths))
     return time.perf_counter() - started
 
 
@@ -231,13 +231,9 @@ def _evaluate_if_due(trainer: Trainer) -> None:
         _evaluate(trainer, "step")
 
 
-def version_name(step: int) -> str:
-    """Name of the weights after ``step`` steps, which every sample drawn from them carries."""
-    return f"step_{step:06d}"
-
-
 def _save(trainer: Trainer) -> float:
     started = time.perf_counter()
+    trainer.state.rollouts = trainer.plane.state()
     save_checkpoint(
         trainer.paths.root,
         trainer.state,
@@ -284,16 +280,13 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
-    order = DataOrder(len(trainer.train_problems), config.run.seed, config.data.shuffle)
-    problems = [trainer.train_problems[index] for index in order.indices(state.position, config.batch.groups)]
     with timers("rollout"):
-        samples, timers.seconds["verify"] = trainer.plane.rollouts(state.step + 1, problems)
+        samples, timers.seconds["verify"], collection = trainer.plane.rollouts(state.step + 1)
     timers.seconds["rollout"] -= timers.seconds["verify"]
     with timers("score"):
         scores = _score(trainer, samples)
     _check_agreement(config, scores)
     state.step += 1
-    state.position += config.batch.groups
     saves = config.logging.save_rollouts_every and state.step % config.logging.save_rollouts_every == 0
     if saves:
         _save_rollouts(trainer, samples)
@@ -301,7 +294,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         timers.seconds["total"] = time.perf_counter() - started
         metrics = reward_metrics(samples, timers.seconds, config.batch.samples_per_group)
         metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
-        return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
+        return {"step": state.step, **metrics, **collection, "weight_version": samples[0].weight_version}
     with timers("route"):
         rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
         verifier_advantage = group_relative_advantage(
@@ -319,7 +312,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         _save_inspection(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(samples, scores, advantage, credit, importance, results, timers.seconds, config)
-    return {"step": state.step, **metrics, "weight_version": samples[0].weight_version}
+    return {"step": state.step, **metrics, **collection, "weight_version": samples[0].weight_version}
 
 
 def _check_agreement(config: Config, scores: ScoredRollouts) -> None:

@@ -767,16 +767,6 @@ def test_an_update_during_a_pause_serves_held_requests_under_the_new_version(emb
     assert {a["meta_info"]["weight_version"] for a in held.answer()} == {"v2"}
 
 
-def test_an_update_over_suspended_sequences_is_refused(embedded, models):
-    running = long_request(embedded)
-    embedded.wait_busy()
-    embedded.post("/pause_generation", {"mode": "in_place"})
-    response = embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}, timeout=10)
-    assert response.status_code == 400 and "suspended half-way" in response.json()["message"]
-    embedded.post("/continue_generation", {})
-    assert {a["meta_info"]["weight_version"] for a in running.answer()} == {"v1"}
-
-
 def group_of(target, name):
     """This process as the trainer: rank 0 of a weight group with the server; the client that asked it to join, and the group."""
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
@@ -830,6 +820,42 @@ def test_an_update_over_a_process_group(changing, models):
         torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
     assert changing.post("/destroy_weights_update_group", {"group_name": name}).json()["success"] is True
     assert changing.post("/destroy_weights_update_group", {"group_name": name}).status_code == 400
+
+
+@pytest.mark.parametrize("way", ["disk", "process group"])
+def test_retracted_sequences_go_on_under_the_new_weights(changing, models, reference, way):
+    undisturbed = changing.generate(input_ids=[[5, 6]] * 8, sampling_params=[{**LONG, "sampling_seed": i} for i in range(8)])
+    running = long_request(changing, rows=8)
+    changing.wait_busy()
+    time.sleep(0.3)
+    changing.post("/pause_generation", {"mode": "retract"})
+    if way == "disk":
+        body = {"model_path": models["b"], "weight_version": "v2"}
+        assert changing.post("/update_weights_from_disk", body, timeout=20).status_code == 200
+    else:
+        name = f"suspended-{changing.kind}"
+        group = group_of(changing, name)
+        assert changing.post("/begin_weight_update", {}, timeout=20).json()["success"] is True
+        assert send(changing, group, name, load_file(Path(models["b"]) / "model.safetensors")).status_code == 200
+        assert changing.post("/end_weight_update", {}).json()["success"] is True
+        changing.post("/update_weight_version", {"new_version": "v2", "abort_all_requests": False})
+        changing.post("/destroy_weights_update_group", {"group_name": name})
+    assert not running.future.done()
+    changing.post("/continue_generation", {})
+    new = AutoModelForCausalLM.from_pretrained(models["b"], dtype=torch.float32).eval()
+    for before, answer in zip(undisturbed, running.answer(), strict=True):
+        meta, ids = answer["meta_info"], answer["output_ids"]
+        assert meta["finish_reason"]["type"] == "length" and len(ids) == 240 and meta["weight_version"] == "v2"
+        first, second = meta["weight_versions"]
+        split = first["end"]
+        assert 0 < split < 240
+        assert first == {"version": "v1", "start": 0, "end": split} and second == {"version": "v2", "start": split, "end": 240}
+        assert ids[:split] == before["output_ids"][:split] and ids != before["output_ids"]
+        found = torch.tensor(output_log_probs(answer), dtype=torch.float64)
+        for model, tokens in ((reference[0], slice(0, split)), (new, slice(split, 240))):
+            # Every token after the update sees all before it through the new weights.
+            expected = forward_log_probs(model, [5, 6, *ids])[1:]
+            torch.testing.assert_close(found[tokens], expected[tokens], atol=1e-4, rtol=0)
 
 
 def test_an_update_out_of_turn_is_refused(target):
@@ -895,7 +921,9 @@ async def test_the_client_samples_updates_and_waits(changing, models):
         completions = await client.generate(prompts, seeded(20, max_new_tokens=12), weight_version="v1", rows_per_request=6)
         direct = changing.generate(input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True)
         assert [c.output_ids for c in completions[:6]] == [a["output_ids"] for a in direct]
-        assert [c.log_probs for c in completions[:6]] == [output_log_probs(a) for a in direct]
+        # What SGLang decodes together, and with it the last bits, depends on when requests come.
+        near = (lambda values: pytest.approx(values, abs=1e-5)) if changing.kind == "sglang" else list
+        assert [c.log_probs for c in completions[:6]] == [near(output_log_probs(a)) for a in direct]
         assert {c.finish_reason for c in completions} <= {"stop", "length"}
         await client.pause_generation()
         await client.update_weights_from_disk(models["b"], "v2")

@@ -15,7 +15,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout import generation
 from dasd_megatron.rollout.client import Completion, RolloutError
-from dasd_megatron.rollout.generation import generate, make_client, make_samples
+from dasd_megatron.rollout.generation import generate, make_client, make_samples, meanwhile, step_limit
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()
@@ -24,7 +24,7 @@ PROBLEMS = [Problem("a", "1+1 =", "2", ""), Problem("b", "1+2 =", "3", "")]
 
 def completion(response: str, server_text: str) -> Completion:
     ids = [*TOKENIZER.encode(response), TOKENIZER.eos_token_id]
-    return Completion(ids, [-0.5] * len(ids), "stop", "7", server_text)
+    return Completion(ids, [-0.5] * len(ids), "stop", [("7", len(ids))], server_text)
 
 
 @pytest.mark.parametrize("server_text", ["", "#### 2", "#### 3"], ids=["no text", "another text", "yet another text"])
@@ -74,29 +74,31 @@ def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accep
 
 
 @pytest.mark.parametrize(("seconds", "finished"), [(0.0, True), (0.2, True), (60.0, False)])
-def test_what_is_done_alongside_is_waited_for_a_little(seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_done_meanwhile_is_waited_for_a_little(seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
     async def alongside() -> None:
         await asyncio.sleep(seconds)
         done.append(True)
 
-    monkeypatch.setattr(httpx.AsyncClient, "request", answering(9))
     monkeypatch.setattr(generation, "ALONGSIDE_SECONDS", 0.5)
-    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
-    options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
     started = time.monotonic()
-    completions = generate(make_client(config, ["http://server"]), [[1]], [0], config, **options, alongside=alongside)
-    assert [completion.output_ids for completion in completions] == [[9]]
+    async with meanwhile(alongside):
+        pass
     assert bool(done) == finished and time.monotonic() - started < 5
 
 
-def test_an_error_alongside_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_meanwhile_is_not_lost() -> None:
     async def alongside() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(httpx.AsyncClient, "request", answering(9))
-    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
-    options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": None}
     with pytest.raises(ZeroDivisionError):
-        generate(make_client(config, ["http://server"]), [[1]], [0], config, **options, alongside=alongside)
+        async with meanwhile(alongside):
+            pass
+
+
+async def test_a_step_has_an_end() -> None:
+    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, step_timeout_seconds=0.05)
+    with pytest.raises(RolloutError, match=r"two rollouts did not finish within rollout\.step_timeout_seconds=0\.05"):
+        async with step_limit(config, ["http://server"], "two rollouts"):
+            await asyncio.sleep(60)

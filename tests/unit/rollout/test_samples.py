@@ -13,7 +13,21 @@ from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rol
 
 def sample(group: int, index: int) -> Sample:
     return Sample(
-        group, index, f"p{group}", "1+1 =", "2", "#### 2", [1, 2], [3, 4], [-0.1, -1 / 3], "#### 2\u2028", "stop", "step_0", 1.0, "2", False
+        group,
+        index,
+        f"p{group}",
+        "1+1 =",
+        "2",
+        "#### 2",
+        [1, 2],
+        [3, 4],
+        [-0.1, -1 / 3],
+        "#### 2\u2028",
+        "stop",
+        [["step_000000", 1], ["step_000001", 1]],
+        1.0,
+        "2",
+        False,
     )
 
 

@@ -11,11 +11,12 @@ import pytest
 from dasd_megatron.config import ConfigError, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.plugins import load_function
 from dasd_megatron.rollout.client import Completion
 from dasd_megatron.rollout.generation import make_samples
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
-from dasd_megatron.verify.reward import RewardError, load_reward
+from dasd_megatron.verify.reward import RewardError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_reward"
 
@@ -25,7 +26,7 @@ def graded(path: str | None, *responses: str) -> list[Sample]:
     completions = []
     for response in responses:
         ids = [*tokenizer.encode(response), tokenizer.eos_token_id]
-        completions.append(Completion(ids, [-0.5] * len(ids), "stop", "1", ""))
+        completions.append(Completion(ids, [-0.5] * len(ids), "stop", [("1", len(ids))], ""))
     with Grader(VerifyConfig(workers=0, reward=path)) as grader:
         problem = Problem("p", "1+1 =", "2", "")
         return make_samples([problem], [0], [[1]], completions, grader, samples_per_group=len(responses), tokenizer=tokenizer)
@@ -68,4 +69,4 @@ def test_what_fails_is_named(module: str, name: str, said: str) -> None:
 @pytest.mark.parametrize("path", ["nowhere:score", "mine:absent", "mine:constant"])
 def test_what_cannot_be_found_is_refused(module: str, path: str) -> None:
     with pytest.raises(ConfigError, match=f"verify.reward={path}"):
-        load_reward(path)
+        load_function(path, "verify.reward")

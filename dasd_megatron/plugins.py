@@ -1,0 +1,33 @@
+"""Functions of the user's own, named by their path in the configuration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from dasd_megatron.config import ConfigError, first_line
+
+
+class PluginError(RuntimeError):
+    """A function of the user's own failed, or gave what cannot be used. It would fail again: trying again is of no use."""
+
+
+def load_function(path: str, field: str) -> Callable[..., Any]:
+    """The function that ``field`` of the configuration names, like ``my_package.rewards:score``.
+
+    Raises:
+        ConfigError: no such module or function.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    # A module runs its author's code when it is imported.
+    except Exception as error:
+        raise ConfigError(
+            f"{field}={path}: {type(error).__name__}: {first_line(error)}; write module:function, of a module that Python "
+            "finds (PYTHONPATH)"
+        ) from error
+    if not callable(function):
+        raise ConfigError(f"{field}={path} is {function!r} and no function")
+    return function

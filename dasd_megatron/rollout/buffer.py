@@ -1,0 +1,144 @@
+"""Which prompts are drawn, under way, ready or refused: the bookkeeping of collecting a step's groups, without a server or a clock.
+
+A prompt is known by its position in the endless order of training problems. It is drawn once and then always in one place: pending (its
+rollouts have to be started, or started again), in flight, ready, or refused by the filter; until a step takes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dasd_megatron.rollout.samples import Sample, read_samples, version_step
+
+
+@dataclass(slots=True)
+class Group:
+    """The graded responses to one prompt. ``version``: training steps behind the oldest weights that one of their tokens is from."""
+
+    position: int
+    version: int
+    samples: list[Sample]
+
+
+def make_group(samples: list[Sample]) -> Group:
+    """The group of all responses to one prompt; ValueError for weight versions that are not a training run's."""
+    return Group(samples[0].position, min(version_step(name) for sample in samples for name, _ in sample.weight_versions), samples)
+
+
+def read_groups(path: Path) -> list[Group]:
+    """The groups of a file of :func:`~dasd_megatron.rollout.samples.save_samples`, where the samples of each follow one another."""
+    return [make_group(list(samples)) for _, samples in itertools.groupby(read_samples(path), key=lambda sample: sample.position)]
+
+
+@dataclass
+class Counts:
+    """What happened since the last step was taken, in groups: ``drawn`` newly, ``filtered`` out, ``restarted`` unfinished or too old."""
+
+    drawn: int = 0
+    filtered: int = 0
+    restarted: int = 0
+
+
+@dataclass
+class BufferState:
+    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, and groups not yet taken."""
+
+    position: int = 0
+    pending: list[int] = field(default_factory=list)
+    ready: list[Group] = field(default_factory=list)
+
+
+class GroupBuffer:
+    """Collects ``groups`` groups for each step.
+
+    Args:
+        over_sampling: so many times the groups that are missing are started, at least 1.
+        filter_limit: after ``filter_limit * groups`` refused groups in one step, refused ones count as ready, lest it never end.
+        wait_for_all: a step is complete only when nothing is in flight, so that what it consists of does not depend on time.
+        max_staleness: how many steps older than the step's weights a group's oldest token may be.
+    """
+
+    def __init__(
+        self, groups: int, *, over_sampling: float, filter_limit: float, wait_for_all: bool, max_staleness: int, state: BufferState
+    ):
+        self.groups = groups
+        self.over_sampling = over_sampling
+        self.filter_limit = filter_limit
+        self.wait_for_all = wait_for_all
+        self.max_staleness = max_staleness
+        self.position = state.position
+        self.pending = sorted(state.pending)
+        self.ready = list(state.ready)
+        self.in_flight: dict[int, int] = {}
+        """Position: the version that its rollouts began under."""
+        self.refused: list[Group] = []
+        self.counts = Counts()
+
+    def state(self) -> BufferState:
+        """To be saved; what is in flight would have to be started again."""
+        return BufferState(self.position, sorted([*self.pending, *self.in_flight]), list(self.ready))
+
+    def start(self, steps: int, version: int) -> list[int]:
+        """The positions to start now under the weights ``version``, so that ``steps`` steps' groups are ready or in flight: none as long
+        as they are, else ``over_sampling`` times those that are missing. Prompts that wait to be started again come first."""
+        missing = steps * self.groups - len(self.in_flight) - len(self._usable())
+        if missing <= 0:
+            return []
+        count = math.ceil(missing * self.over_sampling)
+        again, self.pending = self.pending[:count], self.pending[count:]
+        new = range(self.position, self.position + count - len(again))
+        self.position = new.stop
+        self.counts.drawn += len(new)
+        self.in_flight |= dict.fromkeys([*again, *new], version)
+        return [*again, *new]
+
+    def finish(self, group: Group, keep: bool) -> None:
+        """A group is complete and graded, and the filter has said whether to ``keep`` it."""
+        del self.in_flight[group.position]
+        (self.ready if keep else self.refused).append(group)
+        self.counts.filtered += not keep
+
+    def give_back(self, positions: Iterable[int]) -> None:
+        """What was in flight was broken off."""
+        positions = list(positions)
+        for position in positions:
+            del self.in_flight[position]
+        self._again(positions)
+
+    def can_take(self) -> bool:
+        if self.wait_for_all and self.in_flight:
+            return False
+        return len(self._usable()) >= self.groups
+
+    def take(self) -> tuple[list[Group], Counts]:
+        """The groups of a step, in the order of their prompts, the earliest of those that are ready; and what happened since the last."""
+        chosen = self._usable()[: self.groups]
+        taken = {group.position for group in chosen}
+        self.ready = [group for group in self.ready if group.position not in taken]
+        counts, self.counts, self.refused = self.counts, Counts(), []
+        return sorted(chosen, key=lambda group: group.position), counts
+
+    def age(self, version: int) -> list[int]:
+        """The next step trains the weights ``version``: what is too old for it is to be started again. Returns the positions of what is in
+        flight among it, which have to be broken off and given back."""
+        oldest = version - self.max_staleness
+        late = [group for group in self.ready if group.version < oldest]
+        self.ready = [group for group in self.ready if group.version >= oldest]
+        self.refused = [group for group in self.refused if group.version >= oldest]
+        self._again([group.position for group in late])
+        return [position for position, began in self.in_flight.items() if began < oldest]
+
+    def _again(self, positions: list[int]) -> None:
+        self.counts.restarted += len(positions)
+        self.pending = sorted([*self.pending, *positions])
+
+    def _usable(self) -> list[Group]:
+        """Ready groups by position, and behind them the refused ones once there are too many of these."""
+        usable = sorted(self.ready, key=lambda group: group.position)
+        if self.counts.filtered >= self.filter_limit * self.groups:
+            usable += sorted(self.refused, key=lambda group: group.position)
+        return usable
