@@ -1,0 +1,344 @@
+"""Collecting rollouts: from prompts to a step's groups, with servers' answers made up here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dasd_megatron.config import Config, load_config
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.plugins import PluginError
+from dasd_megatron.rollout.buffer import BufferState
+from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
+from dasd_megatron.rollout.collector import Collector
+from dasd_megatron.rollout.samples import version_name
+from dasd_megatron.verify.grader import Grader
+
+TOKENIZER = character_tokenizer()
+PROBLEMS = [Problem(f"p{index}", f"{index}+1 =", str(index + 1), "") for index in range(10)]
+GROUPS, SAMPLES = 2, 2
+RIGHT, WRONG = "right", "wrong"
+
+
+class Servers(RolloutClient):
+    """Answers in the place of servers, which hold the weights ``step``. What each response is, ``answer`` says of (problem, sample)."""
+
+    def __init__(self) -> None:
+        super().__init__(["http://server"], connect_timeout=1, request_timeout=1, max_retries=0, backoff=0, max_in_flight=1)
+        self.step = 0
+        self.hold: set[int] = set()
+        """Problems that are not answered as long as they are here."""
+        self.answer: Callable[[int, int], str] = lambda problem, sample: RIGHT if sample else WRONG
+        self.asked: list[tuple[int, int]] = []
+        """(problem, version) of each prompt that was asked."""
+        self.seeds: dict[int, list[int]] = {}
+        self.told: list[str] = []
+        self.error: Exception | None = None
+        self.paused = False
+
+    async def generate(self, prompts: Any, sampling_params: Any, *, weight_version: Any, **_: Any) -> list[Completion]:
+        if self.error is not None:
+            raise self.error
+        began = self.step
+        problem = int(re.search(r"(\d+)\+", TOKENIZER.decode(prompts[0]))[1])
+        self.asked.append((problem, began))
+        self.seeds[problem] = [params["sampling_seed"] for params in sampling_params]
+        while problem in self.hold or self.paused:
+            await asyncio.sleep(0.005)
+        completions = []
+        for sample in range(len(prompts)):
+            text = f"#### {problem + 1 if self.answer(problem, sample) is RIGHT else 0}"
+            ids = TOKENIZER.encode(text)
+            spans = [(version_name(began), 2), (version_name(self.step), len(ids) - 2)]
+            completions.append(Completion(ids, [-0.5] * len(ids), "stop", spans if began != self.step else [(spans[0][0], len(ids))], text))
+            if not {version for version, _ in completions[-1].weight_versions} <= set(weight_version):
+                raise RolloutError("http://server", "another version", 1, "")
+        return completions
+
+    async def pause_generation(self, mode: str = "abort") -> None:
+        self.told.append(f"pause {mode}")
+        self.paused = True
+
+    async def continue_generation(self) -> None:
+        self.told.append("continue")
+        self.paused = False
+
+    async def abort_request(self, rid: str | None = None) -> None:
+        self.told.append("abort")
+
+
+def configuration(*overrides: str) -> Config:
+    return load_config(
+        [
+            "experiment=quickstart",
+            f"batch.groups={GROUPS}",
+            f"batch.samples_per_group={SAMPLES}",
+            "rollout.groups_per_request=1",
+            "verify.workers=0",
+            "data.shuffle=false",
+            "rollout.step_timeout_seconds=5",
+            *overrides,
+        ]
+    )
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
+    made: list[tuple[Collector, Grader]] = []
+
+    def of(*overrides: str, state: BufferState | None = None, step: int = 0) -> tuple[Collector, Servers]:
+        config = configuration(*overrides)
+        grader = Grader(config.verify)
+        collector = Collector(config, PROBLEMS, PromptRenderer(TOKENIZER), grader, TOKENIZER, 1000, state or BufferState())
+        made.append((collector, grader))
+        servers = Servers()
+        servers.step = step
+        collector.connect(servers)
+        collector.after_sync(step)
+        return collector, servers
+
+    yield of
+    for collector, grader in made:
+        collector.close()
+        grader.close()
+
+
+def sync(collector: Collector, servers: Servers) -> None:
+    """One update of the weights."""
+    collector.before_sync()
+    servers.step += 1
+    collector.after_sync(servers.step)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def positions(collector: Collector) -> list[int]:
+    return [group.position for group in collector.take().groups]
+
+
+FILTER = "rollout.filter=dasd_megatron.rollout.filters:rewards_differ"
+
+
+def test_on_policy_rollouts_are_sampled_when_they_are_asked_for(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start()
+    batch = collector.take()
+    assert [group.position for group in batch.groups] == [0, 1] and batch.counts.drawn == 2
+    assert [[sample.reward for sample in group.samples] for group in batch.groups] == [[0.0, 1.0]] * 2
+    sample = batch.groups[1].samples[1]
+    assert (sample.position, sample.problem_id, sample.sample, sample.weight_version) == (1, "p1", 1, "step_000000")
+    collector.start_ahead(0)
+    sync(collector, servers)
+    time.sleep(0.05)
+    assert [problem for problem, _ in servers.asked] == [0, 1] and servers.told == []
+    assert positions(collector) == [2, 3]
+
+
+def test_a_prompt_has_its_own_seeds_whatever_was_drawn_before(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    _, plain = first = start()
+    positions(first[0]), positions(first[0])
+    filtering, servers = start(FILTER, "rollout.over_sampling=2", "rollout.groups_per_request=1")
+    servers.answer = lambda problem, sample: RIGHT if sample or problem == 0 else WRONG
+    assert positions(filtering) == [1, 2]
+    assert all(servers.seeds[problem] == plain.seeds[problem] for problem in range(4))
+    assert len({seed for seeds in plain.seeds.values() for seed in seeds}) == 8
+
+
+def test_groups_without_an_advantage_are_replaced(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start(FILTER)
+    servers.answer = lambda problem, sample: RIGHT if sample and problem > 2 else WRONG
+    batch = collector.take()
+    assert [group.position for group in batch.groups] == [3, 4]
+    assert (batch.counts.drawn, batch.counts.filtered) == (5, 3)
+
+
+def test_where_no_group_has_an_advantage_a_step_still_comes(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start(FILTER, "rollout.filter_limit=2")
+    servers.answer = lambda problem, sample: RIGHT
+    batch = collector.take()
+    assert [group.position for group in batch.groups] == [0, 1] and batch.counts.filtered == 5
+
+
+def test_stragglers_are_broken_off_and_come_first_in_the_next_step(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.over_sampling=1.5", "rollout.unfinished=abort")
+    servers.hold = {1}
+    assert positions(collector) == [0, 2]
+    assert servers.told == ["abort"] and collector.state().pending == [1]
+    servers.hold = set()
+    sync(collector, servers)
+    batch = collector.take()
+    assert 1 in [group.position for group in batch.groups]
+    assert servers.asked[3] == (1, 1)  # under the new weights
+
+
+def test_one_step_ahead_is_sampled_while_the_trainer_computes(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1")
+    assert positions(collector) == [0, 1]
+    collector.start_ahead(1)
+    eventually(lambda: len(collector.state().ready) == 2)
+    sync(collector, servers)
+    batch = collector.take()
+    assert [(group.position, group.version) for group in batch.groups] == [(2, 0), (3, 0)]
+    collector.start_ahead(0)
+    sync(collector, servers)
+    batch = collector.take()
+    assert [(group.position, group.version) for group in batch.groups] == [(4, 2), (5, 2)]
+
+
+def test_an_update_waits_for_rollouts_in_flight(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1")
+    positions(collector)
+    servers.hold = {3}
+    collector.start_ahead(1)
+    eventually(lambda: len(servers.asked) == 4)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), collector._loop).add_done_callback(lambda _: servers.hold.clear())
+    collector.before_sync()
+    assert not servers.hold and len(collector.state().ready) == 2 and servers.told == []
+
+
+def test_retracted_rollouts_go_on_and_carry_both_versions(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1", "rollout.unfinished=retract")
+    positions(collector)
+    servers.hold = {3}
+    collector.start_ahead(1)
+    eventually(lambda: len(collector.state().ready) == 1)
+    sync(collector, servers)
+    assert servers.told == ["pause retract", "continue"]
+    servers.hold = set()
+    batch = collector.take()
+    assert [(group.position, group.version) for group in batch.groups] == [(2, 0), (3, 0)]
+    versions = batch.groups[1].samples[0].weight_versions
+    assert versions == [["step_000000", 2], ["step_000001", len(batch.groups[1].samples[0].response_ids) - 2]]
+
+
+def test_rollouts_that_have_become_too_old_begin_again(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1", "rollout.unfinished=retract", "rollout.over_sampling=1.5")
+    servers.hold = {1}
+    assert positions(collector) == [0, 2]
+    collector.start_ahead(1)
+    sync(collector, servers)
+    assert positions(collector) == [3, 4]
+    collector.start_ahead(1)
+    sync(collector, servers)  # the one held is from step 0 and could train in step 2 at the latest
+    servers.hold = set()
+    assert collector.state().pending == [1]
+    batch = collector.take()
+    assert [group.version for group in batch.groups] == [1, 1] and batch.counts.restarted == 1
+    collector.start_ahead(1)
+    eventually(lambda: (1, 2) in servers.asked)
+
+
+def test_what_was_collected_ahead_is_saved_and_used(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1")
+    positions(collector)
+    collector.start_ahead(1)
+    sync(collector, servers)
+    state = collector.state()
+    again, fresh = start("rollout.max_staleness=1", state=state, step=1)
+    assert positions(again) == [2, 3] and fresh.asked == []
+    stricter, fresh = start(state=state, step=1)  # resumed on-policy: too old
+    assert positions(stricter) == [2, 3] and fresh.asked == [(2, 1), (3, 1)]
+
+
+def test_a_failure_loses_nothing(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start()
+    servers.error = RolloutError("http://server", "it is gone", 1, "mend it")
+    with pytest.raises(RolloutError, match="it is gone"):
+        collector.take()
+    servers.error = None
+    assert positions(collector) == [0, 1]
+
+
+def test_a_failure_ahead_is_made_good_by_the_next_update(
+    start: Callable[..., tuple[Collector, Servers]], caplog: pytest.LogCaptureFixture
+) -> None:
+    collector, servers = start("rollout.max_staleness=1")
+    positions(collector)
+    servers.error = RolloutError("http://server", "it is gone", 1, "mend it")
+    with caplog.at_level(logging.WARNING):
+        collector.start_ahead(1)
+        eventually(lambda: collector.state().pending == [2, 3])
+        servers.error = None
+        sync(collector, servers)
+    assert "it is gone" in caplog.text
+    assert positions(collector) == [2, 3]
+
+
+def test_a_step_does_not_wait_for_ever(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.step_timeout_seconds=1")
+    servers.hold = {0}
+    with pytest.raises(RolloutError, match=r"rollout\.step_timeout_seconds=1"):
+        collector.take()
+    assert collector.state().pending[0] == 0
+    servers.hold = set()
+    assert positions(collector) == [0, 1]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "own_rollouts.py").write_text(
+        "import dataclasses\n"
+        "async def twice(request, generate):\n"
+        "    n = len(request.sampling_params)\n"
+        "    both = await generate([request.prompt_ids] * 2 * n, request.sampling_params * 2)\n"
+        "    return both[n:]\n"
+        "async def fails(request, generate):\n    raise KeyError('oh')\n"
+        "async def too_few(request, generate):\n    return []\n"
+        "async def texts(request, generate):\n    return ['a'] * len(request.sampling_params)\n"
+        "async def short(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    return [dataclasses.replace(one, log_probs=one.log_probs[1:]) for one in found]\n"
+        "async def nan(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    return [dataclasses.replace(one, log_probs=[float('nan')] * len(one.log_probs)) for one in found]\n"
+        "def none(group):\n    return None\n"
+        "def divides(group):\n    return 1 / 0\n"
+        "def odd(group):\n    return group[0].position % 2 == 1\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("own_rollouts", None)
+    return "own_rollouts"
+
+
+def test_a_function_of_ones_own_samples_groups(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+    collector, servers = start(f"rollout.function={module}:twice")
+    batch = collector.take()
+    assert [[sample.reward for sample in group.samples] for group in batch.groups] == [[1.0, 1.0]] * 2
+    assert [len(seeds) for seeds in servers.seeds.values()] == [4, 4]
+
+
+def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+    collector, _ = start(f"rollout.filter={module}:odd")
+    assert positions(collector) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.function={}:fails", r"rollout\.function=own_rollouts:fails on problem p\d: KeyError: 'oh'"),
+        ("rollout.function={}:too_few", "return a list of 2 Completions"),
+        ("rollout.function={}:texts", "a str in its place"),
+        ("rollout.function={}:short", r"\d+ output_ids, \d+ log_probs"),
+        ("rollout.function={}:nan", "log_probs that are none"),
+        ("rollout.filter={}:none", "gave None; return True or False"),
+        ("rollout.filter={}:divides", r"rollout\.filter=own_rollouts:divides on problem p\d: ZeroDivisionError"),
+    ],
+)
+def test_functions_that_fail_are_named(start: Callable[..., tuple[Collector, Servers]], module: str, override: str, said: str) -> None:
+    collector, _ = start(override.format(module))
+    with pytest.raises(PluginError, match=said):
+        collector.take()
