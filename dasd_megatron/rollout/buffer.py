@@ -6,6 +6,7 @@ rollouts have to be started, or started again), in flight, ready, or refused by 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -45,11 +46,14 @@ class Counts:
 
 @dataclass
 class BufferState:
-    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, and groups not yet taken."""
+    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, groups not yet taken, and what
+    has happened for the next step so far."""
 
     position: int = 0
     pending: list[int] = field(default_factory=list)
     ready: list[Group] = field(default_factory=list)
+    refused: list[Group] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
 
 class GroupBuffer:
@@ -75,12 +79,13 @@ class GroupBuffer:
         self.ready = list(state.ready)
         self.in_flight: dict[int, int] = {}
         """Position: the version that its rollouts began under."""
-        self.refused: list[Group] = []
-        self.counts = Counts()
+        self.refused = list(state.refused)
+        self.counts = dataclasses.replace(state.counts)
 
     def state(self) -> BufferState:
         """To be saved; what is in flight would have to be started again."""
-        return BufferState(self.position, sorted([*self.pending, *self.in_flight]), list(self.ready))
+        pending = sorted([*self.pending, *self.in_flight])
+        return BufferState(self.position, pending, list(self.ready), list(self.refused), dataclasses.replace(self.counts))
 
     def start(self, steps: int, version: int) -> list[int]:
         """The positions to start now under the weights ``version``, so that ``steps`` steps' groups are ready or in flight: none as long

@@ -2,13 +2,14 @@
 
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
 ``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json``
-(step, data position and prompts that were under way; the weight version is the step's) and ``rollouts.jsonl`` (what was collected for steps
-to come, where there is any). It is written under another name, fsynced and renamed; ``checkpoints/latest``
+(step, data position and prompts that were under way; the weight version is the step's) and, where there are any, ``ready.jsonl`` and
+``refused.jsonl`` (rollouts collected for steps to come). It is written under another name, fsynced and renamed; ``checkpoints/latest``
 then names it, by rename again. A crash or a full disk leaves the previous one in place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dasd_megatron import backend
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import copy_side_files, fsync_tree
-from dasd_megatron.rollout.buffer import BufferState, read_groups
+from dasd_megatron.rollout.buffer import BufferState, Counts, read_groups
 from dasd_megatron.rollout.samples import save_samples
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank
@@ -44,6 +45,10 @@ _ARCHITECTURE = (
     "vocab_size",
     "tie_word_embeddings",
 )
+
+
+# The groups of a BufferState, each in a file of its own.
+_COLLECTED = ("ready", "refused")
 
 
 class CheckpointError(RuntimeError):
@@ -88,7 +93,8 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
         )
-    return TrainerState(record["step"], BufferState(record["position"], record["pending"])), record
+    rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
+    return TrainerState(record["step"], rollouts), record
 
 
 def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
@@ -210,12 +216,15 @@ def save_checkpoint(
             "step": state.step,
             "position": state.rollouts.position,
             "pending": state.rollouts.pending,
+            "collected": dataclasses.asdict(state.rollouts.counts),
             "world_size": dist.get_world_size(),
             "architecture": architecture(model.bridge.hf_config),
         }
         (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
-        if state.rollouts.ready:
-            save_samples(partial / "rollouts.jsonl", (sample for group in state.rollouts.ready for sample in group.samples))
+        for name in _COLLECTED:
+            groups = getattr(state.rollouts, name)
+            if groups:
+                save_samples(partial / f"{name}.jsonl", (sample for group in groups for sample in group.samples))
         (partial / "hf").mkdir()
         copy_side_files(template_dir, partial / "hf", model.config.params_dtype)
         fsync_tree(partial)
@@ -245,8 +254,9 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
     :func:`check_architecture` first.
     """
     state, record = read_state(path)
-    if dist.get_rank() == 0 and (path / "rollouts.jsonl").exists():
-        state.rollouts.ready = read_groups(path / "rollouts.jsonl")
+    for name in _COLLECTED:
+        if dist.get_rank() == 0 and (path / f"{name}.jsonl").exists():
+            setattr(state.rollouts, name, read_groups(path / f"{name}.jsonl"))
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
     for index, chunk in enumerate(model.chunks):
         unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
