@@ -20,6 +20,7 @@ _USAGE = """usage: dasd COMMAND ...
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
   evaluate  OVERRIDES           evaluate model.path on data.heldout
+  rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, for rollout.replay
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
@@ -47,7 +48,9 @@ def report_errors(work: Callable[[], None]) -> int:
 
 
 def _configuration(arguments: list[str]) -> Config:
-    parser = argparse.ArgumentParser(prog="dasd", usage="dasd train | evaluate [--config-dir DIR] [field=value ...]", add_help=False)
+    parser = argparse.ArgumentParser(
+        prog="dasd", usage="dasd train | evaluate | rollout [--config-dir DIR] [field=value ...]", add_help=False
+    )
     parser.add_argument("--config-dir")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
@@ -152,6 +155,14 @@ def _evaluate(arguments: list[str]) -> None:
     evaluate_model(_configuration(arguments))
 
 
+def _rollout(arguments: list[str]) -> None:
+    from dasd_megatron.rollout.command import rollouts_alone
+    from dasd_megatron.training.prepare import choose_run_dir
+
+    config = _configuration(arguments)
+    rollouts_alone(config, choose_run_dir(config))
+
+
 def _convert(arguments: list[str]) -> None:
     from dasd_megatron.models.convert_command import convert
 
@@ -196,11 +207,19 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.observability.doctor import print_doctor
 
         return print_doctor()
-    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "plan": _plan, "serve": _serve, "report": _report}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "rollout": _rollout,
+        "convert": _convert,
+        "plan": _plan,
+        "serve": _serve,
+        "report": _report,
+    }
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
-    if command in ("train", "evaluate") and {"-h", "--help"} & set(rest):
+    if command in ("train", "evaluate", "rollout") and {"-h", "--help"} & set(rest):
         print(_fields_help(command))
         return 0
     return report_errors(lambda: commands[command](rest))

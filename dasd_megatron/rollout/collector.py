@@ -61,6 +61,13 @@ class Batch:
     counts: Counts
     grading_seconds: float
 
+    def samples(self) -> list[Sample]:
+        """All of them, group after group, each numbered by its group's place in the step."""
+        for index, group in enumerate(self.groups):
+            for sample in group.samples:
+                sample.group = index
+        return [sample for group in self.groups for sample in group.samples]
+
 
 class Collector:
     """Draws the prompts of ``problems`` in the order of a :class:`~dasd_megatron.data.order.DataOrder` and collects their rollouts.

@@ -292,10 +292,7 @@ class RolloutPlane:
             self.collector.start_ahead(min(self.config.rollout.max_staleness, self.config.run.steps - step))
         if not rank0:
             return scatter_to_replicas(None)
-        samples = [sample for group in batch.groups for sample in group.samples]
-        for index, group in enumerate(batch.groups):
-            for sample in group.samples:
-                sample.group = index
+        samples = batch.samples()
         metrics = _collection_metrics(batch, samples, step - 1)
         return scatter_to_replicas([(part, batch.grading_seconds, metrics) for part in self._shares(samples)])
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import SMALL
 
 from dasd_megatron.config import load_config
 from dasd_megatron.data.generators import generate_splits
@@ -68,6 +69,29 @@ def test_one_step(experiment: str, checkpoint: Path, tmp_path: Path) -> None:
     assert metrics["rollout/log_prob_diff_mean"] < 0.1
     inspected = json.loads((run / "inspect" / "step_000001.json").read_text())
     assert any(abs(gap) > 0.01 for gap in inspected[0]["delta"])
+
+
+def test_functions_of_ones_own_and_rollouts_without_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The custom examples as their READMEs start them, on rollouts that ``dasd rollout`` makes and on ones that training makes."""
+    folders = [ROOT / "examples" / name for name in ("custom_reward", "custom_rollout", "custom_filter")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
+    own = [
+        "verify.reward=rewards:brief",
+        "rollout.function=rollouts:finish_once_more",
+        "rollout.filter=filters:neither_easy_nor_cut",
+        "rollout.filter_limit=1",
+    ]
+    small = [*SMALL, *own, "evaluation=none", "run.steps=2"]
+    dasd("rollout", *small, f"run.dir={tmp_path / 'alone'}")
+    dasd("train", *small, f"run.dir={tmp_path / 'together'}")
+    first = [(tmp_path / name / "rollouts" / "step_000001.jsonl").read_text() for name in ("alone", "together")]
+    assert first[0] == first[1] and first[0].count("\n") == 16
+    replay = f"rollout.replay={tmp_path / 'alone' / 'rollouts'}"
+    dasd("train", *SMALL, "evaluation=none", "run.steps=2", replay, f"run.dir={tmp_path / 'replayed'}")
+    losses = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["update/loss"] for name in ("together", "replayed")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_the_sums_of_the_two_sets_differ_and_are_few() -> None:

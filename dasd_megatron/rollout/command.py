@@ -1,0 +1,72 @@
+"""``dasd rollout``: the rollouts of training steps without a trainer, for looking at and for ``rollout.replay``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from dasd_megatron.config import Config, ConfigError, DataSourceConfig
+from dasd_megatron.data.prompts import load_problems
+from dasd_megatron.models.hf_config import is_megatron_checkpoint, read_hf_config
+from dasd_megatron.observability.progress import ProgressDisplay
+from dasd_megatron.rollout.buffer import BufferState
+from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.collector import Collector
+from dasd_megatron.rollout.generation import make_client
+from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.samples import rollouts_path, save_samples, version_name
+from dasd_megatron.training.prepare import load_tokenizer, make_renderer, prepare_run, start_hf_files, start_path
+from dasd_megatron.verify.grader import Grader
+
+
+def rollouts_alone(config: Config, root: Path) -> None:
+    """Sample, grade and filter the rollouts of ``run.steps`` steps, all from the starting model, into ``<root>/rollouts``.
+
+    Prompts, seeds, filters and files are those of training, so ``rollout.replay=<root>/rollouts`` trains on them. External servers load
+    the model from ``model.path``, which they have to reach.
+
+    Raises:
+        ConfigError: the configuration cannot run, or ``model.path`` is a Megatron checkpoint.
+        RolloutError, PluginError, GraderError: see :meth:`Collector.take`; the steps that are done stay.
+    """
+    if config.model.path is not None and is_megatron_checkpoint(config.model.path):
+        raise ConfigError(
+            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
+        )
+    paths = prepare_run(config, root)
+    model = start_path(config, paths)
+    tokenizer = load_tokenizer(start_hf_files(config, paths))
+    version = version_name(0)
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(ProgressDisplay(total_steps=0))
+        grader = stack.enter_context(Grader(config.verify))
+        urls = list(config.rollout.servers)
+        if config.rollout.engine != "external":
+            log = root / "logs" / "rollout_server.log"
+            urls = [stack.enter_context(LocalServer(model, version, config.rollout, log)).url]
+        else:
+            asyncio.run(_load(make_client(config.rollout, urls), str(Path(model).absolute())))
+        collector = Collector(
+            config,
+            load_problems(DataSourceConfig(path=str(paths.problems("train"))), "train", needs_solution=False),
+            make_renderer(config, tokenizer),
+            grader,
+            tokenizer,
+            read_hf_config(model).vocab_size,
+            BufferState(),
+        )
+        stack.callback(collector.close)
+        collector.connect(make_client(config.rollout, urls))
+        collector.after_sync(0)
+        with display.phase(f"rollouts of {config.run.steps} steps", total=config.run.steps) as phase:
+            for step in range(1, config.run.steps + 1):
+                samples = collector.take().samples()
+                save_samples(rollouts_path(paths.rollouts, step), samples)
+                phase.advance(accuracy=sum(sample.reward > 0 for sample in samples) / len(samples))
+    print(f"rollouts: {paths.rollouts.absolute()}", flush=True)
+
+
+async def _load(client: RolloutClient, path: str) -> None:
+    async with client:
+        await client.update_weights_from_disk(path, version_name(0))

@@ -1,0 +1,12 @@
+"""A filter that keeps groups which have something to say to the verifier's advantage, and mostly come to an end."""
+
+from collections.abc import Sequence
+
+from dasd_megatron.rollout.samples import Sample
+
+
+def neither_easy_nor_cut(group: Sequence[Sample]) -> bool:
+    """Rewards differ, not more than three quarters are right, and at most half were cut short by the length limit."""
+    right = sum(sample.reward > 0 for sample in group)
+    cut = sum(sample.finish_reason == "length" for sample in group)
+    return 0 < right <= 0.75 * len(group) and cut <= 0.5 * len(group)
