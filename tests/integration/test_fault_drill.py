@@ -1,102 +1,229 @@
-"""Two servers under a run: killed, frozen, answering garbage, gone in the middle of an update. Nothing is lost or comes twice.
+"""Two servers under a run, and the run itself: killed, frozen, answering errors and garbage, gone in the middle of a request or an update.
 
-The embedded server gives equal rollouts for equal seeds whichever of two serves them, so the metrics of a disturbed run have to be those of
-an undisturbed one to the bit: every rollout once, under the weights of its step.
+Every prompt is trained on once, under weights no older than allowed, or is still kept for a later step. The embedded server gives equal
+rollouts for equal seeds whichever of two serves them, so there the metrics have to be those of an undisturbed run to the bit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import NO_EVALUATION, SMALL, finish, reproducible, rows, start, train
+from runs import NO_EVALUATION, SMALL, kill, reproducible, rows, start, train
+from servers import FaultyProxy, sglang_python
 
-from dasd_megatron.config import load_config
+from dasd_megatron.config import RolloutConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.launch import LocalServer
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
-STEPS = 50
+GROUPS = 8
+LEAST_STEPS = 27  # more than 200 groups
 RUN = [
     *NO_EVALUATION,
-    f"run.steps={STEPS}",
-    "checkpoint.every=0",
+    f"batch.groups={GROUPS}",
+    "batch.samples_per_group=2",
+    "checkpoint.every=4",
     "rollout.backoff_seconds=0.05",
-    "rollout.groups_per_request=1",
-    "rollout.request_timeout_seconds=4",
-    "rollout.weight_sync_timeout_seconds=4",
+    "rollout.groups_per_request=2",
     "rollout.connect_timeout_seconds=1",
+    "rollout.max_restarts=20",
 ]
 
 
-@pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("healthy") / "run"
-    train(*RUN, f"run.dir={path}")
-    return path
+@dataclass
+class Place:
+    """A server behind a proxy, whose next request of a path can be made to go wrong."""
+
+    server: LocalServer
+    faults: dict[str, list[Callable[[], str | None]]]
+    proxy: FaultyProxy | None = None
+
+    def serve(self) -> None:
+        def fault(path: str, _count: int) -> str | None:
+            waiting = self.faults.get(path)
+            return waiting.pop(0)() if waiting else None
+
+        self.proxy = FaultyProxy(self.server.url, fault)
+
+    def family(self) -> list[psutil.Process]:
+        """SGLang is several processes."""
+        first = psutil.Process(self.server.pid)
+        return [first, *first.children(recursive=True)]
+
+    def kill(self) -> None:
+        for member in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+    def next(self, path: str, *actions: Callable[[], str | None]) -> None:
+        self.faults[path] = list(actions)
+
+
+class Drill:
+    """A run in the background, and how far it is."""
+
+    def __init__(self, folder: Path, options: list[str]):
+        self.folder, self.options = folder, options
+        self.process = start(*options, "run.steps=100000", f"run.dir={folder}")
+        self.text = ""
+        self.worst = 0.0
+        self._read()
+
+    def _read(self) -> None:
+        def collect() -> None:
+            for line in self.process.stdout:
+                self.text += line
+
+        threading.Thread(target=collect, daemon=True).start()
+
+    def steps(self) -> int:
+        return len(rows(self.folder / "metrics.jsonl"))
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> float:
+        begun = time.monotonic()
+        while not condition():
+            assert self.process.poll() is None, self.text[-6000:]
+            assert time.monotonic() < begun + seconds, self.text[-6000:]
+            time.sleep(0.005)
+        return time.monotonic() - begun
+
+    def go_on(self, steps: int = 2, seconds: float = 60.0) -> None:
+        """So many steps more."""
+        wanted = self.steps() + steps
+        self.worst = max(self.worst, self.wait(lambda: self.steps() >= wanted, seconds))
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[list[LocalServer]]:
+def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Place]]:
     config = load_config([*SMALL])
     make_tiny_model(tmp_path / "model", config.model.tiny, 1)
+    rollout: RolloutConfig = config.rollout
+    if request.param == "sglang":
+        sglang = [f"rollout.sglang.python={sglang_python()}", "rollout.sglang.max_total_tokens=8192"]
+        rollout = load_config([*SMALL, "rollout=sglang_cpu", *sglang]).rollout
     with ExitStack() as stack:
-        servers = [LocalServer(tmp_path / "model", "first", config.rollout, tmp_path / f"log{index}") for index in range(2)]
-        for server in servers:
-            stack.enter_context(server)
-        yield servers
+        found = [Place(LocalServer(tmp_path / "model", "first", rollout, tmp_path / f"log{index}"), {}) for index in range(2)]
+        starts = [threading.Thread(target=place.server.start) for place in found]
+        for place, thread in zip(found, starts, strict=True):
+            stack.callback(place.server.stop)
+            thread.start()
+        for place, thread in zip(found, starts, strict=True):
+            thread.join()
+            assert place.server.alive()
+            place.serve()
+            stack.callback(place.proxy.close)
+        yield found
 
 
-@pytest.mark.parametrize("weight_sync", ["disk", "distributed"])
-def test_drill(weight_sync: str, pair: list[LocalServer], healthy: Path, tmp_path: Path) -> None:
+AHEAD = ["rollout.max_staleness=1", "rollout.unfinished=retract", "rollout.over_sampling=1.25", "loss.importance_sampling=token"]
+
+
+@pytest.mark.parametrize(
+    ("places", "weight_sync", "more"),
+    [("embedded", "disk", []), ("embedded", "distributed", AHEAD), ("sglang", "distributed", AHEAD)],
+    indirect=["places"],
+    ids=["embedded-disk", "embedded-distributed-ahead", "sglang-distributed-ahead"],
+)
+def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path: Path) -> None:
+    first, second = places
+    patience = 10 if first.server.rollout.engine == "sglang" else 4
+    options = [
+        *RUN,
+        *more,
+        "rollout.engine=external",
+        f"rollout.servers=[{first.proxy.url},{second.proxy.url}]",
+        f"rollout.weight_sync={weight_sync}",
+        f"rollout.request_timeout_seconds={patience}",
+        f"rollout.weight_sync_timeout_seconds={patience}",
+    ]
     run = tmp_path / "run"
-    first, second = pair
-    urls = f"rollout.servers=[{first.url},{second.url}]"
-    process = start(*RUN, "rollout.engine=external", urls, f"rollout.weight_sync={weight_sync}", f"run.dir={run}")
-    output: list[tuple[int, str]] = []
-    reader = threading.Thread(target=lambda: output.append(finish(process, 400)))
-    reader.start()
-    worst = 0.0
+    drill = Drill(run, options)
+    begins_update = "/update_weights_from_disk" if weight_sync == "disk" else "/begin_weight_update"
 
-    def at(step: int, act: Callable[[], object]) -> None:
-        """Do it when the step is done, and see that two more follow soon."""
-        nonlocal worst
-        deadline = time.monotonic() + 120
-        while len(rows(run / "metrics.jsonl")) < step:
-            assert time.monotonic() < deadline and not output, output
-            time.sleep(0.005)
-        act()
-        acted = time.monotonic()
-        while len(rows(run / "metrics.jsonl")) < step + 2:
-            assert time.monotonic() < acted + 60 and not output, output
-            time.sleep(0.005)
-        worst = max(worst, time.monotonic() - acted)
+    def happens(place: Place, path: str, act: Callable[[], None]) -> None:
+        """``act`` at the next request of ``path``, before the server gets it."""
+        done = threading.Event()
 
-    frozen = psutil.Process(second.pid)
-    at(5, lambda: psutil.Process(first.pid).kill())
-    at(12, lambda: first.restart(first.model_path, "first"))
-    at(20, frozen.suspend)
-    at(28, frozen.resume)
-    at(36, lambda: psutil.Process(second.pid).kill())
-    reader.join()
-    status, text = output[0]
-    assert status == 0, text[-4000:]
-    assert worst < 30
-    assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
-    # Every group of every step once, and each sample under its own step's weights.
-    for step in range(1, STEPS + 1):
+        def once() -> None:
+            act()
+            done.set()
+
+        place.next(path, once)
+        drill.wait(done.is_set, 60)
+
+    def comes_back(place: Place) -> None:
+        place.server.restart(place.server.model_path, "first")
+        # Nobody is to be taken down before the other serves again.
+        served = threading.Event()
+        place.next("/generate", served.set)
+        drill.wait(served.is_set, 90)
+
+    def freeze(place: Place, name: str) -> None:
+        for member in place.family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(member, name)()
+
+    drill.wait(lambda: drill.steps() >= 3, 120)
+    happens(first, "/generate", first.kill)
+    drill.go_on()
+    comes_back(first)
+    freeze(second, "suspend")
+    drill.go_on()
+    freeze(second, "resume")
+    served = threading.Event()
+    second.next("/generate", served.set)
+    drill.wait(served.is_set, 90)
+    second.next("/generate", *[lambda: "500"] * 2, *[lambda: "garbage"] * 2)
+    drill.go_on()
+    happens(second, begins_update, second.kill)
+    drill.go_on()
+    comes_back(second)
+    drill.go_on()
+    drill.wait(lambda: drill.steps() >= LEAST_STEPS, 120)
+    trainer_is_gone = threading.Event()
+
+    def kill_trainer() -> None:
+        kill(drill.process)
+        trainer_is_gone.set()
+
+    second.next(begins_update, kill_trainer)
+    assert trainer_is_gone.wait(60)
+    last = drill.steps() + 3
+    resumed = train(*options, f"run.steps={last}", f"run.dir={run}", "resume=auto", timeout=200)
+    assert "resumed from" in resumed
+    assert drill.worst < 30
+
+    # Every prompt was trained on once or is kept; each sample under weights of its step, or as much older as is allowed.
+    staleness = 1 if more else 0
+    trained: list[int] = []
+    for step in range(1, last + 1):
         samples = rows(run / "rollouts" / f"step_{step:06d}.jsonl")
-        assert len({(sample["group"], sample["sample"]) for sample in samples}) == len(samples) == 16
-        assert {sample["weight_version"] for sample in samples} == {f"step_{step - 1:06d}"}
-    # A plain line for what happened, and the restarted server served again.
-    for url in (first.url, second.url):
-        assert re.search(rf"rollout server {url}: \w+ -> (suspect|dead)", text), text[-4000:]
-    # From step 36 on there was only the one that had been killed and restarted, with the weights of the beginning.
-    assert re.search(rf"rollout server {first.url}: dead -> (stale|serving)", text), text[-6000:]
+        assert len({(sample["position"], sample["sample"]) for sample in samples}) == len(samples) == 2 * GROUPS
+        trained += sorted({sample["position"] for sample in samples})
+        allowed = {f"step_{version:06d}" for version in range(step - 1 - staleness, step)}
+        assert {version for sample in samples for version, _ in sample["weight_versions"]} <= allowed
+    assert len(trained) == len(set(trained)) == last * GROUPS >= 200
+    checkpoint = run / "checkpoints" / f"step_{last:06d}"
+    state = json.loads((checkpoint / "trainer.json").read_text())
+    kept = {*state["pending"], *(sample["position"] for sample in rows(checkpoint / "ready.jsonl"))}
+    assert not kept & set(trained) and kept | set(trained) == set(range(state["position"]))
+    if not more:
+        undisturbed = tmp_path / "undisturbed"
+        train(*RUN, f"run.steps={last}", f"run.dir={undisturbed}")
+        assert reproducible(run / "metrics.jsonl") == reproducible(undisturbed / "metrics.jsonl")
+    # A plain line for what happened, and those that were away served again.
+    for place in places:
+        assert re.search(rf"rollout server {place.proxy.url}: \w+ -> (suspect|dead) \(", drill.text), drill.text[-6000:]
+        assert re.search(rf"rollout server {place.proxy.url}: (dead|suspect) -> (stale|serving) \(", drill.text), drill.text[-6000:]
+    assert "500" in drill.text and "not JSON" in drill.text
