@@ -21,7 +21,7 @@ from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, w
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import HfWeights
-from dasd_megatron.verify.reward import load_reward
+from dasd_megatron.plugins import load_function
 
 _PACKAGES = (
     "dasd-megatron",
@@ -111,7 +111,7 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """
     paths = RunPaths(root)
     _check_server_reaches_all(config)
-    load_reward(config.verify.reward)
+    load_function(config.verify.reward, "verify.reward")
     if paths.config.exists() and config.resume == "none":
         raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
     continued = _continued_runs(config, paths)

@@ -17,8 +17,8 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 import pebble
 
 from dasd_megatron.config import VerifyConfig
+from dasd_megatron.plugins import load_function
 from dasd_megatron.verify.answers import compare_plain, extract_answer
-from dasd_megatron.verify.reward import load_reward
 from dasd_megatron.verify.symbolic import prepare_worker, symbolically_equal
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Grader:
         if config.max_answer_chars < 1:
             raise ValueError(f"verify.max_answer_chars is {config.max_answer_chars}; it must be at least 1")
         self.config = config
-        self.reward = load_reward(config.reward)
+        self.reward = load_function(config.reward, "verify.reward")
         """The user's own reward function, or None."""
         self._pool: pebble.ProcessPool | None = None
         self._lock = threading.Lock()
