@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,12 @@ class ReplayError(ValueError):
 
 @dataclass(slots=True)
 class Sample:
-    """A response with what made it. ``rollout_log_probs`` are natural logs, after temperature, one per token of ``response_ids``."""
+    """A response with what made it.
+
+    ``rollout_log_probs`` are natural logs, after temperature, one per token of ``response_ids``. ``response_mask``, one per token too, is 1
+    for those that the policy sampled and 0 for those that stand there as context, like a tool's answer; None: it sampled all. Only sampled
+    tokens are trained on and counted; the log-prob of the others is 0.0.
+    """
 
     group: int
     sample: int
@@ -33,9 +38,28 @@ class Sample:
     reward: float
     predicted_answer: str | None
     timed_out: bool
+    response_mask: list[int] | None = None
+
+    @property
+    def sampled(self) -> Sequence[int]:
+        """Places in ``response_ids`` of the tokens that the policy sampled, in order."""
+        if self.response_mask is None:
+            return range(len(self.response_ids))
+        return [place for place, sampled in enumerate(self.response_mask) if sampled]
 
 
-_FIELDS = [field.name for field in dataclasses.fields(Sample)]
+def response_fault(sample: Sample) -> str | None:
+    """What keeps a sample made elsewhere from being trained on, for an error message; None if nothing does."""
+    ids, log_probs, mask = sample.response_ids, sample.rollout_log_probs, sample.response_mask
+    if len(ids) != len(log_probs) or not ids:
+        return "response_ids and rollout_log_probs must be of one length and not empty"
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or len(mask) != len(ids) or any(one not in (0, 1) for one in mask) or 1 not in mask:
+        return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
+    if any(log_prob != 0 for log_prob, sampled in zip(log_probs, mask, strict=True) if not sampled):
+        return "rollout_log_probs must be 0.0 where response_mask is 0: the policy did not sample these tokens"
+    return None
 
 
 def rollouts_path(folder: str | Path, step: int) -> Path:
@@ -67,11 +91,14 @@ def load_samples(path: Path, *, groups: int, samples_per_group: int) -> list[Sam
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
-            samples.append(Sample(**{name: record[name] for name in _FIELDS}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            # Absent in files from before it.
+            record.setdefault("response_mask", None)
+            samples.append(Sample(**{field.name: record[field.name] for field in dataclasses.fields(Sample)}))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
-        if len(samples[-1].response_ids) != len(samples[-1].rollout_log_probs) or not samples[-1].response_ids:
-            raise ReplayError(f"{path}:{number}: response_ids and rollout_log_probs must be of one length and not empty")
+        fault = response_fault(samples[-1])
+        if fault is not None:
+            raise ReplayError(f"{path}:{number}: {fault}")
     samples.sort(key=lambda sample: (sample.group, sample.sample))
     expected = [(group, sample) for group in range(groups) for sample in range(samples_per_group)]
     if [(sample.group, sample.sample) for sample in samples] != expected:
