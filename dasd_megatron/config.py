@@ -23,6 +23,9 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+FUNCTION_PATH = re.compile(r"[\w.]+:\w+")
+"""``module:function``, the form in which fields name Python functions; see :func:`dasd_megatron.plugins.load_function`."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line that names the field and the fix."""
@@ -144,7 +147,8 @@ class TeacherConfig:
     hint_fraction: float = _doc(0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown")
     template: str | None = _doc(
         None,
-        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }} and {{ privileged }}; null: teacher.jinja",
+        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }} and {{ privileged }}; or module:function, which "
+        "gets the Problem and the privileged text; null: teacher.jinja",
     )
 
 
@@ -308,7 +312,10 @@ class DataConfig:
     train: DataSourceConfig = _doc(DataSourceConfig, "problems to train on")
     heldout: DataSourceConfig = _doc(DataSourceConfig, "problems to evaluate on; any that also stand in the training set are refused")
     template: str | None = _doc(
-        None, "Jinja file or name of a shipped one for the student's user message, with {{ problem }}; null: the problem as it is"
+        None,
+        "Jinja file or name of a shipped one for the student's user message, with {{ problem }}; or module:function, which gets the "
+        "dasd_megatron.data.prompts.Problem without its answer and solution and returns the message as text or chat messages; null: the "
+        "problem as it is",
     )
     shuffle: bool = _doc(True, "a new order of the training problems each epoch")
 
@@ -701,7 +708,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
     for name in ("verify.reward", "rollout.filter", "rollout.function"):
         path = _value(config, name)
-        if path is not None and not re.fullmatch(r"[\w.]+:\w+", path):
+        if path is not None and not FUNCTION_PATH.fullmatch(path):
             raise ConfigError(f"{name}={path}: write module:function, like my_package.my_module:my_function")
     if rollout.unfinished == "retract" and rollout.max_staleness == 0:
         raise ConfigError(

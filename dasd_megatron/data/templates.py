@@ -1,7 +1,9 @@
-"""Prompts: the student's and the teacher's user message from Jinja templates, through the tokenizer's chat template where it has one."""
+"""Prompts: the student's and the teacher's message from a Jinja template or a function of the user's, through the tokenizer's chat template
+where it has one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,9 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dasd_megatron.config import FUNCTION_PATH, first_line
 from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.plugins import load_function
 
 SHIPPED = Path(__file__).with_name("templates")
 PRIVILEGED_KINDS = ("solution", "hint", "answer")
@@ -19,27 +23,33 @@ PRIVILEGED_KINDS = ("solution", "hint", "answer")
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
 
+Message = str | list[dict[str, str]]
+"""One user turn as text, or all turns as chat messages, each with a role and a content."""
+
+
 class TemplateError(ValueError):
-    """A template that cannot be read or rendered. The message names the file and the fix."""
+    """A template that cannot be read or rendered. The message names the file or function and the fix."""
 
 
 class PromptRenderer:
     """Token ids of the student's prompt (the problem) and of the teacher's (the problem and privileged information).
 
-    A message goes through ``tokenizer``'s chat template as one user turn, with the generation prompt behind it; a tokenizer without a chat
-    template encodes the message and a newline, with its beginning-of-sequence token if it adds one and without an end-of-sequence token.
+    A text goes through ``tokenizer``'s chat template as one user turn, with the generation prompt behind it; a tokenizer without a chat
+    template encodes the text and a newline, with its beginning-of-sequence token if it adds one and without an end-of-sequence token. A
+    function may give chat messages instead, for a tokenizer with a chat template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        student_template: a Jinja file with ``{{ problem }}``, the name of a shipped one (``student_math.jinja``), or None for the problem
-            as it is.
-        teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; None for the problem, a newline, ``Solution: `` and the
-            privileged text.
+        student_template: a Jinja file with ``{{ problem }}``, the name of a shipped one (``student_math.jinja``), a function's path
+            (``module:function``), or None for the problem as it is. The function gets the problem with its answer and solution empty.
+        teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; the function gets the problem and the privileged text.
+            None for the problem, a newline, ``Solution: `` and the privileged text.
         privileged: what the teacher sees: ``solution``, ``hint`` (the solution's first part) or ``answer`` (the final answer only).
         hint_fraction: with ``hint``, the share of the solution's characters shown, over 0 and at most 1; at least one character is.
 
     Raises:
         TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it must.
+        ConfigError: a function that cannot be found.
         ValueError: unknown ``privileged`` or ``hint_fraction`` out of range.
     """
 
@@ -58,24 +68,25 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.privileged = privileged
         self.hint_fraction = hint_fraction
-        self._student = _Template(student_template or "student.jinja", ("problem",), "data.template")
-        self._teacher = _Template(teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template")
+        self._student = _make_template(student_template or "student.jinja", ("problem",), "data.template")
+        self._teacher = _make_template(teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template")
 
     def student(self, problem: Problem) -> list[int]:
         """Token ids of the prompt that the policy answers."""
-        return self._encode(self.student_message(problem))
+        return self._encode(self.student_message(problem), self._student.on(problem))
 
     def teacher(self, problem: Problem) -> list[int]:
         """Token ids of the same prompt with privileged information; :class:`DataError` where the problem lacks it."""
-        return self._encode(self.teacher_message(problem))
+        return self._encode(self.teacher_message(problem), self._teacher.on(problem))
 
-    def student_message(self, problem: Problem) -> str:
-        """The student's user message as text, before the chat template."""
-        return self._student.render(problem=problem.problem)
+    def student_message(self, problem: Problem) -> Message:
+        """The student's message, before the chat template."""
+        # What is not there cannot leak into the prompt by mistake.
+        return self._student.message(dataclasses.replace(problem, expected_answer="", reference_solution=""))
 
-    def teacher_message(self, problem: Problem) -> str:
-        """The teacher's user message as text, before the chat template; :class:`DataError` as :meth:`teacher`."""
-        return self._teacher.render(problem=problem.problem, privileged=self._privileged_text(problem))
+    def teacher_message(self, problem: Problem) -> Message:
+        """The teacher's message, before the chat template; :class:`DataError` as :meth:`teacher`."""
+        return self._teacher.message(problem, self._privileged_text(problem))
 
     def _privileged_text(self, problem: Problem) -> str:
         if self.privileged == "answer":
@@ -88,21 +99,29 @@ class PromptRenderer:
             )
         return solution if self.privileged == "solution" else solution[: math.ceil(len(solution) * self.hint_fraction)]
 
-    def _encode(self, message: str) -> list[int]:
+    def _encode(self, message: Message, where: str) -> list[int]:
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
+            if not isinstance(message, str):
+                raise TemplateError(f"{where} gave chat messages, and the tokenizer has no chat template; return text instead")
             ids = tokenizer(message + "\n")["input_ids"]
             # A prompt is open-ended, but some tokenizers are set to close every text.
             return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-        turns = [{"role": "user", "content": message}]
+        turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
         try:
             return tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the tokenizer's own chat template fails on a single user turn: {error}") from error
+            if isinstance(message, str):
+                raise TemplateError(f"the tokenizer's own chat template fails on a single user turn: {error}") from error
+            roles = ", ".join(turn["role"] for turn in message)
+            raise TemplateError(
+                f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return messages that it takes"
+            ) from error
 
 
 def check_lengths(problems: Sequence[Problem], renderer: PromptRenderer, max_prompt_tokens: int, *, teacher: bool = True) -> None:
-    """Refuse problems whose prompt is longer than ``max_prompt_tokens`` or has characters that the tokenizer does not know.
+    """Refuse problems whose prompt is longer than ``max_prompt_tokens`` or has characters that the tokenizer does not know, and templates
+    that do not give one prompt for one problem or the teacher no other than the student.
 
     Args:
         problems: checked in order; the first that fails is named.
@@ -112,34 +131,49 @@ def check_lengths(problems: Sequence[Problem], renderer: PromptRenderer, max_pro
 
     Raises:
         DataError: names the problem, its length, the limit and the field; or the text that has no token.
+        TemplateError: a function or template fails on a problem.
     """
     unknown_id = _unknown_token_id(renderer.tokenizer)
+    sides = {"student": (renderer.student_message, renderer._student)}
+    if teacher:
+        sides["teacher"] = (renderer.teacher_message, renderer._teacher)
     for problem in problems:
-        messages = {"student": renderer.student_message(problem)}
-        if teacher:
-            messages["teacher"] = renderer.teacher_message(problem)
-        for kind, message in messages.items():
-            length = len(renderer._encode(message))
+        prompts = {}
+        for kind, (message_of, template) in sides.items():
+            message = message_of(problem)
+            # Every rank renders for itself, in every step.
+            if message_of(problem) != message:
+                raise TemplateError(f"{template.on(problem)} gives another message each time; make it depend on the problem alone")
+            prompts[kind] = renderer._encode(message, template.on(problem))
+            length = len(prompts[kind])
             if length > max_prompt_tokens:
                 raise DataError(
                     f"problem {problem.id!r}: the {kind}'s prompt is {length} tokens long, "
                     f"over rollout.max_prompt_tokens={max_prompt_tokens}; raise it, or remove the problem"
                 )
-            if unknown_id is not None:
-                encoded = renderer.tokenizer(message, add_special_tokens=False, return_offsets_mapping=renderer.tokenizer.is_fast)
+            texts = [message] if isinstance(message, str) else [turn["content"] for turn in message]
+            for text in texts if unknown_id is not None else []:
+                encoded = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=renderer.tokenizer.is_fast)
                 if unknown_id in encoded["input_ids"]:
                     position = encoded["input_ids"].index(unknown_id)
-                    span = repr(message[slice(*encoded["offset_mapping"][position])]) if renderer.tokenizer.is_fast else f"token {position}"
+                    span = repr(text[slice(*encoded["offset_mapping"][position])]) if renderer.tokenizer.is_fast else f"token {position}"
                     raise DataError(
                         f"problem {problem.id!r}: the {kind}'s prompt has {span}, for which the tokenizer has no token; "
                         "use a model with a larger vocabulary, or remove the problem"
                     )
+        if teacher and prompts["teacher"] == prompts["student"]:
+            raise TemplateError(f"{renderer._teacher.on(problem)} gives the student's prompt; show the privileged text in the teacher's")
+
+
+def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> _Template | _Function:
+    return _Function(str(path), variables, setting) if FUNCTION_PATH.fullmatch(str(path)) else _Template(path, variables, setting)
 
 
 class _Template:
     """One template file, checked when it is read."""
 
     def __init__(self, path: str | Path, variables: tuple[str, ...], setting: str):
+        self.setting, self.variables = setting, variables
         self.path = self._find(Path(path), setting)
         try:
             source = self.path.read_text(encoding="utf-8")
@@ -160,6 +194,13 @@ class _Template:
             if all(self.render(**probe) == self.render(**{**probe, variable: other}) for probe, other in probes):
                 raise TemplateError(f"{setting}: {self.path} does not show {{{{ {variable} }}}}; add it to the template")
 
+    def on(self, problem: Problem) -> str:
+        """What and where, at the head of an error."""
+        return f"{self.setting}: {self.path} on problem {problem.id!r}"
+
+    def message(self, problem: Problem, *privileged: str) -> str:
+        return self.render(**dict(zip(self.variables, (problem.problem, *privileged), strict=True)))
+
     def render(self, **values: str) -> str:
         try:
             return self._template.render(**values)
@@ -175,7 +216,50 @@ class _Template:
         if path.parent == Path() and (SHIPPED / path).exists():
             return SHIPPED / path
         shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.jinja")))
-        raise TemplateError(f"{setting}: {path} does not exist; give the path of a Jinja file, or the name of a shipped one ({shipped})")
+        raise TemplateError(
+            f"{setting}: {path} does not exist; give the path of a Jinja file, the name of a shipped one ({shipped}), or module:function"
+        )
+
+
+class _Function:
+    """A function of the user's in place of a template file. It is checked by what it gives: a made-up problem may be none that it takes."""
+
+    def __init__(self, path: str, variables: tuple[str, ...], setting: str):
+        self.path, self.variables, self.setting = path, variables, setting
+        self.function = load_function(path, setting)
+
+    def on(self, problem: Problem) -> str:
+        return f"{self.setting}={self.path} on problem {problem.id!r}"
+
+    def message(self, problem: Problem, *privileged: str) -> Message:
+        try:
+            message = self.function(problem, *privileged)
+        except Exception as error:  # the user's code may raise anything
+            raise TemplateError(
+                f"{self.on(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is called with "
+                f"({', '.join(self.variables)})"
+            ) from error
+        fault = _message_fault(message)
+        if fault is not None:
+            raise TemplateError(
+                f"{self.on(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', 'content': 'text'}}]"
+            )
+        # A copy: the function may go on with its list.
+        return message if isinstance(message, str) else [dict(turn) for turn in message]
+
+
+def _message_fault(message: object) -> str | None:
+    """What is wrong with a function's result, or None."""
+    if isinstance(message, str):
+        return None if message.strip() else "an empty text"
+    if not isinstance(message, list) or not message:
+        return f"{message!r:.80}"
+    for turn in message:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("role", "content")):
+            return f"{turn!r:.80} among its messages"
+    if message[-1]["role"] == "assistant":
+        return "messages whose last is the assistant's, where the policy has the next turn"
+    return None
 
 
 def _unknown_token_id(tokenizer: Any) -> int | None:

@@ -62,7 +62,7 @@ def evaluate(
     by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
     outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]
     answers = [[sample.predicted_answer for sample in group] for group in by_problem]
-    num_tokens = sum(len(sample.response_ids) for sample in samples)
+    num_tokens = sum(len(sample.sampled) for sample in samples)
     return {
         "step": step,
         "label": label,
@@ -94,6 +94,6 @@ def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
                 "predicted_answer": sample.predicted_answer,
                 "symbolic_correct": sample.reward > 0,
                 "finish_reason": sample.finish_reason,
-                "num_tokens": len(sample.response_ids),
+                "num_tokens": len(sample.sampled),
             }
             file.write(json.dumps(record) + "\n")

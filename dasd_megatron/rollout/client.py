@@ -34,6 +34,7 @@ class Completion:
     """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included.
 
     weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated meanwhile.
+    response_mask: as in :class:`~dasd_megatron.rollout.samples.Sample`; servers sample every token.
     """
 
     output_ids: list[int]
@@ -41,6 +42,7 @@ class Completion:
     finish_reason: str
     weight_versions: list[tuple[str, int]]
     text: str
+    response_mask: list[int] | None = None
 
     @property
     def weight_version(self) -> str:

@@ -29,7 +29,7 @@ from dasd_megatron.plugins import PluginError, load_function
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
 from dasd_megatron.rollout.client import LOG_PROB_TOLERANCE, Completion, RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import make_samples, meanwhile, sampling_params, sampling_seed, step_limit
-from dasd_megatron.rollout.samples import Sample, version_name
+from dasd_megatron.rollout.samples import Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")
@@ -105,8 +105,8 @@ class Collector:
             max_staleness=rollout.max_staleness,
             state=state,
         )
-        self.keep = None if rollout.filter is None else load_function(rollout.filter, "rollout.filter")
-        self.function = None if rollout.function is None else load_function(rollout.function, "rollout.function")
+        self.keep = load_function(rollout.filter, "rollout.filter")
+        self.function = load_function(rollout.function, "rollout.function")
         self._client: RolloutClient | None = None
         self._version = 0
         self._accepted: set[str] = set()
@@ -332,7 +332,7 @@ class Collector:
         if not isinstance(completions, list) or len(completions) != len(request.sampling_params):
             raise PluginError(f"{where} gave {completions!r:.80}; return a list of {len(request.sampling_params)} Completions")
         for completion in completions:
-            unsound = _unsound(completion, self.vocab_size)
+            unsound = _unsound(completion, self.vocab_size, self.config.rollout.max_new_tokens)
             if unsound:
                 raise PluginError(f"{where} gave a Completion with {unsound}")
         return completions
@@ -364,18 +364,18 @@ class Collector:
         return wanted
 
 
-def _unsound(completion: Any, vocab_size: int) -> str | None:
+def _unsound(completion: Any, vocab_size: int, max_new_tokens: int) -> str | None:
     """What is wrong with a response that did not come from a server straight away; None if nothing is."""
     if not isinstance(completion, Completion):
         return f"a {type(completion).__name__} in its place"
     ids, log_probs = completion.output_ids, completion.log_probs
-    if not ids:
-        return "no tokens"
-    if len(log_probs) != len(ids) or sum(tokens for _, tokens in completion.weight_versions) != len(ids):
-        spans = sum(tokens for _, tokens in completion.weight_versions)
-        return f"{len(ids)} output_ids, {len(log_probs)} log_probs and weight_versions of {spans} tokens"
+    spans = sum(tokens for _, tokens in completion.weight_versions)
+    if not len(ids) == len(log_probs) == spans > 0:
+        return f"{len(ids)} output_ids, {len(log_probs)} log_probs and weight_versions of {spans} tokens: one of each for every token"
+    if len(ids) > max_new_tokens:
+        return f"{len(ids)} output_ids, more than rollout.max_new_tokens={max_new_tokens}"
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
         return f"output_ids outside the vocabulary of {vocab_size}"
     if not all(math.isfinite(value) and value <= LOG_PROB_TOLERANCE for value in log_probs):
         return "log_probs that are none"
-    return None
+    return mask_fault(completion.response_mask, log_probs)

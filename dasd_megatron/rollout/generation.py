@@ -150,6 +150,7 @@ def make_samples(
             reward=float(verdict.correct),
             predicted_answer=verdict.predicted_answer,
             timed_out=verdict.timed_out,
+            response_mask=completion.response_mask,
         )
         for index, ((problem, group, prompt, position), completion, text, verdict) in enumerate(
             zip(repeated, completions, texts, verdicts, strict=True)

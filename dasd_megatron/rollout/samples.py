@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,9 @@ class Sample:
 
     group: place of its prompt in the batch of its step; sample: its place among the responses to that prompt; position: place of the
     prompt in the endless order of training problems, which no other group of a run has. rollout_log_probs: natural logs, after
-    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in order.
+    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in order. response_mask:
+    one per token, 1 for those that the policy sampled and 0 for those that stand there as context, like a tool's answer; None: it sampled
+    all. Only sampled tokens are trained on and counted; the log-prob of the others is 0.0.
     """
 
     group: int
@@ -41,6 +43,14 @@ class Sample:
     reward: float
     predicted_answer: str | None
     timed_out: bool
+    response_mask: list[int] | None = None
+
+    @property
+    def sampled(self) -> Sequence[int]:
+        """Places in ``response_ids`` of the tokens that the policy sampled, in order."""
+        if self.response_mask is None:
+            return range(len(self.response_ids))
+        return [place for place, sampled in enumerate(self.response_mask) if sampled]
 
     @property
     def weight_version(self) -> str:
@@ -58,6 +68,27 @@ def version_step(name: str) -> int:
     if not re.fullmatch(r"step_\d{6,}", name):
         raise ValueError(f"{name!r} is not a weight version of a training run")
     return int(name.removeprefix("step_"))
+
+
+def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None:
+    """What is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if nothing is."""
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or len(mask) != len(log_probs) or any(one not in (0, 1) for one in mask) or 1 not in mask:
+        return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
+    if any(log_prob != 0 for log_prob, sampled in zip(log_probs, mask, strict=True) if not sampled):
+        return "rollout_log_probs must be 0.0 where response_mask is 0: the policy did not sample these tokens"
+    return None
+
+
+def response_fault(sample: Sample) -> str | None:
+    """What keeps a sample made elsewhere from being trained on, for an error message; None if nothing does."""
+    ids, log_probs = sample.response_ids, sample.rollout_log_probs
+    if len(ids) != len(log_probs) or not ids:
+        return "response_ids and rollout_log_probs must be of one length and not empty"
+    if not all(map(math.isfinite, log_probs)):
+        return "rollout_log_probs must be finite"
+    return mask_fault(sample.response_mask, log_probs)
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Sample)]
@@ -86,13 +117,14 @@ def read_samples(path: Path) -> list[Sample]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
+            # Absent in files from before it.
+            record.setdefault("response_mask", None)
             sample = Sample(**{name: record[name] for name in _FIELDS})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            fault = response_fault(sample)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
-        if len(sample.response_ids) != len(sample.rollout_log_probs) or not sample.response_ids:
-            raise ReplayError(f"{path}:{number}: response_ids and rollout_log_probs must be of one length and not empty")
-        if not all(map(math.isfinite, sample.rollout_log_probs)):
-            raise ReplayError(f"{path}:{number}: rollout_log_probs must be finite")
+        if fault is not None:
+            raise ReplayError(f"{path}:{number}: {fault}")
         samples.append(sample)
     return samples
 

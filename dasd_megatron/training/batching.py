@@ -12,14 +12,15 @@ import torch
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One forward pass. B sequences padded to S; R is the number of their response tokens.
+    """One forward pass. B sequences padded to S; R is the number of their response tokens, without the masked ones.
 
     Attributes:
         tokens: [B, S] int64; padding is 0 and stands only after the last token, where a causal mask hides it.
         position_ids: [B, S] int64.
         rows, columns: [R] int64; the logits at ``[rows[i], columns[i]]`` predict response token i.
         targets: [R] int64, the response tokens.
-        packed_index: [R] int64, place of each response token among all response tokens of the batch, in the callers' order of sequences.
+        packed_index: [R] int64, place of each response token among all response tokens of the batch (again without the masked ones), in the
+            callers' order of sequences.
     """
 
     tokens: torch.Tensor
@@ -34,6 +35,7 @@ def make_micro_batches(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     *,
+    response_mask: Sequence[Sequence[int] | None] | None = None,
     micro_batch_size: int,
     micro_batch_tokens: int | None,
     pad_multiple: int,
@@ -47,11 +49,18 @@ def make_micro_batches(
     sequences and ``micro_batch_tokens`` padded tokens, but at least one sequence. The number of micro-batches is a multiple of
     ``count_multiple``, for which there must be at least as many sequences; where there are too few to round the number up, it is rounded
     down and micro-batches exceed these bounds.
+
+    ``response_mask`` has for each response None, or 1 for the tokens that the policy sampled and 0 for others, like a tool's answer: those
+    are inputs to what follows them, as the prompt is, and no response tokens.
+
+    Raises:
+        ValueError: a mask is of another length than its response.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    starts = [0]
-    for response in responses:
-        starts.append(starts[-1] + len(response))
+    masks = [None] * len(lengths) if response_mask is None else response_mask
+    # Places of the sampled tokens in their response.
+    places = [_sampled_places(response, mask) for response, mask in zip(responses, masks, strict=True)]
+    ends = np.cumsum([len(one) for one in places])
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     # The last response token predicts nothing, so it is a target but never an input.
     widths = [-(-max(lengths[index] - 1, 1) // pad_multiple) * pad_multiple for index in order]
@@ -63,13 +72,12 @@ def make_micro_batches(
         for row, index in enumerate(members):
             sequence = [*prompts[index], *responses[index]][:-1]
             tokens[row, : len(sequence)] = sequence
-        counts = np.array([len(responses[index]) for index in members])
-        # Place of each response token in its own response.
-        place = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        counts = np.array([len(places[index]) for index in members])
         rows = np.repeat(np.arange(len(members)), counts)
-        columns = place + np.repeat([len(prompts[index]) - 1 for index in members], counts)
-        targets = np.fromiter(itertools.chain.from_iterable(responses[index] for index in members), np.int64, len(place))
-        packed_index = place + np.repeat([starts[index] for index in members], counts)
+        columns = np.concatenate([places[index] for index in members]) + np.repeat([len(prompts[index]) - 1 for index in members], counts)
+        targets = np.concatenate([np.asarray(responses[index], dtype=np.int64)[places[index]] for index in members])
+        # Where the sequence ends among all tokens, less where it ends among those of this micro-batch.
+        packed_index = np.arange(counts.sum()) + np.repeat(ends[members] - counts.cumsum(), counts)
         batches.append(
             MicroBatch(
                 torch.from_numpy(tokens).to(device),
@@ -78,6 +86,14 @@ def make_micro_batches(
             )
         )
     return batches
+
+
+def _sampled_places(response: Sequence[int], mask: Sequence[int] | None) -> np.ndarray:
+    if mask is None:
+        return np.arange(len(response))
+    if len(mask) != len(response):
+        raise ValueError(f"a response of {len(response)} tokens has a mask of {len(mask)}")
+    return np.flatnonzero(mask)
 
 
 def _cut(widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count_multiple: int) -> list[int]:

@@ -78,7 +78,7 @@ def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples
     """What the rollouts alone say, by the names of ``metrics.jsonl``, over all replicas. Collective: two all-reduces over replicas."""
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, samples_per_group)
     correct = rewards > 0
-    lengths = [len(sample.response_ids) for sample in samples]
+    lengths = [len(sample.sampled) for sample in samples]
     device = backend.current().device()
     own_sums = torch.tensor(
         [
@@ -92,7 +92,7 @@ def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples
             sum(lengths),
             sum(sample.finish_reason == "length" for sample in samples),
             sum(sample.timed_out for sample in samples),
-            sum(len(sample.prompt_ids) for sample in samples),
+            sum(len(sample.prompt_ids) + len(sample.response_ids) for sample in samples),
         ],
         dtype=torch.float64,
         device=device,
@@ -109,7 +109,7 @@ def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples
         tokens,
         truncated,
         timeouts,
-        prompt_tokens,
+        all_tokens,
     ) = reduce_over_replicas(own_sums).tolist()
     mean = reward / num_samples
     return {
@@ -122,7 +122,7 @@ def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples
         "response/length_max": longest,
         "response/truncated_share": truncated / num_samples,
         "verify/timeouts": timeouts,
-        "throughput/tokens_per_second": (tokens + prompt_tokens) / seconds["total"],
+        "throughput/tokens_per_second": all_tokens / seconds["total"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
 

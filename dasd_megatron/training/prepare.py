@@ -117,8 +117,7 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         "rollout.function": config.rollout.function,
     }
     for field, path in functions.items():
-        if path is not None:
-            load_function(path, field)
+        load_function(path, field)
     if paths.config.exists() and config.resume == "none":
         raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
     continued = _continued_runs(config, paths)

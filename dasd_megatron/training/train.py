@@ -344,7 +344,8 @@ def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRo
         token = int(bad.nonzero()[0])
         ends = scores.lengths.cumsum(0).tolist()
         index = bisect.bisect_right(ends, token)
-        position = token - ends[index] + len(samples[index].response_ids)
+        # Counted from the response's end.
+        position = samples[index].sampled[token - ends[index]]
         broken = next((name for name, one in trainer.model.named_parameters() if not bool(torch.isfinite(one).all())), None)
         place = (
             f"rank {dist.get_rank()}: {int(bad.sum())} of {bad.numel()} tokens, first response token {position} of problem "
@@ -374,7 +375,7 @@ def _report_not_applied(trainer: Trainer, results: list[UpdateResult]) -> None:
 
 @dataclass
 class ScoredRollouts:
-    """Packed response tokens of this replica, float32 [N], equal on all its ranks; all at the sampling temperature.
+    """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the sampling temperature.
 
     ``delta`` is teacher log-prob minus student log-prob, all zero for an algorithm without a teacher; ``start_log_prob`` is the starting
     model's, None without a KL penalty. ``lengths`` is int64 [B].
@@ -400,15 +401,20 @@ class Importance(NamedTuple):
     cut: torch.Tensor
 
 
-def _micro_batches(config: Config, prompts: list[list[int]], responses: list[list[int]]) -> list[MicroBatch]:
-    return make_micro_batches(prompts, responses, **micro_batch_layout(config))
+def _micro_batches(config: Config, prompts: list[list[int]], samples: list[Sample]) -> list[MicroBatch]:
+    """The responses of ``samples`` behind ``prompts``, which are the student's or the teacher's."""
+    return make_micro_batches(
+        prompts,
+        [sample.response_ids for sample in samples],
+        response_mask=[sample.response_mask for sample in samples],
+        **micro_batch_layout(config),
+    )
 
 
 def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
     config, model, device = trainer.config, trainer.model, backend.current().device()
     temperature = config.rollout.temperature
-    responses = [sample.response_ids for sample in samples]
-    batches = _micro_batches(config, [sample.prompt_ids for sample in samples], responses)
+    batches = _micro_batches(config, [sample.prompt_ids for sample in samples], samples)
     student = score(model, batches, config.loss, temperature=temperature)
     start_log_prob = None
     if config.loss.kl_coef > 0:
@@ -422,7 +428,7 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
             )
             for sample in samples
         }
-        batches = _micro_batches(config, [prompts[sample.group] for sample in samples], responses)
+        batches = _micro_batches(config, [prompts[sample.group] for sample in samples], samples)
         weights = {"live": None, "frozen": trainer.start, "ema": trainer.average}[config.teacher.weights]
         keep_hidden = [] if config.algorithm.objective == "distributional" else None
         with weights.applied(model) if weights is not None else contextlib.nullcontext():
@@ -432,8 +438,9 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
                 changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
                 head = model.head_weight().detach()
                 teacher = TeacherStates(keep_hidden[0], head.clone() if changes else head)
-    rollout_log_prob = torch.tensor([value for sample in samples for value in sample.rollout_log_probs], dtype=torch.float32, device=device)
-    lengths = torch.tensor([len(response) for response in responses], device=device)
+    log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
+    rollout_log_prob = torch.tensor(log_probs, dtype=torch.float32, device=device)
+    lengths = torch.tensor([len(sample.sampled) for sample in samples], device=device)
     return ScoredRollouts(student, teacher_log_prob, start_log_prob, rollout_log_prob, lengths, teacher)
 
 
@@ -488,7 +495,7 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
                 update(
                     trainer.model,
                     trainer.optimizer,
-                    _micro_batches(config, [sample.prompt_ids for sample in chosen], [sample.response_ids for sample in chosen]),
+                    _micro_batches(config, [sample.prompt_ids for sample in chosen], chosen),
                     old_log_prob=scores.student.log_prob[tokens],
                     advantage=advantage[tokens],
                     start_log_prob=scores.start_log_prob[tokens] if scores.start_log_prob is not None else None,
@@ -524,7 +531,7 @@ def _save_inspection(
                 "text": sample.text,
                 "reward": sample.reward,
                 "advantage": verifier_advantage[index].item(),
-                "tokens": [trainer.tokenizer.decode([token]) for token in sample.response_ids],
+                "tokens": [trainer.tokenizer.decode([sample.response_ids[place]]) for place in sample.sampled],
                 "entropy": scores.student.entropy[tokens].tolist(),
                 "delta": scores.delta[tokens].tolist(),
                 "omega": credit.omega[tokens].tolist(),

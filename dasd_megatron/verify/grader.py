@@ -62,7 +62,7 @@ class Grader:
         if config.max_answer_chars < 1:
             raise ValueError(f"verify.max_answer_chars is {config.max_answer_chars}; it must be at least 1")
         self.config = config
-        self.reward = None if config.reward is None else load_function(config.reward, "verify.reward")
+        self.reward = load_function(config.reward, "verify.reward")
         """The user's own reward function, or None."""
         self._pool: pebble.ProcessPool | None = None
         self._lock = threading.Lock()

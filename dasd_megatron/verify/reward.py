@@ -1,4 +1,4 @@
-"""Rewards of the user's own: a Python function, named by its path in the configuration."""
+"""Rewards of the user's own: what the function that ``verify.reward`` names gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class RewardError(PluginError):
 
 def own_reward(function: Callable[[Sample], float], sample: Sample) -> float:
     """``function``'s reward of a sample, a finite number; :class:`RewardError` names the function and the sample otherwise."""
-    where = f"verify.reward: {function.__module__}:{function.__name__} on problem {sample.problem_id}, sample {sample.sample}"
+    # A callable object, like a partial function, has no name.
+    name = getattr(function, "__name__", repr(function))
+    where = f"verify.reward: {function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
     try:
         reward = float(function(sample))
     except Exception as error:  # the user's code may raise anything

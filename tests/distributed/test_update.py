@@ -1,4 +1,5 @@
-"""The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and divergences."""
+"""The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and divergences; and
+tokens that the policy did not sample are context in it."""
 
 from __future__ import annotations
 
@@ -44,3 +45,14 @@ def test_loss_and_divergence_equal_the_formulas(case: str, tmp_path: Path) -> No
     character_tokenizer().save_pretrained(tmp_path / "model")
     overrides = [*OBJECTIVE, f"algorithm.divergence={divergence}", *overrides]
     torchrun("update_matches_dense", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
+
+
+@pytest.mark.parametrize(("processes", "overrides"), [(1, []), (2, [TP2, "parallel.sequence_parallel=true"]), (2, [PP2, VPP2])])
+def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: list[str], tmp_path: Path) -> None:
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    MODELS["qwen3-tied"]().save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    overrides = ["parallel=single", "batch.micro_batch_size=3", *overrides]
+    torchrun("masked_update", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})

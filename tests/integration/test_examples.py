@@ -1,4 +1,4 @@
-"""The configurations under examples/, on the real SmolLM2-135M-Instruct: one short step of each."""
+"""The examples: configurations on the real SmolLM2-135M-Instruct, and functions of the user's on a tiny model; one short step of each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import SMALL
+from runs import NO_EVALUATION, SMALL, rows, train
 
 from dasd_megatron.config import load_config
 from dasd_megatron.data.generators import generate_splits
+from dasd_megatron.models.tiny import character_tokenizer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -99,3 +100,16 @@ def test_the_sums_of_the_two_sets_differ_and_are_few() -> None:
     train, heldout = generate_splits(config.data.train, config.data.heldout)
     assert (len(train), len(heldout)) == (120, 24)
     assert not {problem.problem for problem in train} & {problem.problem for problem in heldout}
+
+
+def test_prompts_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "examples" / "custom_template"), os.environ.get("PYTHONPATH", "")]))
+    run = tmp_path / "run"
+    train(
+        *NO_EVALUATION, "run.steps=1", "parallel=tp2", "data.template=templates:student", "teacher.template=templates:teacher",
+        f"run.dir={run}",
+    )  # fmt: skip
+    tokenizer = character_tokenizer()
+    for saved in rows(run / "rollouts" / "step_000001.jsonl"):
+        spaced = saved["problem"].replace("+", " + ").replace("-", " - ").replace("=", " =")
+        assert tokenizer.decode(saved["prompt_ids"]) == f"<|user|>{spaced}<|end|><|assistant|>"

@@ -1,6 +1,7 @@
 """Scoring and one update of the distributional objective against the formulas, computed densely by transformers from the same weights.
 
-The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions.
+The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions. Most responses have tokens
+that the policy did not sample, of which the formulas know nothing either.
 """
 
 import json
@@ -38,7 +39,13 @@ def tokens(low: int, high: int) -> list[int]:
 
 
 prompts, teacher_prompts, responses = ([tokens(low, high) for _ in range(7)] for low, high in ((1, 12), (8, 20), (1, 15)))
-batches, teacher_batches = (make_micro_batches(one, responses, **micro_batch_layout(config)) for one in (prompts, teacher_prompts))
+masks: list[list[int] | None] = [torch.randint(0, 2, (len(response),), generator=generator).tolist() for response in responses]
+masks[0] = None
+for mask in masks[1:]:
+    mask[int(torch.randint(0, len(mask), (1,), generator=generator))] = 1
+batches, teacher_batches = (
+    make_micro_batches(one, responses, response_mask=masks, **micro_batch_layout(config)) for one in (prompts, teacher_prompts)
+)
 student = score(model, batches, config.loss, temperature=temperature)
 kept: list[torch.Tensor] = []
 teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=kept)
@@ -48,20 +55,22 @@ omega, advantage = torch.rand(total, generator=generator) * 2 - 1, torch.randn(t
 old_log_prob = student.log_prob + 0.05 * torch.randn(total, generator=generator)
 
 reference = AutoModelForCausalLM.from_pretrained(arguments["path"], torch_dtype=torch.float64)
+chosen = torch.cat(
+    [torch.ones(len(one)) if mask is None else torch.tensor(mask) for one, mask in zip(responses, masks, strict=True)]
+).bool()
 
 
-@torch.no_grad()
 def dense_log_probs(all_prompts: list[list[int]]) -> torch.Tensor:
-    """[N, V] of the response tokens' distributions."""
+    """[N, V] of the sampled tokens' distributions."""
     parts = [
         (reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         for prompt, response in zip(all_prompts, responses, strict=True)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts)[chosen]
 
 
-log_p, log_q = dense_log_probs(prompts), dense_log_probs(teacher_prompts)
-targets = torch.tensor([token for response in responses for token in response])
+log_p, log_q = dense_log_probs(prompts), dense_log_probs(teacher_prompts).detach()
+targets = torch.tensor([token for response in responses for token in response])[chosen]
 log_prob = log_p.gather(1, targets[:, None])[:, 0]
 p, q, w = log_p.exp(), log_q.exp(), config.algorithm.jsd_weight
 log_m = (w * p + (1 - w) * q).log()
@@ -70,12 +79,15 @@ divergence = {
     "forward_kl": (q * (log_q - log_p)).sum(-1),
     "jsd": w * (p * (log_p - log_m)).sum(-1) + (1 - w) * (q * (log_q - log_m)).sum(-1),
 }[config.algorithm.divergence]
-cap = float(divergence[omega < 0].median())
+# Below the median, which rounding would put on either side.
+cap = 0.99 * float(divergence[omega < 0].median())
 config.algorithm.divergence_cap = cap
 ratio = (log_prob - old_log_prob).exp()
 surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high) * advantage)
 term = torch.where(omega < 0, omega * divergence.clamp(max=cap), omega * divergence)
 expected_loss = (surrogate + config.algorithm.divergence_weight * term).mean()
+expected_loss.backward()
+expected_norm = sum(float(parameter.grad.square().sum()) for parameter in reference.parameters()) ** 0.5
 tolerance = dict(rel=0.05, abs=0.02) if half else dict(rel=1e-5, abs=1e-5)
 
 
@@ -99,6 +111,8 @@ assert_near(result.loss, expected_loss, "loss")
 assert_near(result.divergence, divergence.mean(), "divergence")
 capped = ((omega < 0) & (divergence >= cap)).double().mean()
 assert abs(result.capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (result.capped_share, float(capped))
+# The whole gradient is that of the sampled tokens.
+assert abs(result.grad_norm - expected_norm) <= (0.05 if half else 1e-4) * expected_norm, (result.grad_norm, expected_norm)
 assert result.applied and result.grad_norm > 0
 assert any(not torch.equal(old, parameter) for old, parameter in zip(before, model.parameters(), strict=True))
 dist.barrier()

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dasd_megatron.config import ConfigError
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.templates import SHIPPED, PromptRenderer, TemplateError, check_lengths
 from dasd_megatron.models.tiny import character_tokenizer
@@ -185,3 +190,115 @@ def test_check_lengths(tokenizer):
 def test_text_without_a_token_is_refused(make):
     with pytest.raises(DataError, match="'p4': the student's prompt has '\u2019', for which the tokenizer has no token"):
         check_lengths([Problem("p4", "4 - \u2019 =", "3", "3")], PromptRenderer(make()), 100)
+
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_template"
+FUNCTIONS = """
+import itertools
+constant = 3
+count = itertools.count()
+turns = []
+def shows_all(problem, *privileged): return repr((problem, *privileged))
+def chat(problem, *privileged): return [
+    {"role": "system", "content": "Add."}, {"role": "user", "content": " ".join([problem.problem, *privileged])}]
+def strange(problem, *privileged): return "\u2019" + problem.problem
+def strange_chat(problem, *privileged): return [{"role": "system", "content": "4"}, {"role": "user", "content": "\u2019"}]
+def same(problem, *privileged): return problem.problem
+def counted(problem, *privileged): return problem.problem + str(next(count))
+def grows(problem, *privileged):
+    turns.append({"role": "user", "content": "4"})
+    return turns
+def fails(problem, *privileged): return problem.problem[99]
+def needs_more(problem, privileged, hint): return privileged
+def nothing(problem, *privileged): return None
+def empty(problem, *privileged): return " "
+def no_turns(problem, *privileged): return []
+def no_role(problem, *privileged): return [{"content": "4"}]
+def no_text(problem, *privileged): return [{"role": "user", "content": None}]
+def assistant_last(problem, *privileged): return [{"role": "user", "content": "4"}, {"role": "assistant", "content": "4"}]
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_the_example_functions(tokenizer, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    problem = Problem("p1", "4-1=", "3", "3\n#### 3")
+    renderer = PromptRenderer(tokenizer, "templates:student", "templates:teacher")
+    assert tokenizer.decode(renderer.student(problem)) == "<|user|>4 - 1 =<|end|><|assistant|>"
+    asked = "<|user|>4 - 1 =<|end|>"
+    assert tokenizer.decode(renderer.teacher(problem)) == f"{asked}<|assistant|>3\n#### 3<|end|>{asked}<|assistant|>"
+    check_lengths([problem], renderer, 64)
+    # One may be a function and the other a file.
+    mixed = PromptRenderer(tokenizer, "templates:student", "teacher_bare.jinja")
+    assert tokenizer.decode(mixed.teacher(problem)) == "<|user|>4-1=\n3\n#### 3<|end|><|assistant|>"
+
+
+def test_what_the_functions_get(tokenizer, mine):
+    renderer = PromptRenderer(tokenizer, "mine:shows_all", "mine:shows_all", privileged="answer")
+    # Neither answer nor solution, which would leak.
+    assert renderer.student_message(PROBLEM) == repr((Problem("p1", "4 - 1 =", "", ""),))
+    assert renderer.teacher_message(PROBLEM) == repr((PROBLEM, "3"))
+
+
+def test_chat_messages_go_through_the_chat_template(tokenizer, mine):
+    renderer = PromptRenderer(tokenizer, "mine:chat", "mine:chat")
+    assert tokenizer.decode(renderer.student(PROBLEM)) == "<|system|>Add.<|end|><|user|>4 - 1 =<|end|><|assistant|>"
+
+
+def test_a_function_of_text_needs_no_chat_template(mine):
+    tokenizer = word_tokenizer()
+    renderer = PromptRenderer(tokenizer, "mine:same", "mine:same")
+    assert renderer.student(PROBLEM) == PromptRenderer(tokenizer).student(PROBLEM)
+    with pytest.raises(TemplateError, match="data.template=mine:chat on problem 'p1'.*no chat template; return text"):
+        PromptRenderer(tokenizer, "mine:chat").student(PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fails", r"IndexError: string index out of range; mend the function, which is called with \(problem, privileged\)"),
+        ("needs_more", r"TypeError: .*'hint'; mend the function, which is called with \(problem, privileged\)"),
+        ("nothing", "gave None; return text, or chat messages"),
+        ("empty", "gave an empty text; return text"),
+        ("no_turns", r"gave \[\]; return"),
+        ("no_role", r"gave \{'content': '4'\} among its messages; return"),
+        ("no_text", r"gave \{.*None\} among its messages; return"),
+        ("assistant_last", "whose last is the assistant's"),
+        ("counted", "gives another message each time; make it depend on the problem alone"),
+        ("grows", "gives another message each time"),
+        ("same", "gives the student's prompt; show the privileged text"),
+    ],
+)
+def test_functions_that_fail_are_named_before_the_run(tokenizer, mine, name, said):
+    renderer = PromptRenderer(tokenizer, None, f"mine:{name}")
+    with pytest.raises(TemplateError, match=rf"teacher\.template=mine:{name} on problem 'p1'.*{said}") as caught:
+        check_lengths([PROBLEM], renderer, 100)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_that_the_chat_template_refuses(mine):
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(TemplateError, match=r"data\.template=mine:chat on problem 'p1'.*\(system, user\): no system turn; return messages"):
+        PromptRenderer(word_tokenizer(template), "mine:chat").student(PROBLEM)
+
+
+@pytest.mark.parametrize("name", ["strange", "strange_chat"])
+def test_text_of_functions_without_a_token_is_refused(tokenizer, mine, name):
+    with pytest.raises(DataError, match="'p1': the student's prompt has '\u2019'"):
+        check_lengths([PROBLEM], PromptRenderer(tokenizer, f"mine:{name}"), 100)
+
+
+def test_functions_that_cannot_be_found_are_refused(tokenizer, mine):
+    with pytest.raises(ConfigError, match="teacher.template=mine:absent: AttributeError"):
+        PromptRenderer(tokenizer, None, "mine:absent")
+    with pytest.raises(TemplateError, match=r"data\.template: mine\.same does not exist.*or module:function"):
+        PromptRenderer(tokenizer, "mine.same")

@@ -305,6 +305,14 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "async def nan(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
         "    return [dataclasses.replace(one, log_probs=[float('nan')] * len(one.log_probs)) for one in found]\n"
+        "async def tool(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    return [dataclasses.replace(one, output_ids=[7, 7, *one.output_ids], log_probs=[0.0, 0.0, *one.log_probs],\n"
+        "        weight_versions=[('step_000000', 2 + len(one.output_ids))], response_mask=[0, 0, *[1] * len(one.output_ids)])\n"
+        "        for one in found]\n"
+        "async def unmasked(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    return [dataclasses.replace(one, response_mask=[0] * len(one.output_ids)) for one in found]\n"
         "def none(group):\n    return None\n"
         "def divides(group):\n    return 1 / 0\n"
         "def odd(group):\n    return group[0].position % 2 == 1\n"
@@ -321,6 +329,12 @@ def test_a_function_of_ones_own_samples_groups(start: Callable[..., tuple[Collec
     assert [len(seeds) for seeds in servers.seeds.values()] == [4, 4]
 
 
+def test_tokens_that_the_policy_did_not_sample_are_masked(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+    collector, _ = start(f"rollout.function={module}:tool")
+    sample = collector.take().groups[0].samples[1]
+    assert sample.response_ids[:2] == [7, 7] and sample.response_mask[:3] == [0, 0, 1] and sample.reward == 1.0
+
+
 def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
     collector, _ = start(f"rollout.filter={module}:odd")
     assert positions(collector) == [1, 3]
@@ -334,6 +348,7 @@ def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collecto
         ("rollout.function={}:texts", "a str in its place"),
         ("rollout.function={}:short", r"\d+ output_ids, \d+ log_probs"),
         ("rollout.function={}:nan", "log_probs that are none"),
+        ("rollout.function={}:unmasked", "response_mask must"),
         ("rollout.filter={}:none", "gave None; return True or False"),
         ("rollout.filter={}:divides", r"rollout\.filter=own_rollouts:divides on problem p\d: ZeroDivisionError"),
     ],

@@ -15,6 +15,7 @@ def sample(group: int, index: int) -> Sample:
     return Sample(
         group,
         index,
+        10 + group,
         f"p{group}",
         "1+1 =",
         "2",
@@ -37,6 +38,37 @@ def test_round_trip_is_exact_and_ordered(tmp_path: Path) -> None:
     save_samples(path, reversed(samples))
     assert path.name == "step_000007.jsonl"
     assert load_samples(path, groups=2, samples_per_group=3) == samples
+
+
+def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
+    masked, whole = sample(0, 0), sample(0, 1)
+    masked.response_mask, masked.rollout_log_probs = [0, 1], [0.0, -1.0]
+    assert ([*masked.sampled], [*whole.sampled]) == ([1], [0, 1])
+    path = rollouts_path(tmp_path, 1)
+    save_samples(path, [masked, whole])
+    assert load_samples(path, groups=1, samples_per_group=2) == [masked, whole]
+    # As they were saved before there were masks.
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: value for key, value in row.items() if key != "response_mask"}) + "\n" for row in rows))
+    assert [one.response_mask for one in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
+
+
+@pytest.mark.parametrize("mask", [[1], [0, 0], [0, 2], [1, None], [[1], 0], "01", 3])
+def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
+    path = rollouts_path(tmp_path, 1)
+    save_samples(path, [sample(0, 0)])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rollout_log_probs": [0.0, 0.0], "response_mask": mask}) + "\n")
+    with pytest.raises(ReplayError, match="step_000001.jsonl:1: response_mask must be null, or"):
+        load_samples(path, groups=1, samples_per_group=1)
+
+
+def test_a_log_prob_of_a_token_that_was_not_sampled_is_refused(tmp_path: Path) -> None:
+    shifted = sample(0, 0)
+    shifted.response_mask, shifted.rollout_log_probs = [0, 1], [-1.0, 0.0]
+    path = rollouts_path(tmp_path, 1)
+    save_samples(path, [shifted])
+    with pytest.raises(ReplayError, match="must be 0.0 where response_mask is 0"):
+        load_samples(path, groups=1, samples_per_group=1)
 
 
 @pytest.mark.parametrize(

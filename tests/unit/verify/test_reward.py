@@ -11,7 +11,6 @@ import pytest
 from dasd_megatron.config import ConfigError, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.plugins import load_function
 from dasd_megatron.rollout.client import Completion
 from dasd_megatron.rollout.generation import make_samples
 from dasd_megatron.rollout.samples import Sample
@@ -35,11 +34,12 @@ def graded(path: str | None, *responses: str) -> list[Sample]:
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "mine.py").write_text(
-        "import math\n"
+        "import functools, math\n"
         "constant = 3\n"
         "def fails(sample): return 1 / (len(sample.text) - len(sample.text))\n"
         "def endless(sample): return math.inf\n"
         "def text(sample): return 'much'\n"
+        "partial = functools.partial(lambda sample, by: 1 / by, by=0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "mine"
@@ -66,7 +66,11 @@ def test_what_fails_is_named(module: str, name: str, said: str) -> None:
         graded(f"{module}:{name}", "#### 2")
 
 
-@pytest.mark.parametrize("path", ["nowhere:score", "mine:absent", "mine:constant"])
-def test_what_cannot_be_found_is_refused(module: str, path: str) -> None:
-    with pytest.raises(ConfigError, match=f"verify.reward={path}"):
-        load_function(path, "verify.reward")
+def test_a_callable_without_a_name_is_named_too(module: str) -> None:
+    with pytest.raises(RewardError, match="partial.* on problem p, sample 0: ZeroDivisionError"):
+        graded(f"{module}:partial", "#### 2")
+
+
+def test_what_cannot_be_found_is_refused(module: str) -> None:
+    with pytest.raises(ConfigError, match="verify.reward=mine:absent"):
+        Grader(VerifyConfig(workers=0, reward="mine:absent"))

@@ -1,0 +1,14 @@
+"""Prompts made in Python: the student's as text, the teacher's as a conversation."""
+
+from dasd_megatron.data.prompts import Problem
+
+
+def student(problem: Problem) -> str:
+    """The sum with spaces around its signs."""
+    return problem.problem.replace("+", " + ").replace("-", " - ").replace("=", " =")
+
+
+def teacher(problem: Problem, privileged: str) -> list[dict[str, str]]:
+    """Asked once, answered by the solution, and asked again."""
+    question = {"role": "user", "content": student(problem)}
+    return [question, {"role": "assistant", "content": privileged}, question]

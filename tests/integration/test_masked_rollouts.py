@@ -1,0 +1,108 @@
+"""Saved rollouts with tokens that the policy did not sample train as if these were a part of the prompt, and count nowhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from runs import NO_EVALUATION, reproducible, rows, train
+
+from dasd_megatron.rollout.samples import Sample, load_samples, rollouts_path, save_samples
+
+pytestmark = pytest.mark.integration
+
+# Rounding must not grow: see test_layouts.py.
+COMMON = [
+    *NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "loss.importance_sampling=token", "loss.kl_coef=0.1", "optimizer.lr=3e-4",
+    "optimizer.adam_eps=1e-4",
+]  # fmt: skip
+GRPO, DASD = ["algorithm=grpo"], ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was warm-started a little and saved its rollouts; random rewards, so that the verifier counts."""
+    made = tmp_path_factory.mktemp("recorded") / "made"
+    train(*COMMON, "warm_start.steps=40", "warm_start.lr=3e-3", f"run.dir={made}")
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for step in (1, 2):
+        samples = load_samples(rollouts_path(made / "rollouts", step), groups=4, samples_per_group=4)
+        for sample in samples:
+            sample.reward = float(draw.random() < 0.5)
+        save_samples(rollouts_path(made / "rollouts", step), samples)
+    return made
+
+
+def replay(recorded: Path, run: Path, change: Callable[[Sample], None] | None, *overrides: str) -> list[dict]:
+    """Metrics of a run on a changed copy of the recorded rollouts."""
+    source = recorded / "rollouts"
+    if change is not None:
+        source = run.with_name(run.name + "-rollouts")
+        for step in (1, 2):
+            samples = copy.deepcopy(load_samples(rollouts_path(recorded / "rollouts", step), groups=4, samples_per_group=4))
+            for sample in samples:
+                change(sample)
+            save_samples(rollouts_path(source, step), samples)
+    model = ["model=hf", f"model.path={recorded / 'warm_start'}"]
+    train(*COMMON, *model, f"rollout.replay={source}", f"run.dir={run}", *overrides)
+    found = reproducible(run / "metrics.jsonl")
+    assert len(found) == 2 and found[0]["update/grad_norm"] > 1e-3
+    return found
+
+
+def append_answer(sample: Sample) -> None:
+    """What a tool says behind the policy's last token."""
+    count = 1 + sample.sample
+    sample.response_mask = [1] * len(sample.response_ids) + [0] * count
+    sample.response_ids = sample.response_ids + [7 + sample.group] * count
+    sample.rollout_log_probs = sample.rollout_log_probs + [0.0] * count
+
+
+def move_from_prompt(sample: Sample) -> None:
+    """The end of the prompt as forced tokens of the response."""
+    count = 1 + sample.sample
+    sample.response_mask = [0] * count + [1] * len(sample.response_ids)
+    sample.response_ids = sample.prompt_ids[-count:] + sample.response_ids
+    sample.prompt_ids = sample.prompt_ids[:-count]
+    sample.rollout_log_probs = [0.0] * count + sample.rollout_log_probs
+
+
+def insert_answer(sample: Sample) -> None:
+    """Turns of the policy with a tool's answer between them."""
+    middle, answer = len(sample.response_ids) // 2, [5, 6, 7]
+    sample.response_mask = [1] * middle + [0] * 3 + [1] * (len(sample.response_ids) - middle)
+    sample.response_ids = sample.response_ids[:middle] + answer + sample.response_ids[middle:]
+    sample.rollout_log_probs = sample.rollout_log_probs[:middle] + [0.0] * 3 + sample.rollout_log_probs[middle:]
+
+
+def assert_same(found: list[dict], expected: list[dict]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.pop("weight_version") == other["weight_version"]
+        assert one == pytest.approx({name: value for name, value in other.items() if name != "weight_version"}, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("change", "algorithm"), [(append_answer, DASD), (move_from_prompt, GRPO)])
+def test_context_changes_no_metric(change: Callable[[Sample], None], algorithm: list[str], recorded: Path, tmp_path: Path) -> None:
+    expected = replay(recorded, tmp_path / "plain", None, *algorithm)
+    assert_same(replay(recorded, tmp_path / "masked", change, *algorithm), expected)
+
+
+def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_path: Path) -> None:
+    found = replay(recorded, tmp_path / "single", insert_answer, *DASD)
+    assert_same(replay(recorded, tmp_path / "dp2", insert_answer, *DASD, "parallel.data_parallel_size=2"), found)
+    samples = load_samples(rollouts_path(tmp_path / "single-rollouts", 1), groups=4, samples_per_group=4)
+    assert found[0]["response/length_mean"] == sum(sum(sample.response_mask) for sample in samples) / len(samples)
+    # The tokens behind the answer are other than what was recorded for them.
+    assert found[0]["rollout/log_prob_diff_mean"] > 100 * rows(recorded / "metrics.jsonl")[0]["rollout/log_prob_diff_mean"]
+    inspected = json.loads((tmp_path / "single" / "inspect" / "step_000001.json").read_text())
+    assert inspected
+    for record, sample in zip(inspected, samples, strict=False):
+        counts = {len(record[name]) for name in ("tokens", "entropy", "delta", "omega", "student_log_prob")}
+        assert counts == {sum(sample.response_mask)}
