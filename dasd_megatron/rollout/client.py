@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import gc
 import math
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import httpx
+import aiohttp
+import orjson
 
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
@@ -26,6 +27,9 @@ T = TypeVar("T")
 MAX_BACKOFF_SECONDS = 30.0
 PROBE_SECONDS = 10.0
 LOG_PROB_TOLERANCE = 1e-3  # rounding may put a certain token's log-prob a little above 0
+KEEP_ALIVE_SECONDS = 4.0  # SGLang closes connections that were idle for 5 s; a request must not meet that
+READ_BUFFER_BYTES = 2**20  # of one connection; answers with long rows have megabytes
+_JSON_HEADERS = {"Content-Type": "application/json"}
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
 
@@ -67,6 +71,15 @@ class RequestRefusedError(RolloutError):
 
 class WeightVersionError(RolloutError):
     """The server answers under another weight version than the expected one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server sent back to a request for ``path``."""
+
+    path: str
+    status: int
+    content: bytes
 
 
 class _TryAgainError(Exception):
@@ -129,7 +142,7 @@ class RolloutClient:
         self.backoff = backoff
         self.max_in_flight = max_in_flight
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._http: httpx.AsyncClient | None = None
+        self._http: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
 
     async def __aenter__(self) -> RolloutClient:
@@ -141,7 +154,7 @@ class RolloutClient:
     async def aclose(self) -> None:
         """Close the connections of the running event loop."""
         if self._http is not None and self._loop is asyncio.get_running_loop():
-            await self._http.aclose()
+            await self._http.close()
         self._http = self._loop = self._slots = None
 
     async def generate(
@@ -181,8 +194,9 @@ class RolloutClient:
                 "return_logprob": True,
             }
 
-            def read(response: httpx.Response) -> list[Completion]:
-                return read_completions(_json(response), body["sampling_params"], weight_version, vocab_size)
+            def read(response: Answer) -> list[Completion]:
+                with _without_cycle_collection():
+                    return read_completions(_json(response), body["sampling_params"], weight_version, vocab_size)
 
             return await self._call("POST", "/generate", read, body=body, held=lambda completions: completions[0].weight_version)
 
@@ -240,7 +254,7 @@ class RolloutClient:
         reports another version, RolloutError.
         """
 
-        def read(response: httpx.Response) -> None:
+        def read(response: Answer) -> None:
             answer = _json_object(response)
             if answer.get("success") is not True:
                 raise _TryAgainError(f"/update_weights_from_disk of {path} failed: {answer.get('message')!r}")
@@ -263,7 +277,7 @@ class RolloutClient:
             raise errors[0]
 
     async def _check_version(self, index: int, weight_version: str) -> None:
-        def check(response: httpx.Response) -> None:
+        def check(response: Answer) -> None:
             found = _json_object(response).get("weight_version")
             if found != weight_version:
                 raise _OtherVersionError(f"expected weight version {weight_version!r} after the update, but the server reports {found!r}")
@@ -400,7 +414,7 @@ class RolloutClient:
         self,
         method: str,
         path: str,
-        read: Callable[[httpx.Response], T],
+        read: Callable[[Answer], T],
         body: Any = None,
         *,
         bodies: Sequence[Any] | None = None,
@@ -415,7 +429,7 @@ class RolloutClient:
         self,
         method: str,
         path: str,
-        read: Callable[[httpx.Response], T],
+        read: Callable[[Answer], T],
         *,
         index: int | None = None,
         body: Any = None,
@@ -427,7 +441,7 @@ class RolloutClient:
         tells how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below ``request_timeout``."""
         tries = self.max_retries + 1 if tries is None else tries
         limit = self.request_timeout if limit is None else min(limit, self.request_timeout)
-        http, slots = self._connections()
+        http, slots = await self._connections()
         failure = _TryAgainError("not tried")
         url, tried = ", ".join(self.urls), []
         for number in range(tries):
@@ -444,22 +458,22 @@ class RolloutClient:
                 self.pool.begin(url)
                 try:
                     async with asyncio.timeout(limit):
-                        response = await http.request(method, url + path, json=body)
-                    if response.status_code >= 500 or response.status_code in RETRIED_STATUS:
-                        kind = _ClosingError if response.status_code == 503 else _TryAgainError
-                        raise kind(f"{path} answered {response.status_code}: {_server_message(response)}")
-                    if response.status_code >= 400:
+                        response = await self._exchange(http, method, url, path, body)
+                    if response.status >= 500 or response.status in RETRIED_STATUS:
+                        kind = _ClosingError if response.status == 503 else _TryAgainError
+                        raise kind(f"{path} answered {response.status}: {_server_message(response)}")
+                    if response.status >= 400:
                         raise RequestRefusedError(
                             url,
-                            f"{path} refused with {response.status_code}: {_server_message(response)}",
+                            f"{path} refused with {response.status}: {_server_message(response)}",
                             number + 1,
                             "correct the request",
                         )
                     answer = read(response)
+                except aiohttp.ClientError as error:  # refused, reset or timed-out connections and broken HTTP
+                    failure = _TryAgainError(f"{path} failed: {type(error).__name__}: {error}")
                 except TimeoutError:
                     failure = _TryAgainError(f"{path} gave no answer within {limit:g} s")
-                except httpx.HTTPError as error:  # refused, reset or timed-out connections and broken HTTP
-                    failure = _TryAgainError(f"{path} failed: {type(error).__name__}: {error}")
                 except _TryAgainError as error:
                     failure = error
                 else:
@@ -480,17 +494,28 @@ class RolloutClient:
         else:
             self.pool.record(url, Event.CLOSING if isinstance(failure, _ClosingError) else Event.FAILED, reason=str(failure))
 
-    def _connections(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        """The running loop's HTTP client and its limit on requests in flight. Connections of an ended loop cannot be used or closed."""
+    async def _exchange(self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any) -> Answer:
+        """One request and its whole answer; ``body`` goes as JSON unless it is None. Raises aiohttp.ClientError."""
+        content = {} if body is None else {"data": orjson.dumps(body), "headers": _JSON_HEADERS}
+        async with http.request(method, url + path, allow_redirects=False, **content) as response:
+            return Answer(path, response.status, await response.read())
+
+    async def _connections(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
+        """The running loop's HTTP session and its limit on requests in flight. Connections of an ended loop cannot be used any more."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop or self._http is None or self._slots is None:
+            left, ended = self._http, self._loop
             self._loop = loop
             self._slots = asyncio.Semaphore(self.max_in_flight)
-            self._http = httpx.AsyncClient(
-                timeout=httpx.Timeout(self.request_timeout, connect=self.connect_timeout),
-                limits=httpx.Limits(max_connections=self.max_in_flight, max_keepalive_connections=self.max_in_flight),
+            self._http = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_timeout),  # _call limits the whole request
+                connector=aiohttp.TCPConnector(limit=self.max_in_flight, keepalive_timeout=KEEP_ALIVE_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=READ_BUFFER_BYTES,
                 trust_env=False,  # rollout servers are inside the cluster: no proxy, no .netrc
             )
+            if left is not None and ended is not None and ended.is_closed():
+                await left.close()
         return self._http, self._slots
 
 
@@ -505,27 +530,39 @@ async def _all_or_cancel(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _nothing(response: httpx.Response) -> None:
+@contextlib.contextmanager
+def _without_cycle_collection() -> Iterator[None]:
+    """For parsing long answers: three lists a token make Python look for cycles in the whole process again and again, and JSON has none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _nothing(response: Answer) -> None:
     """For answers whose status says it all."""
 
 
-def _succeeded(response: httpx.Response) -> None:
+def _succeeded(response: Answer) -> None:
     answer = _json_object(response)
     if answer.get("success") is not True:
-        raise _TryAgainError(f"{response.url.path} failed: {answer.get('message')!r}")
+        raise _TryAgainError(f"{response.path} failed: {answer.get('message')!r}")
 
 
-def _json(response: httpx.Response) -> Any:
+def _json(response: Answer) -> Any:
     try:
-        return json.loads(response.content)
+        return orjson.loads(response.content)
     except ValueError as error:
-        raise _TryAgainError(f"{response.url.path} answered what is not JSON ({error}): {response.content[:80]!r}") from error
+        raise _TryAgainError(f"{response.path} answered what is not JSON ({error}): {response.content[:80]!r}") from error
 
 
-def _json_object(response: httpx.Response) -> dict[str, Any]:
+def _json_object(response: Answer) -> dict[str, Any]:
     answer = _json(response)
     if not isinstance(answer, dict):
-        raise _TryAgainError(f"{response.url.path} answered {_kind(answer)} instead of an object")
+        raise _TryAgainError(f"{response.path} answered {_kind(answer)} instead of an object")
     return answer
 
 
@@ -533,12 +570,12 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _server_message(response: httpx.Response) -> str:
+def _server_message(response: Answer) -> str:
     """The server's own words, from any of SGLang's error bodies."""
     try:
-        body = json.loads(response.content)
+        body = orjson.loads(response.content)
     except ValueError:
-        return response.text[:300]
+        return response.content.decode(errors="replace")[:300]
     if isinstance(body, dict):
         error = body.get("error")
         message = error.get("message") if isinstance(error, dict) else error
@@ -565,6 +602,16 @@ def read_completions(
     ]
 
 
+def _all_of_type(values: Sequence[Any], *types: type) -> bool:
+    """Whether each value is of exactly one of ``types``: True is no int."""
+    found = list(map(type, values))
+    return sum(map(found.count, types)) == len(found)
+
+
+def _is_log_prob(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value <= LOG_PROB_TOLERANCE
+
+
 def _read_row(
     row: Any, index: int, max_new_tokens: int | None, weight_version: str | Collection[str] | None, vocab_size: int | None
 ) -> Completion:
@@ -580,28 +627,32 @@ def _read_row(
     if reason["type"] == "abort":
         raise _TryAgainError(f"row {index} was aborted by the server: {reason.get('message')!r}")
     ids = row.get("output_ids")
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+    if not isinstance(ids, list) or not _all_of_type(ids, int):
         raise unsound("output_ids is not a list of integers")
     if not ids:
         # Every response ends with a stop token or at the limit, so that even the shortest has one token.
         raise unsound(f"no tokens, but finish_reason {reason['type']!r}")
     if max_new_tokens is not None and len(ids) > max_new_tokens:
         raise unsound(f"{len(ids)} tokens, but max_new_tokens is {max_new_tokens}")
-    for position, token in enumerate(ids):
-        if token < 0 or (vocab_size is not None and token >= vocab_size):
-            bounds = "is negative" if vocab_size is None else f"is outside the vocabulary of {vocab_size}"
-            raise unsound(f"id {token} of token {position} {bounds}")
+    largest = math.inf if vocab_size is None else vocab_size - 1
+    if min(ids) < 0 or max(ids) > largest:
+        position, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token <= largest)
+        bounds = "is negative" if vocab_size is None else f"is outside the vocabulary of {vocab_size}"
+        raise unsound(f"id {token} of token {position} {bounds}")
     triples = meta.get("output_token_logprobs")
-    if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
+    columns = list(zip(*triples, strict=False)) if isinstance(triples, list) and _all_of_type(triples, list) else []
+    if len(columns) < 2:  # as many as the shortest has
         raise unsound("output_token_logprobs is missing or not a list of [log-prob, id, text]")
     if len(triples) != len(ids):
         raise unsound(f"{len(triples)} log-probs for {len(ids)} tokens")
-    for position, (triple, token) in enumerate(zip(triples, ids, strict=True)):
-        value = triple[0]
-        if type(value) not in (int, float) or not math.isfinite(value) or value > LOG_PROB_TOLERANCE:
-            raise unsound(f"log-prob {value!r} of token {position}")
-        if triple[1] != token:
-            raise unsound(f"log-prob {position} belongs to token {triple[1]!r}, not to {token}")
+    # All values at once, at the speed of C; one by one only to say which is wrong.
+    log_probs, tokens = columns[:2]
+    if not _all_of_type(log_probs, int, float) or not all(map(math.isfinite, log_probs)) or max(log_probs) > LOG_PROB_TOLERANCE:
+        position, value = next((i, value) for i, value in enumerate(log_probs) if not _is_log_prob(value))
+        raise unsound(f"log-prob {value!r} of token {position}")
+    if list(tokens) != ids:
+        position = next(i for i, (token, drawn) in enumerate(zip(tokens, ids, strict=True)) if token != drawn)
+        raise unsound(f"log-prob {position} belongs to token {tokens[position]!r}, not to {ids[position]}")
     text = row.get("text", "")  # a server started without a tokenizer sends none
     if not isinstance(text, str):
         raise unsound(f"text is {_kind(text)}")
@@ -615,7 +666,7 @@ def _read_row(
             found = " and ".join(sorted({repr(one) for one, _ in versions}))
             wanted = " or ".join(sorted(map(repr, accepted)))
             raise _OtherVersionError(f"expected weight version {wanted}, but row {index} was sampled under {found}", version)
-    return Completion(ids, [float(triple[0]) for triple in triples], reason["type"], versions, text)
+    return Completion(ids, list(map(float, log_probs)), reason["type"], versions, text)
 
 
 def _read_versions(spans: Any, length: int) -> list[tuple[str, int]] | None:

@@ -7,14 +7,14 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable
 
-import httpx
+import orjson
 import pytest
 
 from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout import generation
-from dasd_megatron.rollout.client import Completion, RolloutError
+from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, meanwhile, step_limit
 from dasd_megatron.verify.grader import Grader
 
@@ -50,19 +50,19 @@ def test_a_response_cut_short_counts_by_configuration(truncated_is_wrong: bool) 
     assert [sample.text for sample in samples] == ["#### 2", "#### 2"]
 
 
-def answering(token: int) -> Callable[..., Awaitable[httpx.Response]]:
+def answering(token: int) -> Callable[..., Awaitable[Answer]]:
     """In the place of a request: an answer of one row with this one token."""
 
-    async def answer(*_args: object, **_options: object) -> httpx.Response:
+    async def answer(*_args: object, **_options: object) -> Answer:
         meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, token, None]]}
-        return httpx.Response(200, json=[{"text": "", "output_ids": [token], "meta_info": meta}])
+        return Answer("/generate", 200, orjson.dumps([{"text": "", "output_ids": [token], "meta_info": meta}]))
 
     return answer
 
 
 @pytest.mark.parametrize(("vocab_size", "accepted"), [(None, True), (100, True), (99, False)])
 def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpx.AsyncClient, "request", answering(99))
+    monkeypatch.setattr(RolloutClient, "_exchange", answering(99))
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": vocab_size}
     client = make_client(config, ["http://server"])
