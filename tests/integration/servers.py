@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import http.server
 import json
 import os
@@ -57,6 +59,9 @@ class FaultyProxy:
                             status, answer = response.status, response.read()
                     except urllib.error.HTTPError as error:
                         status, answer = error.code, error.read()
+                    except (OSError, http.client.HTTPException):  # the server is gone
+                        self.close_connection = True
+                        return
                     if action == "shift":
                         changed = json.loads(answer)
                         for row in changed:
@@ -65,11 +70,12 @@ class FaultyProxy:
                         answer = json.dumps(changed).encode()
                     if action == "short":
                         answer = json.dumps(json.loads(answer)[:-1]).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has given up
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
 
             do_GET = do_POST = _serve
 

@@ -184,8 +184,8 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     served = threading.Event()
     second.next("/generate", served.set)
     drill.wait(served.is_set, 90)
-    second.next("/generate", *[lambda: "500"] * 2, *[lambda: "garbage"] * 2)
-    drill.go_on()
+    second.next("/generate", lambda: "500", lambda: "garbage", served.set)
+    drill.wait(lambda: not second.faults["/generate"], 60)
     happens(second, begins_update, second.kill)
     drill.go_on()
     comes_back(second)
@@ -226,4 +226,5 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     for place in places:
         assert re.search(rf"rollout server {place.proxy.url}: \w+ -> (suspect|dead) \(", drill.text), drill.text[-6000:]
         assert re.search(rf"rollout server {place.proxy.url}: (dead|suspect) -> (stale|serving) \(", drill.text), drill.text[-6000:]
-    assert "500" in drill.text and "not JSON" in drill.text
+    for reason in ("answered 500: injected", "answered what is not JSON"):
+        assert re.search(rf"rollout server {second.proxy.url}: serving -> suspect \(.*{reason}", drill.text), drill.text[-6000:]
