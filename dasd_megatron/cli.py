@@ -23,6 +23,7 @@ commands:
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
+  router    --servers URL ...   put sglang-router before rollout servers (--help lists the options)
   report    RUN_DIR             write RUN_DIR/report.html
   doctor                        what is installed, what is missing and how to get it
 
@@ -170,6 +171,12 @@ def _serve(arguments: list[str]) -> None:
     serve(arguments)
 
 
+def _router(arguments: list[str]) -> None:
+    from dasd_megatron.rollout.router import serve_router
+
+    serve_router(arguments)
+
+
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
@@ -196,7 +203,15 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.observability.doctor import print_doctor
 
         return print_doctor()
-    commands = {"train": _train, "evaluate": _evaluate, "convert": _convert, "plan": _plan, "serve": _serve, "report": _report}
+    commands = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "convert": _convert,
+        "plan": _plan,
+        "serve": _serve,
+        "router": _router,
+        "report": _report,
+    }
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
