@@ -88,7 +88,8 @@ class ServerPool:
     def record(self, url: str, event: Event, version: str | None = None, reason: str = "") -> None:
         """Let ``event`` happen to a server; ``reason`` goes to the log."""
         before = self.health[url]
-        if event is Event.ANSWERED and before.version not in (None, version) and version != self.current:
+        strayed = event is Event.ANSWERED and before.version not in (None, version) and version != self.current
+        if strayed:
             reason = (
                 f"went from weights {before.version!r} to {version!r}, which this run has not given it now: it was restarted, or something "
                 "else updates it"
@@ -96,7 +97,7 @@ class ServerPool:
         elif event is Event.ANSWERED and self.current not in (None, version):
             reason = reason or f"holds weights {version!r}, not {self.current!r}"
         self.reasons[url] = reason or event.value
-        self._set(url, transition(before, event, current=self.current, version=version), self.reasons[url])
+        self._set(url, transition(before, event, current=self.current, version=version), self.reasons[url], strayed)
 
     def doubt(self, reason: str) -> None:
         """One of these servers may have failed, nobody knows which: those that serve are suspect until they have answered again."""
@@ -130,9 +131,8 @@ class ServerPool:
     def end(self, url: str) -> None:
         self._in_flight[url] -= 1
 
-    def _set(self, url: str, after: Health, reason: str) -> None:
+    def _set(self, url: str, after: Health, reason: str, strayed: bool = False) -> None:
         before, self.health[url] = self.health[url], after
-        strayed = before.version not in (None, after.version) and after.version not in (None, self.current)
         expected = after.status is before.status or (before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING)
         if expected and not strayed:
             return

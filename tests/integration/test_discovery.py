@@ -84,6 +84,8 @@ def servers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def router(servers: list[LocalServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a router that takes the two servers in turn."""
     arguments = ["--servers", *(server.url for server in servers), "--policy", "round_robin", "--", "--log-level", "warn"]
+    # A server that is back is to be asked soon.
+    arguments += ["--disable-circuit-breaker", "--health-check-interval-secs", "1"]
     with routing(tmp_path_factory.mktemp("router") / "log", *arguments) as (_, url):
         yield url
 
@@ -141,6 +143,10 @@ def test_a_server_behind_the_router_dies_and_comes_back_with_older_weights(
     psutil.Process(servers[1].pid).kill()
     assert sample(over, "v2") == expected
     servers[1].restart(models["run"], "v1")
+    deadline = time.monotonic() + 60
+    while not all(worker["is_healthy"] for worker in httpx.get(f"{router}/workers", timeout=10).json()["workers"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     with pytest.raises(WeightVersionError, match=f"{router}: expected weight version 'v2'.*under 'v1'"):
         sample(over, "v2")
     assert over.pool.with_status(Status.SUSPECT) == urls
