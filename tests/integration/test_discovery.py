@@ -94,7 +94,7 @@ def update(over: RolloutClient, path: Path, version: str) -> None:
     async def all_servers() -> None:
         async with over:
             over.pool.expect(version)
-            await over.pause_generation("retract")
+            await over.pause_generation("abort")
             await over.update_weights_from_disk(str(path), version)
             await over.continue_generation()
 
