@@ -24,6 +24,7 @@ commands:
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
+  router    --servers URL ...   put sglang-router before rollout servers (--help lists the options)
   report    RUN_DIR             write RUN_DIR/report.html
   doctor                        what is installed, what is missing and how to get it
 
@@ -181,6 +182,12 @@ def _serve(arguments: list[str]) -> None:
     serve(arguments)
 
 
+def _router(arguments: list[str]) -> None:
+    from dasd_megatron.rollout.router import serve_router
+
+    serve_router(arguments)
+
+
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
@@ -214,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         "convert": _convert,
         "plan": _plan,
         "serve": _serve,
+        "router": _router,
         "report": _report,
     }
     if command not in commands:

@@ -218,12 +218,25 @@ class SGLangConfig:
 @dataclass
 class RolloutConfig:
     engine: str = _doc(
-        "embedded", "embedded or sglang (the trainer starts one server on this machine), or external (those of rollout.servers)"
+        "embedded",
+        "embedded or sglang (the trainer starts one server on this machine), or external (those that rollout.servers, rollout.nodes or "
+        "rollout.router name)",
     )
     sglang: SGLangConfig = _doc(SGLangConfig, "rollout.engine=sglang only")
     servers: list[str] = _doc([], "addresses of SGLang-compatible servers for rollout.engine=external, like http://10.0.0.1:30000")
+    nodes: str | None = _doc(
+        None,
+        "instead of rollout.servers, the Slurm host list of the nodes that they run on, like gpu[01-04,07] or "
+        "${oc.env:SLURM_JOB_NODELIST_HET_GROUP_1}; scontrol expands it",
+    )
+    servers_per_node: int = _doc(1, "rollout.nodes only: servers on each node, at consecutive ports from rollout.port on")
+    router: str | None = _doc(
+        None,
+        "instead of rollout.servers, the address of an sglang-router, like http://10.0.0.1:30000: it gets the sampling requests, one row "
+        "each, and the servers that it lists get the weights",
+    )
     host: str = _doc("127.0.0.1", "address that the trainer's own server listens on")
-    port: int = _doc(0, "port of the trainer's own server; 0: any free one")
+    port: int = _doc(0, "port of the trainer's own server, 0: any free one; with rollout.nodes the first port on each node")
     threads: int = _doc(2, "CPU threads of the trainer's own server")
     dtype: str = _doc("float32", "float32 or bfloat16: the weights of the trainer's own server")
     max_batch_size: int = _doc(256, "sequences that the trainer's own server decodes at once")
@@ -554,6 +567,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.adam_eps": (0, None),
     "optimizer.clip_grad": (0, None),
     "rollout.port": (0, 65535),
+    "rollout.servers_per_node": (1, None),
     "rollout.sglang.tensor_parallel_size": (1, None),
     "rollout.sglang.data_parallel_size": (1, None),
     "rollout.sglang.mem_fraction_static": (0.01, 0.99),
@@ -697,15 +711,7 @@ def validate(config: Config) -> None:
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
-    if rollout.engine == "external" and not rollout.servers and rollout.replay is None:
-        raise ConfigError("rollout.engine=external needs rollout.servers=[http://host:port,...], or write rollout.engine=embedded")
-    if rollout.engine != "external" and rollout.servers:
-        raise ConfigError(
-            f"rollout.servers is set but rollout.engine={rollout.engine} starts its own: write rollout.engine=external, or leave them out"
-        )
-    for server in rollout.servers:
-        if not re.fullmatch(r"https?://[^/\s]+", server):
-            raise ConfigError(f"rollout.servers: {server!r} is not an address: write it like http://10.0.0.1:30000, without a path")
+    check_servers(rollout)
     for name in ("verify.reward", "rollout.filter", "rollout.function"):
         path = _value(config, name)
         if path is not None and not FUNCTION_PATH.fullmatch(path):
@@ -736,8 +742,6 @@ def validate(config: Config) -> None:
                 f"{rollout.weight_sync_timeout_seconds:g}, since other ranks wait while a group is made and a server found to be gone: "
                 "raise the one or lower the other"
             )
-    if len(set(rollout.servers)) < len(rollout.servers):
-        raise ConfigError("rollout.servers names one server twice: name each once")
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
@@ -772,6 +776,38 @@ def validate(config: Config) -> None:
             raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
         if source.generator is not None and source.size is None:
             raise ConfigError(f"data.{name}.size is required with data.{name}.generator: write how many problems to generate")
+
+
+def check_servers(rollout: RolloutConfig) -> None:
+    """Refuse external servers that are named in no way or in two, or in a way that cannot be meant; see :class:`ConfigError`."""
+    named = {"rollout.servers": rollout.servers, "rollout.nodes": rollout.nodes, "rollout.router": rollout.router}
+    given = [name for name, value in named.items() if value]
+    if rollout.engine == "external" and not given and rollout.replay is None:
+        raise ConfigError(
+            "rollout.engine=external needs rollout.servers=[http://host:port,...], rollout.nodes or rollout.router, or write "
+            "rollout.engine=embedded"
+        )
+    if rollout.engine != "external" and given:
+        raise ConfigError(
+            f"{given[0]} is set but rollout.engine={rollout.engine} starts its own: write rollout.engine=external, or leave it out"
+        )
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are set: name the servers in one way, and leave the others out")
+    for name, addresses in {"rollout.servers": rollout.servers, "rollout.router": [rollout.router] if rollout.router else []}.items():
+        for address in addresses:
+            if not re.fullmatch(r"https?://[^/\s]+", address):
+                raise ConfigError(f"{name}: {address!r} is not an address: write it like http://10.0.0.1:30000, without a path")
+    if len(set(rollout.servers)) < len(rollout.servers):
+        raise ConfigError("rollout.servers names one server twice: name each once")
+    if rollout.nodes and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*", rollout.nodes):
+        raise ConfigError(f"rollout.nodes={rollout.nodes!r} is not a Slurm host list: write it like gpu[01-04,07]")
+    if rollout.nodes and not 1 <= rollout.port <= 65536 - rollout.servers_per_node:
+        raise ConfigError(
+            f"rollout.nodes: rollout.port={rollout.port} is not the first of rollout.servers_per_node={rollout.servers_per_node} ports: "
+            "write the first one that the servers of a node listen on, like rollout.port=30000"
+        )
+    if rollout.servers_per_node > 1 and not rollout.nodes:
+        raise ConfigError(f"rollout.servers_per_node={rollout.servers_per_node} is for rollout.nodes: set these, or leave it out")
 
 
 def check_paths(config: Config) -> None:

@@ -13,6 +13,7 @@ from dasd_megatron.data.templates import check_lengths
 from dasd_megatron.evaluation.evaluate import evaluate
 from dasd_megatron.models.hf_config import is_megatron_checkpoint
 from dasd_megatron.observability.progress import ProgressDisplay, summary_table
+from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer
 from dasd_megatron.training.prepare import choose_run_dir, load_tokenizer, make_renderer
@@ -22,7 +23,7 @@ from dasd_megatron.verify.grader import Grader
 def evaluate_model(config: Config) -> None:
     """Evaluate ``model.path`` on ``data.heldout`` and print the table; the results go to ``evaluation.json`` in the run directory.
 
-    With ``rollout.engine=external`` the servers in ``rollout.servers`` answer and ``model.path`` only gives the tokenizer.
+    With ``rollout.engine=external`` the external servers answer and ``model.path`` only gives the tokenizer.
     """
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory, like the model/ folder of a finished run")
@@ -42,7 +43,7 @@ def evaluate_model(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
-        urls, version = list(config.rollout.servers), None
+        urls, version = find_servers(config.rollout), None
         if config.rollout.engine != "external":
             version = "evaluated"
             server = stack.enter_context(LocalServer(config.model.path, version, config.rollout, root / "logs" / "rollout_server.log"))

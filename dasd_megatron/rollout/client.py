@@ -108,6 +108,7 @@ class RolloutClient:
     urls: base addresses like ``http://10.0.0.1:30000``. connect_timeout, request_timeout: seconds, for opening a connection and for one
     whole request. max_retries: further tries after the first. backoff: seconds before the second try; doubles each time, at most 30.
     max_in_flight: requests under way at once, over all servers. pool: what is known of these servers, where several clients share it.
+    router: address of an sglang-router before these servers, which gets the requests of :meth:`generate`; all others go to each server.
 
     May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as their loop. Close with
     :meth:`aclose` or ``async with``.
@@ -123,10 +124,11 @@ class RolloutClient:
         backoff: float,
         max_in_flight: int,
         pool: ServerPool | None = None,
+        router: str | None = None,
     ):
         if not urls:
             raise ValueError("urls is empty: give the address of at least one rollout server")
-        for url in urls:
+        for url in [*urls, *([] if router is None else [router])]:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"rollout server address {url!r} must start with http:// or https://")
         if max_in_flight < 1 or max_retries < 0 or connect_timeout <= 0 or request_timeout <= 0 or backoff < 0:
@@ -135,6 +137,7 @@ class RolloutClient:
                 f"{max_in_flight=} {max_retries=} {backoff=} {connect_timeout=} {request_timeout=}"
             )
         self.urls = [url.rstrip("/") for url in urls]
+        self.router = None if router is None else router.rstrip("/")
         self.pool = ServerPool(self.urls) if pool is None else pool
         self.connect_timeout = connect_timeout
         self.request_timeout = request_timeout
@@ -171,7 +174,8 @@ class RolloutClient:
         prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
         weight_version: the version that every token must have been sampled under, or those that it may; a set is looked at when the answer
         comes. None accepts any.
-        rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try to another one.
+        rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try to another one. A
+        router takes one sampling_params for a whole request, and so one row at a time.
         vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
 
         Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError when a request has
@@ -186,17 +190,21 @@ class RolloutClient:
         if any(params.get("n", 1) != 1 for params in sampling_params):
             raise ValueError("n must be absent or 1: repeat the prompt with other seeds for more samples of it")
 
+        if self.router is not None:
+            rows_per_request = 1
+
         async def request(start: int) -> list[Completion]:
             rows = slice(start, start + rows_per_request)
+            params = list(sampling_params[rows])
             body = {
                 "input_ids": [list(prompt) for prompt in prompts[rows]],
-                "sampling_params": list(sampling_params[rows]),
+                "sampling_params": params if self.router is None else params[0],
                 "return_logprob": True,
             }
 
             def read(response: Answer) -> list[Completion]:
                 with _without_cycle_collection():
-                    return read_completions(_json(response), body["sampling_params"], weight_version, vocab_size)
+                    return read_completions(_json(response), params, weight_version, vocab_size)
 
             return await self._call("POST", "/generate", read, body=body, held=lambda completions: completions[0].weight_version)
 
@@ -215,8 +223,8 @@ class RolloutClient:
 
         return dict(zip(self.urls, await _all_or_cancel([one(i) for i in range(len(self.urls))]), strict=True))
 
-    async def wait_until_healthy(self, timeout_seconds: float) -> None:
-        """Return once every server is healthy; raises RolloutError naming one that is not after ``timeout_seconds``."""
+    async def wait_until_healthy(self, timeout_seconds: float, *, one_is_enough: bool = False) -> None:
+        """Return once every server is healthy, or one of them; raises RolloutError naming one that is not after ``timeout_seconds``."""
         deadline = time.monotonic() + timeout_seconds
         pause = 0.05
         while True:
@@ -226,7 +234,7 @@ class RolloutClient:
                     sick = [url for url, healthy in (await self.health()).items() if not healthy]
             except TimeoutError:
                 sick = self.urls
-            if not sick:
+            if not sick or (one_is_enough and len(sick) < len(self.urls)):
                 return
             if time.monotonic() + pause >= deadline:
                 raise RolloutError(
@@ -304,27 +312,52 @@ class RolloutClient:
         return [url for url, well in zip(urls, answered, strict=True) if not well]
 
     async def tensor_parallel_sizes(self) -> dict[str, int]:
-        """Processes that share each copy of the model, of every server that answers, asked once; the pool hears of the others.
+        """Processes that share each copy of the model, by address; as :meth:`descriptions`."""
+        return {url: int(info.get("tp_size", 1)) for url, info in (await self.descriptions()).items()}
+
+    async def descriptions(self) -> dict[str, dict[str, Any]]:
+        """/model_info and, over it, /server_info, which has the settings of the start, of every server that answers, asked once, by
+        address; the pool hears of the others.
 
         Raises what the last one did where none answers.
         """
-        sizes: dict[str, int] = {}
+        found: dict[str, dict[str, Any]] = {}
         failure: RolloutError | None = None
 
         async def one(index: int) -> None:
             nonlocal failure
             try:
-                info = await self._call("GET", "/server_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
+                model, settings = [
+                    await self._call("GET", path, _json_object, index=index, tries=1, limit=PROBE_SECONDS)
+                    for path in ("/model_info", "/server_info")
+                ]
             except RolloutError as error:
                 failure = error
                 self.pool.record(self.urls[index], Event.FAILED, reason=error.what)
             else:
-                sizes[self.urls[index]] = int(info.get("tp_size", 1))
+                found[self.urls[index]] = model | settings
 
         await asyncio.gather(*map(one, range(len(self.urls))))
-        if not sizes and failure is not None:
+        if not found and failure is not None:
             raise failure
-        return sizes
+        return found
+
+    async def prompt_log_probs(self, url: str, input_ids: Sequence[int]) -> list[float]:
+        """Log-probs, natural and before temperature, of all of ``input_ids`` but the first, each after those before it, by one server.
+
+        Raises RequestRefusedError, or RolloutError where it does not answer soundly within ``max_retries + 1`` tries.
+        """
+        body = {
+            "input_ids": [list(input_ids)],
+            "sampling_params": [{"max_new_tokens": 1, "temperature": 0.0}],
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+
+        def read(response: Answer) -> list[float]:
+            return _read_prompt_log_probs(_json(response), input_ids)
+
+        return await self._call("POST", "/generate", read, index=self.urls.index(url), body=body)
 
     async def init_weights_update_group(
         self, addresses: Sequence[str], port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
@@ -437,25 +470,28 @@ class RolloutClient:
         limit: float | None = None,
         held: Callable[[T], str] | None = None,
     ) -> T:
-        """One request until ``read`` accepts its answer: to server ``index``, or else each time to the one that the pool chooses and then
-        tells how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below ``request_timeout``."""
+        """One request until ``read`` accepts its answer: to server ``index``, or else to the router, or each time to the one that the pool
+        chooses, which then hears how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below
+        ``request_timeout``."""
         tries = self.max_retries + 1 if tries is None else tries
         limit = self.request_timeout if limit is None else min(limit, self.request_timeout)
         http, slots = await self._connections()
+        routed = index is None and self.router is not None
         failure = _TryAgainError("not tried")
         url, tried = ", ".join(self.urls), []
         for number in range(tries):
             if number:
                 await asyncio.sleep(min(self.backoff * 2 ** (number - 1), MAX_BACKOFF_SECONDS))
             async with slots:
-                chosen = self.pool.choose(tried) if index is None else self.urls[index]
+                chosen = self.router if routed else self.pool.choose(tried) if index is None else self.urls[index]
                 if chosen is None:
                     tries = max(number, 1)
                     if not tried:
                         failure = _OtherVersionError(f"no server holds the weights {self.pool.current!r}")
                     break
                 url = chosen
-                self.pool.begin(url)
+                if not routed:
+                    self.pool.begin(url)
                 try:
                     async with asyncio.timeout(limit):
                         response = await self._exchange(http, method, url, path, body)
@@ -477,12 +513,15 @@ class RolloutClient:
                 except _TryAgainError as error:
                     failure = error
                 else:
-                    if held is not None:
+                    if held is not None and not routed:
                         self.pool.record(url, Event.ANSWERED, held(answer))
                     return answer
                 finally:
-                    self.pool.end(url)
-            if index is None:
+                    if not routed:
+                        self.pool.end(url)
+            if routed:
+                self.pool.doubt(f"the router {url}: {failure}")
+            elif index is None:
                 tried = [*(one for one in tried if one != url), url]
                 self._record_failure(url, failure)
         raise failure.error_class(url, str(failure), tries, failure.fix) from failure
@@ -610,6 +649,25 @@ def _all_of_type(values: Sequence[Any], *types: type) -> bool:
 
 def _is_log_prob(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value <= LOG_PROB_TOLERANCE
+
+
+def _read_prompt_log_probs(answer: Any, input_ids: Sequence[int]) -> list[float]:
+    def unsound(what: str) -> _TryAgainError:
+        return _TryAgainError(f"/generate answered garbage: {what}")
+
+    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
+        raise unsound(f"{_kind(answer)} instead of a list of one row")
+    meta = answer[0].get("meta_info")
+    triples = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+    if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
+        raise unsound("input_token_logprobs is missing or not a list of [log-prob, id, text]")
+    if [triple[1] for triple in triples] != list(input_ids):
+        raise unsound("input_token_logprobs are not those of the prompt")
+    values = [triple[0] for triple in triples[1:]]
+    for value in values:
+        if not _is_log_prob(value):
+            raise unsound(f"log-prob {value!r} of a prompt token")
+    return [float(value) for value in values]
 
 
 def _read_row(

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from dasd_megatron.config import Config, ConfigError, DataSourceConfig
 from dasd_megatron.data.prompts import load_problems
 from dasd_megatron.models.hf_config import is_megatron_checkpoint, read_hf_config
@@ -13,6 +15,7 @@ from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.collector import Collector
+from dasd_megatron.rollout.discovery import check_models, check_updated, find_servers
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer
 from dasd_megatron.rollout.samples import rollouts_path, save_samples, version_name
@@ -41,12 +44,12 @@ def rollouts_alone(config: Config, root: Path) -> None:
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
-        urls = list(config.rollout.servers)
+        urls = find_servers(config.rollout)
         if config.rollout.engine != "external":
             log = root / "logs" / "rollout_server.log"
             urls = [stack.enter_context(LocalServer(model, version, config.rollout, log)).url]
         else:
-            asyncio.run(_load(make_client(config.rollout, urls), str(Path(model).absolute())))
+            asyncio.run(_load(make_client(config.rollout, urls), Path(model).absolute(), read_hf_config(model)))
         collector = Collector(
             config,
             load_problems(DataSourceConfig(path=str(paths.problems("train"))), "train", needs_solution=False),
@@ -67,6 +70,8 @@ def rollouts_alone(config: Config, root: Path) -> None:
     print(f"rollouts: {paths.rollouts.absolute()}", flush=True)
 
 
-async def _load(client: RolloutClient, path: str) -> None:
+async def _load(client: RolloutClient, path: Path, hf_config: PretrainedConfig) -> None:
     async with client:
-        await client.update_weights_from_disk(path, version_name(0))
+        await check_models(client, hf_config)
+        await client.update_weights_from_disk(str(path), version_name(0))
+        await check_updated(client)

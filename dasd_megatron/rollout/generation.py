@@ -36,6 +36,7 @@ def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | N
         backoff=config.backoff_seconds,
         max_in_flight=config.max_in_flight,
         pool=pool,
+        router=config.router,
     )
 
 

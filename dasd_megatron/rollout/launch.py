@@ -25,7 +25,7 @@ SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
 # What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches behind another batch.
 _SGLANG_CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule", "--sleep-on-idle"]
 
-_NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
+NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
     prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
 
@@ -186,7 +186,7 @@ class LocalServer:
         # SGLang's environment is another one. And what torchrun says of the trainer's ranks is not for it: its own rendezvous would wait
         # for the agent's.
         for name in list(environment):
-            if name in _NOT_FOR_SGLANG or name.startswith("TORCHELASTIC_"):
+            if name in NOT_FOR_SGLANG or name.startswith("TORCHELASTIC_"):
                 del environment[name]
         return environment
 

@@ -75,19 +75,38 @@ def transition(health: Health, event: Event, *, current: str | None, version: st
 class ServerPool:
     """The servers of a run as one process sees them.
 
-    urls: base addresses. May be used from several threads. Every change of a server's status but the first is a line in the log.
+    urls: base addresses. May be used from several threads. Every change of a server's status but the first is a line in the log, and so is
+    every change of its weights that is not to ``current``.
     """
 
     def __init__(self, urls: Iterable[str]):
         self.current: str | None = None
         self.health = {url.rstrip("/"): Health() for url in urls}
+        self.reasons: dict[str, str] = {}
+        """Of the last event of each server."""
         self._in_flight = dict.fromkeys(self.health, 0)
         self._lock = threading.Lock()
 
     def record(self, url: str, event: Event, version: str | None = None, reason: str = "") -> None:
         """Let ``event`` happen to a server; ``reason`` goes to the log."""
         with self._lock:
-            self._set(url, transition(self.health[url], event, current=self.current, version=version), reason or event.value)
+            before = self.health[url]
+            strayed = event is Event.ANSWERED and before.version not in (None, version) and version != self.current
+            if strayed:
+                reason = (
+                    f"went from weights {before.version!r} to {version!r}, which this run has not given it now: it was restarted, or "
+                    "something else updates it"
+                )
+            elif event is Event.ANSWERED and self.current not in (None, version):
+                reason = reason or f"holds weights {version!r}, not {self.current!r}"
+            self.reasons[url] = reason or event.value
+            self._set(url, transition(before, event, current=self.current, version=version), self.reasons[url], strayed)
+
+    def doubt(self, reason: str) -> None:
+        """One of these servers may have failed, nobody knows which: those that serve are suspect until they have answered again."""
+        with self._lock:
+            for url in self.with_status(Status.SERVING):
+                self._set(url, Health(Status.SUSPECT, 0, self.health[url].version), reason)
 
     def expect(self, version: str | None) -> None:
         """From now on ``version`` counts: a server that serves another is stale."""
@@ -119,9 +138,10 @@ class ServerPool:
         with self._lock:
             self._in_flight[url] -= 1
 
-    def _set(self, url: str, after: Health, reason: str) -> None:
+    def _set(self, url: str, after: Health, reason: str, strayed: bool = False) -> None:
         before, self.health[url] = self.health[url], after
-        if after.status is before.status or (before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING):
+        expected = after.status is before.status or (before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING)
+        if expected and not strayed:
             return
-        level = logging.INFO if after.status is Status.SERVING else logging.WARNING
+        level = logging.INFO if after.status is Status.SERVING and not strayed else logging.WARNING
         logger.log(level, "rollout server %s: %s -> %s (%s)", url, before.status.value, after.status.value, reason)

@@ -24,17 +24,31 @@ from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import RolloutClient, RolloutError
 from dasd_megatron.rollout.collector import Batch, Collector
+from dasd_megatron.rollout.discovery import (
+    DiscoveryError,
+    WrongModelError,
+    check_log_probs,
+    check_models,
+    check_updated,
+    find_servers,
+    probe_log_probs,
+)
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
+from dasd_megatron.training.batching import make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
+from dasd_megatron.training.passes import score
 from dasd_megatron.training.prepare import RunPaths
+from dasd_megatron.training.warm_start import micro_batch_layout
 from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
 from dasd_megatron.verify.grader import Grader, GraderError
 
 T = TypeVar("T")
+
+PROBE_TOKENS = 32
 
 
 class RolloutFailure(RuntimeError):
@@ -72,7 +86,8 @@ class RolloutPlane:
     ) -> None:
         self.config, self.paths = config, paths
         self.server: LocalServer | None = None
-        self.urls: list[str] = list(config.rollout.servers)
+        rank0 = dist.get_rank() == 0
+        self.urls: list[str] = on_selected_rank(rank0, lambda: find_servers(config.rollout), (DiscoveryError,)) or []
         self.pool = ServerPool(self.urls)
         self.restarts = 0
         self.weight_version: str | None = None
@@ -80,8 +95,9 @@ class RolloutPlane:
         """The version on disk, from which a server is started."""
         self.sync: DistributedSync | None = None
         self._state = state
+        self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
-        if dist.get_rank() == 0 and config.rollout.replay is None:
+        if rank0 and config.rollout.replay is None:
             self.collector = Collector(config, problems, renderer, grader, tokenizer, vocab_size, state)
 
     def __enter__(self) -> RolloutPlane:
@@ -109,9 +125,10 @@ class RolloutPlane:
         first = self.weight_version is None
         self.weight_version, self._policy = version_name(step), (model, template_dir)
         own = self.config.rollout.engine != "external"
+        checks = first and not own
+        if checks:
+            self._on_rank0_or_stop(lambda: self._look_at_servers(model))
         if self.collector is not None:
-            if first and not own:
-                self._release()
             self.collector.before_sync()
         self.pool.expect(self.weight_version)
         if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
@@ -120,19 +137,49 @@ class RolloutPlane:
             self._with_restarts(self._serve_current)
         else:
             self._with_restarts(lambda: None, fresh=False)
+        if checks:
+            self._check_served(model)
         if self.collector is not None:
             if first:
                 self.collector.connect(self._client())
             self.collector.after_sync(step)
 
-    def _release(self) -> None:
-        """A trainer that ended in the middle of an update may have left servers suspended."""
+    def _on_rank0_or_stop(self, work: Callable[[], T]) -> T | None:
+        """``work`` on rank 0; servers of another model stop the run on every rank."""
+        try:
+            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError))
+        except PeerError as error:
+            raise RolloutFailure(str(error)) from error
 
-        async def go_on() -> None:
-            async with make_client(dataclasses.replace(self.config.rollout, request_timeout_seconds=10.0), self.urls, self.pool) as client:
+    def _look_at_servers(self, model: ShardedModel) -> None:
+        """Before others' servers get weights: do they serve this model? A trainer that ended in an update may have left them suspended."""
+
+        async def look() -> None:
+            rollout = self.config.rollout
+            async with make_client(dataclasses.replace(rollout, request_timeout_seconds=10.0), self.urls, self.pool) as client:
+                # The others may come later: each step asks.
+                await client.wait_until_healthy(rollout.startup_timeout_seconds, one_is_enough=True)
+                await check_models(client, model.bridge.hf_config)
                 await client.continue_generation()
 
-        asyncio.run(go_on())
+        asyncio.run(look())
+
+    def _check_served(self, model: ShardedModel) -> None:
+        """After others' servers got weights for the first time: have they taken them, and do they compute the same with them?"""
+        limit = self.config.rollout.max_log_prob_diff
+        ids = self._probe_ids
+        # Interleaved pipelining wants several.
+        copies = self.config.parallel.pipeline_model_parallel_size
+        batches = make_micro_batches([ids[:1]] * copies, [ids[1:]] * copies, **micro_batch_layout(self.config))
+        expected = score(model, batches, self.config.loss, temperature=1.0).log_prob[: len(ids) - 1].tolist()
+
+        async def check() -> None:
+            async with self._client() as client:
+                await check_updated(client)
+                if limit is not None:
+                    check_log_probs(await probe_log_probs(client, ids), expected, limit)
+
+        self._on_rank0_or_stop(lambda: asyncio.run(check()))
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy

@@ -1,4 +1,4 @@
-"""Where the tests find real SGLang, and a proxy that makes servers fail."""
+"""Where the tests find real SGLang and its router, and a proxy that makes servers fail."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import subprocess
 import threading
 import time
 import urllib.error
@@ -25,6 +26,14 @@ def sglang_python() -> str:
     if not path.is_file():
         pytest.skip(f"no SGLang: {path} is missing (make sglang-cpu builds it; SGLANG_PYTHON names another)")
     return str(path)
+
+
+def router_python() -> str:
+    """The interpreter of SGLang's environment where that has sglang-router too; a test that needs it is skipped where it has not."""
+    python = sglang_python()
+    if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, timeout=60).returncode:
+        pytest.skip(f"no sglang-router: {python} does not have it (make sglang-cpu installs it; SGLANG_PYTHON names another)")
+    return python
 
 
 class FaultyProxy:

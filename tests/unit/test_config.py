@@ -46,6 +46,15 @@ REFUSED = [
     ),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
     (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
+    (["rollout=external", "rollout.nodes=a"], ["rollout.port=0", "rollout.port=30000"]),
+    (["rollout=external", "rollout.nodes=a", "rollout.port=65530", "rollout.servers_per_node=7"], ["rollout.port=65530", "7 ports"]),
+    (["rollout=external", "rollout.nodes='-v'", "rollout.port=30000"], ["rollout.nodes='-v'", "gpu[01-04,07]"]),
+    (["rollout=external", "rollout.nodes=''"], ["rollout.nodes"]),
+    (["rollout=external", "rollout.nodes=${oc.env:NOT_SET}", "rollout.port=30000"], ["rollout.nodes", "NOT_SET"]),
+    (["rollout=external", "rollout.servers=[http://a:1]", "rollout.servers_per_node=2"], ["rollout.servers_per_node=2", "rollout.nodes"]),
+    (["rollout=external", "rollout.router=a:1"], ["rollout.router", "a:1", "http://"]),
+    (["rollout=external", "rollout.router=http://a:1", "rollout.servers=[http://b:1]"], ["rollout.servers and rollout.router"]),
+    (["rollout.router=http://a:1"], ["rollout.router", "rollout.engine=external"]),
     (["rollout.top_k=0"], ["rollout.top_k=0", "-1"]),
     (["backend.timeout_seconds=10"], ["backend.timeout_seconds", "rollout.step_timeout_seconds"]),
     (["backend.transformer_impl=transformer_engine"], ["transformer_impl", "cuda"]),
@@ -93,6 +102,12 @@ def test_refusals_name_the_field_and_the_fix(overrides: list[str], named: list[s
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+def test_the_nodes_of_a_job_are_read_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST_HET_GROUP_1", "gpu[01-04,07]")
+    nodes = ["rollout.nodes=${oc.env:SLURM_JOB_NODELIST_HET_GROUP_1}", "rollout.port=30000"]
+    assert load_config([QUICK, "rollout=external", *nodes]).rollout.nodes == "gpu[01-04,07]"
 
 
 def test_required_fields_are_asked_for() -> None:

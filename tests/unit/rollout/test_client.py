@@ -31,7 +31,9 @@ def row(prompt, seed, version=VERSION, reason="stop"):
 
 
 def sound(body):
-    return [row(prompt, params["sampling_seed"]) for prompt, params in zip(body["input_ids"], body["sampling_params"], strict=True)]
+    rows, params = body["input_ids"], body["sampling_params"]
+    params = [params] * len(rows) if isinstance(params, dict) else params
+    return [row(prompt, one["sampling_seed"]) for prompt, one in zip(rows, params, strict=True)]
 
 
 class FakeServer:
@@ -515,3 +517,43 @@ async def test_waiting_for_health_ends():
             await c.wait_until_healthy(0.3)
         asyncio.get_running_loop().call_later(0.2, server.replies.clear)
         await c.wait_until_healthy(5.0)
+
+
+async def test_through_a_router_go_single_rows_and_nothing_else():
+    router, servers = FakeServer(), [FakeServer(), FakeServer()]
+    async with router.serve() as r, servers[0].serve() as a, servers[1].serve() as b, client(a, b, router=r) as c:
+        completions = await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=3)
+        await c.pause_generation()
+        await c.continue_generation()
+    assert [c.output_ids for c in completions] == EXPECTED
+    assert sorted(body["input_ids"] for _, _, body in router.requests) == [[prompt] for prompt in PROMPTS]
+    assert {path for _, path, _ in router.requests} == {"/generate"} and router.most_running <= 4
+    assert sorted(body["sampling_params"]["sampling_seed"] for _, _, body in router.requests) == list(range(100, 110))  # not in a list
+    for server in servers:
+        assert [path for _, path, _ in server.requests] == ["/pause_generation", "/continue_generation"]
+
+
+async def test_a_failure_behind_a_router_makes_every_server_suspect():
+    """Nobody knows which it was: a probe finds out."""
+    old = (200, [row([1], 1, version="6")])
+    router, servers = FakeServer([old, (500, {}), old]), [FakeServer(), FakeServer()]
+    for server, version in zip(servers, ("6", VERSION), strict=True):
+        server.replies["/model_info"] = (200, {"weight_version": version})
+    async with router.serve() as r, servers[0].serve() as a, servers[1].serve() as b, client(a, b, router=r) as c:
+        c.pool.expect(VERSION)
+        for url in (a, b):
+            c.pool.record(url, Event.ANSWERED, VERSION)
+        with pytest.raises(WeightVersionError, match=f"{r}: expected weight version '7'.*under '6'.*3 tries"):
+            await c.generate(PROMPTS[:1], PARAMS[:1], weight_version=VERSION, rows_per_request=1)
+        assert c.pool.with_status(Status.SUSPECT) == [a, b]
+        assert await c.probe([a, b]) == []
+        assert (c.pool.health[a].status, c.pool.health[b].status) == (Status.STALE, Status.SERVING)
+
+
+async def test_a_router_heeds_the_limits_of_a_request():
+    router = FakeServer(["hang"])
+    async with router.serve() as r, client("http://127.0.0.1:9", router=r, request_timeout=0.2) as c:
+        (completion,) = await c.generate(PROMPTS[:1], PARAMS[:1], weight_version=VERSION, rows_per_request=1)
+    assert completion.output_ids == EXPECTED[0]
+    with pytest.raises(ValueError, match="must start with http"):
+        client("http://a:1", router="a:2")

@@ -124,3 +124,47 @@ def test_changes_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
         f"rollout server {A}: suspect -> dead (refused)",
         f"rollout server {A}: dead -> serving (answered)",
     ]
+
+
+def test_weights_that_change_without_an_update_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    servers = ServerPool([A])
+    servers.expect("v1")
+    servers.record(A, Event.ANSWERED, "v1")
+    servers.expect("v2")
+    servers.record(A, Event.ANSWERED, "v2")
+    assert not caplog.records
+    servers.record(A, Event.ANSWERED, "v1")
+    assert servers.health[A].status is Status.STALE and servers.choose() is None
+    servers.record(A, Event.ANSWERED, "v0")  # stale already, and older still
+    servers.record(A, Event.ANSWERED, "v0")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"rollout server {A}: serving -> stale (went from weights 'v2' to 'v1', which this run has not given it now: it was restarted, or "
+        "something else updates it)",
+        f"rollout server {A}: stale -> stale (went from weights 'v1' to 'v0', which this run has not given it now: it was restarted, or "
+        "something else updates it)",
+    ]
+    servers.record(A, Event.ANSWERED, "v2")
+    assert servers.health[A].status is Status.SERVING
+
+
+def test_weights_that_change_where_any_counts_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    servers = ServerPool([A])
+    servers.record(A, Event.ANSWERED, "a")
+    servers.record(A, Event.ANSWERED, "b")
+    assert servers.health[A].status is Status.SERVING
+    assert ["from weights 'a' to 'b'" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_doubt_spares_no_server_and_kills_none() -> None:
+    servers = pool(b=Status.STALE, c=Status.DEAD)
+    for _ in range(DEAD_AFTER + 1):
+        servers.doubt("the router failed")
+        assert [servers.health[url].status for url in (A, B, C)] == [Status.SUSPECT, Status.STALE, Status.DEAD]
+    servers.record(A, Event.ANSWERED, "v")
+    assert servers.with_status(Status.SERVING) == [A]
+
+
+def test_the_last_reason_is_kept() -> None:
+    servers = ServerPool([A])
+    servers.record(A, Event.UPDATE_FAILED, reason="other shapes")
+    assert servers.reasons == {A: "other shapes"}

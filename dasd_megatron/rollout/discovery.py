@@ -1,0 +1,234 @@
+"""Which servers a run with ``rollout.engine=external`` uses, and whether they serve its model.
+
+Their addresses come from the configuration, from a Slurm host list or from a router. A server of another model is refused before the first
+step: by what it says of itself (:func:`check_models`), by the weights that it does not take (:func:`check_updated`), and by the log-probs
+that it gives to a prompt under the run's weights (:func:`check_log_probs`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import PretrainedConfig
+
+from dasd_megatron.config import RolloutConfig
+from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutError
+from dasd_megatron.rollout.pool import Event, Status
+
+SCONTROL_SECONDS = 30.0
+POLL_SECONDS = 0.5
+_HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Of config.json: what the shapes of the weights and the result of a forward pass depend on.
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+)
+_FIX = "start it with the model of the run, or leave it out"
+
+
+class DiscoveryError(RuntimeError):
+    """The servers of the run cannot be found out. The message is one line that says why and what to do."""
+
+
+class WrongModelError(RuntimeError):
+    """A server does not serve the model of the run. The message names it, what differs and what to do."""
+
+
+def find_servers(rollout: RolloutConfig) -> list[str]:
+    """Base addresses of the servers that ``rollout.servers``, ``rollout.nodes`` or ``rollout.router`` name; none where all are unset.
+
+    Raises :class:`DiscoveryError`, for a router that lists no server at the latest after ``rollout.startup_timeout_seconds``.
+    """
+    if rollout.nodes:
+        return node_servers(expand_host_list(rollout.nodes), rollout.port, rollout.servers_per_node)
+    if rollout.router:
+        return router_servers(rollout.router, rollout.startup_timeout_seconds)
+    return list(rollout.servers)
+
+
+def expand_host_list(hosts: str) -> list[str]:
+    """The host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises :class:`DiscoveryError`."""
+    command = shutil.which("scontrol")
+    if command is None:
+        raise DiscoveryError(
+            f"rollout.nodes={hosts}: there is no scontrol here to expand it; start the trainer where Slurm's commands are, or name the "
+            "servers one by one in rollout.servers"
+        )
+    try:
+        done = subprocess.run([command, "show", "hostnames", hosts], capture_output=True, text=True, timeout=SCONTROL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        what = f"no answer within {SCONTROL_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        raise DiscoveryError(
+            f"rollout.nodes={hosts}: scontrol show hostnames failed ({what}); name the servers in rollout.servers"
+        ) from error
+    names = done.stdout.split("\n")[:-1]
+    # It ends with status 0 for what it cannot read, and takes "gpu[01-04" for the host "gpu]".
+    if done.returncode or not names or not all(map(_HOST_NAME.fullmatch, names)):
+        said = " ".join(f"{done.stderr} {done.stdout}".split())[:300] or "nothing"
+        raise DiscoveryError(
+            f"rollout.nodes={hosts}: scontrol show hostnames ended with status {done.returncode} and said {said!r}; write a Slurm host "
+            "list like gpu[01-04,07]"
+        )
+    if len(set(names)) < len(names):
+        raise DiscoveryError(f"rollout.nodes={hosts} names one node twice: name each once")
+    return names
+
+
+def node_servers(nodes: Sequence[str], first_port: int, servers_per_node: int) -> list[str]:
+    """Addresses of ``servers_per_node`` servers on each node, at consecutive ports."""
+    return [f"http://{node}:{first_port + index}" for node in nodes for index in range(servers_per_node)]
+
+
+def router_servers(router: str, timeout_seconds: float) -> list[str]:
+    """Addresses of the servers that the sglang-router at ``router`` lists, sorted, once there is one.
+
+    It lists those alone that have answered it: start it when they are up (``dasd router`` waits for them). Raises :class:`DiscoveryError`,
+    at once where ``router`` is no router.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    with httpx.Client(timeout=10.0, trust_env=False) as http:
+        while True:
+            try:
+                response = http.get(f"{router}/workers")
+            except httpx.HTTPError as error:
+                waiting_for = f"it does not answer ({type(error).__name__}: {error})"
+            else:
+                found = _listed(router, response)
+                if found:
+                    return found
+                waiting_for = "it lists no server"
+            if time.monotonic() + POLL_SECONDS >= deadline:
+                raise DiscoveryError(
+                    f"rollout.router={router}: {waiting_for} within rollout.startup_timeout_seconds={timeout_seconds:g}; start the "
+                    "servers, then the router (dasd router), and look at its log"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def _listed(router: str, response: httpx.Response) -> list[str]:
+    try:
+        workers = response.json()["workers"]
+        # With --dp-aware it lists the replicas of a server one by one, as address@rank.
+        urls = sorted({re.sub(r"@\d+$", "", worker["url"]).rstrip("/") for worker in workers})
+    except (ValueError, KeyError, TypeError) as error:
+        raise DiscoveryError(
+            f"rollout.router={router}: /workers answered {response.status_code} and no list of servers, so this is no sglang-router; give "
+            "a router's address, or write the servers' own in rollout.servers"
+        ) from error
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise DiscoveryError(f"rollout.router={router} lists {url}, which takes no HTTP: start that server without gRPC")
+    return urls
+
+
+async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> None:
+    """Compare what every server that answers says of its model with the model of the run, before it is given weights.
+
+    Both engines name the architecture, the embedded one the vocabulary size too. The rest stands in the ``config.json`` of the directory
+    that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23 goes down when it is given weights
+    of other shapes from disk.
+
+    Raises :class:`WrongModelError`, and RolloutError where no server answers.
+    """
+    wrong = []
+    for url, info in (await client.descriptions()).items():
+        differences = _differences(info, hf_config)
+        if differences:
+            wrong.append(f"{url} serves another model ({info.get('model_path')}): {', '.join(differences)}")
+    if wrong:
+        raise WrongModelError(f"{'; '.join(wrong)}; {_FIX}")
+
+
+def _differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[str]:
+    if info.get("is_generation") is False:
+        return ["it does not generate text"]
+    said = {name: info.get(name) for name in ("architectures", "model_type", "vocab_size")}
+    path = Path(str(info.get("model_path")))
+    # A relative path is one of the server's working directory.
+    stored = _read_config(path) if path.is_absolute() else {}
+    expected = {name: getattr(hf_config, name, None) for name in ("architectures", *_ARCHITECTURE)}
+    found = {name: stored.get(name) for name in _ARCHITECTURE} | {name: value for name, value in said.items() if value is not None}
+    return [
+        f"{name} is {found[name]!r} there and {expected[name]!r} in the run"
+        for name in expected
+        if found.get(name) is not None and expected[name] is not None and found[name] != expected[name]
+    ]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a directory, nothing where this machine does not have it: the server may be on another one."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+async def check_updated(client: RolloutClient) -> None:
+    """After the first weight sync: refuse a server that answers and has not taken the weights, with what it said then.
+
+    Servers that do not answer are the pool's business. Raises :class:`WrongModelError`.
+    """
+    pool = client.pool
+    without = {url: pool.reasons.get(url, "") for url in client.urls if pool.health[url].status is not Status.SERVING}
+    gone = set(await client.probe(list(without)))
+    wrong = [f"{url} has not taken the run's weights: {reason}" for url, reason in without.items() if url not in gone]
+    if wrong:
+        raise WrongModelError(f"{'; '.join(wrong)}; {_FIX}")
+
+
+async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> dict[str, list[float]]:
+    """Each serving server's log-probs of the prompt ``input_ids``, by address: natural, before temperature, of every token but the first.
+
+    A server that fails is left out, and the pool hears of it. Raises RequestRefusedError with the words of a server that refuses the
+    prompt, which one with a smaller vocabulary does.
+    """
+    found = {}
+
+    async def one(url: str) -> None:
+        try:
+            found[url] = await client.prompt_log_probs(url, input_ids)
+        except RequestRefusedError:
+            raise
+        except RolloutError as error:
+            client.pool.record(url, Event.FAILED, reason=error.what)
+
+    await asyncio.gather(*map(one, client.pool.with_status(Status.SERVING)))
+    return found
+
+
+def check_log_probs(found: Mapping[str, Sequence[float]], expected: Sequence[float], tolerance: float) -> None:
+    """Compare the result of :func:`probe_log_probs` with the trainer's own log-probs of the same tokens.
+
+    tolerance: largest mean difference, nats a token. Raises :class:`WrongModelError`.
+    """
+    wrong = []
+    for url, log_probs in found.items():
+        difference = sum(abs(a - b) for a, b in zip(log_probs, expected, strict=True)) / len(expected)
+        # Negated, so that nan is refused.
+        if not difference <= tolerance:
+            wrong.append(
+                f"{url} gives a prompt other log-probs than the trainer does, by {difference:.3g} nats a token (limit {tolerance:g})"
+            )
+    if wrong:
+        raise WrongModelError(
+            f"{'; '.join(wrong)}: under the same weights it computes another model, with other layers, heads or rotary embedding; {_FIX}"
+        )
