@@ -19,7 +19,7 @@ from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import RolloutClient, RolloutError
+from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutError
 from dasd_megatron.rollout.generation import generate, make_client, make_samples, sampling_seed
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
@@ -27,7 +27,7 @@ from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rol
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, broadcast_in_replica, is_replica_source, on_selected_rank
 from dasd_megatron.training.prepare import RunPaths
-from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
+from dasd_megatron.training.weight_sync import WeightSync, WeightSyncError, make_sync, send_weights, verify_weights
 from dasd_megatron.verify.grader import Grader, GraderError
 from dasd_megatron.verify.reward import RewardError
 
@@ -72,7 +72,9 @@ class RolloutPlane:
         self.weight_version: str | None = None
         self.launched_version: str | None = None
         """The version on disk, from which a server is started."""
-        self.sync: DistributedSync | None = None
+        self.sync: WeightSync | None = None
+        self.released: set[MemoryTag] = set()
+        """What the servers have given back; on global rank 0."""
 
     def __enter__(self) -> RolloutPlane:
         return self
@@ -96,6 +98,7 @@ class RolloutPlane:
             return
         self.weight_version, self._policy = version, (model, template_dir)
         own = self.config.rollout.engine != "external"
+        self._take_back("weights")
         if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
             self._export(version)
             self.launched_version = version
@@ -104,8 +107,47 @@ class RolloutPlane:
         else:
             self.pool.expect(version)
             self._with_restarts(False, lambda: None, fresh=False)
+        self._take_back("kv_cache")
+        self._verify(model)
         # What rank 0 has learned of the servers.
         self.urls, self.pool = broadcast_from_rank0((self.urls, self.pool))
+
+    def _release(self) -> None:
+        """The servers' memory is the trainer's until the next sync; every replica has its rollouts."""
+
+        def work() -> None:
+            asyncio.run(self._client_call("release_memory_occupation", ["weights", "kv_cache"]))
+            self.released = {"weights", "kv_cache"}
+
+        self._with_restarts(dist.get_rank() == 0, work)
+
+    def _take_back(self, tag: MemoryTag) -> None:
+        def work() -> None:
+            # Not after a restart: SGLang ends when it is asked for what is not released.
+            if tag in self.released:
+                asyncio.run(self._client_call("resume_memory_occupation", [tag]))
+                self.released.discard(tag)
+
+        if self.config.rollout.release_memory:
+            self._with_restarts(dist.get_rank() == 0, work)
+
+    async def _client_call(self, name: str, tags: list[MemoryTag]) -> None:
+        async with self._client() as client:
+            await getattr(client, name)(tags)
+
+    def _verify(self, model: ShardedModel) -> None:
+        if not self.config.rollout.verify_weights:
+            return
+        error = verify_weights(model, self.config.rollout, self.pool.with_status(Status.SERVING), self.pool, self.weight_version)
+
+        def report() -> None:
+            if error is not None:
+                raise error
+
+        try:
+            on_selected_rank(dist.get_rank() == 0, report, (WeightSyncError,))
+        except PeerError as error:
+            raise RolloutFailure(str(error)) from error
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy
@@ -132,6 +174,7 @@ class RolloutPlane:
     def _serves_alone(self, version: str) -> None:
         """The trainer's own server is up, with the weights ``version``."""
         self.urls = [self.server.url]
+        self.released = set()
         self.pool = ServerPool(self.urls)
         self.pool.expect(self.weight_version)
         self.pool.record(self.server.url, Event.ANSWERED, version)
@@ -169,7 +212,7 @@ class RolloutPlane:
         sizes = asyncio.run(self._sizes(able))
         if self.sync is not None:
             self.sync.close()
-        self.sync = DistributedSync(self.config.rollout, [url for url in able if url in sizes], sizes, self.pool)
+        self.sync = make_sync(self.config.rollout, [url for url in able if url in sizes], sizes, self.pool)
 
     async def _sizes(self, urls: list[str]) -> dict[str, int]:
         async with make_client(self.config.rollout, urls, self.pool) as client:
@@ -260,6 +303,8 @@ class RolloutPlane:
             graded = self._with_restarts(is_replica_source(), lambda: self._generated(step, problems, groups))
             if self.config.verify.reward is not None:
                 self._raise_everywhere(graded)
+            if self.config.rollout.release_memory:
+                self._release()
         return broadcast_in_replica(graded)
 
     def _raise_everywhere(self, graded: tuple[list[Sample], float] | RewardError | None) -> None:
