@@ -1,5 +1,6 @@
-"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group with several bucket sizes, next to
-a bare gloo broadcast of the same bytes between two processes; and the memory that the trainer needs beyond its own.
+"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group and out of shared memory with
+several bucket sizes, next to a bare gloo broadcast of the same bytes between two processes; and the memory that the trainer needs beyond
+its own, shared memory included.
 
     python benchmarks/weight_sync.py --model models/smollm2                      # the embedded server
     python benchmarks/weight_sync.py --model models/smollm2 --engine sglang      # real SGLang on the CPU
@@ -109,7 +110,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
     from dasd_megatron.rollout.pool import ServerPool
     from dasd_megatron.training import parallel
     from dasd_megatron.training.export import export_model
-    from dasd_megatron.training.weight_sync import DistributedSync, send_weights
+    from dasd_megatron.training.weight_sync import WeightSync, make_sync, send_weights
 
     parallel.initialize(config)
     model = build_model(config, options.model)
@@ -130,6 +131,12 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
         print(way, f"{seconds:.2f} s", file=sys.stderr, flush=True)
 
     report("bare gloo broadcast", bare_broadcast(size, options.rounds), None)
+
+    def gather() -> None:
+        for _ in model.bridge.export_weights(model.chunks):
+            pass
+
+    report("gathering alone", _seconds(gather, options.rounds), None)
     with LocalServer(options.model, "start", config.rollout, folder / "server.log") as server:
         count = 0
 
@@ -146,20 +153,21 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
             asyncio.run(update())
 
         report("disk", _seconds(by_disk, options.rounds), peak_bytes(by_disk))
-        for bucket in options.buckets:
-            rollout = dataclasses.replace(config.rollout, weight_sync="distributed", weight_bucket_bytes=bucket * MEGABYTE)
-            sync = DistributedSync(rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
+        for way, kind in (("process group", "distributed"), ("shared memory", "tensor")):
+            for bucket in options.buckets:
+                rollout = dataclasses.replace(config.rollout, weight_sync=kind, weight_bucket_bytes=bucket * MEGABYTE)
+                sync = make_sync(rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
 
-            def by_group(sync: DistributedSync = sync, bucket: int = bucket) -> None:
-                nonlocal count
-                count += 1
-                failure = send_weights(model, sync, f"group-{count}", bucket_size=bucket * MEGABYTE)
-                if failure is not None:
-                    raise failure
+                def send(sync: WeightSync = sync, bucket: int = bucket) -> None:
+                    nonlocal count
+                    count += 1
+                    failure = send_weights(model, sync, f"sent-{count}", bucket_size=bucket * MEGABYTE)
+                    if failure is not None:
+                        raise failure
 
-            extra = peak_bytes(by_group)
-            report(f"process group, {bucket} MiB buckets", _seconds(by_group, options.rounds), extra)
-            sync.close()
+                extra = peak_bytes(send)
+                report(f"{way}, {bucket} MiB buckets", _seconds(send, options.rounds), extra)
+                sync.close()
     return rows, size
 
 

@@ -8,14 +8,17 @@ instead.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import ipaddress
 import math
 import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -277,13 +280,24 @@ class RolloutConfig:
     )
     weight_sync: str = _doc(
         "disk",
-        "disk: a Hugging Face directory that trainer and servers share; distributed: broadcast over a process group of trainer and servers",
+        "disk: a Hugging Face directory that trainer and servers share; distributed: broadcast over a process group of trainer and "
+        "servers; tensor: memory that trainer and servers share, on one machine",
     )
     weight_bucket_bytes: int = _doc(
-        512 * 2**20, "weight_sync=distributed only: bytes sent at once; two buckets are in memory, one travels while the next is gathered"
+        512 * 2**20,
+        "weight_sync=distributed and tensor: bytes sent at once; two buckets are in memory, one travels while the next is gathered",
     )
     weight_sync_timeout_seconds: float = _doc(
-        300.0, "weight_sync=distributed only: limit of each request, broadcast and start of the group"
+        300.0, "weight_sync=distributed and tensor, and verify_weights: limit of each request, broadcast and start of the group"
+    )
+    verify_weights: int = _doc(
+        0,
+        "parameters, other ones each time, whose checksums on the servers are compared with the trainer's after every weight sync; 0: none",
+    )
+    release_memory: bool = _doc(
+        False,
+        "servers on the trainer's machine give the memory of weights and key-value cache back while the trainer computes; external ones "
+        "have to run with --enable-memory-saver",
     )
     max_log_prob_diff: float | None = _doc(
         1.0,
@@ -516,7 +530,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.engine": ("embedded", "sglang", "external"),
     "rollout.sglang.backend": ("cuda", "cpu"),
     "rollout.unfinished": ("finish", "abort", "retract"),
-    "rollout.weight_sync": ("disk", "distributed"),
+    "rollout.weight_sync": ("disk", "distributed", "tensor"),
     "rollout.dtype": ("float32", "bfloat16"),
 }
 
@@ -587,6 +601,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "rollout.weight_bucket_bytes": (1, None),
     "rollout.max_log_prob_diff": (0, None),
     "rollout.weight_sync_timeout_seconds": (0.1, None),
+    "rollout.verify_weights": (0, None),
     "rollout.connect_timeout_seconds": (0.1, None),
     "rollout.request_timeout_seconds": (0.1, None),
     "rollout.step_timeout_seconds": (1, None),
@@ -726,22 +741,13 @@ def validate(config: Config) -> None:
             "rollout.unfinished=abort has nothing to break off when a step waits for every prompt it starts: write rollout.over_sampling "
             "above 1, or unfinished=finish"
         )
-    if rollout.weight_sync == "distributed" and rollout.replay is None:
-        if rollout.engine == "embedded" and config.backend.kind == "cuda":
-            raise ConfigError(
-                "rollout.weight_sync=distributed over NCCL needs servers on GPUs: write rollout.engine=sglang or external, or disk"
-            )
-        if rollout.engine == "sglang" and rollout.sglang.data_parallel_size > 1:
-            raise ConfigError(
-                "rollout.weight_sync=distributed does not reach the replicas behind rollout.sglang.data_parallel_size="
-                f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
-            )
-        if config.backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
-            raise ConfigError(
-                "backend.timeout_seconds must exceed four times rollout.weight_sync_timeout_seconds="
-                f"{rollout.weight_sync_timeout_seconds:g}, since other ranks wait while a group is made and a server found to be gone: "
-                "raise the one or lower the other"
-            )
+    if rollout.release_memory and rollout.max_staleness:
+        raise ConfigError(
+            "rollout.release_memory=true leaves nothing to sample ahead with, as rollout.max_staleness="
+            f"{rollout.max_staleness} wants: write 0"
+        )
+    if rollout.replay is None:
+        _check_weight_sync(config)
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
@@ -808,6 +814,53 @@ def check_servers(rollout: RolloutConfig) -> None:
         )
     if rollout.servers_per_node > 1 and not rollout.nodes:
         raise ConfigError(f"rollout.servers_per_node={rollout.servers_per_node} is for rollout.nodes: set these, or leave it out")
+
+
+def _check_weight_sync(config: Config) -> None:
+    """Cross-checks of how servers get their weights; see :class:`ConfigError`."""
+    rollout, way = config.rollout, config.rollout.weight_sync
+    far = [server for server in rollout.servers if not _is_loopback(server)] + [one for one in (rollout.nodes, rollout.router) if one]
+    if way == "tensor" and far:
+        raise ConfigError(
+            f"rollout.weight_sync=tensor needs servers on the trainer's machine, not {far[0]}: give rollout.servers like "
+            "http://127.0.0.1:30000, or write distributed"
+        )
+    if rollout.release_memory and far:
+        raise ConfigError(f"rollout.release_memory=true is for servers on the trainer's machine, not {far[0]}: write false")
+    on_gpu = config.backend.kind == "cuda"
+    if way != "disk":
+        if rollout.engine == "embedded" and on_gpu:
+            what = "over NCCL" if way == "distributed" else "out of GPU memory"
+            raise ConfigError(f"rollout.weight_sync={way} {what} needs servers on GPUs: write rollout.engine=sglang or external, or disk")
+        if way == "tensor" and rollout.engine == "sglang" and on_gpu != (rollout.sglang.backend == "cuda"):
+            raise ConfigError(
+                f"rollout.weight_sync=tensor shares memory of one kind: backend.kind={config.backend.kind} needs rollout.sglang.backend="
+                f"{config.backend.kind}, or write disk"
+            )
+        if rollout.engine == "sglang" and rollout.sglang.data_parallel_size > 1:
+            raise ConfigError(
+                f"rollout.weight_sync={way} does not reach the replicas behind rollout.sglang.data_parallel_size="
+                f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
+            )
+    if (way != "disk" or rollout.verify_weights) and config.backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
+        raise ConfigError(
+            "backend.timeout_seconds must exceed four times rollout.weight_sync_timeout_seconds="
+            f"{rollout.weight_sync_timeout_seconds:g}, since other ranks wait while a group is made and a server found to be gone: "
+            "raise the one or lower the other"
+        )
+    sglang = rollout.sglang
+    if rollout.verify_weights and rollout.engine == "sglang" and (sglang.quantization or sglang.tensor_parallel_size > 1):
+        raise ConfigError(
+            "rollout.verify_weights compares whole tensors of the trainer's own values: write 0, or rollout.sglang.quantization=null "
+            "and rollout.sglang.tensor_parallel_size=1"
+        )
+
+
+def _is_loopback(server: str) -> bool:
+    host = urlsplit(server).hostname or ""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def check_paths(config: Config) -> None:

@@ -7,21 +7,85 @@ and treats every RoPE scaling as linear. :func:`make_bridge` returns the archite
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
+from megatron.core.utils import unwrap_model
 from transformers import PretrainedConfig
 
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
 
 
+@dataclass(frozen=True)
+class ExportEntry:
+    """One Megatron parameter: its pipeline stage, chunk and name there; its name in the whole model; its shard's shape and dtype, and the
+    dimension that tensor-parallel ranks share, None where each has all of it."""
+
+    stage: int
+    chunk: int
+    local_name: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    partition_dim: int | None
+
+
 class _Corrections:
     """Mixed in before an mbridge class; set up by :func:`make_bridge`."""
+
+    _plan: list[ExportEntry] | None = None
+
+    def export_plan(self, chunks: list[torch.nn.Module]) -> list[ExportEntry]:
+        """Every parameter of the model, in the order of :meth:`export_weights`, the same on all ranks.
+
+        Kept: mbridge asks other ranks about each tensor anew, which takes longer than the tensors themselves. The first call gathers
+        objects over the pipeline ranks.
+        """
+        if self._plan is None:
+            mine = []
+            for index, model in enumerate(unwrap_model(chunk) for chunk in chunks):
+                names = self._weight_name_mapping_mcore_local_to_global(model, consider_ep=False)
+                for name, parameter in model.named_parameters():
+                    dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+                    place = (self.mpu.pp_rank, index, name, names[name])
+                    mine.append(ExportEntry(*place, tuple(parameter.shape), parameter.dtype, dim))
+            stages: list[list[ExportEntry]] = [[] for _ in range(self.mpu.pp_size)]
+            dist.all_gather_object(stages, mine, group=self.mpu.pp_group)
+            self._plan = [entry for stage in stages for entry in stage]
+        return self._plan
+
+    @torch.no_grad()
+    def export_weights(self, chunks: list[torch.nn.Module], only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hugging Face's names and tensors, on every rank; with ``only`` those made of these parameters of the plan.
+
+        Collectives: per parameter a broadcast over the pipeline ranks and an all-gather over the tensor-parallel ranks, where there are
+        several. Tensors may be views of the parameters.
+        """
+        parameters = [dict(unwrap_model(chunk).named_parameters()) for chunk in chunks]
+        device = next(parameter.device for chunk in parameters for parameter in chunk.values())
+        for entry in self.export_plan(chunks):
+            if only is not None and entry.name not in only:
+                continue
+            if entry.stage == self.mpu.pp_rank:
+                shard = parameters[entry.chunk][entry.local_name]
+            else:
+                shard = torch.empty(entry.shape, dtype=entry.dtype, device=device)
+                if entry.partition_dim is not None:
+                    shard.tensor_model_parallel, shard.partition_dim = True, entry.partition_dim
+            if self.mpu.pp_size > 1:
+                dist.broadcast(shard.detach(), dist.get_global_rank(self.mpu.pp_group, entry.stage), group=self.mpu.pp_group)
+            whole = shard.detach()
+            if entry.partition_dim is not None and self.mpu.tp_size > 1:
+                shards = [torch.empty_like(whole) for _ in range(self.mpu.tp_size)]
+                dist.all_gather(shards, whole, group=self.mpu.tp_group)
+                whole = self._weight_merge_across_tp(entry.name, shards, shard)
+            yield from zip(*self._weight_to_hf_format(entry.name, whole), strict=True)
 
     @functools.cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ import orjson
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 T = TypeVar("T")
+MemoryTag = Literal["weights", "kv_cache"]
 
 MAX_BACKOFF_SECONDS = 30.0
 PROBE_SECONDS = 10.0
@@ -299,8 +300,8 @@ class RolloutClient:
         async def one(url: str) -> bool:
             index = self.urls.index(url)
             try:
-                # /model_info alone would be answered by a server whose engine hangs.
-                await self._call("GET", "/health", _nothing, index=index, tries=1, limit=PROBE_SECONDS)
+                # It asks the engine, which /model_info does not, and generates nothing, as SGLang's /health does: it may be paused.
+                await self._call("GET", "/server_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
                 info = await self._call("GET", "/model_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
             except RolloutError as error:
                 self.pool.record(url, Event.FAILED, reason=error.what)
@@ -405,6 +406,15 @@ class RolloutClient:
         }
         await self._everywhere("POST", "/update_weights_from_distributed", _succeeded, body=body, tries=1)
 
+    async def update_weights_from_tensor(self, payloads: Sequence[Sequence[str]]) -> None:
+        """Let every server load one bucket out of this machine's memory; answered when it has it.
+
+        payloads: for each server, in the order of ``urls``, one for each of its processes; see :func:`weight_payload.pack`. SGLang ends
+        when it gets what it cannot read.
+        """
+        bodies = [{"serialized_named_tensors": list(texts), "load_format": "flattened_bucket"} for texts in payloads]
+        await self._everywhere("POST", "/update_weights_from_tensor", _succeeded, bodies=bodies, tries=1)
+
     async def end_weight_update(self, weight_version: str) -> None:
         """Close the update on every server, name what it serves now, and check that it does.
 
@@ -442,6 +452,29 @@ class RolloutClient:
     async def flush_cache(self) -> None:
         """Drop every server's prefix cache; raises RequestRefusedError while requests are running."""
         await self._everywhere("POST", "/flush_cache", _nothing)
+
+    async def release_memory_occupation(self, tags: Sequence[MemoryTag]) -> None:
+        """Let every server give back this memory, which is then undefined; weights have to be sent again. SGLang needs
+        ``--enable-memory-saver`` to give anything back, and ends when it is asked while requests run."""
+        await self._everywhere("POST", "/release_memory_occupation", _nothing, body={"tags": list(tags)}, tries=1)
+
+    async def resume_memory_occupation(self, tags: Sequence[MemoryTag]) -> None:
+        """Let every server take this memory again, in one try: SGLang ends when it is asked for what is not released."""
+        await self._everywhere("POST", "/resume_memory_occupation", _nothing, body={"tags": list(tags)}, tries=1)
+
+    async def weight_checksums(self, skip: Sequence[str] = ()) -> list[list[dict[str, str]]]:
+        """Checksums of every server's weights, in the order of ``urls``: by its own names of tensors, for each of its processes in the
+        order of tensor-parallel ranks. ``skip``: parts of the names of tensors to leave out."""
+
+        def read(response: Answer) -> list[dict[str, str]]:
+            _succeeded(response)
+            ranks = _json_object(response).get("ranks")
+            try:
+                return [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
+            except (TypeError, KeyError, IndexError) as error:
+                raise _TryAgainError(f"{response.url.path} answered no checksums: {str(ranks)[:80]}") from error
+
+        return await self._everywhere("POST", "/weights_checker", read, body={"action": "checksum", "skip_tensor_list": list(skip)})
 
     async def _everywhere(
         self,

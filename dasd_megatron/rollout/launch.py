@@ -232,6 +232,8 @@ def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[s
         command += _SGLANG_CPU_ARGUMENTS
     if rollout.deterministic:
         command += ["--enable-deterministic-inference"]
+    if rollout.release_memory and settings.backend == "cuda":
+        command += ["--enable-memory-saver"]
     options = {
         "--tp-size": settings.tensor_parallel_size,
         "--dp-size": settings.data_parallel_size,

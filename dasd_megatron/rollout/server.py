@@ -15,7 +15,11 @@ server differs, on purpose:
 - ``/abort_request`` ends the one request of this id, SGLang all whose ids begin so; and it ends suspended requests at once, SGLang when
   generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0 and ``/flush_cache`` only checks that nothing is running.
-- An update over a process group gathers weights beside the served ones, which ``/end_weight_update`` replaces.
+- ``/update_weights_from_tensor`` takes buckets in shared memory alone, and what it cannot read gets a 400; SGLang's process ends.
+- Requests get a 400 while memory is released, and after a release of the weights until they have been sent again; SGLang tries to answer.
+  ``/release_memory_occupation`` while requests run, and ``/resume_memory_occupation`` of what is not released, get a 400; SGLang goes down.
+- ``/weights_checker`` has the action ``checksum`` alone, and Hugging Face's names of tensors, SGLang its own.
+- An update over a process group or out of memory gathers weights beside the served ones, which ``/end_weight_update`` replaces.
 - Sequences that ``pause_generation`` suspends go on under the weights of an update that comes meanwhile: in mode ``retract`` their keys and
   values are computed anew, in mode ``in_place`` they stay those of the old weights, for which SGLang needs ``flush_cache=false``.
 
@@ -27,7 +31,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import binascii
 import copy
+import ctypes
+import hashlib
 import inspect
 import json
 import logging
@@ -56,11 +64,12 @@ import uvicorn
 from fastapi import Body, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import PlainValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dasd_megatron.rollout.weight_checksum import cpu_checksum
 from dasd_megatron.rollout.weight_receiver import ReceiveError, WeightReceiver
 
 logger = logging.getLogger("dasd_megatron.rollout.server")
@@ -69,6 +78,7 @@ TOP_K_ALL = 1 << 30
 MAX_STOP_COUNT = 32
 PREFILL_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts; bounds its activations
 CONTEXT_TOKENS = 5  # prompt tokens decoded together with the output, so that a tokenizer that strips a leading space does not
+MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 HEALTH_TIMEOUT_SECONDS = 20.0
 DISCONNECT_POLL_SECONDS = 1.0
 GRACEFUL_SHUTDOWN_SECONDS = 30
@@ -750,6 +760,7 @@ class Engine:
             raise ModelDirectoryError(f"{model_path}/config.json has no max_position_embeddings: the context length is unknown")
         self.eos_ids = self._end_of_sequence_ids()
         self.num_layers = self.config.get_text_config().num_hidden_layers
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self._keeps_last_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._probe()
 
@@ -758,6 +769,8 @@ class Engine:
         self._batch: DecodingBatch | None = None
         self._admitted: list[Row] = []  # rows whose prompts are being read, on their way into the batch
         self._paused: str | None = None
+        self._released: set[str] = set()
+        self._weights_lost = False  # they were released, and no others have come since
         self._closing = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
@@ -810,11 +823,20 @@ class Engine:
     def paused(self) -> str | None:
         return self._paused
 
+    @property
+    def lacks(self) -> str | None:
+        """What was released that requests need, and what to do."""
+        if self._released:
+            return f"memory is released ({', '.join(sorted(self._released))}): call /resume_memory_occupation"
+        return "the weights were released: send them again" if self._weights_lost else None
+
     def submit(self, job: GenerateJob) -> None:
         """Queue a job; raises ValueError when one of its ids is in use, HTTPException 503 when the server is going down."""
         with self._wake:
             if self._closing:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
+            if self.lacks:
+                raise ValueError(self.lacks)
             live = {row.rid for row in self._live_rows()}
             for row in job.rows:
                 if row.rid in live:
@@ -870,6 +892,44 @@ class Engine:
         with self._wake:
             self._paused = None
             self._wake.notify_all()
+
+    def release(self, tags: Sequence[str] | None) -> None:
+        """Give memory back: that of the ``weights``, which are then gone, or what the key-value caches have left; None: of all kinds.
+
+        Raises ValueError while requests run or wait, and for an unknown tag.
+        """
+        tags = self._known_tags(tags)
+        with self._wake:
+            if self._live_rows() and not (self._paused and self._batch is None and not self._admitted):
+                raise ValueError("release_memory_occupation should be called only when server is idle.")
+            self._released |= set(tags)
+            if "weights" in tags:
+                self._weights_lost = True
+                for parameter in self.model.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed
+        if trim is not None:
+            trim(0)
+
+    def take_back(self, tags: Sequence[str] | None) -> None:
+        """End the release of these kinds of memory; weights come with the next update. Raises ValueError for one that is not released."""
+        tags = self._known_tags(tags)
+        with self._wake:
+            if not set(tags) <= self._released:
+                raise ValueError(f"{', '.join(sorted(set(tags) - self._released))}: not released")
+            self._released -= set(tags)
+
+    @staticmethod
+    def _known_tags(tags: Sequence[str] | None) -> Sequence[str]:
+        unknown = sorted(set(tags or ()) - set(MEMORY_TAGS))
+        if unknown:
+            raise ValueError(f"unknown memory tag {unknown[0]!r}; {', '.join(MEMORY_TAGS)} are known")
+        return tags or MEMORY_TAGS
+
+    def checksums(self, skip: Sequence[str]) -> dict[str, str]:
+        """SGLang's checksum of each parameter's bytes, but of those whose names contain one of ``skip``."""
+        model = self.model
+        return {name: cpu_checksum([parameter]) for name, parameter in model.named_parameters() if not any(part in name for part in skip)}
 
     def close(self) -> None:
         """Abort everything and refuse what comes; the thread ends after the step that it is in."""
@@ -979,7 +1039,7 @@ class Engine:
             return
         message = "Succeeded to update model weights."
         with self._wake:
-            self.model, self.model_path = model, job.model_path
+            self.model, self.model_path, self._weights_lost = model, job.model_path, False
             if job.weight_version is not None:
                 self.name_weights(job.weight_version)
                 message += f" Weight version updated to {job.weight_version}."
@@ -1267,6 +1327,31 @@ class UpdateWeightsFromDistributedReqInput:
     flush_cache: bool = True  # accepted for compatibility: there is no cache to flush
 
 
+def _base64_bytes(value: Any) -> Any:
+    try:
+        return base64.b64decode(value, validate=True) if isinstance(value, str) else value
+    except binascii.Error:
+        raise ValueError("Expected base64-encoded bytes") from None
+
+
+@pydantic_dataclass
+class UpdateWeightsFromTensorReqInput:
+    serialized_named_tensors: list[Annotated[bytes, BeforeValidator(_base64_bytes)]]
+    load_format: str | None = None
+    flush_cache: bool = True  # accepted for compatibility: there is no cache to flush
+
+
+@pydantic_dataclass
+class MemoryOccupationReqInput:
+    tags: list[str] | None = None
+
+
+@pydantic_dataclass
+class CheckWeightsReqInput:
+    action: str = "checksum"
+    skip_tensor_list: list[str] | None = None
+
+
 @pydantic_dataclass
 class UpdateWeightVersionReqInput:
     new_version: str
@@ -1346,7 +1431,7 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
 
     @app.get("/health_generate")
     async def health_generate() -> Response:
-        if not engine.alive:
+        if not engine.alive or engine.lacks:
             return Response(status_code=503)
         job = None
         steps = engine.steps
@@ -1405,7 +1490,7 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
             success, message = await asyncio.wrap_future(engine.update(obj.model_path, obj.weight_version))
         return JSONResponse({"success": success, "message": message, "num_paused_requests": 0}, status_code=200 if success else 400)
 
-    receiver = WeightReceiver(lambda: engine.model)
+    receiver = WeightReceiver(lambda: engine.model, engine.shapes)
 
     async def received(work: Callable[..., Any], *arguments: Any, said: str) -> JSONResponse:
         try:
@@ -1433,6 +1518,10 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         bucket = (obj.names, obj.dtypes, obj.shapes, obj.group_name, obj.load_format)
         return await received(receiver.receive, *bucket, said="Succeeded to update parameter online.")
 
+    @app.post("/update_weights_from_tensor")
+    async def update_weights_from_tensor(obj: Annotated[UpdateWeightsFromTensorReqInput, Body()]) -> JSONResponse:
+        return await received(receiver.load, obj.serialized_named_tensors, obj.load_format, said="Success")
+
     @app.post("/end_weight_update")
     async def end_weight_update() -> JSONResponse:
         try:
@@ -1449,6 +1538,35 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         engine.name_weights(obj.new_version)
         message = f"Weight version updated to {obj.new_version}"
         return JSONResponse({"success": True, "message": message, "new_version": obj.new_version})
+
+    async def occupation(change: Callable[[Sequence[str] | None], None], tags: Sequence[str] | None) -> JSONResponse:
+        try:
+            await asyncio.to_thread(change, tags)
+        except ValueError as error:
+            return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+        return JSONResponse(None)
+
+    @app.api_route("/release_memory_occupation", methods=["GET", "POST"])
+    async def release_memory_occupation(obj: Annotated[MemoryOccupationReqInput, Body()]) -> JSONResponse:
+        return await occupation(engine.release, obj.tags)
+
+    @app.api_route("/resume_memory_occupation", methods=["GET", "POST"])
+    async def resume_memory_occupation(obj: Annotated[MemoryOccupationReqInput, Body()]) -> JSONResponse:
+        return await occupation(engine.take_back, obj.tags)
+
+    @app.api_route("/weights_checker", methods=["GET", "POST"])
+    async def weights_checker(obj: Annotated[CheckWeightsReqInput | None, Body()] = None) -> JSONResponse:
+        obj = obj or CheckWeightsReqInput()
+        if obj.action != "checksum":
+            message = f"action={obj.action!r} is not supported by the embedded rollout server; checksum is"
+            return JSONResponse({"success": False, "message": message}, status_code=400)
+        checksums = await asyncio.to_thread(engine.checksums, obj.skip_tensor_list or ())
+        overall = hashlib.sha256("".join(name + checksums[name] for name in sorted(checksums)).encode()).hexdigest()
+        alone = {"role": "target", **{f"{kind}_rank": 0 for kind in ("tp", "dp", "pp")}, "rank": 0}
+        alone |= {f"{kind}_size": 1 for kind in ("tp", "dp", "pp")} | {"size": 1}
+        ranks = [{"checksums": checksums, "per_gpu_checksum": overall, "parallelism_info": [alone]}]
+        engine_checksum = hashlib.sha256(overall.encode()).hexdigest()
+        return JSONResponse({"success": True, "message": "Success.", "ranks": ranks, "per_engine_checksum": engine_checksum})
 
     @app.post("/pause_generation")
     async def pause_generation(obj: Annotated[PauseGenerationReqInput, Body()]) -> JSONResponse:

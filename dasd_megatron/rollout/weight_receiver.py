@@ -1,17 +1,18 @@
-"""The embedded server's end of a weight update over a process group."""
+"""The embedded server's end of a weight update, over a process group or from memory of this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from dasd_megatron.rollout.weight_group import bucket_bytes, join_weight_group, split_bucket
+from dasd_megatron.rollout.weight_payload import PayloadError, unpack
 
 JOIN_TIMEOUT_SECONDS = 120.0
 
@@ -26,11 +27,11 @@ class WeightReceiver:
     Weights arrive in a copy of the served model, which takes its place when the update ends; until then the server goes on with the old
     ones. Methods block and may be called from any thread, one at a time.
 
-    model: gives the served model.
+    model: gives the served model, whose parameters may have been released; shapes: of its parameters.
     """
 
-    def __init__(self, model: Callable[[], PreTrainedModel]):
-        self._model = model
+    def __init__(self, model: Callable[[], PreTrainedModel], shapes: Mapping[str, torch.Size]):
+        self._model, self._shapes = model, dict(shapes)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._next: PreTrainedModel | None = None
         self._missing: set[str] = set()
@@ -58,8 +59,14 @@ class WeightReceiver:
         """Open an update; refused, as by SGLang, while one is open."""
         if self._next is not None:
             raise ReceiveError("a weight-update session is already open; call end_weight_update() first")
-        self._next = copy.deepcopy(self._model())
-        self._missing = set(dict(self._next.named_parameters()))
+        model = self._model()
+        # Parameters are not copied: all of them will be sent.
+        empty = {
+            id(parameter): torch.nn.Parameter(parameter.new_empty(self._shapes[name]), requires_grad=False)
+            for name, parameter in model.named_parameters()
+        }
+        self._next = copy.deepcopy(model, empty)
+        self._missing = set(self._shapes)
 
     def receive(
         self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group: str, load_format: str | None
@@ -75,8 +82,27 @@ class WeightReceiver:
         flat = torch.empty(bucket_bytes(found, shapes), dtype=torch.uint8)
         with self._lock, self._failing():
             dist.broadcast(flat, src=0, group=self._groups[group])
+        self._load(zip(names, split_bucket(flat, found, shapes), strict=True))
+
+    def load(self, payloads: Sequence[bytes], load_format: str | None) -> None:
+        """Copy a bucket out of the sender's memory into the model to come; ``payloads`` as :func:`weight_payload.unpack` reads them, one
+        for each process of the server, of which there is one."""
+        if self._next is None:
+            raise ReceiveError("update_weights_from_tensor must run between begin_weight_update() and end_weight_update()")
+        if load_format != "flattened_bucket":
+            raise ReceiveError(f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is")
+        if len(payloads) != 1:
+            raise ReceiveError(f"{len(payloads)} payloads for the one process of the embedded rollout server")
+        try:
+            tensors = unpack(payloads[0])
+        except PayloadError as error:
+            raise ReceiveError(str(error)) from error
+        with self._lock:
+            self._load(tensors)
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         parameters = dict(self._next.named_parameters())
-        for name, tensor in zip(names, split_bucket(flat, found, shapes), strict=True):
+        for name, tensor in tensors:
             parameter = parameters.get(name)
             if parameter is None or parameter.shape != tensor.shape:
                 self._next = None

@@ -22,7 +22,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import RolloutClient, RolloutError
+from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutError
 from dasd_megatron.rollout.collector import Batch, Collector
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
@@ -43,7 +43,7 @@ from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_
 from dasd_megatron.training.passes import score
 from dasd_megatron.training.prepare import RunPaths
 from dasd_megatron.training.warm_start import micro_batch_layout
-from dasd_megatron.training.weight_sync import DistributedSync, WeightSyncError, send_weights
+from dasd_megatron.training.weight_sync import WeightSync, WeightSyncError, make_sync, send_weights, verify_weights
 from dasd_megatron.verify.grader import Grader, GraderError
 
 T = TypeVar("T")
@@ -93,7 +93,9 @@ class RolloutPlane:
         self.weight_version: str | None = None
         self.launched_version: str | None = None
         """The version on disk, from which a server is started."""
-        self.sync: DistributedSync | None = None
+        self.sync: WeightSync | None = None
+        self.released: set[MemoryTag] = set()
+        """What the servers have given back; on global rank 0."""
         self._state = state
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
@@ -131,12 +133,15 @@ class RolloutPlane:
         if self.collector is not None:
             self.collector.before_sync()
         self.pool.expect(self.weight_version)
+        self._take_back("weights")
         if self.config.rollout.weight_sync == "disk" or (own and self.launched_version is None):
             self._export(self.weight_version)
             self.launched_version = self.weight_version
             self._with_restarts(self._serve_current)
         else:
             self._with_restarts(lambda: None, fresh=False)
+        self._take_back("kv_cache")
+        self._verify(model)
         if checks:
             self._check_served(model)
         if self.collector is not None:
@@ -152,15 +157,16 @@ class RolloutPlane:
             raise RolloutFailure(str(error)) from error
 
     def _look_at_servers(self, model: ShardedModel) -> None:
-        """Before others' servers get weights: do they serve this model? A trainer that ended in an update may have left them suspended."""
+        """Before others' servers get weights: are they there, and do they serve this model?"""
 
         async def look() -> None:
             rollout = self.config.rollout
             async with make_client(dataclasses.replace(rollout, request_timeout_seconds=10.0), self.urls, self.pool) as client:
+                # A trainer that ended in the middle of an update may have left them suspended.
+                await client.continue_generation()
                 # The others may come later: each step asks.
                 await client.wait_until_healthy(rollout.startup_timeout_seconds, one_is_enough=True)
                 await check_models(client, model.bridge.hf_config)
-                await client.continue_generation()
 
         asyncio.run(look())
 
@@ -180,6 +186,43 @@ class RolloutPlane:
                     check_log_probs(await probe_log_probs(client, ids), expected, limit)
 
         self._on_rank0_or_stop(lambda: asyncio.run(check()))
+
+    def _release(self) -> None:
+        """The servers' memory is the trainer's until the next sync; every replica has its rollouts."""
+
+        def work() -> None:
+            asyncio.run(self._client_call("release_memory_occupation", ["weights", "kv_cache"]))
+            self.released = {"weights", "kv_cache"}
+
+        self._with_restarts(work)
+
+    def _take_back(self, tag: MemoryTag) -> None:
+        def work() -> None:
+            # Not after a restart: SGLang ends when it is asked for what is not released.
+            if tag in self.released:
+                asyncio.run(self._client_call("resume_memory_occupation", [tag]))
+                self.released.discard(tag)
+
+        if self.config.rollout.release_memory:
+            self._with_restarts(work)
+
+    async def _client_call(self, name: str, tags: list[MemoryTag]) -> None:
+        async with self._client() as client:
+            await getattr(client, name)(tags)
+
+    def _verify(self, model: ShardedModel) -> None:
+        if not self.config.rollout.verify_weights:
+            return
+        error = verify_weights(model, self.config.rollout, self.pool.with_status(Status.SERVING), self.pool, self.weight_version)
+
+        def report() -> None:
+            if error is not None:
+                raise error
+
+        try:
+            on_selected_rank(dist.get_rank() == 0, report, (WeightSyncError,))
+        except PeerError as error:
+            raise RolloutFailure(str(error)) from error
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy
@@ -206,6 +249,7 @@ class RolloutPlane:
     def _serves_alone(self, version: str) -> None:
         """The trainer's own server is up, with the weights ``version``."""
         self.urls = [self.server.url]
+        self.released = set()
         self.pool = ServerPool(self.urls)
         self.pool.expect(self.weight_version)
         self.pool.record(self.server.url, Event.ANSWERED, version)
@@ -243,7 +287,7 @@ class RolloutPlane:
         sizes = asyncio.run(self._sizes(able))
         if self.sync is not None:
             self.sync.close()
-        self.sync = DistributedSync(self.config.rollout, [url for url in able if url in sizes], sizes, self.pool)
+        self.sync = make_sync(self.config.rollout, [url for url in able if url in sizes], sizes, self.pool)
 
     async def _sizes(self, urls: list[str]) -> dict[str, int]:
         async with make_client(self.config.rollout, urls, self.pool) as client:
@@ -266,12 +310,15 @@ class RolloutPlane:
         if not unsure:
             return
         await self._probe(unsure)
+        if self.config.rollout.unfinished == "retract":
+            # They may have been away when a pause ended.
+            async with make_client(self.config.rollout, unsure, self.pool) as client:
+                await client.continue_generation()
         stale = self.pool.with_status(Status.STALE)
         # Over a process group they get theirs with everybody's next weights.
         if stale and self.config.rollout.weight_sync == "disk":
             # One try: who hangs would hold up every step.
             async with make_client(dataclasses.replace(self.config.rollout, max_retries=0), stale, self.pool) as client:
-                await client.continue_generation()  # it may have missed the end of a pause
                 with contextlib.suppress(RolloutError):  # the pool has it
                     await client.update_weights_from_disk(str((self.paths.weights / self.weight_version).absolute()), self.weight_version)
 
@@ -335,6 +382,8 @@ class RolloutPlane:
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
         batch = self._with_restarts(self._taken)
         self._raise_everywhere(batch)
+        if self.config.rollout.release_memory:
+            self._release()
         if self.collector is not None:
             self.collector.start_ahead(min(self.config.rollout.max_staleness, self.config.run.steps - step))
         if not rank0:

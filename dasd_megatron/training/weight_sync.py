@@ -1,4 +1,5 @@
-"""The policy's weights to the rollout servers over a process group of their own, bucket by bucket, without a file between."""
+"""The policy's weights to the rollout servers without a file between, bucket by bucket: over a process group, or on one machine from memory
+that trainer and servers share. And whether what the servers hold is what the trainer has."""
 
 from __future__ import annotations
 
@@ -10,11 +11,14 @@ import datetime
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
@@ -22,8 +26,14 @@ from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.rollout.client import RolloutError
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import ServerPool
+from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.rollout.weight_group import join_weight_group
+from dasd_megatron.rollout.weight_payload import Entry, PayloadError, SharedBuffer, pack
 
+# SGLang's tensors that are several of Hugging Face's one below another.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What it pads: part of the name, dimension, to a multiple of.
+_PADDED = (("embed_tokens.", 0, 64), ("lm_head.", 0, 64), (".gate_up_proj.", 0, 32), (".down_proj.", 1, 32))
 # A server that is gone, or hangs, is not waited for any longer when a group is left.
 _LEAVE_SECONDS = 5.0
 
@@ -36,10 +46,10 @@ class WeightSyncError(RuntimeError):
         self.url = url
 
 
-class DistributedSync:
+class WeightSync(ABC):
     """Sends weights to servers; lives on global rank 0, but :func:`send_weights` is collective over all ranks.
 
-    The group is made when it is first needed, and again after a failure. Every step has the limit ``rollout.weight_sync_timeout_seconds``.
+    Every step has the limit ``rollout.weight_sync_timeout_seconds``.
 
     urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size; pool: hears who serves the weights.
     """
@@ -47,37 +57,87 @@ class DistributedSync:
     def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
         self.config, self.urls = config, list(urls)
         self.sizes = [sizes[url] for url in self.urls]
-        self._group: dist.ProcessGroup | None = None
-        self._store: dist.TCPStore | None = None
-        self._name = ""
         self._device = backend.current().device()
-        # Two buffers: one fills while the other is on its way.
-        self._buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
-        self._leaving: concurrent.futures.Future | None = None
-        # All servers have to be asked at once: each waits for the others.
+        # All servers have to be asked at once: each may wait for the others.
         in_flight = max(config.max_in_flight, len(self.urls))
         limits = dataclasses.replace(config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight)
         self._client = make_client(limits, self.urls, pool)
+
+    def _run(self, work) -> concurrent.futures.Future:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def finish(self, future: concurrent.futures.Future) -> None:
+        """Wait for what :meth:`send` has started; raises as :meth:`begin`."""
+        try:
+            # Each request in it has its own limit, and so has each collective; this is for what neither bounds.
+            future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
+        except (RolloutError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
+            self.drop()
+            raise WeightSyncError(str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None) from error
+
+    def begin(self) -> None:
+        """Open the update on every server.
+
+        Raises:
+            WeightSyncError: a server refused, is gone or too slow.
+        """
+        self.finish(self._run(self._client.begin_weight_update()))
+
+    @property
+    @abstractmethod
+    def joined(self) -> bool:
+        """Whether the next sync needs no new connection."""
+
+    @abstractmethod
+    def buffer(self, index: int, size: int) -> torch.Tensor:
+        """One of the two buffers, with room for ``size`` bytes at least: one fills while the other is on its way."""
+
+    @abstractmethod
+    def send(self, flat: torch.Tensor, entries: list[Entry]) -> concurrent.futures.Future:
+        """Start to send a bucket, the head of a buffer; the future is done when every server has it."""
+
+    def end(self, version: str) -> None:
+        """Close the update on every server and check that it serves ``version``; raises as :meth:`begin`."""
+        self.finish(self._run(self._client.end_weight_update(version)))
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Give up what a sync that failed has left, without waiting for servers, some of which may be gone."""
+
+    def close(self) -> None:
+        """End what this object has started."""
+        self.drop()
+        concurrent.futures.wait(self._last_words(), timeout=2 * _LEAVE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _last_words(self) -> list[concurrent.futures.Future]:
+        return [self._run(self._client.aclose())]
+
+
+def make_sync(config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool) -> WeightSync:
+    """The sender of ``rollout.weight_sync``, distributed or tensor."""
+    return {"distributed": DistributedSync, "tensor": TensorSync}[config.weight_sync](config, urls, sizes, pool)
+
+
+class DistributedSync(WeightSync):
+    """Over a process group of this process and all of the servers', made when it is first needed, and again after a failure."""
+
+    def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
+        super().__init__(config, urls, sizes, pool)
+        self._group: dist.ProcessGroup | None = None
+        self._store: dist.TCPStore | None = None
+        self._name = ""
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=self._device) for _ in range(2)]
+        self._leaving: concurrent.futures.Future | None = None
 
     @property
     def joined(self) -> bool:
         return self._group is not None
 
-    def _run(self, work) -> concurrent.futures.Future:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def _finish(self, future: concurrent.futures.Future) -> None:
-        try:
-            # Each request in it has its own limit, and so has each collective; this is for what neither bounds.
-            future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
-        except (RolloutError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
-            self.drop_group()
-            raise WeightSyncError(str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None) from error
-
-    def drop_group(self) -> None:
-        """Leave the group without waiting for servers, some of which may be gone; the next sync makes another."""
+    def drop(self) -> None:
+        """Leave the group; the next sync makes another."""
         if self._group is not None:
             self._leaving = self._run(self._leave(self._name, self._group))
         self._group = self._store = None
@@ -112,39 +172,65 @@ class DistributedSync:
         self._store = store
 
     def begin(self) -> None:
-        """Make the group if there is none, and open the update on every server.
-
-        Raises:
-            WeightSyncError: a server refused, is gone or too slow.
-        """
+        """Make the group if there is none, and open the update; raises as any."""
         if self._group is None:
-            self._finish(self._run(self._join()))
-        self._finish(self._run(self._client.begin_weight_update()))
+            self.finish(self._run(self._join()))
+        super().begin()
 
     def buffer(self, index: int, size: int) -> torch.Tensor:
-        """One of the two buffers, with room for ``size`` bytes at least."""
         if self._buffers[index].numel() < size:
             self._buffers[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._buffers[index]
 
-    def send(self, flat: torch.Tensor, entries: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> concurrent.futures.Future:
-        """Start to send a bucket; the future is done when every server has it."""
+    def send(self, flat: torch.Tensor, entries: list[Entry]) -> concurrent.futures.Future:
         names, dtypes, shapes = zip(*entries, strict=True)
         announced = self._client.update_weights_from_distributed(
             names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name
         )
         return self._run(_both(announced, asyncio.to_thread(dist.broadcast, flat, 0, self._group)))
 
-    def end(self, version: str) -> None:
-        """Close the update on every server and check that it serves ``version``; raises as :meth:`begin`."""
-        self._finish(self._run(self._client.end_weight_update(version)))
+    def _last_words(self) -> list[concurrent.futures.Future]:
+        return super()._last_words() + ([self._leaving] if self._leaving is not None else [])
 
-    def close(self) -> None:
-        """Leave the group, tell the servers that can be told, and end what this object has started."""
-        self.drop_group()
-        waiting = [self._run(self._client.aclose())] + ([self._leaving] if self._leaving is not None else [])
-        concurrent.futures.wait(waiting, timeout=2 * _LEAVE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
+
+class TensorSync(WeightSync):
+    """Out of memory that the servers, on the same machine, open: files in /dev/shm on the CPU, CUDA IPC handles on a GPU.
+
+    Both buffers are there from the first bucket of a sync to its end or failure.
+    """
+
+    joined = True
+
+    def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
+        super().__init__(config, urls, sizes, pool)
+        self._shared: dict[int, SharedBuffer] = {}
+        self._on_device: dict[int, torch.Tensor] = {}
+
+    def buffer(self, index: int, size: int) -> torch.Tensor:
+        if self._device.type == "cuda":
+            if index not in self._on_device or self._on_device[index].numel() < size:
+                self._on_device[index] = torch.empty(size, dtype=torch.uint8, device=self._device)
+            return self._on_device[index]
+        if index not in self._shared or self._shared[index].bytes.numel() < size:
+            if index in self._shared:
+                self._shared.pop(index).close()
+            self._shared[index] = SharedBuffer(size)
+        return self._shared[index].bytes
+
+    def send(self, flat: torch.Tensor, entries: list[Entry]) -> concurrent.futures.Future:
+        # A server answers once it has copied the bucket; on a GPU, torch waits for that where it lets the memory go.
+        return self._run(self._client.update_weights_from_tensor([[pack(flat, entries) for _ in range(size)] for size in self.sizes]))
+
+    def end(self, version: str) -> None:
+        self.drop()
+        super().end(version)
+
+    def drop(self) -> None:
+        while self._shared:
+            self._shared.popitem()[1].close()
+        if self._on_device:
+            self._on_device.clear()
+            torch.cuda.ipc_collect()
 
 
 async def _both(request, collective):
@@ -172,7 +258,7 @@ def _address_towards(url: str) -> str:
 
 
 @torch.no_grad()
-def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str, *, bucket_size: int) -> WeightSyncError | None:
+def send_weights(model: ShardedModel, sync: WeightSync | None, version: str, *, bucket_size: int) -> WeightSyncError | None:
     """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
 
     Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. While a bucket
@@ -188,7 +274,7 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
     """
     failure: WeightSyncError | None = None
     sent: set[str] = set()
-    entries: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+    entries: list[Entry] = []
     filled, which = 0, 0
     under_way: concurrent.futures.Future | None = None
 
@@ -198,7 +284,7 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
             return
         if under_way is not None:
             previous, under_way = under_way, None
-            sync._finish(previous)
+            sync.finish(previous)
         under_way = sync.send(sync.buffer(which, filled)[:filled], list(entries))
         entries.clear()
         filled, which = 0, 1 - which
@@ -225,6 +311,8 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
                 work(*arguments)
             except WeightSyncError as error:
                 failure = error
+            except PayloadError as error:
+                failure = WeightSyncError(str(error))
             # Whatever it is, the other ranks are waiting in the next tensor's collectives.
             except Exception as error:
                 failure = WeightSyncError(f"{type(error).__name__}: {error}")
@@ -232,7 +320,7 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
     def finish() -> None:
         flush()
         if under_way is not None:
-            sync._finish(under_way)
+            sync.finish(under_way)
         sync.end(version)
 
     if sync is not None:
@@ -242,4 +330,88 @@ def send_weights(model: ShardedModel, sync: DistributedSync | None, version: str
             guarded(put, name, tensor)
     if sync is not None:
         guarded(finish)
+        if failure is not None:
+            sync.drop()
     return failure
+
+
+def _chosen(names: Sequence[str], count: int, version: str) -> list[str]:
+    """``count`` of ``names``, evenly spread, from a start that moves with ``version``, so that in time every one has its turn."""
+    count = min(count, len(names))
+    start = zlib.crc32(version.encode())
+    return [names[(start + index * len(names) // count) % len(names)] for index in range(count)]
+
+
+@torch.no_grad()
+def verify_weights(
+    model: ShardedModel, config: RolloutConfig, urls: Sequence[str], pool: ServerPool, version: str
+) -> WeightSyncError | None:
+    """Compare ``rollout.verify_weights`` of the policy's parameters with what every server holds, by checksums of their bytes.
+
+    Collective over all ranks, as :func:`send_weights`, for the chosen parameters alone: other ones each time, the same on all ranks.
+    Servers have to hold them in ``rollout.dtype``, unquantised.
+
+    Returns:
+        On global rank 0 the first difference, or what kept a server from answering; None where all agree, and elsewhere.
+    """
+    plan = [entry.name for entry in model.bridge.export_plan(model.chunks)]
+    chosen = _chosen(plan, config.verify_weights, version)
+    parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in model.bridge.export_weights(model.chunks, only=chosen):
+        members = parts.setdefault(_fused_name(name), [])
+        # A tied head comes by twice.
+        if dist.get_rank() == 0 and all(name != known for known, _ in members):
+            members.append((name, tensor.to("cpu", getattr(torch, config.dtype))))
+    if dist.get_rank() != 0:
+        return None
+    # Whatever the servers call it: they read no more than what is compared.
+    others = {name for hf_name in model.bridge.hf_shapes for name in (hf_name, _fused_name(hf_name)) if _fused_name(name) not in parts}
+
+    async def ask() -> list[list[dict[str, str]]]:
+        limits = dataclasses.replace(config, request_timeout_seconds=config.weight_sync_timeout_seconds)
+        async with make_client(limits, urls, pool) as client:
+            return await client.weight_checksums(sorted(others))
+
+    try:
+        answers = asyncio.run(ask())
+    except RolloutError as error:
+        return WeightSyncError(f"the servers' weights could not be compared: {error}", error.url)
+    for url, ranks in zip(urls, answers, strict=True):
+        if len(ranks) > 1:
+            return WeightSyncError(f"{url} shares its weights among {len(ranks)} processes: write rollout.verify_weights=0", url)
+        (served,) = ranks
+        for name, wholes in _held(parts, served):
+            if name not in served:
+                return WeightSyncError(f"{url} has no tensor {name} to compare with the trainer's {version}", url)
+            if all(served[name] != checksum(whole) for whole in wholes for checksum in (cpu_checksum, gpu_checksum)):
+                return WeightSyncError(f"{url} serves other weights than the trainer's {version}: {name} differs", url)
+    return None
+
+
+def _fused_name(name: str) -> str:
+    """The tensor of SGLang that holds Hugging Face's ``name``."""
+    for fused, members in _FUSED.items():
+        for member in members:
+            if f".{member}." in name:
+                return name.replace(f".{member}.", f".{fused}.")
+    return name
+
+
+def _held(parts: Mapping[str, list[tuple[str, torch.Tensor]]], served: Mapping[str, str]) -> Iterator[tuple[str, list[list[torch.Tensor]]]]:
+    """Names of what a server has to hold, and of which tensors it is made: each by itself where the server has that, and else fused.
+    There are two ways where SGLang pads with zeros: the vocabulary, and on the CPU the intermediate size."""
+    for fused, tensors in parts.items():
+        if all(name in served for name, _ in tensors):
+            made = [(name, [tensor]) for name, tensor in tensors]
+        else:
+            made = [(fused, [tensor for _, tensor in tensors])]
+        for name, whole in made:
+            pads = [pad for part, *pad in _PADDED if part in name]
+            yield name, [whole, *([_padded(tensor, *pad) for tensor in whole] for pad in pads)]
+
+
+def _padded(tensor: torch.Tensor, dim: int, multiple: int) -> torch.Tensor:
+    """With zeros behind, along ``dim`` where it has that."""
+    if dim >= tensor.dim():
+        return tensor
+    return F.pad(tensor, [0, 0] * (tensor.dim() - 1 - dim) + [0, -tensor.shape[dim] % multiple])

@@ -6,8 +6,11 @@ their own process are about the embedded server alone.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -30,9 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.models.tiny import character_tokenizer, make_tiny_model
-from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient
 from dasd_megatron.rollout.launch import LocalServer, PortInUseError, ServerStartError
 from dasd_megatron.rollout.weight_group import join_weight_group
+from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 
 pytestmark = pytest.mark.integration
 
@@ -908,6 +912,155 @@ def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedde
     assert refused.status_code == 400 and "broadcast failed" in refused.json()["message"]
     assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
     embedded.post("/destroy_weights_update_group", {"group_name": "short"})
+
+
+# ---- Weights out of shared memory, checksums, memory ----
+
+
+def by_tensor(target, tensors):
+    """One bucket in shared memory; the server's answer."""
+    flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
+    buffer = SharedBuffer(flat.numel())
+    buffer.bytes.copy_(flat)
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    try:
+        return target.post(
+            "/update_weights_from_tensor",
+            {"serialized_named_tensors": [pack(buffer.bytes, entries)], "load_format": "flattened_bucket"},
+        )
+    finally:
+        buffer.close()
+        assert not buffer.path.exists()
+
+
+def checksums(target, **body):
+    answer = target.post("/weights_checker", {"action": "checksum", **body})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["success"] is True
+    (rank,) = answer.json()["ranks"]
+    assert rank["parallelism_info"][0]["tp_size"] == 1
+    return rank["checksums"]
+
+
+def test_an_update_out_of_shared_memory(changing, models):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=20), "return_logprob": True}
+    tensors = load_file(Path(models["b"]) / "model.safetensors")
+    names = sorted(tensors)
+    before = checksums(changing)
+    assert changing.post("/begin_weight_update", {}).json() == {"success": True, "message": "Success"}
+    for part in (names[:5], names[5:]):
+        answer = by_tensor(changing, {key: tensors[key] for key in part})
+        assert answer.status_code == 200 and answer.json() == {"success": True, "message": "Success"}, answer.text
+    assert changing.post("/end_weight_update", {}).json()["success"] is True
+    named = changing.post("/update_weight_version", {"new_version": "v2", "abort_all_requests": False})
+    assert named.status_code == 200
+    model = AutoModelForCausalLM.from_pretrained(models["b"], dtype=torch.float32).eval()
+    for prompt, answer in zip(PROMPTS, changing.generate(**body), strict=True):
+        assert answer["meta_info"]["weight_version"] == "v2"
+        expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
+        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+    after = checksums(changing)
+    assert before.keys() == after.keys()
+    # Norms of fresh models are all ones.
+    assert {name for name in after if before[name] == after[name]} == {name for name in after if "norm" in name}
+
+
+def test_checksums_are_those_of_the_bytes(target, models):
+    tensors = load_file(Path(models["a"]) / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    expected = hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()[:16]
+    assert checksums(target)[name] == expected
+    left = checksums(target, skip_tensor_list=["layers.0.", "embed"])
+    assert left[name] == expected
+    assert not [key for key in left if "layers.0." in key or "embed" in key]
+    refused = target.post("/weights_checker", {"action": "guess"})
+    assert refused.status_code == 400 and refused.json()["success"] is False
+
+
+def test_shared_memory_out_of_turn_or_unreadable_is_refused(target):
+    text = base64.b64encode(pickle.dumps(1)).decode()
+    answer = target.post("/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"})
+    message = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+    assert (answer.status_code, answer.json()) == (400, {"success": False, "message": message})
+    answer = target.post("/update_weights_from_tensor", {"serialized_named_tensors": ["no base64!"]})
+    assert answer.status_code == 400 and "Expected base64-encoded bytes" in answer.json()["message"], answer.text
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_payload_is_refused_and_changes_nothing(embedded, tmp_path):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = embedded.generate(**body)
+    embedded.post("/begin_weight_update", {})
+    for content in (Touch(tmp_path / "made"), {"flattened_tensor": Touch(tmp_path / "made"), "metadata": []}):
+        text = base64.b64encode(pickle.dumps(content)).decode()
+        answer = embedded.post("/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"})
+        assert answer.status_code == 400 and answer.json()["success"] is False
+        assert "Blocked unsafe global" in answer.json()["message"]
+    assert by_tensor(embedded, {"model.norm.weight": torch.zeros(3)}).status_code == 400
+    assert embedded.post("/end_weight_update", {}).status_code == 400
+    assert not (tmp_path / "made").exists()
+    assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
+
+
+def test_memory_of_the_cache_comes_back(changing):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = changing.generate(**body)
+    for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+        answer = changing.post(path, {"tags": ["kv_cache"]})
+        assert (answer.status_code, answer.json()) == (200, None)
+    assert [answer["output_ids"] for answer in changing.generate(**body)] == [answer["output_ids"] for answer in before]
+
+
+def test_released_weights_have_to_be_sent_again(embedded, models):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = embedded.generate(**body)
+
+    def refused(what):
+        answer = embedded.post("/generate", body)
+        assert answer.status_code == 400 and what in answer.json()["error"]["message"], answer.text
+
+    assert embedded.post("/release_memory_occupation", {}).status_code == 200
+    refused("resume_memory_occupation")
+    assert embedded.post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}).status_code == 200
+    again = embedded.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+    assert again.status_code == 400 and "not released" in again.json()["error"]["message"]
+    refused("weights")
+    assert embedded.post("/resume_memory_occupation", {"tags": ["weights"]}).status_code == 200
+    refused("send them again")
+    assert [embedded.request("GET", path).status_code for path in ("/health", "/health_generate")] == [200, 503]
+    tensors = load_file(Path(models["a"]) / "model.safetensors")
+    embedded.post("/begin_weight_update", {})
+    assert by_tensor(embedded, tensors).status_code == 200
+    assert embedded.post("/end_weight_update", {}).status_code == 200
+    assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
+    assert "unknown memory tag 'disk'" in embedded.post("/release_memory_occupation", {"tags": ["disk"]}).json()["error"]["message"]
+
+
+def test_memory_is_not_released_under_running_requests(embedded):
+    running = Background(embedded, input_ids=[5], sampling_params={"max_new_tokens": 200, "ignore_eos": True})
+    embedded.wait_busy()
+    answer = embedded.post("/release_memory_occupation", {"tags": ["kv_cache"]})
+    assert answer.status_code == 400
+    assert answer.json() == {"error": {"message": "release_memory_occupation should be called only when server is idle."}}
+    embedded.post("/abort_request", {"abort_all": True})
+    running.answer()
+
+
+async def test_the_client_reads_checksums_and_moves_memory(changing):
+    options = {"connect_timeout": 2.0, "request_timeout": 60.0, "max_retries": 0, "backoff": 0.05, "max_in_flight": 8}
+    async with RolloutClient([changing.url], **options) as client:
+        assert await client.weight_checksums() == [[checksums(changing)]]
+        await client.release_memory_occupation(["kv_cache"])
+        await client.resume_memory_occupation(["kv_cache"])
+        with pytest.raises(RequestRefusedError, match="must run between"):
+            await client.update_weights_from_tensor([[base64.b64encode(b"x").decode()]])
 
 
 # ---- The client against the server ----

@@ -1,4 +1,5 @@
-"""Weights over a process group: the runs that they make, to the bit those of weights from disk; and what happens when a server is gone."""
+"""Weights over a process group and out of shared memory: the runs that they make, to the bit those of weights from disk; and what happens
+when a server is gone."""
 
 from __future__ import annotations
 
@@ -18,18 +19,24 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RUN = [*NO_EVALUATION, "run.steps=5", "checkpoint.every=0", "rollout.backoff_seconds=0.05", "rollout.max_retries=1"]
 # Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one of their own.
-DISTRIBUTED = ["rollout.weight_sync=distributed", "rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=20"]
+BUCKETS = ["rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=20"]
+DISTRIBUTED = ["rollout.weight_sync=distributed", *BUCKETS]
+TENSOR = ["rollout.weight_sync=tensor", *BUCKETS]
 
 
 def test_the_run_is_that_of_weights_from_disk(tmp_path: Path) -> None:
     layout = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
     train(*RUN, *layout, f"run.dir={tmp_path / 'disk'}")
     train(*RUN, *DISTRIBUTED, *layout, f"run.dir={tmp_path / 'distributed'}")
+    # The servers' memory comes and goes in every step, and what they hold is looked at.
+    checked = ["rollout.release_memory=true", "rollout.verify_weights=5"]
+    train(*RUN, *TENSOR, *checked, *layout, f"run.dir={tmp_path / 'tensor'}")
     metrics = reproducible(tmp_path / "disk" / "metrics.jsonl")
     assert metrics[0]["weight_version"] != metrics[-1]["weight_version"]
-    assert reproducible(tmp_path / "distributed" / "metrics.jsonl") == metrics
-    # Only what the server was started from was ever written.
-    assert [path.name for path in (tmp_path / "distributed" / "weights").iterdir()] == ["step_000000"]
+    for way in ("distributed", "tensor"):
+        assert reproducible(tmp_path / way / "metrics.jsonl") == metrics
+        # Only what the server was started from was ever written.
+        assert [path.name for path in (tmp_path / way / "weights").iterdir()] == ["step_000000"]
 
 
 def wait(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -47,13 +54,13 @@ def server_of(process: subprocess.Popen) -> psutil.Process:
     raise AssertionError("no server")
 
 
-@pytest.mark.parametrize("how", ["kill", "freeze"])
-def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "way"), [("kill", DISTRIBUTED), ("freeze", DISTRIBUTED), ("kill", TENSOR)])
+def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, way: list[str], tmp_path: Path) -> None:
     """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the current ones."""
     train(*RUN, "run.steps=16", f"run.dir={tmp_path / 'disk'}")
     run = tmp_path / "run"
     limits = ["rollout.request_timeout_seconds=5", "rollout.weight_sync_timeout_seconds=5"]
-    process = start(*RUN, *DISTRIBUTED, *limits, "run.steps=16", f"run.dir={run}")
+    process = start(*RUN, *way, *limits, "run.steps=16", f"run.dir={run}")
     for step in (3, 8) if how == "kill" else (3,):
         wait(lambda step=step: len(rows(run / "metrics.jsonl")) >= step, process)
         server = server_of(process)
@@ -63,11 +70,13 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, tmp_path: 
     assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "disk" / "metrics.jsonl")
 
 
-def test_real_sglang_draws_from_the_weights_of_every_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["distributed", "tensor"])
+def test_real_sglang_draws_from_the_weights_of_every_step(way: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Steps so large that last step's weights would be seen.
     moving = ["optimizer.lr=1e-2", "algorithm.beta=0.1", "run.steps=4"]
-    sglang = ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}"]
+    sglang = ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}", f"rollout.weight_sync={way}"]
+    sglang += ["rollout.verify_weights=4", "rollout.release_memory=true"]
     train(*RUN, *moving, *sglang, "rollout.weight_bucket_bytes=5001", f"run.dir={run}", timeout=400)
     steps = rows(run / "metrics.jsonl")
     assert [step["weight_version"] for step in steps] == [f"step_{index:06d}" for index in range(4)]

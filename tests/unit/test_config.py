@@ -44,6 +44,24 @@ REFUSED = [
         ["rollout.engine=sglang", "rollout.weight_sync=distributed", "rollout.sglang.data_parallel_size=2"],
         ["rollout.sglang.data_parallel_size=2"],
     ),
+    (["rollout.weight_sync=tensor", "rollout.weight_sync_timeout_seconds=450"], ["backend.timeout_seconds", "450"]),
+    (["rollout.weight_sync=tensor", "backend.kind=cuda"], ["rollout.weight_sync=tensor", "rollout.engine=sglang"]),
+    (
+        ["rollout=sglang_cpu", "rollout.weight_sync=tensor", "backend.kind=cuda"],
+        ["rollout.weight_sync=tensor", "rollout.sglang.backend=cuda"],
+    ),
+    (
+        ["rollout.engine=sglang", "rollout.weight_sync=tensor", "rollout.sglang.backend=cpu", "rollout.sglang.data_parallel_size=2"],
+        ["rollout.sglang.data_parallel_size=2"],
+    ),
+    (
+        ["rollout.engine=external", "rollout.weight_sync=tensor", "rollout.servers=[http://127.0.0.1:1,http://10.0.0.1:1]"],
+        ["rollout.weight_sync=tensor", "http://10.0.0.1:1", "distributed"],
+    ),
+    (["rollout.engine=external", "rollout.release_memory=true", "rollout.servers=[http://a:1]"], ["rollout.release_memory", "http://a:1"]),
+    (["rollout.verify_weights=-1"], ["rollout.verify_weights=-1", "at least 0"]),
+    (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"], ["rollout.verify_weights", "write 0"]),
+    (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.quantization=fp8"], ["rollout.verify_weights", "quantization"]),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
     (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
     (["rollout=external", "rollout.nodes=a"], ["rollout.port=0", "rollout.port=30000"]),
@@ -148,6 +166,12 @@ def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
         load_config(["experiment=mine"])
     with pytest.raises(ConfigError, match="--config-dir .* is no directory"):
         load_config([QUICK], folder / "experiment" / "mine.yaml")
+
+
+@pytest.mark.parametrize("server", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"])
+def test_servers_of_this_machine_can_share_memory(server: str) -> None:
+    overrides = ["rollout.engine=external", "rollout.weight_sync=tensor", "rollout.release_memory=true", f"rollout.servers=['{server}']"]
+    assert load_config([QUICK, *overrides]).rollout.servers == [server]
 
 
 @pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])

@@ -253,7 +253,7 @@ def test_no_server_to_check() -> None:
 
 
 def test_who_answers_without_the_weights_is_refused(answers: Answers) -> None:
-    answers.given.update({"/health": [(200, {})], "/model_info": [(200, {"weight_version": "old"})]})
+    answers.given.update({"/server_info": [(200, {})], "/model_info": [(200, {"weight_version": "old"})]})
     servers = client(answers.url, "http://127.0.0.1:9")
     servers.pool.expect("new")
     servers.pool.record("http://127.0.0.1:9", Event.UPDATE_FAILED, reason="refused connection")
