@@ -63,7 +63,9 @@ def test_passing_faults_change_nothing(fault: str, server: str, healthy: Path, t
 
 def stopped_after_step_3(fault: str, server: str, run: Path) -> tuple[str, str]:
     """The proxy's address and the output of a run whose requests for rollouts go wrong from step 4 on."""
-    proxy = FaultyProxy(server, lambda path, count: fault if path == "/generate" and count > 6 else None)
+    proxy = FaultyProxy(
+        server, lambda path, count: fault if path == "/generate" and count > 7 else None
+    )  # the first is the trainer's look at the model
     try:
         status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
     finally:
