@@ -731,12 +731,18 @@ def validate(config: Config) -> None:
         path = _value(config, name)
         if path is not None and not FUNCTION_PATH.fullmatch(path):
             raise ConfigError(f"{name}={path}: write module:function, like my_package.my_module:my_function")
-    if rollout.unfinished == "retract" and rollout.max_staleness == 0:
+    if rollout.unfinished == "retract" and not rollout.max_staleness:
         raise ConfigError(
             "rollout.unfinished=retract lets rollouts go on under newer weights than they began with: write rollout.max_staleness=1 or "
             "more, or unfinished=abort"
         )
-    if rollout.unfinished == "abort" and rollout.max_staleness == 0 and rollout.over_sampling == 1:
+    on_policy = rollout.max_staleness == 0
+    if rollout.over_sampling > 1 and on_policy and rollout.unfinished == "finish" and rollout.filter is None:
+        raise ConfigError(
+            f"rollout.over_sampling={rollout.over_sampling:g} waits for more rollouts than a step uses: write rollout.unfinished=abort, "
+            "name a rollout.filter, or write 1"
+        )
+    if rollout.unfinished == "abort" and on_policy and rollout.over_sampling == 1:
         raise ConfigError(
             "rollout.unfinished=abort has nothing to break off when a step waits for every prompt it starts: write rollout.over_sampling "
             "above 1, or unfinished=finish"
