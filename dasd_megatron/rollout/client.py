@@ -442,7 +442,7 @@ class RolloutClient:
 
         async def one(index: int) -> None:
             try:
-                await self._call("POST", path, _nothing, index=index, body=body, tries=1)
+                await self._call("POST", path, _nothing, index=index, body=body, tries=1, limit=PROBE_SECONDS)
             except RolloutError as error:
                 self.pool.record(error.url, Event.FAILED, reason=error.what)
 

@@ -166,7 +166,8 @@ class Collector:
                     failure, self._failure = self._failure, None
                     raise failure
         except BaseException:
-            await self._break_off(list(self._tasks))
+            # Servers that go on with what nobody waits for would keep the next update waiting.
+            await self._abort()
             raise
         groups, counts = self.buffer.take()
         self._steps -= 1
