@@ -288,7 +288,7 @@ class RolloutConfig:
         "weight_sync=distributed and tensor: bytes sent at once; two buckets are in memory, one travels while the next is gathered",
     )
     weight_sync_timeout_seconds: float = _doc(
-        300.0, "weight_sync=distributed and tensor, and verify_weights: limit of each request, broadcast and start of the group"
+        300.0, "limit of each request of a weight sync, of each broadcast and of the start of the group"
     )
     verify_weights: int = _doc(
         0,
@@ -747,6 +747,11 @@ def validate(config: Config) -> None:
             "rollout.unfinished=abort has nothing to break off when a step waits for every prompt it starts: write rollout.over_sampling "
             "above 1, or unfinished=finish"
         )
+    if rollout.release_memory and rollout.unfinished != "finish":
+        raise ConfigError(
+            f"rollout.release_memory=true needs servers that are idle, and rollout.unfinished={rollout.unfinished} leaves them at work: "
+            "write finish"
+        )
     if rollout.release_memory and rollout.max_staleness:
         raise ConfigError(
             "rollout.release_memory=true leaves nothing to sample ahead with, as rollout.max_staleness="
@@ -848,7 +853,7 @@ def _check_weight_sync(config: Config) -> None:
                 f"rollout.weight_sync={way} does not reach the replicas behind rollout.sglang.data_parallel_size="
                 f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
             )
-    if (way != "disk" or rollout.verify_weights) and config.backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
+    if config.backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
         raise ConfigError(
             "backend.timeout_seconds must exceed four times rollout.weight_sync_timeout_seconds="
             f"{rollout.weight_sync_timeout_seconds:g}, since other ranks wait while a group is made and a server found to be gone: "

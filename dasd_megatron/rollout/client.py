@@ -207,10 +207,15 @@ class RolloutClient:
                 with _without_cycle_collection():
                     return read_completions(_json(response), params, weight_version, vocab_size)
 
-            return await self._call("POST", "/generate", read, body=body, held=lambda completions: completions[0].weight_version)
+            return await self._call("POST", "/generate", read, body=body, held=self._held)
 
         answers = await _all_or_cancel([request(start) for start in range(0, len(prompts), rows_per_request)])
         return [completion for answer in answers for completion in answer]
+
+    def _held(self, completions: Sequence[Completion]) -> str | None:
+        """What a server holds, by its answer; None where that does not say so: rows that were done before an update."""
+        versions = {completion.weight_version for completion in completions}
+        return self.pool.current if self.pool.current in versions else versions.pop() if self.pool.current is None else None
 
     async def health(self) -> dict[str, bool]:
         """Whether each server answers /health with 200 within ``request_timeout``, in one try; by address."""
@@ -472,7 +477,7 @@ class RolloutClient:
             try:
                 return [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
             except (TypeError, KeyError, IndexError) as error:
-                raise _TryAgainError(f"{response.url.path} answered no checksums: {str(ranks)[:80]}") from error
+                raise _TryAgainError(f"{response.path} answered no checksums: {str(ranks)[:80]}") from error
 
         return await self._everywhere("POST", "/weights_checker", read, body={"action": "checksum", "skip_tensor_list": list(skip)})
 
@@ -501,7 +506,7 @@ class RolloutClient:
         body: Any = None,
         tries: int | None = None,
         limit: float | None = None,
-        held: Callable[[T], str] | None = None,
+        held: Callable[[T], str | None] | None = None,
     ) -> T:
         """One request until ``read`` accepts its answer: to server ``index``, or else to the router, or each time to the one that the pool
         chooses, which then hears how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below

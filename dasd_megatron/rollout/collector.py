@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -33,6 +34,9 @@ from dasd_megatron.rollout.samples import Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")
+
+STUCK_SECONDS = 30.0
+CANCEL_SECONDS = 2.0  # a user's function may take its time to be cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +107,7 @@ class Collector:
             filter_limit=rollout.filter_limit,
             wait_for_all=rollout.unfinished == "finish",
             max_staleness=rollout.max_staleness,
-            state=state,
+            state=_of_size(state, config.batch.samples_per_group),
         )
         self.keep = load_function(rollout.filter, "rollout.filter")
         self.function = load_function(rollout.function, "rollout.function")
@@ -117,12 +121,20 @@ class Collector:
         self._suspended = False
         self._loop = asyncio.new_event_loop()
         self._changed, self._open = asyncio.Event(), asyncio.Event()
-        # One thread: it is the tokenizer's only user.
-        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="grading")
+        self._at_work = asyncio.Lock()
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        # The work has limits of its own, longer than this only where nothing is done: a user's function must not block the loop.
+        limit = 2 * self.config.rollout.step_timeout_seconds + STUCK_SECONDS
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(limit)
+        except concurrent.futures.TimeoutError as error:
+            if future.done():
+                raise
+            function = self.config.rollout.function
+            raise PluginError(f"rollouts are stuck for {limit:g} s: rollout.function={function} has to await what it waits for") from error
 
     def connect(self, client: RolloutClient) -> None:
         """Ask the servers of ``client`` from now on. What was in flight elsewhere is started again."""
@@ -157,7 +169,7 @@ class Collector:
         started = time.perf_counter()
         self._steps = max(self._steps, 1)
         try:
-            async with step_limit(self.config.rollout, self._client.urls, "a step's rollouts"), meanwhile(alongside):
+            async with step_limit(self.config.rollout, self._client.urls, "a step's rollouts, or their grading,"), meanwhile(alongside):
                 self._start()
                 while self._failure is None and not self.buffer.can_take():
                     self._changed.clear()
@@ -240,9 +252,9 @@ class Collector:
                 await self._go_on()
                 await self._client.aclose()
 
-        self._run(end())
+        future = asyncio.run_coroutine_threadsafe(end(), self._loop)
+        concurrent.futures.wait([future], timeout=STUCK_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._worker.shutdown()
 
     # In the thread of the event loop.
 
@@ -260,7 +272,8 @@ class Collector:
         for task in tasks:
             self.buffer.give_back(self._tasks.pop(task))
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
 
     async def _abort(self) -> None:
         if not self._tasks:
@@ -271,12 +284,11 @@ class Collector:
     async def _collect(self, positions: list[int]) -> None:
         """Sample, grade and filter the groups of one request, and start what is then missing."""
         try:
-            in_worker = self._loop.run_in_executor
             problems = [self.problems[self.order.indices(position, 1)[0]] for position in positions]
-            prompts = await in_worker(self._worker, lambda: [self.renderer.student(problem) for problem in problems])
+            prompts = await self._in_thread(lambda: [self.renderer.student(problem) for problem in problems])
             completions = await self._sample(positions, problems, prompts)
             self._sampled_at = time.perf_counter()
-            graded = await in_worker(self._worker, self._grade, positions, problems, prompts, completions)
+            graded = await self._in_thread(lambda: self._grade(positions, problems, prompts, completions))
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it is, the trainer has to hear of it
@@ -287,8 +299,30 @@ class Collector:
             del self._tasks[asyncio.current_task()]
             for group, keep in graded:
                 self.buffer.finish(group, keep)
-            self._start()
+            # Where time must not decide, what is missing is counted when nothing is on its way.
+            if not (self.buffer.wait_for_all and self.buffer.in_flight):
+                self._start()
         self._changed.set()
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """``work`` in a thread, one at a time, since it uses the tokenizer. A user's function that hangs there must not keep the process
+        from ending, as a pool's would."""
+        done = self._loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if not done.done():
+                done.set_exception(error) if error is not None else done.set_result(result)
+
+        def run() -> None:
+            try:
+                result, error = work(), None
+            except BaseException as caught:
+                result, error = None, caught
+            self._loop.call_soon_threadsafe(settle, result, error)
+
+        async with self._at_work:
+            threading.Thread(target=run, name="grading", daemon=True).start()
+            return await done
 
     async def _sample(self, positions: list[int], problems: list[Problem], prompts: list[list[int]]) -> list[Completion]:
         rollout, groups, n = self.config.rollout, self.config.batch.groups, self.config.batch.samples_per_group
@@ -333,6 +367,9 @@ class Collector:
         if not isinstance(completions, list) or len(completions) != len(request.sampling_params):
             raise PluginError(f"{where} gave {completions!r:.80}; return a list of {len(request.sampling_params)} Completions")
         for completion in completions:
+            older = {version for version, _ in getattr(completion, "weight_versions", [])} - self._accepted
+            if older:
+                raise PluginError(f"{where} gave a Completion of the weights {sorted(older)}, not of {sorted(self._accepted)}")
             unsound = _unsound(completion, self.vocab_size, self.config.rollout.max_new_tokens)
             if unsound:
                 raise PluginError(f"{where} gave a Completion with {unsound}")
@@ -363,6 +400,13 @@ class Collector:
         if not isinstance(wanted, bool):
             raise PluginError(f"{where} gave {wanted!r:.80}; return True or False")
         return wanted
+
+
+def _of_size(state: BufferState, samples_per_group: int) -> BufferState:
+    """Of a run that goes on with another number of samples, prompts whose groups have the former one are sampled again."""
+    other = [group.position for group in [*state.ready, *state.refused] if len(group.samples) != samples_per_group]
+    ready, refused = ([group for group in groups if group.position not in other] for groups in (state.ready, state.refused))
+    return dataclasses.replace(state, pending=[*state.pending, *other], ready=ready, refused=refused)
 
 
 def _unsound(completion: Any, vocab_size: int, max_new_tokens: int) -> str | None:

@@ -139,22 +139,24 @@ def _listed(router: str, response: httpx.Response) -> list[str]:
     return urls
 
 
-async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> None:
+async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> list[str]:
     """Compare what every server that answers says of its model with the model of the run, before it is given weights.
 
     Both engines name the architecture, the embedded one the vocabulary size too. The rest stands in the ``config.json`` of the directory
     that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23 goes down when it is given weights
-    of other shapes from disk.
+    of other shapes from disk. Returns the addresses of those that have answered.
 
     Raises :class:`WrongModelError`, and RolloutError where no server answers.
     """
     wrong = []
-    for url, info in (await client.descriptions()).items():
+    answered = await client.descriptions()
+    for url, info in answered.items():
         differences = _differences(info, hf_config)
         if differences:
             wrong.append(f"{url} serves another model ({info.get('model_path')}): {', '.join(differences)}")
     if wrong:
         raise WrongModelError(f"{'; '.join(wrong)}; {_FIX}")
+    return list(answered)
 
 
 def _differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[str]:

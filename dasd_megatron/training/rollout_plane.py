@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -87,16 +87,22 @@ class RolloutPlane:
         self.config, self.paths = config, paths
         self.server: LocalServer | None = None
         rank0 = dist.get_rank() == 0
-        self.urls: list[str] = on_selected_rank(rank0, lambda: find_servers(config.rollout), (DiscoveryError,)) or []
+        self.urls: list[str] = []
+        if config.rollout.replay is None:
+            self.urls = on_selected_rank(rank0, lambda: find_servers(config.rollout), (DiscoveryError,)) or []
         self.pool = ServerPool(self.urls)
         self.restarts = 0
         self.weight_version: str | None = None
         self.launched_version: str | None = None
         """The version on disk, from which a server is started."""
         self.sync: WeightSync | None = None
-        self.released: set[MemoryTag] = set()
-        """What the servers have given back; on global rank 0."""
+        self._looked_at: set[str] = set()
+        """Others' servers that have been found to serve the model of the run."""
+        self.released: dict[str, set[MemoryTag]] = {}
+        """What each server has given back; on global rank 0."""
         self._state = state
+        self._taken: tuple[int, Batch] | None = None
+        """The step whose rollouts were handed out last, and these; on global rank 0."""
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
         if rank0 and config.rollout.replay is None:
@@ -108,6 +114,9 @@ class RolloutPlane:
     def __exit__(self, *_: object) -> None:
         if self.collector is not None:
             self.collector.close()
+        if self.server is None:  # others' servers are to be of use afterwards
+            for tag in ("weights", "kv_cache"):
+                self._take_back(tag)
         if self.sync is not None:
             self.sync.close()
         if self.server is not None:
@@ -166,9 +175,25 @@ class RolloutPlane:
                 await client.continue_generation()
                 # The others may come later: each step asks.
                 await client.wait_until_healthy(rollout.startup_timeout_seconds, one_is_enough=True)
-                await check_models(client, model.bridge.hf_config)
+                self._looked_at.update(await check_models(client, model.bridge.hf_config))
 
         asyncio.run(look())
+
+    async def _of_this_model(self, urls: list[str]) -> list[str]:
+        """Those of ``urls`` that serve the model of the run by what they say; of others' servers each is asked until it has answered."""
+        if self.server is not None:
+            return urls
+        for url in urls:
+            if url in self._looked_at:
+                continue
+            async with make_client(self.config.rollout, [url], self.pool) as client:
+                try:
+                    self._looked_at.update(await check_models(client, self._policy[0].bridge.hf_config))
+                except WrongModelError as error:
+                    self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
+                except RolloutError as error:
+                    self.pool.record(url, Event.FAILED, reason=error.what)
+        return [url for url in urls if url in self._looked_at]
 
     def _check_served(self, model: ShardedModel) -> None:
         """After others' servers got weights for the first time: have they taken them, and do they compute the same with them?"""
@@ -188,27 +213,30 @@ class RolloutPlane:
         self._on_rank0_or_stop(lambda: asyncio.run(check()))
 
     def _release(self) -> None:
-        """The servers' memory is the trainer's until the next sync; every replica has its rollouts."""
-
-        def work() -> None:
-            asyncio.run(self._client_call("release_memory_occupation", ["weights", "kv_cache"]))
-            self.released = {"weights", "kv_cache"}
-
-        self._with_restarts(work)
+        """The servers' memory is the trainer's until the next sync; every replica has its rollouts. For global rank 0."""
+        for url in self.pool.with_status(Status.SERVING):
+            if self._ask(url, lambda client: client.release_memory_occupation(["weights", "kv_cache"])):
+                self.released[url] = {"weights", "kv_cache"}
 
     def _take_back(self, tag: MemoryTag) -> None:
-        def work() -> None:
-            # Not after a restart: SGLang ends when it is asked for what is not released.
-            if tag in self.released:
-                asyncio.run(self._client_call("resume_memory_occupation", [tag]))
-                self.released.discard(tag)
+        """Not from a server that was started anew: SGLang ends when it is asked for what is not released."""
+        for url, tags in self.released.items():
+            if tag in tags and self._ask(url, lambda client: client.resume_memory_occupation([tag])):
+                tags.discard(tag)
 
-        if self.config.rollout.release_memory:
-            self._with_restarts(work)
+    def _ask(self, url: str, what: Callable[[RolloutClient], Awaitable[None]]) -> bool:
+        """Whether a server did it; one that did not is dead to the pool, and started anew or left out as such."""
 
-    async def _client_call(self, name: str, tags: list[MemoryTag]) -> None:
-        async with self._client() as client:
-            await getattr(client, name)(tags)
+        async def ask() -> None:
+            async with make_client(self.config.rollout, [url], self.pool) as client:
+                await what(client)
+
+        try:
+            asyncio.run(ask())
+        except RolloutError as error:
+            self.pool.record(url, Event.UPDATE_FAILED, reason=error.what)
+            return False
+        return True
 
     def _verify(self, model: ShardedModel) -> None:
         if not self.config.rollout.verify_weights:
@@ -241,7 +269,7 @@ class RolloutPlane:
             self.server.start()
             self._serves_alone(self.weight_version)
         else:
-            asyncio.run(self._update_weights(self._client(), str(path.absolute())))
+            asyncio.run(self._update_weights(self.urls))
 
     def _client(self) -> RolloutClient:
         return make_client(self.config.rollout, self.urls, self.pool)
@@ -249,14 +277,17 @@ class RolloutPlane:
     def _serves_alone(self, version: str) -> None:
         """The trainer's own server is up, with the weights ``version``."""
         self.urls = [self.server.url]
-        self.released = set()
+        self.released = {}
         self.pool = ServerPool(self.urls)
         self.pool.expect(self.weight_version)
         self.pool.record(self.server.url, Event.ANSWERED, version)
 
-    async def _update_weights(self, client: RolloutClient, path: str) -> None:
-        async with client:
-            await client.update_weights_from_disk(path, self.weight_version)
+    async def _update_weights(self, urls: list[str]) -> None:
+        """From disk, in one try: one that fails is asked again by the next step, and does not hold up the others."""
+        rollout, path = self.config.rollout, self.paths.weights / self.weight_version
+        limits = dataclasses.replace(rollout, request_timeout_seconds=rollout.weight_sync_timeout_seconds, max_retries=0)
+        async with make_client(limits, urls, self.pool) as client:
+            await client.update_weights_from_disk(str(path.absolute()), self.weight_version)
 
     def _send(self) -> None:
         """Send the policy over the process group, which is made the first time and after a failure.
@@ -280,7 +311,7 @@ class RolloutPlane:
     def _choose_receivers(self) -> None:
         """A group of the servers that are not known to be gone, unless there is one of just these."""
         dead = self.pool.with_status(Status.DEAD)
-        able = [url for url in self.urls if url not in dead] or self.urls
+        able = asyncio.run(self._of_this_model([url for url in self.urls if url not in dead])) or self.urls
         if self.sync is not None and self.sync.joined and self.sync.urls == able:
             return
         # Who does not answer now would keep the others waiting in the start of the group.
@@ -314,13 +345,11 @@ class RolloutPlane:
             # They may have been away when a pause ended.
             async with make_client(self.config.rollout, unsure, self.pool) as client:
                 await client.continue_generation()
-        stale = self.pool.with_status(Status.STALE)
+        stale = await self._of_this_model(self.pool.with_status(Status.STALE))
         # Over a process group they get theirs with everybody's next weights.
         if stale and self.config.rollout.weight_sync == "disk":
-            # One try: who hangs would hold up every step.
-            async with make_client(dataclasses.replace(self.config.rollout, max_retries=0), stale, self.pool) as client:
-                with contextlib.suppress(RolloutError):  # the pool has it
-                    await client.update_weights_from_disk(str((self.paths.weights / self.weight_version).absolute()), self.weight_version)
+            with contextlib.suppress(RolloutError):  # the pool has it
+                await self._update_weights(stale)
 
     def _with_restarts(self, work: Callable[[], T], *, fresh: bool = True) -> T | None:
         """``work`` on rank 0; when it fails, restart the trainer's own server with the current weights and do it again.
@@ -330,7 +359,8 @@ class RolloutPlane:
         while True:
             try:
                 if not fresh:
-                    self._send()
+                    if self.config.rollout.weight_sync != "disk":
+                        self._send()
                     fresh = True
                 return on_selected_rank(dist.get_rank() == 0, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
@@ -382,19 +412,28 @@ class RolloutPlane:
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
         batch = self._with_restarts(self._taken)
         self._raise_everywhere(batch)
-        if self.config.rollout.release_memory:
-            self._release()
         if self.collector is not None:
+            if self.config.rollout.release_memory:
+                self._release()
             self.collector.start_ahead(min(self.config.rollout.max_staleness, self.config.run.steps - step))
         if not rank0:
             return scatter_to_replicas(None)
+        self._taken = (step, batch)
         samples = batch.samples()
         metrics = _collection_metrics(batch, samples, step - 1)
         return scatter_to_replicas([(part, batch.grading_seconds, metrics) for part in self._shares(samples)])
 
-    def state(self) -> BufferState:
-        """Where to go on after the last step, to be saved; on global rank 0, elsewhere as it was given."""
-        return self._state if self.collector is None else self.collector.state()
+    def state(self, step: int) -> BufferState:
+        """Where to go on after ``step`` steps, to be saved; on global rank 0, elsewhere as it was given. The prompts of a step that was
+        begun and not finished are sampled again."""
+        if self.collector is None:
+            return self._state
+        state = self.collector.state()
+        if self._taken is not None and self._taken[0] > step:
+            batch = self._taken[1]
+            state.pending = sorted([*state.pending, *(group.position for group in batch.groups)])
+            state.counts = batch.counts
+        return state
 
     def _shares(self, samples: list[Sample]) -> list[list[Sample]]:
         """The samples of each replica."""

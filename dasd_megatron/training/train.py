@@ -233,7 +233,7 @@ def _evaluate_if_due(trainer: Trainer) -> None:
 
 def _save(trainer: Trainer) -> float:
     started = time.perf_counter()
-    trainer.state.rollouts = trainer.plane.state()
+    trainer.state.rollouts = trainer.plane.state(trainer.state.step)
     save_checkpoint(
         trainer.paths.root,
         trainer.state,

@@ -367,6 +367,9 @@ def verify_weights(
     # Whatever the servers call it: they read no more than what is compared.
     others = {name for hf_name in model.bridge.hf_shapes for name in (hf_name, _fused_name(hf_name)) if _fused_name(name) not in parts}
 
+    if not urls:
+        return WeightSyncError("no server serves the weights that are to be compared")
+
     async def ask() -> list[list[dict[str, str]]]:
         limits = dataclasses.replace(config, request_timeout_seconds=config.weight_sync_timeout_seconds)
         async with make_client(limits, urls, pool) as client:

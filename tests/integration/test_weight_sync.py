@@ -11,9 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import NO_EVALUATION, finish, reproducible, rows, start, train
+from runs import NO_EVALUATION, SMALL, finish, reproducible, rows, start, train
 from safetensors.torch import load_file
-from servers import sglang_python
+from servers import FaultyProxy, sglang_python
+
+from dasd_megatron.config import load_config
+from dasd_megatron.models.tiny import make_tiny_model
+from dasd_megatron.rollout.launch import LocalServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -68,6 +72,23 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, way: list[
     status, output = finish(process)
     assert status == 0, output[-4000:]
     assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "disk" / "metrics.jsonl")
+
+
+def test_servers_of_others_give_their_memory_back_for_every_update(tmp_path: Path) -> None:
+    config = load_config([*SMALL])
+    make_tiny_model(tmp_path / "model", config.model.tiny, 1)
+    asked: list[str] = []
+    with LocalServer(tmp_path / "model", "first", config.rollout, tmp_path / "log") as server:
+        proxy = FaultyProxy(server.url, lambda path, _count: asked.append(path))
+        try:
+            external = ["rollout.engine=external", f"rollout.servers=[{proxy.url}]", "rollout.release_memory=true"]
+            train(*RUN, *external, "run.steps=3", f"run.dir={tmp_path / 'run'}")
+        finally:
+            proxy.close()
+    wanted = ("/generate", "/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk")
+    order = [path for path in asked if path in wanted]
+    step = ["/generate"] * 2 + ["/release_memory_occupation", "/resume_memory_occupation", wanted[3], "/resume_memory_occupation"]
+    assert order == [wanted[3], "/generate", *step * 3]
 
 
 @pytest.mark.parametrize("way", ["distributed", "tensor"])

@@ -557,3 +557,12 @@ async def test_a_router_heeds_the_limits_of_a_request():
     assert completion.output_ids == EXPECTED[0]
     with pytest.raises(ValueError, match="must start with http"):
         client("http://a:1", router="a:2")
+
+
+def test_rows_that_were_done_before_an_update_say_nothing_of_what_their_server_holds() -> None:
+    c = client("http://server")
+    before = Completion([1], [-0.5], "stop", [("v0", 1)], "")
+    across = Completion([1, 2], [-0.5, -0.5], "stop", [("v0", 1), ("v1", 1)], "")
+    assert c._held([before]) == "v0"
+    c.pool.expect("v1")
+    assert c._held([before, across]) == "v1" and c._held([before]) is None

@@ -170,7 +170,7 @@ def test_where_no_group_has_an_advantage_a_step_still_comes(start: Callable[...,
     collector, servers = start(FILTER, "rollout.filter_limit=2")
     servers.answer = lambda problem, sample: RIGHT
     batch = collector.take()
-    assert [group.position for group in batch.groups] == [0, 1] and batch.counts.filtered == 5
+    assert [group.position for group in batch.groups] == [0, 1] and batch.counts.filtered == 4
 
 
 def test_stragglers_are_broken_off_and_come_first_in_the_next_step(start: Callable[..., tuple[Collector, Servers]]) -> None:
@@ -313,6 +313,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "async def unmasked(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
         "    return [dataclasses.replace(one, response_mask=[0] * len(one.output_ids)) for one in found]\n"
+        "def hangs(group):\n    import time\n    time.sleep(60)\n"
         "def none(group):\n    return None\n"
         "def divides(group):\n    return 1 / 0\n"
         "def odd(group):\n    return group[0].position % 2 == 1\n"
@@ -338,6 +339,31 @@ def test_tokens_that_the_policy_did_not_sample_are_masked(start: Callable[..., t
 def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
     collector, _ = start(f"rollout.filter={module}:odd")
     assert positions(collector) == [1, 3]
+
+
+def test_rollouts_of_other_weights_are_refused_from_functions_too(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+    collector, _ = start(f"rollout.function={module}:tool", step=3)
+    with pytest.raises(PluginError, match=r"of the weights \['step_000000'\], not of \['step_000003'\]"):
+        collector.take()
+
+
+def test_a_function_that_hangs_holds_nothing_up(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+    collector, _ = start(f"rollout.filter={module}:hangs", "rollout.step_timeout_seconds=1")
+    begun = time.monotonic()
+    with pytest.raises(RolloutError, match="or their grading"):
+        collector.take()
+    collector.close()
+    assert time.monotonic() - begun < 20
+
+
+def test_saved_groups_of_another_size_are_sampled_again(start: Callable[..., tuple[Collector, Servers]]) -> None:
+    collector, servers = start("rollout.max_staleness=1")
+    positions(collector)
+    collector.start_ahead(1)
+    sync(collector, servers)
+    more, fresh = start("rollout.max_staleness=1", "batch.samples_per_group=4", state=collector.state(), step=1)
+    batch = more.take()
+    assert [(group.position, len(group.samples)) for group in batch.groups] == [(2, 4), (3, 4)]
 
 
 @pytest.mark.parametrize(
