@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutError, WeightVersionError, read_completions
+from dasd_megatron.rollout.client import Completion, RequestRefusedError, RolloutClient, RolloutError, WeightVersionError, read_completions
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 VERSION = "7"
