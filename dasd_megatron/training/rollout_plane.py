@@ -101,7 +101,7 @@ class RolloutPlane:
         self.released: dict[str, set[MemoryTag]] = {}
         """What each server has given back; on global rank 0."""
         self._state = state
-        self._taken: tuple[int, Batch] | None = None
+        self._handed_out: tuple[int, Batch] | None = None
         """The step whose rollouts were handed out last, and these; on global rank 0."""
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
@@ -410,7 +410,7 @@ class RolloutPlane:
             samples = on_selected_rank(rank0, lambda: self._replayed(step), (ReplayError,))
             self._state.position += self.config.batch.groups
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
-        batch = self._with_restarts(self._taken)
+        batch = self._with_restarts(self._take)
         self._raise_everywhere(batch)
         if self.collector is not None:
             if self.config.rollout.release_memory:
@@ -418,7 +418,7 @@ class RolloutPlane:
             self.collector.start_ahead(min(self.config.rollout.max_staleness, self.config.run.steps - step))
         if not rank0:
             return scatter_to_replicas(None)
-        self._taken = (step, batch)
+        self._handed_out = (step, batch)
         samples = batch.samples()
         metrics = _collection_metrics(batch, samples, step - 1)
         return scatter_to_replicas([(part, batch.grading_seconds, metrics) for part in self._shares(samples)])
@@ -429,8 +429,8 @@ class RolloutPlane:
         if self.collector is None:
             return self._state
         state = self.collector.state()
-        if self._taken is not None and self._taken[0] > step:
-            batch = self._taken[1]
+        if self._handed_out is not None and self._handed_out[0] > step:
+            batch = self._handed_out[1]
             state.pending = sorted([*state.pending, *(group.position for group in batch.groups)])
             state.counts = batch.counts
         return state
@@ -453,7 +453,7 @@ class RolloutPlane:
         except PeerError as error:
             raise RolloutFailure(str(error)) from error
 
-    def _taken(self) -> Batch | PluginError:
+    def _take(self) -> Batch | PluginError:
         if not self.pool.with_status(Status.SERVING):
             asyncio.run(self._revive())
         try:
