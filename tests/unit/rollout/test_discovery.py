@@ -138,9 +138,12 @@ def test_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("gpu[03-01]", None),
     ],
 )
-def test_real_scontrol(hosts: str, names: list[str] | None) -> None:
+def test_real_scontrol(hosts: str, names: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("scontrol") is None:
-        pytest.skip("no scontrol: Slurm's client commands are not installed (Debian: slurm-client; it wants a slurm.conf)")
+        pytest.skip("no scontrol: Slurm's client commands are not installed (Debian: slurm-client)")
+    # It wants one, wherever it runs, and asks nobody.
+    (tmp_path / "slurm.conf").write_text("ClusterName=test\nSlurmctldHost=localhost\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     if names is None:
         with pytest.raises(DiscoveryError, match="like gpu"):
             expand_host_list(hosts)
