@@ -757,8 +757,6 @@ def validate(config: Config) -> None:
             "rollout.release_memory=true leaves nothing to sample ahead with, as rollout.max_staleness="
             f"{rollout.max_staleness} wants: write 0"
         )
-    if rollout.replay is None:
-        _check_weight_sync(config)
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
     if config.backend.timeout_seconds <= rollout.step_timeout_seconds + rollout.startup_timeout_seconds:
@@ -766,6 +764,8 @@ def validate(config: Config) -> None:
             "backend.timeout_seconds must exceed rollout.step_timeout_seconds + rollout.startup_timeout_seconds "
             f"({rollout.step_timeout_seconds + rollout.startup_timeout_seconds:g}), since other ranks wait meanwhile: raise it"
         )
+    if rollout.replay is None:
+        _check_weight_sync(config)
     evaluation = config.evaluation
     if rollout.replay is not None and (evaluation.before or evaluation.after or evaluation.every):
         raise ConfigError(
