@@ -93,7 +93,8 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
         )
-    rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
+    # The last two are absent in checkpoints from before them.
+    rollouts = BufferState(record["position"], record.get("pending", []), counts=Counts(**record.get("collected", {})))
     return TrainerState(record["step"], rollouts), record
 
 
