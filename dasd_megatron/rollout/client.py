@@ -215,7 +215,9 @@ class RolloutClient:
     def _held(self, completions: Sequence[Completion]) -> str | None:
         """What a server holds, by its answer; None where that does not say so: rows that were done before an update."""
         versions = {completion.weight_version for completion in completions}
-        return self.pool.current if self.pool.current in versions else versions.pop() if self.pool.current is None else None
+        if self.pool.current is None:
+            return versions.pop()
+        return self.pool.current if self.pool.current in versions else None
 
     async def health(self) -> dict[str, bool]:
         """Whether each server answers /health with 200 within ``request_timeout``, in one try; by address."""
@@ -551,8 +553,9 @@ class RolloutClient:
                 except _TryAgainError as error:
                     failure = error
                 else:
-                    if held is not None and not routed:
-                        self.pool.record(url, Event.ANSWERED, held(answer))
+                    version = held(answer) if held is not None and not routed else None
+                    if version is not None:
+                        self.pool.record(url, Event.ANSWERED, version)
                     return answer
                 finally:
                     if not routed:

@@ -559,6 +559,15 @@ async def test_a_router_heeds_the_limits_of_a_request():
         client("http://a:1", router="a:2")
 
 
+async def test_an_answer_that_was_done_before_an_update_leaves_its_server_serving():
+    server = FakeServer()
+    async with server.serve() as url, client(url) as c:
+        c.pool.expect("8")
+        c.pool.record(url, Event.ANSWERED, "8")
+        await c.generate(PROMPTS, PARAMS, weight_version={VERSION, "8"}, rows_per_request=3)
+        assert c.pool.with_status(Status.SERVING) == [url]
+
+
 def test_rows_that_were_done_before_an_update_say_nothing_of_what_their_server_holds() -> None:
     c = client("http://server")
     before = Completion([1], [-0.5], "stop", [("v0", 1)], "")
