@@ -11,12 +11,11 @@ from dasd_megatron.data.generators import generate_problems
 from dasd_megatron.data.prompts import load_problems
 from dasd_megatron.data.templates import check_lengths
 from dasd_megatron.evaluation.evaluate import evaluate
-from dasd_megatron.models.hf_config import is_megatron_checkpoint
 from dasd_megatron.observability.progress import ProgressDisplay, summary_table
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer
-from dasd_megatron.training.prepare import choose_run_dir, load_tokenizer, make_renderer
+from dasd_megatron.training.prepare import choose_run_dir, load_tokenizer, make_renderer, require_hf_directory
 from dasd_megatron.verify.grader import Grader
 
 
@@ -27,10 +26,7 @@ def evaluate_model(config: Config) -> None:
     """
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory, like the model/ folder of a finished run")
-    if is_megatron_checkpoint(config.model.path):
-        raise ConfigError(
-            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
-        )
+    require_hf_directory(config)
     source = config.data.heldout
     problems = (
         generate_problems(source, "heldout") if source.generator is not None else load_problems(source, "heldout", needs_solution=False)

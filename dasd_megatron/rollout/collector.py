@@ -380,9 +380,7 @@ class Collector:
     ) -> list[tuple[Group, bool]]:
         """The groups of one request, and which are to be trained on. In the worker's thread."""
         n = self.config.batch.samples_per_group
-        samples = make_samples(
-            problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer, positions=positions
-        )
+        samples = make_samples(problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
         graded = []
         for index in range(len(positions)):
             members = samples[index * n : (index + 1) * n]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from dasd_megatron.config import Config, ConfigError, DataSourceConfig
-from dasd_megatron.data.prompts import load_problems
-from dasd_megatron.models.hf_config import is_megatron_checkpoint, read_hf_config
+from dasd_megatron.config import Config
+from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import RolloutClient
@@ -19,7 +18,15 @@ from dasd_megatron.rollout.discovery import check_models, check_updated, find_se
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer
 from dasd_megatron.rollout.samples import rollouts_path, save_samples, version_name
-from dasd_megatron.training.prepare import load_tokenizer, make_renderer, prepare_run, start_hf_files, start_path
+from dasd_megatron.training.prepare import (
+    load_tokenizer,
+    make_renderer,
+    prepare_run,
+    require_hf_directory,
+    run_problems,
+    start_hf_files,
+    start_path,
+)
 from dasd_megatron.verify.grader import Grader
 
 
@@ -33,10 +40,7 @@ def rollouts_alone(config: Config, root: Path) -> None:
         ConfigError: the configuration cannot run, or ``model.path`` is a Megatron checkpoint.
         RolloutError, PluginError, GraderError: see :meth:`Collector.take`; the steps that are done stay.
     """
-    if config.model.path is not None and is_megatron_checkpoint(config.model.path):
-        raise ConfigError(
-            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
-        )
+    require_hf_directory(config)
     paths = prepare_run(config, root)
     model = start_path(config, paths)
     tokenizer = load_tokenizer(start_hf_files(config, paths))
@@ -49,10 +53,10 @@ def rollouts_alone(config: Config, root: Path) -> None:
             log = root / "logs" / "rollout_server.log"
             urls = [stack.enter_context(LocalServer(model, version, config.rollout, log)).url]
         else:
-            asyncio.run(_load(make_client(config.rollout, urls), Path(model).absolute(), read_hf_config(model)))
+            asyncio.run(_load(make_client(config.rollout, urls), model.absolute(), read_hf_config(model)))
         collector = Collector(
             config,
-            load_problems(DataSourceConfig(path=str(paths.problems("train"))), "train", needs_solution=False),
+            run_problems(paths, "train"),
             make_renderer(config, tokenizer),
             grader,
             tokenizer,

@@ -116,28 +116,25 @@ def make_samples(
     *,
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
-    positions: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or
-    what ``verify.reward`` makes of them; under
-    ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or what
+    ``verify.reward`` makes of them; under ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
+
+    groups: the position of each problem in the order of training problems, or its index.
 
     What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
     without a tokenizer sends no text.
-
-    positions: of the problems in the order of training problems; None: ``groups``.
     """
-    parts = zip(problems, groups, prompts, groups if positions is None else positions, strict=True)
-    repeated = [part for part in parts for _ in range(samples_per_group)]
+    repeated = [part for part in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)]
     texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]
     cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
     graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
-    verdicts = grader.grade(graded, [problem.expected_answer for problem, *_ in repeated])
+    verdicts = grader.grade(graded, [problem.expected_answer for problem, _, _ in repeated])
     samples = [
         Sample(
             group=group,
             sample=index % samples_per_group,
-            position=position,
+            position=group,
             problem_id=problem.id,
             problem=problem.problem,
             expected_answer=problem.expected_answer,
@@ -153,7 +150,7 @@ def make_samples(
             timed_out=verdict.timed_out,
             response_mask=completion.response_mask,
         )
-        for index, ((problem, group, prompt, position), completion, text, verdict) in enumerate(
+        for index, ((problem, group, prompt), completion, text, verdict) in enumerate(
             zip(repeated, completions, texts, verdicts, strict=True)
         )
     ]

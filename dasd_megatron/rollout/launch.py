@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
 # What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches behind another batch.
 _SGLANG_CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule", "--sleep-on-idle"]
 
-NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
+_NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
     prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
 
@@ -183,12 +184,7 @@ class LocalServer:
             package_root = str(Path(dasd_megatron.__file__).resolve().parent.parent)
             paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             return environment | {"PYTHONPATH": os.pathsep.join(paths)}
-        # SGLang's environment is another one. And what torchrun says of the trainer's ranks is not for it: its own rendezvous would wait
-        # for the agent's.
-        for name in list(environment):
-            if name in NOT_FOR_SGLANG or name.startswith("TORCHELASTIC_"):
-                del environment[name]
-        return environment
+        return for_sglang(environment)
 
     def _wait_until_healthy(self) -> None:
         limit = self.rollout.startup_timeout_seconds
@@ -220,6 +216,12 @@ class LocalServer:
         """The log's last lines, under the path of the file."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"The end of {self.log_path}:\n" + "\n".join(lines)
+
+
+def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without the variables that are this environment's alone: SGLang's is another one. And what torchrun says of the trainer's ranks is
+    not for it: its own rendezvous would wait for the agent's."""
+    return {name: value for name, value in environment.items() if name not in _NOT_FOR_SGLANG and not name.startswith("TORCHELASTIC_")}
 
 
 def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[str]:

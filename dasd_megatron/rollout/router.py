@@ -15,7 +15,7 @@ import httpx
 
 from dasd_megatron.config import RolloutConfig, check_servers
 from dasd_megatron.rollout.discovery import find_servers
-from dasd_megatron.rollout.launch import NOT_FOR_SGLANG, TERMINATE_SECONDS, ServerStartError
+from dasd_megatron.rollout.launch import TERMINATE_SECONDS, ServerStartError, for_sglang
 from dasd_megatron.rollout.server import ServerError, bind
 
 LAUNCHER = Path(__file__).parent / "sglang" / "router.py"
@@ -93,10 +93,11 @@ def _run(command: list[str], url: str, servers: list[str], startup_timeout: floa
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_SGLANG}
     try:
         # In a session of its own: an interrupt at the terminal is this process's to handle.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=for_sglang(os.environ), start_new_session=True
+        )
     except OSError as error:
         raise ServerStartError(f"--python: {command[0]} cannot be started ({error.strerror})") from error
     try:

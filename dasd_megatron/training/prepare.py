@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, first_line, read_config, save_config
+from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
@@ -166,6 +166,19 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     save_config(config, paths.config)
     (root / "environment.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
     return paths
+
+
+def require_hf_directory(config: Config) -> None:
+    """Refuse (ConfigError) a ``model.path`` that a rollout server cannot be started from."""
+    if config.model.path is not None and is_megatron_checkpoint(config.model.path):
+        raise ConfigError(
+            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
+        )
+
+
+def run_problems(paths: RunPaths, name: str) -> list[Problem]:
+    """The problems ``train`` or ``heldout`` that :func:`prepare_run` has written for a run."""
+    return load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

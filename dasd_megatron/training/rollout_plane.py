@@ -159,9 +159,9 @@ class RolloutPlane:
             self.collector.after_sync(step)
 
     def _on_rank0_or_stop(self, work: Callable[[], T]) -> T | None:
-        """``work`` on rank 0; servers of another model stop the run on every rank."""
+        """``work`` on rank 0; what trying again cannot mend stops the run on every rank."""
         try:
-            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError))
+            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError))
         except PeerError as error:
             raise RolloutFailure(str(error)) from error
 
@@ -247,10 +247,7 @@ class RolloutPlane:
             if error is not None:
                 raise error
 
-        try:
-            on_selected_rank(dist.get_rank() == 0, report, (WeightSyncError,))
-        except PeerError as error:
-            raise RolloutFailure(str(error)) from error
+        self._on_rank0_or_stop(report)
 
     def _export(self, version: str) -> None:
         model, template_dir = self._policy
@@ -359,15 +356,15 @@ class RolloutPlane:
         while True:
             try:
                 if not fresh:
-                    if self.config.rollout.weight_sync != "disk":
-                        self._send()
+                    self._send()
                     fresh = True
                 return on_selected_rank(dist.get_rank() == 0, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
                 refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
-                fresh = self.launched_version == self.weight_version
+                # From disk ``work`` itself brings the weights.
+                fresh = self.config.rollout.weight_sync == "disk" or self.launched_version == self.weight_version
 
     def _restart(self) -> str | None:
         """Start the trainer's own server again, from the newest weights on disk, or see which of others' servers are back; returns why
@@ -448,10 +445,7 @@ class RolloutPlane:
             if isinstance(batch, PluginError):
                 raise batch
 
-        try:
-            on_selected_rank(dist.get_rank() == 0, check, (PluginError,))
-        except PeerError as error:
-            raise RolloutFailure(str(error)) from error
+        self._on_rank0_or_stop(check)
 
     def _take(self) -> Batch | PluginError:
         if not self.pool.with_status(Status.SERVING):

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
-from dasd_megatron.config import Config, DataSourceConfig
-from dasd_megatron.data.prompts import Problem, load_problems
+from dasd_megatron.config import Config
+from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.evaluate import evaluate
 from dasd_megatron.losses import importance_weights
@@ -47,7 +47,7 @@ from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
-from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, start_hf_files, start_path
+from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, run_problems, start_hf_files, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
@@ -99,9 +99,7 @@ def train(config: Config, paths: RunPaths) -> None:
     rank0 = dist.get_rank() == 0
     tokenizer = load_tokenizer(start_hf_files(config, paths))
     renderer = make_renderer(config, tokenizer)
-    problems = {
-        name: load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False) for name in ("train", "heldout")
-    }
+    problems = {name: run_problems(paths, name) for name in ("train", "heldout")}
     checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
