@@ -54,6 +54,12 @@ def sha256(data: memoryview | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Read piece by piece: files of checkpoints are gigabytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fingerprint(folder: Path) -> list[list[Any]]:
     """Name, size and time of change of every file in a folder: what a resumed job's source must still have."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()]

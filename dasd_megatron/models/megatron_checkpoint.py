@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dasd_megatron.config import first_line
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, check_free_space, read_manifest, sha256
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, check_free_space, file_sha256, read_manifest, sha256
 
 # Beside a model's tensors, what a checkpoint may hold that no model has.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
@@ -60,7 +60,7 @@ class CheckpointWriter:
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.folder / record["file"]
-        return path.is_file() and path.stat().st_size == record["bytes"] and sha256(path.read_bytes()) == record["sha256"]
+        return path.is_file() and path.stat().st_size == record["bytes"] and file_sha256(path) == record["sha256"]
 
     def has(self, shard: ShardedTensor) -> bool:
         """Whether this chunk is written; its ``data`` is not looked at."""
@@ -197,6 +197,8 @@ class CheckpointFiles:
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             stored = self._chunk(shard.key, chunk)
+            if tuple(chunk.offsets) == tuple(shard.global_offset) and tuple(chunk.sizes) == shape:
+                return stored.reshape(shard.local_shape)
             source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
             target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, shard.global_offset, strict=True))
             result[target] = stored[source]
@@ -206,12 +208,11 @@ class CheckpointFiles:
         place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.path / place.relative_path
         try:
+            if place.relative_path in self._unverified and file_sha256(path) != self._unverified.pop(place.relative_path)["sha256"]:
+                raise WeightsError(f"{path} is not what {MANIFEST_FILE} lists; it holds part of {key}: restore it")
             with open(path, "rb") as file:
                 file.seek(place.offset)
-                data = file.read(place.length)
-            if place.relative_path in self._unverified and sha256(path.read_bytes()) != self._unverified.pop(place.relative_path)["sha256"]:
-                raise WeightsError(f"{path} is not what {MANIFEST_FILE} lists; it holds part of {key}: restore it")
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             if isinstance(error, WeightsError):
                 raise

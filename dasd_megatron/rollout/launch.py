@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -91,10 +90,8 @@ class LocalServer:
         self._port = sock.getsockname()[1]
         embedded = self.rollout.engine == "embedded"
         command = self._embedded_command(sock.fileno()) if embedded else sglang_command(self.rollout, self.model_path, self._port)
-        # SGLang listens by itself, late in its start: by then the port may be another's, who must not be taken for it.
-        mark = f"{self.weight_version}-{uuid.uuid4().hex}"
         if not embedded:
-            command += ["--weight-version", mark]
+            command += ["--weight-version", self.weight_version]
             sock.close()
         # The embedded server gets the socket that is bound here, so that the port cannot be lost between choosing and using it; this copy
         # is closed at once, so that connections are refused, not left waiting, when the child dies.
@@ -117,7 +114,7 @@ class LocalServer:
         try:
             self._wait_until_healthy()
             if not embedded:
-                self._name_weights(mark)
+                self._check_listener()
         except BaseException:
             self.stop()
             raise
@@ -201,16 +198,15 @@ class LocalServer:
                 time.sleep(POLL_SECONDS)
         raise ServerStartError(f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}")
 
-    def _name_weights(self, mark: str) -> None:
-        """See that it is our SGLang that answers, by the version that it was started under, and give its weights their name."""
-        with httpx.Client(timeout=60.0, trust_env=False) as http:
-            try:
-                found = http.get(f"{self.url}/model_info").json().get("weight_version")
-                if found != mark:
-                    raise ServerStartError(f"another server, with weights {found!r}, answers at {self.url}: choose another rollout.port")
-                http.post(f"{self.url}/update_weight_version", json={"new_version": self.weight_version}).raise_for_status()
-            except (httpx.HTTPError, ValueError) as error:
-                raise ServerStartError(f"the rollout server broke off its start ({error}). {self.log_tail()}") from error
+    def _check_listener(self) -> None:
+        """See that it is our SGLang that answers: it binds its port late in its start, and by then the port may be another's. What the
+        server says of itself proves nothing, since a run that finds it may have given it newer weights already."""
+        for member in [psutil.Process(self._process.pid), *self._descendants(self._process)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for connection in member.net_connections("inet"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self._port:
+                        return
+        raise ServerStartError(f"another server answers at {self.url}: choose another rollout.port. {self.log_tail()}")
 
     def log_tail(self) -> str:
         """The log's last lines, under the path of the file."""
