@@ -293,6 +293,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         metrics = reward_metrics(samples, timers.seconds, config.batch.samples_per_group)
         metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
         return {"step": state.step, **metrics, **collection, "weight_version": samples[0].weight_version}
+    fp8 = _compare_fp8(trainer, samples, scores)
     with timers("route"):
         rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
         verifier_advantage = group_relative_advantage(
@@ -310,7 +311,31 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         _save_inspection(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(samples, scores, advantage, credit, importance, results, timers.seconds, config)
-    return {"step": state.step, **metrics, **collection, "weight_version": samples[0].weight_version}
+    return {"step": state.step, **metrics, **fp8, **collection, "weight_version": samples[0].weight_version}
+
+
+def _compare_fp8(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> dict[str, float]:
+    """What FP8 does to the log-probs of a few rollouts, at the first step and then as often as configured: the same weights score them in
+    bf16. Nothing without FP8. Collective over all ranks."""
+    config, step = trainer.config, trainer.state.step
+    every = config.precision.fp8_check_every
+    if config.precision.fp8 == "none" or not every or (step != 1 and step % every):
+        return {}
+    # Interleaved schedules need a sequence for each stage.
+    chosen = samples[: max(config.batch.samples_per_group, config.parallel.pipeline_model_parallel_size)]
+    batches = _micro_batches(config, [sample.prompt_ids for sample in chosen], chosen)
+    with trainer.model.without_fp8():
+        bf16 = score(trainer.model, batches, config.loss, temperature=config.rollout.temperature).log_prob
+    gap = (scores.student.log_prob[: len(bf16)] - bf16).abs().double()
+    total, count = reduce_over_replicas(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
+    largest = reduce_over_replicas(gap.max(), dist.ReduceOp.MAX).item()
+    if total / count > config.precision.fp8_max_diff:
+        trainer.display.warning(
+            f"step {step}: log-probs under precision.fp8={config.precision.fp8} differ from those of bf16 by {total / count:.3g} nats a "
+            f"token, over precision.fp8_max_diff={config.precision.fp8_max_diff:g}: leave the outer layers in bf16 "
+            "(precision.bf16_first_layers, precision.bf16_last_layers), or choose another recipe"
+        )
+    return {"precision/fp8_log_prob_diff_mean": total / count, "precision/fp8_log_prob_diff_max": largest}
 
 
 def _check_agreement(config: Config, scores: ScoredRollouts) -> None:

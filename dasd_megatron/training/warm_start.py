@@ -76,9 +76,10 @@ def warm_start(
 def micro_batch_layout(config: Config) -> dict[str, int | torch.device | None]:
     """What the configuration and the parallel layout ask of :func:`make_micro_batches`."""
     parallel = config.parallel
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return {
         "micro_batch_size": config.batch.micro_batch_size,
-        "pad_multiple": parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        "pad_multiple": shards * backend.current().token_multiple(config.precision),
         "micro_batch_tokens": config.batch.micro_batch_tokens,
         # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
         "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,

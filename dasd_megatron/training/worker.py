@@ -29,7 +29,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     # What befalls the rollout servers is said at the time.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("dasd_megatron").setLevel(logging.INFO)
-    backend.select(config.backend)
+    backend.select(config.backend).check_precision(config.precision)
     # Megatron-Core is imported from here on, after the backend has prepared torch.
     import torch.distributed as dist
 
