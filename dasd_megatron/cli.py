@@ -55,7 +55,10 @@ def _configuration(arguments: list[str]) -> Config:
     parser.add_argument("--config-dir")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    return load_config(options.overrides, options.config_dir)
+    config = load_config(options.overrides, options.config_dir)
+    # Of this process and of all that it starts: workers, servers and graders.
+    os.umask({"owner": 0o077, "group": 0o027, "all": 0o022}[config.run.readable_by])
+    return config
 
 
 def _train(arguments: list[str]) -> None:

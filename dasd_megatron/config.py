@@ -54,6 +54,7 @@ class RunConfig:
     dir: str | None = _doc(None, "run directory; null: runs/<name>/<date-time>, or with resume=auto the newest run of that name")
     seed: int = _doc(1, "seed of weights, data order, rollouts and dropout")
     steps: int = _doc(MISSING, "training steps; one step is one batch of rollouts")
+    readable_by: str = _doc("owner", "owner, group or all: who may read what the run writes; only the owner may change it")
 
 
 @dataclass
@@ -514,6 +515,7 @@ def _explain_hydra(error: Exception) -> str:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "run.readable_by": ("owner", "group", "all"),
     "backend.kind": ("cpu", "cuda"),
     "backend.transformer_impl": ("auto", "transformer_engine", "local"),
     "precision.params_dtype": ("fp32", "bf16"),
@@ -727,6 +729,10 @@ def validate(config: Config) -> None:
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     check_servers(rollout)
+    if any(re.match(r"--(admin-)?api-key\b", argument) for argument in rollout.sglang.arguments):
+        raise ConfigError(
+            "rollout.sglang.arguments: a key there would stand in config.yaml and in the list of processes: set DASD_API_KEY instead"
+        )
     for name in ("verify.reward", "rollout.filter", "rollout.function"):
         path = _value(config, name)
         if path is not None and not FUNCTION_PATH.fullmatch(path):
@@ -812,6 +818,8 @@ def check_servers(rollout: RolloutConfig) -> None:
         raise ConfigError(f"{' and '.join(given)} are set: name the servers in one way, and leave the others out")
     for name, addresses in {"rollout.servers": rollout.servers, "rollout.router": [rollout.router] if rollout.router else []}.items():
         for address in addresses:
+            if "@" in address:
+                raise ConfigError(f"{name}: an address with a user or password would stand in config.yaml and in logs: leave that out")
             if not re.fullmatch(r"https?://[^/\s]+", address):
                 raise ConfigError(f"{name}: {address!r} is not an address: write it like http://10.0.0.1:30000, without a path")
     if len(set(rollout.servers)) < len(rollout.servers):
@@ -830,7 +838,8 @@ def check_servers(rollout: RolloutConfig) -> None:
 def _check_weight_sync(config: Config) -> None:
     """Cross-checks of how servers get their weights; see :class:`ConfigError`."""
     rollout, way = config.rollout, config.rollout.weight_sync
-    far = [server for server in rollout.servers if not _is_loopback(server)] + [one for one in (rollout.nodes, rollout.router) if one]
+    others = [server for server in rollout.servers if not is_loopback(urlsplit(server).hostname or "")]
+    far = others + [one for one in (rollout.nodes, rollout.router) if one]
     if way == "tensor" and far:
         raise ConfigError(
             f"rollout.weight_sync=tensor needs servers on the trainer's machine, not {far[0]}: give rollout.servers like "
@@ -867,8 +876,8 @@ def _check_weight_sync(config: Config) -> None:
         )
 
 
-def _is_loopback(server: str) -> bool:
-    host = urlsplit(server).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can be reached from its own machine alone."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

@@ -52,7 +52,7 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
     try:
-        hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from dasd_megatron.config import RolloutConfig, check_servers
+from dasd_megatron.rollout import access
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.launch import TERMINATE_SECONDS, ServerStartError, for_sglang
 from dasd_megatron.rollout.server import ServerError, bind
@@ -64,6 +65,7 @@ def serve_router(arguments: list[str]) -> None:
         servers_per_node=options.servers_per_node,
     )
     check_servers(rollout)
+    access.warn_if_open(options.host, "the router")
     servers = find_servers(rollout)
     port, metrics_port = _free_port(options.host, options.port), _free_port(options.host, options.metrics_port)
     python = options.python or (DEFAULT_PYTHON if Path(DEFAULT_PYTHON).is_file() else sys.executable)
@@ -118,7 +120,7 @@ def _wait_until_ready(process: subprocess.Popen, url: str, servers: list[str], t
     """Return once the router lists every server as healthy."""
     deadline = time.monotonic() + timeout
     missing = servers
-    with httpx.Client(timeout=10.0, trust_env=False) as http:
+    with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(access.api_key())) as http:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ServerStartError(f"sglang-router ended with status {process.returncode}; its log is above")
