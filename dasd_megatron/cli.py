@@ -110,8 +110,7 @@ def _check_port(config: Config) -> None:
 
 
 def num_processes(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    return config.parallel.world_size
 
 
 def _launch(config: Config, root: Path) -> int:

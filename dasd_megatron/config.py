@@ -74,8 +74,33 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = _doc(
         None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving"
     )
-    data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x PP x DP")
+    data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x CP x PP x DP")
     sequence_parallel: bool = _doc(False, "shard activations between tensor-parallel regions along the sequence; needs TP > 1")
+    context_parallel_size: int = _doc(1, "CP: ranks that share each sequence; above 1 it needs a GPU and Transformer Engine")
+    first_pipeline_num_layers: int | None = _doc(
+        None, "layers of the first pipeline stage, over all its chunks; null: as many as the stages in the middle"
+    )
+    last_pipeline_num_layers: int | None = _doc(
+        None, "layers of the last pipeline stage, which also has the LM head and the loss; null: as many as the stages in the middle"
+    )
+    overlap_grad_reduce: bool = _doc(False, "reduce gradients over replicas bucket by bucket during the last backward pass")
+    overlap_param_gather: bool = _doc(
+        False,
+        "gather updated weights from the replicas bucket by bucket during the next minibatch's forward pass; needs optimizer.distributed "
+        "and overlap_grad_reduce",
+    )
+    bucket_size: int | None = _doc(
+        None, "overlap only: parameters that are reduced and gathered at once; null: Megatron's max(40e6, 1e6 x DP)"
+    )
+
+    @property
+    def replica_size(self) -> int:
+        """Processes of one replica."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        return self.replica_size * self.data_parallel_size
 
 
 @dataclass
@@ -111,7 +136,14 @@ class PrecisionConfig:
     params_dtype: str = _doc(
         "fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32"
     )
-    recompute: str = _doc("none", "none or full: recompute activations in the backward pass, layer by layer")
+    recompute: str = _doc(
+        "none", "activations computed again in the backward pass: none, selective (those of recompute_modules) or full (whole layers)"
+    )
+    recompute_modules: list[str] = _doc(
+        ["mlp"],
+        "recompute=selective, of each layer: mlp (most of its activations), layernorm (of local layers; Transformer Engine has it "
+        "fused), core_attn (nearly nothing to gain, since attention is fused in both)",
+    )
 
 
 @dataclass
@@ -187,6 +219,11 @@ class BatchConfig:
     micro_batch_size: int = _doc(16, "most sequences of one forward pass")
     micro_batch_tokens: int | None = _doc(
         32768, "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least one; null: no limit"
+    )
+    packing: bool = _doc(
+        False,
+        "lay the sequences of a micro-batch end to end instead of padding them to the longest; each attends to itself alone. Micro-batches "
+        "then hold nearly equal numbers of tokens",
     )
 
 
@@ -382,6 +419,7 @@ class WarmStartConfig:
     lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up")
     decay_style: str = _doc("cosine", "constant, linear or cosine; the last two end at a tenth of the peak")
     warmup_steps: int = _doc(20, "steps of linear warm-up")
+    hidden_dropout: float = _doc(0.0, "share of the hidden states that is dropped; reinforcement drops none")
     privileged_share: float = _doc(0.5, "share of examples whose prompt shows the reference solution, so that the self-teacher can use it")
 
 
@@ -519,7 +557,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend.kind": ("cpu", "cuda"),
     "backend.transformer_impl": ("auto", "transformer_engine", "local"),
     "precision.params_dtype": ("fp32", "bf16"),
-    "precision.recompute": ("none", "full"),
+    "precision.recompute": ("none", "selective", "full"),
     "algorithm.name": ("dasd", "grpo", "opsd", "reversed", "rlsd"),
     "algorithm.quantile_side": ("upper", "lower"),
     "algorithm.objective": ("sampled", "distributional"),
@@ -546,6 +584,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.pipeline_model_parallel_size": (1, None),
     "parallel.virtual_pipeline_model_parallel_size": (2, None),
     "parallel.data_parallel_size": (1, None),
+    "parallel.context_parallel_size": (1, None),
+    "parallel.first_pipeline_num_layers": (1, None),
+    "parallel.last_pipeline_num_layers": (1, None),
+    "parallel.bucket_size": (1, None),
     "model.tiny.hidden_size": (1, None),
     "model.tiny.num_layers": (1, None),
     "model.tiny.num_attention_heads": (1, None),
@@ -625,6 +667,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.lr": (0, None),
     "warm_start.warmup_steps": (0, None),
     "warm_start.privileged_share": (0, 1),
+    "warm_start.hidden_dropout": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
     "logging.save_rollouts_every": (0, None),
@@ -633,7 +676,13 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 
 # Bounds that the value itself may not reach.
 _ABOVE = {"teacher.hint_fraction": 0, "loss.importance_cap": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
-_BELOW = {"algorithm.rlsd_clip": 1, "algorithm.jsd_weight": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
+_BELOW = {
+    "algorithm.rlsd_clip": 1,
+    "warm_start.hidden_dropout": 1,
+    "algorithm.jsd_weight": 1,
+    "optimizer.adam_beta1": 1,
+    "optimizer.adam_beta2": 1,
+}
 
 
 def _value(config: Config, name: str) -> Any:
@@ -679,6 +728,7 @@ def validate(config: Config) -> None:
         )
     if config.backend.kind == "cpu" and config.backend.transformer_impl == "transformer_engine":
         raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
+    _check_parallel(config)
     share = parallel.data_parallel_size * batch.minibatches
     if batch.groups % share:
         raise ConfigError(
@@ -799,6 +849,62 @@ def validate(config: Config) -> None:
             raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
         if source.generator is not None and source.size is None:
             raise ConfigError(f"data.{name}.size is required with data.{name}.generator: write how many problems to generate")
+
+
+def _check_parallel(config: Config) -> None:
+    """Cross-checks of how the model is spread; see :class:`ConfigError`."""
+    parallel = config.parallel
+    if parallel.context_parallel_size > 1 and (config.backend.kind == "cpu" or config.backend.transformer_impl == "local"):
+        raise ConfigError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention on GPUs: set "
+            "backend.kind=cuda and backend.transformer_impl=transformer_engine, or write 1"
+        )
+    for name in ("first_pipeline_num_layers", "last_pipeline_num_layers"):
+        if getattr(parallel, name) is not None and parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"parallel.{name} needs parallel.pipeline_model_parallel_size > 1: raise it, or write null")
+    if parallel.overlap_param_gather and not (config.optimizer.distributed and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs optimizer.distributed=true and parallel.overlap_grad_reduce=true: set them, or write "
+            "false"
+        )
+    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
+        raise ConfigError(f"parallel.bucket_size={parallel.bucket_size} is for parallel.overlap_grad_reduce=true: set that, or write null")
+    modules = config.precision.recompute_modules
+    if not modules or set(modules) - {"core_attn", "mlp", "layernorm"}:
+        raise ConfigError(f"precision.recompute_modules={modules}: write some of core_attn, mlp and layernorm, like [core_attn,mlp]")
+
+
+def stage_layers(parallel: ParallelConfig, num_layers: int, source: str = "num_hidden_layers") -> list[int]:
+    """Layers of each pipeline stage, over all its chunks; :class:`ConfigError` where they do not come out whole.
+
+    ``source``: what says the number of layers, for the message.
+    """
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first, last = parallel.first_pipeline_num_layers, parallel.last_pipeline_num_layers
+    if first is None and last is None and num_layers % stages:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size = {stages} does not divide {source}: write a divisor of it, or give the first or last "
+            "stage another number by parallel.first_pipeline_num_layers or last_pipeline_num_layers"
+        )
+    middle = stages - (first is not None) - (last is not None)
+    left = num_layers - (first or 0) - (last or 0)
+    if left < middle or (left % middle if middle else left):
+        raise ConfigError(
+            f"parallel.first_pipeline_num_layers={first} and last_pipeline_num_layers={last} leave {left} layers of {source} to {middle} "
+            "other pipeline stages: each needs the same number of them, and at least one"
+        )
+    layers = [left // middle if middle else 0] * stages
+    if first is not None:
+        layers[0] = first
+    if last is not None:
+        layers[-1] = last
+    for count in layers:
+        if count % chunks:
+            raise ConfigError(
+                f"parallel.virtual_pipeline_model_parallel_size={chunks} does not divide the {count} layers of a stage ({source}): "
+                "write a divisor of them"
+            )
+    return layers
 
 
 def check_servers(rollout: RolloutConfig) -> None:

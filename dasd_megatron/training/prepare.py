@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config
+from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config, stage_layers
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
@@ -223,12 +223,8 @@ def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
             f"num_key_value_heads={hf_config.num_key_value_heads} does not divide num_attention_heads={hf_config.num_attention_heads} "
             f"({where}): write a divisor of it"
         )
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    chunks = pipeline * (virtual or 1)
-    if hf_config.num_hidden_layers % chunks:
-        name = "parallel.pipeline_model_parallel_size" + (" x parallel.virtual_pipeline_model_parallel_size" if virtual else "")
-        layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
-        raise ConfigError(f"{name} = {chunks} does not divide {layers}={hf_config.num_hidden_layers} ({where}): write a divisor of it")
+    layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
+    stage_layers(parallel, hf_config.num_hidden_layers, f"{layers}={hf_config.num_hidden_layers} ({where})")
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > hf_config.max_position_embeddings:
         raise ConfigError(
