@@ -19,6 +19,7 @@ _USAGE = """usage: dasd COMMAND ...
 
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
+            --dry-run OVERRIDES print what it would do on a whole cluster, without data, GPUs or servers (--help lists the options)
   evaluate  OVERRIDES           evaluate model.path on data.heldout
   rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, for rollout.replay
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
@@ -229,6 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
+    if command == "train" and "--dry-run" in rest:
+        from dasd_megatron.planning.rehearsal import dry_run
+
+        return report_errors(lambda: dry_run(rest))
     if command in ("train", "evaluate", "rollout") and {"-h", "--help"} & set(rest):
         print(_fields_help(command))
         return 0

@@ -461,11 +461,13 @@ class Config:
     )
 
 
-def load_config(overrides: list[str], config_dir: str | Path | None = None) -> Config:
+def load_config(overrides: list[str], config_dir: str | Path | None = None, *, needs_files: bool = True) -> Config:
     """Compose ``conf/config.yaml`` with Hydra overrides (``experiment=quickstart optimizer.lr=1e-4``), type-check and validate it.
 
     Args:
         config_dir: a directory of further groups: ``experiment=mine`` is then also looked for in ``config_dir/experiment/mine.yaml``.
+        needs_files: False for a look at a configuration elsewhere than where it is to run: its files need not exist, and its data need not
+            be named.
 
     Raises:
         ConfigError: an unknown field or group, a value of the wrong type, a required field left out, a contradiction, or a path that
@@ -487,6 +489,11 @@ def load_config(overrides: list[str], config_dir: str | Path | None = None) -> C
             composed = compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_hydra(error)) from error
+    if not needs_files:
+        for name in ("train", "heldout"):
+            if composed.data[name].path is None and composed.data[name].generator is None:
+                composed.data[name].path = f"{name}.jsonl"
+        return _typed(composed)
     config = _typed(composed)
     check_paths(config)
     return config

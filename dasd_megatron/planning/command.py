@@ -55,16 +55,25 @@ _NVLINK, _NETWORK = 450e9 * 0.7, 50e9 * 0.7
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes on the fullest GPU and what a step costs; see :mod:`dasd_megatron.planning.estimate`."""
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage; ``total`` has the reserve too."""
 
     stage: int
     state: State
     snapshots: float
     activations: float
+    loss: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the GPUs of each stage, and of the fullest one, and what a step costs; see :mod:`dasd_megatron.planning.estimate`."""
+
+    stages: list[StageMemory]
+    fullest: StageMemory
     loss_materialised: float
     loss_fused: float
-    total: float
     micro_batches: int
     rows: int
     bubble: float
@@ -101,7 +110,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
     pipeline = parallel.pipeline_model_parallel_size
     share = rows / parallel.context_parallel_size
     materialised, fused = loss_bytes(arch, config, share * length, share * rollout.max_new_tokens)
-    candidates = []
+    stages = []
     for stage in range(pipeline):
         state = training_state(arch, config, stage)
         width = DTYPE_BYTES[config.precision.params_dtype]
@@ -114,8 +123,10 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         kept = activation_bytes(arch, config, tokens, stage, micro_batches=micro_batches, transformer_engine=transformer_engine)
         loss = 0.0 if stage < pipeline - 1 else fused if config.loss.fused_linear else materialised
         total = state.weights + state.gradients + state.optimizer + snapshots + kept + loss
-        candidates.append((total + (_OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0), stage, state, snapshots, kept))
-    total, stage, state, snapshots, kept = max(candidates, key=lambda candidate: candidate[0])
+        total += _OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
+        stages.append(StageMemory(stage, state, snapshots, kept, loss, total))
+    fullest = max(stages, key=lambda one: one.total)
+    state = fullest.state
     bubble = bubble_fraction(config, micro_batches)
     traffic = communication(arch, config, sequences * length, state)
     # Forward passes count two operations a parameter and token, backward passes four.
@@ -131,7 +142,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
     seconds += traffic.pipeline / _NETWORK
     replicas_inside = tensor_context * parallel.data_parallel_size <= gpus_per_node
     seconds += traffic.data / (_NVLINK if replicas_inside else _NETWORK)
-    return Plan(stage, state, snapshots, kept, materialised, fused, total, micro_batches, rows, bubble, traffic, seconds)
+    return Plan(stages, fullest, materialised, fused, micro_batches, rows, bubble, traffic, seconds)
 
 
 def _recomputed_share(config: Config, arch: Architecture) -> float:
@@ -175,7 +186,7 @@ def plan(arguments: list[str]) -> None:
     _search(config, hf_config, options, transformer_engine)
 
 
-def _gb(value: float) -> str:
+def gigabytes(value: float) -> str:
     return f"{value / 1e9:,.2f} GB"
 
 
@@ -196,38 +207,45 @@ def _warnings(config: Config, options: argparse.Namespace) -> list[str]:
 
 
 def _print(config: Config, arch: Architecture, found: Plan, options: argparse.Namespace) -> None:
-    parallel, state = config.parallel, found.state
+    parallel, state = config.parallel, found.fullest.state
     limit = options.gpu_memory * 1e9
     free = _ROLLOUT_SHARE * limit
     tensor = min(parallel.tensor_model_parallel_size, options.gpus_per_node)
     weights = total_parameters(arch) * 2 / tensor
     per_token = kv_bytes_per_token(arch, tensor)
-    resident = max(0.0, free - found.total - weights) / per_token
+    resident = max(0.0, free - found.fullest.total - weights) / per_token
     offloaded = max(0.0, free - weights) / per_token
+    full = found.fullest
     chosen, other = ("fused", "materialised") if config.loss.fused_linear else ("materialised", "fused")
     loss = {"fused": found.loss_fused, "materialised": found.loss_materialised}
     rows = [
         ("parameters", f"{total_parameters(arch):,} in all, {state.parameters:,} on this rank"),
-        ("weights", f"{_gb(state.weights)} {config.precision.params_dtype}"),
-        ("gradients", f"{_gb(state.gradients)} fp32"),
-        ("optimizer state", _gb(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else "")),
-        ("copies of weights, teacher states", _gb(found.snapshots)),
-        ("activations", f"{_gb(found.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a micro-batch"),
-        ("logits and loss on the last stage", f"{_gb(loss[chosen])} {chosen} ({_gb(loss[other])} {other})"),
-        ("total, with reserve", f"{_gb(found.total)} of {_gb(limit)}: {'fits' if found.total <= limit else 'DOES NOT FIT'}"),
+        ("weights", f"{gigabytes(state.weights)} {config.precision.params_dtype}"),
+        ("gradients", f"{gigabytes(state.gradients)} fp32"),
+        ("optimizer state", gigabytes(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else "")),
+        ("copies of weights, teacher states", gigabytes(full.snapshots)),
+        (
+            "activations",
+            f"{gigabytes(full.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a micro-batch",
+        ),
+        ("logits and loss on the last stage", f"{gigabytes(loss[chosen])} {chosen} ({gigabytes(loss[other])} {other})"),
+        (
+            "total, with reserve",
+            f"{gigabytes(full.total)} of {gigabytes(limit)}: {'fits' if full.total <= limit else 'DOES NOT FIT'}",
+        ),
         ("bubble", f"{found.bubble:.1%} of a stage's time, {found.micro_batches} micro-batches a minibatch"),
         (
             "sent by a rank in a step",
-            f"TP {_gb(found.traffic.tensor)}, CP {_gb(found.traffic.context)}, PP {_gb(found.traffic.pipeline)}, "
-            f"DP {_gb(found.traffic.data)}",
+            f"TP {gigabytes(found.traffic.tensor)}, CP {gigabytes(found.traffic.context)}, PP {gigabytes(found.traffic.pipeline)}, "
+            f"DP {gigabytes(found.traffic.data)}",
         ),
-        ("weight sync", f"{_gb(found.traffic.weight_sync)} a step"),
+        ("weight sync", f"{gigabytes(found.traffic.weight_sync)} a step"),
         ("rollouts on the same GPUs", f"{resident:,.0f} tokens of KV beside the training state, {offloaded:,.0f} with it offloaded"),
     ]
     print(
         f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
         f"VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP {parallel.data_parallel_size}: {parallel.world_size} GPUs; "
-        f"the fullest is pipeline stage {found.stage}, of {stage_layers(parallel, arch.layers)[found.stage]} layers"
+        f"the fullest is pipeline stage {full.stage}, of {stage_layers(parallel, arch.layers)[full.stage]} layers"
     )
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -250,16 +268,16 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
             continue
         tried += 1
         found = make_plan(changed, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
-        least = min(least, found.total)
-        if found.total <= limit:
+        least = min(least, found.fullest.total)
+        if found.fullest.total <= limit:
             fitting.append((found.seconds, changed, found))
     if not fitting:
         why = (
-            f"the smallest of {tried} needs {_gb(least)}"
+            f"the smallest of {tried} needs {gigabytes(least)}"
             if tried
             else f"all were refused, for {', '.join(reasons) or 'the number of GPUs'}"
         )
-        raise ConfigError(f"no layout for {options.gpus} GPUs of {_gb(limit)} works: {why}; add GPUs, or shorten the sequences")
+        raise ConfigError(f"no layout for {options.gpus} GPUs of {gigabytes(limit)} works: {why}; add GPUs, or shorten the sequences")
     fitting.sort(key=lambda entry: entry[0])
     print(f"{len(fitting)} of {tried} layouts fit; by estimated time, which is an order and not a promise:")
     print(f"  {'TP':>3} {'PP':>3} {'VPP':>3} {'DP':>4}  {'recompute':<9}  {'memory':>9}  {'bubble':>6}  relative time")
@@ -268,7 +286,7 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
         print(
             f"  {parallel.tensor_model_parallel_size:>3} {parallel.pipeline_model_parallel_size:>3} "
             f"{parallel.virtual_pipeline_model_parallel_size or 1:>3} {parallel.data_parallel_size:>4}  {changed.precision.recompute:<9}  "
-            f"{_gb(found.total):>9}  {found.bubble:>6.1%}  {seconds / fitting[0][0]:.2f}"
+            f"{gigabytes(found.fullest.total):>9}  {found.bubble:>6.1%}  {seconds / fitting[0][0]:.2f}"
         )
 
 

@@ -180,7 +180,9 @@ def free_ports(count: int) -> list[int]:
 def _wait_until_idle(cluster: SlurmCluster, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while True:
-        done = subprocess.run(["sinfo", "-h", "-p", "main", "-o", "%T %D"], env=cluster.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["sinfo", "-h", "-p", "main", "-o", "%T %D"], env=cluster.environment, capture_output=True, text=True, timeout=60
+        )
         if done.stdout.split() == ["idle", str(NODES)]:
             return
         assert process.poll() is None and time.monotonic() < deadline, f"{done.stdout}{done.stderr}\n{cluster.log()}"
