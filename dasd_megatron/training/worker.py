@@ -38,6 +38,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
 
     from dasd_megatron.data.prompts import DataError
     from dasd_megatron.data.templates import TemplateError
+    from dasd_megatron.rollout.access import AccessError
+    from dasd_megatron.rollout.discovery import DiscoveryError
     from dasd_megatron.training import parallel
     from dasd_megatron.training.prepare import RunPaths, prepare_run
     from dasd_megatron.training.train import train
@@ -46,7 +48,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     parallel.initialize(config)
     root = parallel.broadcast_from_rank0(root)
     if not prepared:
-        parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), (ValueError, DataError, TemplateError, OSError))
+        refusals = (ValueError, DataError, TemplateError, OSError, AccessError, DiscoveryError)
+        parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), refusals)
     train(config, RunPaths(root))
     # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent to end them.
     dist.destroy_process_group()

@@ -96,7 +96,7 @@ def configure(*overrides: str) -> Config:
         (
             {"num_hidden_layers": 6},
             ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
-            ["parallel.virtual_pipeline_model_parallel_size = 4", "num_hidden_layers=6"],
+            ["parallel.virtual_pipeline_model_parallel_size=2", "3 layers", "num_hidden_layers=6"],
         ),
         ({"max_position_embeddings": 111}, [], ["rollout.max_prompt_tokens", "= 112", "max_position_embeddings=111"]),
         ({"attention_bias": True}, [], ["attention_bias=true"]),

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# DASD on Qwen3 32B, four nodes to train and two to serve; nodes of 8 GPUs of 80 GB. Set slurm/env.sh, then:
+#   sbatch slurm/train_dasd_32b.sh [field=value ...]
+#   DRY_RUN=1 bash slurm/train_dasd_32b.sh [field=value ...]    prints what it would do
+#SBATCH --job-name=dasd_32b
+#SBATCH --nodes=6
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+# In a job $0 is Slurm's copy of this file, and does not say where the code is.
+cd "${DASD_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
+
+: "${DASD_TRAIN_NODES:=4}" "${DASD_ROLLOUT_NODES:=2}" "${DASD_SERVER_TP:=4}" "${DASD_MODEL:=$DASD_MODELS/Qwen3-32B}"
+begin_job slurm/train_dasd_32b.sh "$@"
+run_training "$DASD_MODEL" experiment=dasd_32b model.path="$DASD_MODEL" data.train.path="$DASD_TRAIN_DATA" \
+    data.heldout.path="$DASD_HELDOUT_DATA" "$@"
