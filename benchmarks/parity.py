@@ -213,7 +213,7 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
     return {"rows": rows, "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)}}
 
 
-def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, list[str]]]) -> None:
+def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, Config]]) -> None:
     """One process of a world: all jobs that need this many, one after the other, each in groups of its own."""
     import torch
     import torch.distributed as dist
@@ -224,10 +224,9 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     limit = datetime.timedelta(seconds=120)
     try:
-        for index, (name, dropout, overrides) in enumerate(jobs):
+        for index, (name, dropout, config) in enumerate(jobs):
             store = folder / f"store-{world_size}-{index}"
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
-            config = configure(folder, *overrides)
             parallel.split_world(config)
             result = (train_with_dropout if dropout else train)(config, folder)
             if rank == 0:
@@ -243,9 +242,10 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
 
 def run_all(folder: Path, jobs: dict[str, tuple[bool, list[str]]]) -> None:
     """Run ``jobs`` in worlds of forked processes, the smallest first; each leaves ``folder/<name>.pt``."""
-    worlds: dict[int, list[tuple[str, bool, list[str]]]] = {}
+    worlds: dict[int, list[tuple[str, bool, Config]]] = {}
     for name, (dropout, overrides) in jobs.items():
-        worlds.setdefault(configure(folder, *overrides).parallel.world_size, []).append((name, dropout, overrides))
+        config = configure(folder, *overrides)
+        worlds.setdefault(config.parallel.world_size, []).append((name, dropout, config))
     for world_size in sorted(worlds):
         fork_and_wait([(rank, world_size, folder, worlds[world_size]) for rank in range(world_size)])
 
@@ -305,6 +305,8 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
     for name, (layout, other) in compared.items():
         jobs[f"dropout/{name}"] = (True, layout)
         jobs[f"dropout/={' '.join(other)}"] = (True, other)
+    if compared:
+        jobs["dropout/another seed"] = (True, ["run.seed=2"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         fork_and_wait([(folder, seed)], draw_rollouts)
@@ -323,6 +325,10 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
         results["dropout"] = {
             name: difference(load(f"dropout/{name}"), load(f"dropout/={' '.join(other)}"), start) for name, (_, other) in compared.items()
         }
+        # What the comparisons would show if something else were computed.
+        results["controls"] = {"another objective": difference(load(f"distributional/{ALONE}"), load(f"sampled/{ALONE}"), start)}
+        if compared:
+            results["controls"]["another dropout"] = difference(load("dropout/another seed"), load("dropout/="), start)
     return results
 
 
@@ -332,7 +338,7 @@ def table(results: dict[str, Any]) -> str:
     for objective, rows in results.items():
         if not rows:
             continue
-        columns = list(next(iter(rows.values())))
+        columns = [column for column in next(iter(rows.values())) if all(column in row for row in rows.values())]
         parts.append(f"| {objective} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
         parts += [f"| {name} | " + " | ".join(f"{row[column]:.1e}" for column in columns) + " |" for name, row in rows.items()]
         parts.append("")
