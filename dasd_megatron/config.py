@@ -141,8 +141,7 @@ class PrecisionConfig:
     )
     recompute_modules: list[str] = _doc(
         ["mlp"],
-        "recompute=selective, of each layer: mlp (most of its activations), layernorm (of local layers; Transformer Engine has it "
-        "fused), core_attn (nearly nothing to gain, since attention is fused in both)",
+        "recompute=selective, of each layer: mlp (most of its activations) and core_attn (little to gain, since it is fused)",
     )
     fp8: str = _doc(
         "none",
@@ -931,8 +930,8 @@ def _check_parallel(config: Config) -> None:
     if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
         raise ConfigError(f"parallel.bucket_size={parallel.bucket_size} is for parallel.overlap_grad_reduce=true: set that, or write null")
     modules = config.precision.recompute_modules
-    if not modules or set(modules) - {"core_attn", "mlp", "layernorm"}:
-        raise ConfigError(f"precision.recompute_modules={modules}: write some of core_attn, mlp and layernorm, like [core_attn,mlp]")
+    if not modules or set(modules) - {"core_attn", "mlp"}:
+        raise ConfigError(f"precision.recompute_modules={modules}: write [mlp], [core_attn] or [mlp,core_attn]")
 
 
 def stage_layers(parallel: ParallelConfig, num_layers: int, source: str = "num_hidden_layers") -> list[int]:

@@ -205,8 +205,6 @@ def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: 
     saved = 0.0
     if "mlp" in precision.recompute_modules:
         saved += width * (hidden + 3 * arch.ffn / tensor if transformer_engine else 5 * arch.ffn / tensor)
-    if "layernorm" in precision.recompute_modules and not transformer_engine:
-        saved += 2 * hidden * (_FP32 + width)
     if "core_attn" in precision.recompute_modules:
         saved += _FP32 * arch.heads / tensor
     return saved

@@ -26,8 +26,8 @@ def initialize(config: Config) -> None:
     """Start the process group from torchrun's environment and split it into TP x CP x PP x DP; seeds all generators from ``run.seed``.
 
     Raises:
-        ConfigError: the number of processes is not the product of the parallel sizes, or sequences are to be shared between ranks without
-            Transformer Engine.
+        ConfigError: the number of processes is not the product of the parallel sizes, or the layout asks of Transformer Engine what it
+            cannot do, or needs it where it is not installed.
     """
     backend.current().init_process_group(config.backend.timeout_seconds)
     split_world(config)
@@ -42,7 +42,13 @@ def split_world(config: Config) -> None:
             f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
             f"set parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} processes"
         )
-    if parallel.context_parallel_size > 1 and not backend.current().uses_transformer_engine(config.backend.transformer_impl):
+    transformer_engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
+    if config.batch.packing and transformer_engine and config.precision.params_dtype == "fp32":
+        raise ConfigError(
+            "batch.packing=true in fp32: Transformer Engine's attention takes packed sequences in half precision alone; write "
+            "precision=bf16, or backend.transformer_impl=local"
+        )
+    if parallel.context_parallel_size > 1 and not transformer_engine:
         raise ConfigError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine, which is not installed: install "
             "it, or write 1"
@@ -54,8 +60,10 @@ def split_world(config: Config) -> None:
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, round(config.backend.timeout_seconds / 60)),
     )
-    torch.manual_seed(config.run.seed)
-    model_parallel_cuda_manual_seed(config.run.seed)
+    # Stages differ, so that not all layers of a place in their stage drop the same hidden states.
+    seed = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def is_replica_source() -> bool:

@@ -130,14 +130,7 @@ def train(config: Config, paths: RunPaths) -> None:
                     warm_start(config, paths, problems["train"], renderer, tokenizer, report)
             model_path = warm_started or paths.warm_started_model
 
-        model = build_model(config, model_path)
-        optimizer = build_optimizer(
-            config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
-        )
-        keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
-        start = WeightSnapshot(model) if keeps_start else None
-        keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
-        average = WeightSnapshot(model, dtype=torch.float32) if keeps_average else None
+        model, optimizer, start, average = build_policy(config, model_path)
         state = TrainerState()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, model, optimizer, average)
@@ -154,6 +147,19 @@ def train(config: Config, paths: RunPaths) -> None:
         export_model(model, paths.final_model, template_dir=start_hf_files(config, paths))
         if rank0:
             _conclude(trainer)
+
+
+def build_policy(config: Config, model_path: Path) -> tuple[ShardedModel, OptimizerState, WeightSnapshot | None, WeightSnapshot | None]:
+    """The policy with the weights in ``model_path``, its optimizer, and copies of the weights where they are needed: one as they are now,
+    and one to be averaged. Collective."""
+    model = build_model(config, model_path)
+    optimizer = build_optimizer(
+        config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
+    )
+    keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
+    start = WeightSnapshot(model) if keeps_start else None
+    keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
+    return model, optimizer, start, WeightSnapshot(model, dtype=torch.float32) if keeps_average else None
 
 
 def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:
