@@ -62,7 +62,9 @@ class BackendConfig:
     transformer_impl: str = _doc("auto", "auto, transformer_engine or local; auto takes Transformer Engine where it is installed")
     threads: int = _doc(1, "CPU threads of each training process")
     timeout_seconds: float = _doc(
-        1800.0, "limit of every collective and of the process group's start-up, seconds; more than rollout.step_timeout_seconds"
+        1800.0,
+        "limit of every collective, of the process group's start-up and of nodes waiting for one another, seconds; more than "
+        "rollout.step_timeout_seconds",
     )
 
 
@@ -111,6 +113,19 @@ class PrecisionConfig:
         "fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32"
     )
     recompute: str = _doc("none", "none or full: recompute activations in the backward pass, layer by layer")
+    fp8: str = _doc(
+        "none",
+        "none, or Transformer Engine's recipe for the matrix products of the layers: delayed, tensorwise, blockwise (from Hopper on) or "
+        "mxfp8 (from Blackwell on). The LM head, the loss and its statistics stay in bf16 and float32",
+    )
+    fp8_format: str = _doc("hybrid", "hybrid (E4M3 forward, E5M2 backward) or e4m3")
+    fp8_params: bool = _doc(False, "keep the layers' weights in FP8 alone, beside the optimizer's float32 ones")
+    bf16_first_layers: int = _doc(0, "under fp8, layers at the bottom of the model that stay in bf16")
+    bf16_last_layers: int = _doc(0, "under fp8, layers at the top of the model that stay in bf16")
+    fp8_check_every: int = _doc(
+        20, "under fp8, steps between comparisons of its log-probs with those of bf16, on the first micro-batch of a step; 0: none"
+    )
+    fp8_max_diff: float = _doc(0.1, "mean difference in that comparison, nats a token, above which the run warns")
 
 
 @dataclass
@@ -388,6 +403,9 @@ class WarmStartConfig:
 class CheckpointConfig:
     every: int = _doc(10, "steps between checkpoints; 0: only at the end and on failure")
     keep_last: int = _doc(2, "checkpoints to keep")
+    grace_seconds: float = _doc(
+        300.0, "limit for saving and ending after SIGTERM or SIGUSR1, seconds; then the processes are killed, and the last checkpoint holds"
+    )
 
 
 @dataclass
@@ -518,6 +536,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend.transformer_impl": ("auto", "transformer_engine", "local"),
     "precision.params_dtype": ("fp32", "bf16"),
     "precision.recompute": ("none", "full"),
+    "precision.fp8": ("none", "delayed", "tensorwise", "blockwise", "mxfp8"),
+    "precision.fp8_format": ("hybrid", "e4m3"),
     "algorithm.name": ("dasd", "grpo", "opsd", "reversed", "rlsd"),
     "algorithm.quantile_side": ("upper", "lower"),
     "algorithm.objective": ("sampled", "distributional"),
@@ -551,6 +571,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "model.tiny.head_dim": (1, None),
     "model.tiny.intermediate_size": (1, None),
     "model.tiny.max_position_embeddings": (1, None),
+    "precision.bf16_first_layers": (0, None),
+    "precision.bf16_last_layers": (0, None),
+    "precision.fp8_check_every": (0, None),
+    "precision.fp8_max_diff": (0, None),
     "algorithm.verifier_weight": (0, None),
     "algorithm.beta": (0, None),
     "algorithm.rho": (0, 1),
@@ -625,6 +649,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.privileged_share": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.grace_seconds": (1, None),
     "logging.save_rollouts_every": (0, None),
     "logging.inspect_rollouts": (0, None),
 }
@@ -677,6 +702,7 @@ def validate(config: Config) -> None:
         )
     if config.backend.kind == "cpu" and config.backend.transformer_impl == "transformer_engine":
         raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
+    _check_fp8(config)
     share = parallel.data_parallel_size * batch.minibatches
     if batch.groups % share:
         raise ConfigError(
@@ -793,6 +819,40 @@ def validate(config: Config) -> None:
             raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
         if source.generator is not None and source.size is None:
             raise ConfigError(f"data.{name}.size is required with data.{name}.generator: write how many problems to generate")
+
+
+def _check_fp8(config: Config) -> None:
+    """Cross-checks of FP8; whether the GPU can do it, the backend says. See :class:`ConfigError`."""
+    precision, name = config.precision, f"precision.fp8={config.precision.fp8}"
+    ends = precision.bf16_first_layers + precision.bf16_last_layers
+    if precision.fp8 == "none":
+        if precision.fp8_params or ends:
+            field = "fp8_params" if precision.fp8_params else "bf16_first_layers and bf16_last_layers"
+            raise ConfigError(f"precision.{field} says how FP8 is used, and precision.fp8=none uses none: choose a recipe, or leave it out")
+        return
+    if config.backend.kind != "cuda" or config.backend.transformer_impl == "local":
+        raise ConfigError(
+            f"{name} needs a GPU and Transformer Engine: write backend.kind=cuda backend.transformer_impl=transformer_engine, or "
+            "precision.fp8=none"
+        )
+    if precision.params_dtype != "bf16":
+        raise ConfigError(f"{name} needs precision.params_dtype=bf16 for all that is not FP8: write it, or precision.fp8=none")
+    if precision.fp8 == "delayed" and ends:
+        raise ConfigError(
+            f"{name} scales all layers together: write 0 for precision.bf16_first_layers and precision.bf16_last_layers, or tensorwise"
+        )
+    if not precision.fp8_params:
+        return
+    if precision.fp8 == "mxfp8":
+        raise ConfigError(f"precision.fp8_params=true does not go with {name}: write false, or another recipe")
+    if not config.optimizer.distributed:
+        raise ConfigError("precision.fp8_params=true needs optimizer.distributed=true, which keeps the float32 weights: write it, or false")
+    if config.teacher.weights != "live" or config.loss.kl_coef > 0:
+        field = "loss.kl_coef" if config.teacher.weights == "live" else f"teacher.weights={config.teacher.weights}"
+        raise ConfigError(
+            f"precision.fp8_params=true has no bf16 weights that {field} could exchange for others: write false, or teacher.weights=live "
+            "and loss.kl_coef=0"
+        )
 
 
 def check_servers(rollout: RolloutConfig) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dasd_megatron.config import BackendConfig
+from dasd_megatron.config import BackendConfig, PrecisionConfig
 
 _installed = False
 
@@ -113,6 +113,20 @@ def install(config: BackendConfig) -> None:
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def check_precision(config: PrecisionConfig) -> None:
+    """Nothing that the configuration lets through is missing here."""
+
+
+def token_multiple(config: PrecisionConfig) -> int:
+    """What the number of tokens in each rank's matrix products has to be a multiple of."""
+    return 1
+
+
+def kernels(transformer_impl: str) -> dict[str, str]:
+    """Which implementation each part of a training step runs on."""
+    return {"layers": "Megatron-Core local layers, PyTorch attention", "Adam": "torch.optim.AdamW", "token statistics": "PyTorch"}
 
 
 def capabilities() -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dasd_megatron.config import BackendConfig, ConfigError
+from dasd_megatron.config import BackendConfig, ConfigError, PrecisionConfig
 
 
 def install(config: BackendConfig) -> None:
@@ -35,6 +35,46 @@ def install(config: BackendConfig) -> None:
 
 def _transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
+
+
+# Least compute capability of each FP8 recipe.
+_FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# Tokens of one matrix product, of which an FP8 one needs a multiple: the blocks that share a scale, or the tensor cores' tiles.
+_FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def check_precision(config: PrecisionConfig) -> None:
+    """:class:`ConfigError` where this GPU or this environment has not what ``config`` asks for."""
+    if config.fp8 == "none":
+        return
+    if not _transformer_engine_installed():
+        raise ConfigError(f"precision.fp8={config.fp8} needs transformer-engine, which is not installed: install it, or write none")
+    needed, found = _FP8_CAPABILITY[config.fp8], torch.cuda.get_device_capability()
+    if found < needed:
+        able = [name for name, capability in _FP8_CAPABILITY.items() if found >= capability]
+        raise ConfigError(
+            f"precision.fp8={config.fp8} needs compute capability {needed[0]}.{needed[1]}, and this GPU has {found[0]}.{found[1]}: "
+            f"write one of {', '.join(['none', *able])}"
+        )
+
+
+def token_multiple(config: PrecisionConfig) -> int:
+    """What the number of tokens in each rank's matrix products has to be a multiple of."""
+    return _FP8_TOKEN_MULTIPLE[config.fp8]
+
+
+def kernels(transformer_impl: str) -> dict[str, str]:
+    """Which implementation each part of a training step runs on, by what is installed; imports Megatron-Core."""
+    from megatron.core.optimizer import Adam
+
+    fused_gradients = transformer_config_overrides(transformer_impl)["gradient_accumulation_fusion"]
+    layers = "Transformer Engine" if uses_transformer_engine(transformer_impl) else "Megatron-Core local layers, PyTorch attention"
+    return {
+        "layers": layers,
+        "Adam": f"{Adam.__module__}.{Adam.__name__}",
+        "weight gradients": "accumulated in the product (Apex)" if fused_gradients else "accumulated after the product",
+        "token statistics": "Triton" if importlib.util.find_spec("triton") is not None else "PyTorch",
+    }
 
 
 def capabilities() -> set[str]:

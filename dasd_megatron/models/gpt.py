@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
-from dasd_megatron.config import Config, first_line
+from dasd_megatron.config import Config, PrecisionConfig, first_line
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
@@ -55,6 +56,23 @@ class CausalAttention(DotProductAttention):
         grouped = query.shape[1] != key.shape[1]
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
+    """Fields of the TransformerConfig for FP8 products in the layers; none without FP8."""
+    if precision.fp8 == "none":
+        return {}
+    return dict(
+        fp8=precision.fp8_format,
+        fp8_recipe=precision.fp8,
+        fp8_param=precision.fp8_params,
+        # Read by delayed scaling alone: the largest value of the last thousand passes, where Megatron's default looks at the last one.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
+        first_last_layers_bf16=bool(precision.bf16_first_layers or precision.bf16_last_layers),
+        num_layers_at_start_in_bf16=precision.bf16_first_layers,
+        num_layers_at_end_in_bf16=precision.bf16_last_layers,
+    )
 
 
 class HiddenStatesHead(ColumnParallelLinear):
@@ -91,6 +109,15 @@ class ShardedModel:
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return (pair for chunk in self.chunks for pair in unwrap_model(chunk).named_parameters())
+
+    @contextlib.contextmanager
+    def without_fp8(self) -> Iterator[None]:
+        """Inside the block the layers compute in the parameters' own dtype. For passes without gradient."""
+        fp8, self.config.fp8 = self.config.fp8, None
+        try:
+            yield
+        finally:
+            self.config.fp8 = fp8
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
@@ -187,6 +214,7 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **fp8_arguments(config.precision),
         **target.transformer_config_overrides(config.backend.transformer_impl),
     )
     transformer_config = bridge.config
@@ -201,7 +229,9 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
             bridge.load_weights(chunks, str(path), memory_efficient=True)
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, fp8_param_gather=config.precision.fp8_params
+    )
     wrapped = [
         DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]

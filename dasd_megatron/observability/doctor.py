@@ -85,12 +85,17 @@ def cpu_stack():
     from dasd_megatron.config import BackendConfig
     cpu.install(BackendConfig())
     import megatron.core.models.gpt, mbridge, transformers
-    return True
+    return cpu.kernels("auto")
 
-report("torch", torch_facts)
-report("cuda", cuda_devices)
-report("gloo", gloo)
-report("cpu_stack", cpu_stack)
+def cuda_kernels():
+    from dasd_megatron.backend import cuda
+    from dasd_megatron.config import BackendConfig
+    cuda.install(BackendConfig(kind="cuda"))
+    return cuda.kernels("auto")
+
+CHECKS = {"torch": torch_facts, "cuda": cuda_devices, "gloo": gloo, "cpu_stack": cpu_stack, "cuda_kernels": cuda_kernels}
+for name in sys.argv[1:]:
+    report(name, CHECKS[name])
 """
 
 
@@ -109,7 +114,10 @@ def doctor_report() -> list[Check]:
 
     A check never raises for what it finds; what is wrong becomes a row with status warn or fail and a hint.
     """
-    answers = _probe()
+    answers = _probe("torch", "cuda", "gloo", "cpu_stack")
+    if answers["cuda"].get("ok"):
+        # Both backends do not go into one process.
+        answers |= _probe("cuda_kernels")
     return [*_packages(), *_cpu_backend(answers), *_cuda_backend(answers), *_machine(), *_network(), *_optional()]
 
 
@@ -145,14 +153,19 @@ def print_doctor(stream: TextIO | None = None) -> int:
     return status
 
 
-def _probe() -> dict[str, dict[str, Any]]:
-    """The child's answers by name: {"ok": value} or {"error": text}; a name is absent when the child died before it."""
+def _probe(*names: str) -> dict[str, dict[str, Any]]:
+    """A child's answers to these checks: {"ok": value} or {"error": text}."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True, timeout=PROBE_TIMEOUT_SECONDS, check=False
+            [sys.executable, "-c", _PROBE, *names],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_SECONDS,
+            check=False,
         )
         output, death = child.stdout, f"the process that imports it died with status {child.returncode}: {child.stderr.strip()[-300:]}"
     except subprocess.TimeoutExpired as error:
@@ -160,7 +173,7 @@ def _probe() -> dict[str, dict[str, Any]]:
         death = f"no answer within {PROBE_TIMEOUT_SECONDS:.0f} s"
     rows = [json.loads(line.removeprefix("DASD-PROBE ")) for line in output.splitlines() if line.startswith("DASD-PROBE ")]
     answers = {row["name"]: row for row in rows}
-    return {name: answers.get(name, {"error": death}) for name in ("torch", "cuda", "gloo", "cpu_stack")}
+    return {name: answers.get(name, {"error": death}) for name in names}
 
 
 def _packages() -> list[Check]:
@@ -219,7 +232,12 @@ def _cpu_backend(answers: dict[str, dict[str, Any]]) -> list[Check]:
     checks.append(_answered(section, "gloo all-reduce", answers["gloo"], "works", hint))
     hint = "install what the message names, or pip install -e . again"
     checks.append(_answered(section, "megatron-core, mbridge, transformers", answers["cpu_stack"], "import under the CPU backend", hint))
-    return checks
+    return checks + _kernels(section, answers["cpu_stack"])
+
+
+def _kernels(section: str, answer: dict[str, Any]) -> list[Check]:
+    """What a training step would run on; nothing where the stack does not import."""
+    return [Check(section, f"{part} by", kernel, OK, "") for part, kernel in answer.get("ok", {}).items()]
 
 
 def _answered(section: str, item: str, answer: dict[str, Any], value: str, hint: str) -> Check:
@@ -254,6 +272,9 @@ def _cuda_backend(answers: dict[str, dict[str, Any]]) -> list[Check]:
         checks.append(Check(section, "devices", "none", WARN if lost else INFO, hint))
     else:
         checks += [Check(section, f"device {index}", name, OK, "") for index, name in enumerate(devices)]
+        if "error" in answers["cuda_kernels"]:
+            checks.append(Check(section, "megatron-core", answers["cuda_kernels"]["error"], WARN, "backend.kind=cuda cannot run before"))
+        checks += _kernels(section, answers["cuda_kernels"])
         free = _shared_memory()
         if free is not None and free < GIB:
             hint = "NCCL shares memory there: start the container with --ipc=host or --shm-size=8g"

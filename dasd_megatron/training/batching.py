@@ -45,7 +45,7 @@ def make_micro_batches(
     """Cut ``prompts[i] + responses[i]`` into micro-batches of neighbours in length, the longest first.
 
     The longest come first so that a batch which does not fit in memory fails at once. Each micro-batch is padded to its own longest
-    sequence, rounded up to ``pad_multiple`` (the tensor-parallel size under sequence parallelism), and holds at most ``micro_batch_size``
+    sequence, rounded up to ``pad_multiple`` (what sequence parallelism and FP8 ask for), and holds at most ``micro_batch_size``
     sequences and ``micro_batch_tokens`` padded tokens, but at least one sequence. The number of micro-batches is a multiple of
     ``count_multiple``, for which there must be at least as many sequences; where there are too few to round the number up, it is rounded
     down and micro-batches exceed these bounds.

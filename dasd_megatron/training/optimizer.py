@@ -115,6 +115,7 @@ def build_optimizer(settings: OptimizerSettings, model: ShardedModel, *, steps: 
         bf16=bf16,
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=settings.distributed,
+        fp8_recipe=model.config.fp8_recipe if model.config.fp8 else None,
     )
     optimizer = get_megatron_optimizer(config, model.chunks)
     for inner in _torch_adam_optimizers(optimizer):

@@ -21,6 +21,7 @@ from dasd_megatron.rollout.generation import sampling_seed
 from dasd_megatron.training.batching import make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
+from dasd_megatron.training.parallel import stop_if_requested
 from dasd_megatron.training.passes import supervised_update
 from dasd_megatron.training.prepare import RunPaths, start_hf_files, start_path
 
@@ -69,6 +70,7 @@ def warm_start(
             responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
         micro_batches = make_micro_batches(prompts, responses, **layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
+        stop_if_requested()
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
     export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))
 
@@ -76,9 +78,10 @@ def warm_start(
 def micro_batch_layout(config: Config) -> dict[str, int | torch.device | None]:
     """What the configuration and the parallel layout ask of :func:`make_micro_batches`."""
     parallel = config.parallel
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     return {
         "micro_batch_size": config.batch.micro_batch_size,
-        "pad_multiple": parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        "pad_multiple": shards * backend.current().token_multiple(config.precision),
         "micro_batch_tokens": config.batch.micro_batch_tokens,
         # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
         "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,

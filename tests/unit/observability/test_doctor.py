@@ -18,7 +18,7 @@ HEALTHY = {
     "torch": {"ok": {"version": "2.13.0+cpu", "cuda_build": None, "cpu": "AVX2", "nccl": None}},
     "cuda": {"ok": []},
     "gloo": {"ok": True},
-    "cpu_stack": {"ok": True},
+    "cpu_stack": {"ok": {"layers": "local", "Adam": "torch.optim.AdamW"}},
 }
 CUDA_TORCH = {"ok": {"version": "2.13.0+cu130", "cuda_build": "13.0", "cpu": "AVX2", "nccl": "2.29.3"}}
 
@@ -134,14 +134,18 @@ def test_a_broken_torch_is_a_row_and_not_a_traceback():
 def test_a_probe_that_dies_or_hangs_keeps_what_it_said(monkeypatch, program, name, words):
     monkeypatch.setattr(doctor, "_PROBE", program)
     monkeypatch.setattr(doctor, "PROBE_TIMEOUT_SECONDS", 2.0)
-    answers = doctor._probe()
+    answers = doctor._probe("torch", "gloo")
     assert answers["torch"]["ok"] == 1 and words in answers[name]["error"]
 
 
 def test_cuda_rows(monkeypatch):
     monkeypatch.setattr(doctor, "_shared_memory", lambda: 64 * 2**20)
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: ("580.1: GPU, 80 GiB free", OK, ""))
-    checks = doctor._cuda_backend({**HEALTHY, "torch": CUDA_TORCH, "cuda": {"ok": ["A, 80 GiB", "B, 80 GiB"]}})
+    devices = {**HEALTHY, "torch": CUDA_TORCH, "cuda": {"ok": ["A, 80 GiB", "B, 80 GiB"]}}
+    checks = doctor._cuda_backend({**devices, "cuda_kernels": {"error": "ImportError: no amp_C"}})
+    assert row(checks, "megatron-core").status == WARN and "amp_C" in row(checks, "megatron-core").value
+    checks = doctor._cuda_backend({**devices, "cuda_kernels": {"ok": {"Adam": "apex.optimizers.FusedAdam"}}})
+    assert row(checks, "Adam by").value == "apex.optimizers.FusedAdam"
     assert row(checks, "device 1").value == "B, 80 GiB" and row(checks, "NCCL").value == "2.29.3"
     assert row(checks, "/dev/shm").status == WARN
     checks = doctor._cuda_backend({**HEALTHY, "torch": CUDA_TORCH})

@@ -1,0 +1,355 @@
+"""What a training step costs beside its model: phases of whole steps, and the update against a bare Megatron loop.
+
+    python benchmarks/step.py loop experiment=quickstart evaluation=none run.steps=8 warm_start.steps=0
+    python benchmarks/step.py update --model models/smollm2 precision=bf16 backend.threads=2
+    python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise     # one GPU
+
+``loop`` runs ``dasd train`` with these overrides and reports, as medians over the steps after the first two, the seconds of each phase and
+the share of a step spent outside rollouts and the model's forward and backward passes. ``--replay PROMPT,RESPONSE`` makes random rollouts
+of these lengths first and replays them, so that no server is needed.
+
+``update`` compares, in alternating rounds on the same micro-batches and the same model in one process, our policy update with a Megatron
+loop: the model's own cross-entropy on its logits, Megatron's schedule, the same optimizer. It says tokens per second, the share of the
+GPU's peak (``--peak`` TFLOP/s), peak memory, and for a GPU what ``dasd plan`` predicts.
+
+``--preset`` writes a model of that preset's sizes with random weights. Results go to ``benchmarks/results/step_NAME.json`` with ``--name``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from machine import describe
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, load_config, read_config
+
+RESULTS = Path(__file__).parent / "results"
+PHASES = ("rollout", "verify", "score", "route", "update", "sync", "checkpoint")
+# What a configuration needs and a measurement of the update does not read.
+_UPDATE = (
+    "run.name=step", "run.steps=1", "optimizer.lr=1e-6", "evaluation=none", "data.train.generator=chain_sum",
+    "data.heldout.generator=chain_sum", "data.train.size=8", "data.heldout.size=1", "rollout.replay=/", "rollout.max_prompt_tokens=64",
+    "rollout.max_new_tokens=64", "batch.groups=4", "batch.samples_per_group=4", "loss.kl_coef=0.0",
+)  # fmt: skip
+
+
+def random_model(preset: str, path: Path, dtype: str) -> Path:
+    """A Hugging Face directory of the preset's sizes, with random weights and a tokenizer of characters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dasd_megatron.models.tiny import character_tokenizer
+
+    config = load_config([*_UPDATE, f"model={preset}"])
+    hf_config = AutoConfig.for_model(**config.model.architecture)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(hf_config, torch_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    model.save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def random_rollouts(folder: Path, config: Config, prompt: int, response: int, vocab_size: int) -> None:
+    """Rollouts of all steps in the format of replay: random tokens, responses of half to the whole of ``response``."""
+    from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
+
+    seed = secrets.randbelow(2**31)
+    draw = random.Random(seed)
+    print(f"random rollouts, seed {seed}")
+    for step in range(1, config.run.steps + 1):
+        samples = []
+        for group in range(config.batch.groups):
+            prompt_ids = [draw.randrange(10, 90) for _ in range(prompt)]
+            for sample in range(config.batch.samples_per_group):
+                response_ids = [draw.randrange(vocab_size) for _ in range(draw.randint(response // 2, response))]
+                samples.append(
+                    Sample(
+                        group, sample, (step - 1) * config.batch.groups + group, str(group), "1 + 1", "2", "1 + 1 = 2", prompt_ids,
+                        response_ids, [-12.0] * len(response_ids), "", "stop", [[version_name(step - 1), len(response_ids)]],
+                        float(draw.random() < 0.5), "2", False,
+                    )
+                )  # fmt: skip
+        save_samples(rollouts_path(folder, step), samples)
+
+
+def worker(root: Path) -> None:
+    """One rank of ``loop``: training as it is, with the seconds inside Megatron's schedules in each step's metrics."""
+    config = read_config(root / "config.yaml")
+    backend.select(config.backend)
+    import torch
+
+    from dasd_megatron.training import passes, train
+    from dasd_megatron.training.worker import run
+
+    inside = 0.0
+    schedule, step = passes._run_schedule, train._step
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed_schedule(*arguments: Any, **options: Any) -> Any:
+        nonlocal inside
+        started = synchronised()
+        result = schedule(*arguments, **options)
+        inside += synchronised() - started
+        return result
+
+    def timed_step(trainer: Any) -> dict[str, Any]:
+        nonlocal inside
+        inside = 0.0
+        metrics = step(trainer) | {"seconds/model": inside}
+        if config.backend.kind == "cuda":
+            metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
+        return metrics
+
+    passes._run_schedule, train._step = timed_schedule, timed_step
+    run(config, root, prepared=True)
+
+
+def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    from dasd_megatron.cli import num_processes
+    from dasd_megatron.models.hf_config import read_hf_config
+    from dasd_megatron.training.prepare import prepare_run
+
+    overrides = [*options.overrides, f"run.dir={scratch / 'run'}"]
+    path = (
+        random_model(options.preset, scratch / "model", load_config(options.overrides).precision.params_dtype) if options.preset else None
+    )
+    path = path or options.model
+    if path is not None:
+        overrides += ["model=hf", f"model.path={path}"]
+    if options.replay:
+        (scratch / "rollouts").mkdir()
+        overrides.append(f"rollout.replay={scratch / 'rollouts'}")
+    config = load_config(overrides)
+    if options.replay:
+        vocab_size = read_hf_config(config.model.path).vocab_size if config.model.path else 90
+        random_rollouts(scratch / "rollouts", config, *map(int, options.replay.split(",")), vocab_size=vocab_size)
+    prepare_run(config, scratch / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes(config)}"]
+    environment = {**os.environ, **backend.process_environment(config.backend)}
+    subprocess.run([*command, __file__, "worker", str(scratch / "run")], env=environment, check=True, timeout=options.timeout)
+    rows = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()][2:]
+    seconds = {name: statistics.median(row.get(f"seconds/{name}", 0.0) for row in rows) for name in (*PHASES, "model")}
+    whole = [row["seconds/total"] + row["seconds/sync"] + row["seconds/checkpoint"] for row in rows]
+    outside = [
+        1 - (row["seconds/rollout"] + row["seconds/model"]) / total for row, total in zip(rows, whole, strict=True)
+    ]  # what is left: grading, routing, batching, optimizer, weight sync, checkpoints, logs
+    record = {
+        "steps": len(rows),
+        "seconds_of_a_step": statistics.median(whole),
+        "seconds": seconds,
+        "share_outside_model_and_rollouts": statistics.median(outside),
+        "spread_of_share": [min(outside), max(outside)],
+    }
+    if "memory/peak_bytes" in rows[-1]:
+        record["peak_bytes"] = rows[-1]["memory/peak_bytes"]
+    print(f"\n| phase | seconds |\n|---|---|\n| whole step | {record['seconds_of_a_step']:.3f} |")
+    for name in PHASES:
+        print(f"| {name} | {seconds[name]:.3f} |")
+    print(f"| forward and backward, in score and update | {seconds['model']:.3f} |")
+    print(f"outside rollouts and model: {record['share_outside_model_and_rollouts']:.1%} ({min(outside):.1%} to {max(outside):.1%})")
+    return record
+
+
+def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
+    """Floating-point operations of one pass over sequences of these lengths: two for each parameter of a matrix and token, and the
+    products of causal attention; three times that with the backward pass."""
+    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    query, key = head_dim * hf_config.num_attention_heads, head_dim * hf_config.num_key_value_heads
+    layer = hf_config.hidden_size * (2 * query + 2 * key + 3 * hf_config.intermediate_size)
+    matrices = hf_config.num_hidden_layers * layer + hf_config.hidden_size * hf_config.vocab_size
+    attention = sum(2 * hf_config.num_hidden_layers * query * length**2 for length in lengths)
+    return (2 * matrices * sum(lengths) + attention) * (3 if backward else 1)
+
+
+def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    config = load_config([*_UPDATE, "parallel=single", *options.overrides])
+    backend.select(config.backend).check_precision(config.precision)
+    import torch
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    from dasd_megatron.models.gpt import HiddenStatesHead, build_model
+    from dasd_megatron.planning.command import make_plan
+    from dasd_megatron.planning.estimate import Architecture
+    from dasd_megatron.training import parallel
+    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.optimizer import build_optimizer
+    from dasd_megatron.training.passes import _run_schedule, score
+    from dasd_megatron.training.passes import update as policy_update
+    from dasd_megatron.training.warm_start import micro_batch_layout
+
+    cuda = config.backend.kind == "cuda"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    path = random_model(options.preset, scratch / "model", config.precision.params_dtype) if options.preset else options.model
+    parallel.initialize(config)
+    model = build_model(config, path)
+    optimizer = build_optimizer(config.optimizer, model, steps=10_000, updates_per_step=1)
+    hf_config = model.bridge.hf_config
+    device = backend.current().device()
+    draw = random.Random(secrets.randbelow(2**31))
+    prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
+    count = config.batch.groups * config.batch.samples_per_group
+    prompts = [[draw.randrange(model.vocab_size) for _ in range(prompt)] for _ in range(count)]
+    responses = [[draw.randrange(model.vocab_size) for _ in range(draw.randint(response // 2, response))] for _ in range(count)]
+    batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+    lengths = [prompt + len(one) - 1 for one in responses]
+    tokens = sum(lengths)
+    response_tokens = sum(map(len, responses))
+    old_log_prob = torch.full((response_tokens,), -12.0, device=device)
+    advantage = torch.randn(response_tokens, device=device)
+
+    def ours() -> None:
+        policy_update(
+            model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None, distillation=None,
+            settings=config.loss, temperature=1.0,
+        )  # fmt: skip
+
+    def scoring() -> None:
+        score(model, batches, config.loss, temperature=1.0)
+
+    head = model.chunks[-1]
+    while hasattr(head, "module"):
+        head = head.module
+    labels = {id(batch): torch.zeros_like(batch.tokens) for batch in batches}
+    masks = {id(batch): torch.zeros(batch.tokens.shape, device=device) for batch in batches}
+    for batch in batches:
+        labels[id(batch)][batch.rows, batch.columns] = batch.targets
+        masks[id(batch)][batch.rows, batch.columns] = 1.0
+
+    def bare() -> None:
+        """Pre-training as Megatron does it: cross-entropy of the labels over the model's logits."""
+        from functools import partial
+
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+            total = (output.float() * mask).sum()
+            return total, mask.sum().int(), {"loss": total.detach()}
+
+        def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            batch = next(iterator)
+            output = chunk(batch.tokens, batch.position_ids, None, labels=labels[id(batch)])
+            return output, partial(loss, masks[id(batch)])
+
+        head.output_layer.__class__ = ColumnParallelLinear
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(batches), model=model.chunks[0], num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1], micro_batch_size=max(len(batch.tokens) for batch in batches), forward_only=False,
+        )  # fmt: skip
+        optimizer.step()
+        if model.fused_linear:
+            head.output_layer.__class__ = HiddenStatesHead
+
+    def forward_and_backward_alone() -> None:
+        """The schedule of our update, with a loss that costs nothing but reaches every parameter."""
+
+        def last_stage(_batch: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            loss = output.float().sum()
+            return loss, torch.tensor(1, dtype=torch.int, device=device), loss.detach()
+
+        _run_schedule(model, batches, last_stage, micro_batch_size=max(len(b.tokens) for b in batches), forward_only=False)
+
+    calls = {"ours": ours, "bare Megatron": bare, "scoring": scoring, "layers, forward and backward": forward_and_backward_alone}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, int] = {}
+    for round_index in range(options.rounds + 1):
+        for name, call in calls.items():
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            if round_index:
+                seconds[name].append(time.perf_counter() - started)
+            if cuda:
+                peaks[name] = torch.cuda.max_memory_allocated()
+    ratios = [one / other for one, other in zip(seconds["ours"], seconds["bare Megatron"], strict=True)]
+    record: dict[str, Any] = {
+        "model": options.preset or str(path),
+        "overrides": options.overrides,
+        "sequences": count,
+        "tokens": tokens,
+        "padded_tokens": sum(batch.tokens.numel() for batch in batches),
+        "micro_batches": len(batches),
+        "rounds": options.rounds,
+        "ratio_to_bare_megatron": statistics.median(ratios),
+        "spread_of_ratio": [min(ratios), max(ratios)],
+    }
+    print(f"\n{tokens:,} tokens in {len(batches)} micro-batches, medians of {options.rounds} rounds")
+    print("| | seconds | tokens/s |" + (" share of peak | peak GB |" if cuda else ""))
+    print("|---|---|---|" + ("---|---|" if cuda else ""))
+    for name in calls:
+        median = statistics.median(seconds[name])
+        entry: dict[str, Any] = {
+            "seconds": median,
+            "spread": [min(seconds[name]), max(seconds[name])],
+            "tokens_per_second": tokens / median,
+        }
+        cells = f"| {name} | {median:.3f} | {tokens / median:,.0f} |"
+        if cuda:
+            entry["share_of_peak"] = operations(hf_config, lengths, backward=name != "scoring") / median / (options.peak * 1e12)
+            entry["peak_bytes"] = peaks[name]
+            cells += f" {entry['share_of_peak']:.1%} | {peaks[name] / 1e9:.2f} |"
+        record[name] = entry
+        print(cells)
+    print(f"ours / bare Megatron: {record['ratio_to_bare_megatron']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    if cuda:
+        engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
+        plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine)
+        # The reserve of a plan is for what torch does not allocate.
+        record["planned_bytes"] = plan.total - 4e9
+        record["allocated_before_step"] = torch.cuda.memory_allocated()
+        print(f"peak of our update: {peaks['ours'] / 1e9:.2f} GB; dasd plan, without its reserve: {record['planned_bytes'] / 1e9:.2f} GB")
+        record["kernels"] = backend.current().kernels(config.backend.transformer_impl)
+    torch.distributed.destroy_process_group()
+    return record
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["worker"]:
+        worker(Path(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["loop", "update"])
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory")
+    parser.add_argument("--preset", help="a model group, like qwen3_0.6b, with random weights")
+    parser.add_argument("--replay", metavar="PROMPT,RESPONSE", help="loop only: random rollouts of these lengths, tokens")
+    parser.add_argument("--rounds", type=int, default=5, help="update only")
+    parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the GPU (default: an H100 SXM)")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="limit of the run of loop, seconds")
+    parser.add_argument("--name", help="write benchmarks/results/step_NAME.json")
+    options = parser.parse_intermixed_args()
+    if options.part == "update" and not (options.model or options.preset):
+        parser.error("update needs --model DIR or --preset NAME")
+    with tempfile.TemporaryDirectory() as scratch:
+        record = {"loop": loop, "update": update}[options.part](options, Path(scratch))
+    if options.name:
+        path = RESULTS / f"step_{options.name}.json"
+        path.write_text(json.dumps({"machine": describe(), options.part: record}, indent=2) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
