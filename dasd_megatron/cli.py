@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import socket
-import subprocess
 import sys
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from dasd_megatron import backend
+from dasd_megatron import stopping
 from dasd_megatron.config import Config, ConfigError, known_fields, load_config
 
 _USAGE = """usage: dasd COMMAND ...
@@ -33,9 +30,16 @@ commands:
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a traceback."""
+    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a traceback.
+
+    A run that a signal has stopped has exit status 75.
+    """
     try:
         work()
+    except stopping.StopRequested as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dasd: {stop}", file=sys.stderr, flush=True)
+        return stopping.EXIT_STATUS
     except Exception as error:
         # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
         if type(error).__module__.startswith("dasd_megatron."):
@@ -66,34 +70,27 @@ def _train(arguments: list[str]) -> None:
     from dasd_megatron.training.prepare import choose_run_dir, prepare_run
 
     config = _configuration(arguments)
-    root = choose_run_dir(config)
     if "RANK" in os.environ:
         from dasd_megatron.training.worker import run
 
-        run(config, root, prepared=False)
+        run(config, choose_run_dir(config), prepared=False)
         return
-    _check_backend(config)
-    _check_port(config)
-    prepare_run(config, root)
-    print(f"run directory: {root}", flush=True)
-    status = _launch(config, root)
+    from dasd_megatron.training.launch import check_gpus, launch, read_nodes
+
+    nodes = read_nodes(config, num_processes(config), os.environ)
+    root = choose_run_dir(config)
+    if config.backend.kind == "cuda":
+        check_gpus(nodes.processes)
+    if nodes.rank == 0:
+        _check_port(config)
+
+    def prepare() -> None:
+        prepare_run(config, root)
+        print(f"run directory: {root}", flush=True)
+
+    status = launch(config, root, nodes, prepare)
     if status:
         raise SystemExit(status)
-
-
-def _check_backend(config: Config) -> None:
-    if config.backend.kind != "cuda":
-        return
-    # In a process of its own: the launcher must not hold a CUDA context beside its workers.
-    probe = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, timeout=120, check=True
-    )
-    needed = num_processes(config)
-    if int(probe.stdout) < needed:
-        raise ConfigError(
-            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees {probe.stdout.strip()}; "
-            "lower them, start with torchrun on more machines, or set backend.kind=cpu"
-        )
 
 
 def _check_port(config: Config) -> None:
@@ -112,45 +109,6 @@ def _check_port(config: Config) -> None:
 
 def num_processes(config: Config) -> int:
     return config.parallel.world_size
-
-
-def _launch(config: Config, root: Path) -> int:
-    """Start the workers of one machine under torchrun's agent and wait for them; returns the exit status.
-
-    When one worker ends with an error the agent ends the others, so no rank waits for a dead one.
-    """
-    import torch.distributed.elastic.multiprocessing as workers
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    os.environ.update(backend.process_environment(config.backend), TOKENIZERS_PARALLELISM="false")
-    # The agent's own log repeats what the workers have said.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes(config),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        rdzv_configs={"timeout": 120},
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    try:
-        elastic_launch(launch_config, sys.executable)("-m", "dasd_megatron.training.worker", str(root))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(
-                f"dasd: error: the process of rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory?)", file=sys.stderr
-            )
-        return max(1, abs(failure.exitcode))
-    except workers.SignalException as error:
-        return 128 + error.sigval
-    return 0
 
 
 def _evaluate(arguments: list[str]) -> None:

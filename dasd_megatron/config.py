@@ -63,7 +63,9 @@ class BackendConfig:
     transformer_impl: str = _doc("auto", "auto, transformer_engine or local; auto takes Transformer Engine where it is installed")
     threads: int = _doc(1, "CPU threads of each training process")
     timeout_seconds: float = _doc(
-        1800.0, "limit of every collective and of the process group's start-up, seconds; more than rollout.step_timeout_seconds"
+        1800.0,
+        "limit of every collective, of the process group's start-up and of nodes waiting for one another, seconds; more than "
+        "rollout.step_timeout_seconds",
     )
 
 
@@ -439,6 +441,9 @@ class WarmStartConfig:
 class CheckpointConfig:
     every: int = _doc(10, "steps between checkpoints; 0: only at the end and on failure")
     keep_last: int = _doc(2, "checkpoints to keep")
+    grace_seconds: float = _doc(
+        300.0, "limit for saving and ending after SIGTERM or SIGUSR1, seconds; then the processes are killed, and the last checkpoint holds"
+    )
 
 
 @dataclass
@@ -695,6 +700,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.hidden_dropout": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.grace_seconds": (1, None),
     "logging.save_rollouts_every": (0, None),
     "logging.inspect_rollouts": (0, None),
 }

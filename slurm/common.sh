@@ -329,8 +329,8 @@ run_training() {
 print_layout() {
     say "job $JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $DASD_PLACEMENT, container $DASD_CONTAINER; model $1"
     say "training on ${#TRAIN[@]} nodes: ${TRAIN[*]}"
-    say "rollouts on ${#SERVE[@]} nodes, $DASD_SERVERS_PER_NODE servers each of $DASD_SERVER_TP GPUs: ${SERVE[*]-}"
-    say "run directory $RUN_DIR, logs of every node in $LOG_DIR"
+    say "rollouts on ${#SERVE[@]} nodes: ${SERVE[*]-}; on each $DASD_SERVERS_PER_NODE servers, of $DASD_SERVER_TP of $DASD_GPUS_PER_NODE GPUs"
+    say "run directory $RUN_DIR; the logs of all parts are in $LOG_DIR"
 }
 
 # One `dasd train` a node, and wait for all; its status goes to `status`.

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 import orjson
 
+from dasd_megatron import stopping
 from dasd_megatron.rollout import access
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
@@ -253,6 +254,7 @@ class RolloutClient:
         deadline = time.monotonic() + timeout_seconds
         pause = 0.05
         while True:
+            stopping.raise_if_requested()
             # A server that does not answer must not hold this up beyond its own limit.
             try:
                 async with asyncio.timeout(max(0.05, deadline - time.monotonic())):

@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from dasd_megatron import stopping
 from dasd_megatron.config import Config, first_line
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
@@ -29,7 +30,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.plugins import PluginError, load_function
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
 from dasd_megatron.rollout.client import LOG_PROB_TOLERANCE, Completion, RolloutClient, RolloutError
-from dasd_megatron.rollout.generation import make_samples, meanwhile, sampling_params, sampling_seed, step_limit
+from dasd_megatron.rollout.generation import STOP_POLL_SECONDS, make_samples, meanwhile, sampling_params, sampling_seed, step_limit
 from dasd_megatron.rollout.samples import Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
@@ -197,10 +198,12 @@ class Collector:
         if rollout.unfinished == "finish" and self._tasks:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(rollout.step_timeout_seconds):
-                    while self._tasks:
+                    while self._tasks and not stopping.requested():
                         self._changed.clear()
-                        await self._changed.wait()
-            if self._tasks:
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(STOP_POLL_SECONDS):
+                                await self._changed.wait()
+            if self._tasks and not stopping.requested():
                 logger.warning(
                     "%d rollout requests are broken off and started again: not done within rollout.step_timeout_seconds=%g",
                     len(self._tasks),

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.rollout.access import api_key
@@ -20,6 +21,7 @@ from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.reward import own_reward
 
 ALONGSIDE_SECONDS = 2.0
+STOP_POLL_SECONDS = 0.2
 
 
 def sampling_seed(*parts: int | str) -> int:
@@ -80,11 +82,23 @@ def sampling_params(config: RolloutConfig, seeds: Sequence[int], *, temperature:
 
 @contextlib.asynccontextmanager
 async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`."""
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to stop with a
+    :class:`~dasd_megatron.stopping.StopRequested`."""
+
+    async def watch() -> None:
+        while not stopping.requested():
+            await asyncio.sleep(STOP_POLL_SECONDS)
+        limit.reschedule(0.0)
+
     try:
-        async with asyncio.timeout(config.step_timeout_seconds):
-            yield
+        async with asyncio.timeout(config.step_timeout_seconds) as limit:
+            watcher = asyncio.ensure_future(watch())
+            try:
+                yield
+            finally:
+                watcher.cancel()
     except TimeoutError as error:
+        stopping.raise_if_requested()
         raise RolloutError(
             ", ".join(urls),
             f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",

@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 import dasd_megatron
+from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import access
 from dasd_megatron.rollout.server import ServerError, bind
@@ -191,6 +192,7 @@ class LocalServer:
         deadline = time.monotonic() + limit
         with httpx.Client(timeout=10.0, trust_env=False) as http:
             while time.monotonic() < deadline:
+                stopping.raise_if_requested()
                 if not self.alive():
                     raise ServerStartError(f"the rollout server ended with status {self._process.returncode}. {self.log_tail()}")
                 try:

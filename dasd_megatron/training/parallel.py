@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from dasd_megatron import backend
+from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config, ConfigError
+from dasd_megatron.stopping import StopRequested
 
 T = TypeVar("T")
 
@@ -114,6 +115,14 @@ def gather_world(value: T) -> list[T]:
     return gathered
 
 
+def stop_if_requested() -> None:
+    """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of one number."""
+    asked = torch.tensor(int(stopping.requested()), device=backend.current().device())
+    dist.all_reduce(asked, dist.ReduceOp.MAX)
+    if asked.item():
+        raise StopRequested("a signal asked the run to stop")
+
+
 def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     """Fill ``tensor`` with the last pipeline stage's values on every stage, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -144,17 +153,23 @@ def reduce_over_replicas(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dis
 
 
 def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T | None:
-    """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of them.
+    """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of them, and likewise
+    :class:`~dasd_megatron.stopping.StopRequested`.
 
     Every rank must call it: a failure that stayed on one rank would leave the others waiting in their next collective.
     """
-    result, message = None, None
+    result, outcome = None, None
     if selected:
         try:
             result = work()
+        except StopRequested as stop:
+            outcome = stop
         except errors as error:
-            message = f"{type(error).__name__}: {error}"
-    failed = sorted({text for text in gather_world(message) if text})
+            outcome = f"{type(error).__name__}: {error}"
+    outcomes = [one for one in gather_world(outcome) if one is not None]
+    failed = sorted({text for text in outcomes if isinstance(text, str)})
     if failed:
         raise PeerError("; ".join(failed))
+    if outcomes:
+        raise outcomes[0]
     return result

@@ -113,7 +113,6 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """
     paths = RunPaths(root)
     check_key(config)
-    _check_server_reaches_all(config)
     functions = {
         "verify.reward": config.verify.reward,
         "rollout.filter": config.rollout.filter,
@@ -283,16 +282,6 @@ def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
         train = load_problems(sources.train, "train", needs_solution=needs_solution)
     check_disjoint(train, heldout)
     return train, heldout
-
-
-def _check_server_reaches_all(config: Config) -> None:
-    """Under torchrun on several machines the embedded server, which this machine's processes share, is not enough."""
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if "LOCAL_WORLD_SIZE" in os.environ and world > local and config.rollout.engine != "external" and config.rollout.replay is None:
-        raise ConfigError(
-            f"rollout.engine={config.rollout.engine} serves one machine, and torchrun has started {world} processes with {local} on "
-            "this one: write rollout.engine=external with rollout.servers=[http://host:port,...]"
-        )
 
 
 def _continued_runs(config: Config, paths: RunPaths) -> list[RunPaths]:

@@ -374,7 +374,7 @@ class RolloutPlane:
                     fresh = True
                 return on_selected_rank(dist.get_rank() == 0, work, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
-                refusal = broadcast_from_rank0(self._restart() if dist.get_rank() == 0 else None)
+                refusal = broadcast_from_rank0(on_selected_rank(dist.get_rank() == 0, self._restart, ()))
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
                 # From disk ``work`` itself brings the weights.
@@ -414,6 +414,7 @@ class RolloutPlane:
 
         Raises:
             RolloutFailure: the servers failed beyond repair, or a function of the user's own failed.
+            StopRequested: a signal asked for it; what is in flight has been broken off.
             PeerError: rollout.replay lacks this step's rollouts.
         """
         rank0 = dist.get_rank() == 0

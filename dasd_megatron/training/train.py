@@ -32,6 +32,7 @@ from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay,
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
+from dasd_megatron.stopping import StopRequested
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
     TrainerState,
@@ -45,7 +46,7 @@ from dasd_megatron.training.checkpoint import (
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas, stop_if_requested
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, run_problems, start_hf_files, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
@@ -93,6 +94,7 @@ def train(config: Config, paths: RunPaths) -> None:
 
     Raises:
         RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
+        StopRequested: a signal asked for it, and likewise.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row.
     """
@@ -207,6 +209,7 @@ def _run(trainer: Trainer) -> None:
                     f"step {state.step}: logits or gradients were not finite in {skipped} steps in a row, more than loss.max_skipped_steps="
                     f"{config.loss.max_skipped_steps}: continue from a checkpoint before them (resume=PATH) with a lower optimizer.lr"
                 )
+            stop_if_requested()
             # The step is done and counted from here on, whatever happens to the servers.
             sync_seconds = _sync(trainer)
             _evaluate_if_due(trainer)
@@ -215,11 +218,20 @@ def _run(trainer: Trainer) -> None:
                 checkpoint_seconds = _save(trainer)
         if config.evaluation.after:
             _evaluate(trainer, "after")
+    except StopRequested as stop:
+        saved = _save_once(trainer)
+        raise StopRequested(f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto") from stop
     except RolloutFailure as failure:
-        saved = trainer.paths.root / "checkpoints" / f"step_{state.step:06d}"
-        if state.step and not broadcast_from_rank0(saved.exists()):
-            _save(trainer)
+        _save_once(trainer)
         raise RolloutFailure(f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended") from failure
+
+
+def _save_once(trainer: Trainer) -> bool:
+    """A checkpoint of the last finished step, unless there is one; whether there was a step to save."""
+    saved = trainer.paths.root / "checkpoints" / f"step_{trainer.state.step:06d}"
+    if trainer.state.step and not broadcast_from_rank0(saved.exists()):
+        _save(trainer)
+    return trainer.state.step > 0
 
 
 def _sync(trainer: Trainer) -> float:

@@ -21,7 +21,7 @@ from dasd_megatron.rollout.generation import sampling_seed
 from dasd_megatron.training.batching import make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
-from dasd_megatron.training.parallel import largest_of_replicas
+from dasd_megatron.training.parallel import largest_of_replicas, stop_if_requested
 from dasd_megatron.training.passes import supervised_update
 from dasd_megatron.training.prepare import RunPaths, start_hf_files, start_path
 
@@ -70,6 +70,7 @@ def warm_start(
             responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
         micro_batches = make_micro_batches(prompts, responses, **layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
+        stop_if_requested()
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
     model.gather_parameters()
     export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))

@@ -12,12 +12,18 @@ import time
 import warnings
 from pathlib import Path
 
-from dasd_megatron import backend
+from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config, read_config
+from dasd_megatron.training.launch import LAUNCHER_PID
 
 
 def run(config: Config, root: Path, *, prepared: bool) -> None:
-    """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be."""
+    """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be.
+
+    Raises:
+        StopRequested: a signal asked for it; on every rank, once all have saved what there is and ended what they had started.
+    """
+    stopping.listen(config.checkpoint.grace_seconds)
     # Megatron-Core's calls, which a user of this package cannot change.
     for message in (
         r"`torch\.distributed\.\w+` is deprecated",
@@ -46,21 +52,29 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
 
     gc.enable()
     parallel.initialize(config)
+    stopping.spread(dist.get_rank())
     root = parallel.broadcast_from_rank0(root)
     if not prepared:
         refusals = (ValueError, DataError, TemplateError, OSError, AccessError, DiscoveryError)
         parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), refusals)
-    train(config, RunPaths(root))
+    try:
+        train(config, RunPaths(root))
+    except stopping.StopRequested:
+        # When the first worker is gone, its agent ends the others.
+        dist.barrier()
+        raise
     # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent to end them.
     dist.destroy_process_group()
 
 
-def _end_with(parent: int) -> None:
-    """Kill this process soon after its parent is gone. The agent starts workers in sessions of their own, so a launcher that is killed
+def _end_with_launcher() -> None:
+    """Kill this process soon after `dasd train` is gone. The agent starts workers in sessions of their own, so a launcher that is killed
     would leave them training, and writing into the run directory beside a resumed run."""
+    # Not asked of the system here: it may be gone already.
+    launcher = int(os.environ[LAUNCHER_PID])
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -70,7 +84,7 @@ def _end_with(parent: int) -> None:
 def main() -> int:
     from dasd_megatron.cli import report_errors
 
-    _end_with(os.getppid())
+    _end_with_launcher()
     root = Path(sys.argv[1])
     return report_errors(lambda: run(read_config(root / "config.yaml"), root, prepared=True))
 

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +54,9 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "dasd_megatron.cli", "train", *SMALL, *overrides]
 
 
-def start(*overrides: str) -> subprocess.Popen:
+def start(*overrides: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a run in a process group of its own, its output in one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **(environment or {})}
     return subprocess.Popen(
         command(*overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
@@ -89,6 +91,22 @@ def train(*overrides: str, timeout: float = 240) -> str:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def rows_so_far(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file that is being written."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_for_steps(process: subprocess.Popen, run: Path, count: int, timeout: float = 180) -> None:
+    """Return as soon as ``count`` steps of the run are done."""
+    deadline = time.monotonic() + timeout
+    while len(rows_so_far(run)) < count:
+        assert process.poll() is None, process.communicate()[0][-6000:]
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.01)
 
 
 def reproducible(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""A real Slurm with four nodes on this machine, for tests: munge, slurmctld and one slurmd for each node, which has its own host name.
+"""A real Slurm with four nodes on this machine, for tests: munge, slurmctld and one slurmd for each node, which has its own host name and
+eight GPUs in name.
 
 All of it lives in a PID namespace whose first process ends with standard input, so that nothing outlives the test, however that ends.
 """
@@ -11,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -57,11 +59,12 @@ ReturnToService=2
 MailProg=/bin/true
 KillWait=5
 JobRequeue=1
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=n[1-{count}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-_NODE = "NodeName=n{index} NodeHostname=n{index} NodeAddr=127.0.0.{index} Port={port} CPUs=8 RealMemory=8000 State=UNKNOWN"
+_NODE = "NodeName=n{index} NodeHostname=n{index} NodeAddr=127.0.0.{index} Port={port} CPUs=8 RealMemory=8000 Gres=gpu:8 State=UNKNOWN"
 
 # Run by the namespace's first process; the end of its standard input is the end of the cluster.
 _START = r"""
@@ -155,7 +158,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 
 def _write_files(root: Path) -> None:
-    for name in ("run", "state", "spool", "log", "munge"):
+    for name in ("run", "state", "spool", "log", "munge", "dev"):
         (root / name).mkdir()
     # munge refuses a socket that others cannot reach, and a key that they can.
     root.chmod(0o755)
@@ -165,6 +168,12 @@ def _write_files(root: Path) -> None:
     controller, *ports = free_ports(NODES + 1)
     nodes = "\n".join(_NODE.format(index=index, port=port) for index, port in enumerate(ports, start=1))
     (root / "slurm.conf").write_text(_SLURM_CONF.format(root=root, port=controller, nodes=nodes, count=NODES))
+    (root / "gres.conf").write_text(f"NodeName=n[1-{NODES}] Name=gpu File={root}/dev/gpu[0-7]\n")
+    try:
+        for index in range(8):
+            os.mknod(root / "dev" / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("no device files can be made here, so no Slurm nodes with GPUs")
     names = "".join(f"127.0.0.{index} n{index}\n" for index in range(1, NODES + 1))
     (root / "hosts").write_text(f"127.0.0.1 localhost controller\n{names}")
 

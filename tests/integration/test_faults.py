@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train
+from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
 from servers import FaultyProxy
 
 from dasd_megatron.config import load_config
@@ -128,18 +128,10 @@ def _embedded_server(process: subprocess.Popen) -> psutil.Process | None:
     return None
 
 
-def _wait_for_rows(process: subprocess.Popen, path: Path, count: int) -> None:
-    deadline = time.monotonic() + 180
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()[0][-4000:]
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.01)
-
-
 def test_killed_embedded_server_is_restarted_and_nothing_changes(healthy: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(*OVERRIDES, f"run.dir={run}", "rollout.max_retries=1")
-    _wait_for_rows(process, run / "metrics.jsonl", 2)
+    wait_for_steps(process, run, 2)
     server = _embedded_server(process)
     assert server is not None
     server.kill()
@@ -151,7 +143,7 @@ def test_killed_embedded_server_is_restarted_and_nothing_changes(healthy: Path, 
 def test_everything_ends_with_its_launcher(tmp_path: Path) -> None:
     """Only the launcher is killed, in the middle of a long run: its workers and their server must not go on without it."""
     process = start(*OVERRIDES, "run.steps=5000", "checkpoint.every=0", f"run.dir={tmp_path / 'run'}")
-    _wait_for_rows(process, tmp_path / "run" / "metrics.jsonl", 1)
+    wait_for_steps(process, tmp_path / "run", 1)
     assert _embedded_server(process) is not None
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()

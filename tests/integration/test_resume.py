@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import secrets
 import shutil
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import finish, kill, reproducible, rows, start, train
+from runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
 
 pytestmark = pytest.mark.integration
 
@@ -46,11 +45,7 @@ def test_killed_and_resumed_run_has_the_same_metrics(third: int, uninterrupted: 
     step = draw.randint(1 + 4 * third, 4 + 4 * third)
     run = tmp_path / "run"
     process = start(*OVERRIDES, f"run.dir={run}")
-    deadline = time.monotonic() + 180
-    while len(rows_so_far(run)) < step:
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.01)
+    wait_for_steps(process, run, step)
     time.sleep(draw.random() * rows_so_far(run)[-1]["seconds/total"])
     kill(process)
     done = len(rows_so_far(run))
@@ -61,13 +56,6 @@ def test_killed_and_resumed_run_has_the_same_metrics(third: int, uninterrupted: 
     assert ("resumed from" in output) == has_checkpoint
     assert reproducible(run / "metrics.jsonl") == reproducible(uninterrupted / "metrics.jsonl")
     assert reproducible(run / "evaluation.jsonl") == reproducible(uninterrupted / "evaluation.jsonl")
-
-
-def rows_so_far(run: Path) -> list[dict]:
-    """The whole lines of a metrics file that is being written."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:

@@ -231,16 +231,6 @@ def test_checkpoint_of_another_run_fixes_the_same_fields(files: list[str], tmp_p
     prepare_run(configure(*resumed, "optimizer.lr=2e-5"), tmp_path / "second")
 
 
-def test_embedded_server_is_refused_on_several_machines(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    message = refusal(lambda: prepare_run(configure(*files), tmp_path / "run"))
-    assert "rollout.engine=external" in message
-    prepare_run(configure(*files, "rollout.engine=external", "rollout.servers=[http://10.0.0.1:1]"), tmp_path / "external")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    prepare_run(configure(*files), tmp_path / "run")
-
-
 def _checkout(top: Path, package: Path) -> None:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()

@@ -1,0 +1,334 @@
+"""`dasd train` without an outer torchrun: this node's processes, the other nodes, and signals on their way to the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dasd_megatron import backend, stopping
+from dasd_megatron.config import Config, ConfigError, first_line
+
+WORKER = "dasd_megatron.training.worker"
+LAUNCHER_PID = "DASD_LAUNCHER_PID"
+
+# Workers have ended by themselves when the agent ends the rest of them: one has failed, or all have saved and said so.
+_AGENT_PATIENCE_SECONDS = 5
+_RENDEZVOUS_SECONDS = 120
+_SHARED_FILES_SECONDS = 60.0
+_HEARD_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+# Between the launch and the first worker, a run that is asked to stop has this long to be seen.
+_NO_WORKER_SECONDS = 5.0
+_KILL_SECONDS = 10.0
+
+
+class LaunchError(RuntimeError):
+    """The nodes of a run did not come together. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a run and this one's place among them. ``processes``: on each; ``endpoint``: (host, port) of the first, where
+    there are several."""
+
+    processes: int
+    count: int = 1
+    rank: int = 0
+    endpoint: tuple[str, int] | None = None
+    run_id: str = "dasd"
+
+
+def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) -> Nodes:
+    """What torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID say; one node without them.
+
+    Raises:
+        ConfigError: they contradict each other or the configuration.
+    """
+    count = _number(environment, "PET_NNODES", 1)
+    if count < 1:
+        raise ConfigError(f"PET_NNODES={count}: write the number of nodes, at least 1")
+    rank = _number(environment, "PET_NODE_RANK", 0 if count == 1 else None)
+    if not 0 <= rank < count:
+        raise ConfigError(f"PET_NODE_RANK={rank} is not one of PET_NNODES={count} nodes: number them from 0 to {count - 1}")
+    if world_size % count:
+        raise ConfigError(
+            f"the parallel sizes make {world_size} processes, which do not divide into PET_NNODES={count} nodes: "
+            f"choose sizes whose product is a multiple of {count}"
+        )
+    processes = world_size // count
+    if environment.get("PET_NPROC_PER_NODE", str(processes)) != str(processes):
+        raise ConfigError(
+            f"PET_NPROC_PER_NODE={environment['PET_NPROC_PER_NODE']}, but the parallel sizes make {world_size} processes on {count} "
+            f"nodes: write {processes}, or leave it out"
+        )
+    if count == 1:
+        return Nodes(processes)
+    endpoint = environment.get("PET_RDZV_ENDPOINT", "")
+    parts = re.fullmatch(r"\[?([^\[\]\s]+?)\]?:(\d+)", endpoint)
+    if parts is None or not 0 < int(parts[2]) < 65536:
+        raise ConfigError(f"PET_RDZV_ENDPOINT={endpoint!r}: PET_NNODES={count} needs the first node's address, like node01:29500")
+    if config.run.dir is None:
+        raise ConfigError(f"run.dir is required with PET_NNODES={count}: write the same directory, on a shared file system, on every node")
+    return Nodes(processes, count, rank, (parts[1], int(parts[2])), environment.get("PET_RDZV_ID", "dasd"))
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
+    text = environment.get(name)
+    if text is None and default is None:
+        raise ConfigError(f"{name} is required with PET_NNODES={environment['PET_NNODES']}: write this node's number, 0 on the first")
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"{name}={text!r}: write a whole number")
+    return default if text is None else int(text)
+
+
+def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> int:
+    """Run ``prepare`` on the first node, then this node's workers under torch's elastic agent; returns the exit status.
+
+    When one worker ends with an error the agent ends the node's others, so no rank waits for a dead one. SIGTERM, SIGUSR1 and SIGINT go
+    to the workers, which save and end with status 75.
+
+    Raises:
+        LaunchError: the nodes did not come together. Whatever ``prepare`` raises, on the first node.
+    """
+    signals = _SignalForwarder(config.checkpoint.grace_seconds)
+    signals.start()
+    store = None
+    if nodes.count == 1:
+        prepare()
+    else:
+        # Kept until the end: the first node's holds the server that the agents and workers use too.
+        store = _prepare_together(config, root, nodes, prepare)  # noqa: F841
+    signals.launched.set()
+    return _run_workers(config, root, nodes)
+
+
+def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> Any:
+    import torch.distributed as dist
+
+    host, port = nodes.endpoint
+    where = f"PET_RDZV_ENDPOINT={host}:{port}"
+    limit = config.backend.timeout_seconds
+    deadline = time.monotonic() + limit
+    first = nodes.rank == 0
+    if not first:
+        _wait_until_open(host, port, deadline, f"{where}: node 0 was not there within backend.timeout_seconds={limit:g}")
+    try:
+        server = dist.TCPStore(host, port, nodes.count, first, datetime.timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(f"{where} cannot be used ({first_line(error)}): write the first node's address and a free port") from error
+    store = dist.PrefixStore(f"dasd/{nodes.run_id}", server)
+    if first:
+        _announce(store, root, nodes, prepare, deadline)
+        return server
+    try:
+        verdict = _ask_first_node(store, nodes, deadline)
+    except dist.DistError as error:
+        raise LaunchError(f"node 0 at {where} ended before it had prepared {root} ({first_line(error)}): look at its output") from error
+    if verdict is None:
+        raise LaunchError(f"node 0 at {where} did not prepare {root} within backend.timeout_seconds={limit:g}: look at its output")
+    if "error" in verdict:
+        raise LaunchError(f"node 0: {verdict['error']}")
+    patience = time.monotonic() + _SHARED_FILES_SECONDS
+    while _digest(root) != verdict["config"]:
+        if time.monotonic() > patience:
+            raise LaunchError(f"run.dir={root} is not the directory that node 0 prepared: give one on a file system that all nodes share")
+        time.sleep(_POLL_SECONDS)
+    return server
+
+
+def _announce(store: Any, root: Path, nodes: Nodes, prepare: Callable[[], None], deadline: float) -> None:
+    """Prepare the run once all nodes are there, and tell them how it went."""
+    error, verdict = None, {}
+    try:
+        _check_all_joined(store, nodes, deadline)
+        prepare()
+        verdict = {"config": _digest(root)}
+    except Exception as caught:
+        error, verdict = caught, {"error": first_line(caught)}
+    store.set("verdict", json.dumps(verdict))
+    if error is not None:
+        # The store ends with this process.
+        _wait(store, [f"heard{rank}" for rank in range(1, nodes.count)], time.monotonic() + _HEARD_SECONDS)
+        raise error
+
+
+def _ask_first_node(store: Any, nodes: Nodes, deadline: float) -> dict[str, str] | None:
+    """What :func:`_announce` tells; None after the deadline."""
+    if store.add(f"joined{nodes.rank}", 1) > 1:
+        raise LaunchError(f"PET_NODE_RANK={nodes.rank} has been given to two nodes: number them from 0 to {nodes.count - 1}")
+    store.set(f"node{nodes.rank}", json.dumps([nodes.count, nodes.processes]))
+    if not _wait(store, ["verdict"], deadline):
+        return None
+    verdict = json.loads(store.get("verdict"))
+    store.set(f"heard{nodes.rank}", "1")
+    return verdict
+
+
+def _check_all_joined(store: Any, nodes: Nodes, deadline: float) -> None:
+    names = [f"node{rank}" for rank in range(1, nodes.count)]
+    if not _wait(store, names, deadline):
+        missing = [name.removeprefix("node") for name in names if not store.check([name])]
+        raise LaunchError(f"nodes {', '.join(missing)} of PET_NNODES={nodes.count} did not come within backend.timeout_seconds")
+    for rank, name in enumerate(names, start=1):
+        count, processes = json.loads(store.get(name))
+        if (count, processes) != (nodes.count, nodes.processes):
+            raise LaunchError(
+                f"node {rank} was started for {count} nodes of {processes} processes, node 0 for {nodes.count} of {nodes.processes}: "
+                "start all nodes with the same PET_NNODES and the same overrides"
+            )
+
+
+def _wait(store: Any, names: list[str], deadline: float) -> bool:
+    """Whether the keys are there before the deadline. Asked again and again, since a wait inside the store cannot be told of a signal."""
+    while not store.check(names):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+def _wait_until_open(host: str, port: int, deadline: float, message: str) -> None:
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"{message} ({error.strerror or error})") from error
+        time.sleep(_POLL_SECONDS)
+
+
+def _digest(root: Path) -> str | None:
+    path = root / "config.yaml"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.update(backend.process_environment(config.backend), TOKENIZERS_PARALLELISM="false")
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    # The agent's own log repeats what the workers have said.
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    several = nodes.count > 1
+    launch_config = LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=nodes.processes,
+        run_id=nodes.run_id if several else uuid.uuid4().hex,
+        rdzv_backend="static" if several else "c10d",
+        rdzv_endpoint="{}:{}".format(*nodes.endpoint) if several else "127.0.0.1:0",
+        rdzv_configs={"timeout": _RENDEZVOUS_SECONDS} | ({"rank": nodes.rank} if several else {}),
+        max_restarts=0,
+        monitor_interval=0.2,
+        start_method="spawn",
+        # The others are the forwarder's. The agent would give the workers half a minute to save.
+        signals_to_handle="SIGHUP,SIGQUIT",
+        shutdown_timeout=_AGENT_PATIENCE_SECONDS,
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)("-m", WORKER, str(root))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"dasd: error: the process of rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory?)", file=sys.stderr
+            )
+        return max(1, abs(failure.exitcode))
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def check_gpus(needed: int) -> None:
+    """Refuse (ConfigError) more processes than this machine has GPUs."""
+    # In a process of its own: the launcher must not hold a CUDA context beside its workers.
+    probe = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, timeout=120, check=True
+    )
+    if int(probe.stdout) < needed:
+        raise ConfigError(
+            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees {probe.stdout.strip()}; "
+            "lower them, start on more machines, or set backend.kind=cpu"
+        )
+
+
+class _SignalForwarder(threading.Thread):
+    """Waits for the signals, which are blocked in every other thread, and hands them to this node's workers.
+
+    ``launched``: set when the workers are about to be started; until then a signal ends this process at once, since nothing is lost.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        super().__init__(name="signals", daemon=True)
+        self.grace_seconds = grace_seconds
+        self.launched = threading.Event()
+        self._told: set[int] = set()
+        # Inherited by every thread and process that is started from here on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
+
+    def run(self) -> None:
+        first = signal.sigwait(stopping.SIGNALS)
+        began = time.monotonic()
+        self._say(f"{signal.Signals(first).name}: the run is to stop; what is done is saved")
+        while True:
+            seconds = time.monotonic() - began
+            self._tell()
+            if not self._told and (not self.launched.is_set() or seconds > _NO_WORKER_SECONDS):
+                self._say("stopped before training began")
+                os._exit(stopping.EXIT_STATUS)
+            if seconds > self.grace_seconds + _KILL_SECONDS:
+                self._say(f"not ended within checkpoint.grace_seconds={self.grace_seconds:g}")
+                self._end_at_once(stopping.EXIT_STATUS)
+            again = signal.sigtimedwait(stopping.SIGNALS, _POLL_SECONDS)
+            if again is not None and not stopping.is_repeat(again.si_signo, time.monotonic() - began):
+                self._say(f"a second {signal.Signals(again.si_signo).name}: ended at once")
+                self._end_at_once(128 + again.si_signo)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(f"dasd: {text}", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _workers() -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if WORKER in child.cmdline():
+                    found.append(child)
+        return found
+
+    def _tell(self) -> None:
+        # Some may be started yet.
+        for worker in self._workers():
+            if worker.pid not in self._told:
+                self._told.add(worker.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGTERM)
+
+    def _end_at_once(self, status: int) -> None:
+        for worker in self._workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        os._exit(status)

@@ -1,0 +1,189 @@
+"""The batch scripts on a real Slurm of four nodes: with the real programs on the CPU, and the big ones with stand-ins for `dasd`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import rows
+from slurm_cluster import SlurmCluster, free_ports, slurm_cluster
+
+pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
+SERVER_PORTS = 8
+
+# `python -m dasd_megatron.cli COMMAND ...`: servers that answer everything, and a trainer that does what STUB says on each node. All of
+# them leave a line about their surroundings.
+_STUB = """#!{python} -S
+import http.server, json, os, sys, time
+command, arguments = sys.argv[3], sys.argv[4:]
+names = ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "PET_NNODES", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")
+said = {{name: os.environ.get(name) for name in names}}
+with open("{log}", "a") as file:
+    file.write(json.dumps({{"command": command, "arguments": arguments, **said}}) + "\\n")
+if command == "train":
+    exec(os.environ.get("STUB", ""))
+else:
+    port = int(arguments[arguments.index("--port") + 1])
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503 if "mute" in os.environ.get("STUB", "") else 200)
+            self.end_headers()
+    http.server.HTTPServer(("", port), Answer).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    with slurm_cluster() as one:
+        yield one
+
+
+def consecutive_ports() -> int:
+    """The first of ``SERVER_PORTS`` ports in a row that were free a moment ago, below those that the system hands out."""
+    listening = {connection.laddr.port for connection in psutil.net_connections("tcp")}
+    return next(port for port in range(20000, 32000, SERVER_PORTS) if not listening & set(range(port, port + SERVER_PORTS)))
+
+
+def wait_for(what: str, done: Callable[[], object], log: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s:\n{log.read_text() if log.exists() else 'no log'}"
+        time.sleep(0.2)
+
+
+def finish(cluster: SlurmCluster, job: int, log: Path, seconds: float) -> str:
+    """The final state of a job, none of whose processes is left."""
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_for(f"the end of job {job}", lambda: cluster.job(job)["JobState"] in ended, log, seconds)
+    wait_for("the end of all processes", lambda: not cluster.processes(job), log, 20)
+    return cluster.job(job)["JobState"]
+
+
+def start(cluster: SlurmCluster, folder: Path, script: str, *overrides: str, options: tuple[str, ...] = (), **environment: str) -> int:
+    settings = {
+        "DASD_ROOT": str(ROOT),
+        "DASD_PYTHON": sys.executable,
+        "DASD_RUNS": str(folder),
+        "DASD_RUN_DIR": str(folder / "run"),
+        "DASD_RENDEZVOUS_PORT": str(free_ports(1)[0]),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **environment,
+    }
+    settings.setdefault("DASD_SERVER_PORT", str(consecutive_ports()))
+    return cluster.submit(*options, f"--output={folder}/job.log", str(ROOT / "slurm" / script), *overrides, **settings)
+
+
+def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: SlurmCluster, tmp_path: Path) -> None:
+    log, run, port, steps = tmp_path / "job.log", tmp_path / "run", consecutive_ports(), 16
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", f"run.steps={steps}", DASD_SERVER_PORT=str(port))
+    wait_for("the second step", lambda: len(rows(run / "metrics.jsonl")) >= 2, log, 200)
+    (server,) = [one for one in cluster.processes(job) if one.name() != "srun" and {"serve", str(port)} <= set(one.cmdline())]
+    server.kill()
+    wait_for("a restart of the server", lambda: "server 0 on n3 ended with status 137; started again" in log.read_text(), log, 30)
+    urgent = cluster.submit("--partition=high", "--nodelist=n1", f"--output={tmp_path}/urgent.log", "--wrap", "true")
+    wait_for("a second start", lambda: f"job {job}, start 2" in log.read_text(), log, 100)
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    first = log.read_text()
+    assert "SIGUSR1: the run is to be saved" in first and "training ended with status 75" in first, first
+    before = len(rows(run / "metrics.jsonl"))
+    assert 2 <= before < steps
+    assert finish(cluster, job, log, 200) == "COMPLETED", log.read_text()
+    assert cluster.job(job)["Restarts"] == "1"
+    # What was saved was gone on from: no step twice, none left out.
+    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, steps + 1))
+    trained = (run / "logs" / "train.0.n1.log").read_text()
+    assert trained.count(f"step {before}/{steps}") == 1 and f"step {steps}/{steps}" in trained
+    assert (run / "model" / "config.json").is_file()
+    names = {path.name for path in (run / "logs").iterdir()}
+    assert names >= {"model.n1.log", "train.0.n1.log", "train.1.n2.log", "server.0.n3.log", "server.1.n3.log"}
+    # The key that the job has made up is nowhere to be read.
+    environment = "DASD_API_KEY="
+    assert not any(environment in path.read_text(errors="replace") for path in [log, *(run / "logs").iterdir()])
+
+
+def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    layout = {"DASD_PLACEMENT": "colocated", "DASD_TRAIN_NODES": "1", "DASD_SERVERS_PER_NODE": "1"}
+    overrides = ("run.steps=1000", "parallel.data_parallel_size=1")
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", *overrides, options=("--nodes=1",), **layout)
+    wait_for("the first step", lambda: rows(tmp_path / "run" / "metrics.jsonl"), log, 150)
+    here = cluster.processes(job)
+    assert {"serve", "train"} <= {word for one in here for word in one.cmdline()}
+    cluster.command("scancel", str(job))
+    assert finish(cluster, job, log, 30) == "CANCELLED"
+    assert not any(one.is_running() for one in here)
+    assert "requeued" not in log.read_text() and cluster.job(job)["Restarts"] == "0"
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> dict[str, str]:
+    """Settings of a job of stand-ins."""
+    path = tmp_path / "dasd"
+    path.write_text(_STUB.format(python=sys.executable, log=tmp_path / "said.jsonl"))
+    path.chmod(0o755)
+    return {"DASD_PYTHON": str(path), "DASD_MODEL": str(tmp_path), "DASD_END_SECONDS": "2"}
+
+
+def said(folder: Path, command: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "said.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["command"] == command]
+
+
+def option(line: dict, name: str) -> str:
+    return line["arguments"][line["arguments"].index(name) + 1]
+
+
+def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
+    """Two nodes of two servers and a router, two nodes that train, with the script's own #SBATCH lines but for the number of nodes."""
+    router = str(free_ports(1)[0])
+    stub |= {"DASD_TRAIN_NODES": "2", "DASD_ROUTER": "1", "DASD_ROUTER_PORT": router}
+    job = start(cluster, tmp_path, "train_dasd_32b.sh", "optimizer.lr=2e-6", options=("--nodes=4",), **stub)
+    assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
+    servers = {option(line, "--port"): line for line in said(tmp_path, "serve")}
+    first = min(map(int, servers))
+    places = [(servers[str(first + index)]["SLURMD_NODENAME"], servers[str(first + index)]["CUDA_VISIBLE_DEVICES"]) for index in range(4)]
+    assert places == [("n3", "0,1,2,3"), ("n3", "4,5,6,7"), ("n4", "0,1,2,3"), ("n4", "4,5,6,7")]
+    (router_line,) = said(tmp_path, "router")
+    assert [word for word in router_line["arguments"] if word.startswith("http")] == [
+        f"http://{node}:{first + index}" for index, (node, _) in enumerate(places)
+    ]
+    trainers = sorted(said(tmp_path, "train"), key=lambda line: line["PET_NODE_RANK"])
+    assert [(line["SLURMD_NODENAME"], line["PET_NODE_RANK"], line["PET_NNODES"]) for line in trainers] == [
+        ("n1", "0", "2"),
+        ("n2", "1", "2"),
+    ]
+    assert {line["PET_RDZV_ENDPOINT"].split(":")[0] for line in trainers.values()} == {"n1"}
+    for line in trainers.values():
+        assert line["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+        assert {f"rollout.router=http://n3:{router}", "experiment=dasd_32b", "resume=auto"} <= set(line["arguments"])
+        assert line["arguments"][-1] == "optimizer.lr=2e-6"
+
+
+def test_a_trainer_that_fails_ends_the_job(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
+    act = "sys.exit('no more memory') if os.environ['PET_NODE_RANK'] == '1' else time.sleep(1000)"
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", STUB=act, **stub)
+    assert finish(cluster, job, tmp_path / "job.log", 40) == "FAILED"
+    assert "no more memory" in (tmp_path / "run" / "logs" / "train.1.n2.log").read_text()
+    assert "training failed" in (tmp_path / "job.log").read_text() and cluster.job(job)["Restarts"] == "0"
+
+
+def test_a_trainer_that_asks_for_it_is_started_again(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
+    """With status 75 on both nodes, one of which needs some time after the other, and without a signal to the batch shell."""
+    act = "first = 'SLURM_RESTART_COUNT' not in os.environ; time.sleep(first * int(os.environ['PET_NODE_RANK'])); sys.exit(75 * first)"
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", STUB=act, **stub)
+    assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
+    assert cluster.job(job)["Restarts"] == "1" and len(said(tmp_path, "train")) == 4
+
+
+def test_servers_that_are_never_ready_end_the_job(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", STUB="mute", DASD_READY_SECONDS="3", **stub)
+    assert finish(cluster, job, tmp_path / "job.log", 40) == "FAILED"
+    assert "did not answer within DASD_READY_SECONDS=3" in (tmp_path / "job.log").read_text()
+    assert not said(tmp_path, "train")
