@@ -151,7 +151,6 @@ class PrecisionConfig:
         "mxfp8 (from Blackwell on). The LM head, the loss and its statistics stay in bf16 and float32",
     )
     fp8_format: str = _doc("hybrid", "hybrid (E4M3 forward, E5M2 backward) or e4m3")
-    fp8_params: bool = _doc(False, "keep the layers' weights in FP8 alone, beside the optimizer's float32 ones")
     bf16_first_layers: int = _doc(0, "under fp8, layers at the bottom of the model that stay in bf16")
     bf16_last_layers: int = _doc(0, "under fp8, layers at the top of the model that stay in bf16")
     fp8_check_every: int = _doc(
@@ -888,9 +887,11 @@ def _check_fp8(config: Config) -> None:
     precision, name = config.precision, f"precision.fp8={config.precision.fp8}"
     ends = precision.bf16_first_layers + precision.bf16_last_layers
     if precision.fp8 == "none":
-        if precision.fp8_params or ends:
-            field = "fp8_params" if precision.fp8_params else "bf16_first_layers and bf16_last_layers"
-            raise ConfigError(f"precision.{field} says how FP8 is used, and precision.fp8=none uses none: choose a recipe, or leave it out")
+        if ends:
+            raise ConfigError(
+                "precision.bf16_first_layers and bf16_last_layers say which layers FP8 leaves out, and precision.fp8=none uses none: choose "
+                "a recipe, or leave them out"
+            )
         return
     if config.backend.kind != "cuda" or config.backend.transformer_impl == "local":
         raise ConfigError(
@@ -902,18 +903,6 @@ def _check_fp8(config: Config) -> None:
     if precision.fp8 == "delayed" and ends:
         raise ConfigError(
             f"{name} scales all layers together: write 0 for precision.bf16_first_layers and precision.bf16_last_layers, or tensorwise"
-        )
-    if not precision.fp8_params:
-        return
-    if precision.fp8 == "mxfp8":
-        raise ConfigError(f"precision.fp8_params=true does not go with {name}: write false, or another recipe")
-    if not config.optimizer.distributed:
-        raise ConfigError("precision.fp8_params=true needs optimizer.distributed=true, which keeps the float32 weights: write it, or false")
-    if config.teacher.weights != "live" or config.loss.kl_coef > 0:
-        field = "loss.kl_coef" if config.teacher.weights == "live" else f"teacher.weights={config.teacher.weights}"
-        raise ConfigError(
-            f"precision.fp8_params=true has no bf16 weights that {field} could exchange for others: write false, or teacher.weights=live "
-            "and loss.kl_coef=0"
         )
 
 
