@@ -889,8 +889,8 @@ def _check_fp8(config: Config) -> None:
     if precision.fp8 == "none":
         if ends:
             raise ConfigError(
-                "precision.bf16_first_layers and bf16_last_layers say which layers FP8 leaves out, and precision.fp8=none uses none: choose "
-                "a recipe, or leave them out"
+                "precision.bf16_first_layers and bf16_last_layers say which layers FP8 leaves out, and precision.fp8=none uses none: "
+                "choose a recipe, or leave them out"
             )
         return
     if config.backend.kind != "cuda" or config.backend.transformer_impl == "local":
