@@ -1,4 +1,4 @@
-"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after ten updates on the same
+"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after six updates on the same
 rollouts, for both objectives; and dropout does not depend on recomputation or tensor parallelism. ``benchmarks/parity.py`` measures it."""
 
 from __future__ import annotations
