@@ -8,8 +8,8 @@ routing, optimizer) on rollouts that were drawn once, by the trainer's own step.
 step is scored once more. Differences are maxima over the steps, tokens or weights, float32. Dropout is compared in supervised updates,
 which are the ones that can have it.
 
-The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told otherwise; with
-``--only`` what that has of other layouts stays, if seed and versions are the same.
+The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told
+otherwise; with ``--only``, what stands there of other layouts stays if seed and versions are the same.
 """
 
 from __future__ import annotations
