@@ -424,7 +424,7 @@ def main() -> None:
     for group, rows in results.items():
         record[group] = record.get(group, {}) | rows
     options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(results))
+    print(table({group: record[group] for group in results}))
 
 
 if __name__ == "__main__":
