@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -245,6 +246,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     # The agent's own log repeats what the workers have said.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
+    settable = {one.name for one in dataclasses.fields(LaunchConfig)}
+    patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -256,9 +260,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
-        # The others are the forwarder's. The agent would give the workers half a minute to save.
+        # The others are the forwarder's.
         signals_to_handle="SIGHUP,SIGQUIT",
-        shutdown_timeout=_AGENT_PATIENCE_SECONDS,
+        **patience,
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", WORKER, str(root))
