@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hosts import Hosts, hosts, wait_until
-from runs import NO_EVALUATION, SMALL, reproducible, train
+from runs import NO_EVALUATION, SMALL, finish, reproducible, start
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
@@ -98,6 +98,8 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         # A long one ends the run, on both nodes, when the limit of a collective has run out.
         net.cut("train1")
         began = time.monotonic()
+        # Meanwhile, what it is to be compared with.
+        undisturbed = start(*RUN, f"run.dir={tmp_path / 'undisturbed'}")
         for process in trainers.values():
             process.wait(COLLECTIVE_SECONDS + 30)
         print(f"ended after {time.monotonic() - began:.1f} s, at step {len(rows(run))}")
@@ -110,9 +112,10 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for rank, process in enumerate(start_training(net, run, tmp_path, "second").values()):
             assert process.wait(120) == 0, (tmp_path / f"second.{rank}.log").read_text()[-4000:]
     assert "resumed from" in (tmp_path / "second.0.log").read_text()
-    undisturbed = tmp_path / "undisturbed"
-    train(*RUN, f"run.dir={undisturbed}")
-    assert len(rows(run)) == STEPS and reproducible(run / "metrics.jsonl") == reproducible(undisturbed / "metrics.jsonl")
+    status, output = finish(undisturbed)
+    assert status == 0, output[-4000:]
+    assert len(rows(run)) == STEPS
+    assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "undisturbed" / "metrics.jsonl")
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if os.access(path, os.R_OK) and key.encode() in _read(path)]
 
 
