@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pickle
 import secrets
@@ -21,6 +22,7 @@ from servers import routing, sglang_python
 
 from dasd_megatron.cli import main
 from dasd_megatron.config import RolloutConfig, SGLangConfig, is_loopback, load_config
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, file_sha256
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.access import VARIABLE
 from dasd_megatron.rollout.launch import LocalServer
@@ -125,6 +127,11 @@ class Evil:
 def check_a_checkpoint_with_code_is_refused(run: Path, overrides: list[str], mark: Path) -> None:
     for path in run.glob("checkpoints/step_*/.metadata"):
         path.write_bytes(pickle.dumps(Evil(mark)))
+        manifest = path.with_name(MANIFEST_FILE)
+        if manifest.exists():  # whoever plants code can count its hash
+            record = json.loads(manifest.read_text())
+            record["files"][".metadata"] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            manifest.write_text(json.dumps(record))
     status, output = finish(start(*overrides, "run.steps=3", "resume=auto"))
     assert status == 1 and "it names posix.mkdir" in output and "Traceback" not in output, output[-4000:]
     assert not mark.exists()
