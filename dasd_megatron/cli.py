@@ -162,6 +162,8 @@ def _fields_help(command: str) -> str:
     width = max(map(len, fields))
     lines = [f"  {name:<{width}}  {text}" for name, text in fields.items()]
     options = "  --config-dir DIR: a directory of your own groups, as DIR/experiment/NAME.yaml"
+    if command == "train":
+        options += "\n  --dry-run: print what the run would do on a whole cluster; `dasd train --dry-run --help` lists its options"
     return "\n".join([f"usage: dasd {command} [--config-dir DIR] [experiment=NAME] [field=value ...]", "", options, "", "fields:", *lines])
 
 

@@ -294,6 +294,7 @@ def _print_ranks(config: Config, hf_config: PretrainedConfig, arch: Architecture
 
 
 def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> None:
+    from dasd_megatron.backend import cuda
     from dasd_megatron.training.batching import balanced_shares, make_micro_batches
     from dasd_megatron.training.warm_start import micro_batch_layout
 
@@ -303,6 +304,9 @@ def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> 
     counts, padded, per_replica = [], [], []
     with _as_rank(config, 0):
         layout = micro_batch_layout(config)
+        if config.backend.kind == "cuda":
+            # What FP8 asks for; the CPU's backend, which is the one selected here, asks for nothing.
+            layout["pad_multiple"] *= cuda.token_multiple(config.precision)
         for start in range(0, len(lengths), share):
             minibatch = lengths[start : start + share]
             shares = balanced_shares([prompt + length for length in minibatch], replicas)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +110,29 @@ def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]
     """
     signals = _SignalForwarder(config.checkpoint.grace_seconds)
     signals.start()
-    store = None
+    # The store is kept until the end: the first node's holds the server that the agents and workers use too.
     if nodes.count == 1:
         prepare()
+        _store, endpoint = _store_on_loopback()
     else:
-        # Kept until the end: the first node's holds the server that the agents and workers use too.
-        store = _prepare_together(config, root, nodes, prepare)  # noqa: F841
+        _store, endpoint = _prepare_together(config, root, nodes, prepare), nodes.endpoint
     signals.launched.set()
-    return _run_workers(config, root, nodes)
+    return _run_workers(config, root, nodes, endpoint)
+
+
+def _store_on_loopback() -> tuple[Any, tuple[str, int]]:
+    """The meeting point of one machine's processes, and its address. torch's own would listen on the network, where nobody is asked for a
+    key, and its agent unpickles what it finds there."""
+    import torch.distributed as dist
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        endpoint = listener.getsockname()
+        limit = datetime.timedelta(seconds=_RENDEZVOUS_SECONDS)
+        # By its port the agent finds that there is one in this process.
+        store = dist.TCPStore(*endpoint, 1, True, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach())
+    return store, endpoint
 
 
 def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> Any:
@@ -222,7 +236,7 @@ def _digest(root: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
+def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, int]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -232,7 +246,6 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
     # The agent's own log repeats what the workers have said.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    several = nodes.count > 1
     # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
     settable = {one.name for one in dataclasses.fields(LaunchConfig)}
     patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
@@ -240,10 +253,10 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
         min_nodes=nodes.count,
         max_nodes=nodes.count,
         nproc_per_node=nodes.processes,
-        run_id=nodes.run_id if several else uuid.uuid4().hex,
-        rdzv_backend="static" if several else "c10d",
-        rdzv_endpoint="{}:{}".format(*nodes.endpoint) if several else "127.0.0.1:0",
-        rdzv_configs={"timeout": _RENDEZVOUS_SECONDS} | ({"rank": nodes.rank} if several else {}),
+        run_id=nodes.run_id,
+        rdzv_backend="static",
+        rdzv_endpoint="{}:{}".format(*endpoint),
+        rdzv_configs={"timeout": _RENDEZVOUS_SECONDS, "rank": nodes.rank},
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from dasd_megatron import backend, stopping
-from dasd_megatron.config import Config, ConfigError
+from dasd_megatron.config import Config, ConfigError, first_line
 from dasd_megatron.stopping import StopRequested
 
 T = TypeVar("T")
@@ -21,6 +23,29 @@ class PeerError(RuntimeError):
     """Work that every rank was waiting for failed on one of them; raised on all, with that rank's message."""
 
     on_all_ranks = True
+
+
+class LostPeerError(RuntimeError):
+    """Another rank could not be reached within the limit of a collective, or ended. The message is one line."""
+
+
+_GLOO = re.compile(r"gloo/|Timed out waiting|Connection (closed|reset) by peer|Broken pipe")
+
+
+@contextlib.contextmanager
+def naming_lost_peers(timeout_seconds: float) -> Iterator[None]:
+    """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds``: of each collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have classes of their own; gloo's are told by where they say they come from.
+        own = type(error).__module__.startswith("dasd_megatron.")
+        if own or not (isinstance(error, dist.DistError) or _GLOO.search(str(error))):
+            raise
+        raise LostPeerError(
+            f"the other processes could not be reached within backend.timeout_seconds={timeout_seconds:g}, or one has ended "
+            f"({first_line(error)}): look at its node and at the network between them, then continue with resume=auto"
+        ) from error
 
 
 def initialize(config: Config) -> None:
@@ -65,7 +90,8 @@ def split_world(config: Config) -> None:
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.backend.timeout_seconds / 60)),
+        # Of fractions too: it becomes a timedelta.
+        distributed_timeout_minutes=config.backend.timeout_seconds / 60,
     )
     # Stages differ, so that not all layers of a place in their stage drop the same hidden states.
     seed = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

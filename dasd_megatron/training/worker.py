@@ -58,7 +58,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         refusals = (ValueError, DataError, TemplateError, OSError, AccessError, DiscoveryError)
         parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), refusals)
     try:
-        train(config, RunPaths(root))
+        with parallel.naming_lost_peers(config.backend.timeout_seconds):
+            train(config, RunPaths(root))
     except stopping.StopRequested:
         # When the first worker is gone, its agent ends the others.
         dist.barrier()

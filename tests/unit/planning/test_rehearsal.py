@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Iterator
+import shlex
+from pathlib import Path
 
 import pytest
 
 from dasd_megatron.cli import main
 from dasd_megatron.config import ConfigError, ParallelConfig, load_config
+from dasd_megatron.planning.command import model_of
+from dasd_megatron.planning.estimate import Architecture
 from dasd_megatron.planning.rehearsal import Place, _commands, _parser, dry_run, place_of
+from dasd_megatron.rollout.router import _parser as router_parser
+from dasd_megatron.rollout.serve import _parser as server_parser
 
 TP, PP, DP = "parallel.tensor_model_parallel_size=", "parallel.pipeline_model_parallel_size=", "parallel.data_parallel_size="
 REFUSED = [
@@ -44,7 +49,7 @@ def test_what_cannot_run_is_refused_with_one_line(arguments: list[str], named: l
         assert part in printed.err
 
 
-def test_nothing_is_written_and_no_mask_is_changed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_and_no_mask_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mask = os.umask(0o022)
     try:
@@ -69,12 +74,8 @@ def test_places_are_those_of_nested_loops() -> None:
         assert [place_of(parallel, rank) for rank in range(parallel.world_size)] == [Place(t, c, d, p) for p, d, c, t in loops]
 
 
-def commands(*arguments: str) -> Iterator[list[str]]:
-    import shlex
-
-    from dasd_megatron.planning.command import model_of
-    from dasd_megatron.planning.estimate import Architecture
-
+def commands(*arguments: str) -> dict[str, list[list[str]]]:
+    """The words of the lines that a dry run would print, by their title."""
     options = _parser().parse_intermixed_args(["--dry-run", *arguments])
     config = load_config(options.overrides, needs_files=False)
     found = _commands(config, options, ["a", "b"], Architecture.of(model_of(config)), 80e9)
@@ -82,9 +83,6 @@ def commands(*arguments: str) -> Iterator[list[str]]:
 
 
 def test_servers_and_router_are_started_by_commands_that_their_parsers_take() -> None:
-    from dasd_megatron.rollout.router import _parser as router_parser
-    from dasd_megatron.rollout.serve import _parser as server_parser
-
     servers = "rollout.servers=[http://c:30000,http://c:30001,http://d:30000]"
     found = commands("experiment=dasd_70b", servers)["rollout servers"]
     assert [line[0] for line in found] == ["c:", "c:", "d:"]
