@@ -97,7 +97,7 @@ def worker(root: Path) -> None:
     from dasd_megatron.training.worker import run
 
     inside = 0.0
-    schedule, step = passes._run_schedule, train._step
+    schedule, step = passes._run_schedule, train.train_step
 
     def synchronised() -> float:
         torch.cuda.synchronize()
@@ -118,7 +118,7 @@ def worker(root: Path) -> None:
             metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
         return metrics
 
-    passes._run_schedule, train._step = timed_schedule, timed_step
+    passes._run_schedule, train.train_step = timed_schedule, timed_step
     run(config, root, prepared=True)
 
 

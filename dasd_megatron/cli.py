@@ -16,6 +16,7 @@ _USAGE = """usage: dasd COMMAND ...
 
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
+            --dry-run OVERRIDES print what it would do on a whole cluster, without data, GPUs or servers (--help lists the options)
   evaluate  OVERRIDES           evaluate model.path on data.heldout
   rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, for rollout.replay
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
@@ -59,7 +60,10 @@ def _configuration(arguments: list[str]) -> Config:
     parser.add_argument("--config-dir")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(arguments)
-    return load_config(options.overrides, options.config_dir)
+    config = load_config(options.overrides, options.config_dir)
+    # Of this process and of all that it starts: workers, servers and graders.
+    os.umask({"owner": 0o077, "group": 0o027, "all": 0o022}[config.run.readable_by])
+    return config
 
 
 def _train(arguments: list[str]) -> None:
@@ -104,8 +108,7 @@ def _check_port(config: Config) -> None:
 
 
 def num_processes(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    return config.parallel.world_size
 
 
 def _evaluate(arguments: list[str]) -> None:
@@ -185,6 +188,10 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in commands:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
+    if command == "train" and "--dry-run" in rest:
+        from dasd_megatron.planning.rehearsal import dry_run
+
+        return report_errors(lambda: dry_run(rest))
     if command in ("train", "evaluate", "rollout") and {"-h", "--help"} & set(rest):
         print(_fields_help(command))
         return 0

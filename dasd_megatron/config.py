@@ -54,6 +54,7 @@ class RunConfig:
     dir: str | None = _doc(None, "run directory; null: runs/<name>/<date-time>, or with resume=auto the newest run of that name")
     seed: int = _doc(1, "seed of weights, data order, rollouts and dropout")
     steps: int = _doc(MISSING, "training steps; one step is one batch of rollouts")
+    readable_by: str = _doc("owner", "owner, group or all: who may read what the run writes; only the owner may change it")
 
 
 @dataclass
@@ -75,8 +76,33 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = _doc(
         None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving"
     )
-    data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x PP x DP")
+    data_parallel_size: int = _doc(1, "DP: replicas; the number of processes is TP x CP x PP x DP")
     sequence_parallel: bool = _doc(False, "shard activations between tensor-parallel regions along the sequence; needs TP > 1")
+    context_parallel_size: int = _doc(1, "CP: ranks that share each sequence; above 1 it needs a GPU and Transformer Engine")
+    first_pipeline_num_layers: int | None = _doc(
+        None, "layers of the first pipeline stage, over all its chunks; null: as many as the stages in the middle"
+    )
+    last_pipeline_num_layers: int | None = _doc(
+        None, "layers of the last pipeline stage, which also has the LM head and the loss; null: as many as the stages in the middle"
+    )
+    overlap_grad_reduce: bool = _doc(False, "reduce gradients over replicas bucket by bucket during the last backward pass")
+    overlap_param_gather: bool = _doc(
+        False,
+        "gather updated weights from the replicas bucket by bucket during the next minibatch's forward pass; needs optimizer.distributed "
+        "and overlap_grad_reduce",
+    )
+    bucket_size: int | None = _doc(
+        None, "overlap only: parameters that are reduced and gathered at once; null: Megatron's max(40e6, 1e6 x DP)"
+    )
+
+    @property
+    def replica_size(self) -> int:
+        """Processes of one replica."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        return self.replica_size * self.data_parallel_size
 
 
 @dataclass
@@ -112,7 +138,13 @@ class PrecisionConfig:
     params_dtype: str = _doc(
         "fp32", "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32"
     )
-    recompute: str = _doc("none", "none or full: recompute activations in the backward pass, layer by layer")
+    recompute: str = _doc(
+        "none", "activations computed again in the backward pass: none, selective (those of recompute_modules) or full (whole layers)"
+    )
+    recompute_modules: list[str] = _doc(
+        ["mlp"],
+        "recompute=selective, of each layer: mlp (most of its activations) and core_attn (little to gain, since it is fused)",
+    )
     fp8: str = _doc(
         "none",
         "none, or Transformer Engine's recipe for the matrix products of the layers: delayed, tensorwise, blockwise (from Hopper on) or "
@@ -201,6 +233,11 @@ class BatchConfig:
     micro_batch_size: int = _doc(16, "most sequences of one forward pass")
     micro_batch_tokens: int | None = _doc(
         32768, "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least one; null: no limit"
+    )
+    packing: bool = _doc(
+        False,
+        "lay the sequences of a micro-batch end to end instead of padding them to the longest; each attends to itself alone. Micro-batches "
+        "then hold nearly equal numbers of tokens",
     )
 
 
@@ -396,6 +433,7 @@ class WarmStartConfig:
     lr: float = _doc(1e-3, "peak learning rate, after a linear warm-up")
     decay_style: str = _doc("cosine", "constant, linear or cosine; the last two end at a tenth of the peak")
     warmup_steps: int = _doc(20, "steps of linear warm-up")
+    hidden_dropout: float = _doc(0.0, "share of the hidden states that is dropped; reinforcement drops none")
     privileged_share: float = _doc(0.5, "share of examples whose prompt shows the reference solution, so that the self-teacher can use it")
 
 
@@ -440,11 +478,13 @@ class Config:
     )
 
 
-def load_config(overrides: list[str], config_dir: str | Path | None = None) -> Config:
+def load_config(overrides: list[str], config_dir: str | Path | None = None, *, needs_files: bool = True) -> Config:
     """Compose ``conf/config.yaml`` with Hydra overrides (``experiment=quickstart optimizer.lr=1e-4``), type-check and validate it.
 
     Args:
         config_dir: a directory of further groups: ``experiment=mine`` is then also looked for in ``config_dir/experiment/mine.yaml``.
+        needs_files: False for a look at a configuration elsewhere than where it is to run: its files need not exist, and its data need not
+            be named.
 
     Raises:
         ConfigError: an unknown field or group, a value of the wrong type, a required field left out, a contradiction, or a path that
@@ -466,6 +506,11 @@ def load_config(overrides: list[str], config_dir: str | Path | None = None) -> C
             composed = compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain_hydra(error)) from error
+    if not needs_files:
+        for name in ("train", "heldout"):
+            if composed.data[name].path is None and composed.data[name].generator is None:
+                composed.data[name].path = f"{name}.jsonl"
+        return _typed(composed)
     config = _typed(composed)
     check_paths(config)
     return config
@@ -532,10 +577,11 @@ def _explain_hydra(error: Exception) -> str:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "run.readable_by": ("owner", "group", "all"),
     "backend.kind": ("cpu", "cuda"),
     "backend.transformer_impl": ("auto", "transformer_engine", "local"),
     "precision.params_dtype": ("fp32", "bf16"),
-    "precision.recompute": ("none", "full"),
+    "precision.recompute": ("none", "selective", "full"),
     "precision.fp8": ("none", "delayed", "tensorwise", "blockwise", "mxfp8"),
     "precision.fp8_format": ("hybrid", "e4m3"),
     "algorithm.name": ("dasd", "grpo", "opsd", "reversed", "rlsd"),
@@ -564,6 +610,10 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "parallel.pipeline_model_parallel_size": (1, None),
     "parallel.virtual_pipeline_model_parallel_size": (2, None),
     "parallel.data_parallel_size": (1, None),
+    "parallel.context_parallel_size": (1, None),
+    "parallel.first_pipeline_num_layers": (1, None),
+    "parallel.last_pipeline_num_layers": (1, None),
+    "parallel.bucket_size": (1, None),
     "model.tiny.hidden_size": (1, None),
     "model.tiny.num_layers": (1, None),
     "model.tiny.num_attention_heads": (1, None),
@@ -647,6 +697,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.lr": (0, None),
     "warm_start.warmup_steps": (0, None),
     "warm_start.privileged_share": (0, 1),
+    "warm_start.hidden_dropout": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
     "checkpoint.grace_seconds": (1, None),
@@ -656,7 +707,13 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 
 # Bounds that the value itself may not reach.
 _ABOVE = {"teacher.hint_fraction": 0, "loss.importance_cap": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
-_BELOW = {"algorithm.rlsd_clip": 1, "algorithm.jsd_weight": 1, "optimizer.adam_beta1": 1, "optimizer.adam_beta2": 1}
+_BELOW = {
+    "algorithm.rlsd_clip": 1,
+    "warm_start.hidden_dropout": 1,
+    "algorithm.jsd_weight": 1,
+    "optimizer.adam_beta1": 1,
+    "optimizer.adam_beta2": 1,
+}
 
 
 def _value(config: Config, name: str) -> Any:
@@ -703,6 +760,7 @@ def validate(config: Config) -> None:
     if config.backend.kind == "cpu" and config.backend.transformer_impl == "transformer_engine":
         raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
     _check_fp8(config)
+    _check_parallel(config)
     share = parallel.data_parallel_size * batch.minibatches
     if batch.groups % share:
         raise ConfigError(
@@ -753,6 +811,10 @@ def validate(config: Config) -> None:
     if config.optimizer.min_lr > config.optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}: lower it")
     check_servers(rollout)
+    if any(re.match(r"--(admin-)?api-key\b", argument) for argument in rollout.sglang.arguments):
+        raise ConfigError(
+            "rollout.sglang.arguments: a key there would stand in config.yaml and in the list of processes: set DASD_API_KEY instead"
+        )
     for name in ("verify.reward", "rollout.filter", "rollout.function"):
         path = _value(config, name)
         if path is not None and not FUNCTION_PATH.fullmatch(path):
@@ -855,6 +917,62 @@ def _check_fp8(config: Config) -> None:
         )
 
 
+def _check_parallel(config: Config) -> None:
+    """Cross-checks of how the model is spread; see :class:`ConfigError`."""
+    parallel = config.parallel
+    if parallel.context_parallel_size > 1 and (config.backend.kind == "cpu" or config.backend.transformer_impl == "local"):
+        raise ConfigError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention on GPUs: set "
+            "backend.kind=cuda and backend.transformer_impl=transformer_engine, or write 1"
+        )
+    for name in ("first_pipeline_num_layers", "last_pipeline_num_layers"):
+        if getattr(parallel, name) is not None and parallel.pipeline_model_parallel_size == 1:
+            raise ConfigError(f"parallel.{name} needs parallel.pipeline_model_parallel_size > 1: raise it, or write null")
+    if parallel.overlap_param_gather and not (config.optimizer.distributed and parallel.overlap_grad_reduce):
+        raise ConfigError(
+            "parallel.overlap_param_gather=true needs optimizer.distributed=true and parallel.overlap_grad_reduce=true: set them, or write "
+            "false"
+        )
+    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
+        raise ConfigError(f"parallel.bucket_size={parallel.bucket_size} is for parallel.overlap_grad_reduce=true: set that, or write null")
+    modules = config.precision.recompute_modules
+    if not modules or set(modules) - {"core_attn", "mlp"}:
+        raise ConfigError(f"precision.recompute_modules={modules}: write [mlp], [core_attn] or [mlp,core_attn]")
+
+
+def stage_layers(parallel: ParallelConfig, num_layers: int, source: str = "num_hidden_layers") -> list[int]:
+    """Layers of each pipeline stage, over all its chunks; :class:`ConfigError` where they do not come out whole.
+
+    ``source``: what says the number of layers, for the message.
+    """
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    first, last = parallel.first_pipeline_num_layers, parallel.last_pipeline_num_layers
+    if first is None and last is None and num_layers % stages:
+        raise ConfigError(
+            f"parallel.pipeline_model_parallel_size = {stages} does not divide {source}: write a divisor of it, or give the first or last "
+            "stage another number by parallel.first_pipeline_num_layers or last_pipeline_num_layers"
+        )
+    middle = stages - (first is not None) - (last is not None)
+    left = num_layers - (first or 0) - (last or 0)
+    if left < middle or (left % middle if middle else left):
+        raise ConfigError(
+            f"parallel.first_pipeline_num_layers={first} and last_pipeline_num_layers={last} leave {left} layers of {source} to {middle} "
+            "other pipeline stages: each needs the same number of them, and at least one"
+        )
+    layers = [left // middle if middle else 0] * stages
+    if first is not None:
+        layers[0] = first
+    if last is not None:
+        layers[-1] = last
+    for count in layers:
+        if count % chunks:
+            raise ConfigError(
+                f"parallel.virtual_pipeline_model_parallel_size={chunks} does not divide the {count} layers of a stage ({source}): "
+                "write a divisor of them"
+            )
+    return layers
+
+
 def check_servers(rollout: RolloutConfig) -> None:
     """Refuse external servers that are named in no way or in two, or in a way that cannot be meant; see :class:`ConfigError`."""
     named = {"rollout.servers": rollout.servers, "rollout.nodes": rollout.nodes, "rollout.router": rollout.router}
@@ -872,6 +990,8 @@ def check_servers(rollout: RolloutConfig) -> None:
         raise ConfigError(f"{' and '.join(given)} are set: name the servers in one way, and leave the others out")
     for name, addresses in {"rollout.servers": rollout.servers, "rollout.router": [rollout.router] if rollout.router else []}.items():
         for address in addresses:
+            if "@" in address:
+                raise ConfigError(f"{name}: an address with a user or password would stand in config.yaml and in logs: leave that out")
             if not re.fullmatch(r"https?://[^/\s]+", address):
                 raise ConfigError(f"{name}: {address!r} is not an address: write it like http://10.0.0.1:30000, without a path")
     if len(set(rollout.servers)) < len(rollout.servers):
@@ -890,7 +1010,8 @@ def check_servers(rollout: RolloutConfig) -> None:
 def _check_weight_sync(config: Config) -> None:
     """Cross-checks of how servers get their weights; see :class:`ConfigError`."""
     rollout, way = config.rollout, config.rollout.weight_sync
-    far = [server for server in rollout.servers if not _is_loopback(server)] + [one for one in (rollout.nodes, rollout.router) if one]
+    others = [server for server in rollout.servers if not is_loopback(urlsplit(server).hostname or "")]
+    far = others + [one for one in (rollout.nodes, rollout.router) if one]
     if way == "tensor" and far:
         raise ConfigError(
             f"rollout.weight_sync=tensor needs servers on the trainer's machine, not {far[0]}: give rollout.servers like "
@@ -927,8 +1048,8 @@ def _check_weight_sync(config: Config) -> None:
         )
 
 
-def _is_loopback(server: str) -> bool:
-    host = urlsplit(server).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can be reached from its own machine alone."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"

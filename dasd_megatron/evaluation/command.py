@@ -15,7 +15,7 @@ from dasd_megatron.observability.progress import ProgressDisplay, summary_table
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer
-from dasd_megatron.training.prepare import choose_run_dir, load_tokenizer, make_renderer, require_hf_directory
+from dasd_megatron.training.prepare import check_key, choose_run_dir, load_tokenizer, make_renderer, require_hf_directory
 from dasd_megatron.verify.grader import Grader
 
 
@@ -27,6 +27,7 @@ def evaluate_model(config: Config) -> None:
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory, like the model/ folder of a finished run")
     require_hf_directory(config)
+    check_key(config)
     source = config.data.heldout
     problems = (
         generate_problems(source, "heldout") if source.generator is not None else load_problems(source, "heldout", needs_solution=False)

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,9 +57,10 @@ def single_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def meta_chunks(hf_config: PretrainedConfig, dtype: torch.dtype) -> tuple[Bridge, list[GPTModel]]:
-    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge."""
-    bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE)
+def meta_chunks(hf_config: PretrainedConfig, dtype: torch.dtype, **layout: Any) -> tuple[Bridge, list[GPTModel]]:
+    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge. ``layout``: fields of
+    Megatron's TransformerConfig."""
+    bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE | layout)
     with torch.device("meta"):
         return bridge, build_chunks(bridge, transformer_engine=False)
 
@@ -213,7 +215,9 @@ def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple
     """
     hf_config = read_hf_config(hf_path)
     tokens = torch.randint(hf_config.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
-    reference = AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True).float()(tokens).logits
+    reference = (
+        AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True, use_safetensors=True).float()(tokens).logits
+    )
     with single_process():
         bridge = make_bridge(hf_config, dtype=torch.float32, transformer_engine=False, **_SINGLE)
         (model,) = build_chunks(bridge, transformer_engine=False)

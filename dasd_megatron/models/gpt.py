@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
@@ -48,11 +50,27 @@ class CausalAttention(DotProductAttention):
     times as long on CPU at a thousand tokens."""
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, *_: Any, **__: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *_: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
     ) -> torch.Tensor:
-        """``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal, without dropout."""
+        """``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal, without dropout.
+
+        Packed sequences come without B, and each attends to itself alone: the blocks of a block-diagonal mask, without the rest of it.
+        """
         assert attention_mask is None
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        bounds = itertools.pairwise(packed_seq_params.cu_seqlens_q.tolist())
+        return torch.cat([self._attend(*(part[begin:end, None] for part in (query, key, value)))[:, 0] for begin, end in bounds])
+
+    def _attend(self, *parts: torch.Tensor) -> torch.Tensor:
+        query, key, value = (part.permute(1, 2, 0, 3) for part in parts)
         grouped = query.shape[1] != key.shape[1]
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
@@ -122,6 +140,13 @@ class ShardedModel:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
+    def gather_parameters(self) -> None:
+        """Bring in the weights that other replicas have updated, where ``overlap_param_gather`` would leave that to the next forward pass.
+        To be called after updates and before anything reads the weights otherwise. Collective over data-parallel ranks."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Layers of this rank's pipeline stage: Transformer Engine's, or Megatron's local ones with :class:`RMSNorm`."""
@@ -179,7 +204,7 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
             raise WeightsError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {mismatch.unexpected_keys[:3]}")
 
 
-def build_model(config: Config, path: str | Path) -> ShardedModel:
+def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0) -> ShardedModel:
     """Build this rank's shard, load its weights and wrap it for data parallelism.
 
     Needs the backend selected and Megatron's parallel state initialised. Collectives: while loading a Hugging Face directory, one scatter
@@ -187,6 +212,7 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
 
     Args:
         path: Hugging Face directory, or distributed checkpoint that ``dasd convert`` has written.
+        hidden_dropout: share of the hidden states that every pass drops.
 
     Raises:
         ConfigError: the architecture cannot be represented, or does not divide by the parallel layout.
@@ -196,13 +222,15 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
     dtype = DTYPES[config.precision.params_dtype]
     transformer_engine = target.uses_transformer_engine(config.backend.transformer_impl)
     hf_config = read_hf_config(hf_folder(path))
-    vpp = config.parallel.virtual_pipeline_model_parallel_size
-    recompute = config.precision.recompute == "full"
+    parallel, recompute = config.parallel, config.precision.recompute
+    vpp = parallel.virtual_pipeline_model_parallel_size
     bridge = make_bridge(
         hf_config,
         dtype=dtype,
         transformer_engine=transformer_engine,
-        sequence_parallel=config.parallel.sequence_parallel,
+        sequence_parallel=parallel.sequence_parallel,
+        num_layers_in_first_pipeline_stage=parallel.first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_pipeline_num_layers,
         # Each micro-batch is padded to its own longest sequence, so pipeline stages tell each other the shape.
         variable_seq_lengths=parallel_state.get_pipeline_model_parallel_world_size() > 1,
         # With interleaving, batched point-to-point calls pair up wrongly between two stages and the loss is silently wrong.
@@ -210,10 +238,11 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
         batch_p2p_comm=vpp is None,
         calculate_per_token_loss=True,
         attention_dropout=0.0,
-        hidden_dropout=0.0,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        hidden_dropout=hidden_dropout,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_modules=list(config.precision.recompute_modules) if recompute == "selective" else None,
         **fp8_arguments(config.precision),
         **target.transformer_config_overrides(config.backend.transformer_impl),
     )
@@ -230,10 +259,19 @@ def build_model(config: Config, path: str | Path) -> ShardedModel:
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed, fp8_param_gather=config.precision.fp8_params
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.optimizer.distributed,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+        fp8_param_gather=config.precision.fp8_params,
     )
     wrapped = [
         DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
+    if parallel.overlap_grad_reduce:
+        # The schedules reduce after the last micro-batch only if they are told how to keep still before it.
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     transformer_config.finalize_model_grads_func = finalize_model_grads
     return ShardedModel(wrapped, bridge, transformer_config, hf_config.vocab_size, config.loss.fused_linear)

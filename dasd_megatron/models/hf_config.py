@@ -21,6 +21,8 @@ TIED_HEAD = ("lm_head.weight",)
 # Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
 _DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+# Names for the number of experts in a mixture of them.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
 _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
@@ -52,12 +54,18 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
     try:
-        hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
+        hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{field}={path}: config.json cannot be used ({first_line(error)}); give a qwen2, qwen3 or llama model"
         ) from error
+    experts = next((name for name in _EXPERTS if getattr(hf_config, name, None)), None)
+    if experts is not None:
+        raise ConfigError(
+            f"{field}={path}: {experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, which needs expert "
+            "parallelism and is not supported yet; give a dense qwen2, qwen3 or llama model"
+        )
     if hf_config.model_type not in _DROPPED_BIASES:
         raise ConfigError(f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
     raw = json.loads((Path(path) / "config.json").read_text())

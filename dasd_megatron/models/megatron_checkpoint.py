@@ -13,15 +13,16 @@ import io
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -34,6 +35,62 @@ from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError
 
 # Beside a model's tensors, what a checkpoint may hold that no model has.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
+
+# What Megatron-Core and PyTorch name in a checkpoint's .metadata; all of it makes plain records.
+_CHECKPOINT = "torch.distributed.checkpoint"
+_METADATA_NAMES = {
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((f"{_CHECKPOINT}.metadata", f"{kind}StorageMetadata") for kind in ("Tensor", "Bytes", "Chunk")),
+    (f"{_CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _METADATA_NAMES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a distributed checkpoint holds and where, after a look at every pickle that loading it would read: none of them can run code.
+
+    PyTorch's and Megatron's loaders trust ``.metadata`` and the objects in a checkpoint; whoever wrote it could make them do anything.
+    Call this before they are given one.
+
+    Raises:
+        WeightsError: a file names code, is damaged or is missing.
+    """
+    file = path / ".metadata"
+    try:
+        with open(file, "rb") as stream:
+            metadata = _MetadataReader(stream).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+        for file in sorted({path / "common.pt", *path.glob("*.pt")}):
+            torch.load(file, map_location="cpu", weights_only=True)
+        for index, place in metadata.storage_data.items():
+            # Objects, as opposed to tensors, which are read with weights_only.
+            if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+                file = path / place.relative_path
+                with open(file, "rb") as stream:
+                    stream.seek(place.offset)
+                    torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
+    # A damaged pickle fails in any way.
+    except Exception as error:
+        raise WeightsError(f"{file} is damaged, or would run code if it were loaded ({_reason(error)}); restore it") from error
+    return metadata
+
+
+def _reason(error: Exception) -> str:
+    # torch explains at length how to load the file all the same; the name of what is in it stands below that.
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f"it names {found.group(1)}" if found else first_line(error)
 
 
 class CheckpointWriter:
@@ -118,10 +175,7 @@ class CheckpointFiles:
         self.path = path
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
             raise WeightsError(f"{path} is not a distributed checkpoint of Megatron-Core: it has no metadata.json and .metadata")
-        try:
-            self._metadata = FileSystemReader(path).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise WeightsError(f"{path / '.metadata'} is damaged ({first_line(error)}); restore it") from error
+        self._metadata = read_metadata(path)
         self.entries: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
-from dasd_megatron.config import Config, ConfigError, ParallelConfig, load_config, validate
+from dasd_megatron.config import Config, ConfigError, load_config, stage_layers, validate
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.planning.estimate import (
     DTYPE_BYTES,
@@ -55,16 +55,25 @@ _NVLINK, _NETWORK = 450e9 * 0.7, 50e9 * 0.7
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes on the fullest GPU and what a step costs; see :mod:`dasd_megatron.planning.estimate`."""
+class StageMemory:
+    """Bytes on one GPU of a pipeline stage; ``total`` has the reserve too."""
 
     stage: int
     state: State
     snapshots: float
     activations: float
+    loss: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the GPUs of each stage, and of the fullest one, and what a step costs; see :mod:`dasd_megatron.planning.estimate`."""
+
+    stages: list[StageMemory]
+    fullest: StageMemory
     loss_materialised: float
     loss_fused: float
-    total: float
     micro_batches: int
     rows: int
     bubble: float
@@ -97,10 +106,11 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
     sequences = batch.groups * batch.samples_per_group // parallel.data_parallel_size
     rows = min(rows, sequences // batch.minibatches)
     micro_batches = math.ceil(sequences // batch.minibatches / rows)
-    tokens, response_tokens = rows * length, rows * rollout.max_new_tokens
+    tokens = rows * length
     pipeline = parallel.pipeline_model_parallel_size
-    materialised, fused = loss_bytes(arch, config, tokens, response_tokens)
-    candidates = []
+    share = rows / parallel.context_parallel_size
+    materialised, fused = loss_bytes(arch, config, share * length, share * rollout.max_new_tokens)
+    stages = []
     for stage in range(pipeline):
         state = training_state(arch, config, stage)
         width = DTYPE_BYTES[config.precision.params_dtype]
@@ -113,20 +123,35 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         kept = activation_bytes(arch, config, tokens, stage, micro_batches=micro_batches, transformer_engine=transformer_engine)
         loss = 0.0 if stage < pipeline - 1 else fused if config.loss.fused_linear else materialised
         total = state.weights + state.gradients + state.optimizer + snapshots + kept + loss
-        candidates.append((total + (_OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0), stage, state, snapshots, kept))
-    total, stage, state, snapshots, kept = max(candidates, key=lambda candidate: candidate[0])
+        total += _OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
+        stages.append(StageMemory(stage, state, snapshots, kept, loss, total))
+    fullest = max(stages, key=lambda one: one.total)
+    state = fullest.state
     bubble = bubble_fraction(config, micro_batches)
     traffic = communication(arch, config, sequences * length, state)
     # Forward passes count two operations a parameter and token, backward passes four.
-    forwards = 2 + batch.epochs * (2 if config.precision.recompute == "full" else 1)
+    forwards = 2 + batch.epochs * (1 + _recomputed_share(config, arch))
     operations = sequences * length * total_parameters(arch) * 2 * (forwards + 2 * batch.epochs)
-    compute = operations / (parallel.tensor_model_parallel_size * pipeline) / _FLOPS
+    # The stage with the most layers sets the pace.
+    slowest = max(stage_layers(parallel, arch.layers)) * pipeline / arch.layers
+    compute = operations * slowest / parallel.replica_size / _FLOPS
     inside = parallel.tensor_model_parallel_size <= gpus_per_node
     seconds = compute / (1 - bubble) + traffic.tensor / (_NVLINK if inside else _NETWORK)
+    tensor_context = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    seconds += traffic.context / (_NVLINK if tensor_context <= gpus_per_node else _NETWORK)
     seconds += traffic.pipeline / _NETWORK
-    replicas_inside = parallel.tensor_model_parallel_size * parallel.data_parallel_size <= gpus_per_node
+    replicas_inside = tensor_context * parallel.data_parallel_size <= gpus_per_node
     seconds += traffic.data / (_NVLINK if replicas_inside else _NETWORK)
-    return Plan(stage, state, snapshots, kept, materialised, fused, total, micro_batches, rows, bubble, traffic, seconds)
+    return Plan(stages, fullest, materialised, fused, micro_batches, rows, bubble, traffic, seconds)
+
+
+def _recomputed_share(config: Config, arch: Architecture) -> float:
+    """Share of a forward pass that the backward pass does again."""
+    if config.precision.recompute == "full":
+        return 1.0
+    if config.precision.recompute == "none" or "mlp" not in config.precision.recompute_modules:
+        return 0.0
+    return arch.layers * 3 * arch.hidden * arch.ffn / total_parameters(arch)
 
 
 def plan(arguments: list[str]) -> None:
@@ -161,7 +186,7 @@ def plan(arguments: list[str]) -> None:
     _search(config, hf_config, options, transformer_engine)
 
 
-def _gb(value: float) -> str:
+def gigabytes(value: float) -> str:
     return f"{value / 1e9:,.2f} GB"
 
 
@@ -170,45 +195,57 @@ def _warnings(config: Config, options: argparse.Namespace) -> list[str]:
     found = []
     if parallel.tensor_model_parallel_size > options.gpus_per_node:
         found.append("tensor parallelism crosses nodes: its all-reduces then go over the network")
+    if config.precision.recompute == "selective" and config.precision.recompute_modules == ["core_attn"]:
+        found.append("recompute_modules=[core_attn] saves next to nothing, since attention is fused: mlp does")
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         found.append("parallel.sequence_parallel=false keeps norms and residuals whole on every tensor-parallel rank")
     if parallel.pipeline_model_parallel_size == 2 and parallel.virtual_pipeline_model_parallel_size:
         found.append("PP=2 with VPP: batched point-to-point calls would pair up wrongly; the trainer turns them off")
     if config.backend.kind == "cpu":
-        found.append("no context parallelism and no packed sequences on CPU")
+        found.append("no context parallelism on CPU")
     return found
 
 
 def _print(config: Config, arch: Architecture, found: Plan, options: argparse.Namespace) -> None:
-    parallel, state = config.parallel, found.state
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    parallel, state = config.parallel, found.fullest.state
     limit = options.gpu_memory * 1e9
     free = _ROLLOUT_SHARE * limit
     tensor = min(parallel.tensor_model_parallel_size, options.gpus_per_node)
     weights = total_parameters(arch) * 2 / tensor
     per_token = kv_bytes_per_token(arch, tensor)
-    resident = max(0.0, free - found.total - weights) / per_token
+    resident = max(0.0, free - found.fullest.total - weights) / per_token
     offloaded = max(0.0, free - weights) / per_token
+    full = found.fullest
     chosen, other = ("fused", "materialised") if config.loss.fused_linear else ("materialised", "fused")
     loss = {"fused": found.loss_fused, "materialised": found.loss_materialised}
     rows = [
         ("parameters", f"{total_parameters(arch):,} in all, {state.parameters:,} on this rank"),
-        ("weights", f"{_gb(state.weights)} {config.precision.params_dtype}"),
-        ("gradients", f"{_gb(state.gradients)} fp32"),
-        ("optimizer state", _gb(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else "")),
-        ("copies of weights, teacher states", _gb(found.snapshots)),
-        ("activations", f"{_gb(found.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a micro-batch"),
-        ("logits and loss on the last stage", f"{_gb(loss[chosen])} {chosen} ({_gb(loss[other])} {other})"),
-        ("total, with reserve", f"{_gb(found.total)} of {_gb(limit)}: {'fits' if found.total <= limit else 'DOES NOT FIT'}"),
+        ("weights", f"{gigabytes(state.weights)} {config.precision.params_dtype}"),
+        ("gradients", f"{gigabytes(state.gradients)} fp32"),
+        ("optimizer state", gigabytes(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else "")),
+        ("copies of weights, teacher states", gigabytes(full.snapshots)),
+        (
+            "activations",
+            f"{gigabytes(full.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a micro-batch",
+        ),
+        ("logits and loss on the last stage", f"{gigabytes(loss[chosen])} {chosen} ({gigabytes(loss[other])} {other})"),
+        (
+            "total, with reserve",
+            f"{gigabytes(full.total)} of {gigabytes(limit)}: {'fits' if full.total <= limit else 'DOES NOT FIT'}",
+        ),
         ("bubble", f"{found.bubble:.1%} of a stage's time, {found.micro_batches} micro-batches a minibatch"),
-        ("sent by a rank in a step", f"TP {_gb(found.traffic.tensor)}, PP {_gb(found.traffic.pipeline)}, DP {_gb(found.traffic.data)}"),
-        ("weight sync", f"{_gb(found.traffic.weight_sync)} a step"),
+        (
+            "sent by a rank in a step",
+            f"TP {gigabytes(found.traffic.tensor)}, CP {gigabytes(found.traffic.context)}, PP {gigabytes(found.traffic.pipeline)}, "
+            f"DP {gigabytes(found.traffic.data)}",
+        ),
+        ("weight sync", f"{gigabytes(found.traffic.weight_sync)} a step"),
         ("rollouts on the same GPUs", f"{resident:,.0f} tokens of KV beside the training state, {offloaded:,.0f} with it offloaded"),
     ]
     print(
-        f"TP {parallel.tensor_model_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
-        f"VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP {parallel.data_parallel_size}: {ranks} GPUs; "
-        f"the fullest is pipeline stage {found.stage}"
+        f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
+        f"VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP {parallel.data_parallel_size}: {parallel.world_size} GPUs; "
+        f"the fullest is pipeline stage {full.stage}, of {stage_layers(parallel, arch.layers)[full.stage]} layers"
     )
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -231,16 +268,16 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
             continue
         tried += 1
         found = make_plan(changed, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
-        least = min(least, found.total)
-        if found.total <= limit:
+        least = min(least, found.fullest.total)
+        if found.fullest.total <= limit:
             fitting.append((found.seconds, changed, found))
     if not fitting:
         why = (
-            f"the smallest of {tried} needs {_gb(least)}"
+            f"the smallest of {tried} needs {gigabytes(least)}"
             if tried
             else f"all were refused, for {', '.join(reasons) or 'the number of GPUs'}"
         )
-        raise ConfigError(f"no layout for {options.gpus} GPUs of {_gb(limit)} works: {why}; add GPUs, or shorten the sequences")
+        raise ConfigError(f"no layout for {options.gpus} GPUs of {gigabytes(limit)} works: {why}; add GPUs, or shorten the sequences")
     fitting.sort(key=lambda entry: entry[0])
     print(f"{len(fitting)} of {tried} layouts fit; by estimated time, which is an order and not a promise:")
     print(f"  {'TP':>3} {'PP':>3} {'VPP':>3} {'DP':>4}  {'recompute':<9}  {'memory':>9}  {'bubble':>6}  relative time")
@@ -249,26 +286,33 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
         print(
             f"  {parallel.tensor_model_parallel_size:>3} {parallel.pipeline_model_parallel_size:>3} "
             f"{parallel.virtual_pipeline_model_parallel_size or 1:>3} {parallel.data_parallel_size:>4}  {changed.precision.recompute:<9}  "
-            f"{_gb(found.total):>9}  {found.bubble:>6.1%}  {seconds / fitting[0][0]:.2f}"
+            f"{gigabytes(found.fullest.total):>9}  {found.bubble:>6.1%}  {seconds / fitting[0][0]:.2f}"
         )
 
 
 def _layouts(config: Config, arch: Architecture, options: argparse.Namespace) -> Iterator[Config]:
-    """``config`` in every layout of ``--gpus`` GPUs with tensor parallelism inside a node; recompute stays if an override names it."""
+    """``config`` in every layout of ``--gpus`` GPUs with tensor parallelism inside a node; recompute stays if an override names it, and
+    context parallelism and the first and last stages' layers as they are given."""
     fixed = any(override.lstrip("+").startswith(("precision.recompute=", "precision=")) for override in options.overrides)
-    recomputes = [config.precision.recompute] if fixed else ["none", "full"]
+    recomputes = [config.precision.recompute] if fixed else ["none", "selective", "full"]
     for tensor in _divisors(options.gpus):
         if tensor > options.gpus_per_node or arch.kv_heads % tensor or arch.heads % tensor:
             continue
         for pipeline in _divisors(options.gpus // tensor):
-            if arch.layers % pipeline:
+            ranks = tensor * pipeline * config.parallel.context_parallel_size
+            if options.gpus % ranks:
                 continue
             for virtual in (None, 2, 4):
-                if virtual and (pipeline == 1 or arch.layers % (pipeline * virtual)):
-                    continue
                 for recompute in recomputes:
                     changed = copy.deepcopy(config)
-                    changed.parallel = ParallelConfig(tensor, pipeline, virtual, options.gpus // tensor // pipeline, tensor > 1)
+                    changed.parallel = dataclasses.replace(
+                        config.parallel,
+                        tensor_model_parallel_size=tensor,
+                        pipeline_model_parallel_size=pipeline,
+                        virtual_pipeline_model_parallel_size=virtual,
+                        data_parallel_size=options.gpus // ranks,
+                        sequence_parallel=tensor > 1,
+                    )
                     changed.precision.recompute = recompute
                     yield changed
 

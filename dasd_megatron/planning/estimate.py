@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.models.hf_config import padded_vocab_size
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -80,7 +80,7 @@ def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[lis
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
-    layers = arch.layers // (pipeline * virtual)
+    layers = stage_layers(parallel, arch.layers)[stage] // virtual
     vocabulary = arch.padded_vocab(tensor) // tensor * arch.hidden
     chunks = []
     for chunk in range(virtual):
@@ -108,12 +108,14 @@ class State:
 
 def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
     """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer allocate them."""
-    data_parallel, distributed = config.parallel.data_parallel_size, config.optimizer.distributed
+    parallel, distributed = config.parallel, config.optimizer.distributed
+    # Ranks that share a sequence have the same weights, and count as replicas here.
+    replicas = parallel.data_parallel_size * parallel.context_parallel_size
     weight_bytes = DTYPE_BYTES[config.precision.params_dtype]
     # Two moments, and float32 weights where the model's are not.
     adam_bytes = 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
     parameters = weights = gradients = optimizer = 0
-    for sizes in chunk_parameters(arch, config, stage):
+    for index, sizes in enumerate(chunk_parameters(arch, config, stage)):
         count = sum(size for size, _ in sizes)
         parameters += count
         if not distributed:
@@ -121,20 +123,27 @@ def training_state(arch: Architecture, config: Config, stage: int, data_rank: in
             # torch's Adam counts the steps of each parameter.
             optimizer += count * adam_bytes + len(sizes) * _FP32
             continue
-        buckets, places = _buffer(sizes, data_parallel)
+        bucket_size = None
+        # Megatron makes one bucket of what it reduces when nothing is left to overlap with.
+        if parallel.overlap_grad_reduce and stage == 0 and index == 0:
+            bucket_size = parallel.bucket_size or max(40_000_000, 1_000_000 * replicas)
+        buckets, places = _buffer(sizes, replicas, bucket_size)
         total = buckets[-1][1]
         weights, gradients = weights + total * weight_bytes, gradients + total * _FP32
         for start, end in buckets:
-            share = (end - start) // data_parallel
+            share = (end - start) // replicas
             low, high = start + data_rank * share, start + (data_rank + 1) * share
             held = [min(high, stop) - max(low, begin) for begin, stop in places if min(high, stop) > max(low, begin)]
             optimizer += sum(held) * adam_bytes + len(held) * _FP32
     return State(parameters, weights, gradients, optimizer)
 
 
-def _buffer(sizes: list[tuple[int, bool]], data_parallel: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _buffer(
+    sizes: list[tuple[int, bool]], data_parallel: int, bucket_size: int | None
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Buckets and places of parameters in the buffer of a distributed optimizer: from the last parameter to the first, each at a multiple
-    of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the number of replicas."""
+    of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the number of replicas, and closed when they
+    have ``bucket_size`` elements."""
 
     def padded(value: int, divisor: int) -> int:
         return math.ceil(value / divisor) * divisor
@@ -156,7 +165,7 @@ def _buffer(sizes: list[tuple[int, bool]], data_parallel: int) -> tuple[list[tup
             position = close(position)
         places.append((position, position + size))
         position += size
-        if alone:
+        if alone or (bucket_size is not None and position - bucket_start >= bucket_size):
             position = close(position)
     if position > bucket_start:
         close(position)
@@ -183,24 +192,44 @@ def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_en
     return norms + head_norms + width * (projected + rotated + context + 5 * ffn) + log_sum_exp
 
 
+def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
+    """Of :func:`layer_activation_bytes`, what is not kept but computed again in the backward pass."""
+    precision, parallel = config.precision, config.parallel
+    if precision.recompute == "none":
+        return 0.0
+    tensor = parallel.tensor_model_parallel_size
+    width = DTYPE_BYTES[precision.params_dtype]
+    hidden = arch.hidden / (tensor if parallel.sequence_parallel else 1)
+    if precision.recompute == "full":
+        return layer_activation_bytes(arch, config, transformer_engine=transformer_engine) - width * hidden
+    saved = 0.0
+    if "mlp" in precision.recompute_modules:
+        saved += width * (hidden + 3 * arch.ffn / tensor if transformer_engine else 5 * arch.ffn / tensor)
+    if "core_attn" in precision.recompute_modules:
+        saved += _FP32 * arch.heads / tensor
+    return saved
+
+
 def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool) -> float:
     """Peak bytes of activations of a rank on pipeline ``stage`` with micro-batches of ``tokens`` padded tokens.
 
     Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds more.
     """
     parallel = config.parallel
+    tokens /= parallel.context_parallel_size
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     width = DTYPE_BYTES[config.precision.params_dtype]
     hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     layer = layer_activation_bytes(arch, config, transformer_engine=transformer_engine)
-    layers = arch.layers / (pipeline * virtual)
+    layers = stage_layers(parallel, arch.layers)[stage] / virtual
     # Chunks of the model in flight on this stage.
     if virtual == 1:
         in_flight = min(pipeline - stage, micro_batches)
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual)
-    recompute = config.precision.recompute == "full"
-    kept = in_flight * layers * (width * hidden if recompute else layer) + (layer if recompute else 0.0)
+    # What is computed again is there once, for one layer at a time.
+    again = recomputed_bytes(arch, config, transformer_engine=transformer_engine)
+    kept = in_flight * layers * (layer - again) + again
     # The last norm and the hidden states that the head reads.
     ends = (2 * _FP32 + width) * hidden + width * hidden if stage == pipeline - 1 else 0.0
     return tokens * (kept + ends)
@@ -239,6 +268,7 @@ class Communication:
     """Bytes that one rank sends in a training step."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
     weight_sync: float
@@ -257,10 +287,16 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     forwards = 2 + batch.epochs
     recomputed = batch.epochs if config.precision.recompute == "full" else 0
-    layers = arch.layers / pipeline
+    if config.precision.recompute == "selective" and "mlp" in config.precision.recompute_modules:
+        recomputed = batch.epochs / 2
+    tokens /= parallel.context_parallel_size
+    layers = max(stage_layers(parallel, arch.layers))
     # Two all-reduces a layer and direction; under sequence parallelism an all-gather and a reduce-scatter in place of each.
     reduces = 2 * layers * (forwards + batch.epochs + recomputed)
     tensor_bytes = tokens * arch.hidden * width * reduces * 2 * (tensor - 1) / tensor
+    # Keys and values go round the ranks that share a sequence, and backward they and their gradients.
+    ring = parallel.context_parallel_size - 1
+    context_bytes = tokens * 2 * arch.key / tensor * width * layers * ring * (forwards + recomputed + 2 * batch.epochs)
     hops = 0 if pipeline == 1 else virtual
     # Under sequence parallelism each rank sends its part of the sequence.
     share = tensor if parallel.sequence_parallel else 1
@@ -268,5 +304,6 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
     updates = batch.minibatches * batch.epochs
     # Gradients reduce-scattered in float32, weights all-gathered; without a distributed optimizer one all-reduce.
     moved = state.gradients + (state.weights if config.optimizer.distributed else state.gradients)
+    data *= parallel.context_parallel_size
     data_bytes = updates * moved * (data - 1) / data
-    return Communication(tensor_bytes, pipeline_bytes, data_bytes, total_parameters(arch) * width)
+    return Communication(tensor_bytes, context_bytes, pipeline_bytes, data_bytes, total_parameters(arch) * width)

@@ -21,6 +21,7 @@ import aiohttp
 import orjson
 
 from dasd_megatron import stopping
+from dasd_megatron.rollout import access
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ LOG_PROB_TOLERANCE = 1e-3  # rounding may put a certain token's log-prob a littl
 KEEP_ALIVE_SECONDS = 4.0  # SGLang closes connections that were idle for 5 s; a request must not meet that
 READ_BUFFER_BYTES = 2**20  # of one connection; answers with long rows have megabytes
 _JSON_HEADERS = {"Content-Type": "application/json"}
+DENIED_STATUS = frozenset({401, 403})
 RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
 
@@ -71,6 +73,10 @@ class RequestRefusedError(RolloutError):
     """The server understood the request and refused it (4xx); trying again cannot help."""
 
 
+class AccessDeniedError(RolloutError):
+    """The server does not take the client's API key, or asks for one (401, 403); trying again cannot help."""
+
+
 class WeightVersionError(RolloutError):
     """The server answers under another weight version than the expected one."""
 
@@ -95,6 +101,14 @@ class _ClosingError(_TryAgainError):
     """The server said that it is shutting down, or has too much to do."""
 
 
+class _DeniedError(_TryAgainError):
+    error_class = AccessDeniedError
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.fix = fix
+
+
 class _OtherVersionError(_TryAgainError):
     error_class = WeightVersionError
     fix = "update the server's weights before sampling, and let nothing else update them"
@@ -111,6 +125,7 @@ class RolloutClient:
     whole request. max_retries: further tries after the first. backoff: seconds before the second try; doubles each time, at most 30.
     max_in_flight: requests under way at once, over all servers. pool: what is known of these servers, where several clients share it.
     router: address of an sglang-router before these servers, which gets the requests of :meth:`generate`; all others go to each server.
+    api_key: sent with every request; see :mod:`~dasd_megatron.rollout.access`.
 
     May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as their loop. Close with
     :meth:`aclose` or ``async with``.
@@ -127,6 +142,7 @@ class RolloutClient:
         max_in_flight: int,
         pool: ServerPool | None = None,
         router: str | None = None,
+        api_key: str | None = None,
     ):
         if not urls:
             raise ValueError("urls is empty: give the address of at least one rollout server")
@@ -146,6 +162,7 @@ class RolloutClient:
         self.max_retries = max_retries
         self.backoff = backoff
         self.max_in_flight = max_in_flight
+        self._api_key = api_key
         self._loop: asyncio.AbstractEventLoop | None = None
         self._http: aiohttp.ClientSession | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -320,6 +337,19 @@ class RolloutClient:
 
         answered = await asyncio.gather(*map(one, urls))
         return [url for url, well in zip(urls, answered, strict=True) if not well]
+
+    async def check_access(self, path: str = "/model_info") -> None:
+        """Raise :class:`AccessDeniedError` if a server that answers to ``path`` does not take the key. Those that do not are let pass."""
+
+        async def one(index: int) -> None:
+            try:
+                await self._call("GET", path, _nothing, index=index, tries=1, limit=PROBE_SECONDS)
+            except AccessDeniedError:
+                raise
+            except RolloutError:
+                return
+
+        await _all_or_cancel([one(index) for index in range(len(self.urls))])
 
     async def tensor_parallel_sizes(self) -> dict[str, int]:
         """Processes that share each copy of the model, by address; as :meth:`descriptions`."""
@@ -540,6 +570,8 @@ class RolloutClient:
                     if response.status >= 500 or response.status in RETRIED_STATUS:
                         kind = _ClosingError if response.status == 503 else _TryAgainError
                         raise kind(f"{path} answered {response.status}: {_server_message(response)}")
+                    if response.status in DENIED_STATUS:
+                        raise _DeniedError(*access.refusal(response.status, self._api_key))
                     if response.status >= 400:
                         raise RequestRefusedError(
                             url,
@@ -567,6 +599,10 @@ class RolloutClient:
             elif index is None:
                 tried = [*(one for one in tried if one != url), url]
                 self._record_failure(url, failure)
+            # Another server may take it.
+            if isinstance(failure, _DeniedError) and (index is not None or routed or len(tried) == len(self.urls)):
+                tries = number + 1
+                break
         raise failure.error_class(url, str(failure), tries, failure.fix) from failure
 
     def _record_failure(self, url: str, failure: _TryAgainError) -> None:
@@ -590,6 +626,7 @@ class RolloutClient:
             self._loop = loop
             self._slots = asyncio.Semaphore(self.max_in_flight)
             self._http = aiohttp.ClientSession(
+                headers=access.headers(self._api_key),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_timeout),  # _call limits the whole request
                 connector=aiohttp.TCPConnector(limit=self.max_in_flight, keepalive_timeout=KEEP_ALIVE_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),

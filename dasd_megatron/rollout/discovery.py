@@ -21,7 +21,9 @@ import httpx
 from transformers import PretrainedConfig
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutError
+from dasd_megatron.rollout import access
+from dasd_megatron.rollout.access import AccessError
+from dasd_megatron.rollout.client import DENIED_STATUS, AccessDeniedError, RequestRefusedError, RolloutClient, RolloutError
 from dasd_megatron.rollout.pool import Event, Status
 
 SCONTROL_SECONDS = 30.0
@@ -64,6 +66,35 @@ def find_servers(rollout: RolloutConfig) -> list[str]:
     return list(rollout.servers)
 
 
+def check_access(rollout: RolloutConfig) -> None:
+    """Refuse a run whose external servers, or router, do not take its API key, before anything else is done. Those that do not answer yet
+    are asked again when the run needs them.
+
+    Raises :class:`AccessError`, and :class:`DiscoveryError` where ``rollout.nodes`` cannot be expanded.
+    """
+    urls = [rollout.router] if rollout.router else find_servers(rollout)
+    if not urls:
+        return
+    client = RolloutClient(
+        urls,
+        connect_timeout=rollout.connect_timeout_seconds,
+        request_timeout=rollout.request_timeout_seconds,
+        max_retries=0,
+        backoff=0.0,
+        max_in_flight=rollout.max_in_flight,
+        api_key=access.api_key(),
+    )
+
+    async def check() -> None:
+        async with client:
+            await client.check_access("/workers" if rollout.router else "/model_info")
+
+    try:
+        asyncio.run(check())
+    except AccessDeniedError as error:
+        raise AccessError(f"{error.url}: {error.what}; {error.fix}") from error
+
+
 def expand_host_list(hosts: str) -> list[str]:
     """The host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises :class:`DiscoveryError`."""
     command = shutil.which("scontrol")
@@ -103,14 +134,16 @@ def router_servers(router: str, timeout_seconds: float) -> list[str]:
     It lists those alone that have answered it: start it when they are up (``dasd router`` waits for them). Raises :class:`DiscoveryError`,
     at once where ``router`` is no router.
     """
-    deadline = time.monotonic() + timeout_seconds
-    with httpx.Client(timeout=10.0, trust_env=False) as http:
+    deadline, key = time.monotonic() + timeout_seconds, access.api_key()
+    with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(key)) as http:
         while True:
             try:
                 response = http.get(f"{router}/workers")
             except httpx.HTTPError as error:
                 waiting_for = f"it does not answer ({type(error).__name__}: {error})"
             else:
+                if response.status_code in DENIED_STATUS:
+                    raise AccessError(f"rollout.router={router}: {'; '.join(access.refusal(response.status_code, key))}")
                 found = _listed(router, response)
                 if found:
                     return found

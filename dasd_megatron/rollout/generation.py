@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.rollout.access import api_key
 from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.samples import Sample
@@ -39,6 +40,7 @@ def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | N
         max_in_flight=config.max_in_flight,
         pool=pool,
         router=config.router,
+        api_key=api_key(),
     )
 
 

@@ -17,6 +17,7 @@ import psutil
 import dasd_megatron
 from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.rollout import access
 from dasd_megatron.rollout.server import ServerError, bind
 
 POLL_SECONDS = 0.1
@@ -86,6 +87,8 @@ class LocalServer:
         """
         if self.alive():
             raise ServerStartError(f"the rollout server is already running at {self.url}")
+        # The server finds the key in its environment, which is this one's.
+        access.warn_if_open(self.rollout.host, "the rollout server")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sock = self._bind()
         self._port = sock.getsockname()[1]

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
 from dasd_megatron.config import RolloutConfig, check_servers
+from dasd_megatron.rollout import access
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.launch import TERMINATE_SECONDS, ServerStartError, for_sglang
 from dasd_megatron.rollout.server import ServerError, bind
@@ -21,6 +23,8 @@ from dasd_megatron.rollout.server import ServerError, bind
 LAUNCHER = Path(__file__).parent / "sglang" / "router.py"
 DEFAULT_PYTHON = ".venv-sglang/bin/python"
 POLL_SECONDS = 0.2
+# The router's own, cache_aware, sees no text in a request of token ids, and sends nearly all of them to one server.
+DEFAULT_POLICY = "round_robin"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,8 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=31000, help="default: 31000; 0: any free one")
     parser.add_argument("--metrics-port", type=int, default=0, help="of the router's Prometheus metrics (default: any free one)")
-    # The router's own default, cache_aware, sees no text in a request of token ids, and sends nearly all of them to one server.
-    parser.add_argument("--policy", default="round_robin", help="who gets a request (default: round_robin)")
+    parser.add_argument("--policy", default=DEFAULT_POLICY, help=f"who gets a request (default: {DEFAULT_POLICY})")
     parser.add_argument(
         "--startup-timeout", type=float, default=1800.0, metavar="SECONDS", help="for all servers to answer it (default: 1800)"
     )
@@ -64,15 +67,39 @@ def serve_router(arguments: list[str]) -> None:
         servers_per_node=options.servers_per_node,
     )
     check_servers(rollout)
+    access.warn_if_open(options.host, "the router")
     servers = find_servers(rollout)
     port, metrics_port = _free_port(options.host, options.port), _free_port(options.host, options.metrics_port)
     python = options.python or (DEFAULT_PYTHON if Path(DEFAULT_PYTHON).is_file() else sys.executable)
-    command = [python, str(LAUNCHER), "--host", options.host, "--port", str(port), "--policy", options.policy]
-    command += ["--prometheus-host", options.host, "--prometheus-port", str(metrics_port)]
-    command += ["--worker-startup-timeout-secs", str(int(options.startup_timeout) + 1), "--worker-startup-check-interval", "1"]
-    command += ["--health-check-interval-secs", "10", "--shutdown-grace-period-secs", str(int(TERMINATE_SECONDS / 2))]
-    command += ["--worker-urls", *servers, *arguments[index + 1 :]]
+    command = router_command(
+        python,
+        servers,
+        host=options.host,
+        port=port,
+        metrics_port=metrics_port,
+        policy=options.policy,
+        startup_timeout=options.startup_timeout,
+    )
+    command += arguments[index + 1 :]
     _run(command, f"http://{options.host}:{port}", servers, options.startup_timeout)
+
+
+def router_command(
+    python: str,
+    servers: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    metrics_port: int = 0,
+    policy: str = DEFAULT_POLICY,
+    startup_timeout: float = 1800.0,
+) -> list[str]:
+    """The command line of sglang-router before ``servers``; the router's own further arguments may follow."""
+    command = [python, str(LAUNCHER), "--host", host, "--port", str(port), "--policy", policy]
+    command += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
+    command += ["--worker-startup-timeout-secs", str(int(startup_timeout) + 1), "--worker-startup-check-interval", "1"]
+    command += ["--health-check-interval-secs", "10", "--shutdown-grace-period-secs", str(int(TERMINATE_SECONDS / 2))]
+    return [*command, "--worker-urls", *servers]
 
 
 def _free_port(host: str, port: int) -> int:
@@ -118,7 +145,7 @@ def _wait_until_ready(process: subprocess.Popen, url: str, servers: list[str], t
     """Return once the router lists every server as healthy."""
     deadline = time.monotonic() + timeout
     missing = servers
-    with httpx.Client(timeout=10.0, trust_env=False) as http:
+    with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(access.api_key())) as http:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ServerStartError(f"sglang-router ended with status {process.returncode}; its log is above")

@@ -66,9 +66,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from dasd_megatron.rollout import access
 from dasd_megatron.rollout.weight_checksum import cpu_checksum
 from dasd_megatron.rollout.weight_receiver import ReceiveError, WeightReceiver
 
@@ -698,7 +700,13 @@ def load_model(path: str, dtype: torch.dtype, config: transformers.PretrainedCon
     try:
         with torch.inference_mode(False):
             model, info = AutoModelForCausalLM.from_pretrained(
-                path, config=copy.deepcopy(config), dtype=dtype, local_files_only=True, output_loading_info=True
+                path,
+                config=copy.deepcopy(config),
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                use_safetensors=True,  # other weights are pickles
+                trust_remote_code=False,
             )
     except Exception as error:  # transformers raises a dozen kinds here; all of them mean that this directory cannot be served
         raise ModelDirectoryError(f"cannot load a causal LM from {path}: {type(error).__name__}: {_one_line(error)}") from error
@@ -715,7 +723,7 @@ def load_model(path: str, dtype: torch.dtype, config: transformers.PretrainedCon
 def _check_same_architecture(path: str, config: transformers.PretrainedConfig) -> None:
     ignored = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
     try:
-        other = AutoConfig.from_pretrained(path, local_files_only=True).to_dict()
+        other = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError) as error:
         raise ModelDirectoryError(f"cannot read {path}/config.json: {_one_line(error)}") from error
     served = config.to_dict()
@@ -733,7 +741,7 @@ def _one_line(error: BaseException) -> str:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory; raises ModelDirectoryError."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
         raise ModelDirectoryError(f"cannot load a tokenizer from {path}: {type(error).__name__}: {_one_line(error)}") from error
 
@@ -1384,9 +1392,29 @@ def _http_error_response(status: int, message: str) -> JSONResponse:
     return JSONResponse({"object": "error", "message": message, "type": str(status), "param": None, "code": status}, status_code=status)
 
 
+class _KeyCheck:
+    """ASGI middleware that refuses requests without the API key, with 401, before it reads their body. As in SGLang, paths that tell of
+    health alone are open, for those who watch over the server."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith("/health"):
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not access.shows_key(given, self._key):
+                message = "Unauthorized: this server asks for its API key, as Authorization: Bearer KEY"
+                await JSONResponse({"error": message}, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
     """The HTTP side of an engine. ``settings`` is what /server_info adds to the live state. Handlers only wait, other threads work."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    key = access.api_key()
+    if key is not None:
+        app.add_middleware(_KeyCheck, key=key)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -1641,7 +1669,9 @@ def watch_parent(stop: Callable[[], None]) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Serve until SIGTERM, SIGINT or the parent's end; raises ServerError before that when the server cannot start."""
+    access.api_key()  # a wrong one is to be said at once
     sock = socket.socket(fileno=args.fd) if args.fd is not None else bind(args.host, args.port)
+    access.warn_if_open(sock.getsockname()[0], "the rollout server")
     if args.exit_with_parent:
         # Before the model is loaded there is nothing to finish: a parent that dies early ends this process at once.
         stop: list[Callable[[], None]] = [lambda: os._exit(1)]
@@ -1716,7 +1746,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         serve(args)
-    except ServerError as error:
+    except (ServerError, access.AccessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.models.hf_weights import copy_side_files, fsync_tree
+from dasd_megatron.models.hf_weights import WeightsError, copy_side_files, fsync_tree
+from dasd_megatron.models.megatron_checkpoint import read_metadata
 from dasd_megatron.rollout.buffer import BufferState, Counts, read_groups
 from dasd_megatron.rollout.samples import save_samples
 from dasd_megatron.training.optimizer import OptimizerState
@@ -258,6 +259,10 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
     for name in _COLLECTED:
         if dist.get_rank() == 0 and (path / f"{name}.jsonl").exists():
             setattr(state.rollouts, name, read_groups(path / f"{name}.jsonl"))
+    try:
+        on_selected_rank(dist.get_rank() == 0, lambda: read_metadata(path), (WeightsError,))
+    except PeerError as error:
+        raise CheckpointError(str(error)) from error
     loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
     for index, chunk in enumerate(model.chunks):
         unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])

@@ -11,16 +11,16 @@ import torch.distributed as dist
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
 from dasd_megatron.config import Config
-from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.training.parallel import reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
 
 if TYPE_CHECKING:
+    from dasd_megatron.training.rollout_plane import ReplicaShare
     from dasd_megatron.training.train import Importance, ScoredRollouts
 
 
 def step_metrics(
-    samples: Sequence[Sample],
+    share: ReplicaShare,
     scores: ScoredRollouts,
     advantage: torch.Tensor,
     credit: Credit,
@@ -50,7 +50,7 @@ def step_metrics(
     tokens, kl, difference, importance_sum, cut = sums[: len(own_sums)].tolist()
     applied = [one for one in updates if one.applied]
     metrics = {
-        **reward_metrics(samples, seconds, config.batch.samples_per_group),
+        **reward_metrics(share, seconds, config.batch.samples_per_group),
         **credit_metrics(CreditStatistics(sums[len(own_sums) :], maxima[1:])),
         "rollout/kl": kl / tokens,
         "rollout/log_prob_diff_mean": difference / tokens,
@@ -74,21 +74,15 @@ def step_metrics(
     return metrics
 
 
-def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples_per_group: int) -> dict[str, float]:
+def reward_metrics(share: ReplicaShare, seconds: dict[str, float], samples_per_group: int) -> dict[str, float]:
     """What the rollouts alone say, by the names of ``metrics.jsonl``, over all replicas. Collective: two all-reduces over replicas."""
-    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64).view(-1, samples_per_group)
+    samples = share.samples
+    rewards = torch.tensor(share.rewards, dtype=torch.float64).view(-1, samples_per_group)
     correct = rewards > 0
     lengths = [len(sample.sampled) for sample in samples]
     device = backend.current().device()
     own_sums = torch.tensor(
         [
-            len(samples),
-            rewards.sum(),
-            (rewards**2).sum(),
-            correct.sum(),
-            len(rewards),
-            correct.all(dim=1).sum(),
-            (~correct).all(dim=1).sum(),
             sum(lengths),
             sum(sample.finish_reason == "length" for sample in samples),
             sum(sample.timed_out for sample in samples),
@@ -98,29 +92,16 @@ def reward_metrics(samples: Sequence[Sample], seconds: dict[str, float], samples
         device=device,
     )
     longest = reduce_over_replicas(torch.tensor(max(lengths), device=device), dist.ReduceOp.MAX).item()
-    (
-        num_samples,
-        reward,
-        reward_squares,
-        solved,
-        groups,
-        all_correct,
-        all_wrong,
-        tokens,
-        truncated,
-        timeouts,
-        all_tokens,
-    ) = reduce_over_replicas(own_sums).tolist()
-    mean = reward / num_samples
+    tokens, truncated, timeouts, all_tokens = reduce_over_replicas(own_sums).tolist()
     return {
-        "reward/mean": mean,
-        "reward/std": max(reward_squares / num_samples - mean**2, 0.0) ** 0.5,
-        "reward/accuracy": solved / num_samples,
-        "reward/groups_all_correct": all_correct / groups,
-        "reward/groups_all_wrong": all_wrong / groups,
-        "response/length_mean": tokens / num_samples,
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "reward/accuracy": correct.double().mean().item(),
+        "reward/groups_all_correct": correct.all(dim=1).double().mean().item(),
+        "reward/groups_all_wrong": (~correct).all(dim=1).double().mean().item(),
+        "response/length_mean": tokens / rewards.numel(),
         "response/length_max": longest,
-        "response/truncated_share": truncated / num_samples,
+        "response/truncated_share": truncated / rewards.numel(),
         "verify/timeouts": timeouts,
         "throughput/tokens_per_second": all_tokens / seconds["total"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},

@@ -24,40 +24,65 @@ class PeerError(RuntimeError):
 
 
 def initialize(config: Config) -> None:
-    """Start the process group from torchrun's environment and split it into TP x PP x DP; seeds all generators from ``run.seed``.
+    """Start the process group from torchrun's environment and split it into TP x CP x PP x DP; seeds all generators from ``run.seed``.
 
     Raises:
-        ConfigError: the number of processes is not the product of the parallel sizes.
+        ConfigError: the number of processes is not the product of the parallel sizes, or the layout asks of Transformer Engine what it
+            cannot do, or needs it where it is not installed.
     """
     backend.current().init_process_group(config.backend.timeout_seconds)
+    split_world(config)
+
+
+def split_world(config: Config) -> None:
+    """What :func:`initialize` does once the process group is there."""
     parallel = config.parallel
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    expected = model_parallel * parallel.data_parallel_size
+    expected = parallel.world_size
     if dist.get_world_size() != expected:
         raise ConfigError(
-            f"parallel: TP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
-            f"set parallel.data_parallel_size={dist.get_world_size() // model_parallel or 1} or start {expected} processes"
+            f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
+            f"set parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} processes"
+        )
+    transformer_engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
+    if config.batch.packing and transformer_engine and config.precision.params_dtype == "fp32":
+        raise ConfigError(
+            "batch.packing=true in fp32: Transformer Engine's attention takes packed sequences in half precision alone; write "
+            "precision=bf16, or backend.transformer_impl=local"
+        )
+    if parallel.context_parallel_size > 1 and not transformer_engine:
+        raise ConfigError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine, which is not installed: install "
+            "it, or write 1"
         )
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=max(1, round(config.backend.timeout_seconds / 60)),
     )
-    torch.manual_seed(config.run.seed)
-    model_parallel_cuda_manual_seed(config.run.seed)
+    # Stages differ, so that not all layers of a place in their stage drop the same hidden states.
+    seed = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def is_replica_source() -> bool:
     """Whether this is the rank that gets the rollouts of its data-parallel replica."""
-    return dist.get_rank() == dist.get_process_group_ranks(parallel_state.get_model_parallel_group())[0]
+    # Of the ranks that share its tensors and layers the first, and of those that share its sequences too.
+    groups = (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group())
+    return all(dist.get_rank() == dist.get_process_group_ranks(group)[0] for group in groups)
 
 
 def broadcast_in_replica(value: T | None) -> T:
     """The replica source's Python object on every rank of its replica."""
-    group = parallel_state.get_model_parallel_group()
     box = [value]
-    dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
+    # Over context-parallel ranks first: then the first rank of every model-parallel group has it.
+    groups = [parallel_state.get_model_parallel_group()]
+    if parallel_state.get_context_parallel_world_size() > 1:
+        groups.insert(0, parallel_state.get_context_parallel_group())
+    for group in groups:
+        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
     return box[0]
 
 
@@ -105,6 +130,20 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
             tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
         )
     return tensor
+
+
+def sum_over_sequence_parts(tensor: torch.Tensor) -> torch.Tensor:
+    """All-reduce over the ranks that share each sequence (context parallelism), in place."""
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(tensor, group=parallel_state.get_context_parallel_group())
+    return tensor
+
+
+def largest_of_replicas(value: int) -> int:
+    """The largest of the replicas' values, on every rank."""
+    if parallel_state.get_data_parallel_world_size() == 1:
+        return value
+    return int(reduce_over_replicas(torch.tensor(value, device=backend.current().device()), dist.ReduceOp.MAX))
 
 
 def reduce_over_replicas(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -17,7 +18,7 @@ from dasd_megatron.losses import TokenStats, kl_k3, linear_token_stats, policy_s
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
-from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas
+from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas, sum_over_sequence_parts
 
 
 class TokenScores(NamedTuple):
@@ -101,6 +102,13 @@ def _token_stats(
     )
 
 
+def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
+    if micro_batch.starts is None:
+        return None
+    starts, longest = micro_batch.starts, micro_batch.longest
+    return PackedSeqParams("thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+
+
 def _run_schedule(
     model: ShardedModel, micro_batches: list[MicroBatch], last_stage: Callable[..., Any], *, micro_batch_size: int, forward_only: bool
 ) -> list[Any]:
@@ -109,7 +117,7 @@ def _run_schedule(
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro_batch = next(batches)
-        output = chunk(micro_batch.tokens, micro_batch.position_ids, None)
+        output = chunk(micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=_packed_seq_params(micro_batch))
         return output, partial(last_stage, micro_batch)
 
     iterators = [iter(micro_batches) for _ in model.chunks]
@@ -139,16 +147,18 @@ def score(
     ``keep_hidden``, if given, receives on the last pipeline stage one tensor: the states that the LM head was applied to, ``[N, h / TP]``,
     of which each tensor-parallel rank keeps its part.
 
-    Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage.
+    Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage; under context
+    parallelism two all-reduces, and one of what ``keep_hidden`` receives.
     """
     packed_index = torch.cat([batch.packed_index for batch in micro_batches])
+    total = int(sum_over_sequence_parts(torch.tensor(len(packed_index), device=packed_index.device)))
 
     def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
         if keep_hidden is not None:
             rank, parts = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
             width = output.shape[-1] // parts
             if not keep_hidden:
-                keep_hidden.append(output.new_empty(len(packed_index), width, dtype=model.config.params_dtype))
+                keep_hidden.append(output.new_zeros(total, width, dtype=model.config.params_dtype))
             part = output[..., rank * width : (rank + 1) * width][micro_batch.rows, micro_batch.columns]
             keep_hidden[0][micro_batch.packed_index] = part.to(model.config.params_dtype)
         stats = _token_stats(model, micro_batch, output, loss, temperature)
@@ -156,9 +166,13 @@ def score(
 
     size = max(len(batch.tokens) for batch in micro_batches)
     outputs = _run_schedule(model, micro_batches, last_stage, micro_batch_size=size, forward_only=True)
-    packed = torch.zeros(2, len(packed_index), dtype=torch.float32, device=packed_index.device)
+    packed = torch.zeros(2, total, dtype=torch.float32, device=packed_index.device)
     if outputs:
         packed[:, packed_index] = torch.cat(outputs, dim=1)
+        # Of every token one rank has the statistics, and the others zeros.
+        sum_over_sequence_parts(packed)
+        if keep_hidden:
+            sum_over_sequence_parts(keep_hidden[0])
     return TokenScores(*broadcast_from_last_stage(packed))
 
 
@@ -257,5 +271,5 @@ def _optimize(
         sums[:-1] = torch.stack(reports).double().sum(0)
     broadcast_from_last_stage(sums)
     sums[-1] = sum(batch.packed_index.numel() for batch in micro_batches)
-    reduce_over_replicas(sums)
+    reduce_over_replicas(sum_over_sequence_parts(sums))
     return sums[:-1] / sums[-1], grad_norm, lr, applied

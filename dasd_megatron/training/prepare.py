@@ -15,13 +15,15 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config
+from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config, stage_layers
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import HfWeights
 from dasd_megatron.plugins import load_function
+from dasd_megatron.rollout.access import AccessError, api_key
+from dasd_megatron.rollout.discovery import check_access
 
 _PACKAGES = (
     "dasd-megatron",
@@ -107,9 +109,10 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """Check everything that can be checked without a model in memory and write the run directory's fixed parts.
 
     Raises:
-        ConfigError, DataError, TemplateError, WeightsError: with one line on what is wrong and what to do.
+        ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError: with one line on what is wrong and what to do.
     """
     paths = RunPaths(root)
+    check_key(config)
     functions = {
         "verify.reward": config.verify.reward,
         "rollout.filter": config.rollout.filter,
@@ -167,6 +170,15 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     return paths
 
 
+def check_key(config: Config) -> None:
+    """Refuse (AccessError) an API key that cannot be one, that stands in the configuration, or that external servers do not take."""
+    key = api_key()
+    if key is not None and any(key in str(value) for value in _flatten(dataclasses.asdict(config)).values()):
+        raise AccessError("the API key in DASD_API_KEY stands in the configuration too, which is written into run.dir: leave it out")
+    if config.rollout.engine == "external" and config.rollout.replay is None:
+        check_access(config.rollout)
+
+
 def require_hf_directory(config: Config) -> None:
     """Refuse (ConfigError) a ``model.path`` that a rollout server cannot be started from."""
     if config.model.path is not None and is_megatron_checkpoint(config.model.path):
@@ -183,7 +195,7 @@ def run_problems(paths: RunPaths, name: str) -> list[Problem]:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.
     except Exception as error:
         raise ConfigError(
@@ -210,12 +222,8 @@ def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
             f"num_key_value_heads={hf_config.num_key_value_heads} does not divide num_attention_heads={hf_config.num_attention_heads} "
             f"({where}): write a divisor of it"
         )
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    chunks = pipeline * (virtual or 1)
-    if hf_config.num_hidden_layers % chunks:
-        name = "parallel.pipeline_model_parallel_size" + (" x parallel.virtual_pipeline_model_parallel_size" if virtual else "")
-        layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
-        raise ConfigError(f"{name} = {chunks} does not divide {layers}={hf_config.num_hidden_layers} ({where}): write a divisor of it")
+    layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
+    stage_layers(parallel, hf_config.num_hidden_layers, f"{layers}={hf_config.num_hidden_layers} ({where})")
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > hf_config.max_position_embeddings:
         raise ConfigError(

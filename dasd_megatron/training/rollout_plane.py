@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
-from dasd_megatron.training.batching import make_micro_batches
+from dasd_megatron.training.batching import balanced_shares, make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
 from dasd_megatron.training.passes import score
@@ -57,14 +57,28 @@ class RolloutFailure(RuntimeError):
     on_all_ranks = True
 
 
-def replica_groups(config: Config, replica: int) -> list[int]:
-    """The prompt groups of a step, by their index in it, that a data-parallel replica trains on, minibatch after minibatch.
+class ReplicaShare(NamedTuple):
+    """What one data-parallel replica trains on in a step."""
 
-    Every minibatch takes the same groups of a step whatever the number of replicas.
-    """
-    minibatch = config.batch.groups // config.batch.minibatches
-    share = minibatch // config.parallel.data_parallel_size
-    return [start + replica * share + index for start in range(0, config.batch.groups, minibatch) for index in range(share)]
+    samples: list[Sample]
+    """Minibatch after minibatch."""
+    places: list[int]
+    """Of each sample among all of the step, which are in order of (group, sample)."""
+    rewards: list[float]
+    """Of all samples of the step: the advantage of one needs those of its group, which may be on other replicas."""
+
+
+def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:
+    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and nearly the same
+    number of tokens. A minibatch holds the same samples for any number of replicas."""
+    share = len(samples) // minibatches
+    places: list[list[int]] = [[] for _ in range(replicas)]
+    for start in range(0, len(samples), share):
+        lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples[start : start + share]]
+        for mine, dealt in zip(places, balanced_shares(lengths, replicas), strict=True):
+            mine += [start + place for place in dealt]
+    rewards = [sample.reward for sample in samples]
+    return [ReplicaShare([samples[place] for place in mine], mine, rewards) for mine in places]
 
 
 class RolloutPlane:
@@ -394,7 +408,7 @@ class RolloutPlane:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
         return self._with_restarts(lambda: work(self._client()))
 
-    def rollouts(self, step: int) -> tuple[list[Sample], float, dict[str, float]]:
+    def rollouts(self, step: int) -> tuple[ReplicaShare, float, dict[str, float]]:
         """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after the last of them was
         sampled, and the step's metrics of collecting them; on every rank of the replica.
 
@@ -433,11 +447,9 @@ class RolloutPlane:
             state.counts = batch.counts
         return state
 
-    def _shares(self, samples: list[Sample]) -> list[list[Sample]]:
-        """The samples of each replica."""
-        n = self.config.batch.samples_per_group
-        replicas = [replica_groups(self.config, replica) for replica in range(self.config.parallel.data_parallel_size)]
-        return [[sample for group in groups for sample in samples[group * n : (group + 1) * n]] for groups in replicas]
+    def _shares(self, samples: list[Sample]) -> list[ReplicaShare]:
+        parallel, batch = self.config.parallel, self.config.batch
+        return replica_shares(samples, replicas=parallel.data_parallel_size, minibatches=batch.minibatches)
 
     def _raise_everywhere(self, batch: Batch | PluginError | None) -> None:
         """A function of the user's own that fails, fails again however often servers are started anew: it stops the run on every rank."""

@@ -132,14 +132,7 @@ def train(config: Config, paths: RunPaths) -> None:
                     warm_start(config, paths, problems["train"], renderer, tokenizer, report)
             model_path = warm_started or paths.warm_started_model
 
-        model = build_model(config, model_path)
-        optimizer = build_optimizer(
-            config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
-        )
-        keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
-        start = WeightSnapshot(model) if keeps_start else None
-        keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
-        average = WeightSnapshot(model, dtype=torch.float32) if keeps_average else None
+        model, optimizer, start, average = build_policy(config, model_path)
         state = TrainerState()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, model, optimizer, average)
@@ -156,6 +149,19 @@ def train(config: Config, paths: RunPaths) -> None:
         export_model(model, paths.final_model, template_dir=start_hf_files(config, paths))
         if rank0:
             _conclude(trainer)
+
+
+def build_policy(config: Config, model_path: Path) -> tuple[ShardedModel, OptimizerState, WeightSnapshot | None, WeightSnapshot | None]:
+    """The policy with the weights in ``model_path``, its optimizer, and copies of the weights where they are needed: one as they are now,
+    and one to be averaged. Collective."""
+    model = build_model(config, model_path)
+    optimizer = build_optimizer(
+        config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
+    )
+    keeps_start = config.loss.kl_coef > 0 or (needs_teacher(config) and config.teacher.weights == "frozen")
+    start = WeightSnapshot(model) if keeps_start else None
+    keeps_average = needs_teacher(config) and config.teacher.weights == "ema"
+    return model, optimizer, start, WeightSnapshot(model, dtype=torch.float32) if keeps_average else None
 
 
 def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:
@@ -188,7 +194,7 @@ def _run(trainer: Trainer) -> None:
         _evaluate_if_due(trainer)
         checkpoint_seconds = 0.0
         while state.step < config.run.steps:
-            metrics = _step(trainer)
+            metrics = train_step(trainer)
             # Both belong to the end of the step before this one; a step's own line is written as soon as the step is done.
             metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": checkpoint_seconds}
             if trainer.logger is not None:
@@ -285,13 +291,14 @@ def _evaluate(trainer: Trainer, label: str) -> None:
         trainer.logger.log_evaluation(metrics)
 
 
-def _step(trainer: Trainer) -> dict[str, Any]:
+def train_step(trainer: Trainer) -> dict[str, Any]:
     """One training step, counted in ``trainer.state`` when it is done; returns its metrics on every rank. If its rollouts fail, nothing of
     it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     with timers("rollout"):
-        samples, timers.seconds["verify"], collection = trainer.plane.rollouts(state.step + 1)
+        share, timers.seconds["verify"], collection = trainer.plane.rollouts(state.step + 1)
+    samples = share.samples
     timers.seconds["rollout"] -= timers.seconds["verify"]
     with timers("score"):
         scores = _score(trainer, samples)
@@ -302,15 +309,15 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         _save_rollouts(trainer, samples)
     if _report_non_finite(trainer, samples, scores):
         timers.seconds["total"] = time.perf_counter() - started
-        metrics = reward_metrics(samples, timers.seconds, config.batch.samples_per_group)
+        metrics = reward_metrics(share, timers.seconds, config.batch.samples_per_group)
         metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
         return {"step": state.step, **metrics, **collection, "weight_version": samples[0].weight_version}
     fp8 = _compare_fp8(trainer, samples, scores)
     with timers("route"):
-        rewards = torch.tensor([sample.reward for sample in samples], device=backend.current().device())
+        rewards = torch.tensor(share.rewards, device=backend.current().device())
         verifier_advantage = group_relative_advantage(
             rewards, samples_per_group=config.batch.samples_per_group, normalize_std=config.algorithm.normalize_std
-        )
+        )[share.places]
         advantage, credit = _route(config, scores, verifier_advantage)
         importance = _importance(config, scores)
     with timers("update"):
@@ -322,7 +329,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     if saves and trainer.logger is not None:
         _save_inspection(trainer, samples, scores, verifier_advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
-    metrics = step_metrics(samples, scores, advantage, credit, importance, results, timers.seconds, config)
+    metrics = step_metrics(share, scores, advantage, credit, importance, results, timers.seconds, config)
     return {"step": state.step, **metrics, **fp8, **collection, "weight_version": samples[0].weight_version}
 
 
@@ -539,6 +546,7 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
                     temperature=config.rollout.temperature,
                 )
             )
+    trainer.model.gather_parameters()
     return results
 
 

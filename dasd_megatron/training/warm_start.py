@@ -6,8 +6,8 @@ A share of the examples shows the solution in the prompt, through the teacher's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +21,7 @@ from dasd_megatron.rollout.generation import sampling_seed
 from dasd_megatron.training.batching import make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
-from dasd_megatron.training.parallel import stop_if_requested
+from dasd_megatron.training.parallel import largest_of_replicas, stop_if_requested
 from dasd_megatron.training.passes import supervised_update
 from dasd_megatron.training.prepare import RunPaths, start_hf_files, start_path
 
@@ -40,7 +40,7 @@ def warm_start(
         report: called after every step with step, loss (nats per response token), lr and grad_norm.
     """
     settings = config.warm_start
-    model = build_model(config, start_path(config, paths))
+    model = build_model(config, start_path(config, paths), hidden_dropout=settings.hidden_dropout)
     optimizer = build_optimizer(
         OptimizerConfig(
             lr=settings.lr,
@@ -72,17 +72,23 @@ def warm_start(
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         stop_if_requested()
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
+    model.gather_parameters()
     export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))
 
 
-def micro_batch_layout(config: Config) -> dict[str, int | torch.device | None]:
+def micro_batch_layout(config: Config) -> dict[str, Any]:
     """What the configuration and the parallel layout ask of :func:`make_micro_batches`."""
     parallel = config.parallel
-    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    # Sequence parallelism cuts what a context-parallel rank holds, which is two parts of every sequence.
+    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    parts *= 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     return {
         "micro_batch_size": config.batch.micro_batch_size,
-        "pad_multiple": shards * backend.current().token_multiple(config.precision),
+        "pad_multiple": parts * backend.current().token_multiple(config.precision),
         "micro_batch_tokens": config.batch.micro_batch_tokens,
+        "packing": config.batch.packing,
+        "context_parallel": (parallel_state.get_context_parallel_rank(), parallel.context_parallel_size),
+        "same_count": largest_of_replicas,
         # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
         "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
         "device": backend.current().device(),

@@ -13,9 +13,10 @@ from typing import Any
 WORKERS = Path(__file__).parent / "workers"
 
 
-def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> None:
-    """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON; raises with the output on failure or time-out."""
-    _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)], worker, arguments, timeout)
+def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> str:
+    """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON and return the output; raises with it on failure or
+    time-out."""
+    return _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)], worker, arguments, timeout)
 
 
 def run_alone(worker: str, arguments: Any, timeout: float = 240) -> str:

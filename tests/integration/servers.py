@@ -8,11 +8,12 @@ import http.server
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def router_python() -> str:
     if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, timeout=60).returncode:
         pytest.skip(f"no sglang-router: {python} does not have it (make sglang-cpu installs it; SGLANG_PYTHON names another)")
     return python
+
+
+@contextlib.contextmanager
+def routing(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """``dasd router`` at a free port, once it is ready; its address."""
+    command = [sys.executable, "-m", "dasd_megatron.cli", "router", "--python", router_python(), "--port", "0", *arguments]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 60
+        while "\nrouting http" not in "\n" + log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield process, log.read_text().split("routing ")[-1].split(" ")[0]
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 class FaultyProxy:

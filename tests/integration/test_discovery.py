@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from runs import SMALL
-from servers import router_python, sglang_python
+from servers import router_python, routing, sglang_python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, load_config
@@ -53,23 +53,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def client(*urls: str, router: str | None = None, max_retries: int = 2) -> RolloutClient:
     limits = {"connect_timeout": 2.0, "request_timeout": 20.0, "backoff": 0.05}
     return RolloutClient(urls, router=router, max_retries=max_retries, max_in_flight=16, **limits)
-
-
-@contextlib.contextmanager
-def routing(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """``dasd router`` at a free port, once it is ready; its address."""
-    command = [sys.executable, "-m", "dasd_megatron.cli", "router", "--python", router_python(), "--port", "0", *arguments]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + 60
-        while "\nrouting http" not in "\n" + log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield process, log.read_text().split("routing ")[-1].split(" ")[0]
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @pytest.fixture(scope="module")

@@ -131,9 +131,9 @@ AHEAD = ["rollout.max_staleness=1", "rollout.unfinished=retract", "rollout.over_
 
 @pytest.mark.parametrize(
     ("places", "weight_sync", "more"),
-    [("embedded", "disk", []), ("embedded", "distributed", AHEAD), ("sglang", "distributed", AHEAD)],
+    [("embedded", "disk", []), ("sglang", "distributed", AHEAD)],
     indirect=["places"],
-    ids=["embedded-disk", "embedded-distributed-ahead", "sglang-distributed-ahead"],
+    ids=["embedded-disk", "sglang-distributed-ahead"],
 )
 def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path: Path) -> None:
     first, second = places

@@ -58,10 +58,16 @@ def server_of(process: subprocess.Popen) -> psutil.Process:
     raise AssertionError("no server")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(*RUN, "run.steps=16", f"run.dir={path}")
+    return path
+
+
 @pytest.mark.parametrize(("how", "way"), [("kill", DISTRIBUTED), ("freeze", DISTRIBUTED), ("kill", TENSOR)])
-def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, way: list[str], tmp_path: Path) -> None:
+def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, way: list[str], undisturbed: Path, tmp_path: Path) -> None:
     """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the current ones."""
-    train(*RUN, "run.steps=16", f"run.dir={tmp_path / 'disk'}")
     run = tmp_path / "run"
     limits = ["rollout.request_timeout_seconds=5", "rollout.weight_sync_timeout_seconds=5"]
     process = start(*RUN, *way, *limits, "run.steps=16", f"run.dir={run}")
@@ -71,7 +77,7 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(how: str, way: list[
         server.kill() if how == "kill" else server.suspend()
     status, output = finish(process)
     assert status == 0, output[-4000:]
-    assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "disk" / "metrics.jsonl")
+    assert reproducible(run / "metrics.jsonl") == reproducible(undisturbed / "metrics.jsonl")
 
 
 def test_servers_of_others_give_their_memory_back_for_every_update(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, known_fields, load_config, read_config, save_config
+from dasd_megatron.config import Config, ConfigError, ParallelConfig, known_fields, load_config, read_config, save_config, stage_layers
 
 QUICK = "experiment=quickstart"
 GPU = ["backend.kind=cuda", "precision=bf16"]
@@ -30,6 +30,20 @@ REFUSED = [
     (["algorithm.rho=1.5"], ["algorithm.rho", "between 0 and 1"]),
     (["parallel=single", "parallel.sequence_parallel=true"], ["sequence_parallel", "tensor_model_parallel_size"]),
     (["parallel.virtual_pipeline_model_parallel_size=2"], ["virtual_pipeline", "pipeline_model_parallel_size"]),
+    (["parallel.context_parallel_size=2"], ["parallel.context_parallel_size=2", "Transformer Engine", "write 1"]),
+    (
+        ["backend.kind=cuda", "backend.transformer_impl=local", "parallel.context_parallel_size=2"],
+        ["parallel.context_parallel_size=2", "transformer_impl=transformer_engine"],
+    ),
+    (["parallel.first_pipeline_num_layers=1"], ["parallel.first_pipeline_num_layers", "pipeline_model_parallel_size"]),
+    (["parallel.overlap_param_gather=true"], ["parallel.overlap_param_gather", "parallel.overlap_grad_reduce=true"]),
+    (
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true", "optimizer.distributed=false"],
+        ["parallel.overlap_param_gather", "optimizer.distributed=true"],
+    ),
+    (["parallel.bucket_size=7"], ["parallel.bucket_size=7", "parallel.overlap_grad_reduce"]),
+    (["precision.recompute_modules=[moe]"], ["precision.recompute_modules", "[mlp]"]),
+    (["precision.recompute=half"], ["precision.recompute=half", "selective"]),
     (["batch.groups=7", "batch.minibatches=2"], ["batch.groups=7", "multiple of 2"]),
     (["batch.groups=8", "parallel.data_parallel_size=3"], ["batch.groups=8", "multiple of 3"]),
     (["batch.samples_per_group=1"], ["batch.samples_per_group", "verifier_weight"]),
@@ -71,6 +85,10 @@ REFUSED = [
     (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"], ["rollout.verify_weights", "write 0"]),
     (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.quantization=fp8"], ["rollout.verify_weights", "quantization"]),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
+    (["rollout=external", "rollout.servers=[http://me:secret@a:1]"], ["rollout.servers", "config.yaml"]),
+    (["rollout=sglang_cpu", "rollout.sglang.arguments=[--api-key,secret]"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
+    (["rollout=sglang_cpu", "rollout.sglang.arguments=['--admin-api-key=secret']"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
+    (["run.readable_by=everybody"], ["run.readable_by", "owner"]),
     (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
     (["rollout=external", "rollout.nodes=a"], ["rollout.port=0", "rollout.port=30000"]),
     (["rollout=external", "rollout.nodes=a", "rollout.port=65530", "rollout.servers_per_node=7"], ["rollout.port=65530", "7 ports"]),
@@ -206,3 +224,35 @@ def test_every_field_is_documented_and_read() -> None:
     unread = [name for name in fields if not re.search(rf"\b{name.rsplit('.', 1)[-1]}\b", source)]
     assert not unread
     assert {name.split(".")[0] for name in fields} == {field.name for field in dataclasses.fields(Config)}
+
+
+STAGES = [
+    ({}, 8, [2, 2, 2, 2]),
+    ({"first_pipeline_num_layers": 1, "last_pipeline_num_layers": 1}, 8, [1, 3, 3, 1]),
+    ({"last_pipeline_num_layers": 3}, 9, [2, 2, 2, 3]),
+    ({"first_pipeline_num_layers": 4, "virtual_pipeline_model_parallel_size": 2}, 10, [4, 2, 2, 2]),
+    ({"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 3}, 8, [5, 3]),
+    ({"pipeline_model_parallel_size": 1}, 7, [7]),
+]
+
+
+@pytest.mark.parametrize(("fields", "layers", "expected"), STAGES)
+def test_layers_of_pipeline_stages(fields: dict[str, int], layers: int, expected: list[int]) -> None:
+    assert stage_layers(ParallelConfig(**({"pipeline_model_parallel_size": 4} | fields)), layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers", "named"),
+    [
+        ({}, 9, ["pipeline_model_parallel_size = 4", "first_pipeline_num_layers"]),
+        ({"first_pipeline_num_layers": 2}, 9, ["first_pipeline_num_layers=2", "7 layers", "3 other"]),
+        ({"first_pipeline_num_layers": 8}, 8, ["0 layers"]),
+        ({"first_pipeline_num_layers": 9}, 8, ["-1 layers"]),
+        ({"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 2}, 8, ["1 layers", "0 other"]),
+        ({"first_pipeline_num_layers": 3, "virtual_pipeline_model_parallel_size": 2}, 9, ["virtual", "3 layers"]),
+    ],
+)
+def test_layers_that_do_not_come_out_whole_are_refused(fields: dict[str, int], layers: int, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        stage_layers(ParallelConfig(**({"pipeline_model_parallel_size": 4} | fields)), layers)
+    assert all(name in str(refused.value) for name in named), refused.value

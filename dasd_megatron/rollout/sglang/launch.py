@@ -1,10 +1,12 @@
 """Start SGLang as ``sglang.launch_server`` does: ``python launch.py cuda|cpu ARGUMENTS``, in SGLang's own environment.
 
 The server ends when standard input does, so with the process that started it. On ``cpu``, modules that SGLang imports there but does not
-need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. Nothing of this package is imported, since
-SGLang's environment does not have it.
+need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. The API key comes from DASD_API_KEY, since
+everybody on the machine can read a command line; SGLang writes its settings into its log, and the key is blotted out of that. Nothing of
+this package is imported, since SGLang's environment does not have it.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -32,9 +34,25 @@ def prepare_cpu() -> None:
     batch_invariant_ops.enable_batch_invariant_mode = lambda *_args, **_kwargs: None
 
 
+def keep_out_of_logs(secret: str) -> None:
+    make_record = logging.getLogRecordFactory()
+
+    def without_secret(*args, **kwargs):
+        record = make_record(*args, **kwargs)
+        message = record.getMessage()
+        if secret in message:
+            record.msg, record.args = message.replace(secret, "***"), None
+        return record
+
+    logging.setLogRecordFactory(without_secret)
+
+
 # Here, and not in main: the processes that SGLang spawns need it too, and they import this file again, under another name.
 if sys.argv[1:2] == ["cpu"]:
     prepare_cpu()
+API_KEY = os.environ.get("DASD_API_KEY")
+if API_KEY is not None:
+    keep_out_of_logs(API_KEY)
 
 
 def main() -> None:
@@ -49,7 +67,7 @@ def main() -> None:
 
     threading.Thread(target=end_with_standard_input, daemon=True).start()
     try:
-        run_server(prepare_server_args(sys.argv[2:]))
+        run_server(prepare_server_args(sys.argv[2:] + ([] if API_KEY is None else ["--api-key", API_KEY])))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

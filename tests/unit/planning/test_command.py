@@ -12,6 +12,7 @@ from dasd_megatron.config import ConfigError
 from dasd_megatron.planning.command import model_of, plan, plan_config
 from dasd_megatron.planning.estimate import (
     Architecture,
+    activation_bytes,
     bubble_fraction,
     communication,
     kv_bytes_per_token,
@@ -87,6 +88,36 @@ def test_numbers_by_hand() -> None:
     assert traffic.pipeline == 1000 * 4096 * 2 * 4
     assert traffic.data == 0.5 * 6 * state.parameters
     assert traffic.weight_sync == 2 * PARAMETERS["llama3_8b"]
+
+
+def test_fields_of_the_layout_come_through() -> None:
+    base = ["model=llama3_8b", TP + "2", "parallel.sequence_parallel=true", "batch.groups=8"]
+    arch = Architecture.of(model_of(plan_config(base)))
+
+    def kept(*overrides: str, stage: int = 0) -> float:
+        config = plan_config([*base, *overrides])
+        return activation_bytes(arch, config, 8192, stage, micro_batches=8, transformer_engine=True)
+
+    none, selective, full = (kept(f"precision.recompute={how}") for how in ("none", "selective", "full"))
+    # Per token and layer: of the feed-forward the input's norm and three widths of it, in bf16; one layer's is there once.
+    assert none - selective == 8192 * 31 * 2 * (4096 / 2 + 3 * 14336 / 2)
+    assert full < selective / 3
+    assert abs(kept("parallel.context_parallel_size=2") - none / 2) < 1
+    # Three quarters of the layers on the first stage, for two micro-batches in flight.
+    uneven = [PP + "2", "parallel.first_pipeline_num_layers=24"]
+    assert abs(kept(*uneven) / (none * 1.5) - 1) < 0.02
+    assert kept(*uneven, stage=1) < kept(*uneven) / 5
+    config = plan_config([*base, *uneven])
+    first, last = (training_state(arch, config, stage) for stage in (0, 1))
+    layer = 2 * 4096 + (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) // 2
+    vocabulary = 128256 // 2 * 4096
+    assert first.parameters == 24 * layer + vocabulary and last.parameters == 8 * layer + 4096 + vocabulary
+    # Optimizer state is spread over context-parallel ranks too, and keys and values go round them.
+    shared = plan_config([*base, "parallel.context_parallel_size=4"])
+    assert training_state(arch, shared, 0).optimizer < training_state(arch, plan_config(base), 0).optimizer / 3.9
+    traffic = communication(arch, shared, 4000, training_state(arch, shared, 0))
+    assert traffic.context == 1000 * 2 * 512 * 2 * 32 * 3 * 5
+    assert traffic.tensor == communication(arch, plan_config(base), 1000, training_state(arch, plan_config(base), 0)).tensor
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments: str) -> str:

@@ -10,7 +10,15 @@ from random import Random
 
 import pytest
 
-from dasd_megatron.rollout.client import Completion, RequestRefusedError, RolloutClient, RolloutError, WeightVersionError, read_completions
+from dasd_megatron.rollout.client import (
+    AccessDeniedError,
+    Completion,
+    RequestRefusedError,
+    RolloutClient,
+    RolloutError,
+    WeightVersionError,
+    read_completions,
+)
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 VERSION = "7"
@@ -42,6 +50,7 @@ class FakeServer:
     def __init__(self, script=()):
         self.script = list(script)
         self.requests: list[tuple[str, str, dict]] = []
+        self.headers: list[dict[str, str]] = []
         self.running = self.most_running = 0
         self.replies: dict[str, tuple[int, object]] = {}
         self.delay = 0.0
@@ -50,6 +59,8 @@ class FakeServer:
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split(" ", 2)
+            lines = [line.split(": ", 1) for line in head.split("\r\n")[1:] if line]
+            self.headers.append({name.lower(): value for name, value in lines})
             length = next((int(line.split(":")[1]) for line in head.split("\r\n") if line.lower().startswith("content-length")), 0)
             body = json.loads(await reader.readexactly(length) or b"{}")
             self.requests.append((method, path, body))
@@ -350,7 +361,6 @@ async def test_version_error_names_the_expected_version():
         (400, {"error": "unknown field `x`"}, "unknown field `x`"),
         (400, {"object": "error", "message": "validation", "type": "Bad Request", "code": 400}, "validation"),
         (404, {"detail": "Not Found"}, "Not Found"),
-        (401, b"no key", "no key"),
     ],
 )
 async def test_a_refusal_is_raised_at_once_with_the_servers_words(status, body, message):
@@ -360,6 +370,26 @@ async def test_a_refusal_is_raised_at_once_with_the_servers_words(status, body, 
             await sample(client(url), rows_per_request=10)
     assert caught.value.tries == 1
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("key", [None, "0123456789abcdef"])
+async def test_a_server_that_does_not_take_the_key_is_named_at_once_and_another_one_used(key):
+    denying, sound = FakeServer([(401, {"error": "Unauthorized"})] * 20), FakeServer()
+    async with denying.serve() as a, sound.serve() as b:
+        with pytest.raises(AccessDeniedError, match="does not take the API key" if key else "asks for an API key") as caught:
+            await sample(client(a, api_key=key), rows_per_request=10)
+        assert caught.value.tries == 1 and len(denying.requests) == 1
+        assert key is None or key not in str(caught.value)
+        assert [c.output_ids for c in await sample(client(a, b, api_key=key), rows_per_request=10)] == EXPECTED
+        denying.replies["/model_info"] = (403, {"error": "Forbidden"})
+        both = client(a, b, "http://127.0.0.1:9", api_key=key)
+        async with both:
+            with pytest.raises(AccessDeniedError, match="403"):
+                await both.check_access()
+        async with client(b, "http://127.0.0.1:9", api_key=key) as other:
+            await other.check_access()
+    expected = {None} if key is None else {f"Bearer {key}"}
+    assert {headers.get("authorization") for headers in sound.headers} == expected
 
 
 async def test_a_dead_server_is_replaced_by_the_next():

@@ -96,7 +96,12 @@ def configure(*overrides: str) -> Config:
         (
             {"num_hidden_layers": 6},
             ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
-            ["parallel.virtual_pipeline_model_parallel_size = 4", "num_hidden_layers=6"],
+            ["parallel.virtual_pipeline_model_parallel_size=2", "3 layers", "num_hidden_layers=6"],
+        ),
+        (
+            {"num_hidden_layers": 3},
+            ["parallel=pp2", "parallel.first_pipeline_num_layers=3"],
+            ["first_pipeline_num_layers=3", "0 layers", "num_hidden_layers=3"],
         ),
         ({"max_position_embeddings": 111}, [], ["rollout.max_prompt_tokens", "= 112", "max_position_embeddings=111"]),
         ({"attention_bias": True}, [], ["attention_bias=true"]),
@@ -109,6 +114,9 @@ def configure(*overrides: str) -> Config:
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, [], ["rope_scaling.low_freq_factor=2.0"]),
         ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, [], ["original_max_position_embeddings=4096"]),
         ({"use_sliding_window": True}, [], ["use_sliding_window"]),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, [], ["num_experts=8", "expert parallelism"]),
+        ({"model_type": "mixtral", "num_local_experts": 8}, [], ["num_local_experts=8", "expert parallelism"]),
+        ({"num_experts": 4}, [], ["num_experts=4", "dense"]),
         ({"hidden_act": "gelu"}, [], ["hidden_act='gelu'"]),
         ({"rms_norm_eps": None}, [], ["rms_norm_eps=None"]),
         ({"partial_rotary_factor": 0.5}, [], ["partial_rotary_factor=0.5"]),

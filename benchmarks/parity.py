@@ -1,0 +1,369 @@
+"""Parallel layouts against one process: the same rollouts, the same losses, gradients, token statistics and weights.
+
+    python benchmarks/parity.py                            # every layout, objective and dropout check
+    python benchmarks/parity.py --only dp2 --only packing  # some layouts
+
+A model of eight layers with random weights takes five training steps of two updates (scoring of student, teacher and starting model,
+routing, optimizer) on rollouts that were drawn once, by the trainer's own step. Then its weights are exported, and every token of the first
+step is scored once more. Differences are maxima over the steps, tokens or weights, float32. Dropout is compared in supervised updates,
+which are the ones that can have it.
+
+The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import random
+import secrets
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from dasd_megatron import backend
+from dasd_megatron.config import Config, TinyModelConfig, load_config
+
+STEPS = 5
+GROUPS, SAMPLES = 4, 4
+ARCHITECTURE = TinyModelConfig(hidden_size=32, num_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48)
+COMMON = [
+    "experiment=quickstart",
+    "parallel=single",
+    "evaluation=none",
+    f"run.steps={STEPS}",
+    f"batch.groups={GROUPS}",
+    f"batch.samples_per_group={SAMPLES}",
+    "batch.micro_batch_size=2",
+    "batch.minibatches=2",
+    "loss.kl_coef=0.1",
+    "loss.dual_clip=3.0",
+    "teacher.weights=ema",
+    # Rounding must not grow into a difference: with a tiny epsilon Adam's first step is the sign of each gradient, which rounding decides
+    # where a gradient is nearly zero.
+    "optimizer.lr=3e-4",
+    "optimizer.min_lr=3e-4",
+    "optimizer.warmup_steps=0",
+    "optimizer.adam_eps=1e-4",
+    "logging.save_rollouts_every=0",
+    "verify.workers=0",
+]
+OBJECTIVES = {
+    "sampled": ["algorithm.objective=sampled"],
+    "distributional": ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"],
+}
+TP2, PP2, PP4, VPP2, DP2, SP = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=4",
+    "parallel.virtual_pipeline_model_parallel_size=2",
+    "parallel.data_parallel_size=2",
+    "parallel.sequence_parallel=true",
+)
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=3000"]
+PACKING = ["batch.packing=true", "batch.micro_batch_size=8", "batch.micro_batch_tokens=200"]
+LAYOUTS: dict[str, list[str]] = {
+    "recompute full": ["precision.recompute=full"],
+    "recompute selective": ["precision.recompute=selective", "precision.recompute_modules=[core_attn,mlp]"],
+    "packing": PACKING,
+    "materialised logits": ["loss.fused_linear=false"],
+    "TP2": [TP2],
+    "TP2 SP": [TP2, SP],
+    "TP2 SP, packing, small blocks": [TP2, SP, *PACKING, "loss.block_tokens=7", "loss.block_columns=30"],
+    "PP2": [PP2],
+    "PP2 VPP2": [PP2, VPP2],
+    "PP2, 5 + 3 layers, packing": [PP2, "parallel.first_pipeline_num_layers=5", *PACKING],
+    "DP2, distributed optimizer": [DP2],
+    "DP2, distributed optimizer, overlap": [DP2, *OVERLAP],
+    "DP2, replicated optimizer, packing": [DP2, "optimizer.distributed=false", *PACKING],
+    "PP4": [PP4],
+    "PP4, 1 + 3 + 3 + 1 layers": [PP4, "parallel.first_pipeline_num_layers=1", "parallel.last_pipeline_num_layers=1"],
+    "PP4 VPP2": [PP4, VPP2],
+    "TP2 PP2": [TP2, PP2],
+    "TP2 SP PP2 VPP2, recompute full, packing": [TP2, SP, PP2, VPP2, "precision.recompute=full", *PACKING],
+    "TP2 PP2 DP2": [TP2, PP2, DP2],
+    "TP2 SP PP2 DP2, overlap, packing": [TP2, SP, PP2, DP2, *OVERLAP, *PACKING],
+}
+# (layout, what it has to equal); the processes of both are as many, or the second is one.
+DROPOUT: dict[str, tuple[list[str], list[str]]] = {
+    "recompute full": (["precision.recompute=full"], []),
+    "recompute selective": (["precision.recompute=selective"], []),
+    "TP2": ([TP2], []),
+    "TP2, recompute full": ([TP2, "precision.recompute=full"], []),
+    "TP2 SP, recompute full": ([TP2, SP, "precision.recompute=full"], [TP2, SP]),
+    "PP2, recompute full": ([PP2, "precision.recompute=full"], [PP2]),
+}
+ALONE = "one process"
+METRICS = {"loss": "update/loss", "gradient norm": "update/grad_norm"}
+ROUTING = ("entropy/mean", "credit/delta_mean", "credit/omega_mean", "update/kl_to_start", "reward/std", "response/length_mean")
+
+
+def draw_rollouts(folder: Path, seed: int) -> None:
+    """A model whose tokens differ in certainty, and rollouts of every length for it, with rewards and masks by chance."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from dasd_megatron.models.tiny import make_tiny_model
+    from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
+
+    make_tiny_model(folder / "model", ARCHITECTURE, seed)
+    path = folder / "model" / "model.safetensors"
+    generator = torch.Generator().manual_seed(seed)
+    # Routing by the entropy of a model that is equally uncertain everywhere would magnify rounding.
+    weights = {
+        name: tensor * (10.0 if tensor.dim() > 1 else 1.0) + 0.05 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    draw = random.Random(seed)
+
+    def tokens(least: int, most: int) -> list[int]:
+        return [draw.randrange(4, 90) for _ in range(draw.randint(least, most))]
+
+    for step in range(1, STEPS + 1):
+        samples = []
+        for group in range(GROUPS):
+            prompt = tokens(3, 20)
+            problem = "".join(draw.choice("0123456789+-") for _ in range(8))
+            for sample in range(SAMPLES):
+                response = tokens(3, 40)
+                mask = None if draw.random() < 0.7 else [1, *(int(draw.random() < 0.7) for _ in response[1:])]
+                log_probs = [-4.0 if mask is None or mask[place] else 0.0 for place in range(len(response))]
+                samples.append(
+                    Sample(
+                        group, sample, group, f"p{group}", problem, "1", f"{problem} is 1", prompt, response, log_probs, "", "stop",
+                        [["step_000000", len(response)]], float(draw.random() < 0.5), None, False, mask,
+                    )
+                )  # fmt: skip
+        save_samples(rollouts_path(folder / "rollouts", step), samples)
+
+
+def configure(folder: Path, *overrides: str) -> Config:
+    return load_config([*COMMON, "model=hf", f"model.path={folder / 'model'}", f"rollout.replay={folder / 'rollouts'}", *overrides])
+
+
+def train(config: Config, folder: Path) -> dict[str, Any]:
+    """Five training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
+    from dasd_megatron.config import DataSourceConfig
+    from dasd_megatron.data.prompts import Problem
+    from dasd_megatron.observability.progress import ProgressDisplay
+    from dasd_megatron.rollout.samples import load_samples, rollouts_path
+    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.checkpoint import TrainerState
+    from dasd_megatron.training.passes import score
+    from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer
+    from dasd_megatron.training.rollout_plane import RolloutPlane
+    from dasd_megatron.training.train import Trainer, build_policy, train_step
+    from dasd_megatron.training.warm_start import micro_batch_layout
+
+    assert isinstance(config.data.train, DataSourceConfig)
+    tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
+    renderer = make_renderer(config, tokenizer)
+    model, optimizer, start, average = build_policy(config, Path(config.model.path))
+    state, problems = TrainerState(), [Problem("p", "1", "1", "1")]
+    with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
+        plane = RolloutPlane(config, paths, problems, None, renderer, tokenizer, model.vocab_size, state.rollouts)
+        trainer = Trainer(
+            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, plane, display, None
+        )  # fmt: skip
+        rows = [train_step(trainer) for _ in range(STEPS)]
+    samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
+    batches = make_micro_batches(
+        [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples], **micro_batch_layout(config)
+    )
+    scores = score(model, batches, config.loss, temperature=1.0)
+    return {"rows": rows, "scores": list(scores), "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)}}
+
+
+def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
+    """Three supervised updates that drop a fifth of the hidden states; weights that tensor-parallel ranks should share are compared."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from dasd_megatron.models.gpt import build_model
+    from dasd_megatron.rollout.samples import load_samples, rollouts_path
+    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.optimizer import build_optimizer
+    from dasd_megatron.training.passes import supervised_update
+    from dasd_megatron.training.warm_start import micro_batch_layout
+
+    model = build_model(config, config.model.path, hidden_dropout=0.2)
+    optimizer = build_optimizer(config.optimizer, model, steps=3, updates_per_step=1)
+    rows = []
+    for step in (1, 2, 3):
+        samples = load_samples(rollouts_path(folder / "rollouts", step), groups=GROUPS, samples_per_group=SAMPLES)
+        prompts, responses = [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples]
+        batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+        loss, grad_norm, _ = supervised_update(model, optimizer, batches, config.loss)
+        rows.append({"update/loss": loss, "update/grad_norm": grad_norm})
+    group = parallel_state.get_tensor_model_parallel_group()
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(copies, parameter.detach().contiguous(), group=group)
+            assert all(torch.equal(copies[0], copy) for copy in copies), f"{name} differs between tensor-parallel ranks"
+    return {"rows": rows, "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)}}
+
+
+def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, Config]]) -> None:
+    """One process of a world: all jobs that need this many, one after the other, each in groups of its own."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from dasd_megatron.training import parallel
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    limit = datetime.timedelta(seconds=120)
+    try:
+        for index, (name, dropout, config) in enumerate(jobs):
+            store = folder / f"store-{world_size}-{index}"
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+            parallel.split_world(config)
+            result = (train_with_dropout if dropout else train)(config, folder)
+            if rank == 0:
+                torch.save(result, folder / f"{name}.pt")
+            dist.barrier()
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+    except Exception:
+        print(f"rank {rank} of {world_size}, {name}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        # Not through the interpreter's end, which would wait for the groups.
+        os._exit(1)
+
+
+def run_all(folder: Path, jobs: dict[str, tuple[bool, list[str]]]) -> None:
+    """Run ``jobs`` in worlds of forked processes, the smallest first; each leaves ``folder/<name>.pt``."""
+    worlds: dict[int, list[tuple[str, bool, Config]]] = {}
+    for name, (dropout, overrides) in jobs.items():
+        config = configure(folder, *overrides)
+        worlds.setdefault(config.parallel.world_size, []).append((name, dropout, config))
+    for world_size in sorted(worlds):
+        fork_and_wait([(rank, world_size, folder, worlds[world_size]) for rank in range(world_size)])
+
+
+def fork_and_wait(arguments: list[tuple], target: Any = serve) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target, args=one) for one in arguments]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            for process in processes:
+                process.join(0.1)
+            if any(process.exitcode for process in processes):
+                raise SystemExit("a process failed; see above")
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
+    """What a layout's result differs from another's by: absolute, but for the gradient norm, and the weights' beside how far they moved."""
+    import torch
+
+    assert found["weights"].keys() == expected["weights"].keys()
+    result = {}
+    for name, metric in METRICS.items():
+        pairs = [(one[metric], other[metric]) for one, other in zip(found["rows"], expected["rows"], strict=True)]
+        scale = [abs(other) if name == "gradient norm" else 1.0 for _, other in pairs]
+        result[name] = max(abs(one - other) / size for (one, other), size in zip(pairs, scale, strict=True))
+    if "scores" in expected:
+        both = zip(found["scores"], expected["scores"], strict=True)
+        result["token statistics"] = max(float((one - other).abs().max()) for one, other in both)
+        rows = zip(found["rows"], expected["rows"], strict=True)
+        result["routing"] = max(abs(one[name] - other[name]) for one, other in rows for name in ROUTING)
+    moved = {name: tensor - start[name] for name, tensor in expected["weights"].items()}
+    result["weights"] = max(float((found["weights"][name] - tensor).abs().max()) for name, tensor in expected["weights"].items())
+    result["weights moved"] = max(float(tensor.abs().max()) for tensor in moved.values())
+    assert all(torch.isfinite(tensor).all() for tensor in found["weights"].values())
+    return result
+
+
+def measure(only: list[str], seed: int) -> dict[str, Any]:
+    """Results by objective, or "dropout", and layout."""
+    import torch
+    from safetensors.torch import load_file
+
+    jobs: dict[str, tuple[bool, list[str]]] = {}
+    chosen = [name for name in LAYOUTS if not only or name in only]
+    # The distributional objective works on hidden states.
+    layouts = {"sampled": chosen, "distributional": [name for name in chosen if name != "materialised logits"]}
+    for objective, overrides in OBJECTIVES.items():
+        for name in [ALONE, *layouts[objective]]:
+            jobs[f"{objective}/{name}"] = (False, [*overrides, *LAYOUTS.get(name, [])])
+    compared = {} if only and "dropout" not in only else DROPOUT
+    for name, (layout, other) in compared.items():
+        jobs[f"dropout/{name}"] = (True, layout)
+        jobs[f"dropout/={' '.join(other)}"] = (True, other)
+    if compared:
+        jobs["dropout/another seed"] = (True, ["run.seed=2"])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        fork_and_wait([(folder, seed)], draw_rollouts)
+        for group in {name.split("/")[0] for name in jobs}:
+            (folder / group).mkdir()
+        run_all(folder, jobs)
+        start = load_file(folder / "model" / "model.safetensors")
+
+        def load(name: str) -> dict[str, Any]:
+            return torch.load(folder / f"{name}.pt", weights_only=True)
+
+        results: dict[str, Any] = {}
+        for objective in OBJECTIVES:
+            expected = load(f"{objective}/{ALONE}")
+            results[objective] = {name: difference(load(f"{objective}/{name}"), expected, start) for name in layouts[objective]}
+        results["dropout"] = {
+            name: difference(load(f"dropout/{name}"), load(f"dropout/={' '.join(other)}"), start) for name, (_, other) in compared.items()
+        }
+        # What the comparisons would show if something else were computed.
+        results["controls"] = {"another objective": difference(load(f"distributional/{ALONE}"), load(f"sampled/{ALONE}"), start)}
+        if compared:
+            results["controls"]["another dropout"] = difference(load("dropout/another seed"), load("dropout/="), start)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, one table for each objective and one for dropout."""
+    parts = []
+    for objective, rows in results.items():
+        if not rows:
+            continue
+        columns = [column for column in next(iter(rows.values())) if all(column in row for row in rows.values())]
+        parts.append(f"| {objective} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+        parts += [f"| {name} | " + " | ".join(f"{row[column]:.1e}" for column in columns) + " |" for name, row in rows.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Parallel layouts against one process.")
+    parser.add_argument("--only", action="append", default=[], metavar="LAYOUT", help=f"one of {', '.join([*LAYOUTS, 'dropout'])}")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parity.json")
+    options = parser.parse_args()
+    unknown = set(options.only) - {*LAYOUTS, "dropout"}
+    if unknown:
+        parser.error(f"no such layout: {', '.join(sorted(unknown))}")
+    print(f"seed {options.seed}", flush=True)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    results = measure(options.only, options.seed)
+    options.output.write_text(json.dumps({"seed": options.seed, "versions": versions, **results}, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    backend.select(load_config([*COMMON]).backend)
+    import dasd_megatron.training.train  # noqa: F401  what the forked processes share
+
+    main()
