@@ -335,14 +335,13 @@ print_layout() {
 
 # One `dasd train` a node, and wait for all; its status goes to `status`.
 train() {
-    local nodes launcher=() seen
+    local nodes seen launcher
     nodes=$(joined "${TRAIN[@]}")
-    if ((${#TRAIN[@]} > 1)); then
-        # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point.
-        # shellcheck disable=SC2016
-        launcher=(env PET_NNODES="${#TRAIN[@]}" PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT"
-            PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" bash -c 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' dasd-train)
-    fi
+    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point.
+    # shellcheck disable=SC2016
+    launcher=(env PET_NNODES="${#TRAIN[@]}" PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT"
+        PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
+        bash -c 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' dasd-train)
     make_step "$nodes" "$LOG_DIR/train.%n.%N.log" "${launcher[@]}" "${DASD[@]}" train "$@"
     say "training:"
     show "${STEP[@]}"

@@ -222,7 +222,7 @@ def _digest(root: Path) -> str | None:
 
 
 def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -232,6 +232,7 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     several = nodes.count > 1
+    log_dir = os.environ.get("PET_LOG_DIR")
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -243,6 +244,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        # With torchrun's variable, what each process says stands in a file of its own too.
+        logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
+        log_line_prefix_template="[rank ${rank}] " if log_dir else None,
         # The others are the forwarder's. The agent would give the workers half a minute to save.
         signals_to_handle="SIGHUP,SIGQUIT",
         shutdown_timeout=_AGENT_PATIENCE_SECONDS,

@@ -86,6 +86,8 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", f"run.steps={steps}", DASD_SERVER_PORT=str(port))
     wait_for("the second step", lambda: len(rows(run / "metrics.jsonl")) >= 2, log, 200)
     (server,) = [one for one in cluster.processes(job) if one.name() != "srun" and {"serve", str(port)} <= set(one.cmdline())]
+    key = server.environ()["DASD_API_KEY"]
+    assert not any(key in word for one in cluster.processes(job) for word in one.cmdline())
     server.kill()
     wait_for("a restart of the server", lambda: "server 0 on n3 ended with status 137; started again" in log.read_text(), log, 30)
     urgent = cluster.submit("--partition=high", "--nodelist=n1", f"--output={tmp_path}/urgent.log", "--wrap", "true")
@@ -101,11 +103,14 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     trained = (run / "logs" / "train.0.n1.log").read_text()
     assert [int(step) for step in re.findall(rf"step +(\d+)/{steps}", trained)] == list(range(1, steps + 1))
     assert (run / "model" / "config.json").is_file()
+    # Each rank's own, of both starts.
+    for node in (0, 1):
+        assert len(list((run / "logs" / "ranks" / f"node{node}").glob("*/attempt_0/0/stdout.log"))) == 2
     names = {path.name for path in (run / "logs").iterdir()}
     assert names >= {"model.n1.log", "train.0.n1.log", "train.1.n2.log", "server.0.n3.log", "server.1.n3.log"}
     # The key that the job has made up is nowhere to be read.
-    environment = "DASD_API_KEY="
-    assert not any(environment in path.read_text(errors="replace") for path in [log, *(run / "logs").iterdir()])
+    assert len(key) > 30
+    assert not any(key.encode() in path.read_bytes() for path in [log, *run.rglob("*")] if path.is_file())
 
 
 def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:

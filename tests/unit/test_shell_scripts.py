@@ -133,11 +133,8 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     assert option(train, "--nodelist").split(",") == names[:train_nodes] and option(train, "--ntasks") == str(train_nodes)
     # A node that has saved and ended first must not take the others with it before they have.
     assert option(train, "--kill-on-bad-exit") == "0" and option(train, "--wait") == "60"
-    if train_nodes > 1:
-        assert option(train, "PET_NNODES") == str(train_nodes) and option(train, "PET_RDZV_ENDPOINT") == "node01:29500"
-        assert 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' in train
-    else:
-        assert not any("PET_" in word for word in train)
+    assert option(train, "PET_NNODES") == str(train_nodes) and option(train, "PET_RDZV_ENDPOINT") == "node01:29500"
+    assert 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' in train
     given = overrides_of(train)
     assert f"rollout.servers=[{','.join(urls)}]" in given and "resume=auto" in given and given[-2:] == ["optimizer.lr=2e-6", "run.name=a b"]
     # Hydra takes them, and the processes fill the nodes. The paths are not there.
