@@ -159,8 +159,8 @@ make_step() {
         --kill-on-bad-exit=0 --wait="$DASD_END_SECONDS" --open-mode=append --output="$log" "${CONTAINER[@]}" "$@")
 }
 
-# Run the rest of the line in the background and start it again when it ends, until it has ended DASD_SERVER_RESTARTS times more or the
-# subshell gets SIGTERM. The trainer goes on with the other servers meanwhile, and gives the new one its weights.
+# Run the rest of the line in the background and start it again when it ends, until it has done so DASD_SERVER_RESTARTS times in a row within
+# ten minutes of its start, or the subshell gets SIGTERM. The trainer goes on with the other servers, and gives the new one its weights.
 keep() {
     local name=$1
     shift
@@ -181,14 +181,16 @@ keep() {
                 wait "$child"
                 ((!ending)) || break
             fi
+            began=$SECONDS
             "$@" < /dev/null &
             child=$!
             wait "$child"
             status=$?
+            ((SECONDS - began < 600)) || try=0
             # A trap cuts the first wait short.
             if ((ending)); then wait "$child"; fi
         done
-        ((ending)) || say "$name ended $try times and stays down"
+        ((ending)) || say "$name ended $try times in a row and stays down"
     ) &
     KEEPERS+=("$!")
 }

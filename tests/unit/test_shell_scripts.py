@@ -141,7 +141,11 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     # Hydra takes them, and the processes fill the nodes. The paths are not there.
     known = [word for word in given if not word.startswith(("model.path", "data.", "run.name"))]
     sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
-    parallel = load_config([*known, *sources]).parallel
+    config = load_config([*known, *sources])
+    parallel = config.parallel
+    # Slurm's warning leaves time for a save.
+    signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
+    assert config.checkpoint.grace_seconds < int(signal[1])
     processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
     assert processes == 8 * train_nodes
 
