@@ -12,7 +12,7 @@ unset PIP_CONSTRAINT
 case $kind in
     cuda)
         "$python" -m venv "$target"
-        "$target/bin/python" -m pip install --no-cache-dir -r requirements/sglang_cuda.txt
+        "$target/bin/python" -m pip install --no-cache-dir --no-deps -r requirements/sglang_cuda.txt
         ;;
     cpu) make sglang-cpu SGLANG_VENV="$target" PYTHON="$python" ;;
     *)

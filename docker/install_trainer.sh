@@ -17,7 +17,7 @@ if "$python" -c 'import torch' 2> /dev/null; then
     held=${PIP_CONSTRAINT:-/dev/null}
     awk -F'[=<>!~;[ @]' 'function name(text) { gsub(/[-_.]+/, "-", text); return tolower(text) }
         FILENAME == ARGV[1] { if ($1 != "") held[name($1)]; next }
-        !(name($1) in held) && $1 != "torch" && $1 != "triton"' "$held" requirements/trainer.txt > "$constraints"
+        !(name($1) in held) && $1 != "torch"' "$held" requirements/trainer.txt > "$constraints"
 else
     "$python" -m venv "$target"
     cp requirements/trainer.txt "$constraints"
