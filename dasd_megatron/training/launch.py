@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -233,6 +234,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     several = nodes.count > 1
     log_dir = os.environ.get("PET_LOG_DIR")
+    # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
+    settable = {one.name for one in dataclasses.fields(LaunchConfig)}
+    patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -247,9 +251,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes) -> int:
         # With torchrun's variable, what each process says stands in a file of its own too.
         logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
         log_line_prefix_template="[rank ${rank}] " if log_dir else None,
-        # The others are the forwarder's. The agent would give the workers half a minute to save.
+        # The others are the forwarder's.
         signals_to_handle="SIGHUP,SIGQUIT",
-        shutdown_timeout=_AGENT_PATIENCE_SECONDS,
+        **patience,
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", WORKER, str(root))
