@@ -42,7 +42,7 @@ PHASES = ("rollout", "verify", "score", "route", "update", "sync", "checkpoint")
 _UPDATE = (
     "run.name=step", "run.steps=1", "optimizer.lr=1e-6", "evaluation=none", "data.train.generator=chain_sum",
     "data.heldout.generator=chain_sum", "data.train.size=8", "data.heldout.size=1", "rollout.replay=/", "rollout.max_prompt_tokens=64",
-    "rollout.max_new_tokens=64", "batch.groups=4", "batch.samples_per_group=4", "loss.kl_coef=0.0",
+    "rollout.max_new_tokens=64", "batch.groups=4", "batch.samples_per_group=4", "loss.kl_coef=0.0", "model.tiny.max_position_embeddings=1000000",
 )  # fmt: skip
 
 

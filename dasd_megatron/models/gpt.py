@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.overrides import TorchFunctionMode
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, PrecisionConfig, first_line
@@ -91,6 +92,16 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
         num_layers_at_start_in_bf16=precision.bf16_first_layers,
         num_layers_at_end_in_bf16=precision.bf16_last_layers,
     )
+
+
+class KeptHighPrecision(TorchFunctionMode):
+    """While weights are loaded into FP8 parameters, keeps for the optimizer's float32 ones what is copied into them. Transformer Engine keeps
+    there what the layers were initialised with, and the first update would bring that back."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_ and hasattr(args[0], "_high_precision_init_val"):
+            args[0]._high_precision_init_val = args[1].detach().to("cpu", copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 class HiddenStatesHead(ColumnParallelLinear):
@@ -252,9 +263,10 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         # The layer keeps its weight, name and place in checkpoints.
         chunks[-1].output_layer.__class__ = HiddenStatesHead
     if is_megatron_checkpoint(path):
-        load_megatron_weights(chunks, path)
+        with KeptHighPrecision():
+            load_megatron_weights(chunks, path)
     else:
-        with torch.no_grad():
+        with torch.no_grad(), KeptHighPrecision():
             bridge.load_weights(chunks, str(path), memory_efficient=True)
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]

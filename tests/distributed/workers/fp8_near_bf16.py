@@ -54,7 +54,8 @@ print({key: float(gap) for key, gap in gaps.items()}, "losses", bf16[2], fp8[2],
 assert 0 < gaps["before"] < 0.05
 # FP8 weights have lost what bf16 ones have.
 assert gaps["without fp8"] == 0 or (configs["fp8"].precision.fp8_params and gaps["without fp8"] < 0.05)
-assert gaps["after"] < 0.1
+# Five large updates have moved them by more than a nat.
+assert gaps["after"] < 0.3
 for (one, norm), (other, other_norm) in zip(bf16[2], fp8[2], strict=True):
     assert abs(one - other) < 0.02 * one and abs(norm - other_norm) < 0.1 * norm
 assert fp8[2][-1][0] < fp8[2][0][0] - 0.05
