@@ -13,7 +13,7 @@ SGLANG_VENV ?= .venv-sglang
 MEGATRON_NEXT ?= megatron-core==0.19.0
 MEGATRON_NEXT_VENV ?= .venv-megatron-next
 
-.PHONY: quickstart sglang-cpu test test-megatron-next parity lint format test-gpu bench bench-gpu seeds clean
+.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix parity lint format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,10 @@ test-megatron-next: $(MEGATRON_NEXT_VENV)/.installed
 
 parity: $(VENV)/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/parity.py
+
+# A run that is killed and resumed twenty times.
+crash-matrix: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CRASH_MOMENTS=20 $(BIN)/python -m pytest -s tests/integration/test_crash_matrix.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

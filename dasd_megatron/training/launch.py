@@ -237,7 +237,7 @@ def _digest(root: Path) -> str | None:
 
 
 def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, int]) -> int:
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -246,6 +246,7 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     # The agent's own log repeats what the workers have said.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    log_dir = os.environ.get("PET_LOG_DIR")
     # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
     settable = {one.name for one in dataclasses.fields(LaunchConfig)}
     patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
@@ -260,6 +261,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        # With torchrun's variable, what each process says stands in a file of its own too.
+        logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
+        log_line_prefix_template="[rank ${rank}] " if log_dir else None,
         # The others are the forwarder's.
         signals_to_handle="SIGHUP,SIGQUIT",
         **patience,
