@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 # An environment of its own for SGLang on the CPU, which needs other versions than the trainer: `make sglang-cpu`.
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: quickstart sglang-cpu test lint format test-gpu bench bench-gpu seeds clean
+.PHONY: quickstart sglang-cpu test crash-matrix lint format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ quickstart: $(VENV)/.installed
 # Two files at a time: runs of several processes leave a core idle while they start, and tests of one file share what they set up.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A run that is killed and resumed twenty times.
+crash-matrix: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CRASH_MOMENTS=20 $(BIN)/python -m pytest -s tests/integration/test_crash_matrix.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

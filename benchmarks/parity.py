@@ -171,7 +171,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
         plane = RolloutPlane(config, paths, problems, None, renderer, tokenizer, model.vocab_size, state.rollouts)
         trainer = Trainer(
-            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, plane, display, None
+            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, None, plane, display, None
         )  # fmt: skip
         rows = [train_step(trainer) for _ in range(STEPS)]
     samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)

@@ -220,8 +220,11 @@ class PolicyLossConfig:
     block_tokens: int = _doc(1024, "fused_linear only: tokens of one block of logits")
     block_columns: int = _doc(8192, "fused_linear only: vocabulary columns of one block of logits")
     max_skipped_steps: int = _doc(
-        3, "steps in a row with updates skipped, because logits or gradients are not finite, before the run stops"
+        3,
+        "steps in a row with updates skipped, because logits or gradients are not finite, before the run goes back to the last good "
+        "checkpoint, with problems that come after theirs",
     )
+    max_rollbacks: int = _doc(1, "times that a run goes back in this way; then it stops")
 
 
 @dataclass
@@ -441,6 +444,11 @@ class WarmStartConfig:
 class CheckpointConfig:
     every: int = _doc(10, "steps between checkpoints; 0: only at the end and on failure")
     keep_last: int = _doc(2, "checkpoints to keep")
+    keep_every: int = _doc(0, "checkpoints whose step is a multiple of this are kept for good, beside keep_last; 0: none")
+    async_save: bool = _doc(True, "a process of its own writes and hashes the files while training goes on")
+    export_every: int = _doc(
+        0, "beside checkpoints whose step is a multiple of this, the model as a Hugging Face directory step_<n>.hf, kept for good; 0: none"
+    )
     grace_seconds: float = _doc(
         300.0, "limit for saving and ending after SIGTERM or SIGUSR1, seconds; then the processes are killed, and the last checkpoint holds"
     )
@@ -523,7 +531,10 @@ def read_config(path: str | Path) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write ``config`` for :func:`read_config`; replaces ``path`` in one step."""
+    partial = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.partial")
+    OmegaConf.save(OmegaConf.structured(config), partial)
+    partial.replace(path)
 
 
 def known_fields(schema: type = Config, prefix: str = "") -> dict[str, str]:
@@ -640,6 +651,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "loss.block_tokens": (1, None),
     "loss.block_columns": (1, None),
     "loss.max_skipped_steps": (0, None),
+    "loss.max_rollbacks": (0, None),
     "batch.groups": (1, None),
     "batch.samples_per_group": (1, None),
     "batch.minibatches": (1, None),
@@ -700,6 +712,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.hidden_dropout": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_every": (0, None),
+    "checkpoint.export_every": (0, None),
     "checkpoint.grace_seconds": (1, None),
     "logging.save_rollouts_every": (0, None),
     "logging.inspect_rollouts": (0, None),

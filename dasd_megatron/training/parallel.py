@@ -115,11 +115,16 @@ def gather_world(value: T) -> list[T]:
     return gathered
 
 
+def true_on_any(*flags: bool) -> list[bool]:
+    """Which of the flags are true on any rank; one all-reduce of as many numbers."""
+    numbers = torch.tensor([int(flag) for flag in flags], device=backend.current().device())
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [bool(number) for number in numbers.tolist()]
+
+
 def stop_if_requested() -> None:
     """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of one number."""
-    asked = torch.tensor(int(stopping.requested()), device=backend.current().device())
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    if asked.item():
+    if true_on_any(stopping.requested())[0]:
         raise StopRequested("a signal asked the run to stop")
 
 

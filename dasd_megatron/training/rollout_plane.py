@@ -408,9 +408,16 @@ class RolloutPlane:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
         return self._with_restarts(lambda: work(self._client()))
 
-    def rollouts(self, step: int) -> tuple[ReplicaShare, float, dict[str, float]]:
+    def start_over(self) -> None:
+        """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled again."""
+        self._handed_out = None
+        if self.collector is not None:
+            self.collector.start_over()
+
+    def rollouts(self, step: int, discarded: int) -> tuple[ReplicaShare, float, dict[str, float]]:
         """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after the last of them was
-        sampled, and the step's metrics of collecting them; on every rank of the replica.
+        sampled, and the step's metrics of collecting them; on every rank of the replica. ``discarded``: how many of the replayed steps
+        are left out before it.
 
         Raises:
             RolloutFailure: the servers failed beyond repair, or a function of the user's own failed.
@@ -419,7 +426,7 @@ class RolloutPlane:
         """
         rank0 = dist.get_rank() == 0
         if self.config.rollout.replay is not None:
-            samples = on_selected_rank(rank0, lambda: self._replayed(step), (ReplayError,))
+            samples = on_selected_rank(rank0, lambda: self._replayed(step + discarded), (ReplayError,))
             self._state.position += self.config.batch.groups
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
         batch = self._with_restarts(self._take)
