@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 from dasd_megatron.training.checkpoint_files import complete_checkpoints, resumable, step_of
 
-pytestmark = pytest.mark.integration
-
 MOMENTS = int(os.environ.get("CRASH_MOMENTS", "4"))
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300 + 120 * MOMENTS)]
+
 LIMIT_SECONDS = 60.0
 START_SECONDS = 180.0
 DISK_BYTES = 16 * 2**20
@@ -49,6 +49,8 @@ class Series:
     def __init__(self, folder: Path, overrides: list[str], draw: random.Random) -> None:
         self.run, self.overrides, self.draw, self.folder = folder / "run", overrides, draw, folder
         self.process: subprocess.Popen | None = None
+        self.ending_seconds = 0.0
+        """What the last process that ended by itself took for it."""
 
     def alive(self, environment: dict[str, str] | None = None) -> subprocess.Popen:
         if self.process is None:
@@ -92,7 +94,9 @@ class Series:
     def ended(self) -> tuple[int, str]:
         """Status and output of the process, which is to end by itself soon and take all of its processes with it."""
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        began = time.monotonic()
         result = finish(self.process, timeout=LIMIT_SECONDS)
+        self.ending_seconds = time.monotonic() - began
         _, left = psutil.wait_procs(family, timeout=20)
         assert not left, f"outlived their launcher: {left}"
         self.process = None
@@ -219,9 +223,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
             kinds += draw.sample(possible, len(possible))
         try:
             for number, kind in enumerate(kinds[:MOMENTS], start=1):
-                began, before = time.monotonic(), series.steps()
+                began, before, series.ending_seconds = time.monotonic(), series.steps(), 0.0
                 moment(series, kind)
-                print(f"{number}. {kind}: after step {before}, now {series.steps()}, {time.monotonic() - began:.1f} s", flush=True)
+                ended = f", ended within {series.ending_seconds:.1f} s" if series.ending_seconds else ""
+                print(f"{number}. {kind}: from step {before} to {series.steps()} in {time.monotonic() - began:.0f} s{ended}", flush=True)
             process = series.alive()
             status, output = finish(process, timeout=START_SECONDS + 120)
             series.process = None

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 import secrets
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.integration
 
@@ -24,6 +28,7 @@ OVERRIDES = [
     "optimizer.decay_style=cosine",
     "optimizer.warmup_steps=4",
     "checkpoint.every=3",
+    "checkpoint.export_every=12",
     "evaluation.before=false",
 ]
 
@@ -93,11 +98,21 @@ def test_going_back_to_an_earlier_checkpoint_departs_from_the_later_ones(uninter
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     checkpoints = run / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000014"]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000014"]
     train(*OVERRIDES, f"run.dir={run}", f"resume={checkpoints / 'step_000012'}", "run.steps=13", "evaluation=none", "checkpoint.every=0")
     assert (checkpoints / "latest").read_text().strip() == "step_000013"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000013"]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000013"]
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 14))
+
+
+def test_export_beside_a_checkpoint_is_what_the_checkpoint_converts_to(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = uninterrupted / "checkpoints" / "step_000012"
+    convert = [sys.executable, "-m", "dasd_megatron.cli", "convert", "megatron-to-hf"]
+    convert += ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "converted")]
+    subprocess.run(convert, check=True, capture_output=True, timeout=240)
+    exported, converted = (load_file(path / "model.safetensors") for path in (checkpoint.with_suffix(".hf"), tmp_path / "converted"))
+    assert exported.keys() == converted.keys()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in exported.items())
 
 
 def test_a_resumed_run_takes_the_new_learning_rate(uninterrupted: Path, tmp_path: Path) -> None:
