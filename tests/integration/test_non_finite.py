@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.rollout.samples import rollouts_path
+from dasd_megatron.rollout.samples import read_samples, rollouts_path
 
 pytestmark = pytest.mark.integration
 
@@ -111,6 +112,24 @@ def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(poisoned: tuple[
     status, output = finish(start(*common, "run.steps=8", *resumed))
     assert status == 1 and "Traceback" not in output, output
     assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1, after 1 of loss.max_rollbacks=1" in output, output
+
+
+def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
+    """The prompts of steps 3 and 4 break the gradients; what is sampled after them is from the weights of step 2, with other prompts."""
+    output = train(
+        *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
+        "verify.reward=broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
+        environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert "not finite in 2 steps in a row" in output and "step_000002" in output, output
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["update/skipped"]) for row in found] == [(1, 0), (2, 0), (3, 0), (4, 0)]
+    # What had been sampled ahead, from the weights after step 3 or 4, is not used.
+    assert found[2]["weight_version"] == "step_000002" and found[2]["rollout/staleness_max"] == 0
+    assert found[2]["rollout/log_prob_diff_max"] < 1e-3
+    positions = [{sample.position for sample in read_samples(rollouts_path(tmp_path / "run" / "rollouts", step))} for step in (1, 2, 3, 4)]
+    assert positions[0] | positions[1] == set(range(8))
+    assert positions[2] | positions[3] == set(range(16, 24))
 
 
 def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
