@@ -247,9 +247,10 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     log_dir = os.environ.get("PET_LOG_DIR")
-    # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
-    settable = {one.name for one in dataclasses.fields(LaunchConfig)}
-    patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
+    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch cannot be told; there the
+    # forwarder, which blocks its signals in every other thread, is asked first all the same.
+    wanted = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
+    known = {one.name for one in dataclasses.fields(LaunchConfig)}
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -264,9 +265,7 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         # With torchrun's variable, what each process says stands in a file of its own too.
         logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
         log_line_prefix_template="[rank ${rank}] " if log_dir else None,
-        # The others are the forwarder's.
-        signals_to_handle="SIGHUP,SIGQUIT",
-        **patience,
+        **{name: value for name, value in wanted.items() if name in known},
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", WORKER, str(root))
