@@ -247,8 +247,8 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     log_dir = os.environ.get("PET_LOG_DIR")
-    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch cannot be told; there the
-    # forwarder, which blocks its signals in every other thread, is asked first all the same.
+    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch cannot be told; the
+    # forwarder gets its signals first all the same, since they are blocked in every other thread.
     wanted = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
     known = {one.name for one in dataclasses.fields(LaunchConfig)}
     launch_config = LaunchConfig(
