@@ -81,6 +81,7 @@ _ARCHITECTURE = (
 
 logger = logging.getLogger(__name__)
 
+_RESERVE_FILE = "reserve.partial"
 # What is stored with each tensor.
 _HEADER_BYTES = 2048
 _COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
@@ -302,6 +303,8 @@ class CheckpointSaver:
             hashes = begun.join(self.timeout_seconds)
         except (OSError, RuntimeError) as error:
             failure = error
+        if dist.get_rank() == 0:
+            (begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
         try:
             # The ranks exchange what they have written, and all of them raise what one could not write.
             for finalize in begun.request.finalize_fns:
@@ -338,6 +341,7 @@ class CheckpointSaver:
         except PeerError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._begun.partial, ignore_errors=True)
+                (self._begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
             self._begun = None
             raise CheckpointError(str(error).removeprefix("CheckpointError: ")) from failure
 
@@ -374,9 +378,12 @@ def _make_room(partial: Path, size: int) -> None:
     for old in partial.parent.glob("step_*.partial"):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
-    # Megatron-Core's rank 0 writes a file of its own while the others wait for it: what fails there would fail on one rank alone.
-    free = shutil.disk_usage(partial).free
-    if free < size:
+    # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there fails on one rank alone.
+    free, reserve = shutil.disk_usage(partial).free, 2**17 + size // 50
+    if free >= size + reserve:
+        with open(partial.parent / _RESERVE_FILE, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, reserve)
+    else:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 
 
