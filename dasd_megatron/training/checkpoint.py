@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import logging
@@ -36,6 +37,8 @@ import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
@@ -78,6 +81,9 @@ _ARCHITECTURE = (
 
 logger = logging.getLogger(__name__)
 
+_RESERVE_FILE = "reserve.partial"
+# What is stored with each tensor.
+_HEADER_BYTES = 2048
 _COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
 # The groups of a BufferState, each in a file of its own.
 _COLLECTED = ("ready", "refused")
@@ -205,6 +211,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 def _last_line(error: BaseException) -> str:
     """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last line."""
+    if isinstance(error, PeerError):
+        return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
@@ -267,8 +275,9 @@ class CheckpointSaver:
         # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is killed.
         filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
         try:
-            on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial), (OSError,))
             sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
+            size = sum(gather_world(_bytes_to_write(sharded)))
+            on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
             request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True)
             on_selected_rank(dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError))
         except (Exception, CheckpointException) as error:
@@ -294,6 +303,8 @@ class CheckpointSaver:
             hashes = begun.join(self.timeout_seconds)
         except (OSError, RuntimeError) as error:
             failure = error
+        if dist.get_rank() == 0:
+            (begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
         try:
             # The ranks exchange what they have written, and all of them raise what one could not write.
             for finalize in begun.request.finalize_fns:
@@ -330,6 +341,7 @@ class CheckpointSaver:
         except PeerError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._begun.partial, ignore_errors=True)
+                (self._begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
             self._begun = None
             raise CheckpointError(str(error).removeprefix("CheckpointError: ")) from failure
 
@@ -354,10 +366,25 @@ class CheckpointSaver:
         copy_side_files(self.template_dir, partial / "hf", self.model.config.params_dtype)
 
 
-def _make_room(partial: Path) -> None:
+def _bytes_to_write(sharded: dict[str, Any]) -> int:
+    """About what the files of this rank will take."""
+    mine = [
+        one for one in nested_values(sharded) if isinstance(one, (ShardedTensor, ShardedTensorFactory)) and is_main_replica(one.replica_id)
+    ]
+    return sum(one.data.numel() * one.data.element_size() + _HEADER_BYTES for one in mine)
+
+
+def _make_room(partial: Path, size: int) -> None:
     for old in partial.parent.glob("step_*.partial"):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
+    # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there fails on one rank alone.
+    free, reserve = shutil.disk_usage(partial).free, 2**17 + size // 50
+    if free >= size + reserve:
+        with open(partial.parent / _RESERVE_FILE, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, reserve)
+    else:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 
 
 @dataclass
