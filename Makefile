@@ -9,7 +9,11 @@ TORCH ?= torch==2.13.0
 # An environment of its own for SGLang on the CPU, which needs other versions than the trainer: `make sglang-cpu`.
 SGLANG_VENV ?= .venv-sglang
 
-.PHONY: quickstart sglang-cpu test lint format test-gpu bench bench-gpu seeds clean
+# An environment of its own for the next Megatron-Core: `make test-megatron-next`. Its metadata asks for Python 3.12; its wheel for 3.11 works.
+MEGATRON_NEXT ?= megatron-core==0.19.0
+MEGATRON_NEXT_VENV ?= .venv-megatron-next
+
+.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix parity lint format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +45,25 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
+$(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(MEGATRON_NEXT_VENV)
+	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(MEGATRON_NEXT_VENV)/bin/python -c "import torch" 2>/dev/null || $(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python "$(MEGATRON_NEXT)"
+	touch $@
+
+# Models, updates, checkpoints' contents and every parallel layout, on gloo.
+test-megatron-next: $(MEGATRON_NEXT_VENV)/.installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MEGATRON_NEXT_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/distributed
+
+parity: $(VENV)/.installed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/parity.py
+
+# A run that is killed and resumed twenty times.
+crash-matrix: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CRASH_MOMENTS=20 $(BIN)/python -m pytest -s tests/integration/test_crash_matrix.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +85,4 @@ seeds: $(VENV)/.installed
 	$(BIN)/python benchmarks/seeds.py
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(MEGATRON_NEXT_VENV) build dist *.egg-info

@@ -3,19 +3,22 @@
     python benchmarks/parity.py                            # every layout, objective and dropout check
     python benchmarks/parity.py --only dp2 --only packing  # some layouts
 
-A model of eight layers with random weights takes five training steps of two updates (scoring of student, teacher and starting model,
+A model of eight layers with random weights takes three training steps of two updates (scoring of student, teacher and starting model,
 routing, optimizer) on rollouts that were drawn once, by the trainer's own step. Then its weights are exported, and every token of the first
 step is scored once more. Differences are maxima over the steps, tokens or weights, float32. Dropout is compared in supervised updates,
 which are the ones that can have it.
 
-The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told otherwise.
+The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told
+otherwise; with ``--only``, what stands there of other layouts stays if seed and versions are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,7 +34,7 @@ from typing import Any
 from dasd_megatron import backend
 from dasd_megatron.config import Config, TinyModelConfig, load_config
 
-STEPS = 5
+STEPS = 3
 GROUPS, SAMPLES = 4, 4
 ARCHITECTURE = TinyModelConfig(hidden_size=32, num_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48)
 COMMON = [
@@ -41,7 +44,7 @@ COMMON = [
     f"run.steps={STEPS}",
     f"batch.groups={GROUPS}",
     f"batch.samples_per_group={SAMPLES}",
-    "batch.micro_batch_size=2",
+    "batch.micro_batch_size=4",
     "batch.minibatches=2",
     "loss.kl_coef=0.1",
     "loss.dual_clip=3.0",
@@ -100,6 +103,17 @@ DROPOUT: dict[str, tuple[list[str], list[str]]] = {
     "TP2 SP, recompute full": ([TP2, SP, "precision.recompute=full"], [TP2, SP]),
     "PP2, recompute full": ([PP2, "precision.recompute=full"], [PP2]),
 }
+CP2 = "parallel.context_parallel_size=2"
+# Context parallelism needs Transformer Engine's attention on GPUs. Here another one stands in for it, so that all the rest is compared:
+# sequences cut and padded, positions, statistics brought together, gradients and optimizer over ranks that share sequences.
+CONTEXT_LAYOUTS = {
+    "CP2": [CP2],
+    "CP2, packing": [CP2, *PACKING],
+    "TP2 SP CP2": [TP2, SP, CP2],
+    "TP2 SP CP2, packing": [TP2, SP, CP2, *PACKING],
+    "CP2 PP2 DP2, overlap, packing": [CP2, PP2, DP2, *OVERLAP, *PACKING],
+}
+LAYOUTS |= {f"{name}, gathering attention": overrides for name, overrides in CONTEXT_LAYOUTS.items()}
 ALONE = "one process"
 METRICS = {"loss": "update/loss", "gradient norm": "update/grad_norm"}
 ROUTING = ("entropy/mean", "credit/delta_mean", "credit/omega_mean", "update/kl_to_start", "reward/std", "response/length_mean")
@@ -146,11 +160,53 @@ def draw_rollouts(folder: Path, seed: int) -> None:
 
 
 def configure(folder: Path, *overrides: str) -> Config:
-    return load_config([*COMMON, "model=hf", f"model.path={folder / 'model'}", f"rollout.replay={folder / 'rollouts'}", *overrides])
+    others = [override for override in overrides if override != CP2]
+    config = load_config([*COMMON, "model=hf", f"model.path={folder / 'model'}", f"rollout.replay={folder / 'rollouts'}", *others])
+    if len(others) < len(overrides):
+        # Past the check that refuses it on the CPU.
+        config.parallel.context_parallel_size = 2
+    return config
+
+
+def gathering_attention() -> type:
+    """Attention under context parallelism that gathers all keys and values and masks by place, as plainly as can be."""
+    import torch
+    import torch.nn.functional as F
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from dasd_megatron.training.batching import sequence_parts
+
+    class GatheringAttention(DotProductAttention):
+        def __init__(self, config: Any, *arguments: Any, **others: Any) -> None:
+            # Megatron's class refuses more than one.
+            config = copy.copy(config)
+            config.context_parallel_size = 1
+            super().__init__(config, *arguments, **others)
+
+        def forward(self, query: Any, key: Any, value: Any, *_: Any, packed_seq_params: Any = None, **__: Any) -> Any:
+            group = parallel_state.get_context_parallel_group()
+            size, rank = group.size(), group.rank()
+            starts = [0, size * len(query)] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
+            widths = [end - start for start, end in itertools.pairwise(starts)]
+            mine = torch.from_numpy(sequence_parts(widths, rank, size))
+            places = torch.cat([torch.from_numpy(sequence_parts(widths, one, size)) for one in range(size)])
+            sequence = torch.bucketize(torch.arange(starts[-1]), torch.tensor(starts[1:]), right=True)
+            mask = (mine[:, None] >= places) & (sequence[mine][:, None] == sequence[places])
+            parts = [query, *(gather_from_sequence_parallel_region(one, group=group) for one in (key, value))]
+            if packed_seq_params is not None:
+                parts = [one[:, None] for one in parts]
+            query, key, value = (one.permute(1, 2, 0, 3) for one in parts)
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=True)
+            context = context.permute(2, 0, 1, 3).flatten(2)
+            return context if packed_seq_params is None else context[:, 0]
+
+    return GatheringAttention
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
-    """Five training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
+    """The training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
     from dasd_megatron.config import DataSourceConfig
     from dasd_megatron.data.prompts import Problem
     from dasd_megatron.observability.progress import ProgressDisplay
@@ -171,7 +227,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
         plane = RolloutPlane(config, paths, problems, None, renderer, tokenizer, model.vocab_size, state.rollouts)
         trainer = Trainer(
-            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, plane, display, None
+            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, None, plane, display, None
         )  # fmt: skip
         rows = [train_step(trainer) for _ in range(STEPS)]
     samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
@@ -219,8 +275,10 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from dasd_megatron.models import gpt
     from dasd_megatron.training import parallel
 
+    attention = gpt.CausalAttention
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     limit = datetime.timedelta(seconds=120)
     try:
@@ -228,6 +286,7 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
             store = folder / f"store-{world_size}-{index}"
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
             parallel.split_world(config)
+            gpt.CausalAttention = gathering_attention() if config.parallel.context_parallel_size > 1 else attention
             result = (train_with_dropout if dropout else train)(config, folder)
             if rank == 0:
                 torch.save(result, folder / f"{name}.pt")
@@ -356,9 +415,16 @@ def main() -> None:
         parser.error(f"no such layout: {', '.join(sorted(unknown))}")
     print(f"seed {options.seed}", flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")}
+    record: dict[str, Any] = {"seed": options.seed, "versions": versions}
+    if options.only and options.output.exists():
+        kept = json.loads(options.output.read_text())
+        if all(kept[name] == value for name, value in record.items()):
+            record = kept
     results = measure(options.only, options.seed)
-    options.output.write_text(json.dumps({"seed": options.seed, "versions": versions, **results}, indent=1) + "\n")
-    print(table(results))
+    for group, rows in results.items():
+        record[group] = record.get(group, {}) | rows
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(table({group: record[group] for group in results}))
 
 
 if __name__ == "__main__":

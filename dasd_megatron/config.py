@@ -151,7 +151,6 @@ class PrecisionConfig:
         "mxfp8 (from Blackwell on). The LM head, the loss and its statistics stay in bf16 and float32",
     )
     fp8_format: str = _doc("hybrid", "hybrid (E4M3 forward, E5M2 backward) or e4m3")
-    fp8_params: bool = _doc(False, "keep the layers' weights in FP8 alone, beside the optimizer's float32 ones")
     bf16_first_layers: int = _doc(0, "under fp8, layers at the bottom of the model that stay in bf16")
     bf16_last_layers: int = _doc(0, "under fp8, layers at the top of the model that stay in bf16")
     fp8_check_every: int = _doc(
@@ -220,8 +219,11 @@ class PolicyLossConfig:
     block_tokens: int = _doc(1024, "fused_linear only: tokens of one block of logits")
     block_columns: int = _doc(8192, "fused_linear only: vocabulary columns of one block of logits")
     max_skipped_steps: int = _doc(
-        3, "steps in a row with updates skipped, because logits or gradients are not finite, before the run stops"
+        3,
+        "steps in a row with updates skipped, because logits or gradients are not finite, before the run goes back to the last good "
+        "checkpoint, with problems that come after theirs",
     )
+    max_rollbacks: int = _doc(1, "times that a run goes back in this way; then it stops")
 
 
 @dataclass
@@ -441,6 +443,11 @@ class WarmStartConfig:
 class CheckpointConfig:
     every: int = _doc(10, "steps between checkpoints; 0: only at the end and on failure")
     keep_last: int = _doc(2, "checkpoints to keep")
+    keep_every: int = _doc(0, "checkpoints whose step is a multiple of this are kept for good, beside keep_last; 0: none")
+    async_save: bool = _doc(True, "a process of its own writes and hashes the files while training goes on")
+    export_every: int = _doc(
+        0, "beside checkpoints whose step is a multiple of this, the model as a Hugging Face directory step_<n>.hf, kept for good; 0: none"
+    )
     grace_seconds: float = _doc(
         300.0, "limit for saving and ending after SIGTERM or SIGUSR1, seconds; then the processes are killed, and the last checkpoint holds"
     )
@@ -523,7 +530,10 @@ def read_config(path: str | Path) -> Config:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write ``config`` for :func:`read_config`; replaces ``path`` in one step."""
+    partial = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.partial")
+    OmegaConf.save(OmegaConf.structured(config), partial)
+    partial.replace(path)
 
 
 def known_fields(schema: type = Config, prefix: str = "") -> dict[str, str]:
@@ -640,6 +650,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "loss.block_tokens": (1, None),
     "loss.block_columns": (1, None),
     "loss.max_skipped_steps": (0, None),
+    "loss.max_rollbacks": (0, None),
     "batch.groups": (1, None),
     "batch.samples_per_group": (1, None),
     "batch.minibatches": (1, None),
@@ -700,6 +711,8 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "warm_start.hidden_dropout": (0, 1),
     "checkpoint.every": (0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_every": (0, None),
+    "checkpoint.export_every": (0, None),
     "checkpoint.grace_seconds": (1, None),
     "logging.save_rollouts_every": (0, None),
     "logging.inspect_rollouts": (0, None),
@@ -888,9 +901,11 @@ def _check_fp8(config: Config) -> None:
     precision, name = config.precision, f"precision.fp8={config.precision.fp8}"
     ends = precision.bf16_first_layers + precision.bf16_last_layers
     if precision.fp8 == "none":
-        if precision.fp8_params or ends:
-            field = "fp8_params" if precision.fp8_params else "bf16_first_layers and bf16_last_layers"
-            raise ConfigError(f"precision.{field} says how FP8 is used, and precision.fp8=none uses none: choose a recipe, or leave it out")
+        if ends:
+            raise ConfigError(
+                "precision.bf16_first_layers and bf16_last_layers say which layers FP8 leaves out, and precision.fp8=none uses none: "
+                "choose a recipe, or leave them out"
+            )
         return
     if config.backend.kind != "cuda" or config.backend.transformer_impl == "local":
         raise ConfigError(
@@ -902,18 +917,6 @@ def _check_fp8(config: Config) -> None:
     if precision.fp8 == "delayed" and ends:
         raise ConfigError(
             f"{name} scales all layers together: write 0 for precision.bf16_first_layers and precision.bf16_last_layers, or tensorwise"
-        )
-    if not precision.fp8_params:
-        return
-    if precision.fp8 == "mxfp8":
-        raise ConfigError(f"precision.fp8_params=true does not go with {name}: write false, or another recipe")
-    if not config.optimizer.distributed:
-        raise ConfigError("precision.fp8_params=true needs optimizer.distributed=true, which keeps the float32 weights: write it, or false")
-    if config.teacher.weights != "live" or config.loss.kl_coef > 0:
-        field = "loss.kl_coef" if config.teacher.weights == "live" else f"teacher.weights={config.teacher.weights}"
-        raise ConfigError(
-            f"precision.fp8_params=true has no bf16 weights that {field} could exchange for others: write false, or teacher.weights=live "
-            "and loss.kl_coef=0"
         )
 
 

@@ -159,8 +159,8 @@ make_step() {
         --kill-on-bad-exit=0 --wait="$DASD_END_SECONDS" --open-mode=append --output="$log" "${CONTAINER[@]}" "$@")
 }
 
-# Run the rest of the line in the background and start it again when it ends, until it has ended DASD_SERVER_RESTARTS times more or the
-# subshell gets SIGTERM. The trainer goes on with the other servers meanwhile, and gives the new one its weights.
+# Run the rest of the line in the background and start it again when it ends, until it has done so DASD_SERVER_RESTARTS times in a row within
+# ten minutes of its start, or the subshell gets SIGTERM. The trainer goes on with the other servers, and gives the new one its weights.
 keep() {
     local name=$1
     shift
@@ -181,14 +181,16 @@ keep() {
                 wait "$child"
                 ((!ending)) || break
             fi
+            began=$SECONDS
             "$@" < /dev/null &
             child=$!
             wait "$child"
             status=$?
+            ((SECONDS - began < 600)) || try=0
             # A trap cuts the first wait short.
             if ((ending)); then wait "$child"; fi
         done
-        ((ending)) || say "$name ended $try times and stays down"
+        ((ending)) || say "$name ended $try times in a row and stays down"
     ) &
     KEEPERS+=("$!")
 }
@@ -335,14 +337,13 @@ print_layout() {
 
 # One `dasd train` a node, and wait for all; its status goes to `status`.
 train() {
-    local nodes launcher=() seen
+    local nodes seen launcher
     nodes=$(joined "${TRAIN[@]}")
-    if ((${#TRAIN[@]} > 1)); then
-        # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point.
-        # shellcheck disable=SC2016
-        launcher=(env PET_NNODES="${#TRAIN[@]}" PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT"
-            PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" bash -c 'PET_NODE_RANK=$SLURM_NODEID exec "$@"' dasd-train)
-    fi
+    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point.
+    # shellcheck disable=SC2016
+    launcher=(env PET_NNODES="${#TRAIN[@]}" PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT"
+        PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
+        bash -c 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' dasd-train)
     make_step "$nodes" "$LOG_DIR/train.%n.%N.log" "${launcher[@]}" "${DASD[@]}" train "$@"
     say "training:"
     show "${STEP[@]}"

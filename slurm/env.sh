@@ -41,5 +41,5 @@
 
 # Patience.
 : "${DASD_READY_SECONDS:=1800}"                  # for all servers to load their model
-: "${DASD_SERVER_RESTARTS:=10}"                  # of each server in one job
+: "${DASD_SERVER_RESTARTS:=10}"                  # of each server, in a row, within ten minutes of its start
 : "${DASD_END_SECONDS:=60}"                      # for the other nodes after the first one's training has ended

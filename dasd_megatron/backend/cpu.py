@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import logging
 import os
 import time
 import warnings
@@ -110,6 +111,9 @@ def install(config: BackendConfig) -> None:
     torch.Tensor.type = type_as_on_cuda
 
     import megatron.core.tensor_parallel.random as megatron_random
+
+    # The one generator there is serves where Megatron expects a GPU's to change and the CPU's to stay.
+    logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
-from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.utils import unwrap_model
 from transformers import PretrainedConfig
 
@@ -75,11 +74,6 @@ class _Corrections:
                 continue
             if entry.stage == self.mpu.pp_rank:
                 shard = parameters[entry.chunk][entry.local_name]
-                if is_float8tensor(shard):
-                    dense = shard.dequantize().to(entry.dtype)
-                    for name in ("tensor_model_parallel", "partition_dim"):
-                        setattr(dense, name, getattr(shard, name, None))
-                    shard = dense
             else:
                 shard = torch.empty(entry.shape, dtype=entry.dtype, device=device)
                 if entry.partition_dim is not None:

@@ -25,7 +25,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.overrides import TorchFunctionMode
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, PrecisionConfig, first_line
@@ -84,7 +83,6 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
     return dict(
         fp8=precision.fp8_format,
         fp8_recipe=precision.fp8,
-        fp8_param=precision.fp8_params,
         # Read by delayed scaling alone: the largest value of the last thousand passes, where Megatron's default looks at the last one.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
@@ -92,16 +90,6 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
         num_layers_at_start_in_bf16=precision.bf16_first_layers,
         num_layers_at_end_in_bf16=precision.bf16_last_layers,
     )
-
-
-class KeptHighPrecision(TorchFunctionMode):
-    """While weights are loaded into FP8 parameters, keeps for the optimizer's float32 ones what is copied into them. Transformer Engine keeps
-    there what the layers were initialised with, and the first update would bring that back."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.copy_ and hasattr(args[0], "_high_precision_init_val"):
-            args[0]._high_precision_init_val = args[1].detach().to("cpu", copy=True)
-        return func(*args, **(kwargs or {}))
 
 
 class HiddenStatesHead(ColumnParallelLinear):
@@ -263,10 +251,9 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         # The layer keeps its weight, name and place in checkpoints.
         chunks[-1].output_layer.__class__ = HiddenStatesHead
     if is_megatron_checkpoint(path):
-        with KeptHighPrecision():
-            load_megatron_weights(chunks, path)
+        load_megatron_weights(chunks, path)
     else:
-        with torch.no_grad(), KeptHighPrecision():
+        with torch.no_grad():
             bridge.load_weights(chunks, str(path), memory_efficient=True)
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
@@ -276,7 +263,6 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size,
-        fp8_param_gather=config.precision.fp8_params,
     )
     wrapped = [
         DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)

@@ -74,6 +74,14 @@ class MetricsLogger:
         if self._events:
             self._events.add("", step, {f"evaluation/{key}": value for key, value in metrics.items() if key != "step"})
 
+    def restart_after(self, step: int) -> None:
+        """Drop the lines after ``step`` and go on from there, as a run that is resumed."""
+        truncate_after(self.run_dir, step)
+        self._last_step = step or None
+        if self._events:
+            self._events.close()
+            self._events = _TensorBoard(self.run_dir / "tensorboard", step)
+
     def close(self) -> None:
         if self._events:
             self._events.close()

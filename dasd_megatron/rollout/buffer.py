@@ -137,6 +137,12 @@ class GroupBuffer:
         self._again([group.position for group in late])
         return [position for position, began in self.in_flight.items() if began < oldest]
 
+    def start_over(self) -> None:
+        """All that is ready or refused was sampled from a policy that is given up."""
+        groups = [*self.ready, *self.refused]
+        self.ready, self.refused = [], []
+        self._again([group.position for group in groups])
+
     def _again(self, positions: list[int]) -> None:
         self.counts.restarted += len(positions)
         self.pending = sorted([*self.pending, *positions])

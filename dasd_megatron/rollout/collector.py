@@ -239,6 +239,16 @@ class Collector:
             self._suspended = False
             await self._client.continue_generation()
 
+    def start_over(self) -> None:
+        """Forget what is in flight and ready: its prompts are sampled again after the next sync."""
+
+        async def forget() -> None:
+            self._open.clear()
+            await self._abort()
+            self.buffer.start_over()
+
+        self._run(forget())
+
     def state(self) -> BufferState:
         async def read() -> BufferState:
             return self.buffer.state()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from dasd_megatron.rollout.samples import Sample
 
 
 @dataclass(slots=True)
@@ -58,6 +61,30 @@ def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
             members[share].append(index)
             totals[share] += lengths[index]
     return [sorted(share) for share in members]
+
+
+class ReplicaShare(NamedTuple):
+    """What one data-parallel replica trains on in a step."""
+
+    samples: list[Sample]
+    """Minibatch after minibatch."""
+    places: list[int]
+    """Of each sample among all of the step, which are in order of (group, sample)."""
+    rewards: list[float]
+    """Of all samples of the step: the advantage of one needs those of its group, which may be on other replicas."""
+
+
+def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:
+    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and nearly the same
+    number of tokens. A minibatch holds the same samples for any number of replicas."""
+    share = len(samples) // minibatches
+    places: list[list[int]] = [[] for _ in range(replicas)]
+    for start in range(0, len(samples), share):
+        lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples[start : start + share]]
+        for mine, dealt in zip(places, balanced_shares(lengths, replicas), strict=True):
+            mine += [start + place for place in dealt]
+    rewards = [sample.reward for sample in samples]
+    return [ReplicaShare([samples[place] for place in mine], mine, rewards) for mine in places]
 
 
 def make_micro_batches(

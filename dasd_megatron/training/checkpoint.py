@@ -2,38 +2,66 @@
 
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
 ``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json``
-(step, data position and prompts that were under way; the weight version is the step's) and, where there are any, ``ready.jsonl`` and
-``refused.jsonl`` (rollouts collected for steps to come). It is written under another name, fsynced and renamed; ``checkpoints/latest``
-then names it, by rename again. A crash or a full disk leaves the previous one in place.
+(step, data position and prompts that were under way; the weight version is the step's), where there are any ``ready.jsonl`` and
+``refused.jsonl`` (rollouts collected for steps to come), and a manifest with the SHA-256 of every file. It is written under another name,
+fsynced and renamed when every rank is done, see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves the previous
+one in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
+import logging
+import multiprocessing
 import os
+import pickle
+import queue
 import random
 import shutil
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
+from dasd_megatron.config import CheckpointConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.models.hf_weights import WeightsError, copy_side_files, fsync_tree
+from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
 from dasd_megatron.rollout.buffer import BufferState, Counts, read_groups
 from dasd_megatron.rollout.samples import save_samples
+from dasd_megatron.training.checkpoint_files import (
+    STATE_FILE,
+    changed_file,
+    checkpoint_path,
+    hash_files,
+    listed_files,
+    prune,
+    publish,
+    recover_replaced,
+    resumable,
+    set_aside,
+)
 from dasd_megatron.training.optimizer import OptimizerState
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, on_selected_rank
 from dasd_megatron.training.snapshots import WeightSnapshot
 
 _ARCHITECTURE = (
@@ -48,6 +76,9 @@ _ARCHITECTURE = (
 )
 
 
+logger = logging.getLogger(__name__)
+
+_COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
 # The groups of a BufferState, each in a file of its own.
 _COLLECTED = ("ready", "refused")
 
@@ -60,10 +91,18 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainerState:
-    """Where the run is: ``step`` finished steps, and the rollouts under way (on rank 0)."""
+    """Where the run is: ``step`` finished steps, and the rollouts under way (on rank 0).
+
+    ``skipped``: how many of the last steps in a row were skipped; ``rollbacks``: how often the run went back to a checkpoint, the last time
+    to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were undone by it, and are not used again.
+    """
 
     step: int = 0
     rollouts: BufferState = field(default_factory=BufferState)
+    skipped: int = 0
+    discarded: int = 0
+    rollbacks: int = 0
+    rolled_back_to: int = -1
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
@@ -71,32 +110,57 @@ def architecture(hf_config: Any) -> dict[str, Any]:
     return {name: getattr(hf_config, name) for name in _ARCHITECTURE}
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The directory that ``checkpoints/latest`` names, or None where there is no checkpoint yet."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
+def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
+    """The checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with its manifest. Collective:
+    each rank reads its share of the files.
+
+    Of auto's, a damaged one is named in a warning and set aside, and the one before it is taken; None where there is none.
+
+    Raises:
+        CheckpointError: the one at the path is damaged, or all are.
+    """
+    rank0 = dist.get_rank() == 0
+    if resume == "none":
         return None
-    path = pointer.parent / pointer.read_text().strip()
-    if not (path / "trainer.json").is_file():
-        raise CheckpointError(f"{pointer} names {path.name}, which is not a complete checkpoint; write the name of a complete one into it")
-    return path
+    if resume != "auto":
+        problem = damage(Path(resume))
+        if problem is not None:
+            raise CheckpointError(f"resume={resume}: {problem}; restore it, or name another checkpoint")
+        return Path(resume)
+    if rank0:
+        recover_replaced(run_dir)
+    candidates = broadcast_from_rank0(resumable(run_dir) if rank0 else None)
+    problems = []
+    for path in candidates:
+        problem = damage(path)
+        if problem is None:
+            return path
+        problems.append(problem)
+        if rank0:
+            logger.warning("%s: this checkpoint is damaged and set aside as %s.damaged, the one before it is taken", problem, path.name)
+            set_aside(path)
+    if problems:
+        raise CheckpointError(f"no checkpoint of {run_dir} is intact: {'; '.join(problems)}; restore one, or start a new run")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Collective: each rank reads its share of them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        files = on_selected_rank(rank == 0, lambda: listed_files(path), (WeightsError, OSError))
+    except PeerError as error:
+        return str(error)
+    names = sorted(broadcast_from_rank0(files).items())
+    return next((problem for problem in gather_world(changed_file(path, dict(names[rank::world]))) if problem), None)
 
 
 def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """What ``trainer.json`` of a checkpoint says, as state and whole. Collective over all ranks: rank 0 reads.
-
-    Raises:
-        CheckpointError: ``path`` is not a complete checkpoint.
-    """
-    file = path / "trainer.json"
-    record = broadcast_from_rank0(json.loads(file.read_text()) if dist.get_rank() == 0 and file.is_file() else None)
-    if record is None:
-        raise CheckpointError(
-            f"{path} is not a complete checkpoint: it has no trainer.json; give a folder like RUN/checkpoints/step_000010"
-        )
-    # The last two are absent in checkpoints from before them.
-    rollouts = BufferState(record["position"], record.get("pending", []), counts=Counts(**record.get("collected", {})))
-    return TrainerState(record["step"], rollouts), record
+    """What ``trainer.json`` of a checkpoint says, as state and whole. Collective over all ranks: rank 0 reads."""
+    record = broadcast_from_rank0(json.loads((path / STATE_FILE).read_text()) if dist.get_rank() == 0 else None)
+    rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
+    counters = {name: record[name] for name in ("step", *_COUNTERS)}
+    return TrainerState(rollouts=rollouts, **counters), record
 
 
 def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
@@ -107,31 +171,6 @@ def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> No
                 f"{path} was saved from a model with {name}={record['architecture'][name]}, this model has {value}; "
                 "set model.path to the model that the checkpoint came from, or start a new run"
             )
-
-
-def depart_from(run_dir: Path, path: Path) -> None:
-    """Remove the checkpoints of ``run_dir`` that are later than ``path``, one of them, and make ``path`` the latest. For rank 0, when a run
-    goes on from an earlier checkpoint: what it departs from must not be resumed, counted or kept in place of its own."""
-    folder = run_dir / "checkpoints"
-    if path.resolve().parent != folder.resolve():
-        return
-    _point_to(folder, path.name)
-    for later in _complete_checkpoints(folder):
-        if later.name > path.name:
-            shutil.rmtree(later)
-
-
-def _point_to(folder: Path, name: str) -> None:
-    pointer = folder / "latest.partial"
-    with open(pointer, "w") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pointer.rename(folder / "latest")
-
-
-def _complete_checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.suffix == "")
 
 
 def _sharded_state(model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool) -> dict[str, Any]:
@@ -170,90 +209,267 @@ def _last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1].strip() if lines else 'no message'}"
 
 
-def save_checkpoint(
-    run_dir: Path,
-    state: TrainerState,
-    model: ShardedModel,
-    optimizer: OptimizerState,
-    average: WeightSnapshot | None,
-    *,
-    keep_last: int,
-    template_dir: Path,
-) -> Path:
-    """Write ``checkpoints/step_<n>`` and make it the latest; older ones beyond ``keep_last`` are removed. Collective over all ranks.
+class CheckpointSaver:
+    """Writes the checkpoints of a run. With ``checkpoint.async_save`` a process forked for each writes and hashes the files while training
+    goes on; it sees the memory as it was.
 
-    Config and tokenizer of the Hugging Face directory ``template_dir`` go into its folder ``hf``, so that it can be converted by itself.
-
-    Raises:
-        CheckpointError: writing failed (a full disk, say); the previous checkpoint is untouched.
+    ``pending`` says, alike on every rank, whether a checkpoint has been begun and not finished; ``stalled`` counts the seconds that
+    training has waited.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step_{state.step:06d}"
-    partial = folder / f"{final.name}.partial"
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: CheckpointConfig,
+        model: ShardedModel,
+        optimizer: OptimizerState,
+        average: WeightSnapshot | None,
+        *,
+        template_dir: Path,
+        timeout_seconds: float,
+    ) -> None:
+        self.run_dir, self.settings, self.template_dir, self.timeout_seconds = run_dir, settings, template_dir, timeout_seconds
+        self.model, self.optimizer, self.average = model, optimizer, average
+        self.stalled = 0.0
+        self._begun: _Begun | None = None
 
-    rng: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(rng, _rng_state())
-    failure: BaseException | None = None
-    try:
-        on_selected_rank(dist.get_rank() == 0, prepare, (OSError,))
-        dist_checkpointing.save(_sharded_state(model, optimizer, average, is_loading=False), str(partial))
-    except (Exception, CheckpointException) as error:
-        # The writers report a full disk in several types, one of them no Exception; every one of them means "not written".
-        failure = error
+    def __enter__(self) -> CheckpointSaver:
+        return self
 
-    def raise_failure() -> None:
-        if failure is not None:
-            raise CheckpointError(
-                f"could not write {final}: {_last_line(failure)}; "
-                "the previous checkpoint is untouched: free disk space and continue with resume=auto"
-            )
+    def __exit__(self, *_: object) -> None:
+        if self._begun is not None and self._begun.process is not None:
+            self._begun.process.kill()
 
-    def finish() -> None:
+    @property
+    def pending(self) -> bool:
+        return self._begun is not None
+
+    def writing(self) -> bool:
+        """Whether this rank's files are not all written."""
+        return self._begun is not None and self._begun.process is not None and self._begun.process.is_alive()
+
+    def save(self, state: TrainerState) -> None:
+        """Begin ``checkpoints/step_<n>``, after the one before it is finished. Collective over all ranks.
+
+        Config and tokenizer of the Hugging Face directory ``template_dir`` go into its folder ``hf``, so that it can be converted by
+        itself.
+
+        Raises:
+            CheckpointError: writing failed (a full disk, say); the previous checkpoint is untouched.
+        """
+        self.finish()
+        started = time.perf_counter()
+        final = checkpoint_path(self.run_dir, state.step)
+        # A name of its own: a writer whose trainer was killed may be alive yet.
+        partial = broadcast_from_rank0(final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.partial"))
+        rng = gather_world(_rng_state())
+        failure, request = None, None
+        # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is killed.
+        filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
+        try:
+            on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial), (OSError,))
+            sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
+            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True)
+            on_selected_rank(dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError))
+        except (Exception, CheckpointException) as error:
+            failure = error
+        self._begun = _Begun(partial, final, request)
+        self._raise_failure(failure)
+        self._begun.start(background=self.settings.async_save)
+        self.stalled += time.perf_counter() - started
+        if not self.settings.async_save:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that has been begun, if there is one, and make it the latest; older ones that are not to be kept are
+        removed. Collective over all ranks.
+
+        Raises:
+            CheckpointError: see :meth:`save`.
+        """
+        if self._begun is None:
+            return
+        started, begun, failure, hashes = time.perf_counter(), self._begun, None, {}
+        try:
+            hashes = begun.join(self.timeout_seconds)
+        except (OSError, RuntimeError) as error:
+            failure = error
+        try:
+            # The ranks exchange what they have written, and all of them raise what one could not write.
+            for finalize in begun.request.finalize_fns:
+                finalize()
+        except (Exception, CheckpointException) as error:
+            # A full disk is reported in several types, one of them no Exception; every one of them means "not written".
+            failure = error
+        self._raise_failure(failure)
+        hashes = {name: record for part in gather_world(hashes) for name, record in part.items()}
+
+        def publish_and_prune() -> None:
+            publish(begun.partial, begun.final, hashes)
+            prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
+
+        try:
+            on_selected_rank(dist.get_rank() == 0, publish_and_prune, (OSError, RuntimeError))
+        except PeerError as error:
+            self._raise_failure(error)
+        self._begun = None
+        self.stalled += time.perf_counter() - started
+
+    def _raise_failure(self, failure: BaseException | None) -> None:
+        """Raise CheckpointError on every rank if there was a failure on any, and remove what has been written."""
+
+        def report() -> None:
+            if failure is not None:
+                raise CheckpointError(
+                    f"could not write {self._begun.final}: {_last_line(failure)}; "
+                    "the previous checkpoint is untouched: free disk space and continue with resume=auto"
+                )
+
+        try:
+            on_selected_rank(True, report, (CheckpointError,))
+        except PeerError as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._begun.partial, ignore_errors=True)
+            self._begun = None
+            raise CheckpointError(str(error).removeprefix("CheckpointError: ")) from failure
+
+    def _write_own_files(self, partial: Path, state: TrainerState, rng: list[Any]) -> None:
+        """What is not sharded, by rank 0."""
         torch.save(rng, partial / "rng.pt")
         record = {
             "step": state.step,
+            **{name: getattr(state, name) for name in _COUNTERS},
             "position": state.rollouts.position,
             "pending": state.rollouts.pending,
             "collected": dataclasses.asdict(state.rollouts.counts),
             "world_size": dist.get_world_size(),
-            "architecture": architecture(model.bridge.hf_config),
+            "architecture": architecture(self.model.bridge.hf_config),
         }
-        (partial / "trainer.json").write_text(json.dumps(record, indent=2) + "\n")
+        (partial / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         for name in _COLLECTED:
             groups = getattr(state.rollouts, name)
             if groups:
                 save_samples(partial / f"{name}.jsonl", (sample for group in groups for sample in group.samples))
         (partial / "hf").mkdir()
-        copy_side_files(template_dir, partial / "hf", model.config.params_dtype)
-        fsync_tree(partial)
-        if final.exists():
-            # Aside and not away: a crash between the two renames must leave something to resume from.
-            final.rename(final.with_suffix(".replaced"))
-        partial.rename(final)
-        _point_to(folder, final.name)
-        fsync_tree(folder)
-        for old in [*folder.glob("*.replaced"), *_complete_checkpoints(folder)[:-keep_last]]:
-            shutil.rmtree(old)
+        copy_side_files(self.template_dir, partial / "hf", self.model.config.params_dtype)
 
+
+def _make_room(partial: Path) -> None:
+    for old in partial.parent.glob("step_*.partial"):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+@dataclass
+class _ResultFile:
+    """What Megatron-Core wants of a queue, for the one result that a writing process has for its trainer."""
+
+    path: Path
+
+    def put(self, result: Any) -> None:
+        self.path.write_bytes(pickle.dumps(result))
+
+    def get_nowait(self) -> Any:
+        if not self.path.exists():
+            raise queue.Empty
+        result = pickle.loads(self.path.read_bytes())
+        self.path.unlink()
+        return result
+
+
+@dataclass
+class _Begun:
+    """A checkpoint on its way to the disk: where, what Megatron-Core asks this rank to do, and the process that does it."""
+
+    partial: Path
+    final: Path
+    request: Any
+    process: multiprocessing.process.BaseProcess | None = None
+    error: Exception | None = None
+
+    def start(self, *, background: bool) -> None:
+        if self.request.async_fn is None:
+            return
+        arguments = list(self.request.async_fn_args)
+        if self.request.preload_fn is not None:
+            # From the GPU to host memory; the second argument is what is to be written.
+            arguments[1] = self.request.preload_fn()
+        work = (self.request.async_fn, arguments, dict(self.request.async_fn_kwargs), self.partial, dist.get_rank())
+        try:
+            if background:
+                self.process = multiprocessing.get_context("fork").Process(target=_write_in_background, args=work, name="checkpoint")
+                self.process.start()
+            else:
+                _write_and_hash(*work)
+        except OSError as error:
+            # The other ranks hear of it when all finish.
+            self.process, self.error = None, error
+
+    def join(self, timeout_seconds: float) -> dict[str, dict[str, Any]]:
+        """Size and hash of each file that this rank has written.
+
+        Raises:
+            RuntimeError: the writer did not end in time, or was killed. OSError: it failed.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.process is not None:
+            self.process.join(timeout_seconds)
+            if self.process.is_alive():
+                self.process.kill()
+                raise RuntimeError(f"not written within backend.timeout_seconds={timeout_seconds:g}")
+            if self.process.exitcode < 0:
+                raise RuntimeError(f"the writing process was ended by {signal.Signals(-self.process.exitcode).name}")
+            if self.process.exitcode:
+                raise OSError(self.process.exitcode, os.strerror(self.process.exitcode))
+        if self.request.async_fn is None:
+            return {}
+        hashes = self.partial / _hashes_file(dist.get_rank())
+        record = json.loads(hashes.read_text())
+        hashes.unlink()
+        return record
+
+
+def _hashes_file(rank: int) -> str:
+    return f"hashes_{rank}.json"
+
+
+def _write_in_background(*work: Any) -> None:
+    # OpenMP's threads are not in a forked process, and whoever waits for them waits forever.
+    torch.set_num_threads(1)
+    # Collecting tensors that are the trainer's would reach for its GPU.
+    gc.disable()
+    threading.Thread(target=_end_with_children, daemon=True).start()
     try:
-        on_selected_rank(True, raise_failure, (CheckpointError,))
-        on_selected_rank(dist.get_rank() == 0, finish, (OSError, RuntimeError))
-    except PeerError as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(str(error)) from failure
-    return final
+        _write_and_hash(*work)
+    except OSError as error:
+        # A full disk takes no message.
+        sys.exit(error.errno)
+
+
+def _end_with_children() -> None:
+    """Megatron-Core's writer starts processes of its own, and would wait forever for one that is killed."""
+    while True:
+        time.sleep(0.5)
+        for child in psutil.Process().children():
+            with contextlib.suppress(ChildProcessError):
+                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _write_and_hash(write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int) -> None:
+    """Megatron-Core's writing of one rank's files, fsynced, and then their hashes, in a file of their own."""
+    write(*arguments, **keywords)
+    hashes = hash_files(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+    (folder / _hashes_file(rank)).write_text(json.dumps(hashes))
 
 
 def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None) -> TrainerState:
-    """Restore everything that :func:`save_checkpoint` wrote, in place. Collective over all ranks.
+    """Restore everything that :class:`CheckpointSaver` wrote, in place. Collective over all ranks.
 
     The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a rank. Call
-    :func:`check_architecture` first.
+    :func:`find_checkpoint` and :func:`check_architecture` first.
     """
     state, record = read_state(path)
     for name in _COLLECTED:

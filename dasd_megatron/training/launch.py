@@ -237,7 +237,7 @@ def _digest(root: Path) -> str | None:
 
 
 def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, int]) -> int:
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -246,9 +246,11 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     # The agent's own log repeats what the workers have said.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # The agent would give the workers half a minute to save; older torch cannot be told otherwise.
-    settable = {one.name for one in dataclasses.fields(LaunchConfig)}
-    patience = {"shutdown_timeout": _AGENT_PATIENCE_SECONDS} if "shutdown_timeout" in settable else {}
+    log_dir = os.environ.get("PET_LOG_DIR")
+    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch cannot be told; the
+    # forwarder gets its signals first all the same, since they are blocked in every other thread.
+    wanted = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
+    known = {one.name for one in dataclasses.fields(LaunchConfig)}
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -260,9 +262,10 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
-        # The others are the forwarder's.
-        signals_to_handle="SIGHUP,SIGQUIT",
-        **patience,
+        # With torchrun's variable, what each process says stands in a file of its own too.
+        logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
+        log_line_prefix_template="[rank ${rank}] " if log_dir else None,
+        **{name: value for name, value in wanted.items() if name in known},
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", WORKER, str(root))

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
 from dasd_megatron.config import Config
+from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.parallel import reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
 
 if TYPE_CHECKING:
-    from dasd_megatron.training.rollout_plane import ReplicaShare
     from dasd_megatron.training.train import Importance, ScoredRollouts
 
 

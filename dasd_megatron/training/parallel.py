@@ -55,19 +55,14 @@ def initialize(config: Config) -> None:
         ConfigError: the number of processes is not the product of the parallel sizes, or the layout asks of Transformer Engine what it
             cannot do, or needs it where it is not installed.
     """
+    _check_transformer_engine(config)
     backend.current().init_process_group(config.backend.timeout_seconds)
     split_world(config)
 
 
-def split_world(config: Config) -> None:
-    """What :func:`initialize` does once the process group is there."""
+def _check_transformer_engine(config: Config) -> None:
+    """Refuse what asks of Transformer Engine what it cannot do, or needs it where it is not installed."""
     parallel = config.parallel
-    expected = parallel.world_size
-    if dist.get_world_size() != expected:
-        raise ConfigError(
-            f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
-            f"set parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} processes"
-        )
     transformer_engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
     if config.batch.packing and transformer_engine and config.precision.params_dtype == "fp32":
         raise ConfigError(
@@ -78,6 +73,17 @@ def split_world(config: Config) -> None:
         raise ConfigError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine, which is not installed: install "
             "it, or write 1"
+        )
+
+
+def split_world(config: Config) -> None:
+    """What :func:`initialize` does once the process group is there."""
+    parallel = config.parallel
+    expected = parallel.world_size
+    if dist.get_world_size() != expected:
+        raise ConfigError(
+            f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
+            f"set parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} processes"
         )
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
@@ -141,11 +147,16 @@ def gather_world(value: T) -> list[T]:
     return gathered
 
 
+def true_on_any(*flags: bool) -> list[bool]:
+    """Which of the flags are true on any rank; one all-reduce of as many numbers."""
+    numbers = torch.tensor([int(flag) for flag in flags], device=backend.current().device())
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [bool(number) for number in numbers.tolist()]
+
+
 def stop_if_requested() -> None:
     """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of one number."""
-    asked = torch.tensor(int(stopping.requested()), device=backend.current().device())
-    dist.all_reduce(asked, dist.ReduceOp.MAX)
-    if asked.item():
+    if true_on_any(stopping.requested())[0]:
         raise StopRequested("a signal asked the run to stop")
 
 

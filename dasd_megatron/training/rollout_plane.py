@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.launch import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
-from dasd_megatron.training.batching import balanced_shares, make_micro_batches
+from dasd_megatron.training.batching import ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
 from dasd_megatron.training.passes import score
@@ -55,30 +55,6 @@ class RolloutFailure(RuntimeError):
     """The servers could not give the rollouts of a step; nothing of the step has been applied. Raised on every rank."""
 
     on_all_ranks = True
-
-
-class ReplicaShare(NamedTuple):
-    """What one data-parallel replica trains on in a step."""
-
-    samples: list[Sample]
-    """Minibatch after minibatch."""
-    places: list[int]
-    """Of each sample among all of the step, which are in order of (group, sample)."""
-    rewards: list[float]
-    """Of all samples of the step: the advantage of one needs those of its group, which may be on other replicas."""
-
-
-def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:
-    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and nearly the same
-    number of tokens. A minibatch holds the same samples for any number of replicas."""
-    share = len(samples) // minibatches
-    places: list[list[int]] = [[] for _ in range(replicas)]
-    for start in range(0, len(samples), share):
-        lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples[start : start + share]]
-        for mine, dealt in zip(places, balanced_shares(lengths, replicas), strict=True):
-            mine += [start + place for place in dealt]
-    rewards = [sample.reward for sample in samples]
-    return [ReplicaShare([samples[place] for place in mine], mine, rewards) for mine in places]
 
 
 class RolloutPlane:
@@ -408,9 +384,16 @@ class RolloutPlane:
         """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
         return self._with_restarts(lambda: work(self._client()))
 
-    def rollouts(self, step: int) -> tuple[ReplicaShare, float, dict[str, float]]:
+    def start_over(self) -> None:
+        """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled again."""
+        self._handed_out = None
+        if self.collector is not None:
+            self.collector.start_over()
+
+    def rollouts(self, step: int, discarded: int) -> tuple[ReplicaShare, float, dict[str, float]]:
         """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after the last of them was
-        sampled, and the step's metrics of collecting them; on every rank of the replica.
+        sampled, and the step's metrics of collecting them; on every rank of the replica. ``discarded``: how many of the replayed steps
+        are left out before it.
 
         Raises:
             RolloutFailure: the servers failed beyond repair, or a function of the user's own failed.
@@ -419,7 +402,7 @@ class RolloutPlane:
         """
         rank0 = dist.get_rank() == 0
         if self.config.rollout.replay is not None:
-            samples = on_selected_rank(rank0, lambda: self._replayed(step), (ReplayError,))
+            samples = on_selected_rank(rank0, lambda: self._replayed(step + discarded), (ReplayError,))
             self._state.position += self.config.batch.groups
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
         batch = self._with_restarts(self._take)

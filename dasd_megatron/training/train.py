@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from dasd_megatron import backend
+from dasd_megatron import backend, stopping
 from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
@@ -35,18 +35,19 @@ from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, v
 from dasd_megatron.stopping import StopRequested
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
+    CheckpointSaver,
     TrainerState,
     check_architecture,
-    depart_from,
-    latest_checkpoint,
+    damage,
+    find_checkpoint,
     load_checkpoint,
     read_state,
-    save_checkpoint,
 )
+from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from, resumable
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import reward_metrics, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas, stop_if_requested
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas, true_on_any
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
 from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, run_problems, start_hf_files, start_path
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
@@ -83,6 +84,7 @@ class Trainer:
     start: WeightSnapshot | None
     average: WeightSnapshot | None
     state: TrainerState
+    saver: CheckpointSaver
     plane: RolloutPlane
     display: ProgressDisplay
     logger: MetricsLogger | None
@@ -96,13 +98,13 @@ def train(config: Config, paths: RunPaths) -> None:
         RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
         StopRequested: a signal asked for it, and likewise.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
-        TrainingError: logits, loss or gradient were not finite in too many steps in a row.
+        TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a checkpoint did not help.
     """
     rank0 = dist.get_rank() == 0
     tokenizer = load_tokenizer(start_hf_files(config, paths))
     renderer = make_renderer(config, tokenizer)
     problems = {name: run_problems(paths, name) for name in ("train", "heldout")}
-    checkpoint = broadcast_from_rank0(_checkpoint_to_resume(config, paths) if rank0 else None)
+    checkpoint = find_checkpoint(config.resume, paths.root)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if rank0 else stack.enter_context(open(os.devnull, "w"))
         first_step = 0
@@ -137,13 +139,24 @@ def train(config: Config, paths: RunPaths) -> None:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, model, optimizer, average)
             display.message(f"resumed from {checkpoint} at step {state.step}")
+        saver = stack.enter_context(
+            CheckpointSaver(
+                paths.root,
+                config.checkpoint,
+                model,
+                optimizer,
+                average,
+                template_dir=start_hf_files(config, paths),
+                timeout_seconds=config.backend.timeout_seconds,
+            )
+        )
         grader = stack.enter_context(Grader(config.verify))
         plane = stack.enter_context(
             RolloutPlane(config, paths, problems["train"], grader, renderer, tokenizer, model.vocab_size, state.rollouts)
         )
         trainer = Trainer(
             config, paths, tokenizer, renderer, grader, problems["heldout"],
-            model, optimizer, start, average, state, plane, display, logger,
+            model, optimizer, start, average, state, saver, plane, display, logger,
         )  # fmt: skip
         _run(trainer)
         export_model(model, paths.final_model, template_dir=start_hf_files(config, paths))
@@ -172,52 +185,46 @@ def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None
     return next((path for path in candidates if (path / "config.json").exists()), None)
 
 
-def _checkpoint_to_resume(config: Config, paths: RunPaths) -> Path | None:
-    if config.resume == "none":
-        return None
-    if config.resume == "auto":
-        return latest_checkpoint(paths.root)
-    return Path(config.resume)
-
-
 def _run(trainer: Trainer) -> None:
     """All remaining steps, with evaluations and checkpoints between them."""
-    config, state = trainer.config, trainer.state
-    watch, skipped = CollapseWatch(), 0
-    for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
-        watch.update(row)
+    config, state, saver = trainer.config, trainer.state, trainer.saver
+    watch = _collapse_watch(trainer)
     try:
         sync_seconds = _sync(trainer)
         if config.evaluation.before and state.step == 0:
             _evaluate(trainer, "before")
         # A run that stopped between a step and its evaluation makes it up; one that is there already is not repeated.
         _evaluate_if_due(trainer)
-        checkpoint_seconds = 0.0
         while state.step < config.run.steps:
             metrics = train_step(trainer)
             # Both belong to the end of the step before this one; a step's own line is written as soon as the step is done.
-            metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": checkpoint_seconds}
+            metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": saver.stalled}
+            saver.stalled = 0.0
             if trainer.logger is not None:
                 trainer.logger.log_step(metrics)
                 trainer.display.step(metrics)
                 warning = watch.update(metrics)
                 if warning:
                     trainer.display.warning(warning)
-            skipped = skipped + 1 if metrics["update/skipped"] else 0
-            if skipped > config.loss.max_skipped_steps:
-                raise TrainingError(
-                    f"step {state.step}: logits or gradients were not finite in {skipped} steps in a row, more than loss.max_skipped_steps="
-                    f"{config.loss.max_skipped_steps}: continue from a checkpoint before them (resume=PATH) with a lower optimizer.lr"
-                )
-            stop_if_requested()
+            state.skipped = state.skipped + 1 if metrics["update/skipped"] else 0
+            stop, writing = true_on_any(stopping.requested(), saver.writing())
+            if saver.pending and not writing:
+                saver.finish()
+            if stop:
+                raise StopRequested("between steps")
+            went_back = state.skipped > config.loss.max_skipped_steps
+            if went_back:
+                _roll_back(trainer)
+                watch = _collapse_watch(trainer)
             # The step is done and counted from here on, whatever happens to the servers.
             sync_seconds = _sync(trainer)
             _evaluate_if_due(trainer)
-            checkpoint_seconds = 0.0
-            if state.step == config.run.steps or (config.checkpoint.every and state.step % config.checkpoint.every == 0):
-                checkpoint_seconds = _save(trainer)
+            every = config.checkpoint.every
+            if not went_back and (state.step == config.run.steps or (every and state.step % every == 0)):
+                _save(trainer)
         if config.evaluation.after:
             _evaluate(trainer, "after")
+        saver.finish()
     except StopRequested as stop:
         saved = _save_once(trainer)
         raise StopRequested(f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto") from stop
@@ -228,10 +235,56 @@ def _run(trainer: Trainer) -> None:
 
 def _save_once(trainer: Trainer) -> bool:
     """A checkpoint of the last finished step, unless there is one; whether there was a step to save."""
-    saved = trainer.paths.root / "checkpoints" / f"step_{trainer.state.step:06d}"
-    if trainer.state.step and not broadcast_from_rank0(saved.exists()):
+    trainer.saver.finish()
+    if trainer.state.step and not broadcast_from_rank0(checkpoint_path(trainer.paths.root, trainer.state.step).exists()):
         _save(trainer)
+        trainer.saver.finish()
     return trainer.state.step > 0
+
+
+def _collapse_watch(trainer: Trainer) -> CollapseWatch:
+    watch = CollapseWatch()
+    for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
+        watch.update(row)
+    return watch
+
+
+def _roll_back(trainer: Trainer) -> None:
+    """Take weights, optimizer and generators from the last good checkpoint, and go on with problems that have not been drawn yet.
+
+    Good is a checkpoint after a step that was not skipped, and that has not been gone back to already. The problems of the steps since then
+    are not drawn again, since they may be what broke the numbers.
+
+    Raises:
+        TrainingError: there is none, or ``loss.max_rollbacks`` are used up.
+    """
+    config, state, rank0 = trainer.config, trainer.state, dist.get_rank() == 0
+    trainer.saver.finish()
+    reason = (
+        f"step {state.step}: logits or gradients were not finite in {state.skipped} steps in a row, more than loss.max_skipped_steps="
+        f"{config.loss.max_skipped_steps}"
+    )
+    advice = "continue from a checkpoint before them (resume=PATH) with a lower optimizer.lr"
+    if state.rollbacks >= config.loss.max_rollbacks:
+        raise TrainingError(f"{reason}, after {state.rollbacks} of loss.max_rollbacks={config.loss.max_rollbacks}: {advice}")
+    for path in broadcast_from_rank0(resumable(trainer.paths.root) if rank0 else None):
+        if damage(path) is None:
+            good, _ = read_state(path)
+            if good.skipped == 0 and good.step != state.rolled_back_to:
+                break
+    else:
+        raise TrainingError(f"{reason}, and there is no checkpoint before them to go back to: {advice}")
+    load_checkpoint(path, trainer.model, trainer.optimizer, trainer.average)
+    if config.rollout.replay is not None:
+        state.discarded += state.step - good.step
+    trainer.display.warning(f"{reason}: back to {path}, and on with other problems")
+    state.step, state.skipped, state.rollbacks, state.rolled_back_to = good.step, 0, state.rollbacks + 1, good.step
+    if rank0:
+        depart_from(trainer.paths.root, path)
+        trainer.logger.restart_after(state.step)
+    trainer.plane.start_over()
+    # In place of the one gone back to: a run that is killed now must not draw the same problems again.
+    _save(trainer)
 
 
 def _sync(trainer: Trainer) -> float:
@@ -247,19 +300,15 @@ def _evaluate_if_due(trainer: Trainer) -> None:
         _evaluate(trainer, "step")
 
 
-def _save(trainer: Trainer) -> float:
-    started = time.perf_counter()
-    trainer.state.rollouts = trainer.plane.state(trainer.state.step)
-    save_checkpoint(
-        trainer.paths.root,
-        trainer.state,
-        trainer.model,
-        trainer.optimizer,
-        trainer.average,
-        keep_last=trainer.config.checkpoint.keep_last,
-        template_dir=start_hf_files(trainer.config, trainer.paths),
-    )
-    return time.perf_counter() - started
+def _save(trainer: Trainer) -> None:
+    """Begin a checkpoint of the last finished step, and export its weights beside it where that is due."""
+    step, every = trainer.state.step, trainer.config.checkpoint.export_every
+    trainer.state.rollouts = trainer.plane.state(step)
+    trainer.saver.save(trainer.state)
+    if every and step % every == 0:
+        path = checkpoint_path(trainer.paths.root, step).with_suffix(".hf")
+        # Hashing it would hold up training for a second pass over the bytes.
+        export_model(trainer.model, path, template_dir=start_hf_files(trainer.config, trainer.paths), manifest=False)
 
 
 def _evaluate(trainer: Trainer, label: str) -> None:
@@ -297,7 +346,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     with timers("rollout"):
-        share, timers.seconds["verify"], collection = trainer.plane.rollouts(state.step + 1)
+        share, timers.seconds["verify"], collection = trainer.plane.rollouts(state.step + 1, state.discarded)
     samples = share.samples
     timers.seconds["rollout"] -= timers.seconds["verify"]
     with timers("score"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -16,6 +17,9 @@ from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config, read_config
 from dasd_megatron.training.launch import LAUNCHER_PID
 
+# Of linux/prctl.h.
+_PR_SET_PDEATHSIG = 1
+
 
 def run(config: Config, root: Path, *, prepared: bool) -> None:
     """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be.
@@ -24,6 +28,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         StopRequested: a signal asked for it; on every rank, once all have saved what there is and ended what they had started.
     """
     stopping.listen(config.checkpoint.grace_seconds)
+    _tie_forked_processes()
     # Megatron-Core's calls, which a user of this package cannot change.
     for message in (
         r"`torch\.distributed\.\w+` is deprecated",
@@ -80,6 +85,19 @@ def _end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _tie_forked_processes() -> None:
+    """Let processes that are forked here, like those that write checkpoints, end with the one that forked them, and leave signals to it."""
+    libc = ctypes.CDLL(None)
+
+    def in_child() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.set_wakeup_fd(-1)
+        for one in stopping.SIGNALS:
+            signal.signal(one, signal.SIG_IGN)
+
+    os.register_at_fork(after_in_child=in_child)
 
 
 def main() -> int:

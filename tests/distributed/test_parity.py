@@ -1,4 +1,4 @@
-"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after ten updates on the same
+"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after six updates on the same
 rollouts, for both objectives; and dropout does not depend on recomputation or tensor parallelism. ``benchmarks/parity.py`` measures it."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(PARITY.parent))
 from parity import DROPOUT, LAYOUTS, OBJECTIVES  # noqa: E402
 
 # What float32 leaves of sums in another order, with room: the largest seen are in docs/parallelism.md.
-LIMITS = {"loss": 2e-6, "gradient norm": 2e-5, "token statistics": 1e-4, "routing": 5e-6, "weights": 5e-6}
+LIMITS = {"loss": 2e-6, "gradient norm": 2e-5, "token statistics": 3e-4, "routing": 5e-6, "weights": 5e-6}
 CASES = [
     (objective, layout)
     for objective in OBJECTIVES

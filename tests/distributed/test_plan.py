@@ -26,12 +26,15 @@ LARGE = [
     (["model=qwen3_4b", TP + "2", PP + "2", DP + "1"], 3, None),
     (["model=smollm2_135m", TP + "3", PP + "1", DP + "1"], 2, 134_515_008),
 ]
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=20000"]
 SMALL = {
     "single": ("qwen3-tied", 1, [TP + "1"]),
     "single-recompute": ("qwen3-tied", 1, [TP + "1", "precision.recompute=full"]),
+    "single-selective": ("qwen2-untied", 1, [TP + "1", "precision.recompute=selective"]),
     "single-bf16": ("qwen3-tied", 1, [TP + "1", "precision=bf16"]),
     "tp2-sp": ("qwen2-untied", *LAYOUTS["tp2-sp"]),
     "dp2": ("qwen3-untied", 2, [TP + "1", DP + "2"]),
+    "pp2-dp2-uneven-overlap": ("qwen3-untied", 4, [TP + "1", PP + "2", DP + "2", "parallel.first_pipeline_num_layers=5", *OVERLAP]),
     "dp2-bf16": ("llama3-tied", 2, [TP + "1", DP + "2", "precision=bf16"]),
     "dp2-replicated": ("qwen2-tied", 2, [TP + "1", DP + "2", "optimizer.distributed=false"]),
     "pp2-dp2-tied": ("qwen3-tied", 4, [TP + "1", PP + "2", DP + "2"]),

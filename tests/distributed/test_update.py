@@ -56,3 +56,14 @@ def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: lis
     character_tokenizer().save_pretrained(tmp_path / "model")
     overrides = ["parallel=single", "batch.micro_batch_size=3", *overrides]
     torchrun("masked_update", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
+
+
+def test_packed_sequences_update_as_padded_ones(tmp_path: Path) -> None:
+    """In half precision; ``tests/gpu/test_packing.py`` runs the same with Transformer Engine, and test_parity.py in float32 in layouts."""
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    MODELS["qwen3-tied"]().save_pretrained(tmp_path / "model")
+    character_tokenizer().save_pretrained(tmp_path / "model")
+    overrides = [*OBJECTIVE, "precision=bf16"]
+    print(torchrun("packing_matches_padded", 1, {"path": str(tmp_path / "model"), "seed": seed, "longest": 80, "overrides": overrides}))

@@ -26,7 +26,6 @@ RECIPES = {
     "tensorwise-e4m3-ends": [
         "precision.fp8=tensorwise", "precision.fp8_format=e4m3", "precision.bf16_first_layers=1", "precision.bf16_last_layers=1"
     ],
-    "tensorwise-params": ["precision.fp8=tensorwise", "precision.fp8_params=true"],
     "blockwise": ["precision.fp8=blockwise"],
 }  # fmt: skip
 

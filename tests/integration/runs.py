@@ -82,9 +82,9 @@ def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
     return process.returncode, output
 
 
-def train(*overrides: str, timeout: float = 240) -> str:
+def train(*overrides: str, timeout: float = 240, environment: Mapping[str, str] | None = None) -> str:
     """Run to the end and return the output; a failure is shown."""
-    status, output = finish(start(*overrides), timeout)
+    status, output = finish(start(*overrides, environment=environment), timeout)
     assert status == 0, output[-6000:]
     return output
 

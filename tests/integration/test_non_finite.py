@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from launch import torchrun
-from runs import NO_EVALUATION, finish, rows, start, train
+from runs import NO_EVALUATION, finish, reproducible, rows, start, train
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.rollout.samples import read_samples, rollouts_path
 
 pytestmark = pytest.mark.integration
 
@@ -82,7 +84,55 @@ def test_a_step_with_nan_logits_is_skipped_described_and_counted(
     assert all(torch.equal(tensor.nan_to_num(9.0), one[name].nan_to_num(9.0)) for name, tensor in skipped.items())
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+    """Steps 3 and 4 are bad, so the run goes back to step 2 and on with what comes after them, as if they had never been; the second time
+    there is nothing to go back to, and it stops. A step that a skipped one follows is no good checkpoint."""
+    model, rollouts, token = poisoned
+    common = [*NO_EVALUATION, "model=hf", f"model.path={model}", "loss.max_skipped_steps=1", "checkpoint.every=1", "checkpoint.keep_last=3"]
+    sound = replay(rollouts, tmp_path / "sound", token, ())
+    for source, target in ((1, 5), (2, 6)):
+        shutil.copy(rollouts_path(sound, source), rollouts_path(sound, target))
+    bad = replay(sound, tmp_path / "bad", token, (3, 4))
+    output = train(*common, "run.steps=4", f"rollout.replay={bad}", f"run.dir={tmp_path / 'run'}")
+    assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1: back to" in output and "step_000002" in output, output
+    for step, source in ((3, 5), (4, 6)):
+        shutil.copy(rollouts_path(sound, source), rollouts_path(sound, step))
+    train(*common, "run.steps=4", f"rollout.replay={sound}", f"run.dir={tmp_path / 'without'}")
+    assert reproducible(tmp_path / "run" / "metrics.jsonl") == reproducible(tmp_path / "without" / "metrics.jsonl")
+    assert [row["update/skipped"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [0, 0, 0, 0]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_000004" / "trainer.json").read_text())
+    assert (state["rollbacks"], state["discarded"], state["rolled_back_to"], state["skipped"]) == (1, 2, 2, 0)
+    # What comes after is bad again: the count of rollbacks has survived the end of the run, and so has that of skipped steps.
+    more = replay(sound, tmp_path / "more", token, (5, 6))
+    for step, source in ((7, 5), (8, 6)):
+        shutil.copy(rollouts_path(more, source), rollouts_path(more, step))
+    resumed = [f"rollout.replay={more}", f"run.dir={tmp_path / 'run'}", "resume=auto"]
+    train(*common, "run.steps=5", *resumed)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step_000005" / "trainer.json").read_text())["skipped"] == 1
+    status, output = finish(start(*common, "run.steps=8", *resumed))
+    assert status == 1 and "Traceback" not in output, output
+    assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1, after 1 of loss.max_rollbacks=1" in output, output
+
+
+def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
+    """The prompts of steps 3 and 4 break the gradients; what is sampled after them is from the weights of step 2, with other prompts."""
+    output = train(
+        *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
+        "verify.reward=broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
+        environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert "not finite in 2 steps in a row" in output and "step_000002" in output, output
+    found = rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["update/skipped"]) for row in found] == [(1, 0), (2, 0), (3, 0), (4, 0)]
+    # What had been sampled ahead, from the weights after step 3 or 4, is not used.
+    assert found[2]["weight_version"] == "step_000002" and found[2]["rollout/staleness_max"] == 0
+    assert found[2]["rollout/log_prob_diff_max"] < 1e-3
+    positions = [{sample.position for sample in read_samples(rollouts_path(tmp_path / "run" / "rollouts", step))} for step in (1, 2, 3, 4)]
+    assert positions[0] | positions[1] == set(range(8))
+    assert positions[2] | positions[3] == set(range(16, 24))
+
+
+def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
     model, rollouts, token = poisoned
     folder = replay(rollouts, tmp_path / "replay", token, (2, 3))
     status, output = finish(
@@ -93,6 +143,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(poisoned: tuple[Path, Path
     )  # fmt: skip
     assert status != 0
     assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1" in output and "Traceback" not in output
+    assert "there is no checkpoint before them" in output
 
 
 def test_a_warm_start_from_weights_that_are_not_finite_stops_at_once(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 import secrets
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.integration
 
@@ -24,6 +28,7 @@ OVERRIDES = [
     "optimizer.decay_style=cosine",
     "optimizer.warmup_steps=4",
     "checkpoint.every=3",
+    "checkpoint.export_every=12",
     "evaluation.before=false",
 ]
 
@@ -69,17 +74,46 @@ def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: P
     for one, other in zip(found, expected, strict=True):
         for name in ("update/loss", "update/grad_norm", "entropy/mean", "credit/delta_mean", "update/kl_to_start"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+        assert one["update/loss"] == pytest.approx(other["update/loss"], rel=0, abs=1e-5)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    newest = run / "checkpoints" / "step_000014"
+    weights = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with open(weights, "r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    status, output = finish(start(*OVERRIDES, f"run.dir={run}", f"resume={newest}"))
+    assert status == 1 and f"{weights} is not what dasd_manifest.json lists" in output and "Traceback" not in output, output[-3000:]
+    output = train(*OVERRIDES, f"run.dir={run}", "resume=auto")
+    assert f"{weights} is not what dasd_manifest.json lists" in output and "step_000012 at step 12" in output, output
+    assert reproducible(run / "metrics.jsonl") == reproducible(uninterrupted / "metrics.jsonl")
+    assert (run / "checkpoints" / "step_000014.damaged").is_dir()
 
 
 def test_going_back_to_an_earlier_checkpoint_departs_from_the_later_ones(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     checkpoints = run / "checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000014"]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000014"]
     train(*OVERRIDES, f"run.dir={run}", f"resume={checkpoints / 'step_000012'}", "run.steps=13", "evaluation=none", "checkpoint.every=0")
     assert (checkpoints / "latest").read_text().strip() == "step_000013"
-    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000013"]
+    assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000013"]
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 14))
+
+
+def test_export_beside_a_checkpoint_is_what_the_checkpoint_converts_to(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = uninterrupted / "checkpoints" / "step_000012"
+    convert = [sys.executable, "-m", "dasd_megatron.cli", "convert", "megatron-to-hf"]
+    convert += ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "converted")]
+    subprocess.run(convert, check=True, capture_output=True, timeout=240)
+    exported, converted = (load_file(path / "model.safetensors") for path in (checkpoint.with_suffix(".hf"), tmp_path / "converted"))
+    assert exported.keys() == converted.keys()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in exported.items())
 
 
 def test_a_resumed_run_takes_the_new_learning_rate(uninterrupted: Path, tmp_path: Path) -> None:

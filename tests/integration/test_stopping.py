@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
 from servers import FaultyProxy
@@ -86,3 +87,20 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     status, output = finish(process, timeout=10)
     assert status == 75 and "stopped before training began" in output, output
+
+
+def test_a_second_ctrl_c_ends_everything_at_once(tmp_path: Path) -> None:
+    """While the workers import, the first one waits for them, and the second does not."""
+    process = start(*OVERRIDES, f"run.dir={tmp_path / 'run'}")
+    launcher, deadline = psutil.Process(process.pid), time.monotonic() + 120
+    while len(launcher.children()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    workers = launcher.children()
+    assert process.poll() is None and len(workers) == 2
+    process.send_signal(signal.SIGINT)
+    status, output = finish(process, timeout=10)
+    assert status == 128 + signal.SIGINT and "a second SIGINT: ended at once" in output, output
+    assert not psutil.wait_procs(workers, timeout=5)[1]

@@ -13,7 +13,6 @@ from dasd_megatron.config import Config, ConfigError, ParallelConfig, known_fiel
 
 QUICK = "experiment=quickstart"
 GPU = ["backend.kind=cuda", "precision=bf16"]
-FP8_PARAMS = ["precision.fp8=tensorwise", "precision.fp8_params=true"]
 
 REFUSED = [
     (["optimizer.rl=3"], ["optimizer.rl", "optimizer.lr"]),
@@ -105,13 +104,8 @@ REFUSED = [
     (["precision.fp8=tensorwise"], ["precision.fp8=tensorwise", "backend.kind=cuda"]),
     ([*GPU, "backend.transformer_impl=local", "precision.fp8=delayed"], ["precision.fp8=delayed", "transformer_impl"]),
     ([*GPU, "precision=fp32", "precision.fp8=delayed"], ["precision.fp8=delayed", "params_dtype=bf16"]),
-    (["precision.fp8_params=true"], ["precision.fp8_params", "precision.fp8=none"]),
     (["precision.bf16_last_layers=1"], ["bf16_last_layers", "precision.fp8=none"]),
     ([*GPU, "precision.fp8=delayed", "precision.bf16_first_layers=1"], ["precision.fp8=delayed", "bf16_first_layers", "tensorwise"]),
-    ([*GPU, *FP8_PARAMS, "teacher.weights=ema"], ["precision.fp8_params=true", "teacher.weights=ema"]),
-    ([*GPU, *FP8_PARAMS, "loss.kl_coef=0.1"], ["precision.fp8_params=true", "loss.kl_coef"]),
-    ([*GPU, *FP8_PARAMS, "optimizer.distributed=false"], ["precision.fp8_params=true", "optimizer.distributed"]),
-    ([*GPU, "precision.fp8=mxfp8", "precision.fp8_params=true"], ["precision.fp8_params=true", "precision.fp8=mxfp8"]),
     (["evaluation.ks=[1,32]"], ["evaluation.ks", "32", "evaluation.samples=16"]),
     (["rollout.max_new_tokens=500"], ["rollout.max_new_tokens", "max_position_embeddings"]),
     (["model.path=/nowhere"], ["model.path=/nowhere"]),

@@ -16,7 +16,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.models.hf_config import read_hf_config  # noqa: E402
-from dasd_megatron.planning.estimate import Architecture, activation_bytes, training_state  # noqa: E402
+from dasd_megatron.planning.estimate import Architecture, activation_bytes, recomputed_bytes, training_state  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 
@@ -78,11 +78,8 @@ if config.parallel.pipeline_model_parallel_size == 1:
         output = model.chunks[0](tokens, torch.arange(length)[None].expand(rows, length), None)
     measured = sum(kept.values())
     predicted = activation_bytes(arch, config, rows * length, stage, micro_batches=1, transformer_engine=False)
-    if config.precision.recompute == "full":
-        # The one layer that is computed again lives in the backward pass only.
-        from dasd_megatron.planning.estimate import layer_activation_bytes
-
-        predicted -= rows * length * layer_activation_bytes(arch, config, transformer_engine=False)
+    # What is computed again lives in the backward pass only.
+    predicted -= rows * length * recomputed_bytes(arch, config, transformer_engine=False)
     print(f"activations: measured {measured}, planned {predicted:.0f}, ratio {predicted / measured:.3f}", flush=True)
     assert abs(predicted / measured - 1) < 0.2, (measured, predicted)
 dist.destroy_process_group()

@@ -301,5 +301,6 @@ def _assert_within(got: Tensor, want: Tensor, bound: Tensor, message: str) -> No
         numbers = f"{got[place].item()} instead of {want[place].item()} +- {bound[place].item():.1e}"
         worst = ((got - want).abs() / (bound + 1e-37))[~good].max().item()
         raise AssertionError(
-            f"{message}: {int((~good).sum())} of {good.numel()} wrong, at worst by {worst:.2f} times the bound, the first at {place}: {numbers}"
+            f"{message}: {int((~good).sum())} of {good.numel()} wrong, at worst by {worst:.2f} times the bound, the first at {place}: "
+            f"{numbers}"
         )

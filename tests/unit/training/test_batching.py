@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.training.batching import MicroBatch, balanced_shares, make_micro_batches, sequence_parts
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.training.batching import MicroBatch, balanced_shares, make_micro_batches, replica_shares, sequence_parts
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=9)
 
@@ -121,6 +122,31 @@ def test_shares_have_equal_counts_and_nearly_equal_totals(data: st.DataObject, s
 def test_shares_that_do_not_come_out_equal_are_refused() -> None:
     with pytest.raises(ValueError, match="5 sequences do not divide into 2 shares"):
         balanced_shares([1] * 5, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 3), st.sampled_from([1, 2, 4]))
+def test_replicas_get_every_sample_of_a_minibatch_once(data: st.DataObject, minibatches: int, rounds: int) -> None:
+    count = 4 * rounds * minibatches
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 500)), min_size=count, max_size=count))
+    samples = [
+        Sample(
+            index // 4, index % 4, 0, "p", "", "", "", [1] * prompt, [1] * response, [], "", "stop", [["v", 1]], float(index), None, False
+        )
+        for index, (prompt, response) in enumerate(lengths)
+    ]
+    share = count // minibatches
+    for replicas in (1, 2, 4):
+        shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
+        each = share // replicas
+        for one in shares:
+            assert [samples[place] for place in one.places] == one.samples and one.rewards == [sample.reward for sample in samples]
+        for minibatch in range(minibatches):
+            mine = [one.places[minibatch * each : (minibatch + 1) * each] for one in shares]
+            assert sorted(place for part in mine for place in part) == list(range(minibatch * share, (minibatch + 1) * share))
+            totals = [sum(sum(lengths[place]) for place in part) for part in mine]
+            assert max(totals) - min(totals) < max(map(sum, lengths))
+    assert replica_shares(samples, replicas=1, minibatches=minibatches)[0].places == list(range(count))
 
 
 @settings(max_examples=60, deadline=None)

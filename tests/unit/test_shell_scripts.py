@@ -1,0 +1,226 @@
+"""The shell scripts and the Dockerfile: linted, and what the batch scripts would do, without Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dasd_megatron.config import load_config
+from dasd_megatron.planning.command import plan
+
+ROOT = Path(__file__).parents[2]
+SIZES = {"7b": (1, 1, 8, 1), "32b": (4, 2, 2, 4), "70b": (16, 4, 1, 8)}
+"""Training nodes, rollout nodes, servers on each, GPUs of each server."""
+
+
+def shell_scripts() -> list[Path]:
+    found = [path for folder in ("slurm", "docker", ".ci", "tools", "examples", "benchmarks") for path in (ROOT / folder).rglob("*")]
+    return [path for path in found if path.is_file() and (path.suffix == ".sh" or path.read_bytes().startswith(b"#!/usr/bin/env bash"))]
+
+
+def program(name: str) -> str:
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name} here: pip install -e '.[dev]'")
+    return found
+
+
+def test_shellcheck() -> None:
+    scripts = shell_scripts()
+    assert {"common.sh", "env.sh", "train_dasd_70b.sh", "install_trainer.sh", "run"} <= {path.name for path in scripts}
+    done = subprocess.run([program("shellcheck"), "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint() -> None:
+    done = subprocess.run([program("hadolint"), "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_runs_scripts_that_are_there() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    scripts = set(re.findall(r"docker/\w+\.sh", text))
+    assert scripts == {f"docker/{path.name}" for path in (ROOT / "docker").iterdir()}
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for source in re.findall(r"^COPY (\w\S*) ", text, re.MULTILINE):
+        assert f"!{source.split('/')[0]}" in ignored
+    # Every stage that is an image ends as a user without rights.
+    for stage in ("cpu", "gpu"):
+        assert "\nUSER 10001\n" in re.search(rf" AS {stage}\n(.*?)(\nFROM|$)", text, re.DOTALL)[1] + "\n"
+
+
+def test_pins_are_what_the_package_accepts() -> None:
+    """The constraints fit the requirements of the package, so that the images get the tested versions."""
+    pins = {}
+    for line in (ROOT / "requirements" / "trainer.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            pins[re.sub(r"[-_.]+", "-", name).lower()] = version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def dry_run(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> tuple[str, list[list[str]]]:
+    """What a script prints, and the commands in it."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "DASD_"))}
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / script), *arguments],
+        cwd=cwd,
+        env={**clean, "DRY_RUN": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("    ")]
+
+
+def option(command: list[str], name: str) -> str:
+    return next(word.split("=", 1)[1] for word in command if word.startswith(f"{name}="))
+
+
+def overrides_of(command: list[str]) -> list[str]:
+    return command[command.index("train") + 1 :]
+
+
+CONTAINERS = {
+    "none": ([], f"{ROOT}/.venv/bin/python", f"{ROOT}/.venv-sglang/bin/python"),
+    "pyxis": (["--container-image=image", f"--container-workdir={ROOT}"], "/opt/dasd/bin/python", "/opt/sglang/bin/python"),
+    "apptainer": (["apptainer", "exec", "--nv", "--bind", "image"], "/opt/dasd/bin/python", "/opt/sglang/bin/python"),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("size", SIZES)
+def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
+    """From any directory, without Slurm: the steps, their nodes, GPUs and addresses, and overrides that `dasd train` takes."""
+    train_nodes, rollout_nodes, per_node, tensor_parallel = SIZES[size]
+    words, python, sglang = CONTAINERS[container]
+    text, commands = dry_run(
+        f"train_dasd_{size}.sh", "optimizer.lr=2e-6", "run.name=a b", cwd=tmp_path, DASD_CONTAINER=container, DASD_IMAGE="image"
+    )
+    submit, *servers, train, requeue = commands
+    nodes = train_nodes + rollout_nodes
+    assert submit == ["sbatch", f"--nodes={nodes}", f"slurm/train_dasd_{size}.sh", "optimizer.lr=2e-6", "run.name=a b"]
+    assert f"#SBATCH --nodes={nodes}\n" in (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text()
+    assert requeue == ["scontrol", "requeue", "0"]
+    names = [f"node{index:02d}" for index in range(1, nodes + 1)]
+    urls = []
+    for index, server in enumerate(servers):
+        slot = index % per_node
+        devices = range(slot * tensor_parallel, (slot + 1) * tensor_parallel)
+        assert server[0] == "srun" and option(server, "--nodelist") == names[train_nodes + index // per_node]
+        assert option(server, "CUDA_VISIBLE_DEVICES") == ",".join(map(str, devices))
+        assert server[server.index("--tp-size") + 1] == str(tensor_parallel) and server[server.index("--python") + 1] == sglang
+        assert server.index(python) > max([server.index(word) for word in words], default=0)
+        assert "--overlap" in server and option(server, "--open-mode") == "append" and "/logs/server." in option(server, "--output")
+        urls.append(f"http://{option(server, '--nodelist')}:{server[server.index('--port') + 1]}")
+    assert len(set(urls)) == len(urls) == rollout_nodes * per_node
+    assert f"{urls[-1]}/health" in text
+    assert option(train, "--nodelist").split(",") == names[:train_nodes] and option(train, "--ntasks") == str(train_nodes)
+    # A node that has saved and ended first must not take the others with it before they have.
+    assert option(train, "--kill-on-bad-exit") == "0" and option(train, "--wait") == "60"
+    assert option(train, "PET_NNODES") == str(train_nodes) and option(train, "PET_RDZV_ENDPOINT") == "node01:29500"
+    assert 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' in train
+    given = overrides_of(train)
+    assert f"rollout.servers=[{','.join(urls)}]" in given and "resume=auto" in given and given[-2:] == ["optimizer.lr=2e-6", "run.name=a b"]
+    if container != "none":
+        return
+    # Hydra takes them, and the processes fill the nodes. The paths are not there.
+    known = [word for word in given if not word.startswith(("model.path", "data.", "run.name"))]
+    sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
+    config = load_config([*known, *sources])
+    parallel = config.parallel
+    # Slurm's warning leaves time for a save.
+    signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
+    assert config.checkpoint.grace_seconds < int(signal[1])
+    processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    assert processes == 8 * train_nodes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_layout_fits_80_gb(size: str, capsys: pytest.CaptureFixture) -> None:
+    plan([f"experiment=dasd_{size}", "rollout.max_prompt_tokens=2048"])
+    total = re.search(r"total, with reserve +([\d.]+) GB of 80.00 GB: fits", capsys.readouterr().out)
+    # As docs/slurm.md says.
+    assert f"| {float(total[1]):.1f} GB |" in (ROOT / "docs" / "slurm.md").read_text()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_colocated(size: str) -> None:
+    train_nodes, _, per_node, _ = SIZES[size]
+    _, (submit, *servers, train, _) = dry_run(f"train_dasd_{size}.sh", DASD_PLACEMENT="colocated")
+    assert submit[1] == f"--nodes={train_nodes}" and len(servers) == train_nodes * per_node
+    assert {option(server, "--nodelist") for server in servers} == set(option(train, "--nodelist").split(","))
+    given = overrides_of(train)
+    assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given)
+    alone = train_nodes == 1
+    assert alone == ("rollout.weight_sync=tensor" in given) == ("rollout.release_memory=true" in given)
+    for server in servers:
+        assert server[server.index("--host") + 1] == ("127.0.0.1" if alone else "0.0.0.0")
+        assert server[server.index("--") + 1 :] == (["--enable-memory-saver"] if alone else ["--mem-fraction-static", "0.4"])
+    known = [word for word in given if not word.startswith(("model.path", "data."))]
+    sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
+    load_config([*known, *sources])
+
+
+def test_router_and_settings_of_the_environment() -> None:
+    layout = {"DASD_ROUTER": "1", "DASD_ROLLOUT_NODES": "1", "DASD_SERVER_TP": "8", "DASD_SERVER_ARGS": "--quantization fp8"}
+    text, (submit, server, router, train, _) = dry_run("train_dasd_32b.sh", **layout)
+    assert submit[1] == "--nodes=5" and server[-3:] == ["--", "--quantization", "fp8"]
+    assert router[router.index("--servers") + 1] == "http://node05:30000" and option(router, "--nodelist") == "node05"
+    assert {"rollout.servers=[]", "rollout.router=http://node05:31000"} <= set(overrides_of(train))
+    assert "http://node05:31000/readiness" in text
+
+
+def test_tiny_evaluation_and_conversion() -> None:
+    _, (_, model, *servers, train, _) = dry_run("train_dasd_tiny.sh", "run.steps=3")
+    assert "make_tiny_model" in model[-1] and [option(server, "--nodelist") for server in servers] == ["node03", "node03"]
+    assert all(server[server.index("--engine") + 1] == "embedded" for server in servers)
+    given = overrides_of(train)
+    assert load_config([word for word in given if not word.startswith("model.path")]).run.steps == 3
+    _, (_, *servers, evaluate) = dry_run(
+        "eval.sh", "/models/mine", "evaluation.samples=8", DASD_PLACEMENT="colocated", DASD_TRAIN_NODES="4"
+    )
+    assert len(servers) == 8 and {option(step, "--nodelist") for step in [*servers, evaluate]} == {"node01"}
+    assert "model.path=/models/mine" in evaluate and evaluate[-1] == "evaluation.samples=8"
+    _, (_, convert) = dry_run("convert.sh", "hf-to-megatron", "--hf-path", "a b")
+    assert convert[-4:] == ["convert", "hf-to-megatron", "--hf-path", "a b"] and not any("CUDA" in word for word in convert)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"DASD_CONTAINER": "docker"}, "DASD_CONTAINER=docker: write one of none pyxis apptainer"),
+        ({"DASD_CONTAINER": "pyxis"}, "DASD_CONTAINER=pyxis needs DASD_IMAGE"),
+        ({"DASD_SERVER_TP": "4", "DASD_SERVERS_PER_NODE": "3"}, "3 servers of DASD_SERVER_TP=4 GPUs do not fit on DASD_GPUS_PER_NODE=8"),
+        ({"DASD_ROLLOUT_NODES": "two"}, "DASD_ROLLOUT_NODES=two: write a whole number"),
+        ({"DASD_ROLLOUT_NODES": "0"}, "there is no rollout server"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings: dict[str, str], message: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "DASD_"))}
+    done = subprocess.run(
+        ["bash", "slurm/train_dasd_32b.sh"], cwd=ROOT, env={**environment, "DRY_RUN": "1", **settings}, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_env_names_every_setting() -> None:
+    """What common.sh reads stands in env.sh, with a default; what the scripts themselves set is theirs."""
+    used = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "common.sh").read_text()))
+    named = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "env.sh").read_text()))
+    assert used - named == {"DASD_SCRIPT", "DASD_ENV", "DASD_ENGINE", "DASD_RUN_DIR"}
+    assert named - used == {"DASD_MODELS", "DASD_DATA", "DASD_TRAIN_DATA", "DASD_MODEL"}
