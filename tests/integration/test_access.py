@@ -51,8 +51,8 @@ def server(model: Path, tmp_path: Path) -> Iterator[LocalServer]:
 
 @contextlib.contextmanager
 def nobody_is_told() -> Iterator[None]:
-    """Look again and again at the command lines of all processes of the machine, as `ps` does, and at where those of the test listen: on
-    the loopback interface alone. (Where gloo does, in workers, the name of the host decides.)"""
+    """Look again and again at the command lines of all processes of the machine, as `ps` does, and at where the test's launchers and
+    embedded servers listen: on the loopback interface alone. (Where gloo does, in workers, the name of the host decides.)"""
     seen, done = [], threading.Event()
 
     def look() -> None:
@@ -62,7 +62,7 @@ def nobody_is_told() -> Iterator[None]:
                 with contextlib.suppress(psutil.Error):
                     words = process.cmdline()
                     seen.extend(word for word in words if KEY in word)
-                    if process.pid in family and "dasd_megatron.training.worker" not in words:
+                    if process.pid in family and {"dasd_megatron.cli", "dasd_megatron.rollout.server"} & set(words):
                         ports = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
                         seen.extend((words, port) for port in ports if not is_loopback(port.ip))
 

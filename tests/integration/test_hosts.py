@@ -18,7 +18,7 @@ from runs import NO_EVALUATION, SMALL, finish, reproducible, start
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 STEPS = 16
 COLLECTIVE_SECONDS = 24
@@ -110,7 +110,7 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert len(rows(run)) < STEPS
         net.restore("train1")
         for rank, process in enumerate(start_training(net, run, tmp_path, "second").values()):
-            assert process.wait(120) == 0, (tmp_path / f"second.{rank}.log").read_text()[-4000:]
+            assert process.wait(240) == 0, (tmp_path / f"second.{rank}.log").read_text()[-4000:]
     assert "resumed from" in (tmp_path / "second.0.log").read_text()
     status, output = finish(undisturbed)
     assert status == 0, output[-4000:]
