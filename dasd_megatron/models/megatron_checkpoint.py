@@ -72,7 +72,8 @@ def read_metadata(path: Path) -> Metadata:
             metadata = _MetadataReader(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
-        for file in sorted({path / "common.pt", *path.glob("*.pt")}):
+        # Megatron-Core 0.19 writes no common.pt beside weights alone; where an older one needs it, its loader says so.
+        for file in sorted(path.glob("*.pt")):
             torch.load(file, map_location="cpu", weights_only=True)
         for index, place in metadata.storage_data.items():
             # Objects, as opposed to tensors, which are read with weights_only.
