@@ -58,7 +58,7 @@ def test_a_layout_trains_as_one_process_does(results: dict[str, Any], objective:
 def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
     """With recomputation as without, bit for bit; under TP as in one process. That ranks agree on what they share is checked inside."""
     found = results["dropout"][case]
-    assert found["weights moved"] > 1e-3
+    assert found["weights moved"] > 5e-4
     if "TP" not in case or "SP" in case:
         assert found["loss"] == found["gradient norm"] == found["weights"] == 0.0
     assert {name: value for name, value in found.items() if value > LIMITS.get(name, 1.0)} == {}
