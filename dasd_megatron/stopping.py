@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STATUS = os.EX_TEMPFAIL
@@ -25,6 +26,8 @@ REPEAT_SECONDS = 2.0
 _POLL_SECONDS = 0.5
 
 _requested = threading.Event()
+# A request, or the end of the run.
+_news = threading.Event()
 _told: int | None = None
 
 
@@ -70,6 +73,7 @@ def _react(reader: int, grace_seconds: float) -> None:
         pass
     began = time.monotonic()
     _requested.set()
+    _news.set()
     while True:
         signum = _next_signal(reader, max(0.0, began + grace_seconds - time.monotonic()))
         if signum is None:
@@ -88,8 +92,11 @@ def _next_signal(reader: int, timeout: float | None) -> int | None:
     return None
 
 
-def spread(rank: int) -> None:
-    """Let global rank 0, which waits for rollouts, know of signals that any rank gets. After the process group has been started."""
+def spread(rank: int) -> Callable[[], None]:
+    """Let global rank 0, which waits for rollouts, know of signals that any rank gets. After the process group has been started.
+
+    Returns what ends it, to be called before the process does: a thread inside the store would abort an interpreter that shuts down.
+    """
     from torch.distributed import PrefixStore, TCPStore
 
     # A connection of its own: the process group's may be waiting for something.
@@ -97,15 +104,26 @@ def spread(rank: int) -> None:
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
     store = PrefixStore(f"dasd_stop/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
+    over = threading.Event()
+
     def exchange() -> None:
         try:
-            while not _requested.wait(_POLL_SECONDS):
+            while not _news.wait(_POLL_SECONDS):
                 if rank == 0 and store.check(["requested"]):
                     os.write(_told, bytes([signal.SIGTERM]))
                     return
-            store.set("requested", "1")
+            if not over.is_set():
+                store.set("requested", "1")
         # Whoever keeps the store is gone, and the run with it.
         except RuntimeError:
             return
 
-    threading.Thread(target=exchange, name="stop requests", daemon=True).start()
+    thread = threading.Thread(target=exchange, name="stop requests", daemon=True)
+    thread.start()
+
+    def end() -> None:
+        over.set()
+        _news.set()
+        thread.join(limit.total_seconds())
+
+    return end

@@ -57,7 +57,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
 
     gc.enable()
     parallel.initialize(config)
-    stopping.spread(dist.get_rank())
+    end_exchange = stopping.spread(dist.get_rank())
     root = parallel.broadcast_from_rank0(root)
     if not prepared:
         refusals = (ValueError, DataError, TemplateError, OSError, AccessError, DiscoveryError)
@@ -69,6 +69,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         # When the first worker is gone, its agent ends the others.
         dist.barrier()
         raise
+    finally:
+        end_exchange()
     # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent to end them.
     dist.destroy_process_group()
 
