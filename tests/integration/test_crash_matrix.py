@@ -25,7 +25,11 @@ from safetensors.torch import load_file
 from dasd_megatron.training.checkpoint_files import complete_checkpoints, resumable, step_of
 
 MOMENTS = int(os.environ.get("CRASH_MOMENTS", "4"))
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300 + 120 * MOMENTS)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(300 + 120 * MOMENTS),
+    pytest.mark.skipif("CRASH_MOMENTS" not in os.environ, reason="minutes long, on its own: make crash-matrix, or CRASH_MOMENTS=4"),
+]
 
 LIMIT_SECONDS = 60.0
 START_SECONDS = 180.0
