@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -51,14 +50,8 @@ def routing(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]
             time.sleep(0.1)
         yield process, log.read_text().split("routing ")[-1].split(" ")[0]
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            # How a router ends is tested in test_discovery.py.
-            for member in (process, *family):
-                member.kill()
+        process.wait(30)
 
 
 class FaultyProxy:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import pickle
 import secrets
 import stat
@@ -141,12 +142,15 @@ def test_a_key_in_the_configuration_and_one_that_is_none_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     mask = os.umask(0o022)
+    # `dasd train` blocks signals, which every process that is started after it would inherit.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
         arguments = ["train", *SMALL, f"run.dir={tmp_path / 'run'}", "run.steps=1"]
         assert main([*arguments, f"run.name={KEY}"]) == 1
         monkeypatch.setenv(VARIABLE, "")
         assert main(arguments) == 1
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.umask(mask)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "config" in lines[0] and "openssl rand" in lines[1] and KEY not in "".join(lines)
