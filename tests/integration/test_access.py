@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import pickle
 import secrets
+import signal
 import stat
 import subprocess
 import threading
