@@ -124,7 +124,6 @@ def worker(root: Path) -> None:
 
 
 def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    from dasd_megatron.cli import num_processes
     from dasd_megatron.models.hf_config import read_hf_config
     from dasd_megatron.training.prepare import prepare_run
 
@@ -143,7 +142,7 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         vocab_size = read_hf_config(config.model.path).vocab_size if config.model.path else 90
         random_rollouts(scratch / "rollouts", config, *map(int, options.replay.split(",")), vocab_size=vocab_size)
     prepare_run(config, scratch / "run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes(config)}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.world_size}"]
     environment = {**os.environ, **backend.process_environment(config.backend)}
     subprocess.run([*command, __file__, "worker", str(scratch / "run")], env=environment, check=True, timeout=options.timeout)
     rows = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()][2:]
@@ -185,9 +184,10 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     backend.select(config.backend).check_precision(config.precision)
     import torch
     from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.utils import unwrap_model
 
     from dasd_megatron.models.gpt import HiddenStatesHead, build_model
-    from dasd_megatron.planning.command import make_plan
+    from dasd_megatron.planning.command import OVERHEAD_BYTES, make_plan
     from dasd_megatron.planning.estimate import Architecture
     from dasd_megatron.training import parallel
     from dasd_megatron.training.batching import make_micro_batches
@@ -225,9 +225,7 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     def scoring() -> None:
         score(model, batches, config.loss, temperature=1.0)
 
-    head = model.chunks[-1]
-    while hasattr(head, "module"):
-        head = head.module
+    head = unwrap_model(model.chunks[-1])
     labels = {id(batch): torch.zeros_like(batch.tokens) for batch in batches}
     masks = {id(batch): torch.zeros(batch.tokens.shape, device=device) for batch in batches}
     for batch in batches:
@@ -319,7 +317,7 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
         plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine)
         # The reserve of a plan is for what torch does not allocate.
-        record["planned_bytes"] = plan.fullest.total - 4e9
+        record["planned_bytes"] = plan.fullest.total - OVERHEAD_BYTES
         record["allocated_before_step"] = torch.cuda.memory_allocated()
         print(f"peak of our update: {peaks['ours'] / 1e9:.2f} GB; dasd plan, without its reserve: {record['planned_bytes'] / 1e9:.2f} GB")
         record["kernels"] = backend.current().kernels(config.backend.transformer_impl)

@@ -77,7 +77,7 @@ def _train(arguments: list[str]) -> None:
         return
     from dasd_megatron.training.launch import check_gpus, launch, read_nodes
 
-    nodes = read_nodes(config, num_processes(config), os.environ)
+    nodes = read_nodes(config, config.parallel.world_size, os.environ)
     root = choose_run_dir(config)
     if config.backend.kind == "cuda":
         check_gpus(nodes.processes)
@@ -105,10 +105,6 @@ def _check_port(config: Config) -> None:
             raise ConfigError(
                 f"rollout.port={rollout.port} on {rollout.host} cannot be used ({error.strerror}): choose another, or 0 for any free one"
             ) from error
-
-
-def num_processes(config: Config) -> int:
-    return config.parallel.world_size
 
 
 def _evaluate(arguments: list[str]) -> None:

@@ -15,8 +15,8 @@ _selected: ModuleType | None = None
 def select(config: BackendConfig) -> ModuleType:
     """Install and return the backend named by ``config.kind``; :class:`ConfigError` when it cannot run on this machine.
 
-    A backend is a module with ``install``, ``check_precision``, ``token_multiple``, ``kernels``, ``capabilities``, ``device``,
-    ``init_process_group``, ``transformer_config_overrides``, ``uses_transformer_engine``, ``get_rng_state`` and ``set_rng_state``.
+    A backend is a module with ``install``, ``check_precision``, ``kernels``, ``device``, ``init_process_group``,
+    ``transformer_config_overrides``, ``uses_transformer_engine``, ``get_rng_state`` and ``set_rng_state``.
     """
     global _selected
     if config.kind == "cpu":

@@ -123,19 +123,9 @@ def check_precision(config: PrecisionConfig) -> None:
     """Nothing that the configuration lets through is missing here."""
 
 
-def token_multiple(config: PrecisionConfig) -> int:
-    """What the number of tokens in each rank's matrix products has to be a multiple of."""
-    return 1
-
-
 def kernels(transformer_impl: str) -> dict[str, str]:
     """Which implementation each part of a training step runs on."""
     return {"layers": "Megatron-Core local layers, PyTorch attention", "Adam": "torch.optim.AdamW", "token statistics": "PyTorch"}
-
-
-def capabilities() -> set[str]:
-    """Features beyond the common ones that this backend can run: none (no context parallelism, no packed sequences, no FP8)."""
-    return set()
 
 
 def device() -> torch.device:

@@ -39,8 +39,6 @@ def _transformer_engine_installed() -> bool:
 
 # Least compute capability of each FP8 recipe.
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-# Tokens of one matrix product, of which an FP8 one needs a multiple: the blocks that share a scale, or the tensor cores' tiles.
-_FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 def check_precision(config: PrecisionConfig) -> None:
@@ -58,11 +56,6 @@ def check_precision(config: PrecisionConfig) -> None:
         )
 
 
-def token_multiple(config: PrecisionConfig) -> int:
-    """What the number of tokens in each rank's matrix products has to be a multiple of."""
-    return _FP8_TOKEN_MULTIPLE[config.fp8]
-
-
 def kernels(transformer_impl: str) -> dict[str, str]:
     """Which implementation each part of a training step runs on, by what is installed; imports Megatron-Core."""
     from megatron.core.optimizer import Adam
@@ -75,11 +68,6 @@ def kernels(transformer_impl: str) -> dict[str, str]:
         "weight gradients": "accumulated in the product (Apex)" if fused_gradients else "accumulated after the product",
         "token statistics": "Triton" if importlib.util.find_spec("triton") is not None else "PyTorch",
     }
-
-
-def capabilities() -> set[str]:
-    """Features beyond the common ones that this backend can run."""
-    return {"context_parallel"} if _transformer_engine_installed() else set()
 
 
 def device() -> torch.device:

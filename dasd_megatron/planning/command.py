@@ -46,7 +46,7 @@ _DEFAULTS = (
     "batch.micro_batch_size=1",
 )
 # Not measured here: CUDA context, NCCL's buffers, allocator slack. What a rollout engine may take of a GPU.
-_OVERHEAD_BYTES = 4e9
+OVERHEAD_BYTES = 4e9
 _ROLLOUT_SHARE = 0.9
 # For the order of layouts alone: an H100's dense bf16 peak and the share of it that a large model reaches; bytes per second of NVLink and
 # of one network card, at the shares that collectives reach.
@@ -123,7 +123,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         kept = activation_bytes(arch, config, tokens, stage, micro_batches=micro_batches, transformer_engine=transformer_engine)
         loss = 0.0 if stage < pipeline - 1 else fused if config.loss.fused_linear else materialised
         total = state.weights + state.gradients + state.optimizer + snapshots + kept + loss
-        total += _OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
+        total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
         stages.append(StageMemory(stage, state, snapshots, kept, loss, total))
     fullest = max(stages, key=lambda one: one.total)
     state = fullest.state

@@ -232,7 +232,7 @@ def _print_memory(config: Config, plan: Plan, limit: float) -> None:
 
 
 @contextlib.contextmanager
-def _as_rank(config: Config, rank: int) -> Iterator[None]:
+def as_rank(config: Config, rank: int) -> Iterator[None]:
     """Megatron's parallel state of ``rank`` in the whole world, in this process alone; nothing can be sent."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -263,7 +263,7 @@ def _print_ranks(config: Config, hf_config: PretrainedConfig, arch: Architecture
 
     parallel, lines = config.parallel, []
     for rank in sorted({0, parallel.world_size // 2, parallel.world_size - 1}):
-        with _as_rank(config, rank):
+        with as_rank(config, rank):
             found = Place(
                 parallel_state.get_tensor_model_parallel_rank(),
                 parallel_state.get_context_parallel_rank(),
@@ -294,7 +294,6 @@ def _print_ranks(config: Config, hf_config: PretrainedConfig, arch: Architecture
 
 
 def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> None:
-    from dasd_megatron.backend import cuda
     from dasd_megatron.training.batching import balanced_shares, make_micro_batches
     from dasd_megatron.training.warm_start import micro_batch_layout
 
@@ -302,11 +301,8 @@ def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> 
     prompt = max(1, round(PROMPT_SHARE * config.rollout.max_prompt_tokens))
     share = len(lengths) // batch.minibatches
     counts, padded, per_replica = [], [], []
-    with _as_rank(config, 0):
+    with as_rank(config, 0):
         layout = micro_batch_layout(config)
-        if config.backend.kind == "cuda":
-            # What FP8 asks for; the CPU's backend, which is the one selected here, asks for nothing.
-            layout["pad_multiple"] *= cuda.token_multiple(config.precision)
         for start in range(0, len(lengths), share):
             minibatch = lengths[start : start + share]
             shares = balanced_shares([prompt + length for length in minibatch], replicas)

@@ -8,6 +8,7 @@ that it gives to a prompt under the run's weights (:func:`check_log_probs`).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import shutil
@@ -24,6 +25,7 @@ from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import access
 from dasd_megatron.rollout.access import AccessError
 from dasd_megatron.rollout.client import DENIED_STATUS, AccessDeniedError, RequestRefusedError, RolloutClient, RolloutError
+from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import Event, Status
 
 SCONTROL_SECONDS = 30.0
@@ -75,15 +77,8 @@ def check_access(rollout: RolloutConfig) -> None:
     urls = [rollout.router] if rollout.router else find_servers(rollout)
     if not urls:
         return
-    client = RolloutClient(
-        urls,
-        connect_timeout=rollout.connect_timeout_seconds,
-        request_timeout=rollout.request_timeout_seconds,
-        max_retries=0,
-        backoff=0.0,
-        max_in_flight=rollout.max_in_flight,
-        api_key=access.api_key(),
-    )
+    # A router is asked like a server, and nobody a second time.
+    client = make_client(dataclasses.replace(rollout, max_retries=0, backoff_seconds=0.0, router=None), urls)
 
     async def check() -> None:
         async with client:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, fsync_tree, read_manifest
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, fsync_path, fsync_tree, read_manifest
 
 STATE_FILE = "trainer.json"
 
@@ -101,7 +101,7 @@ def publish(partial: Path, final: Path, hashes: dict[str, dict[str, Any]]) -> No
         final.rename(final.with_suffix(".replaced"))
     partial.rename(final)
     point_to(final)
-    _fsync_folder(final.parent)
+    fsync_path(final.parent)
 
 
 def point_to(path: Path) -> None:
@@ -112,15 +112,6 @@ def point_to(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     pointer.rename(path.parent / "latest")
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Flush the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:

@@ -394,16 +394,23 @@ def _compare_fp8(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts
     batches = _micro_batches(config, [sample.prompt_ids for sample in chosen], chosen)
     with trainer.model.without_fp8():
         bf16 = score(trainer.model, batches, config.loss, temperature=config.rollout.temperature).log_prob
-    gap = (scores.student.log_prob[: len(bf16)] - bf16).abs().double()
-    total, count = reduce_over_replicas(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
+    gap = (scores.student.log_prob[: len(bf16)] - bf16).abs()
+    mean = _mean_over_replicas(gap)
     largest = reduce_over_replicas(gap.max(), dist.ReduceOp.MAX).item()
-    if total / count > config.precision.fp8_max_diff:
+    if mean > config.precision.fp8_max_diff:
         trainer.display.warning(
-            f"step {step}: log-probs under precision.fp8={config.precision.fp8} differ from those of bf16 by {total / count:.3g} nats a "
+            f"step {step}: log-probs under precision.fp8={config.precision.fp8} differ from those of bf16 by {mean:.3g} nats a "
             f"token, over precision.fp8_max_diff={config.precision.fp8_max_diff:g}: leave the outer layers in bf16 "
             "(precision.bf16_first_layers, precision.bf16_last_layers), or choose another recipe"
         )
-    return {"precision/fp8_log_prob_diff_mean": total / count, "precision/fp8_log_prob_diff_max": largest}
+    return {"precision/fp8_log_prob_diff_mean": mean, "precision/fp8_log_prob_diff_max": largest}
+
+
+def _mean_over_replicas(values: torch.Tensor) -> float:
+    """Of the elements on all replicas; collective over them."""
+    values = values.double()
+    total, count = reduce_over_replicas(torch.stack([values.sum(), torch.ones_like(values).sum()])).tolist()
+    return total / count
 
 
 def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
@@ -411,12 +418,11 @@ def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
     limit = config.rollout.max_log_prob_diff
     if limit is None or config.rollout.replay is not None:
         return
-    gap = (scores.student.log_prob - scores.rollout_log_prob).abs().double()
-    total, count = reduce_over_replicas(torch.stack([gap.sum(), torch.ones_like(gap).sum()])).tolist()
+    mean = _mean_over_replicas((scores.student.log_prob - scores.rollout_log_prob).abs())
     # Not a number is not above: logits that are not finite are another matter.
-    if total / count > limit:
+    if mean > limit:
         raise RolloutFailure(
-            f"the servers' log-probs differ from the trainer's by {total / count:.3g} nats a token, over "
+            f"the servers' log-probs differ from the trainer's by {mean:.3g} nats a token, over "
             f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were started with, or raise "
             "the limit"
         )

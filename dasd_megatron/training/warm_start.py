@@ -18,7 +18,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import build_model
 from dasd_megatron.rollout.generation import sampling_seed
-from dasd_megatron.training.batching import make_micro_batches
+from dasd_megatron.training.batching import FP8_TOKEN_MULTIPLE, make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
 from dasd_megatron.training.parallel import largest_of_replicas, stop_if_requested
@@ -84,7 +84,7 @@ def micro_batch_layout(config: Config) -> dict[str, Any]:
     parts *= 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     return {
         "micro_batch_size": config.batch.micro_batch_size,
-        "pad_multiple": parts * backend.current().token_multiple(config.precision),
+        "pad_multiple": parts * FP8_TOKEN_MULTIPLE[config.precision.fp8],
         "micro_batch_tokens": config.batch.micro_batch_tokens,
         "packing": config.batch.packing,
         "context_parallel": (parallel_state.get_context_parallel_rank(), parallel.context_parallel_size),

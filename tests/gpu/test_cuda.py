@@ -12,10 +12,9 @@ import pytest
 import torch
 from launch import torchrun
 from runs import NO_EVALUATION, rows, train
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from small_models import save_qwen3
 
 from dasd_megatron.losses import vocab_parallel_token_stats
-from dasd_megatron.models.tiny import character_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,14 +48,10 @@ def test_token_stats_match_float64(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_model_matches_transformers(implementation: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
-        )
+    save_qwen3(
+        tmp_path / "model", vocab_size=100, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=256, tie_word_embeddings=True,
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "model")
-    character_tokenizer().save_pretrained(tmp_path / "model")
     overrides = ["parallel=single", "backend.kind=cuda", f"backend.transformer_impl={implementation}"]
     path = str(tmp_path / "model")
     entry = {"path": path, "load": path, "export": str(tmp_path / "export"), "save": str(tmp_path / "save")}

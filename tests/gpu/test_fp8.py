@@ -9,9 +9,7 @@ import pytest
 import torch
 from launch import torchrun
 from runs import NO_EVALUATION, rows, train
-from transformers import Qwen3Config, Qwen3ForCausalLM
-
-from dasd_megatron.models.tiny import character_tokenizer
+from small_models import save_qwen3
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +32,10 @@ RECIPES = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=100, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=64, max_position_embeddings=512, tie_word_embeddings=False,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    character_tokenizer().save_pretrained(path)
+    save_qwen3(
+        path, vocab_size=100, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
     return path
 
 

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import torchrun
-from transformers import Qwen3Config, Qwen3ForCausalLM
-
-from dasd_megatron.models.tiny import character_tokenizer
+from small_models import save_qwen3
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,14 +37,10 @@ def test_packed_equals_padded(case: str, tmp_path: Path) -> None:
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}")
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-            head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
-        )
+    save_qwen3(
+        tmp_path / "model", vocab_size=1000, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
-    model.save_pretrained(tmp_path / "model")
-    character_tokenizer().save_pretrained(tmp_path / "model")
     overrides = ["backend.kind=cuda", *CASES[case]]
     arguments = {"path": str(tmp_path / "model"), "seed": seed, "longest": 500, "overrides": overrides}
     print(torchrun("packing_matches_padded", 1, arguments))
