@@ -119,7 +119,7 @@ class Collector:
         self._tasks: dict[asyncio.Task, list[int]] = {}
         self._failure: Exception | None = None
         self._sampled_at = 0.0
-        self._suspended = False
+        self._suspended = self._closed = False
         self._loop = asyncio.new_event_loop()
         self._changed, self._open = asyncio.Event(), asyncio.Event()
         self._at_work = asyncio.Lock()
@@ -256,7 +256,10 @@ class Collector:
         return self._run(read())
 
     def close(self) -> None:
-        """Break off what is in flight and end the thread."""
+        """Break off what is in flight and end the thread. Another call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
 
         async def end() -> None:
             self._steps = 0
