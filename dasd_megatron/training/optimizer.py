@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -14,8 +17,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from dasd_megatron.config import OptimizerConfig as OptimizerSettings
 from dasd_megatron.models.gpt import ShardedModel
-
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class TrainingError(RuntimeError):
@@ -54,8 +55,13 @@ class OptimizerState:
         return grad_norm, lr, True
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-        """Reshardable optimizer state for Megatron's dist checkpointing; collective over data-parallel ranks."""
-        state = self.optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=is_loading, metadata=_SHARDING)
+        """Optimizer state for Megatron's dist checkpointing, for any other parallel layout to load. No collectives, and no copies: what is
+        loaded goes straight into the optimizer's tensors."""
+        (*others, optimizer) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        if others or not isinstance(optimizer, DistributedOptimizer):
+            state = self.optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=is_loading)
+        else:
+            state = {**optimizer.state_dict(), "pieces": _sharded_pieces(optimizer, model_sharded_state_dict)}
         return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -75,12 +81,67 @@ def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimiz
     return [one for one in inner if isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
 
 
-def _make_torch_adam_resumable(optimizer: DistributedOptimizer) -> None:
-    """Give every parameter its Adam state now, and keep the per-parameter ``step`` that torch's AdamW needs through a load.
+def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
+    """This rank's share of the float32 weights and moments, as rectangles of the parameters that they belong to.
 
-    DistributedOptimizer was written for fused Adams that keep one step per parameter group; its loader looks for a ``step`` beside each
-    parameter's moments and finds none in the checkpoint.
+    Megatron's own format for any layout ("fully_reshardable", with the same names) gathers everything on the ranks' hosts first, while
+    training waits: three float32 copies of the whole model-parallel shard on each. With several buckets that end in padding, it also shifts
+    what follows (0.16.1 warns that a range exceeds the unpadded buffer).
     """
+    if not optimizer.optimizer.state:
+        # A fused Adam makes its moments in its first step, or here, and then not of zeros.
+        optimizer.load_state_dict(optimizer.state_dict())
+        for state in optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+    shardings = {sharding.data: sharding for sharding in nested_values(model_sharded_state_dict) if hasattr(sharding, "replica_id")}
+    pieces = []
+    for buckets in (buckets for buffer in optimizer.gbuf_ranges for buckets in buffer.values()):
+        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+            states = optimizer._get_main_param_and_optimizer_states(parameter)
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                # Of a float32 model, the weights themselves are the model's.
+                if name != "param" or parameter.dtype != torch.float32:
+                    pieces += _rectangles(shardings[parameter], parameter, states[name], ranges["param"].start, f"optimizer.state.{name}")
+    return pieces
+
+
+def _rectangles(
+    sharding: ShardedTensor | ShardedTensorFactory, parameter: torch.Tensor, values: torch.Tensor, start: int, prefix: str
+) -> Iterator[ShardedTensor]:
+    """``values``, which belong to the elements of ``parameter`` from ``start`` on in row-major order, as tensors of one or two axes placed
+    where ``sharding`` places the parameter."""
+    parts = sharding.build() if isinstance(sharding, ShardedTensorFactory) else sharding
+    for part in [parts] if isinstance(parts, ShardedTensor) else nested_values(parts):
+        first = part.data.storage_offset() - parameter.storage_offset()
+        begin, end = max(start - first, 0), min(start + values.numel() - first, part.data.numel())
+        columns = part.data.shape[-1] if part.data.ndim == 2 else 1
+        while begin < end:
+            row, column = divmod(begin, columns)
+            # The rest of a row, whole rows, or the beginning of one.
+            count = (end - begin) // columns * columns if column == 0 and end - begin >= columns else min(columns - column, end - begin)
+            shape = (max(count // columns, 1), min(count, columns))[: part.data.ndim]
+            place = part.global_offset[part.prepend_axis_num :]
+            offset = part.global_offset[: part.prepend_axis_num] + tuple(map(sum, zip(place, (row, column), strict=False)))
+            data = values[first + begin - start :][:count].view((1,) * part.prepend_axis_num + shape)
+            yield replace(
+                part,
+                key=f"{prefix}.{part.key}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=tuple(data.shape),
+                global_offset=offset,
+                axis_fragmentations=None,
+                # No other data-parallel rank has it.
+                replica_id=(*part.replica_id[:2], 0),
+                prepend_axis_num=0,
+            )
+            begin += count
+
+
+def _allocate_moments(optimizer: DistributedOptimizer) -> None:
+    """Give every parameter its Adam state now: there is something to save and to load into before the first step, and torch's AdamW has its
+    ``step`` of each parameter, which DistributedOptimizer, made for fused Adams, fills in on loading only where it finds one."""
     for group in optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.optimizer.state[parameter] = {
@@ -88,14 +149,6 @@ def _make_torch_adam_resumable(optimizer: DistributedOptimizer) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    def set_states_keeping_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group_index, group_order = optimizer.model_param_group_index_map[model_param]
-        parameter = optimizer.optimizer.param_groups[group_index]["params"][group_order]
-        set_states(model_param, {"step": optimizer.optimizer.state[parameter]["step"], **tensors})
-
-    optimizer._set_main_param_and_optimizer_states = set_states_keeping_step
 
 
 def build_optimizer(settings: OptimizerSettings, model: ShardedModel, *, steps: int, updates_per_step: int) -> OptimizerState:
@@ -120,7 +173,7 @@ def build_optimizer(settings: OptimizerSettings, model: ShardedModel, *, steps: 
     optimizer = get_megatron_optimizer(config, model.chunks)
     for inner in _torch_adam_optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
-            _make_torch_adam_resumable(inner)
+            _allocate_moments(inner)
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
