@@ -5,7 +5,7 @@
 
 The trainer has taken one optimizer step and computes (matrix products on one thread) while a checkpoint is written; its length is from the
 call to the rename. ``slower`` is by how much the same products took longer beside the writing process than alone. Medians of ``--rounds``
-after one that is not counted. Writes ``benchmarks/results/checkpoint.json``.
+after three that are not counted: what does not change from one checkpoint to the next is worked out in these. Writes ``benchmarks/results/checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from machine import describe
 
 from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, Config, load_config
+
+_UNCOUNTED = 3
 
 
 def main() -> None:
@@ -91,22 +93,25 @@ def measure(config: Config, rounds: int, folder: Path) -> dict:
     for name, background in (("training waits", False), ("in the background", True)):
         settings = dataclasses.replace(config.checkpoint, async_save=background, keep_last=1)
         found = []
-        for _ in range(rounds + 1):
-            step += 1
-            saver = CheckpointSaver(folder, settings, model, optimizer, None, template_dir=folder / "model", timeout_seconds=600)
-            started = time.perf_counter()
-            saver.save(TrainerState(step))
-            beside = []
-            while saver.writing():
-                beside.append(compute())
-            saver.finish()
-            found.append((time.perf_counter() - started, saver.stalled, statistics.median(beside) / alone - 1 if beside else None))
-        length, stall, slower = zip(*found[1:], strict=True)
+        with CheckpointSaver(folder, settings, model, optimizer, None, template_dir=folder / "model", timeout_seconds=600) as saver:
+            for _ in range(_UNCOUNTED + rounds):
+                step += 1
+                started, stalled = time.perf_counter(), saver.stalled
+                saver.save(TrainerState(step))
+                beside = []
+                while saver.writing():
+                    beside.append(compute())
+                saver.finish()
+                slower = statistics.median(beside) / alone - 1 if beside else None
+                found.append((time.perf_counter() - started, saver.stalled - stalled, slower))
+                # Steps go by between two checkpoints.
+                time.sleep(1.0)
+        length, stall, slower = zip(*found[_UNCOUNTED:], strict=True)
         ways[name] = {
             "length": statistics.median(length),
             "stall": statistics.median(stall),
             "slower": statistics.median(slower) if background else None,
-            "rounds": found[1:],
+            "rounds": found[_UNCOUNTED:],
         }
     written = sum(path.stat().st_size for path in checkpoint_path(folder, step).rglob("*"))
     return {"bytes": written, "ways": ways}

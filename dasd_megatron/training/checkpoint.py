@@ -38,8 +38,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -240,6 +241,10 @@ class CheckpointSaver:
         self.model, self.optimizer, self.average = model, optimizer, average
         self.stalled = 0.0
         self._begun: _Begun | None = None
+        # One for all checkpoints: their tensors are the same, and from the third on so is what the ranks have agreed to write.
+        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self._validated = False
+        self._removal = threading.Thread()
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -247,6 +252,8 @@ class CheckpointSaver:
     def __exit__(self, *_: object) -> None:
         if self._begun is not None and self._begun.process is not None:
             self._begun.process.kill()
+        if self._removal.ident is not None:
+            self._removal.join(self.timeout_seconds)
 
     @property
     def pending(self) -> bool:
@@ -276,9 +283,15 @@ class CheckpointSaver:
         filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
         try:
             sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
+            _in_storage_of_their_own(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
+            if self._removal.ident is not None:
+                self._removal.join(self.timeout_seconds)
             on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
-            request = dist_checkpointing.save(sharded, str(partial), async_sharded_save=True)
+            request = dist_checkpointing.save(
+                sharded, str(partial), self._strategy, async_sharded_save=True, validate_access_integrity=not self._validated
+            )
+            self._validated = True
             on_selected_rank(dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError))
         except (Exception, CheckpointException) as error:
             failure = error
@@ -317,7 +330,10 @@ class CheckpointSaver:
 
         def publish_and_prune() -> None:
             publish(begun.partial, begun.final, hashes)
-            prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
+            removed = prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
+            # File systems take seconds for it, and training need not wait.
+            self._removal = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in removed], name="prune")
+            self._removal.start()
 
         try:
             on_selected_rank(dist.get_rank() == 0, publish_and_prune, (OSError, RuntimeError))
@@ -366,11 +382,23 @@ class CheckpointSaver:
         copy_side_files(self.template_dir, partial / "hf", self.model.config.params_dtype)
 
 
+def _in_storage_of_their_own(sharded: dict[str, Any]) -> None:
+    """Make tensors of ``sharded`` in host memory, parts of Megatron's buffers, end where their storage ends, in place and without a copy.
+
+    Megatron-Core copies every other one while training waits, since all of a tensor's storage is written. The writing process has the
+    memory as it was, whatever training does to it.
+    """
+    apply_factories(sharded)
+    for one in nested_values(sharded):
+        if isinstance(one, ShardedTensor) and one.data.device.type == "cpu" and one.data.is_contiguous():
+            # NumPy has no bfloat16.
+            content = one.data.detach().view(torch.uint8) if one.data.ndim else one.data.detach()
+            one.data = torch.from_numpy(content.numpy()).view(one.dtype)
+
+
 def _bytes_to_write(sharded: dict[str, Any]) -> int:
     """About what the files of this rank will take."""
-    mine = [
-        one for one in nested_values(sharded) if isinstance(one, (ShardedTensor, ShardedTensorFactory)) and is_main_replica(one.replica_id)
-    ]
+    mine = [one for one in nested_values(sharded) if isinstance(one, ShardedTensor) and is_main_replica(one.replica_id)]
     return sum(one.data.numel() * one.data.element_size() + _HEADER_BYTES for one in mine)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -114,13 +115,14 @@ def point_to(path: Path) -> None:
     pointer.rename(path.parent / "latest")
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> None:
-    """Remove what is no longer needed: all but the newest ``keep_last`` checkpoints and those whose step ``keep_every`` divides, if not
-    0; and what interrupted saves have left."""
+def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:
+    """Give up what is no longer needed: all but the newest ``keep_last`` checkpoints and those whose step ``keep_every`` divides, if not
+    0; and what interrupted saves have left. They no longer count then, and the folders that are returned can be removed."""
     complete = complete_checkpoints(run_dir)
     old = [path for path in complete[:-keep_last] if not keep_every or step_of(path) % keep_every]
-    for path in [*old, *checkpoints_folder(run_dir).glob("step_*.replaced"), *checkpoints_folder(run_dir).glob("step_*.partial")]:
-        shutil.rmtree(path)
+    for path in [*old, *checkpoints_folder(run_dir).glob("step_*.replaced")]:
+        path.rename(path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial"))
+    return list(checkpoints_folder(run_dir).glob("step_*.partial"))
 
 
 def depart_from(run_dir: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,20 @@ def test_damage_is_found_and_named(damage, named: str, tmp_path: Path) -> None:
     assert problem is not None and named in problem and str(path) in problem
 
 
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path)
+
+
 def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     for step in range(1, 8):
         write(tmp_path, step)
-        prune(tmp_path, keep_last=2, keep_every=3)
+        remove(prune(tmp_path, keep_last=2, keep_every=3))
     assert names(tmp_path) == ["step_000003", "step_000006", "step_000007"]
-    prune(tmp_path, keep_last=1, keep_every=0)
+    removed = prune(tmp_path, keep_last=1, keep_every=0)
+    # Before they are gone, they no longer count.
+    assert len(removed) == 2 and complete_checkpoints(tmp_path) == [checkpoint_path(tmp_path, 7)]
+    remove(removed)
     assert names(tmp_path) == ["step_000007"]
 
 
@@ -83,7 +92,7 @@ def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:
     path = write(tmp_path, 1)
     for suffix in (".dead.partial", ".replaced"):
         path.with_name(path.name + suffix).mkdir()
-    prune(tmp_path, keep_last=2, keep_every=0)
+    remove(prune(tmp_path, keep_last=2, keep_every=0))
     assert sorted(one.name for one in path.parent.iterdir()) == ["latest", "step_000001"]
 
 
