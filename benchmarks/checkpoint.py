@@ -5,7 +5,8 @@
 
 The trainer has taken one optimizer step and computes (matrix products on one thread) while a checkpoint is written; its length is from the
 call to the rename. ``slower`` is by how much the same products took longer beside the writing process than alone. Medians of ``--rounds``
-after three that are not counted: what does not change from one checkpoint to the next is worked out in these. Writes ``benchmarks/results/checkpoint.json``.
+after three that are not counted: what does not change from one checkpoint to the next is worked out in these. Writes
+``benchmarks/results/checkpoint.json``.
 """
 
 from __future__ import annotations
