@@ -41,13 +41,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("third", range(3))
-def test_killed_and_resumed_run_has_the_same_metrics(third: int, uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_has_the_same_metrics(uninterrupted: Path, tmp_path: Path) -> None:
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    # One kill in each third of the run, a random share of a step after the metrics of the step before came out.
-    step = draw.randint(1 + 4 * third, 4 + 4 * third)
+    # A random share of a step after the metrics of the step before came out. test_crash_matrix.py has other moments.
+    step = draw.randint(1, 12)
     run = tmp_path / "run"
     process = start(*OVERRIDES, f"run.dir={run}")
     wait_for_steps(process, run, step)
@@ -95,15 +94,19 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: 
     assert (run / "checkpoints" / "step_000014.damaged").is_dir()
 
 
-def test_going_back_to_an_earlier_checkpoint_departs_from_the_later_ones(uninterrupted: Path, tmp_path: Path) -> None:
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_and_takes_the_new_rate(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     checkpoints = run / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000014"]
-    train(*OVERRIDES, f"run.dir={run}", f"resume={checkpoints / 'step_000012'}", "run.steps=13", "evaluation=none", "checkpoint.every=0")
+    rate = ["optimizer.decay_style=constant", "optimizer.lr=3e-4"]
+    back = [f"resume={checkpoints / 'step_000012'}", "run.steps=13", "evaluation=none", "checkpoint.every=0"]
+    train(*OVERRIDES, f"run.dir={run}", *back, *rate)
     assert (checkpoints / "latest").read_text().strip() == "step_000013"
     assert sorted(path.name for path in checkpoints.glob("step_*")) == ["step_000012", "step_000012.hf", "step_000013"]
-    assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(1, 14))
+    metrics = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 14))
+    assert metrics[-1]["update/lr"] == pytest.approx(3e-4)
 
 
 def test_export_beside_a_checkpoint_is_what_the_checkpoint_converts_to(uninterrupted: Path, tmp_path: Path) -> None:
@@ -114,14 +117,6 @@ def test_export_beside_a_checkpoint_is_what_the_checkpoint_converts_to(uninterru
     exported, converted = (load_file(path / "model.safetensors") for path in (checkpoint.with_suffix(".hf"), tmp_path / "converted"))
     assert exported.keys() == converted.keys()
     assert all(torch.equal(tensor, converted[name]) for name, tensor in exported.items())
-
-
-def test_a_resumed_run_takes_the_new_learning_rate(uninterrupted: Path, tmp_path: Path) -> None:
-    checkpoint = uninterrupted / "checkpoints" / "step_000012"
-    steady = ["optimizer.decay_style=constant", "optimizer.lr=3e-4", "run.steps=13", "evaluation=none"]
-    train(*OVERRIDES, *steady, f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}")
-    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
-    assert row["step"] == 13 and row["update/lr"] == pytest.approx(3e-4)
 
 
 def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path) -> None:
