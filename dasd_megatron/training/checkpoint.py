@@ -65,7 +65,7 @@ from dasd_megatron.training.checkpoint_files import (
     set_aside,
 )
 from dasd_megatron.training.optimizer import OptimizerState
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, on_selected_rank
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, on_selected_rank, true_on_any
 from dasd_megatron.training.snapshots import WeightSnapshot
 
 _ARCHITECTURE = (
@@ -297,6 +297,8 @@ class CheckpointSaver:
             failure = error
         self._begun = _Begun(partial, final, request)
         self._raise_failure(failure)
+        # A rank that went by the former plan alone would leave the others waiting for it.
+        self._strategy.validated_cache_reuse = not any(true_on_any(not self._strategy.validated_cache_reuse))
         self._begun.start(background=self.settings.async_save)
         self.stalled += time.perf_counter() - started
         if not self.settings.async_save:
