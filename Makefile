@@ -13,7 +13,7 @@ SGLANG_VENV ?= .venv-sglang
 MEGATRON_NEXT ?= megatron-core==0.19.0
 MEGATRON_NEXT_VENV ?= .venv-megatron-next
 
-.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix parity lint format test-gpu bench bench-gpu seeds clean
+.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix parity lint docs format test-gpu bench bench-gpu seeds clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,10 @@ crash-matrix: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -163,6 +163,18 @@ def _fields_help(command: str) -> str:
     return "\n".join([f"usage: dasd {command} [--config-dir DIR] [experiment=NAME] [field=value ...]", "", options, "", "fields:", *lines])
 
 
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "rollout": _rollout,
+    "convert": _convert,
+    "plan": _plan,
+    "serve": _serve,
+    "router": _router,
+    "report": _report,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -173,17 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
         from dasd_megatron.observability.doctor import print_doctor
 
         return print_doctor()
-    commands = {
-        "train": _train,
-        "evaluate": _evaluate,
-        "rollout": _rollout,
-        "convert": _convert,
-        "plan": _plan,
-        "serve": _serve,
-        "router": _router,
-        "report": _report,
-    }
-    if command not in commands:
+    if command not in COMMANDS:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
     if command == "train" and "--dry-run" in rest:
@@ -193,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("train", "evaluate", "rollout") and {"-h", "--help"} & set(rest):
         print(_fields_help(command))
         return 0
-    return report_errors(lambda: commands[command](rest))
+    return report_errors(lambda: COMMANDS[command](rest))
 
 
 if __name__ == "__main__":

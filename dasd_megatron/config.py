@@ -548,6 +548,14 @@ def known_fields(schema: type = Config, prefix: str = "") -> dict[str, str]:
     return fields
 
 
+def field_limits() -> dict[str, str]:
+    """What the fields that have limits accept, for people."""
+    limits = {name: ", ".join(choices) for name, choices in _CHOICES.items()}
+    for name, (low, high) in _RANGES.items():
+        limits[name] = f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
+    return limits
+
+
 def _typed(values: Any) -> Config:
     try:
         # Plain values first: a composed config that an override has opened with "+" would accept unknown fields.
