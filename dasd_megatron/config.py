@@ -404,7 +404,7 @@ class DataConfig:
 @dataclass
 class VerifyConfig:
     workers: int = _doc(2, "processes that grade answers math-verify's way; 0 grades by the integer fast path alone")
-    timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
+    timeout_seconds: float = _doc(2.5, "limit for one answer; beyond it the grader is killed and the reward is 0")
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
     reward: str | None = _doc(
         None,

@@ -109,14 +109,12 @@ def compare_grading(settings: EvaluationConfig, root: Path, results: Mapping[str
                 {key: value for key, value in row[sample].items() if key not in ("predicted_answer", "symbolic_correct")} for row in records
             ]
             replace_text(folder / name / f"output-rs{sample}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with display.phase("NeMo-Skills grades"):
-        for name in results:
-            files = folder / name / "output-rs*.jsonl"
-            _run(settings, folder, "nemo_skills.evaluation.evaluate_results", f"++input_files={files}", "++eval_type=math")
-        _run(settings, folder, "nemo_skills.pipeline.cli", "summarize_results", str(folder), "--metric_type=math")
     theirs = {}
-    for name, records in results.items():
-        theirs[name] = check_graded(folder / name, [row[0]["problem"] for row in records], len(records[0]))
+    with display.phase("NeMo-Skills grades"):
+        for name, records in results.items():
+            _run(settings, root, "nemo_skills.evaluation.evaluate_results", f"++input_files={name}/output-rs*.jsonl", "++eval_type=math")
+            theirs[name] = check_graded(folder / name, [row[0]["problem"] for row in records], len(records[0]))
+        _run(settings, root, "nemo_skills.pipeline.cli", "summarize_results", ".", "--metric_type=math")
     check_metrics(folder / "metrics.json", theirs)
     compare_folders(root, folder)
 
@@ -204,7 +202,7 @@ def run_eval(
     with display.phase("ns eval"):
         _run(
             settings,
-            folder,
+            root,
             "nemo_skills.pipeline.cli",
             "eval",
             f"--benchmarks={','.join(f'{name}:{settings.samples}' for name in problems)}",
@@ -220,15 +218,15 @@ def run_eval(
         )
     results = folder / "eval-results"
     graded = {name: check_graded(results / name, [one.problem for one in problems[name]], settings.samples) for name in problems}
-    check_metrics(results / "metrics.json", graded)
     for name, records in graded.items():
+        check_metrics(results / name / "metrics.json", {name: records})
         average = nemo_skills_metrics(*verdicts(records))[f"pass@1[avg-of-{settings.samples}]" if settings.samples > 1 else "pass@1"]
         print(f"ns eval: {name} {average['symbolic_correct']:.1f}% of {len(records)} problems x {settings.samples}, in {results}")
 
 
-def _run(settings: EvaluationConfig, folder: Path, module: str, *arguments: str) -> None:
-    """A module in NeMo-Skills' environment, its output in ``<folder>/logs``."""
-    log = folder / "logs" / f"{module}.log"
+def _run(settings: EvaluationConfig, root: Path, module: str, *arguments: str) -> None:
+    """A module in NeMo-Skills' environment, its output in ``<root>/logs``, from where it reads relative paths: ``<root>/nemo_skills``."""
+    log = root / "logs" / f"{module}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     python = Path(settings.nemo_skills_python).absolute()
     # Its own interpreter first: NeMo-Skills starts `python` by that name. And nothing of this environment's.
@@ -241,7 +239,7 @@ def _run(settings: EvaluationConfig, folder: Path, module: str, *arguments: str)
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                cwd=folder,
+                cwd=root / FOLDER,
                 env=environment,
                 timeout=settings.nemo_skills_timeout_seconds,
             )
