@@ -13,7 +13,7 @@ SGLANG_VENV ?= .venv-sglang
 MEGATRON_NEXT ?= megatron-core==0.19.0
 MEGATRON_NEXT_VENV ?= .venv-megatron-next
 
-.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix parity lint docs format test-gpu bench bench-gpu seeds clean
+.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix evaluate-drill parity lint format test-gpu bench bench-gpu seeds clean docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +63,10 @@ parity: $(VENV)/.installed
 # A run that is killed and resumed twenty times.
 crash-matrix: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CRASH_MOMENTS=20 $(BIN)/python -m pytest -s tests/integration/test_crash_matrix.py
+
+# 50 problems of GSM8K x 4 samples by SmolLM2-135M-Instruct, killed twice, end in the files of an evaluation that was not.
+evaluate-drill: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE EVALUATE_PROBLEMS=50 $(BIN)/python -m pytest -s tests/integration/test_evaluate.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

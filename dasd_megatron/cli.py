@@ -17,7 +17,8 @@ _USAGE = """usage: dasd COMMAND ...
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
             --dry-run OVERRIDES print what it would do on a whole cluster, without data, GPUs or servers (--help lists the options)
-  evaluate  OVERRIDES           evaluate model.path on data.heldout
+  evaluate  OVERRIDES           evaluate model.path on evaluation.benchmarks, or on data.heldout
+            --compare DIR DIR   where two gradings of the same responses differ
   rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, for rollout.replay
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
@@ -108,9 +109,13 @@ def _check_port(config: Config) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from dasd_megatron.evaluation.command import evaluate_model
+    from dasd_megatron.evaluation.command import evaluate_command, evaluate_model
 
-    evaluate_model(_configuration(arguments))
+    if "--compare" in arguments:
+        evaluate_command(arguments)
+        return
+    named = any(argument.startswith("experiment=") for argument in arguments)
+    evaluate_model(_configuration(arguments if named else ["experiment=evaluate", *arguments]))
 
 
 def _rollout(arguments: list[str]) -> None:

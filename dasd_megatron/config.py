@@ -360,7 +360,7 @@ class RolloutConfig:
     )
     connect_timeout_seconds: float = _doc(5.0, "limit for opening a connection")
     request_timeout_seconds: float = _doc(120.0, "limit for one request's answer")
-    step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step or one evaluation, retries included")
+    step_timeout_seconds: float = _doc(900.0, "limit for all rollouts of one step, or of one evaluation within training, retries included")
     startup_timeout_seconds: float = _doc(120.0, "limit for a server to become healthy")
     max_retries: int = _doc(3, "further tries of a failed request")
     backoff_seconds: float = _doc(0.5, "wait before the first retry; doubles each time")
@@ -404,7 +404,7 @@ class DataConfig:
 @dataclass
 class VerifyConfig:
     workers: int = _doc(2, "processes that grade answers math-verify's way; 0 grades by the integer fast path alone")
-    timeout_seconds: float = _doc(5.0, "limit for one answer; beyond it the grader is killed and the reward is 0")
+    timeout_seconds: float = _doc(2.5, "limit for one answer; beyond it the grader is killed and the reward is 0")
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
     reward: str | None = _doc(
         None,
@@ -425,6 +425,25 @@ class EvaluationConfig:
     ks: list[int] = _doc([1, 2, 4, 8, 16], "the k of Pass@k")
     temperature: float = _doc(1.0, "sampling temperature of evaluation")
     top_p: float = _doc(1.0, "nucleus sampling of evaluation")
+    benchmarks: list[str] = _doc(
+        [],
+        "dasd evaluate only: names of benchmarks, like [gsm8k,math-500], and paths of JSONL files, one problem a line; []: data.heldout",
+    )
+    data_dir: str = _doc("data", "dasd evaluate only: folder of the benchmarks, as <name>/test.jsonl")
+    size: int | None = _doc(None, "dasd evaluate only: problems to take from the head of each benchmark; null: all")
+    samples_per_request: int | None = _doc(
+        None,
+        "dasd evaluate only: samples in one HTTP request, which come back and are saved together; null: as many as in training",
+    )
+    confidence: float = _doc(0.95, "dasd evaluate only: level of the confidence intervals")
+    bootstrap_resamples: int = _doc(1000, "dasd evaluate only: drawings of problems behind the confidence intervals")
+    nemo_skills: str = _doc(
+        "none",
+        "dasd evaluate only: none; grade (NeMo-Skills grades the same responses, and differences are listed); eval (NeMo-Skills' own "
+        "`ns eval` also asks the servers, by its own prompts)",
+    )
+    nemo_skills_python: str | None = _doc(None, "Python interpreter of the environment that NeMo-Skills is installed in")
+    nemo_skills_timeout_seconds: float = _doc(3600.0, "limit for each command of NeMo-Skills")
 
 
 @dataclass
@@ -616,6 +635,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.unfinished": ("finish", "abort", "retract"),
     "rollout.weight_sync": ("disk", "distributed", "tensor"),
     "rollout.dtype": ("float32", "bfloat16"),
+    "evaluation.nemo_skills": ("none", "grade", "eval"),
 }
 
 # Inclusive bounds; a bound of None is open.
@@ -710,6 +730,11 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "evaluation.samples": (1, None),
     "evaluation.temperature": (0, None),
     "evaluation.top_p": (1e-6, 1),
+    "evaluation.size": (1, None),
+    "evaluation.samples_per_request": (1, None),
+    "evaluation.confidence": (0.5, 0.9999),
+    "evaluation.bootstrap_resamples": (1, 1_000_000),
+    "evaluation.nemo_skills_timeout_seconds": (1, None),
     "warm_start.steps": (0, None),
     "warm_start.batch_size": (1, None),
     "warm_start.micro_batch_size": (1, None),
@@ -894,8 +919,15 @@ def validate(config: Config) -> None:
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {rollout.max_prompt_tokens + rollout.max_new_tokens} exceed "
             f"model.tiny.max_position_embeddings={config.model.tiny.max_position_embeddings}: lower them or raise it"
         )
+    if evaluation.nemo_skills != "none" and evaluation.nemo_skills_python is None:
+        raise ConfigError(
+            f"evaluation.nemo_skills={evaluation.nemo_skills} runs in an environment of its own: name its interpreter in "
+            "evaluation.nemo_skills_python"
+        )
     for name in ("train", "heldout"):
         source = getattr(config.data, name)
+        if evaluation.benchmarks and source.path is None and source.generator is None:
+            continue  # they are what is evaluated; whoever wants to train without data is told when it is read
         if (source.path is None) == (source.generator is None):
             raise ConfigError(f"data.{name}: give either data.{name}.path or data.{name}.generator, and not both")
         if source.size is not None and source.size < 1:
@@ -1068,7 +1100,7 @@ def is_loopback(host: str) -> bool:
 
 def check_paths(config: Config) -> None:
     """Refuse files and directories that do not exist; see :class:`ConfigError`. Templates may be shipped ones: their renderer looks."""
-    for name in ("model.path", "data.train.path", "data.heldout.path", "rollout.replay"):
+    for name in ("model.path", "data.train.path", "data.heldout.path", "rollout.replay", "evaluation.nemo_skills_python"):
         path = _value(config, name)
         if path is not None and not os.path.exists(path):
             raise ConfigError(f"{name}={path}: no such file or directory")

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ class Problem:
     reference_solution: str
 
 
-def load_problems(source: DataSourceConfig, name: str, *, needs_solution: bool = True) -> list[Problem]:
+def load_problems(
+    source: DataSourceConfig,
+    name: str,
+    *,
+    needs_solution: bool = True,
+    prepare: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
+) -> list[Problem]:
     """Read problems from the JSONL file ``source.path``, in file order.
 
     Lines are UTF-8 (a byte-order mark and blank lines are tolerated). A problem's id is its ``id`` field, else ``<file stem>-<index of the
@@ -47,6 +53,7 @@ def load_problems(source: DataSourceConfig, name: str, *, needs_solution: bool =
         source: which file, which fields, how many.
         name: the place of ``source`` in the configuration, ``train`` or ``heldout``; used in messages.
         needs_solution: refuse problems without a reference solution.
+        prepare: makes of the record of each line, and of where it stands, one with the fields that ``source`` names; None: it has them.
 
     Raises:
         DataError: the file is missing, unreadable, empty or too short, or a line is not a usable problem.
@@ -63,6 +70,8 @@ def load_problems(source: DataSourceConfig, name: str, *, needs_solution: bool =
         record = parse_line(line, where, index)
         if record is None:
             continue
+        if prepare is not None:
+            record = prepare(record, where)
         problem = parse_record(record, where, f"{path.stem}-{index}", source, f"data.{name}.", needs_solution)
         if problem.id in line_of_id:
             raise DataError(

@@ -132,11 +132,13 @@ def make_samples(
     *,
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
+    places: Sequence[int] | None = None,
 ) -> list[Sample]:
     """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or what
     ``verify.reward`` makes of them; under ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
 
-    groups: the position of each problem in the order of training problems, or its index.
+    groups: the position of each problem in the order of training problems, or its index. places: of each completion among its problem's;
+    None: counted up.
 
     What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
     without a tokenizer sends no text.
@@ -149,7 +151,7 @@ def make_samples(
     samples = [
         Sample(
             group=group,
-            sample=index % samples_per_group,
+            sample=index % samples_per_group if places is None else places[index],
             position=group,
             problem_id=problem.id,
             problem=problem.problem,

@@ -62,9 +62,14 @@ def test_evaluate_repeats_the_last_evaluation(run: tuple[Path, str], tmp_path: P
     path, _ = run
     result = dasd("evaluate", *SMALL, "model=hf", f"model.path={path / 'model'}", f"run.dir={tmp_path}")
     assert result.returncode == 0 and "Avg@2" in result.stdout, result.stdout + result.stderr
-    found, last = json.loads((tmp_path / "evaluation.json").read_text()), rows(path / "evaluation.jsonl")[-1]
+    found, last = json.loads((tmp_path / "metrics.json").read_text())["heldout"]["dasd"], rows(path / "evaluation.jsonl")[-1]
     for name in ("avg@2", "pass@2", "maj@2", "response/length_mean", "nll_mean"):
         assert found[name] == last[name]
+    # The same weights, as the trainer saved them.
+    checkpoint = path / "checkpoints" / (path / "checkpoints" / "latest").read_text().strip()
+    again = dasd("evaluate", *SMALL, "model=hf", f"model.path={checkpoint}", f"run.dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (tmp_path / "again" / "metrics.json").read_bytes() == (tmp_path / "metrics.json").read_bytes()
 
 
 def test_report_is_written_again(run: tuple[Path, str]) -> None:

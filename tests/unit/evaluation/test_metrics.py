@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dasd_megatron.evaluation import avg_at_k, maj_at_k, pass_at_k
+from dasd_megatron.evaluation.metrics import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
 
 ROWS = st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=4)
 
@@ -50,9 +51,11 @@ def test_avg_at_k_weighs_problems_not_samples_alike():
         (["4", "3", "3"], [False, True, True], 3, 1.0),
         ([None, None, "3"], [False, False, True], 3, 1.0),
         ([None, None, "3"], [False, False, True], 2, 0.0),
-        (["5", "3"], [False, True], 2, 1.0),
-        (["10", "9"], [False, True], 2, 0.0),
-        (["3", "3"], [True, False], 2, 0.0),
+        # Ties count with the share of right ones among them.
+        (["5", "3"], [False, True], 2, 0.5),
+        (["5", "3", "4", "3", "5"], [False, True, False, True, False], 5, 0.5),
+        (["3", "3"], [True, False], 2, 0.5),
+        (["1", "2", "3"], [False, True, False], 3, 1 / 3),
     ],
 )
 def test_maj_at_k_on_one_problem(answers, outcomes, k, expected):
@@ -62,11 +65,9 @@ def test_maj_at_k_on_one_problem(answers, outcomes, k, expected):
 @given(st.lists(st.sampled_from([("1", False), ("2", True), ("3", False), (None, False)]), min_size=1, max_size=6))
 def test_maj_at_k_agrees_with_counting_by_hand_in_any_order_of_samples(samples):
     votes = [sample for sample in samples if sample[0] is not None]
-    winner = None
-    for candidate in sorted(set(votes)):
-        if winner is None or votes.count(candidate) > votes.count(winner):
-            winner = candidate
-    expected = float(winner is not None and winner[1])
+    most = max(map(votes.count, votes), default=0)
+    tied = {vote for vote in votes if votes.count(vote) == most}
+    expected = sum(correct for _, correct in tied) / len(tied) if tied else 0.0
     for order in list(permutations(samples))[:24]:
         assert maj_at_k([[answer for answer, _ in order]], [[correct for _, correct in order]], len(samples)) == expected
 
@@ -79,7 +80,7 @@ def test_arrays_are_accepted():
     outcomes = np.array([[True, False], [True, True]])
     assert pass_at_k(outcomes, 2) == 1.0
     assert avg_at_k(outcomes) == 0.75
-    assert maj_at_k([["1", "2"], ["1", "1"]], outcomes, 2) == 1.0
+    assert maj_at_k([["1", "2"], ["1", "1"]], outcomes, 2) == 0.75
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,43 @@ def test_bad_arguments_are_refused(outcomes, k, message):
 def test_answers_of_another_shape_are_refused(answers):
     with pytest.raises(ValueError, match="differ in shape"):
         maj_at_k(answers, [[True, True], [True]], 1)
+
+
+@given(st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.sampled_from(["1", "2", None]), min_size=n, max_size=n), min_size=1)))
+def test_scores_of_problems_have_the_metrics_as_their_means(answers):
+    outcomes = [[answer == "1" for answer in row] for row in answers]
+    n = len(answers[0])
+    means = {name: mean(values) for name, values in problem_scores(answers, outcomes, range(1, n + 1)).items()}
+    expected = {f"avg@{n}": avg_at_k(outcomes)}
+    for k in range(1, n + 1):
+        expected |= {f"pass@{k}": pass_at_k(outcomes, k), f"maj@{k}": maj_at_k(answers, outcomes, k)}
+    assert means == expected
+    metrics = nemo_skills_metrics(answers, outcomes, [[5] * n] * len(answers))
+    for k in range(1, n + 1):
+        assert metrics[f"pass@{k}"]["symbolic_correct"] == 100 * expected[f"pass@{k}"]
+        assert k == 1 or metrics[f"majority@{k}"]["symbolic_correct"] == 100 * expected[f"maj@{k}"]
+
+
+def test_scores_need_as_many_samples_of_each_problem():
+    with pytest.raises(ValueError, match="different numbers of samples"):
+        problem_scores([["1"], ["1", "2"]], [[True], [True, False]], [1])
+
+
+def test_confidence_intervals_have_the_width_of_theory_and_their_seed():
+    scores = [[float(problem % 2), 1.0] for problem in range(400)]
+    means = bootstrap(scores, 4000, seed=3)
+    assert means.shape == (4000, 2) and (means == bootstrap(scores, 4000, seed=3)).all()
+    assert (means != bootstrap(scores, 4000, seed=4)).any()
+    (low, one), (high, other) = interval(means, 0.95)
+    # The mean of 400 fair coins has a standard deviation of 2.5 points.
+    assert (low, high) == (pytest.approx(0.451, abs=0.006), pytest.approx(0.549, abs=0.006))
+    assert one == other == 1.0
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    held = 0
+    for seed in range(300):
+        low, high = interval(bootstrap((generator.random((60, 1)) < 0.3).astype(float), 400, seed), 0.9)
+        held += low[0] <= 0.3 <= high[0]
+    assert 0.82 < held / 300 < 0.95

@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).parents[3]
 # math-verify computes the power as an integer, in C, for far longer than any test runs.
 HANGS = "9999999^{9999999}"
 ALGEBRA = (r"\boxed{1/2}", "0.5")
+BUSY_SECONDS = 1.0  # that a machine with other work may add
 
 
 def workers() -> list:
@@ -84,6 +85,45 @@ def test_hanging_answer_is_killed_at_the_limit_and_others_are_graded(grader):
     verdicts = grader.grade([f"\\boxed{{{HANGS}}}", ALGEBRA[0], f"\\boxed{{{HANGS}}}"], ["7", ALGEBRA[1], "7"])
     assert time.monotonic() - started < 5
     assert verdicts == [Verdict(False, HANGS, True), Verdict(True, "1/2", False), Verdict(False, HANGS, True)]
+
+
+NASTY = {
+    "40,000 digits": "\\boxed{" + "9" * 40_000 + "}",
+    "40,000 digits and a letter": "\\boxed{" + "9" * 40_000 + "x}",
+    "a tower of powers": "\\boxed{9^{9^{9^{9^{9}}}}}",
+    "a long power": f"\\boxed{{{HANGS}}}",
+    "a factorial": "\\boxed{99999999!}",
+    "a nest of braces": "\\boxed{" + "{" * 20_000 + "}" * 20_000 + "}",
+    "a nest of powers": "\\boxed{" + "x^{" * 5_000 + "}" * 5_000 + "}",
+    "a nest of fractions": "\\boxed{" + r"\frac{1}{" * 200 + "2" + "}" * 200 + "}",
+    "unbalanced braces": "\\boxed{" * 100_000,
+    "closing braces": r"\boxed{" + "}" * 100_000,
+    "1 MB of text": "the answer is " * 75_000,
+    "1 MB in a box": "\\boxed{" + "lorem ipsum " * 87_000 + "}",
+    "1 MB of marks": "#### 7\n" * 150_000,
+    "1 MB of signs": "\\boxed{" + "-" * 1_000_000 + "7}",
+    "brackets": "\\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
+    "digits and commas": "\\boxed{" + "1,000" * 8_000 + "}",
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [VerifyConfig(workers=2), VerifyConfig(workers=2, timeout_seconds=0.4, max_answer_chars=2_000_000)],
+    ids=["default", "long answers graded"],
+)
+def test_nasty_answers_are_decided_in_time_and_disturb_nobody(settings):
+    """Each is decided or given up within its time and a little, which makes 3 s by default, long answers graded or not."""
+    assert VerifyConfig().timeout_seconds == 2.5
+    with Grader(settings) as grader:
+        grader.grade([ALGEBRA[0]], [ALGEBRA[1]])
+        for name, response in NASTY.items():
+            started = time.monotonic()
+            verdict, other = grader.grade([response, ALGEBRA[0]], ["8", ALGEBRA[1]])
+            seconds = time.monotonic() - started
+            assert seconds < settings.timeout_seconds + 0.5 + BUSY_SECONDS, f"{name}: {seconds:.2f} s"
+            assert not verdict.correct, name
+            assert other == Verdict(True, "1/2", False), name
 
 
 def test_a_worker_that_does_not_react_to_termination_is_killed(grader):
