@@ -376,7 +376,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
     _report_not_applied(trainer, results)
     if saves and trainer.logger is not None:
-        _save_inspection(trainer, samples, scores, verifier_advantage, credit)
+        _save_inspection(trainer, samples, scores, verifier_advantage, advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(share, scores, advantage, credit, importance, results, timers.seconds, config)
     return {"step": state.step, **metrics, **fp8, **collection, "weight_version": samples[0].weight_version}
@@ -614,7 +614,12 @@ def _save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
 
 
 def _save_inspection(
-    trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, verifier_advantage: torch.Tensor, credit: Credit
+    trainer: Trainer,
+    samples: list[Sample],
+    scores: ScoredRollouts,
+    verifier_advantage: torch.Tensor,
+    advantage: torch.Tensor,
+    credit: Credit,
 ) -> None:
     """Token statistics of the first rollouts of this replica, for the report."""
     config, step = trainer.config, trainer.state.step
@@ -633,6 +638,7 @@ def _save_inspection(
                 "entropy": scores.student.entropy[tokens].tolist(),
                 "delta": scores.delta[tokens].tolist(),
                 "omega": credit.omega[tokens].tolist(),
+                "token_advantage": advantage[tokens].tolist(),
                 "student_log_prob": scores.student.log_prob[tokens].tolist(),
                 "teacher_log_prob": scores.teacher_log_prob[tokens].tolist(),
                 "tau": credit.tau[index].item(),
@@ -646,7 +652,7 @@ def _save_inspection(
 
 def _conclude(trainer: Trainer) -> None:
     """Write the report and print the closing table."""
-    report = write_report(trainer.paths.root)
+    report = write_report([trainer.paths.root])
     rows = {row["label"]: row for row in read_metrics(trainer.paths.root / "evaluation.jsonl")}
     facts = {
         "model": trainer.paths.final_model.absolute(),
