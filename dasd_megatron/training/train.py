@@ -30,6 +30,7 @@ from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
 from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
 from dasd_megatron.observability.report import write_report
+from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
 from dasd_megatron.stopping import StopRequested
@@ -120,7 +121,16 @@ def train(config: Config, paths: RunPaths) -> None:
             if checkpoint is not None:
                 depart_from(paths.root, checkpoint)
             truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
-            logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
+            chosen = [name for name, wanted in (("wandb", config.logging.wandb != "none"), ("mlflow", config.logging.mlflow)) if wanted]
+            logger = stack.enter_context(
+                MetricsLogger(
+                    paths.root,
+                    config.logging.tensorboard,
+                    resume_step=first_step or None,
+                    trackers=[Tracker(name, paths.root, fresh=checkpoint is None) for name in chosen],
+                    warn=display.warning,
+                )
+            )
         model_path = start_path(config, paths)
         if config.warm_start.steps:
             if warm_started is None:
