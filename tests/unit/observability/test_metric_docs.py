@@ -27,7 +27,9 @@ def test_names_are_named_once_and_explained(file):
 
 def test_what_not_every_run_writes_is_in_the_code():
     """What every run writes is compared with a run, in tests/integration/test_cli.py."""
-    source = "".join(path.read_text() for path in (ROOT / "dasd_megatron").rglob("*.py") if path.name not in ("metric_docs.py", "report.py"))
+    source = "".join(
+        path.read_text() for path in (ROOT / "dasd_megatron").rglob("*.py") if path.name not in ("metric_docs.py", "report.py")
+    )
     conditional = [metric.name for metrics in FILES.values() for metric in metrics if metric.when]
     assert len(conditional) > 10
     assert [name for name in conditional if f'"{name}"' not in source] == []
