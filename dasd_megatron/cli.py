@@ -24,7 +24,7 @@ commands:
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
   router    --servers URL ...   put sglang-router before rollout servers (--help lists the options)
-  report    RUN_DIR             write RUN_DIR/report.html
+  report    RUN [RUN ...] [--output FILE]   one page about a run, or about several overlaid; default: RUN/report.html
   doctor                        what is installed, what is missing and how to get it
 
 `dasd train --help` lists every field of the configuration."""
@@ -153,9 +153,11 @@ def _router(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
-    parser = argparse.ArgumentParser(prog="dasd report")
-    parser.add_argument("run_dir", type=Path)
-    print(write_report(parser.parse_args(arguments).run_dir).absolute())
+    parser = argparse.ArgumentParser(prog="dasd report", description="Write one HTML page about a run, or about several overlaid.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs ./report.html")
+    options = parser.parse_args(arguments)
+    print(write_report(options.runs, options.output).absolute())
 
 
 def _fields_help(command: str) -> str:

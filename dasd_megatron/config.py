@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import ipaddress
 import math
 import os
@@ -477,6 +478,11 @@ class LoggingConfig:
     tensorboard: bool = _doc(True, "write TensorBoard events beside metrics.jsonl")
     save_rollouts_every: int = _doc(1, "save all rollouts of every so many steps, for replay and the report; 0: never")
     inspect_rollouts: int = _doc(4, "rollouts of each saved step whose per-token statistics are kept for the report")
+    wandb: str = _doc("none", "none, offline (files in the run directory, for `wandb sync`) or online (WANDB_API_KEY): numbers for W&B")
+    wandb_project: str = _doc("dasd", "project of the run in W&B")
+    mlflow: bool = _doc(False, "send the numbers to MLflow too")
+    mlflow_uri: str | None = _doc(None, "MLflow's tracking server, or a store of its own as file:/...; null: mlruns/ in the run directory")
+    mlflow_experiment: str = _doc("dasd", "experiment of the run in MLflow")
 
 
 @dataclass
@@ -539,6 +545,7 @@ def load_config(overrides: list[str], config_dir: str | Path | None = None, *, n
         return _typed(composed)
     config = _typed(composed)
     check_paths(config)
+    _check_trackers(config.logging)
     return config
 
 
@@ -636,6 +643,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.weight_sync": ("disk", "distributed", "tensor"),
     "rollout.dtype": ("float32", "bfloat16"),
     "evaluation.nemo_skills": ("none", "grade", "eval"),
+    "logging.wandb": ("none", "offline", "online"),
 }
 
 # Inclusive bounds; a bound of None is open.
@@ -1096,6 +1104,21 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def _check_trackers(logging: LoggingConfig) -> None:
+    """Refuse loggers whose library is not installed here."""
+    for wanted, field_value, module, extra in (
+        (logging.wandb != "none", f"logging.wandb={logging.wandb}", "wandb", "wandb"),
+        (logging.mlflow, "logging.mlflow=true", "mlflow", "mlflow"),
+    ):
+        if wanted and importlib.util.find_spec(module) is None:
+            raise ConfigError(f'{field_value}, but {module} is not installed: pip install "dasd-megatron[{extra}]", or leave it out')
+    if logging.mlflow_uri is not None and urlsplit(logging.mlflow_uri).password is not None:
+        raise ConfigError(
+            "logging.mlflow_uri holds a password, which would be saved with the run: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD instead"
+        )
 
 
 def check_paths(config: Config) -> None:

@@ -1,10 +1,11 @@
-"""Charts as inline SVG. Colours are CSS variables of the page (--c1 ..., --pull, --push), so that one drawing serves light and dark."""
+"""Charts as inline SVG. Colours are CSS variables of the page (--c1 ..., --run1 ..., --pull, --push), so that one drawing serves light and
+dark."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -65,23 +66,28 @@ def line_chart(
     include_zero: bool = False,
     most: float | None = None,
     markers: bool = False,
+    bridge: bool = False,
     note: str = "",
-    wide: bool = False,
+    about: str = "",
     height: int = HEIGHT,
+    points: int = MAX_POINTS,
 ) -> Markup:
     """A figure with one or more curves over ``x``.
 
     ``unit`` stands beside the title. ``form`` writes a value. ``x_names`` replaces the numbers under the axis by one name per point, set at
     equal distances. ``band`` is (name, lower, upper, colour), an area behind the curves. ``level`` is (name, value), a dashed horizontal.
-    ``most`` is the largest value that can occur (1 for shares), which the axis then does not exceed. More than 400 points are averaged in
-    groups. ``note`` is the caption.
+    ``bridge`` draws curves across gaps, for values
+    that not every x has. ``most`` is the largest value that can occur (1 for shares), which the axis then does not exceed. More than
+    ``points`` points are averaged in groups, and areas then show from what to what each group goes. ``note`` is the caption, ``about`` what
+    its question mark explains.
     """
-    x, columns, group = _thin(x, [entry.values for entry in series] + ([band[1], band[2]] if band else []))
+    x, columns, ranges, group = _thin(x, [entry.values for entry in series] + ([band[1], band[2]] if band else []), points)
     curves = [Series(entry.name, values, entry.colour, entry.dash, entry.faint) for entry, values in zip(series, columns, strict=False)]
     lost = sum(1 for entry in series for value in entry.values if value is not None and not _drawable(value))
-    finite = [value for values in columns for value in values if value is not None] + ([level[1]] if level else [])
+    spans = [end for span in ranges[: len(series)] for end in span]
+    finite = [value for values in columns + spans for value in values if value is not None] + ([level[1]] if level else [])
     if not finite:
-        return _figure(title, unit, Markup('<p class="empty">No finite values.</p>'), "", note, wide)
+        return _figure(title, unit, Markup('<p class="empty">No finite values.</p>'), "", note, about)
     low, high = min(finite), max(finite)
     if include_zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -89,21 +95,23 @@ def line_chart(
     ticks = nice_ticks(low, high)
     if most is not None and high <= most:
         ticks = [tick for tick in ticks if tick <= most + 1e-9] or ticks
-    width = 2 * WIDTH + 24 if wide else WIDTH
+    width = WIDTH
     y_at = _scale(min(low, ticks[0]), max(high, ticks[-1]), height - BOTTOM, TOP)
     positions = list(range(len(x))) if x_names else list(x)
     inset = 18 if x_names else 0
     x_at = _scale(positions[0], positions[-1], LEFT + inset, width - RIGHT - inset)
     labels = list(zip(positions, x_names, strict=True)) if x_names else None
 
-    parts = [_axes(ticks, y_at, form, _x_ticks(positions, width) if labels is None else labels, x_at, x_label, width, height)]
+    parts = [_axes(ticks, y_at, form, _x_ticks(positions) if labels is None else labels, x_at, x_label, width, height)]
     if band:
         parts.append(_area(positions, columns[-2], columns[-1], x_at, y_at, band[3]))
     if level:
         y = y_at(level[1])
         parts.append(Markup('<line class="level" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, width - RIGHT, y, y))
+    for curve, (lows, highs) in zip(curves, ranges, strict=False):
+        parts.append(_area(positions, lows, highs, x_at, y_at, curve.colour, "range"))
     for curve in curves:
-        parts.append(_path(positions, curve, x_at, y_at))
+        parts.append(_path(positions, curve, x_at, y_at, bridge))
         if markers or len(positions) == 1:
             parts += [
                 Markup('<circle class="mark" style="fill:var(--{})" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(
@@ -114,18 +122,19 @@ def line_chart(
             ]
     hover = {
         "x": [round(x_at(px), 1) for px in positions],
-        "at": list(x_names) if x_names else [f"{x_label} {compact_step(value)}" for value in x],
-        "rows": [[c.name, c.colour, [None if v is None else form(v) for v in c.values]] for c in curves],
+        "label": x_label,
+        "at": "|".join(x_names or map(compact_step, x)),
+        "rows": [[c.name, c.colour, _joined(None if v is None else form(v) for v in c.values)] for c in curves],
     }
     if band:
         hover["rows"].append(
-            [band[0], band[3], [None if None in (a, b) else f"{form(a)} to {form(b)}" for a, b in zip(*columns[-2:], strict=True)]]
+            [band[0], band[3], _joined(None if None in (a, b) else f"{form(a)} to {form(b)}" for a, b in zip(*columns[-2:], strict=True))]
         )
     keys = [(c.name, c.colour, "dash" if c.dash else "faint" if c.faint else "line") for c in curves] + (
         [(band[0], band[3], "area")] if band else []
     )
     keys += [(f"{level[0]} {form(level[1])}", "muted", "dash")] if level else []
-    extra = [f"Each point is the mean of {group}."] if group > 1 else []
+    extra = [f"Each point is the mean of {group}, areas span their smallest and largest."] if group > 1 else []
     extra += [f"{lost} values were NaN or infinite and are left out."] if lost else []
     return _figure(
         title,
@@ -133,25 +142,25 @@ def line_chart(
         _svg(title, parts, hover, width, height),
         _legend(keys) if len(keys) > 1 else "",
         " ".join(filter(None, (note, *extra))),
-        wide,
+        about,
     )
 
 
 def stacked_chart(
-    title: str, unit: str, x: Sequence[float], layers: Sequence[Series], *, note: str = "", x_label: str = "training step"
+    title: str, unit: str, x: Sequence[float], layers: Sequence[Series], *, note: str = "", about: str = "", x_label: str = "training step"
 ) -> Markup:
-    """A double-width figure of ``layers`` (values >= 0) piled up at every x, as steps, one column per x; None counts as 0."""
-    x, columns, group = _thin(x, [layer.values for layer in layers])
+    """A figure of ``layers`` (values >= 0) piled up at every x, as steps, one column per x; None counts as 0."""
+    x, columns, _, group = _thin(x, [layer.values for layer in layers], MAX_POINTS)
     piles = [[value or 0.0 for value in values] for values in columns]
     totals = [sum(values) for values in zip(*piles, strict=True)]
-    width = 2 * WIDTH + 24
+    width = WIDTH
     ticks = nice_ticks(0.0, max(totals) or 1.0)
     y_at = _scale(0.0, ticks[-1], HEIGHT - BOTTOM, TOP)
     column = (width - LEFT - RIGHT) / len(x)
     x_at = _scale(0.0, float(len(x)), LEFT, width - RIGHT)
-    wanted = dict.fromkeys(name for _, name in _x_ticks(x, width))
+    wanted = dict.fromkeys(name for _, name in _x_ticks(x))
     names = [(index + 0.5, compact_step(value)) for index, value in enumerate(x) if compact_step(value) in wanted]
-    names = names or [(index + 0.5, compact_step(x[index])) for index in range(0, len(x), math.ceil(len(x) / 9))]
+    names = names or [(index + 0.5, compact_step(x[index])) for index in range(0, len(x), math.ceil(len(x) / 6))]
     parts = [_axes(ticks, y_at, compact, names, x_at, x_label, width, HEIGHT)]
     base = [0.0] * len(x)
     for layer, values in zip(layers, piles, strict=True):
@@ -162,13 +171,14 @@ def stacked_chart(
         base = top
     hover = {
         "x": [round(x_at(i + 0.5), 1) for i in range(len(x))],
-        "at": [f"{x_label} {compact_step(value)}" for value in x],
-        "rows": [[layer.name, layer.colour, [compact(v) for v in values]] for layer, values in zip(layers, piles, strict=True)]
-        + [["total", "ink", [compact(total) for total in totals]]],
+        "label": x_label,
+        "at": "|".join(map(compact_step, x)),
+        "rows": [[layer.name, layer.colour, _joined(map(compact, values))] for layer, values in zip(layers, piles, strict=True)]
+        + [["total", "ink", _joined(map(compact, totals))]],
     }
     legend = _legend([(layer.name, layer.colour, "area") for layer in layers])
     extra = f"Each column is the mean of {group} steps." if group > 1 else ""
-    return _figure(title, unit, _svg(title, parts, hover, width, HEIGHT), legend, " ".join(filter(None, (note, extra))), True)
+    return _figure(title, unit, _svg(title, parts, hover, width, HEIGHT), legend, " ".join(filter(None, (note, extra))), about)
 
 
 def moving_mean(values: Sequence[float | None], window: int) -> list[float | None]:
@@ -189,18 +199,24 @@ def _drawable(value: float) -> bool:
     return abs(value) < 1e300
 
 
-def _thin(x: Sequence[float], columns: Sequence[Sequence[float | None]]) -> tuple[list[float], list[list[float | None]], int]:
-    """At most MAX_POINTS points: consecutive ones averaged in groups. Returns x, columns (gaps as None) and the group's size."""
-    group = math.ceil(len(x) / MAX_POINTS)
+def _joined(values: Iterable[str | None]) -> str:
+    """One string in place of a list: quotes take five characters each in an attribute."""
+    return "|".join(value or "" for value in values)
+
+
+def _thin(
+    x: Sequence[float], columns: Sequence[Sequence[float | None]], points: int
+) -> tuple[list[float], list[list[float | None]], list[tuple[list[float | None], list[float | None]]], int]:
+    """At most ``points`` points: consecutive ones averaged in groups. Returns x, columns (gaps as None), the smallest and largest values of
+    the groups of each column (none without groups), and the group's size."""
+    group = math.ceil(len(x) / points)
     columns = [[value if value is not None and _drawable(value) else None for value in column] for column in columns]
     if group <= 1:
-        return list(x), columns, 1
-
-    def averaged(column: Sequence[float | None]) -> list[float | None]:
-        chunks = [[v for v in column[i : i + group] if v is not None] for i in range(0, len(column), group)]
-        return [sum(chunk) / len(chunk) if chunk else None for chunk in chunks]
-
-    return [x[min(i + group, len(x)) - 1] for i in range(0, len(x), group)], [averaged(column) for column in columns], group
+        return list(x), columns, [([], []) for _ in columns], 1
+    chunked = [[[v for v in column[i : i + group] if v is not None] for i in range(0, len(column), group)] for column in columns]
+    means = [[sum(chunk) / len(chunk) if chunk else None for chunk in chunks] for chunks in chunked]
+    ranges = [([min(chunk, default=None) for chunk in chunks], [max(chunk, default=None) for chunk in chunks]) for chunks in chunked]
+    return [x[min(i + group, len(x)) - 1] for i in range(0, len(x), group)], means, ranges, group
 
 
 def _widen(low: float, high: float) -> tuple[float, float]:
@@ -220,11 +236,11 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def _x_ticks(positions: Sequence[float], width: int) -> list[tuple[float, str]]:
+def _x_ticks(positions: Sequence[float]) -> list[tuple[float, str]]:
     low, high = positions[0], positions[-1]
     if low == high:
         return [(low, compact_step(low))]
-    ticks = [tick for tick in nice_ticks(low, high, 9 if width > WIDTH else 6) if low <= tick <= high]
+    ticks = [tick for tick in nice_ticks(low, high, 8) if low <= tick <= high]
     if all(position == int(position) for position in positions):
         ticks = [tick for tick in ticks if tick == int(tick)]
     return [(tick, compact_step(tick)) for tick in ticks]
@@ -282,8 +298,12 @@ def _runs(positions: Sequence[float], *columns: Sequence[float | None]) -> list[
     return [run for run in runs if run]
 
 
-def _path(positions: Sequence[float], curve: Series, x_at: Callable[[float], float], y_at: Callable[[float], float]) -> Markup:
+def _path(
+    positions: Sequence[float], curve: Series, x_at: Callable[[float], float], y_at: Callable[[float], float], bridge: bool
+) -> Markup:
     runs = _runs(positions, curve.values)
+    if bridge and runs:
+        runs = [[point for run in runs for point in run]]
     d = "".join("M" + "L".join(f"{x_at(px):.1f} {y_at(value):.1f}" for px, value in (run if len(run) > 1 else run * 2)) for run in runs)
     kind = "curve faint" if curve.faint else "curve"
     dash = Markup(' stroke-dasharray="{}"').format(curve.dash) if curve.dash else ""
@@ -297,14 +317,17 @@ def _area(
     x_at: Callable[[float], float],
     y_at: Callable[[float], float],
     colour: str,
+    kind: str = "band",
 ) -> Markup:
+    if not any(value is not None for value in lower):
+        return Markup("")
     d = ""
     for run in _runs(positions, lower, upper):
         edge = [f"{x_at(px):.1f} {y_at(high):.1f}" for px, _, high in run] + [
             f"{x_at(px):.1f} {y_at(low):.1f}" for px, low, _ in reversed(run)
         ]
         d += "M" + "L".join(edge) + "Z"
-    return Markup('<path class="band" style="fill:var(--{})" d="{}"/>').format(colour, d)
+    return Markup('<path class="{}" style="fill:var(--{})" d="{}"/>').format(kind, colour, d)
 
 
 def _svg(title: str, parts: Sequence[Markup], hover: dict, width: int, height: int) -> Markup:
@@ -321,7 +344,10 @@ def _legend(keys: Sequence[tuple[str, str, str]]) -> Markup:
     return Markup('<ul class="legend">{}</ul>').format(items)
 
 
-def _figure(title: str, unit: str, body: Markup, legend: Markup | str, note: str, wide: bool) -> Markup:
-    head = Markup('<h3>{} <span class="unit">{}</span></h3>').format(title, unit)
+def _figure(title: str, unit: str, body: Markup, legend: Markup | str, note: str, about: str) -> Markup:
+    mark = (
+        Markup('<button type="button" class="about" aria-label="about {}" data-about="{}">?</button>').format(title, about) if about else ""
+    )
+    head = Markup('<h3>{} <span class="unit">{}</span>{}</h3>').format(title, unit, mark)
     caption = Markup("<figcaption>{}</figcaption>").format(escape(note)) if note else Markup("")
-    return Markup('<figure class="{}">{}{}{}{}</figure>').format("chart wide" if wide else "chart", head, legend, body, caption)
+    return Markup('<figure class="chart">{}{}{}{}</figure>').format(head, legend, body, caption)

@@ -445,8 +445,8 @@ def _optional() -> list[Check]:
             "pip install git+https://github.com/NVIDIA/NeMo-Skills, in its own environment",
         ),
         lambda: part("tensorboard", "tensorboard", "tensorboard", "logging.tensorboard=true", "pip install tensorboard"),
-        lambda: part("wandb", "wandb", "wandb", "Weights & Biases", own("wandb")),
-        lambda: part("mlflow", "mlflow", "mlflow", "MLflow", own("mlflow")),
+        lambda: part("wandb", "wandb", "wandb", "logging.wandb", own("wandb")),
+        lambda: part("mlflow", "mlflow", "mlflow-skinny", "logging.mlflow", own("mlflow")),
     ]
     checks = [check() for check in parts]
     for program, use in (("git", "records the revision with each run"), ("torchrun", "starts the training processes")):

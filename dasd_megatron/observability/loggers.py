@@ -1,4 +1,4 @@
-"""The run's numbers on disk: metrics.jsonl, warm_start.jsonl, evaluation.jsonl and TensorBoard events.
+"""The run's numbers on disk: metrics.jsonl, warm_start.jsonl, evaluation.jsonl and TensorBoard events; others follow these files.
 
 Every line is one JSON object, written by a single ``write`` and synced, so that a killed run loses at most the line under way. Floats are
 written by ``repr`` and read back bit for bit. JSON has no NaN and no infinity: they stand as the strings "NaN", "Infinity" and "-Infinity",
@@ -12,9 +12,12 @@ import math
 import numbers
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dasd_megatron.observability.trackers import Tracker
 
 METRICS, WARM_START, EVALUATION = "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -28,12 +31,20 @@ class MetricsLogger:
     """Appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
 
     ``resume_step`` is the step that a resumed run continues from: TensorBoard then hides the events of later steps (its purge step), and
-    :func:`truncate_after` with the same number must have been called before. Raises :class:`RunDirectoryError` when the directory cannot
-    be written, at construction, before any step has been spent.
+    :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the files
+    (:mod:`dasd_megatron.observability.trackers`); what they have to say goes to ``warn``. Raises :class:`RunDirectoryError` when the
+    directory cannot be written, at construction, before any step has been spent.
     """
 
-    def __init__(self, run_dir: str | Path, tensorboard: bool, resume_step: int | None = None) -> None:
-        self.run_dir = Path(run_dir)
+    def __init__(
+        self,
+        run_dir: str | Path,
+        tensorboard: bool,
+        resume_step: int | None = None,
+        trackers: Sequence[Tracker] = (),
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.run_dir, self._trackers, self._warn = Path(run_dir), trackers, warn
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             probe = self.run_dir / f".write-probe-{os.getpid()}"
@@ -59,6 +70,9 @@ class MetricsLogger:
         self._last_step = step
         if self._events:
             self._events.add("", step, metrics)
+        for tracker in self._trackers:
+            if trouble := tracker.trouble():
+                self._warn(trouble)
 
     def log_warm_start(self, metrics: Mapping[str, Any]) -> None:
         """Append one step of the warm start: ``step``, ``loss`` (nats per token), ``lr``, ``grad_norm``."""
@@ -85,6 +99,9 @@ class MetricsLogger:
     def close(self) -> None:
         if self._events:
             self._events.close()
+        for tracker in self._trackers:
+            if trouble := tracker.close():
+                self._warn(trouble)
 
     def __enter__(self) -> MetricsLogger:
         return self

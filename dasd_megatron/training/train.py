@@ -30,6 +30,7 @@ from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
 from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
 from dasd_megatron.observability.report import write_report
+from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
 from dasd_megatron.stopping import StopRequested
@@ -120,7 +121,16 @@ def train(config: Config, paths: RunPaths) -> None:
             if checkpoint is not None:
                 depart_from(paths.root, checkpoint)
             truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
-            logger = stack.enter_context(MetricsLogger(paths.root, config.logging.tensorboard, resume_step=first_step or None))
+            chosen = [name for name, wanted in (("wandb", config.logging.wandb != "none"), ("mlflow", config.logging.mlflow)) if wanted]
+            logger = stack.enter_context(
+                MetricsLogger(
+                    paths.root,
+                    config.logging.tensorboard,
+                    resume_step=first_step or None,
+                    trackers=[Tracker(name, paths.root, fresh=checkpoint is None) for name in chosen],
+                    warn=display.warning,
+                )
+            )
         model_path = start_path(config, paths)
         if config.warm_start.steps:
             if warm_started is None:
@@ -376,7 +386,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
             trainer.average.average_in(trainer.model, config.teacher.ema_decay)
     _report_not_applied(trainer, results)
     if saves and trainer.logger is not None:
-        _save_inspection(trainer, samples, scores, verifier_advantage, credit)
+        _save_inspection(trainer, samples, scores, verifier_advantage, advantage, credit)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(share, scores, advantage, credit, importance, results, timers.seconds, config)
     return {"step": state.step, **metrics, **fp8, **collection, "weight_version": samples[0].weight_version}
@@ -614,7 +624,12 @@ def _save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
 
 
 def _save_inspection(
-    trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, verifier_advantage: torch.Tensor, credit: Credit
+    trainer: Trainer,
+    samples: list[Sample],
+    scores: ScoredRollouts,
+    verifier_advantage: torch.Tensor,
+    advantage: torch.Tensor,
+    credit: Credit,
 ) -> None:
     """Token statistics of the first rollouts of this replica, for the report."""
     config, step = trainer.config, trainer.state.step
@@ -633,6 +648,7 @@ def _save_inspection(
                 "entropy": scores.student.entropy[tokens].tolist(),
                 "delta": scores.delta[tokens].tolist(),
                 "omega": credit.omega[tokens].tolist(),
+                "token_advantage": advantage[tokens].tolist(),
                 "student_log_prob": scores.student.log_prob[tokens].tolist(),
                 "teacher_log_prob": scores.teacher_log_prob[tokens].tolist(),
                 "tau": credit.tau[index].item(),
@@ -646,7 +662,7 @@ def _save_inspection(
 
 def _conclude(trainer: Trainer) -> None:
     """Write the report and print the closing table."""
-    report = write_report(trainer.paths.root)
+    report = write_report([trainer.paths.root])
     rows = {row["label"]: row for row in read_metrics(trainer.paths.root / "evaluation.jsonl")}
     facts = {
         "model": trainer.paths.final_model.absolute(),

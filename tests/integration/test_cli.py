@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 from runs import NO_EVALUATION, SMALL, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dasd_megatron.observability.metric_docs import FILES, find_metric
 
 pytestmark = pytest.mark.integration
 
@@ -23,8 +27,10 @@ def dasd(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The whole job, small: warm start, evaluation, training, evaluation, report; with its output."""
     path = tmp_path_factory.mktemp("job") / "run"
-    output = train("parallel=tp2", "run.steps=3", "warm_start.steps=5", "evaluation.every=2", "logging.tensorboard=true", f"run.dir={path}")
-    return path, output
+    installed = {"wandb": "logging.wandb=offline", "mlflow": "logging.mlflow=true"}
+    trackers = [override for module, override in installed.items() if importlib.util.find_spec(module)]
+    overrides = ["parallel=tp2", "run.steps=3", "warm_start.steps=5", "evaluation.every=2", "logging.tensorboard=true", *trackers]
+    return path, train(*overrides, f"run.dir={path}")
 
 
 def test_the_job_leaves_what_the_documentation_promises(run: tuple[Path, str]) -> None:
@@ -41,6 +47,31 @@ def test_the_job_leaves_what_the_documentation_promises(run: tuple[Path, str]) -
     assert [row["weight_version"] for row in rows(path / "metrics.jsonl")] == ["step_000000", "step_000001", "step_000002"]
     assert len(list((path / "weights").iterdir())) == 1
     assert list((path / "tensorboard").rglob("events*"))
+
+
+@pytest.mark.parametrize(("name", "files"), [("wandb", "wandb/offline-run-*/run-*.wandb"), ("mlflow", "mlruns/*/*/metrics/reward/mean")])
+def test_trackers_have_got_everything(run: tuple[Path, str], name: str, files: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    path, output = run
+    state = json.loads((path / "trackers" / f"{name}.json").read_text())
+    assert state["sent"] == {
+        "warm_start.jsonl": 5,
+        "metrics.jsonl": 3,
+        "evaluation.jsonl before": 0,
+        "evaluation.jsonl step": 2,
+        "evaluation.jsonl after": 3,
+    }
+    assert state["trouble"] == "" and "gets no numbers" not in output and "has not got" not in output
+    assert len(list(path.glob(files))) == 1
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_metric_is_documented_and_is_there(run: tuple[Path, str], file: str) -> None:
+    names = {name for row in rows(run[0] / file) for name in row}
+    assert [name for name in names if find_metric(name, file) is None] == []
+    found = {find_metric(name, file).name for name in names}
+    assert {metric.name for metric in FILES[file] if not metric.when} - found == set()
 
 
 def test_the_trained_model_is_a_hugging_face_directory(run: tuple[Path, str]) -> None:
@@ -72,12 +103,16 @@ def test_evaluate_repeats_the_last_evaluation(run: tuple[Path, str], tmp_path: P
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (tmp_path / "metrics.json").read_bytes()
 
 
-def test_report_is_written_again(run: tuple[Path, str]) -> None:
+def test_report_is_written_again(run: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = run
     (path / "report.html").unlink()
     result = dasd("report", str(path))
     assert result.returncode == 0 and result.stdout.strip() == str(path / "report.html")
     assert (path / "report.html").is_file()
+    other = tmp_path / "both.html"
+    shutil.copytree(path, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoints", "model", "start", "weights"))
+    result = dasd("report", str(path), str(tmp_path / "again"), "--output", str(other))
+    assert result.returncode == 0 and result.stdout.strip() == str(other) and "<h1>2 runs</h1>" in other.read_text()
 
 
 def test_doctor_reports_this_machine() -> None:
@@ -91,8 +126,9 @@ def test_unknown_commands_and_help() -> None:
     assert dasd("trian").returncode == 2
     listing = dasd("train", "--help").stdout
     assert "algorithm.scale_floor" in listing and "nats" in listing
-    missing = dasd("report", "/nowhere")
-    assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1
+    for absent in (["/nowhere"], [str(Path(__file__).parent)]):
+        missing = dasd("report", *absent)
+        assert missing.returncode == 1 and len(missing.stderr.strip().splitlines()) == 1
 
 
 def test_under_an_outer_torchrun(tmp_path: Path) -> None:

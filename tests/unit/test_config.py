@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
 import re
 
@@ -18,6 +19,8 @@ REFUSED = [
     (["optimizer.rl=3"], ["optimizer.rl", "optimizer.lr"]),
     (["optimzer.lr=3"], ["optimzer.lr", "optimizer.lr"]),
     (["+run.b=3"], ["run.b"]),
+    (["logging.wandb=on"], ["logging.wandb=on", "none, offline, online"]),
+    (["logging.mlflow_uri=https://me:word@host"], ["logging.mlflow_uri", "MLFLOW_TRACKING_PASSWORD"]),
     (["algorithm=foo"], ["algorithm=foo", "dasd", "grpo", "rlsd"]),
     (["experiment=quick"], ["experiment=quick", "quickstart"]),
     (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
@@ -150,6 +153,15 @@ def test_refusals_name_the_field_and_the_fix(overrides: list[str], named: list[s
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+@pytest.mark.parametrize(("override", "module"), [("logging.wandb=offline", "wandb"), ("logging.mlflow=true", "mlflow")])
+def test_loggers_that_are_not_installed_are_refused(override: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+    with pytest.raises(ConfigError, match=rf"{override}, but {module} is not installed: pip install .*\[{module}\]"):
+        load_config([QUICK, override])
+    load_config([QUICK, override], needs_files=False)
 
 
 def test_the_nodes_of_a_job_are_read_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_any_values_give_a_sound_figure(column, zero, form):
     assert all(math.isfinite(number) and -50 <= number <= 600 for number in drawn(figure))
     if any(value is not None and abs(value) < 1e300 for value in column):
         data = json.loads(tree(figure).find("svg").get("data-chart"))
-        assert len(data["x"]) == len(data["at"]) == len(data["rows"][0][2]) == len(column)
+        assert len(data["x"]) == len(data["at"].split("|")) == len(data["rows"][0][2].split("|")) == len(column)
     else:
         assert "No finite values" in figure
 
@@ -65,8 +65,31 @@ def test_long_runs_are_averaged_in_groups():
     count = 3 * MAX_POINTS
     figure = line_chart("t", "u", range(count), [Series("a", [float(i) for i in range(count)], "c1")])
     data = json.loads(tree(figure).find("svg").get("data-chart"))
-    assert len(data["x"]) == MAX_POINTS and data["rows"][0][2][0] == compact(1.0)
-    assert "mean of 3" in figure
+    assert len(data["x"]) == MAX_POINTS and data["rows"][0][2].split("|")[0] == compact(1.0)
+    assert "mean of 3, areas span their smallest and largest" in figure
+
+
+def test_averaging_hides_no_spike():
+    values = [0.0] * 2000
+    values[1234] = 50.0
+    figure = line_chart("t", "u", range(2000), [Series("a", values, "c1")])
+    (area,) = [element for element in tree(figure).iter("path") if element.get("class") == "range"]
+    heights = [float(y) for y in re.findall(r" (-?[\d.]+)", area.get("d"))]
+    # The axis goes to 60, from 184 at its foot to 12 at its top.
+    assert min(heights) == round(184 - (184 - 12) * 50 / 60, 1)
+
+
+def test_curves_bridge_gaps_only_when_asked():
+    for bridge, strokes in ((False, 2), (True, 1)):
+        figure = line_chart("t", "u", range(3), [Series("a", [1.0, None, 2.0], "c1")], bridge=bridge)
+        (path,) = [element for element in tree(figure).iter("path")]
+        assert path.get("d").count("M") == strokes
+
+
+def test_a_chart_may_explain_itself():
+    hostile = "</button><script>\"'"
+    figure = line_chart("t", "u", [1, 2], [Series("a", [1.0, 2.0], "c1")], about=hostile)
+    assert tree(figure).find("h3/button").get("data-about") == hostile
 
 
 def test_a_share_never_gets_an_axis_over_one():
@@ -89,7 +112,7 @@ def test_names_are_escaped():
 def test_a_stack_piles_up_to_the_total():
     figure = stacked_chart("t", "s", [1, 2], [Series("a", [1.0, 2.0], "c1"), Series("b", [1.0, None], "c2")])
     data = json.loads(tree(figure).find("svg").get("data-chart"))
-    assert data["rows"][-1] == ["total", "ink", ["2", "2"]]
+    assert data["rows"][-1] == ["total", "ink", "2|2"]
     assert len(list(tree(figure).iter("path"))) == 2
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.observability import report
+from dasd_megatron.observability import report, run_files
 from dasd_megatron.observability.loggers import RunDirectoryError
-from dasd_megatron.observability.report import ReportError, write_report
+from dasd_megatron.observability.report import write_report
+from dasd_megatron.observability.run_files import ReportError, halving_order
 
 HOSTILE = (
     '</pre></script><script>alert("x")</script><img src=https://evil.example/a.png onerror=alert(1)>'
@@ -114,6 +115,7 @@ def inspected(text: str, tokens: list[str], **changes) -> dict:
         "sigma": 0.2,
     }
     entry |= {"entropy": [0.25] * count, "delta": [-0.125] * count, "omega": [(-1) ** i * 0.4 for i in range(count)]}
+    entry |= {"token_advantage": [0.5 + 0.1 * i for i in range(count)]}
     entry |= {"student_log_prob": [math.log(0.5)] * count, "teacher_log_prob": [math.log(0.75)] * count}
     return entry | changes
 
@@ -169,18 +171,23 @@ def make_run(path: Path, steps: int = 12, text: str = "1+1=2\n\\boxed{2}", token
     return path
 
 
-def load(run: Path) -> tuple[str, Page]:
-    text = write_report(run).read_text(encoding="utf-8")
-    return text, Page(text)
+def load(*runs: Path, output: Path | None = None) -> tuple[str, Page, dict]:
+    """The page as text, as elements, and the data that its script shows."""
+    text = write_report(runs, output).read_text(encoding="utf-8")
+    page = Page(text)
+    (data,) = [data for tag, data in page.texts if tag == "script" and data.startswith("{")]
+    return text, page, json.loads(data)
 
 
 def test_a_whole_run_has_every_section(tmp_path):
-    text, page = load(make_run(tmp_path / "run"))
+    text, page, data = load(make_run(tmp_path / "run"))
     assert {element.get("id") for element in page.all("section")} == {
         "results",
         "warm-start",
         "training",
         "tokens",
+        "speed",
+        "groups",
         "samples",
         "configuration",
     }
@@ -207,11 +214,11 @@ def test_a_whole_run_has_every_section(tmp_path):
         "Clipped tokens",
         "Gradient norm",
         "Where a step's time goes",
-        "Entropy along the rollout",
     }
     assert "Signs of collapse" not in words and "Not everything could be read" not in words
     assert "groups: 4" in page.text("pre") and "abc123" in page.text("pre")
-    assert len(page.all("option")) == 3 and [o for o in re.findall(r"step (\d+), rollout", page.text("option"))] == ["1", "7", "12"]
+    assert [rollout["step"] for rollout in data["rollouts"]] == list(range(1, 13))
+    assert "All 12 rollouts whose token statistics were saved." in words and "Of 12 groups in 12 saved steps" in words
     assert len(text) < 1_000_000
 
 
@@ -225,16 +232,25 @@ def test_charts_of_some_runs_only(tmp_path):
         ({"update/divergence": 0.1}, {"Divergence from the teacher"}),
     ):
         lines(run / "metrics.jsonl", [*rows[:-1], {**rows[-1], **fields}])
-        _, page = load(run)
+        _, page, data = load(run)
         assert {attributes["aria-label"] for attributes in page.all("svg")} & rare == shown
 
 
-def test_tokens_carry_their_numbers_colour_and_visible_newlines(tmp_path):
-    _, page = load(make_run(tmp_path / "run", text="a\nb", tokens=["a", "\n", "b"]))
-    tokens = [attributes for tag, attributes in page.elements if tag == "i" and "data-v" in attributes][:3]
-    assert [token["class"] for token in tokens] == ["l10", "s10", "l10"]
-    assert tokens[0]["data-v"] == "0.250|−0.125|0.400|0.500|0.750"
-    assert "⏎" in page.text("b")
+def test_tokens_carry_their_numbers(tmp_path):
+    _, _, data = load(make_run(tmp_path / "run", text="a\nb", tokens=["a", "\n", "b"]))
+    shown = data["rollouts"][0]
+    assert (shown["t"], shown["h"], shown["d"], shown["w"]) == (["a", "\n", "b"], [0.25] * 3, [-0.125] * 3, [0.4, -0.4, 0.4])
+    assert (shown["a"], shown["p"], shown["q"]) == ([0.5, 0.6, 0.7], [0.5] * 3, [0.75] * 3)
+    assert (shown["tau"], shown["sigma"], shown["advantage"], shown["whole"]) == (0.5, 0.2, 0.5, True)
+
+
+def test_runs_without_advantages_of_tokens_show_the_verifiers(tmp_path):
+    run = make_run(tmp_path / "run")
+    entry = inspected("ab", ["a", "b"])
+    del entry["token_advantage"]
+    (run / "inspect" / "step_000001.json").write_text(json.dumps([entry]))
+    _, _, data = load(run)
+    assert data["rollouts"][0]["a"] == [0.5, 0.5] and not data["rollouts"][0]["whole"] and data["rollouts"][1]["whole"]
 
 
 def test_the_heat_map_shows_the_sample_behind_it(tmp_path):
@@ -243,8 +259,139 @@ def test_the_heat_map_shows_the_sample_behind_it(tmp_path):
         run / "rollouts" / "step_000001.jsonl",
         [rollout("other"), rollout("1+1=2\n\\boxed{2}", predicted_answer="the-answer", finish_reason="length")],
     )
-    _, page = load(run)
-    assert "the-answer" in page.text("b") and "ended by length" in page.text()
+    _, _, data = load(run)
+    assert (data["rollouts"][0]["answer"], data["rollouts"][0]["end"]) == ("the-answer", "length")
+
+
+def test_best_and_worst_groups(tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    noise = random.Random(3)
+    means = {}
+    for step in (1, 2):
+        rows = []
+        for group in range(50):
+            rewards = [float(noise.random() < 0.5) for _ in range(6)]
+            means[step, group] = sum(rewards) / 6
+            rows += [
+                rollout(
+                    f"sample {i} of {group}", group=group, sample=i, reward=reward, response_ids=[0] * (i + 1), problem=f"p{step}-{group}"
+                )
+                for i, reward in enumerate(rewards)
+            ]
+        noise.shuffle(rows)
+        lines(run / "rollouts" / f"step_{step:06d}.jsonl", rows)
+    _, page, data = load(run)
+    found = {end: [(group["step"], group["group"]) for group in data["groups"][end]] for end in ("best", "worst")}
+    assert found["best"] == sorted(means, key=lambda key: (-means[key], -key[0], key[1]))[:30]
+    assert found["worst"] == sorted(means, key=lambda key: (means[key], -key[0], key[1]))[:30]
+    first = data["groups"]["best"][0]
+    assert first["count"] == 6 and len(first["samples"]) == 4 and first["tokens"] == 21 and len(first["rewards"]) == 6
+    assert "Of 100 groups in 2 saved steps, the 60 with the highest or lowest mean reward" in page.text()
+    assert "40 groups between them are left out" in page.text()
+
+
+def test_large_rollouts_are_read_in_part_and_it_is_said(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", steps=9)
+    size = (run / "rollouts" / "step_000001.jsonl").stat().st_size
+    groups = run_files.extreme_groups(run_files.read_run(run), max_bytes=3 * size)
+    assert (groups.steps_read, groups.steps_saved, groups.count) == (3, 9, 3)
+    assert {group["step"] for group in groups.best + groups.worst} == {1, 5, 9}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 101])
+def test_any_first_part_of_the_order_is_spread_evenly(count):
+    order = halving_order(count)
+    assert sorted(order) == list(range(count))
+    for length in range(2, count):
+        gaps = [later - earlier for earlier, later in zip(sorted(order[:length]), sorted(order[:length])[1:], strict=False)]
+        assert max(gaps) <= 4 * count / length
+
+
+def test_phases_have_their_share_and_their_tokens(tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    row = {**metrics(1, random.Random(0)), "throughput/tokens_per_second": 100.0}
+    lines(run / "metrics.jsonl", [row])
+    rows = {row["phase"]: row for row in report._phase_table([run_files.read_run(run)])}
+    # 300 tokens; 3 s of the step and 0.2 s of sync.
+    assert rows["rollout"]["rate"] == "300" and rows["sync"]["rate"] == "1,500" and rows["all"]["seconds"] == "3.200"
+    assert rows["rollout"]["share"] == "31.2%" and rows["other"]["seconds"] == "0.400" and "checkpoint" not in rows
+
+
+# ---- several runs ------------------------------------------------------------------------------------------------------------------------
+
+
+def two_runs(tmp_path: Path) -> list[Path]:
+    first, second = make_run(tmp_path / "a", steps=12), make_run(tmp_path / "b", steps=30)
+    (second / "config.yaml").write_text(
+        "run:\n  name: other\n  seed: 3\n  steps: 40\n  dir: elsewhere\nalgorithm:\n  name: grpo\nbatch:\n  groups: 4\n"
+    )
+    return [first, second]
+
+
+def test_runs_are_overlaid_each_in_its_colour(tmp_path):
+    _, page, data = load(*two_runs(tmp_path), output=tmp_path / "page.html")
+    assert data["runs"] == [{"label": "toy-run", "colour": "run1"}, {"label": "other", "colour": "run2"}]
+    charts = {element["aria-label"]: json.loads(element["data-chart"]) for element in page.all("svg")}
+    for title in ("Pass@k", "Loss of the warm start", "Student entropy H: pushed tokens", "Gradient norm", "Throughput"):
+        assert [row[:2] for row in charts[title]["rows"]] == [["toy-run", "run1"], ["other", "run2"]], title
+    lengths = [sum(bool(value) for value in row[2].split("|")) for row in charts["Gradient norm"]["rows"]]
+    assert lengths == [12, 30]
+    words = page.text()
+    assert "finished · 12 steps" in words and "not finished · step 30 of 40" not in words and "finished · 30 steps" in words
+    assert {one["run"] for one in data["rollouts"]} == {0, 1} == {one["run"] for one in data["groups"]["worst"]}
+
+
+def test_only_what_differs_is_listed(tmp_path):
+    runs = [run_files.read_run(path) for path in two_runs(tmp_path)]
+    assert report.differences(runs) == [
+        ("algorithm.beta", ["0.1", "–"]),
+        ("algorithm.name", ["dasd", "grpo"]),
+        ("run.name", ["toy-run", "other"]),
+        ("run.steps", ["12", "40"]),
+    ]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [make_run(tmp_path / name / last) for name, last in (("x", "1"), ("x", "2"), ("y", "2"))]
+    _, _, data = load(*paths, output=tmp_path / "page.html")
+    assert [run["label"] for run in data["runs"]] == ["toy-run 1", "toy-run 2 (2)", "toy-run 2 (3)"]
+
+
+def test_runs_that_lack_parts_still_share_a_page(tmp_path):
+    first, second = two_runs(tmp_path)
+    for name in ("evaluation.jsonl", "metrics.jsonl", "warm_start.jsonl"):
+        (second / name).unlink()
+    for folder in ("inspect", "rollouts", "evaluations"):
+        (second / folder).rename(tmp_path / f"gone-{folder}")
+    _, page, data = load(first, second, output=tmp_path / "page.html")
+    assert {one["run"] for one in data["rollouts"]} == {0}
+    assert "not finished · step 0 of 40" in page.text()
+
+
+def test_many_long_runs_stay_small(tmp_path):
+    noise = random.Random(0)
+    paths = []
+    for place in range(report.MOST_RUNS):
+        path = make_run(tmp_path / f"run{place}", steps=2)
+        lines(path / "metrics.jsonl", [metrics(step, noise) | {"entropy/mean": noise.random()} for step in range(1, 1001)])
+        paths.append(path)
+    text, page, _ = load(*paths, output=tmp_path / "page.html")
+    assert len(text.encode()) < 5_000_000
+    assert "areas span their smallest and largest" in page.text()
+
+
+def test_what_cannot_become_one_page_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    for arguments, words in (
+        (([],), "no run is given"),
+        (([run, run],), "more than once"),
+        (([tmp_path / str(i) for i in range(17)],), "at most 16"),
+        (([run], tmp_path / "absent" / "page.html"), "is not a directory"),
+        (([run], tmp_path), "is a directory"),
+        (([run, tmp_path / "absent"],), "absent is not a directory"),
+    ):
+        with pytest.raises(ReportError, match=words):
+            write_report(*arguments)
 
 
 def test_hostile_text_is_only_text(tmp_path):
@@ -252,9 +399,10 @@ def test_hostile_text_is_only_text(tmp_path):
     (run / "config.yaml").write_text(f"run:\n  name: {json.dumps(HOSTILE)}\n  steps: 12\n")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines(run / "metrics.jsonl", [{**row, "weight_version": HOSTILE, HOSTILE: 1.0} for row in rows])
-    text, page = load(run)
-    scripts = [data for tag, data in page.texts if tag == "script"]
-    assert len(page.all("script")) == 1 and "alert" not in scripts[0]
+    text, page, data = load(run)
+    scripts = [part for tag, part in page.texts if tag == "script"]
+    assert len(page.all("script")) == len(scripts) == 2 and "<" not in scripts[0] and "alert" not in scripts[1]
+    assert all(HOSTILE[:20] in str(data[part]) for part in ("rollouts", "groups"))
     assert page.all("img") == [] and page.all("link") == [] and page.all("iframe") == []
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert 'alert("x")' in page.text("pre") and "‹U+202E›txt‹U+001B›[2J‹U+0000› {{ 7*7 }} ‹U+D800›" in page.text("pre")
@@ -262,13 +410,14 @@ def test_hostile_text_is_only_text(tmp_path):
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
-    text, page = load(make_run(tmp_path / "run"))
+    text, page, data = load(make_run(tmp_path / "run"))
     loading = {"src", "href", "srcset", "data", "action", "poster", "xlink:href"}
     targets = [value for _, attributes in page.elements for name, value in attributes.items() if name in loading]
     assert targets and all(target.startswith("#") for target in targets)
     assert not re.search(r"https?://|@import|url\(", text)
     (policy,) = [attributes["content"] for attributes in page.all("meta") if attributes.get("http-equiv") == "Content-Security-Policy"]
-    (script,) = [data for tag, data in page.texts if tag == "script"]
+    (script,) = [part for tag, part in page.texts if tag == "script" and not part.startswith("{")]
+    assert [element.get("type") for element in page.all("script")] == ["application/json", None]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
 
@@ -290,12 +439,13 @@ def test_partial_runs(tmp_path, kept):
     for path in run.iterdir():
         if path.name not in kept:
             path.rename(tmp_path / path.name)
-    _, page = load(run)
+    _, page, data = load(run)
     words = page.text()
     assert ("No evaluation yet" in words) == ("evaluation.jsonl" not in kept)
     assert ("No training step yet" in words) == ("metrics.jsonl" not in kept)
     assert ("No token statistics" in words) == ("inspect" not in kept)
-    assert ("No samples were saved" in words) == (not {"rollouts", "evaluations"} & set(kept))
+    assert ("No held-out samples" in words) == (not {"evaluations", "evaluation.jsonl"} <= set(kept))
+    assert ("No rollouts were saved" in words) == ("rollouts" not in kept)
 
 
 def test_a_run_that_was_killed(tmp_path):
@@ -307,7 +457,7 @@ def test_a_run_that_was_killed(tmp_path):
     (run / "inspect" / "step_000005.json").write_text('[{"problem_id": "p')
     with open(run / "rollouts" / "step_000005.jsonl", "a") as file:
         file.write('{"group": ')
-    _, page = load(run)
+    _, page, data = load(run)
     words = page.text()
     assert "not finished · step 5 of 12" in words and "no comparison yet" in words
     assert "inspect/step_000005.json could not be read" in words and "1 unreadable lines were left out" in words
@@ -325,17 +475,17 @@ def test_damage_is_listed_not_hidden(tmp_path):
         inspected("fine", ["fine"]),
     ]
     (run / "inspect" / "step_000001.json").write_text(json.dumps(bad))
-    _, page = load(run)
+    _, page, data = load(run)
     words = page.text()
     for part in (
         "config.yaml could not be read",
         "environment.json could not be read",
         "warm_start.jsonl: 1 unreadable lines",
-        "rollout 1 was left out",
-        "rollout 3 was left out",
+        "inspect/step_000001.json, rollout 1 was left out",
+        "inspect/step_000001.json, rollout 3 was left out",
     ):
         assert part in words, part
-    assert "step 1, rollout 4" in page.text("option")
+    assert [one["place"] for one in data["rollouts"] if one["step"] == 1] == [4]
 
 
 def test_numbers_that_are_not_finite(tmp_path):
@@ -347,11 +497,12 @@ def test_numbers_that_are_not_finite(tmp_path):
         "ab", ["a", "b"], teacher_log_prob=[-math.inf, -1.0], delta=[-math.inf, math.nan], omega=[math.nan, 0.5], tau=math.nan
     )
     (run / "inspect" / "step_000001.json").write_text(json.dumps([entry]))
-    text, page = load(run)
+    text, page, data = load(run)
     words = page.text()
     assert "Signs of collapse" in words and "step 6: the run may be collapsing: update/loss and update/grad_norm not finite" in words
     assert "1 values were NaN or infinite" in words
-    assert 'data-v="0.250|−inf|nan|0.500|0.000"' in text
+    shown = data["rollouts"][0]
+    assert (shown["d"], shown["w"], shown["q"][0], shown["tau"]) == (["−∞", "NaN"], ["NaN", 0.5], 0, "NaN")
 
 
 def test_the_size_stays_bounded(tmp_path):
@@ -363,37 +514,31 @@ def test_the_size_stays_bounded(tmp_path):
         entries = [inspected(long, ["word "] * 8000) for _ in range(20)]
         (run / "inspect" / f"step_{step:06d}.json").write_text(json.dumps(entries))
         lines(run / "rollouts" / f"step_{step:06d}.jsonl", [rollout(long, group=i // 16, sample=i % 16) for i in range(64)])
-    text, page = load(run)
+    text, page, data = load(run)
     assert len(text) < 5_000_000
-    tokens = [attributes for tag, attributes in page.elements if tag == "i" and "data-v" in attributes]
-    assert 5000 < len(tokens) <= report.TOKENS_IN_ALL
-    assert "of 8,000 tokens are shown" in page.text() and "more characters in the file" in page.text("pre")
-    assert {re.match(r"step (\d+)", data).group(1) for tag, data in page.texts if tag == "option"} == {"1", "2", "3"}
-
-
-def test_only_pushes_of_the_named_algorithm_are_explained_by_tau(tmp_path):
-    run = make_run(tmp_path / "run")
-    assert "Tokens above τ are pushed" in load(run)[1].text()
-    (run / "config.yaml").write_text("algorithm:\n  name: reversed\n")
-    assert "Tokens above τ are pushed" not in load(run)[1].text()
+    shown = sum(len(rollout["t"]) for rollout in data["rollouts"])
+    assert report.TOKENS_IN_ALL <= shown <= report.TOKENS_IN_ALL + 50
+    assert {len(rollout["t"]) for rollout in data["rollouts"][:-1]} == {1500} and data["rollouts"][0]["length"] == 8000
+    assert "32 of about 60 rollouts" in page.text() and "About 28 are left out." in page.text()
+    assert "more characters in the file" in data["groups"]["best"][0]["samples"][0]["text"]
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ReportError, match="is not a directory"):
-        write_report(tmp_path / "absent")
+        write_report([tmp_path / "absent"])
     with pytest.raises(ReportError, match="holds no run"):
-        write_report(tmp_path)
+        write_report([tmp_path])
 
 
 def test_an_unwritable_run_is_refused_clearly(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    old = write_report(run).read_text()
+    old = write_report([run]).read_text()
 
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(RunDirectoryError, match=r"cannot write .*report.html: No space left on device"):
-        write_report(run)
+        write_report([run])
     assert (run / "report.html").read_text() == old
     assert not list(run.glob(".report.html*"))

@@ -1,0 +1,468 @@
+"""What every metric means, in one table: docs/metrics.md is generated from it, and the report explains its charts by it.
+
+``python -m dasd_megatron.observability.metric_docs > docs/metrics.md`` writes the page again; tests compare the table with what runs write.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+
+from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``name`` may hold ``<k>`` for a number. ``healthy`` and ``action``: the range to expect, and what to do outside it. ``when``: what
+    must hold for a run to write it; empty: every line has it."""
+
+    name: str
+    unit: str
+    meaning: str
+    healthy: str = ""
+    action: str = ""
+    when: str = ""
+
+
+_STEP = [
+    Metric("step", "steps", "training step, counted from 1"),
+    Metric("time", "unix seconds", "when the line was written"),
+    Metric("weight_version", "name", "weights that the first rollout of the step began with"),
+    Metric(
+        "reward/mean", "reward", "mean reward of the step's rollouts", "rises", "see reward/accuracy; with verify.reward read the rollouts"
+    ),
+    Metric(
+        "reward/std",
+        "reward",
+        "standard deviation over the step's rollouts",
+        "above 0",
+        "0: all rollouts fare alike, and the verifier teaches nothing: other problems",
+    ),
+    Metric(
+        "reward/accuracy",
+        "share",
+        "rollouts whose reward is above 0",
+        "0.2 to 0.8, rising",
+        "under 0.1: warm-start, or easier problems; over 0.95: harder problems; falling: lower optimizer.lr or algorithm.beta",
+    ),
+    Metric(
+        "reward/groups_all_correct",
+        "share of groups",
+        "groups whose rollouts are all right; their group-relative advantage is 0",
+        "under 0.5",
+        "harder problems, or rollout.filter=dasd_megatron.rollout.filters:rewards_differ where it is worth the extra rollouts",
+    ),
+    Metric(
+        "reward/groups_all_wrong",
+        "share of groups",
+        "groups whose rollouts are all wrong; their group-relative advantage is 0",
+        "under 0.5",
+        "warm-start, easier problems, or more batch.samples_per_group",
+    ),
+    Metric(
+        "response/length_mean",
+        "tokens",
+        "mean number of sampled tokens of a response",
+        "steady, or rising with accuracy",
+        "exploding without accuracy: read rollouts for repetition; lower algorithm.beta or optimizer.lr",
+    ),
+    Metric(
+        "response/length_max",
+        "tokens",
+        "longest response of the step",
+        "under rollout.max_new_tokens",
+        "see response/truncated_share",
+    ),
+    Metric(
+        "response/truncated_share",
+        "share",
+        "responses that ended at rollout.max_new_tokens",
+        "under 0.1",
+        "raise rollout.max_new_tokens, or set verify.truncated_is_wrong=true so that endless answers do not pay",
+    ),
+    Metric(
+        "verify/timeouts",
+        "rollouts",
+        "rollouts whose grading ran out of time and that count as wrong",
+        "0",
+        "raise verify.timeout_seconds or verify.workers; read the answers concerned",
+    ),
+    Metric(
+        "entropy/mean",
+        "nats per token",
+        "mean entropy H of the student's next-token distribution, over the whole vocabulary",
+        "slow fall; over a tenth of its start",
+        "collapsing: lower optimizer.lr, or algorithm.name=dasd with a larger algorithm.rho; rising without end: lower algorithm.beta",
+    ),
+    Metric(
+        "entropy/pushed",
+        "nats per token",
+        "mean entropy of the tokens with omega < 0",
+        "above entropy/mean under dasd",
+        "below it: check algorithm.quantile_side",
+        when="a token is pushed",
+    ),
+    Metric(
+        "entropy/pulled",
+        "nats per token",
+        "mean entropy of the tokens with omega > 0",
+        "below entropy/mean under dasd",
+        "above it: check algorithm.quantile_side",
+        when="a token is pulled",
+    ),
+    Metric(
+        "credit/pushed_share",
+        "share of tokens",
+        "tokens with omega < 0, pushed away from the teacher",
+        "near algorithm.rho under dasd; 0 under grpo and opsd; near 1 under reversed",
+        "far from it: many gaps are 0, so the teacher says what the student says; see credit/delta_abs_mean",
+    ),
+    Metric("credit/omega_mean", "-1 to 1", "mean direction weight omega", "steady", "a drift to -1 or 1: see credit/delta_mean"),
+    Metric(
+        "credit/omega_std", "-1 to 1", "standard deviation of omega over tokens", "above 0", "0: routing is off; see credit/delta_abs_mean"
+    ),
+    Metric(
+        "credit/omega_min", "-1 to 1", "smallest omega of the step", "-1 to 0", "-1 everywhere: gaps saturate; raise algorithm.scale_floor"
+    ),
+    Metric(
+        "credit/omega_max", "-1 to 1", "largest omega of the step", "0 to 1", "1 everywhere: gaps saturate; raise algorithm.scale_floor"
+    ),
+    Metric(
+        "credit/delta_mean",
+        "nats per token",
+        "mean gap delta = log q - log p of the sampled tokens, teacher minus student",
+        "near 0",
+        "strongly negative: the teacher finds the student's tokens unlikely; check teacher.template and teacher.privileged",
+    ),
+    Metric(
+        "credit/delta_abs_mean",
+        "nats per token",
+        "mean size of the gap",
+        "0.01 to 1, larger than rollout/log_prob_diff_mean",
+        "near 0: the privileged text has no effect; check that problems have solutions, and teacher.template",
+    ),
+    Metric(
+        "credit/delta_bar_abs_mean",
+        "scales",
+        "mean size of the gap divided by its scale",
+        "under 3",
+        "large: a few outliers rule; raise algorithm.scale_floor",
+    ),
+    Metric(
+        "credit/tau_mean",
+        "nats",
+        "mean entropy threshold over rollouts; tokens above it are pushed",
+        "falls with entropy/mean",
+        "0: the policy is deterministic; see entropy/mean",
+    ),
+    Metric(
+        "credit/sigma_mean",
+        "nats",
+        "mean scale of the gap over rollouts",
+        "above algorithm.scale_floor",
+        "tiny: noise is scaled up to full pushes; raise algorithm.scale_floor",
+    ),
+    Metric(
+        "credit/advantage_abs_mean",
+        "advantage",
+        "mean size of the tokens' advantages, verifier and teacher together",
+        "0.1 to 2",
+        "near 0: nothing is learned; large: lower algorithm.beta",
+    ),
+    Metric(
+        "rollout/kl",
+        "nats per token",
+        "estimate (k3) of KL(rollout policy || trainer), from the sampled tokens",
+        "under 1e-3; more with rollout.max_staleness",
+        "growing: stale weights or other numerics; rollout.max_staleness=0, loss.importance_sampling=token, the same dtype on both sides",
+    ),
+    Metric(
+        "rollout/log_prob_diff_mean",
+        "nats per token",
+        "mean |log-prob of the rollout engine - log-prob of the trainer|",
+        "under 1e-5 in float32, 0.05 in bfloat16",
+        "as rollout/kl; a run stops over rollout.max_log_prob_diff",
+    ),
+    Metric(
+        "rollout/log_prob_diff_max",
+        "nats",
+        "largest such difference",
+        "under 1e-3 in float32, 2 in bfloat16",
+        "as rollout/kl",
+    ),
+    Metric(
+        "rollout/importance_mean",
+        "ratio",
+        "mean truncated importance weight",
+        "0.9 to 1.1",
+        "far from 1: as rollout/kl",
+        when="loss.importance_sampling is not none",
+    ),
+    Metric(
+        "rollout/importance_cut_share",
+        "share of tokens",
+        "importance weights that loss.importance_cap has lowered",
+        "under 0.01",
+        "as rollout/kl",
+        when="loss.importance_sampling is not none",
+    ),
+    Metric(
+        "rollout/staleness_mean",
+        "steps",
+        "mean age of the weights that rollouts began with",
+        "0; up to rollout.max_staleness",
+        "lower rollout.max_staleness",
+    ),
+    Metric("rollout/staleness_max", "steps", "largest such age", "up to rollout.max_staleness", "lower rollout.max_staleness"),
+    Metric(
+        "rollout/mixed_share",
+        "share",
+        "rollouts whose tokens come from more than one version of the weights",
+        "0; any with rollout.unfinished=retract",
+        "rollout.unfinished=finish",
+    ),
+    Metric("rollout/groups_drawn", "groups", "groups sampled for the step, those thrown away too", "batch.groups", "see the next two"),
+    Metric(
+        "rollout/groups_filtered",
+        "groups",
+        "groups that rollout.filter has thrown away",
+        "under batch.groups",
+        "problems too easy or too hard for the policy: other problems, or no filter",
+    ),
+    Metric(
+        "rollout/groups_restarted",
+        "groups",
+        "groups begun again because their server failed",
+        "0",
+        "read logs/rollout_server*.log, and the servers' memory",
+    ),
+    Metric(
+        "update/skipped",
+        "updates",
+        "optimizer steps not applied, since logits or gradients were not finite",
+        "0",
+        "lower optimizer.lr; the first case is described in the log; over loss.max_skipped_steps in a row the run goes back",
+    ),
+    Metric(
+        "update/loss",
+        "loss",
+        "surrogate loss; its gradient counts, its level says little",
+        "finite",
+        "NaN: see update/skipped",
+        when="an update was applied",
+    ),
+    Metric(
+        "update/clip_share",
+        "share of tokens",
+        "tokens whose ratio lies outside loss.clip_low and clip_high",
+        "under 0.2; 0 with one update a step",
+        "lower optimizer.lr, or fewer batch.minibatches and batch.epochs",
+        when="an update was applied",
+    ),
+    Metric(
+        "update/grad_norm",
+        "L2 norm",
+        "norm of the whole gradient before clipping",
+        "steady, spikes under ten times its median",
+        "growing: lower optimizer.lr or optimizer.clip_grad",
+        when="an update was applied",
+    ),
+    Metric("update/lr", "learning rate", "learning rate of the last update", "follows the schedule", "", when="an update was applied"),
+    Metric(
+        "update/kl_to_start",
+        "nats per token",
+        "estimate of KL(policy || starting model)",
+        "under 0.5",
+        "raise loss.kl_coef, or lower optimizer.lr",
+        when="loss.kl_coef is above 0",
+    ),
+    Metric(
+        "update/divergence",
+        "nats per token",
+        "divergence from the teacher over the whole vocabulary, before its cap",
+        "falls where pulled",
+        "growing: lower algorithm.divergence_weight or algorithm.beta",
+        when="algorithm.objective=distributional",
+    ),
+    Metric(
+        "update/capped_share",
+        "share of tokens",
+        "pushed tokens whose divergence is over algorithm.divergence_cap",
+        "under 0.1",
+        "lower algorithm.beta or algorithm.rho",
+        when="algorithm.objective=distributional",
+    ),
+    Metric(
+        "precision/fp8_log_prob_diff_mean",
+        "nats per token",
+        "mean |log-prob under FP8 - under bf16| of some rollouts",
+        "under precision.fp8_max_diff",
+        "precision.bf16_first_layers and bf16_last_layers, or another precision.fp8",
+        when="precision.fp8 is not none, every precision.fp8_check_every steps",
+    ),
+    Metric(
+        "precision/fp8_log_prob_diff_max",
+        "nats",
+        "largest such difference",
+        "under 10 times precision.fp8_max_diff",
+        "as the mean",
+        when="precision.fp8 is not none, every precision.fp8_check_every steps",
+    ),
+    Metric(
+        "throughput/tokens_per_second",
+        "tokens per second",
+        "tokens of prompts and responses divided by seconds/total",
+        "steady",
+        "falling: look which phase's seconds grow",
+    ),
+    Metric(
+        "seconds/rollout",
+        "seconds",
+        "waiting for rollouts, without verification",
+        "under two thirds of seconds/total",
+        "more servers, rollout.max_staleness above 0 to overlap, rollout.over_sampling against stragglers",
+    ),
+    Metric("seconds/verify", "seconds", "grading, as far as rollouts waited for it", "under a tenth of seconds/total", "verify.workers"),
+    Metric(
+        "seconds/score",
+        "seconds",
+        "log-probs and entropy of student and teacher",
+        "under seconds/update",
+        "batch.packing=true, a larger batch.micro_batch_size",
+    ),
+    Metric("seconds/route", "seconds", "advantages and direction weights", "under 0.01 of seconds/total", "report it: it should be small"),
+    Metric(
+        "seconds/update", "seconds", "forward, backward and optimizer", "the largest after rollouts", "batch.packing=true, less recompute"
+    ),
+    Metric("seconds/total", "seconds", "the whole step, without sync and checkpoint", "steady", "look which phase's seconds grow"),
+    Metric(
+        "seconds/sync",
+        "seconds",
+        "handing the weights to the servers, after the step before this one",
+        "under a tenth of seconds/total",
+        "rollout.weight_sync=distributed",
+    ),
+    Metric(
+        "seconds/checkpoint",
+        "seconds",
+        "how long checkpoints held up training since the step before",
+        "near 0 with checkpoint.async_save",
+        "checkpoint.async_save=true, faster storage, or a larger checkpoint.every",
+    ),
+]
+
+_WARM_START = [
+    Metric("step", "steps", "step of supervised fine-tuning, counted from 1"),
+    Metric(
+        "loss",
+        "nats per token",
+        "cross-entropy of the worked solutions",
+        "falls",
+        "flat or rising: lower warm_start.lr",
+        when="warm_start.steps is above 0",
+    ),
+    Metric("lr", "learning rate", "learning rate of the step", "follows the schedule", "", when="warm_start.steps is above 0"),
+    Metric(
+        "grad_norm",
+        "L2 norm",
+        "norm of the gradient before clipping",
+        "steady",
+        "growing: lower warm_start.lr",
+        when="warm_start.steps is above 0",
+    ),
+]
+
+_EVALUATION = [
+    Metric("step", "steps", "training step whose weights were evaluated; 0: before the first"),
+    Metric("label", "name", "before, step or after"),
+    Metric("weight_version", "name", "weights that answered"),
+    Metric("num_problems", "problems", "held-out problems"),
+    Metric("num_samples", "samples", "responses to each problem"),
+    Metric(
+        "avg@<k>",
+        "share",
+        "right responses among k per problem, averaged over problems",
+        "rises with reward/accuracy",
+        "training accuracy alone rises: overfitting; more problems, or stop earlier",
+    ),
+    Metric(
+        "pass@<k>",
+        "share",
+        "problems of which at least one of k responses is right, unbiased over the samples",
+        "does not fall while avg rises",
+        "falls: the policy loses variety; see entropy/mean; lower optimizer.lr",
+    ),
+    Metric(
+        "maj@<k>",
+        "share",
+        "problems whose most frequent answer among k is right",
+        "above avg",
+        "below avg: answers scatter or share one mistake; read the samples",
+    ),
+    Metric("response/length_mean", "tokens", "mean number of sampled tokens of a response", "steady", "as in training"),
+    Metric("nll_mean", "nats per token", "mean -log-prob of the sampled tokens", "falls slowly", "near 0: the policy is deterministic"),
+    Metric("truncated_share", "share", "responses that ended at the limit of tokens", "under 0.1", "raise rollout.max_new_tokens"),
+    Metric("timeouts", "responses", "responses whose grading ran out of time", "0", "raise verify.timeout_seconds"),
+    Metric("seconds", "seconds", "duration of the evaluation", "", ""),
+]
+
+FILES = {METRICS: _STEP, WARM_START: _WARM_START, EVALUATION: _EVALUATION}
+
+
+def find_metric(name: str, file: str = METRICS) -> Metric | None:
+    """The documentation of a name that a run wrote into ``file``, None if there is none."""
+    return next((metric for metric in FILES[file] if re.fullmatch(re.escape(metric.name).replace("<k>", r"\d+"), name)), None)
+
+
+def explain(*names: str, file: str = METRICS) -> str:
+    """A sentence or two about each metric, for people who look at its chart."""
+    texts = []
+    for name in names:
+        metric = find_metric(name, file)
+        if metric is not None:
+            parts = [f"{name}: {metric.meaning}."]
+            if metric.healthy:
+                parts.append(f"Healthy: {metric.healthy}.")
+            if metric.action:
+                parts.append(f"Else: {metric.action}.")
+            texts.append(" ".join(parts))
+    return "\n".join(texts)
+
+
+_HEAD = """# Metrics
+
+Generated by `python -m dasd_megatron.observability.metric_docs`; do not edit.
+
+Names are `group/name`, lower case, with the statistic last (`_mean`, `_max`, `_share`). Shares run from 0 to 1, entropies and log-probs
+are in nats, durations in seconds. "Healthy" is where to be without worry, not a law: it comes from how a quantity is made and from small
+runs, and large models may live elsewhere. All means over tokens count sampled tokens only, over all replicas.
+
+The same names stand everywhere: in the `.jsonl` files of the run directory, in TensorBoard, W&B and MLflow (`logging.tensorboard`,
+`logging.wandb`, `logging.mlflow`), with the training step as x axis. There, metrics of an evaluation begin with `evaluation/` and those
+of the warm start with `warm_start/`, which has an axis of its own; MLflow, which takes no `@`, has `evaluation/avg_at_16`. W&B and MLflow
+get no step twice: where a resumed run repeats steps, they keep the first numbers, and `metrics.jsonl` has the last.
+"""
+
+
+def markdown() -> str:
+    """The text of docs/metrics.md."""
+    titles = {
+        METRICS: "one line for each training step",
+        WARM_START: "one line for each step of supervised fine-tuning",
+        EVALUATION: "one line for each evaluation",
+    }
+    parts = [_HEAD]
+    for file, metrics in FILES.items():
+        parts.append(f"## {file}: {titles[file]}\n")
+        parts.append("| metric | unit | meaning | healthy | outside it |\n|---|---|---|---|---|")
+        for one in metrics:
+            meaning = f"{one.meaning} (only where {one.when})" if one.when else one.meaning
+            cells = (f"`{one.name}`", one.unit, meaning, one.healthy, one.action)
+            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts[-1] += "\n"
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

@@ -1,0 +1,325 @@
+"""W&B and MLflow: each gets the run's numbers from the run's own files, in a process of its own.
+
+The process follows metrics.jsonl, evaluation.jsonl and warm_start.jsonl and sends what it has not sent yet. So nothing that happens to it,
+to its library, its disk or its network can end, block or slow a run: it tries again with growing pauses, the trainer warns once, and at the
+end waits for it a bounded time. What it has sent, and the id of the run over there, stand in ``<run>/trackers/<name>.json``: a resumed run
+goes on under the same id, and no step is sent twice.
+
+``python -m dasd_megatron.observability.trackers wandb RUN`` sends the rest of a run by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START, replace_file, restore_non_finite
+
+CLOSE_SECONDS = 60.0
+_LONGEST_PAUSE = 60.0
+_PREFIXES = {WARM_START: "warm_start/", METRICS: "", EVALUATION: "evaluation/"}
+
+# No telemetry of the libraries about us, and MLflow's store in files, which is all that its small distribution has.
+_ENVIRONMENT = {
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_SECRET_NAME = re.compile(r"(api|access|auth)[-_]?key|token(?!s|_|ize)|secret|passw|credential", re.IGNORECASE)
+
+
+class Service(Protocol):
+    """A run over there. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may raise anything."""
+
+    def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ---- in the trainer ----------------------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """The process that follows the run directory for one service. Nothing here raises for what goes wrong over there.
+
+    ``fresh`` starts another run over there, as for a run that begins again at step 1.
+    """
+
+    def __init__(self, name: str, run_dir: Path, *, fresh: bool) -> None:
+        self.name, self._run_dir, self._warned = name, run_dir, False
+        folder = run_dir / "trackers"
+        folder.mkdir(exist_ok=True)
+        if fresh:
+            _state_path(run_dir, name).unlink(missing_ok=True)
+        # It neither gets nor needs the key of the rollout servers.
+        environment = {key: value for key, value in os.environ.items() if key != "DASD_API_KEY"}
+        command = [sys.executable, "-m", "dasd_megatron.observability.trackers", name, str(run_dir.absolute()), "--follow"]
+        with open(folder / f"{name}.log", "a") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**environment, **_ENVIRONMENT}, start_new_session=True
+            )
+
+    def trouble(self) -> str | None:
+        """A one-line warning the first time that something is wrong, else None."""
+        if self._warned:
+            return None
+        status, reason = self._process.poll(), _read_state(self._run_dir, self.name)["trouble"]
+        if status is None and not reason:
+            return None
+        self._warned = True
+        what = f"{self.name} gets no numbers: {reason or f'its process ended with status {status}'}"
+        later = "it has ended" if status is not None else "it tries again"
+        return f"{what}; {later}, training goes on, and {METRICS} has everything (see {self._run_dir / 'trackers' / self.name}.log)"
+
+    def close(self) -> str | None:
+        """Let it send the rest, for at most a minute; returns a one-line warning if that did not work out."""
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            status = self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+            # With its helpers, which are of its session.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if status == 0:
+            return None
+        return (
+            f"{self.name} has not got all numbers: `python -m dasd_megatron.observability.trackers {self.name} {self._run_dir}` sends the "
+            "rest"
+        )
+
+
+# ---- in the process of its own -----------------------------------------------------------------------------------------------------------
+
+
+def public_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The configuration by dotted names, without what may be a secret: fields and arguments with such names, and passwords in URLs."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= public_settings(value, f"{name}.")
+        elif _SECRET_NAME.search(str(key)) or (isinstance(value, list) and any(_SECRET_NAME.search(str(one)) for one in value)):
+            found[name] = "(left out)"
+        else:
+            found[name] = value if isinstance(value, (bool, int, float)) else re.sub(r"//[^/@\s]+@", "//(left out)@", str(value))
+    return found
+
+
+def follow(name: str, run_dir: Path, ended: Callable[[], bool], connect: Callable[..., Service], pause: float = 1.0) -> None:
+    """Send the lines of the run's files until ``ended`` says that no more come and all are sent. A failure is tried again after a longer
+    pause; once ``ended``, it is raised."""
+    state = _read_state(run_dir, name)
+    files = {file: _Follower(run_dir / file) for file in _PREFIXES}
+    service, wait = None, pause
+    while True:
+        last = ended()
+        try:
+            if service is None:
+                service = _connected(name, run_dir, state, connect)
+            for file, follower in files.items():
+                for row in follower.new_rows():
+                    _send(service, file, row, state)
+                    _write_state(run_dir, name, state)
+            wait = pause
+            if state["trouble"]:
+                state["trouble"] = ""
+                _write_state(run_dir, name, state)
+        except Exception as error:
+            # Of any kind: libraries raise their own, and whatever it is, the run's files have the numbers for the next attempt.
+            print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", flush=True)
+            if last:
+                raise
+            state["trouble"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            with contextlib.suppress(Exception):
+                _write_state(run_dir, name, state)
+            files = {file: _Follower(run_dir / file) for file in _PREFIXES}
+            wait = min(2 * wait, _LONGEST_PAUSE)
+        if last:
+            service.close()
+            return
+        _sleep(wait, ended)
+
+
+def _sleep(seconds: float, ended: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not ended():
+        time.sleep(min(0.2, seconds))
+
+
+def _connected(name: str, run_dir: Path, state: dict[str, Any], connect: Callable[..., Service]) -> Service:
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    service, state["id"] = connect(config["logging"], config["run"]["name"], run_dir, state, public_settings(config))
+    _write_state(run_dir, name, state)
+    return service
+
+
+def _send(service: Service, file: str, row: dict[str, Any], state: dict[str, Any]) -> None:
+    """Send one line, unless its step has been sent already; counts it in ``state``."""
+    step = row["step"]
+    # Evaluations of one step differ by their label.
+    sequence = f"{file} {row.get('label', '')}".strip()
+    if step <= state["sent"].get(sequence, -1):
+        return
+    prefix = _PREFIXES[file]
+    values = {
+        f"{prefix}{key}": float(value)
+        for key, value in restore_non_finite(row).items()
+        if key not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    service.log(values, "warm_start" if file == WARM_START else "", step, row.get("time", time.time()))
+    state["sent"][sequence] = step
+    state["lines"] += 1
+
+
+class _Follower:
+    """The whole lines that have been added to a file since the last look; all of them again once the file has been replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self._inode = path, 0, None
+
+    def new_rows(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                row = json.loads(line)
+                if isinstance(row.get("step"), int):
+                    yield row
+
+
+def _state_path(run_dir: Path, name: str) -> Path:
+    return run_dir / "trackers" / f"{name}.json"
+
+
+def _read_state(run_dir: Path, name: str) -> dict[str, Any]:
+    """id of the run over there, steps ``sent`` by file, number of ``lines`` sent, and what is wrong now."""
+    empty = {"id": None, "sent": {}, "lines": 0, "trouble": ""}
+    try:
+        return empty | json.loads(_state_path(run_dir, name).read_text())
+    except FileNotFoundError:
+        return empty
+
+
+def _write_state(run_dir: Path, name: str, state: Mapping[str, Any]) -> None:
+    replace_file(_state_path(run_dir, name), json.dumps(state))
+
+
+def connect_wandb(
+    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[Service, str]:
+    import wandb
+
+    run = wandb.init(
+        project=settings["wandb_project"],
+        name=run_name,
+        id=state["id"] or secrets.token_hex(4),
+        resume="allow",
+        mode=settings["wandb"],
+        dir=run_dir,
+        config=dict(config) if state["id"] is None else None,
+        settings=wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True, init_timeout=60
+        ),
+    )
+    for axis, names in (("step", "*"), ("warm_start/step", "warm_start/*")):
+        run.define_metric(axis)
+        run.define_metric(names, step_metric=axis)
+
+    class WandbRun:
+        def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None:
+            # Its own count of lines only ever grows, over all sessions: lower ones would be dropped.
+            run.log({**values, f"{axis}/step" if axis else "step": step}, step=state["lines"])
+
+        def close(self) -> None:
+            run.finish()
+
+    return WandbRun(), run.id
+
+
+def connect_mlflow(
+    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[Service, str]:
+    from mlflow.entities import Metric, Param
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=settings["mlflow_uri"] or (run_dir / "mlruns").as_uri())
+    run_id = state["id"]
+    if run_id is None:
+        experiment = client.get_experiment_by_name(settings["mlflow_experiment"])
+        number = client.create_experiment(settings["mlflow_experiment"]) if experiment is None else experiment.experiment_id
+        run_id = client.create_run(number, run_name=run_name).info.run_id
+        # A request takes a hundred of them.
+        params = [Param(_mlflow_name(key), str(value)[:500]) for key, value in config.items()]
+        for first in range(0, len(params), 100):
+            client.log_batch(run_id, params=params[first : first + 100])
+    else:
+        client.update_run(run_id, status="RUNNING")
+
+    class MlflowRun:
+        def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None:
+            client.log_batch(run_id, metrics=[Metric(_mlflow_name(key), value, int(1000 * seconds), step) for key, value in values.items()])
+
+        def close(self) -> None:
+            client.set_terminated(run_id)
+
+    return MlflowRun(), run_id
+
+
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+
+
+CONNECT = {"wandb": connect_wandb, "mlflow": connect_mlflow}
+
+
+def main(arguments: list[str]) -> None:
+    """``NAME RUN`` sends what a run has, with ``--follow`` for as long as standard input is open and the parent is alive."""
+    name, run_dir, *options = arguments
+    parent = os.getppid()
+    if options == ["--follow"]:
+        # Schedulers send these to all processes of a job; what the trainer still writes is to be sent too.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        os.set_blocking(sys.stdin.fileno(), False)
+
+        def ended() -> bool:
+            try:
+                return os.getppid() != parent or os.read(sys.stdin.fileno(), 1) == b""
+            except BlockingIOError:
+                return False
+    else:
+        os.environ.update(_ENVIRONMENT)
+
+        def ended() -> bool:
+            return True
+
+    follow(name, Path(run_dir), ended, CONNECT[name])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
