@@ -101,7 +101,7 @@ def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> tuple[NDArray, 
         repeated[(keys[1:] & low)[(keys[1:] ^ keys[:-1]) <= low].astype(np.int64)] = True
         share[index] = np.count_nonzero(repeated) / own
         fresh = np.flatnonzero(~repeated)
-        longest = int(np.diff(fresh, append=own).max()) - 1
+        longest = max(int((fresh[1:] - fresh[:-1]).max(initial=0)), own - int(fresh[-1])) - 1
         run[index] = longest + n - 1 if longest else 0
     return share, run
 
@@ -187,9 +187,11 @@ def _self_correction(text: str, places: Sequence[int]) -> tuple[bool, bool]:
     if text.count("=") < 2:
         return True, False
     plain = _plain(text)
+    reverse = plain[::-1]
     equations: dict[str, list[tuple[int, str]]] = {}
     for match in _RESULT.finditer(plain):
-        left = _LEFT_SIDE.match(plain[max(0, match.start() - _LEFT_SIDE_CHARS) : match.start()][::-1])
+        place = len(plain) - match.start()
+        left = _LEFT_SIDE.match(reverse, place, place + _LEFT_SIDE_CHARS)
         if left is not None:
             equations.setdefault(left[1].replace(" ", ""), []).append((match.start(), match[1].replace(",", "")))
     spans = [(stated[0][0], stated[-1][0]) for stated in equations.values() if len({number for _, number in stated}) > 1]
