@@ -33,14 +33,14 @@ commands:
 def report_errors(work: Callable[[], None]) -> int:
     """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a traceback.
 
-    A run that a signal has stopped has exit status 75.
+    A run that a signal has stopped has exit status 75, and one that the watch has stopped 76.
     """
     try:
         work()
     except stopping.StopRequested as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"dasd: {stop}", file=sys.stderr, flush=True)
-        return stopping.EXIT_STATUS
+        return stop.exit_status
     except Exception as error:
         # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
         if type(error).__module__.startswith("dasd_megatron."):

@@ -486,6 +486,69 @@ class LoggingConfig:
 
 
 @dataclass
+class HealthConfig:
+    every: int = _doc(1, "training steps between measurements of reasoning health, health/... in the metrics; 0: in evaluations only")
+    epistemic_words: list[str] = _doc(
+        ["wait", "hmm", "perhaps", "maybe", "possibly", "actually", "alternatively", "probably", "likely", "unlikely", "i think",
+         "not sure", "unsure", "seems", "suppose", "let me check", "let me verify", "double check"],
+        "words and phrases of doubt, counted in health/epistemic_per_100; a phrase counts once. Case does not matter",
+    )  # fmt: skip
+    correction_phrases: list[str] = _doc(
+        ["wait", "actually", "no that's", "that's wrong", "that is wrong", "that's not right", "that is not right", "not correct",
+         "incorrect", "mistake", "i was wrong", "on second thought", "let me redo", "let me recompute", "let me recalculate",
+         "let me try again"],
+        "words and phrases that a response corrects itself with, for health/correction_phrase_share and health/self_correction_share",
+    )  # fmt: skip
+    repetition_ngram: int = _doc(8, "tokens of an n-gram in health/repetition and health/repeated_run_...")
+    position_bins: list[int] = _doc(
+        [16, 64, 256, 1024, 4096, 16384],
+        "positions in the response at which a new bin of health/entropy_from_... begins, tokens; the first bin begins at 0",
+    )
+
+
+WATCH_CONDITIONS = (
+    "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rewards_all_right", "rewards_all_wrong", "groups_filtered",
+    "teacher_equals_student", "pushed_diverge", "non_finite",
+)  # fmt: skip
+"""What :class:`dasd_megatron.observability.watch.Watch` looks for."""
+
+
+@dataclass
+class WatchConfig:
+    action: str = _doc(
+        "warn",
+        "warn; pause: save a checkpoint and wait until the file watch.continue appears in the run directory; or stop: save a checkpoint "
+        "and end with exit status 76",
+    )
+    act_on: list[str] = _doc(
+        ["entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "pushed_diverge", "non_finite"],
+        "conditions for which watch.action is taken; the others only warn. Known: " + ", ".join(WATCH_CONDITIONS),
+    )
+    ignore: list[str] = _doc([], "conditions that are not looked for")
+    patience: int = _doc(5, "steps in a row in which a condition must hold; non_finite warns at once")
+    cooldown: int = _doc(50, "steps after a warning in which the same condition does not warn again")
+    baseline_steps: int = _doc(10, "steps whose mean is a level of a metric, with which later steps are compared")
+    pause_timeout_seconds: float = _doc(3600.0, "watch.action=pause: longest wait; then the run ends as with stop")
+    entropy_low: float = _doc(0.1, "entropy_low: share of its highest level so far that mean entropy is under")
+    entropy_high: float = _doc(3.0, "entropy_high: multiple of its first level that mean entropy is over, and by 0.5 nat at least")
+    accuracy_drop: float = _doc(0.3, "accuracy_drop: share of its highest level so far that accuracy has lost, and 10 points at least")
+    length_growth: float = _doc(2.0, "length: multiple of its level before the last patience steps that the mean response length is over")
+    truncated_share: float = _doc(
+        0.5, "length: or this share of responses, or more, ends at rollout.max_new_tokens; 0: that does not count"
+    )
+    mismatch_growth: float = _doc(
+        3.0, "mismatch: multiple of its lowest level so far that the mean difference between servers' and trainer's log-probs is over"
+    )
+    mismatch_floor: float = _doc(0.03, "mismatch: differences up to this are left alone, nats a token")
+    saturated_share: float = _doc(0.9, "rewards_all_right, rewards_all_wrong: share of groups, at least; above 0")
+    filtered_share: float = _doc(0.9, "groups_filtered: share of the groups drawn that rollout.filter refuses, at least; above 0")
+    teacher_gap: float = _doc(1e-3, "teacher_equals_student: mean |delta| of a token, at most, nats")
+    pushed_drop: float = _doc(
+        2.0, "pushed_diverge: the mean log-prob of tokens pushed away from the teacher is under its highest level by more than this, nats"
+    )
+
+
+@dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
@@ -504,6 +567,8 @@ class Config:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     resume: str = field(
         default="none",
         metadata={"doc": "none, auto (the newest checkpoint of the run directory, or a fresh start), or the path of a checkpoint"},
@@ -644,6 +709,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.dtype": ("float32", "bfloat16"),
     "evaluation.nemo_skills": ("none", "grade", "eval"),
     "logging.wandb": ("none", "offline", "online"),
+    "watch.action": ("warn", "pause", "stop"),
 }
 
 # Inclusive bounds; a bound of None is open.
@@ -757,10 +823,34 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.grace_seconds": (1, None),
     "logging.save_rollouts_every": (0, None),
     "logging.inspect_rollouts": (0, None),
+    "health.every": (0, None),
+    "health.repetition_ngram": (1, None),
+    "watch.patience": (1, None),
+    "watch.cooldown": (0, None),
+    "watch.baseline_steps": (1, None),
+    "watch.pause_timeout_seconds": (1, None),
+    "watch.entropy_low": (0, 1),
+    "watch.entropy_high": (1, None),
+    "watch.accuracy_drop": (0, 1),
+    "watch.length_growth": (1, None),
+    "watch.truncated_share": (0, 1),
+    "watch.mismatch_growth": (1, None),
+    "watch.mismatch_floor": (0, None),
+    "watch.saturated_share": (None, 1),
+    "watch.filtered_share": (None, 1),
+    "watch.teacher_gap": (0, None),
+    "watch.pushed_drop": (0, None),
 }
 
 # Bounds that the value itself may not reach.
-_ABOVE = {"teacher.hint_fraction": 0, "loss.importance_cap": 0, "loss.dual_clip": 1, "algorithm.jsd_weight": 0}
+_ABOVE = {
+    "watch.saturated_share": 0,
+    "watch.filtered_share": 0,
+    "teacher.hint_fraction": 0,
+    "loss.importance_cap": 0,
+    "loss.dual_clip": 1,
+    "algorithm.jsd_weight": 0,
+}
 _BELOW = {
     "algorithm.rlsd_clip": 1,
     "warm_start.hidden_dropout": 1,
@@ -815,6 +905,7 @@ def validate(config: Config) -> None:
         raise ConfigError("backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto")
     _check_fp8(config)
     _check_parallel(config)
+    _check_health(config)
     share = parallel.data_parallel_size * batch.minibatches
     if batch.groups % share:
         raise ConfigError(
@@ -989,6 +1080,21 @@ def _check_parallel(config: Config) -> None:
     modules = config.precision.recompute_modules
     if not modules or set(modules) - {"core_attn", "mlp"}:
         raise ConfigError(f"precision.recompute_modules={modules}: write [mlp], [core_attn] or [mlp,core_attn]")
+
+
+def _check_health(config: Config) -> None:
+    """Cross-checks of reasoning health and of the watch; see :class:`ConfigError`."""
+    for name in ("health.epistemic_words", "health.correction_phrases"):
+        for phrase in _value(config, name):
+            if not re.search(r"\w", phrase):
+                raise ConfigError(f"{name}: {phrase!r} holds no word: leave it out")
+    bins = config.health.position_bins
+    if bins != sorted(set(bins)) or any(edge < 1 for edge in bins):
+        raise ConfigError(f"health.position_bins={bins}: write ascending positions of at least 1, like [16,64,256]")
+    for name in ("watch.act_on", "watch.ignore"):
+        for condition in _value(config, name):
+            if condition not in WATCH_CONDITIONS:
+                raise ConfigError(f"{name}: {condition!r} is not watched for: write some of {', '.join(WATCH_CONDITIONS)}")
 
 
 def stage_layers(parallel: ParallelConfig, num_layers: int, source: str = "num_hidden_layers") -> list[int]:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STATUS = os.EX_TEMPFAIL
 """75: the run has been saved and is to be started again with ``resume=auto``."""
+WATCH_EXIT_STATUS = 76
+"""The watch on training has stopped the run, which has been saved; somebody should look at it before it is started again."""
 
 # A job's signal reaches a worker twice: by itself, and forwarded by `dasd train`. Later ones mean impatience.
 REPEAT_SECONDS = 2.0
@@ -35,6 +37,13 @@ class StopRequested(RuntimeError):
     """A signal asked the run to stop. Raised on every rank."""
 
     on_all_ranks = True
+    exit_status = EXIT_STATUS
+
+
+class WatchStopped(StopRequested):
+    """``watch.action`` has stopped the run. Raised on every rank; only rank 0's message says why."""
+
+    exit_status = WATCH_EXIT_STATUS
 
 
 def requested() -> bool:

@@ -13,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.evaluation.health import health_metrics, health_tables, measure
 from dasd_megatron.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.generation import generate, make_samples, sampling_seed
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
+from dasd_megatron.verify.steps import STEP_CHECKERS
 
 
 def evaluate(
@@ -59,6 +61,8 @@ def evaluate(
         problems, range(len(problems)), prompts, completions, grader, samples_per_group=settings.samples, tokenizer=tokenizer
     )
     _write_samples(samples_path, samples)
+    health = measure(samples, config.health, checker=STEP_CHECKERS.get(config.data.heldout.generator))
+    samples_path.with_name("health.json").write_text(json.dumps(health_tables(health), indent=2) + "\n")
     by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
     outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]
     answers = [[sample.predicted_answer for sample in group] for group in by_problem]
@@ -75,6 +79,7 @@ def evaluate(
         "nll_mean": -sum(sum(sample.rollout_log_probs) for sample in samples) / num_tokens,
         "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "timeouts": sum(sample.timed_out for sample in samples),
+        **health_metrics(health, config.health),
         "weight_version": samples[0].weight_version,
         "seconds": time.perf_counter() - started,
     }

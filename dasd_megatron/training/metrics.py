@@ -11,9 +11,12 @@ import torch.distributed as dist
 from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
 from dasd_megatron.config import Config
+from dasd_megatron.evaluation.health import health_metrics, join, measure
+from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.training.batching import ReplicaShare
-from dasd_megatron.training.parallel import reduce_over_replicas
+from dasd_megatron.training.parallel import gather_replicas, is_replica_source, reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
+from dasd_megatron.verify.steps import STEP_CHECKERS
 
 if TYPE_CHECKING:
     from dasd_megatron.training.train import Importance, ScoredRollouts
@@ -35,6 +38,7 @@ def step_metrics(
     optimizer steps that were applied, seconds are this rank's. ``update/skipped`` counts the others, whose gradients were not finite.
     """
     log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
+    pushed = (credit.omega < 0).double()
     own_sums = torch.stack(
         [
             torch.ones_like(log_ratio).sum(),
@@ -42,12 +46,14 @@ def step_metrics(
             log_ratio.abs().sum(),
             torch.zeros_like(log_ratio).sum() if importance is None else importance.weights.double().sum(),
             torch.zeros_like(log_ratio).sum() if importance is None else importance.cut.double().sum(),
+            pushed.sum(),
+            (scores.student.log_prob.double() * pushed).sum(),
         ]
     )
     routed = credit_statistics(credit, scores.student.entropy, scores.delta, advantage)
     sums = reduce_over_replicas(torch.cat([own_sums, routed.sums]))
     maxima = reduce_over_replicas(torch.cat([log_ratio.abs().max()[None], routed.maxima]), dist.ReduceOp.MAX)
-    tokens, kl, difference, importance_sum, cut = sums[: len(own_sums)].tolist()
+    tokens, kl, difference, importance_sum, cut, num_pushed, pushed_log_prob = sums[: len(own_sums)].tolist()
     applied = [one for one in updates if one.applied]
     metrics = {
         **reward_metrics(share, seconds, config.batch.samples_per_group),
@@ -57,6 +63,8 @@ def step_metrics(
         "rollout/log_prob_diff_max": maxima[0].item(),
         "update/skipped": len(updates) - len(applied),
     }
+    if num_pushed:
+        metrics["credit/pushed_log_prob_mean"] = pushed_log_prob / num_pushed
     if importance is not None:
         metrics |= {"rollout/importance_mean": importance_sum / tokens, "rollout/importance_cut_share": cut / tokens}
     if applied:
@@ -106,6 +114,21 @@ def reward_metrics(share: ReplicaShare, seconds: dict[str, float], samples_per_g
         "throughput/tokens_per_second": all_tokens / seconds["total"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
+
+
+def step_health(samples: Sequence[Sample], scores: ScoredRollouts, config: Config) -> dict[str, float]:
+    """Reasoning health of a step's rollouts on the ranks that have got them for their replica, rank 0 among these; nothing on the others,
+    which would compute the same. Collective over replicas: one gather of a few numbers a rollout."""
+    if not is_replica_source():
+        return {}
+    table = measure(
+        samples,
+        config.health,
+        entropy=scores.student.entropy.cpu().numpy(),
+        log_prob=scores.student.log_prob.cpu().numpy(),
+        checker=STEP_CHECKERS.get(config.data.train.generator),
+    )
+    return health_metrics(join(gather_replicas(table)), config.health)
 
 
 def _mean(values: Sequence[float]) -> float:

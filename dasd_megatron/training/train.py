@@ -28,12 +28,13 @@ from dasd_megatron.losses import importance_weights
 from dasd_megatron.models.gpt import ShardedModel, build_model
 from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
-from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, summary_table
+from dasd_megatron.observability.progress import ProgressDisplay, format_duration, summary_table
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.observability.trackers import Tracker
+from dasd_megatron.observability.watch import CONTINUE, Watch, open_watch, record
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
-from dasd_megatron.stopping import StopRequested
+from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
     CheckpointSaver,
@@ -46,7 +47,7 @@ from dasd_megatron.training.checkpoint import (
 )
 from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from, resumable
 from dasd_megatron.training.export import export_model
-from dasd_megatron.training.metrics import reward_metrics, step_metrics
+from dasd_megatron.training.metrics import reward_metrics, step_health, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas, true_on_any
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
@@ -55,6 +56,9 @@ from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
 from dasd_megatron.verify.grader import Grader
+
+_PAUSE_POLL_SECONDS = 1.0
+"""Between two looks for the file that lets a paused run go on."""
 
 
 @dataclass
@@ -97,7 +101,7 @@ def train(config: Config, paths: RunPaths) -> None:
 
     Raises:
         RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
-        StopRequested: a signal asked for it, and likewise.
+        StopRequested: a signal asked for it, and likewise; WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a checkpoint did not help.
     """
@@ -198,7 +202,7 @@ def _warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None
 def _run(trainer: Trainer) -> None:
     """All remaining steps, with evaluations and checkpoints between them."""
     config, state, saver = trainer.config, trainer.state, trainer.saver
-    watch = _collapse_watch(trainer)
+    watch = _open_watch(trainer)
     try:
         sync_seconds = _sync(trainer)
         if config.evaluation.before and state.step == 0:
@@ -210,31 +214,35 @@ def _run(trainer: Trainer) -> None:
             # Both belong to the end of the step before this one; a step's own line is written as soon as the step is done.
             metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": saver.stalled}
             saver.stalled = 0.0
-            if trainer.logger is not None:
-                trainer.logger.log_step(metrics)
-                trainer.display.step(metrics)
-                warning = watch.update(metrics)
-                if warning:
-                    trainer.display.warning(warning)
+            action, reason = "warn", ""
+            if watch is not None:
+                action, reason = _log_step(trainer, watch, metrics)
             state.skipped = state.skipped + 1 if metrics["update/skipped"] else 0
-            stop, writing = true_on_any(stopping.requested(), saver.writing())
+            stop, writing, end, pause = true_on_any(stopping.requested(), saver.writing(), action == "stop", action == "pause")
             if saver.pending and not writing:
                 saver.finish()
             if stop:
                 raise StopRequested("between steps")
+            if end and state.step < config.run.steps:
+                raise WatchStopped(f"watch.action=stop: {reason}")
             went_back = state.skipped > config.loss.max_skipped_steps
             if went_back:
                 _roll_back(trainer)
-                watch = _collapse_watch(trainer)
+                watch = _open_watch(trainer)
             # The step is done and counted from here on, whatever happens to the servers.
             sync_seconds = _sync(trainer)
             _evaluate_if_due(trainer)
             every = config.checkpoint.every
             if not went_back and (state.step == config.run.steps or (every and state.step % every == 0)):
                 _save(trainer)
+            if pause and not went_back and state.step < config.run.steps:
+                _pause(trainer, reason)
         if config.evaluation.after:
             _evaluate(trainer, "after")
         saver.finish()
+    except WatchStopped as stop:
+        _save_once(trainer)
+        raise WatchStopped(f"stopped after step {state.step}, which is saved; continue with resume=auto. {stop}") from stop
     except StopRequested as stop:
         saved = _save_once(trainer)
         raise StopRequested(f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto") from stop
@@ -252,11 +260,57 @@ def _save_once(trainer: Trainer) -> bool:
     return trainer.state.step > 0
 
 
-def _collapse_watch(trainer: Trainer) -> CollapseWatch:
-    watch = CollapseWatch()
-    for row in read_metrics(trainer.paths.root / "metrics.jsonl") if trainer.logger is not None else []:
-        watch.update(row)
-    return watch
+def _open_watch(trainer: Trainer) -> Watch | None:
+    """On rank 0, which alone judges."""
+    if trainer.logger is None:
+        return None
+    return open_watch(trainer.paths.root, trainer.config.watch, has_teacher=needs_teacher(trainer.config))
+
+
+def _log_step(trainer: Trainer, watch: Watch, metrics: dict[str, Any]) -> tuple[str, str]:
+    """Write and show a step's metrics and warnings; returns what the watch asks for (warn, pause or stop) and why."""
+    alerts = watch.update(metrics)
+    action = watch.action(alerts)
+    # Before the row of metrics: a run that is killed between them says its warning again, and does not lose it.
+    record(trainer.paths.root, alerts, action)
+    trainer.logger.log_step(metrics | {"watch/warnings": len(alerts)})
+    trainer.display.step(metrics)
+    for alert in alerts:
+        trainer.display.warning(alert.text)
+    return action, "; ".join(alert.condition for alert in alerts if alert.condition in trainer.config.watch.act_on)
+
+
+def _pause(trainer: Trainer, reason: str) -> None:
+    """Save, and wait until somebody lets the run go on. All ranks look together, so that no collective waits long.
+
+    Raises:
+        WatchStopped: nobody did within ``watch.pause_timeout_seconds``.
+        StopRequested: a signal asked for it.
+    """
+    settings, rank0 = trainer.config.watch, dist.get_rank() == 0
+    file = trainer.paths.root / CONTINUE
+    limit = format_duration(settings.pause_timeout_seconds)
+    if rank0:
+        # Of an earlier pause.
+        file.unlink(missing_ok=True)
+    _save_once(trainer)
+    trainer.display.warning(
+        f"paused after step {trainer.state.step}, which is saved ({reason}). To go on: touch {file.absolute()}. Otherwise the run ends in "
+        f"{limit} (watch.pause_timeout_seconds) with status {WatchStopped.exit_status}"
+    )
+    deadline = time.monotonic() + settings.pause_timeout_seconds
+    while True:
+        time.sleep(_PAUSE_POLL_SECONDS)
+        stop, resumed, over = true_on_any(stopping.requested(), rank0 and file.exists(), rank0 and time.monotonic() > deadline)
+        if stop:
+            raise StopRequested("while paused")
+        if resumed:
+            break
+        if over:
+            raise WatchStopped(f"watch.action=pause: {reason}, and nobody made {CONTINUE} in {limit}")
+    if rank0:
+        file.unlink(missing_ok=True)
+    trainer.display.message(f"{CONTINUE} is there: on with step {trainer.state.step + 1}")
 
 
 def _roll_back(trainer: Trainer) -> None:
@@ -351,8 +405,8 @@ def _evaluate(trainer: Trainer, label: str) -> None:
 
 
 def train_step(trainer: Trainer) -> dict[str, Any]:
-    """One training step, counted in ``trainer.state`` when it is done; returns its metrics on every rank. If its rollouts fail, nothing of
-    it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
+    """One training step, counted in ``trainer.state`` when it is done; returns its metrics, all on rank 0 and most on every rank. If its
+    rollouts fail, nothing of it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     with timers("rollout"):
@@ -387,9 +441,13 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     _report_not_applied(trainer, results)
     if saves and trainer.logger is not None:
         _save_inspection(trainer, samples, scores, verifier_advantage, advantage, credit)
+    health = {}
+    if config.health.every and state.step % config.health.every == 0:
+        with timers("health"):
+            health = step_health(samples, scores, config)
     timers.seconds["total"] = time.perf_counter() - started
     metrics = step_metrics(share, scores, advantage, credit, importance, results, timers.seconds, config)
-    return {"step": state.step, **metrics, **fp8, **collection, "weight_version": samples[0].weight_version}
+    return {"step": state.step, **metrics, **fp8, **health, **collection, "weight_version": samples[0].weight_version}
 
 
 def _compare_fp8(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> dict[str, float]:

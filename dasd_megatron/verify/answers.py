@@ -64,6 +64,13 @@ def compare_plain(predicted: str, expected: str) -> bool | None:
     return None
 
 
+def normalize_answer(answer: str) -> str:
+    """One spelling for answers that text and numbers alone show to be equal: of a plain number without leading or trailing zeros, else the
+    text without dollar signs, LaTeX spacing and white space, as :func:`compare_plain` compares them."""
+    compact = _compact(answer)
+    return _plain_number(compact) or compact
+
+
 def _balanced(text: str, start: int) -> str | None:
     """``text[start:]`` up to the brace that closes one opened before ``start``; escaped braces do not count."""
     depth, position = 1, start

@@ -74,6 +74,23 @@ def test_every_metric_is_documented_and_is_there(run: tuple[Path, str], file: st
     assert {metric.name for metric in FILES[file] if not metric.when} - found == set()
 
 
+def test_reasoning_health_stands_in_metrics_and_evaluations(run: tuple[Path, str]) -> None:
+    path, _ = run
+    common = ["length_p50", "epistemic_per_100", "repetition", "distinct_paths", "calibration_error", "step_accuracy"]
+    for row in rows(path / "metrics.jsonl"):
+        assert {f"health/{name}" for name in [*common, "entropy_decile_1", "entropy_from_0"]} <= row.keys()
+        # Responses of fewer than ten tokens leave deciles out, so these are not a tenth each.
+        deciles = [row[f"health/entropy_decile_{place}"] for place in range(1, 11)]
+        assert min(deciles) < row["entropy/mean"] < max(deciles)
+        assert row["seconds/health"] > 0 and row["watch/warnings"] == 0
+        assert row["credit/pushed_log_prob_mean"] < 0
+    for row in rows(path / "evaluation.jsonl"):
+        assert {f"health/{name}" for name in [*common, "nll_decile_1", "nll_from_0"]} <= row.keys()
+        folder = path / "evaluations" / f"{row['label']}-step_{row['step']:06d}"
+        table = json.loads((folder / "health.json").read_text())["calibration"]
+        assert sum(entry["responses"] for entry in table) == row["num_problems"] * row["num_samples"]
+
+
 def test_the_trained_model_is_a_hugging_face_directory(run: tuple[Path, str]) -> None:
     path, _ = run
     tokenizer = AutoTokenizer.from_pretrained(path / "model")

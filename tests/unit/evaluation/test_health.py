@@ -1,0 +1,290 @@
+"""Every measure against a slow reference that follows its definition word by word, on fresh random inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import secrets
+import time
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from dasd_megatron.config import HealthConfig
+from dasd_megatron.evaluation import health
+from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.verify.steps import chain_sum_steps
+
+
+@pytest.fixture
+def draw() -> random.Random:
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    return random.Random(seed)
+
+
+def make_sample(group: int, sample: int, tokens: list[int], text: str, **changes) -> Sample:
+    values = {
+        "group": group, "sample": sample, "position": group, "problem_id": str(group), "problem": "4-1-7=", "expected_answer": "-4",
+        "reference_solution": "", "prompt_ids": [0], "response_ids": tokens, "rollout_log_probs": [-0.5] * len(tokens), "text": text,
+        "finish_reason": "stop", "weight_versions": [["v", len(tokens)]], "reward": 0.0, "predicted_answer": None, "timed_out": False,
+    }  # fmt: skip
+    return Sample(**(values | changes))
+
+
+def packed(rows: list[list]) -> tuple[list, list[int]]:
+    return [one for row in rows for one in row], [len(row) for row in rows]
+
+
+def test_profile(draw):
+    for _ in range(50):
+        rows = [[draw.random() for _ in range(draw.choice([1, 2, 9, 10, 11, draw.randint(1, 200)]))] for _ in range(draw.randint(1, 12))]
+        edges = sorted(draw.sample(range(1, 150), draw.randint(0, 5)))
+        found = health.token_profile(*packed(rows), edges)
+        for index, row in enumerate(rows):
+            deciles, positions = defaultdict(list), defaultdict(list)
+            for place, value in enumerate(row):
+                deciles[math.floor(10 * place / len(row) + 1e-9)].append(value)
+                positions[sum(edge <= place for edge in edges)].append(value)
+            for sums, counts, expected in (
+                (found.decile_sum, found.decile_count, deciles),
+                (found.position_sum, found.position_count, positions),
+            ):
+                assert counts[index].tolist() == [len(expected[place]) for place in range(counts.shape[1])]
+                assert sums[index] == pytest.approx([sum(expected[place]) for place in range(counts.shape[1])])
+
+
+def slow_repetition(row: list[int], n: int) -> tuple[float, int]:
+    grams = [tuple(row[place : place + n]) for place in range(len(row) - n + 1)]
+    repeated = [gram in grams[:place] for place, gram in enumerate(grams)]
+    if len(grams) < 2:
+        return 0.0, 0
+    longest = current = 0
+    for one in repeated:
+        current = current + 1 if one else 0
+        longest = max(longest, current)
+    return 1 - len(set(grams)) / len(grams), longest + n - 1 if longest else 0
+
+
+def test_repetition(draw):
+    for _ in range(60):
+        n = draw.randint(1, 6)
+        rows = [[draw.randrange(draw.choice([2, 4, 1000])) for _ in range(draw.randint(1, 80))] for _ in range(draw.randint(1, 6))]
+        rows[0] += rows[0][-draw.randint(1, 9) :] * draw.randint(1, 5)
+        share, run = health.repetition(*packed(rows), n)
+        expected = [slow_repetition(row, n) for row in rows]
+        assert share.tolist() == pytest.approx([one for one, _ in expected])
+        assert run.tolist() == [longest for _, longest in expected]
+
+
+def test_a_loop_is_one_long_run():
+    share, run = health.repetition([*range(100, 150), *([7, 8, 9] * 40)], [170], 4)
+    assert run.tolist() == [117] and share[0] == pytest.approx(114 / 167)
+
+
+WORDS = ["wait", "Wait", "waiting", "await", "let", "me", "check", "CHECK", "that's", "that", "s", "hmm", "5", "x", "wait_", "Let\u2019s"]
+PHRASES = ["wait", "let me check", "let me", "hmm", "that's", "me check that's"]
+
+
+def slow_count(text: str, phrases: list[str]) -> int:
+    words = re.sub(r"[^\w' ]", " ", text.lower().replace("\u2019", "'")).split()
+    count = place = 0
+    while place < len(words):
+        fits = [len(phrase.split()) for phrase in phrases if words[place : place + len(phrase.split())] == phrase.split()]
+        count += bool(fits)
+        place += max(fits, default=1)
+    return count
+
+
+def test_phrases(draw):
+    texts = ["".join(draw.choice(WORDS) + draw.choice([" ", ", ", "\n", "... ", " **", "\u2014"]) for _ in range(100)) for _ in range(60)]
+    found = health.phrase_counts(texts, PHRASES).tolist()
+    assert found == [slow_count(text, PHRASES) for text in texts] and sum(found) > 0
+    assert health.phrase_counts(["Wait, waiting: 'wait' and LET ME\n check!", ""], PHRASES).tolist() == [3, 0]
+    assert health.phrase_counts(["wait"], []).tolist() == [0]
+
+
+def test_words_of_ascii_and_of_other_texts_are_the_same(draw):
+    for _ in range(500):
+        text = "".join(draw.choice("ab5_'' \n.,*-") for _ in range(draw.randint(0, 40)))
+        words = re.findall(r"\w+(?:'\w+)*", text)
+        assert health.words_of(text) == words and health.words_of(f"{text} \u00e9")[:-1] == words, text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5+7=13. Wait, 5 + 7 = 12", (True, True)),
+        ("5+7=12. Wait, 5 + 7 = 12", (True, False)),
+        ("5+7=13. So 5 + 7 = 12. Wait.", (True, False)),
+        ("Wait. 5+7=13. Then 5 + 7 = 12.", (True, False)),
+        ("5+7=13. Then 5 + 7 = 12.", (False, False)),
+        ("5+7=13. Wait, 5 + 8 = 12", (True, False)),
+        ("x = 3, y = 4. Actually, let me see: x = 1,000 and y = 4", (True, True)),
+        ("x = 1000. Actually, x = 1,000", (True, False)),
+        ("3\n-4\n#### -4", (False, False)),
+    ],
+)
+def test_self_correction(text, expected):
+    phrase, changed = health.self_corrections([text, ""], ["wait", "actually"])
+    assert (phrase.tolist(), changed.tolist()) == ([expected[0], False], [expected[1], False])
+
+
+def test_self_correction_against_all_pairs(draw):
+    for _ in range(300):
+        parts, places = [], []
+        for _ in range(draw.randint(1, 8)):
+            if draw.random() < 0.4:
+                places.append(None)
+                parts.append("wait")
+            else:
+                equation = (draw.choice("ab"), draw.choice("12"))
+                places.append(equation)
+                parts.append(f"{equation[0]} = {equation[1]}.")
+        changed = any(
+            places[first] and places[last] and places[first][0] == places[last][0] and places[first][1] != places[last][1]
+            for middle, one in enumerate(places) if one is None
+            for first in range(middle)
+            for last in range(middle + 1, len(places))
+        )  # fmt: skip
+        found = health.self_corrections([" ; ".join(parts)], ["wait"])
+        assert (bool(found[0][0]), bool(found[1][0])) == (None in places, changed), parts
+
+
+def test_adversarial_texts_take_no_time():
+    texts = ["=" * 200_000, "wait " + "1" * 200_000 + "=1 a=2", "wait " + "a+" * 100_000 + "=1 b=2", "wait = " * 30_000, "'" * 200_000]
+    started = time.perf_counter()
+    health.self_corrections(texts, ["wait"])
+    health.phrase_counts(texts, ["wait", "let me check"])
+    assert time.perf_counter() - started < 3
+
+
+def test_distinct_per_group(draw):
+    for _ in range(50):
+        group = [draw.randrange(4) for _ in range(draw.randint(1, 30))]
+        value = [draw.randrange(5) for _ in group]
+        counts = [draw.random() < 0.6 for _ in group]
+        expected = sum(len({v for g, v, c in zip(group, value, counts, strict=True) if g == one and c}) for one in set(group))
+        assert health.distinct_per_group(group, value, counts) == pytest.approx(expected / len(set(group)))
+    assert health.distinct_per_group([1, 1, 2], [5, 5, 5]) == 1.0
+
+
+def test_auroc(draw):
+    for _ in range(100):
+        score = [draw.choice([draw.random(), draw.randrange(3)]) for _ in range(draw.randint(2, 40))]
+        positive = [draw.random() < 0.5 for _ in score]
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for a, p in zip(score, positive, strict=True) if p
+            for b, q in zip(score, positive, strict=True) if not q
+        ]  # fmt: skip
+        assert health.auroc(score, positive) == (pytest.approx(sum(pairs) / len(pairs)) if pairs else None)
+
+
+def test_calibration(draw):
+    for _ in range(50):
+        confidence = [draw.choice([0.0, 0.1, 1.0, draw.random()]) for _ in range(draw.randint(1, 60))]
+        right = [draw.random() < 0.5 for _ in confidence]
+        bins = defaultdict(list)
+        for one, is_right in zip(confidence, right, strict=True):
+            bins[min(int(one * 10), 9)].append((one, is_right))
+        found = health.calibration(confidence, right)
+        error = 0.0
+        for place in range(10):
+            members = bins[place]
+            assert found.count[place] == len(members)
+            if members:
+                mean, accuracy = (sum(one) / len(members) for one in zip(*members, strict=True))
+                assert (found.confidence[place], found.accuracy[place]) == (pytest.approx(mean), pytest.approx(accuracy))
+                error += len(members) / len(confidence) * abs(accuracy - mean)
+        assert found.error == pytest.approx(error)
+
+
+def random_samples(draw: random.Random, groups: int, per_group: int) -> tuple[list[Sample], list[float], list[float]]:
+    samples, entropies, log_probs = [], [], []
+    for group in range(groups):
+        for number in range(per_group):
+            length = draw.randint(1, 60)
+            text = draw.choice(["3\n#### -4", "Hmm, 4-1=2. Wait, 4-1=3\n#### -4.0", "wait 5\n#### 4", ""])
+            answer = {"-4": "-4", ".0": "-4.0", " 4": "4", "": None}[text[-2:]]
+            mask = [int(draw.random() < 0.7) for _ in range(length - 1)] + [1] if draw.random() < 0.3 else None
+            tokens, logs = [draw.randrange(3) for _ in range(length)], [-draw.random() for _ in range(length)]
+            sample = make_sample(
+                group, number, tokens, text, predicted_answer=answer, reward=float(answer in ("-4", "-4.0")), response_mask=mask,
+                rollout_log_probs=logs,
+            )  # fmt: skip
+            samples.append(sample)
+            entropies += [draw.random() for _ in sample.sampled]
+            log_probs += [logs[place] for place in sample.sampled]
+    return samples, entropies, log_probs
+
+
+def test_the_metrics_of_samples(draw):
+    settings = HealthConfig(repetition_ngram=3, position_bins=[8, 30])
+    samples, entropies, log_probs = random_samples(draw, groups=40, per_group=5)
+    table = health.measure(samples, settings, entropy=entropies, checker=chain_sum_steps)
+    metrics = health.health_metrics(table, settings)
+    bounds = np.cumsum([0, *(len(sample.sampled) for sample in samples)]).tolist()
+    tokens = [slice(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [len(sample.sampled) for sample in samples]
+    right = [sample.reward > 0 for sample in samples]
+
+    assert metrics["health/length_p50"] == np.median(lengths) and metrics["health/length_p90"] == pytest.approx(np.quantile(lengths, 0.9))
+    for place in range(10):
+        values = [
+            value
+            for own, length in zip(tokens, lengths, strict=True)
+            for t, value in enumerate(entropies[own])
+            if 10 * t // length == place
+        ]
+        assert metrics[f"health/entropy_decile_{place + 1}"] == pytest.approx(np.mean(values))
+    late = [value for own in tokens for value in entropies[own][30:]]
+    assert metrics["health/entropy_from_30"] == pytest.approx(np.mean(late))
+    phrases = sum(slow_count(sample.text, settings.epistemic_words) for sample in samples)
+    assert metrics["health/epistemic_per_100"] == pytest.approx(100 * phrases / sum(lengths))
+    repeated = [slow_repetition([sample.response_ids[place] for place in sample.sampled], 3) for sample in samples]
+    assert metrics["health/repetition"] == pytest.approx(np.mean([share for share, _ in repeated]))
+    assert metrics["health/repeated_run_mean"] == pytest.approx(np.mean([run for _, run in repeated]))
+    assert metrics["health/repeated_run_max"] == max(run for _, run in repeated)
+    assert metrics["health/correction_phrase_share"] == pytest.approx(np.mean(["wait" in sample.text.lower() for sample in samples]))
+    assert metrics["health/self_correction_share"] == pytest.approx(np.mean(["Hmm" in sample.text for sample in samples]))
+    groups = [[sample for sample in samples if sample.group == group] for group in range(40)]
+    # -4.0 is -4.
+    answers = [{sample.predicted_answer.removesuffix(".0") for sample in group if sample.predicted_answer} for group in groups]
+    assert metrics["health/distinct_answers"] == pytest.approx(np.mean([len(one) for one in answers]))
+    assert metrics["health/distinct_paths"] == pytest.approx(np.mean([len({sample.text for sample in group}) for group in groups]))
+    correct = [len({sample.text for sample in group if sample.reward}) for group in groups]
+    assert metrics["health/distinct_correct_paths"] == pytest.approx(np.mean(correct))
+    means = [np.mean(entropies[own]) for own in tokens]
+    assert metrics["health/entropy_auroc"] == pytest.approx(health.auroc(means, [not one for one in right]))
+    confidence = [math.exp(np.mean(log_probs[own])) for own in tokens]
+    assert metrics["health/calibration_error"] == pytest.approx(health.calibration(confidence, right).error)
+    checks = [chain_sum_steps(sample.problem, sample.text) for sample in samples]
+    assert metrics["health/step_accuracy"] == pytest.approx(np.mean([check.correct / 2 for check in checks]))
+    assert metrics["health/first_wrong_step"] == pytest.approx(np.mean([check.first_wrong for check in checks if check.first_wrong]))
+    rows = health.health_tables(table)["calibration"]
+    assert sum(row["responses"] for row in rows) == 200 and json.loads(json.dumps(rows)) == rows
+
+
+def test_the_spread_over_processes_and_files_changes_nothing(draw):
+    settings = HealthConfig()
+    samples, _, log_probs = random_samples(draw, groups=30, per_group=5)
+    whole = health.health_metrics(health.measure(samples, settings, log_prob=log_probs), settings)
+    assert "health/nll_decile_1" in whole and "health/nll_auroc" in whole and "health/step_accuracy" not in whole
+    draw.shuffle(samples)
+    parts = [health.measure(part, settings) for part in (samples[:31], samples[31:])]
+    assert health.health_metrics(health.join(parts), settings) == whole
+    rows = json.loads(json.dumps(health.to_rows(parts[0]) + health.to_rows(parts[1])))
+    assert health.health_metrics(health.join([health.from_rows(rows)]), settings) == whole
+
+
+def test_one_short_response():
+    settings = HealthConfig()
+    metrics = health.health_metrics(health.measure([make_sample(0, 0, [3], "")], settings, entropy=[0.25]), settings)
+    assert metrics["health/entropy_decile_1"] == metrics["health/entropy_from_0"] == 0.25
+    assert not {"health/entropy_decile_2", "health/entropy_from_16", "health/entropy_auroc"} & metrics.keys()
+    assert metrics["health/repetition"] == metrics["health/distinct_answers"] == 0 and metrics["health/distinct_paths"] == 1
+    assert all(math.isfinite(value) for value in metrics.values())
