@@ -395,7 +395,7 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
     }
     area = auroc(table["uncertainty"], ~table["right"])
     if area is not None:
-        metrics[f"health/{kind}_auroc"] = area
+        metrics["health/entropy_auroc" if kind == "entropy" else "health/nll_auroc"] = area
     if "steps_correct" in table:
         metrics["health/step_accuracy"] = float((table["steps_correct"] / table["steps_expected"]).mean())
         wrong = table["first_wrong"][table["first_wrong"] > 0]

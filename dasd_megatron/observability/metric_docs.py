@@ -25,6 +25,108 @@ class Metric:
     when: str = ""
 
 
+def _health(kind: str) -> list[Metric]:
+    """Reasoning health; ``kind``: entropy in training, nll in evaluations. docs/health.md has the formulas."""
+    place = "entropy" if kind == "entropy" else "-log-prob of the sampled token"
+    return [
+        Metric(
+            f"health/{kind}_decile_<k>",
+            "nats",
+            f"mean {place} in the k-th tenth of a response",
+            "steady",
+            "falls everywhere: see entropy/mean",
+        ),
+        Metric(
+            f"health/{kind}_from_<k>",
+            "nats",
+            f"mean {place} at positions from k on, up to the next such metric",
+            "steady",
+            "as its deciles",
+        ),
+        Metric(
+            f"health/{kind}_auroc",
+            "0 to 1",
+            f"chance that the mean {place} of a wrong response is above that of a right one",
+            "above 0.5",
+            "at 0.5 doubt says nothing about being right",
+            when="some responses are right and some wrong",
+        ),
+        Metric("health/length_p10", "tokens", "a tenth of the responses is shorter", "steady", "see response/length_mean"),
+        Metric("health/length_p50", "tokens", "median length of a response", "steady", "see response/length_mean"),
+        Metric("health/length_p90", "tokens", "a tenth of the responses is longer", "steady", "see response/length_mean"),
+        Metric(
+            "health/epistemic_per_100",
+            "words per 100 tokens",
+            "voiced doubt: health.epistemic_words",
+            "steady",
+            "falls to 0: the policy has stopped to weigh alternatives; see entropy/mean",
+        ),
+        Metric("health/repetition", "share", "n-grams of a response that stood in it before", "steady", "rises: loops; read rollouts"),
+        Metric(
+            "health/repeated_run_mean", "tokens", "longest repeated stretch, mean over responses", "steady", "rises: loops; read rollouts"
+        ),
+        Metric("health/repeated_run_max", "tokens", "longest repeated stretch of any response", "steady", "rises: loops; read rollouts"),
+        Metric(
+            "health/correction_phrase_share",
+            "share",
+            "responses with one of health.correction_phrases",
+            "steady",
+            "see health/self_correction_share",
+        ),
+        Metric(
+            "health/self_correction_share",
+            "share",
+            "responses that change a result that they had written",
+            "steady",
+            "falls to 0: see entropy/mean",
+        ),
+        Metric(
+            "health/distinct_answers",
+            "answers per problem",
+            "different answers among a problem's samples",
+            "above 1",
+            "1: nothing to tell samples apart by",
+        ),
+        Metric(
+            "health/distinct_paths",
+            "texts per problem",
+            "different texts among a problem's samples",
+            "near the number of samples",
+            "falls: see entropy/mean",
+        ),
+        Metric(
+            "health/distinct_correct_paths",
+            "texts per problem",
+            "different right texts among a problem's samples",
+            "rises with accuracy",
+            "falls while accuracy rises: Pass@k will",
+        ),
+        Metric(
+            "health/calibration_error",
+            "share",
+            "gap between confidence per token and accuracy, over ten bins",
+            "steady",
+            "compare it with itself alone",
+        ),
+        Metric(
+            "health/step_accuracy",
+            "share",
+            "right steps of those in the worked solution",
+            "rises with accuracy",
+            "falls while accuracy rises: answers without reasoning",
+            when="the steps of the task can be checked",
+        ),
+        Metric(
+            "health/first_wrong_step",
+            "steps",
+            "place of the first wrong step, from 1, over responses that have one",
+            "rises",
+            "see health/step_accuracy",
+            when="the steps of the task can be checked",
+        ),
+    ]
+
+
 _STEP = [
     Metric("step", "steps", "training step, counted from 1"),
     Metric("time", "unix seconds", "when the line was written"),
@@ -350,6 +452,29 @@ _STEP = [
         "near 0 with checkpoint.async_save",
         "checkpoint.async_save=true, faster storage, or a larger checkpoint.every",
     ),
+    Metric(
+        "seconds/health",
+        "seconds",
+        "reasoning health of the step's responses",
+        "under 0.01 of seconds/total",
+        "a larger health.every",
+    ),
+    Metric(
+        "credit/pushed_log_prob_mean",
+        "nats per token",
+        "mean log-prob of the tokens that are pushed away from the teacher",
+        "steady",
+        "falls without end: lower algorithm.beta or algorithm.rho, loss.kl_coef above 0",
+        when="a token is pushed",
+    ),
+    Metric(
+        "watch/warnings",
+        "warnings",
+        "warnings of the watch in this step; watch.jsonl has them",
+        "0",
+        "read them, and what the watch's documentation says about each",
+    ),
+    *_health("entropy"),
 ]
 
 _WARM_START = [
@@ -405,6 +530,7 @@ _EVALUATION = [
     Metric("truncated_share", "share", "responses that ended at the limit of tokens", "under 0.1", "raise rollout.max_new_tokens"),
     Metric("timeouts", "responses", "responses whose grading ran out of time", "0", "raise verify.timeout_seconds"),
     Metric("seconds", "seconds", "duration of the evaluation", "", ""),
+    *_health("nll"),
 ]
 
 FILES = {METRICS: _STEP, WARM_START: _WARM_START, EVALUATION: _EVALUATION}

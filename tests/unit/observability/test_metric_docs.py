@@ -20,7 +20,7 @@ def test_names_are_named_once_and_explained(file):
     names = [metric.name for metric in FILES[file]]
     assert len(names) == len(set(names))
     for metric in FILES[file]:
-        assert re.fullmatch(r"([a-z]+/)?[a-z0-9_]+(@<k>)?", metric.name), metric.name
+        assert re.fullmatch(r"([a-z]+/)?[a-z0-9_]+(@?<k>)?", metric.name), metric.name
         assert metric.unit and metric.meaning
         assert not metric.action or metric.healthy, f"{metric.name}: what to do outside which range?"
 
