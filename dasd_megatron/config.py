@@ -1028,7 +1028,10 @@ def validate(config: Config) -> None:
         if evaluation.benchmarks and source.path is None and source.generator is None:
             continue  # they are what is evaluated; whoever wants to train without data is told when it is read
         if (source.path is None) == (source.generator is None):
-            raise ConfigError(f"data.{name}: give either data.{name}.path or data.{name}.generator, and not both")
+            raise ConfigError(
+                f"data.{name}: give either data.{name}.path or data.{name}.generator, and not both; dasd evaluate needs neither with "
+                "evaluation.benchmarks=[...]"
+            )
         if source.size is not None and source.size < 1:
             raise ConfigError(f"data.{name}.size={source.size}: must be at least 1")
         if source.generator is not None and source.size is None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import SMALL, kill
+from runs import kill
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
@@ -110,9 +110,3 @@ def test_a_server_that_runs_already_gives_the_same_samples(setting: tuple[Path, 
     assert json.loads(found.pop("sums/settings.json"))["weight_version"] == "step_7"
     del expected["sums/settings.json"]
     assert found == expected
-
-
-def test_what_cannot_be_evaluated_is_said_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dasd_megatron.cli", "evaluate", *SMALL, f"run.dir={tmp_path}"]
-    result = subprocess.run([*command, "model=tiny"], capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
-    assert result.returncode == 1 and "model.path is required" in result.stderr and len(result.stderr.strip().splitlines()) == 1

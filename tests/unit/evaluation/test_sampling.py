@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import Config, VerifyConfig, load_config
+from dasd_megatron.config import Config, ConfigError, VerifyConfig, load_config
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.evaluation.command import MACRO_AVERAGE, OURS, print_table, write_metrics
+from dasd_megatron.evaluation.command import MACRO_AVERAGE, OURS, evaluate_model, print_table, write_metrics
 from dasd_megatron.evaluation.sampling import EvaluationError, Records, check_settings, model_digest, sample_benchmark
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.observability.progress import ProgressDisplay
@@ -172,3 +172,17 @@ def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: p
     print_table(metrics, 0.95)
     table = capsys.readouterr().out
     assert "GSM8K" in table and "mine" in table and "mean" in table and "Avg@3 [95%]" in table and "100.0%" in table
+
+
+def test_a_model_is_needed(config: Config) -> None:
+    with pytest.raises(ConfigError, match="model.path is required to evaluate"):
+        evaluate_model(config)
+
+
+def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> None:
+    config = load_config(["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[gsm8k]", "evaluation.samples=4"])
+    assert (config.rollout.engine, config.evaluation.temperature, config.data.template) == ("embedded", 0.6, "student_math.jinja")
+    with pytest.raises(ConfigError, match="evaluation.nemo_skills=grade runs in an environment of its own"):
+        load_config(["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[a]", "evaluation.nemo_skills=grade"])
+    with pytest.raises(ConfigError, match="data.train: give either .*needs neither with evaluation.benchmarks"):
+        load_config(["experiment=evaluate", f"model.path={tmp_path}"])
