@@ -25,8 +25,8 @@ from dasd_megatron.verify.steps import StepChecker
 Table = dict[str, NDArray]
 CALIBRATION_BINS = 10
 
-# Responses at once: their tokens stay in a processor's cache, and memory does not grow with the batch.
-_CHUNK = 64
+# Responses at once: few, so that their words and tokens stay in a processor's cache.
+_CHUNK = 8
 _WORD = re.compile(r"\w+(?:'\w+)*")
 _SPACES = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) in "_'")}
 _RESULT = re.compile(r"=\s?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
