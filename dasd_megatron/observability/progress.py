@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: live bars on a terminal, tidy lines in a log file, a warning on collapse, a table at the end."""
+"""What a person sees while a run goes on: live bars on a terminal, tidy lines in a log file, a table at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rich import box
@@ -185,88 +184,6 @@ class Phase:
         count = f" {self._done}/{self.total}" if self.total else ""
         end = "stopped by an error after" if failed else "done in"
         self._display.message("  ".join(filter(None, (f"{self.name}:{count} {end} {elapsed}", self._values))))
-
-
-@dataclass
-class CollapseWatch:
-    """Says when a run seems to collapse. Pure: feed it every step's metrics in order; nothing is read, printed or stored elsewhere.
-
-    A condition must hold in each of the last ``patience`` steps, warns once, and warns again only after a step without it:
-
-    - accuracy: ``reward/accuracy`` under the best mean of any earlier ``patience`` steps by ``accuracy_drop`` (a share of that best) and by
-      at least ``accuracy_drop_points``, so that noise around a low accuracy does not count;
-    - entropy gone: ``entropy/mean`` under ``entropy_low`` (share of its start, the mean of the first ``patience`` steps) and 0.05 nat;
-    - entropy exploding: ``entropy/mean`` over ``entropy_high`` times its start and by 0.5 nat at least;
-    - length: ``response/truncated_share`` at or over ``truncated_share``: most responses end at the cap, not by themselves.
-
-    A loss or gradient norm that is NaN or infinite warns at once. Metrics that a step lacks are not judged. On resume, feed the rows of
-    metrics.jsonl first, so that the best and the start are those of the whole run.
-    """
-
-    patience: int = 5
-    accuracy_drop: float = 0.3
-    accuracy_drop_points: float = 0.1
-    entropy_low: float = 0.05
-    entropy_high: float = 3.0
-    truncated_share: float = 0.5
-    _recent: dict[str, deque[float]] = field(default_factory=dict, repr=False)
-    _best_accuracy: float = field(default=-math.inf, repr=False)
-    _start_entropy: float | None = field(default=None, repr=False)
-    _active: set[str] = field(default_factory=set, repr=False)
-
-    def update(self, metrics: Mapping[str, Any]) -> str | None:
-        """Take one step's metrics; returns a one-line warning, or None."""
-        found = dict(filter(None, (self._accuracy(metrics), self._entropy(metrics), self._length(metrics), self._non_finite(metrics))))
-        news = [text for kind, text in found.items() if kind not in self._active]
-        self._active = set(found)
-        if not news:
-            return None
-        return (
-            f"step {metrics.get('step', '?')}: the run may be collapsing: {'; '.join(news)}. "
-            "Look at the rollouts; lower algorithm.beta or optimizer.lr, raise algorithm.scale_floor, or go back to an earlier checkpoint"
-        )
-
-    def _window(self, metrics: Mapping[str, Any], key: str) -> deque[float] | None:
-        """The last ``patience`` values of ``key``, this step's included; None while there are fewer, or this step has none."""
-        value = metrics.get(key)
-        if value is None or not math.isfinite(value):
-            return None
-        window = self._recent.setdefault(key, deque(maxlen=self.patience))
-        window.append(value)
-        return window if len(window) == self.patience else None
-
-    def _accuracy(self, metrics: Mapping[str, Any]) -> tuple[str, str] | None:
-        window = self._window(metrics, "reward/accuracy")
-        if window is None:
-            return None
-        best = self._best_accuracy
-        self._best_accuracy = max(best, sum(window) / len(window))
-        if max(window) < best - max(self.accuracy_drop * best, self.accuracy_drop_points):
-            return "accuracy", f"accuracy stayed at or under {max(window):.1%} for {self.patience} steps after a best of {best:.1%}"
-        return None
-
-    def _entropy(self, metrics: Mapping[str, Any]) -> tuple[str, str] | None:
-        window = self._window(metrics, "entropy/mean")
-        if window is None:
-            return None
-        if self._start_entropy is None:
-            self._start_entropy = sum(window) / len(window)
-        start = self._start_entropy
-        if max(window) < min(self.entropy_low * start, 0.05):
-            return "entropy low", f"entropy fell to {window[-1]:.4f} nat from {start:.3f}: the policy has become deterministic"
-        if min(window) > max(self.entropy_high * start, start + 0.5):
-            return "entropy high", f"entropy rose to {window[-1]:.2f} nat from {start:.3f}: the policy drifts toward noise"
-        return None
-
-    def _length(self, metrics: Mapping[str, Any]) -> tuple[str, str] | None:
-        window = self._window(metrics, "response/truncated_share")
-        if window is None or min(window) < self.truncated_share:
-            return None
-        return "length", f"{window[-1]:.0%} of the responses end at rollout.max_new_tokens"
-
-    def _non_finite(self, metrics: Mapping[str, Any]) -> tuple[str, str] | None:
-        bad = [key for key in ("update/loss", "update/grad_norm") if metrics.get(key) is not None and not math.isfinite(metrics[key])]
-        return ("non-finite", f"{' and '.join(bad)} not finite") if bad else None
 
 
 def evaluation_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[tuple[str, float | None, float | None, str]]:

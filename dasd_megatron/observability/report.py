@@ -28,7 +28,7 @@ from markupsafe import Markup
 from dasd_megatron.observability.charts import Series, compact, line_chart, moving_mean, percent, stacked_chart
 from dasd_megatron.observability.loggers import WARM_START, replace_file
 from dasd_megatron.observability.metric_docs import explain
-from dasd_megatron.observability.progress import CollapseWatch, evaluation_rows, format_difference, format_duration, format_result
+from dasd_megatron.observability.progress import evaluation_rows, format_difference, format_duration, format_result
 from dasd_megatron.observability.run_files import (
     Groups,
     ReportError,
@@ -355,10 +355,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _warnings(run: Run) -> list[str]:
-    watch = CollapseWatch()
-    numeric = ("reward/accuracy", "entropy/mean", "response/truncated_share", "update/loss", "update/grad_norm")
-    rows = ({"step": row["step"], **{key: number(row.get(key)) for key in numeric}} for row in run.metrics)
-    return [warning for row in rows if (warning := watch.update(row))]
+    return [text_of(row.get("text")) for row in run.warnings]
 
 
 # ---- curves ------------------------------------------------------------------------------------------------------------------------------

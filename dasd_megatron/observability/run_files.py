@@ -15,6 +15,7 @@ import orjson
 import yaml
 
 from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START, restore_non_finite
+from dasd_megatron.observability.watch import WARNINGS
 
 # Rollouts of long runs are terabytes: what is read for the table of groups stays some seconds of work.
 ROLLOUT_BYTES = 200_000_000
@@ -46,6 +47,7 @@ class Run:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     warm_start: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def setting(self, name: str) -> Any:
@@ -78,6 +80,7 @@ def read_run(path: Path) -> Run:
     run.warm_start = _rows(run, WARM_START)
     evaluations = {(row.get("label"), row["step"]): row for row in _rows(run, EVALUATION)}
     run.evaluations = list(evaluations.values())
+    run.warnings = _rows(run, WARNINGS)
     run.label = text_of(run.setting("run.name")) or visible(path.resolve().name)
     return run
 

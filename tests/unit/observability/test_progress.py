@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import io
 import math
-import random
 import re
 
 import pytest
 
-from dasd_megatron.observability.progress import CollapseWatch, ProgressDisplay, format_duration, format_step, summary_table
+from dasd_megatron.observability.progress import ProgressDisplay, format_duration, format_step, summary_table
 
 METRICS = {
     "step": 7,
@@ -116,87 +115,6 @@ def test_time_left_counts_from_the_last_steps():
     for step in range(2, 12):
         display.step({"step": step, "seconds/total": 2.0})
     assert stream.getvalue().splitlines()[-1].endswith("eta 2m58s")
-
-
-def healthy(step: int, **changes: float) -> dict:
-    base = {
-        "step": step,
-        "reward/accuracy": 0.6,
-        "entropy/mean": 0.3,
-        "response/truncated_share": 0.02,
-        "update/loss": 0.1,
-        "update/grad_norm": 1.0,
-    }
-    return base | changes
-
-
-def feed(watch: CollapseWatch, rows: list[dict]) -> list[tuple[int, str]]:
-    return [(row["step"], warning) for row in rows if (warning := watch.update(row))]
-
-
-def keyed(key: str, values: list[float]) -> list[dict]:
-    return [healthy(step, **{key: value}) for step, value in enumerate(values, start=1)]
-
-
-def test_a_healthy_noisy_run_is_left_alone():
-    for seed in range(20):
-        noise = random.Random(seed)
-        rows = []
-        for step in range(200):
-            accuracy = min(1.0, max(0.0, 0.5 + 0.002 * step + noise.gauss(0, 0.08)))
-            rows.append(
-                healthy(step, **{"reward/accuracy": accuracy, "entropy/mean": 0.4 * math.exp(-step / 100) * noise.uniform(0.8, 1.2)})
-            )
-        assert feed(CollapseWatch(), rows) == []
-
-
-def test_accuracy_far_under_its_best_warns_once_until_it_recovers():
-    values = [0.8] * 6 + [0.3] * 10 + [0.8] * 2 + [0.3] * 6
-    found = feed(CollapseWatch(), keyed("reward/accuracy", values))
-    assert [step for step, _ in found] == [11, 23]
-    assert "30.0% for 5 steps after a best of 80.0%" in found[0][1] and "algorithm.beta" in found[0][1]
-
-
-@pytest.mark.parametrize("values", [[0.8] * 6 + [0.3] * 4 + [0.8], [0.8] * 6 + [0.6] * 20, [0.12] * 6 + [0.03] * 20, [0.3] * 30])
-def test_small_or_short_falls_do_not_warn(values):
-    assert feed(CollapseWatch(), keyed("reward/accuracy", values)) == []
-
-
-def test_a_slow_slide_still_warns():
-    values = [0.8 - 0.01 * step for step in range(60)]
-    assert len(feed(CollapseWatch(), keyed("reward/accuracy", values))) == 1
-
-
-@pytest.mark.parametrize(
-    ("key", "values", "step", "words"),
-    [
-        ("entropy/mean", [0.4] * 5 + [0.001] * 5, 10, "deterministic"),
-        ("entropy/mean", [0.4] * 5 + [1.5] * 5, 10, "noise"),
-        ("response/truncated_share", [0.0] * 3 + [0.9] * 5, 8, "90% of the responses"),
-        ("update/loss", [0.1, math.nan], 2, "update/loss not finite"),
-        ("update/grad_norm", [0.1, math.inf], 2, "update/grad_norm not finite"),
-    ],
-)
-def test_other_signs_of_collapse(key, values, step, words):
-    ((found_step, text),) = feed(CollapseWatch(), keyed(key, values))
-    assert found_step == step and words in text
-
-
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("entropy/mean", [0.4] * 5 + [0.03] * 9),
-        ("entropy/mean", [0.1] * 5 + [0.5] * 9),
-        ("response/truncated_share", [0.4] * 9),
-        ("entropy/mean", [0.0] * 9),
-    ],
-)
-def test_thresholds_are_not_stricter_than_documented(key, values):
-    assert feed(CollapseWatch(), keyed(key, values)) == []
-
-
-def test_missing_metrics_are_not_judged():
-    assert feed(CollapseWatch(), [{"step": step} for step in range(20)]) == []
 
 
 def test_the_table_shows_before_after_and_difference(monkeypatch):

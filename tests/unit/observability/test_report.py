@@ -215,7 +215,7 @@ def test_a_whole_run_has_every_section(tmp_path):
         "Gradient norm",
         "Where a step's time goes",
     }
-    assert "Signs of collapse" not in words and "Not everything could be read" not in words
+    assert "Warnings of the watch" not in words and "Not everything could be read" not in words
     assert "groups: 4" in page.text("pre") and "abc123" in page.text("pre")
     assert [rollout["step"] for rollout in data["rollouts"]] == list(range(1, 13))
     assert "All 12 rollouts whose token statistics were saved." in words and "Of 12 groups in 12 saved steps" in words
@@ -497,9 +497,10 @@ def test_numbers_that_are_not_finite(tmp_path):
         "ab", ["a", "b"], teacher_log_prob=[-math.inf, -1.0], delta=[-math.inf, math.nan], omega=[math.nan, 0.5], tau=math.nan
     )
     (run / "inspect" / "step_000001.json").write_text(json.dumps([entry]))
+    lines(run / "watch.jsonl", [{"step": 6, "time": 1.0, "condition": "non_finite", "action": "warn", "text": "step 6, non_finite: <b>"}])
     text, page, data = load(run)
     words = page.text()
-    assert "Signs of collapse" in words and "step 6: the run may be collapsing: update/loss and update/grad_norm not finite" in words
+    assert "Warnings of the watch" in words and "step 6, non_finite: <b>" in words
     assert "1 values were NaN or infinite" in words
     shown = data["rollouts"][0]
     assert (shown["d"], shown["w"], shown["q"][0], shown["tau"]) == (["−∞", "NaN"], ["NaN", 0.5], 0, "NaN")
