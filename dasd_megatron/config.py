@@ -375,7 +375,9 @@ class RolloutConfig:
 @dataclass
 class DataSourceConfig:
     path: str | None = _doc(None, "JSONL file, one problem a line")
-    generator: str | None = _doc(None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum or gsm_symbolic")
+    generator: str | None = _doc(
+        None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum, countdown or gsm_symbolic"
+    )
     generator_args: dict[str, Any] = field(
         default_factory=dict, metadata={"doc": "arguments of the reasoning-gym dataset, like {min_terms: 2, max_digits: 1}"}
     )

@@ -16,8 +16,11 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
 
     ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's English sentence: the
     tokens are characters, and these would be most of the prompt. The worked solution has one running sum a line and ends in the
-    answer: ``3``, ``#### -4``. ``gsm_symbolic``: word problems of grade-school mathematics as reasoning-gym states them, with its worked
-    solution, with the answer behind ``####`` at its end. reasoning-gym draws with replacement; repeated expressions are dropped here.
+    answer: ``3``, ``#### -4``. ``countdown``: all of some numbers are to be added and subtracted to a target, as in ``4 1 7 = 2``; the
+    worked solution, one of many, has an equation a line: ``7-4=3``, ``3-1=2``, ``#### 7-4-1``. The expected answer is the target, and
+    ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers`` grades responses. ``gsm_symbolic``: word problems of grade-school
+    mathematics as reasoning-gym states them, with its worked solution, with the answer behind ``####`` at its end. reasoning-gym draws
+    with replacement; repeated problems are dropped here.
 
     Args:
         source: generator, its arguments, number of problems and seed; equal sources give equal problems.
@@ -80,21 +83,41 @@ def worked_sum(expression: str) -> str:
     return "\n".join([*map(str, sums[1:-1]), f"#### {sums[-1]}"])
 
 
-def _chain_sum(item: dict[str, Any]) -> tuple[str, str]:
+def _chain_sum(item: dict[str, Any]) -> tuple[str, str, str]:
     expression = item["metadata"]["expression"]
-    return f"{expression.replace(' ', '')}=", worked_sum(expression)
+    return f"{expression.replace(' ', '')}=", item["answer"], worked_sum(expression)
 
 
-def _gsm_symbolic(item: dict[str, Any]) -> tuple[str, str]:
+def worked_chain(expression: str) -> str:
+    """The equations of a chain like ``4 - 1 - 7``, one a line, and the chain itself behind ``#### ``."""
+    first, *rest = expression.split(" ")
+    lines, value = [], int(first)
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        result = value + int(term) if operator == "+" else value - int(term)
+        lines.append(f"{value}{operator}{term}={result}")
+        value = result
+    return "\n".join([*lines, f"#### {expression.replace(' ', '')}"])
+
+
+def _countdown(item: dict[str, Any]) -> tuple[str, str, str]:
+    expression = item["answer"]
+    if set(expression) & set("*/"):
+        raise DataError('countdown has worked solutions for sums and differences: add operators: ["+", "-"] to its generator_args')
+    numbers, target = item["metadata"]["numbers"], item["metadata"]["target"]
+    return f"{' '.join(map(str, numbers))} = {target}", str(target), worked_chain(expression)
+
+
+def _gsm_symbolic(item: dict[str, Any]) -> tuple[str, str, str]:
     solution = item["metadata"]["answer_cot"].rstrip()
     # Most of its templates end so, and the response has to.
     end = f"#### {item['answer']}"
-    return item["question"], solution if solution.endswith(end) else f"{solution}\n{end}"
+    return item["question"], item["answer"], solution if solution.endswith(end) else f"{solution}\n{end}"
 
 
-# Module, configuration and dataset of reasoning-gym, and what makes (problem, worked solution) of an item.
+# Module, configuration and dataset of reasoning-gym, and what makes (problem, answer, worked solution) of an item.
 GENERATORS = {
     "chain_sum": ("reasoning_gym.arithmetic.chain_sum", "ChainSumConfig", "ChainSumDataset", _chain_sum),
+    "countdown": ("reasoning_gym.games.countdown", "CountdownConfig", "CountdownDataset", _countdown),
     "gsm_symbolic": (
         "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic",
         "GSMSymbolicDatasetConfig",
@@ -121,6 +144,9 @@ def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
         raise DataError(f"data.{name}.generator_args: {source.generator} takes no {unknown[0]!r}; {hint}")
     for argument, value in arguments.items():
         expected = type(defaults[argument])
+        if expected is tuple and isinstance(value, list):
+            arguments[argument] = tuple(value)
+            continue
         if type(value) is not expected and not (expected is float and type(value) is int):
             kind = {bool: "true or false", int: "an integer", float: "a number"}[expected]
             raise DataError(f"data.{name}.generator_args.{argument} is {value!r}; it must be {kind}")
@@ -132,7 +158,5 @@ def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
     dataset = dataset_class(config)
     for index in range(_STREAM_LENGTH):
         item = dataset[index]
-        problem, solution = convert(item)
-        yield Problem(
-            id=f"{source.generator}-{source.seed}-{index}", problem=problem, expected_answer=item["answer"], reference_solution=solution
-        )
+        problem, answer, solution = convert(item)
+        yield Problem(id=f"{source.generator}-{source.seed}-{index}", problem=problem, expected_answer=answer, reference_solution=solution)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import secrets
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +10,7 @@ from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.generators import generate_problems, generate_splits, worked_sum
 from dasd_megatron.data.prompts import DataError, check_disjoint
 from dasd_megatron.verify.answers import extract_answer
+from dasd_megatron.verify.countdown import uses_all_numbers
 
 
 def chain_sum(size, seed=0, **arguments):
@@ -63,6 +66,22 @@ def test_splits_share_no_problem(train_seed):
     assert heldout == generate_problems(chain_sum(50, 0, **arguments))
     with pytest.raises(DataError, match="only 150 distinct ones beside 50 excluded"):
         generate_splits(chain_sum(151, train_seed, **arguments), chain_sum(50, 0, **arguments))
+
+
+def test_countdown_solutions_are_right_by_their_own_reward_and_use_given_numbers():
+    arguments = {"min_numbers": 4, "max_numbers": 4, "min_value": 1, "max_value": 9, "min_target": 1, "max_target": 20}
+    arguments |= {"operators": ["+", "-"]}
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    problems = generate_problems(DataSourceConfig(generator="countdown", generator_args=arguments, size=200, seed=seed))
+    for problem in problems:
+        *steps, answer = problem.reference_solution.splitlines()
+        assert len(steps) == 3 and answer.startswith("#### ")
+        assert all(eval(left) == int(right) for left, right in (step.split("=") for step in steps))
+        assert eval(answer.removeprefix("#### ")) == int(problem.expected_answer) == int(problem.problem.split(" = ")[1])
+        assert uses_all_numbers(SimpleNamespace(problem=problem.problem, text=problem.reference_solution)) == 1.0
+    with pytest.raises(DataError, match="operators"):
+        generate_problems(DataSourceConfig(generator="countdown", generator_args={"min_target": 1}, size=50, seed=1))
 
 
 def test_word_problems_end_in_their_answer():

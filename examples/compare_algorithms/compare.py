@@ -1,0 +1,262 @@
+"""Every algorithm from one warm start, with several seeds, on two tasks; the results page with means, deviations, curves and paired tests.
+
+    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it was stopped
+    python examples/compare_algorithms/compare.py --runs RUNS --seeds 1 2 --tasks countdown --methods grpo dasd
+    python examples/compare_algorithms/compare.py --runs RUNS --only-results    # the page from what is there
+
+Runs are made two at a time (``--parallel``), one core each. Every run of a task begins from the same weights and is evaluated on the same
+problems with the same sampling seeds; ``run.seed`` decides the order of the problems and the rollouts. Methods are compared in pairs of
+runs with the same seed: the mean difference, its deviation over seeds, and p of a paired t test, two-sided and not corrected for the
+number of comparisons.
+
+Writes ``results.json`` and ``RESULTS.md`` with its pictures beside this script, or under ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TASKS = ("chain_sum", "countdown")
+WARM_START_STEPS = {"chain_sum": 400, "countdown": 600}
+METHODS: dict[str, list[str]] = {
+    "grpo": ["algorithm=grpo"],
+    "opsd": ["algorithm=opsd"],
+    "rlsd": ["algorithm=rlsd"],
+    "reversed": ["algorithm=reversed"],
+    "dasd": ["algorithm=dasd", "algorithm.beta=0.02"],
+    "dasd, beta 0.005": ["algorithm=dasd", "algorithm.beta=0.005"],
+    "dasd, beta 0.1": ["algorithm=dasd", "algorithm.beta=0.1"],
+    "dasd, rho from below": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.quantile_side=lower"],
+    "dasd, scale floor 1": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.scale_floor=1.0"],
+    "dasd, distributional": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.objective=distributional"],
+}
+REFERENCE = "grpo"
+LAST_STEPS = 5
+"""Entropy and length are means over so many steps at the end."""
+MEASURES = {
+    "Avg@16": ("avg@16", 100, "%"),
+    "Pass@16": ("pass@16", 100, "%"),
+    "entropy, nats": ("entropy", 1, ""),
+    "length, tokens": ("length", 1, ""),
+    "step accuracy": ("step_accuracy", 100, "%"),
+    "distinct right answers": ("distinct_correct_paths", 1, ""),
+}
+
+
+def train(folder: Path, *overrides: str) -> float:
+    """A whole run in ``folder``, unless it is there; its wall seconds."""
+    done = folder / "seconds"
+    if not done.exists():
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "dasd_megatron.cli", "train", f"--config-dir={HERE}", *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".log"), "w") as log:
+            result = subprocess.run(
+                [*command, f"run.dir={folder}", "resume=auto"], stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=7200
+            )
+        if result.returncode:
+            raise SystemExit(f"{' '.join(overrides)} failed:\n{folder.with_suffix('.log').read_text()[-3000:]}")
+        done.write_text(f"{time.perf_counter() - started:.1f}")
+    return float(done.read_text())
+
+
+def warm_start(runs: Path, task: str) -> Path:
+    """The model that all runs of a task begin from."""
+    folder = runs / task / "warm_start"
+    train(folder, f"experiment=compare_{task}", "run.steps=0", f"warm_start.steps={WARM_START_STEPS[task]}", "evaluation=none")
+    return folder / "model"
+
+
+def slug(method: str) -> str:
+    return method.replace(", ", "-").replace(" ", "_")
+
+
+def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], parallel: int) -> None:
+    for task in tasks:
+        print(f"warm start of {task}", flush=True)
+        warm_start(runs, task)
+    # Seed by seed, so that what is there after an interruption can be compared.
+    jobs = [(task, method, seed) for seed in seeds for task in tasks for method in methods]
+    lock, done, began = threading.Lock(), 0, time.perf_counter()
+
+    def one(job: tuple[str, str, int]) -> None:
+        nonlocal done
+        task, method, seed = job
+        model = ["model=hf", f"model.path={runs / task / 'warm_start' / 'model'}"]
+        seconds = train(
+            runs / task / slug(method) / f"seed{seed}", f"experiment=compare_{task}", *model, *METHODS[method], f"run.seed={seed}"
+        )
+        with lock:
+            done += 1
+            left = (time.perf_counter() - began) / done * (len(jobs) - done)
+            print(f"{done}/{len(jobs)} {task}, {method}, seed {seed}: {seconds:.0f} s; about {left / 60:.0f} minutes left", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        for future in [pool.submit(one, job) for job in jobs]:
+            future.result()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What is compared of one run."""
+    evaluations = {row["label"]: row for row in map(json.loads, (folder / "evaluation.jsonl").read_text().splitlines())}
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    after, before = evaluations["after"], evaluations["before"]
+    last = steps[-LAST_STEPS:]
+    return {
+        "avg@16": after["avg@16"],
+        "pass@16": after["pass@16"],
+        "avg@16 before": before["avg@16"],
+        "pass@16 before": before["pass@16"],
+        "step_accuracy": after.get("health/step_accuracy"),
+        "distinct_correct_paths": after["health/distinct_correct_paths"],
+        "entropy": statistics.mean(row["entropy/mean"] for row in last),
+        "length": statistics.mean(row["response/length_mean"] for row in last),
+        "curve": [row["reward/accuracy"] for row in steps],
+        "entropy curve": [row["entropy/mean"] for row in steps],
+        "seconds": float((folder / "seconds").read_text()),
+    }
+
+
+def read_all(runs: Path, tasks: list[str], methods: list[str]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Results by task, method and seed, of the runs that are complete."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for task in tasks:
+        for method in methods:
+            done = sorted((runs / task / slug(method)).glob("seed*/seconds"), key=lambda path: int(path.parent.name[4:]))
+            for path in done:
+                found.setdefault(task, {}).setdefault(method, {})[int(path.parent.name[4:])] = read_run(path.parent)
+    return found
+
+
+def paired(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str) -> tuple[float, float, float] | None:
+    """(mean difference, its deviation, p of the paired t test) over the seeds that both have; None under two, or where one lacks it."""
+    differences = [ours[seed][key] - theirs[seed][key] for seed in sorted(ours.keys() & theirs.keys()) if ours[seed][key] is not None]
+    if len(differences) < 2:
+        return None
+    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+    if deviation == 0:
+        return mean, 0.0, 1.0 if mean == 0 else 0.0
+    return mean, deviation, student_p(mean / (deviation / math.sqrt(len(differences))), len(differences) - 1)
+
+
+def student_p(t: float, freedom: int) -> float:
+    """Two-sided p of Student's t of ``freedom`` degrees, by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan2(abs(t), math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    term, total = (1.0, 1.0) if freedom % 2 == 0 else (cosine, cosine)
+    for index in range(1 if freedom % 2 == 0 else 2, freedom - 2, 2):
+        term *= cosine * cosine * index / (index + 1)
+        total += term
+    if freedom % 2 == 0:
+        return 1 - sine * total
+    return 1 - 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
+
+
+def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
+    lines = ["# Results", "", "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.", ""]
+    for task, methods in found.items():
+        any_run = next(iter(next(iter(methods.values())).values()))
+        lines += [
+            f"## {task}", "",
+            f"Before: Avg@16 {any_run['avg@16 before']:.1%}, Pass@16 {any_run['pass@16 before']:.1%}. After, mean ± deviation:", "",
+            "| method | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES),
+        ]  # fmt: skip
+        for method, seeds in methods.items():
+            cells = []
+            for key, scale, unit in MEASURES.values():
+                values = [run[key] * scale for run in seeds.values() if run[key] is not None]
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.2f}{unit}{spread}" if values else "")
+            lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            f"Against {REFERENCE}, seed by seed: difference ± deviation (p)",
+            "",
+            "| method | Avg@16 | Pass@16 | entropy |",
+            "|---|---|---|---|",
+        ]
+        for method, seeds in methods.items():
+            if method == REFERENCE or REFERENCE not in methods:
+                continue
+            cells = []
+            for key, scale in (("avg@16", 100), ("pass@16", 100), ("entropy", 1)):
+                result = paired(seeds, methods[REFERENCE], key)
+                cells.append("" if result is None else f"{result[0] * scale:+.2f} ± {result[1] * scale:.2f} ({result[2]:.3f})")
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines += ["", f"![learning curves of {task}]({pictures[task]})", ""]
+    return "\n".join(lines)
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
+
+
+def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Accuracy of the rollouts and entropy by step, means over seeds, as SVG."""
+    width, height, left, gap = 360, 240, 44, 60
+    parts = []
+    for place, (title, key) in enumerate((("accuracy of rollouts", "curve"), ("entropy, nats", "entropy curve"))):
+        curves = {}
+        for method, seeds in methods.items():
+            steps = min(len(run[key]) for run in seeds.values())
+            curves[method] = [statistics.mean(run[key][step] for run in seeds.values()) for step in range(steps)]
+        top = max(max(curve) for curve in curves.values()) or 1.0
+        x0 = left + place * (width + gap)
+        parts.append(f'<text x="{x0}" y="16">{title}</text><path d="M{x0} 28V{28 + height}H{x0 + width}" fill="none" stroke="#888"/>')
+        for share in (0.0, 0.5, 1.0):
+            parts.append(f'<text x="{x0 - 6}" y="{28 + height * (1 - share) + 4:.0f}" text-anchor="end">{top * share:.2g}</text>')
+        for colour, curve in zip(_COLOURS * 2, curves.values(), strict=False):
+            points = " ".join(
+                f"{x0 + width * step / max(len(curve) - 1, 1):.1f},{28 + height * (1 - value / top):.1f}"
+                for step, value in enumerate(curve)
+            )
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    for index, (colour, method) in enumerate(zip(_COLOURS * 2, methods, strict=False)):
+        x, y = left + (index % 4) * 200, 28 + height + 28 + (index // 4) * 20
+        parts.append(f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-width="3"/><text x="{x + 26}" y="{y}">{method}</text>')
+    total_width, total_height = left + 2 * width + gap + 16, 28 + height + 36 + 20 * math.ceil(len(methods) / 4)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" font-size="12">'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; what is complete in it is not run again")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--only-results", action="store_true")
+    options = parser.parse_args()
+    if not options.only_results:
+        run_all(options.runs, options.tasks, options.methods, options.seeds, options.parallel)
+    found = read_all(options.runs, options.tasks, options.methods)
+    if not found:
+        parser.error(f"{options.runs} holds no complete run")
+    options.output.mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for task, methods in found.items():
+        pictures[task] = f"{task}.svg"
+        (options.output / pictures[task]).write_text(picture(methods))
+    (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / "RESULTS.md").write_text(page(found, pictures) + "\n")
+    print(options.output / "RESULTS.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""examples/compare_algorithms: its configurations, its statistics, and its page from runs that are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import secrets
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+from dasd_megatron.config import load_config
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_algorithms"
+
+
+@pytest.fixture(scope="module")
+def compare() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_algorithms", EXAMPLE / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_is_a_configuration(compare: ModuleType) -> None:
+    for task in compare.TASKS:
+        for method, overrides in compare.METHODS.items():
+            config = load_config([f"experiment=compare_{task}", *overrides], EXAMPLE)
+            assert config.algorithm.name == method.split(",")[0]
+            assert config.data.train.generator == task
+
+
+# Tables of Student's t at 5%, two-sided.
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (20, 2.08596)])
+def test_p_of_students_t(compare: ModuleType, freedom: int, t: float) -> None:
+    assert compare.student_p(t, freedom) == compare.student_p(-t, freedom) == pytest.approx(0.05, abs=1e-5)
+    assert compare.student_p(0.0, freedom) == pytest.approx(1.0)
+
+
+def test_pairs_are_of_one_seed(compare: ModuleType) -> None:
+    ours, theirs = ({seed: {"x": value} for seed, value in values} for values in ([(1, 2.0), (2, 5.0), (3, 9.0)], [(3, 8.0), (2, 3.0)]))
+    mean, deviation, p = compare.paired(ours, theirs, "x")
+    assert (mean, deviation) == (1.5, pytest.approx(0.5**0.5)) and p == pytest.approx(compare.student_p(3.0, 1))
+    assert compare.paired(ours, {1: {"x": 0.0}}, "x") is None
+
+
+def write_run(folder: Path, draw: random.Random) -> dict[str, float]:
+    folder.mkdir(parents=True)
+    after = {"avg@16": draw.random(), "pass@16": draw.random()}
+    health = {"health/distinct_correct_paths": 3.0, "health/step_accuracy": 0.5}
+    rows = [{"label": "before", "avg@16": 0.4, "pass@16": 0.9, **health}, {"label": "after", **after, **health}]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = [{"reward/accuracy": draw.random(), "entropy/mean": draw.random(), "response/length_mean": 9.0} for _ in range(8)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    (folder / "seconds").write_text("12.5")
+    return after
+
+
+def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    runs = tmp_path / "runs"
+    made = {
+        method: [write_run(runs / "countdown" / compare.slug(method) / f"seed{number}", draw) for number in (1, 2, 10)]
+        for method in ("grpo", "dasd, beta 0.1")
+    }
+    # Not complete, and not compared.
+    (runs / "countdown" / "opsd" / "seed1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(runs), "--only-results", "--output", str(tmp_path / "out")])
+    compare.main()
+    text = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "opsd" not in text and "## chain_sum" not in text
+    for method, results in made.items():
+        values = [100 * one["avg@16"] for one in results]
+        assert f"| {method} | 3 | {statistics.mean(values):.2f}% ± {statistics.stdev(values):.2f} |" in text
+    assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())["countdown"]["grpo"]) == ["1", "10", "2"]
+    ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())
