@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -25,6 +26,7 @@ from dasd_megatron.data.generators import generate_problems
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.data.templates import check_lengths
 from dasd_megatron.evaluation import nemo_skills
+from dasd_megatron.evaluation.health import from_rows, health_metrics, health_tables
 from dasd_megatron.evaluation.metrics import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
 from dasd_megatron.evaluation.sampling import (
     EvaluationError,
@@ -58,9 +60,9 @@ _NOBODY = "http://127.0.0.1:9"  # where nothing is left to ask for
 def evaluate_model(config: Config) -> None:
     """Evaluate ``model.path`` on ``evaluation.benchmarks``, or on ``data.heldout`` where none are named, and print the table.
 
-    The run directory gets ``<benchmark>/output-rs<i>.jsonl``, ``metrics.json`` and ``timing.json``. Started again with the same settings
-    and ``run.dir``, it goes on where it was. With ``rollout.engine=external`` the external servers answer and ``model.path`` only gives
-    the tokenizer.
+    The run directory gets ``<benchmark>/output-rs<i>.jsonl``, ``<benchmark>/health.json``, ``metrics.json`` and ``timing.json``. Started
+    again with the same settings and ``run.dir``, it goes on where it was. With ``rollout.engine=external`` the external servers answer and
+    ``model.path`` only gives the tokenizer.
     """
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory or a Megatron checkpoint")
@@ -178,6 +180,7 @@ def _settings(config: Config, served: Mapping[str, str], problems: Sequence[Prob
         "verify.truncated_is_wrong": verify.truncated_is_wrong,
         "verify.max_answer_chars": verify.max_answer_chars,
         "verify.workers": "some" if verify.workers else 0,
+        **{f"health.{name}": value for name, value in dataclasses.asdict(config.health).items() if name != "every"},
         "math-verify": importlib.metadata.version("math-verify"),
     }
 
@@ -209,6 +212,9 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
             "timeouts": sum(record["grading_timed_out"] for record in flat),
         }
         metrics[name] = {**nemo_skills_metrics(answers, outcomes, tokens), OURS: ours}
+        health = from_rows([record["health"] for record in flat])
+        ours |= health_metrics(health, config.health)
+        replace_text(root / name / "health.json", json.dumps(health_tables(health), indent=2) + "\n")
         ours["confidence_intervals"] = _intervals(scores, drawn[name], config)
     averaged = list(scores)
     metrics[MACRO_AVERAGE] = {

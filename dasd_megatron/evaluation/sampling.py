@@ -20,11 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.evaluation.health import measure, to_rows
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.client import Completion, RolloutClient
 from dasd_megatron.rollout.generation import make_samples, sampling_params, sampling_seed
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.grader import Grader
+from dasd_megatron.verify.steps import STEP_CHECKERS
 
 SETTINGS, JOURNAL = "settings.json", "journal.jsonl"
 # Of safetensors files, which may have hundreds of gigabytes; two models that differ at all differ here and there.
@@ -131,6 +133,7 @@ def sample_benchmark(
     requests = [rows[start : start + size] for start in range(0, len(rows), size)]
     requests = [request for request in requests if any(row not in known for row in request)]
     there, right = len(known), []
+    checker = None if config.evaluation.benchmarks else STEP_CHECKERS.get(config.data.heldout.generator)
     if there:
         display.message(f"{folder.name}: {there} of {len(rows)} samples are there already")
     with (
@@ -150,11 +153,12 @@ def sample_benchmark(
                 tokenizer=tokenizer,
                 places=[sample for _, sample in request],
             )
+            health = to_rows(measure(drawn, config.health, checker=checker))
             written = []
-            for row, seed, sample in zip(request, seeds, drawn, strict=True):
+            for row, seed, sample, measured in zip(request, seeds, drawn, health, strict=True):
                 if row in known:
                     continue
-                known[row] = sample_record(sample, seed)
+                known[row] = sample_record(sample, seed) | {"health": measured}
                 journal.write(json.dumps({"place": row, **known[row]}).encode() + b"\n")
                 journal.flush()
                 written.append(known[row]["symbolic_correct"])

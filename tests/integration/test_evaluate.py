@@ -96,7 +96,7 @@ def test_killed_twice_it_ends_in_the_same_files(setting: tuple[Path, str, list[s
     output = evaluate(setting, tmp_path)
     assert f"{second} of {total} samples are there already" in output, output
     expected = results(whole)
-    assert len(expected) == SAMPLES + 2  # metrics and settings
+    assert len(expected) == SAMPLES + 3  # metrics, health and settings
     assert results(tmp_path) == expected
     repeated = json.loads((tmp_path / "metrics.json").read_text())
     assert next(iter(repeated.values()))["dasd"]["duplicate_share"] < 1

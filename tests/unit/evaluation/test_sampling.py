@@ -154,6 +154,8 @@ def test_a_changed_model_has_another_digest(tmp_path: Path) -> None:
 def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = draw(config, tmp_path / "one", Engine())
     right = [[{**record, "symbolic_correct": True, "predicted_answer": "1"} for record in row] for row in records]
+    for name in ("gsm8k", "mine"):
+        (tmp_path / name).mkdir()
     metrics = write_metrics(config, tmp_path, {"gsm8k": records, "mine": right})
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     ours = metrics["gsm8k"][OURS]
@@ -162,6 +164,13 @@ def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: p
     assert ours["no_answer_share"] == ours["truncated_share"] == sum(record["predicted_answer"] is None for record in flat) / 21
     assert metrics["gsm8k"]["pass@1[avg-of-3]"]["symbolic_correct"] == pytest.approx(100 * ours["avg@3"])
     assert set(metrics["gsm8k"]) == {"pass@1", *(f"{kind}@{k}" for kind in ("pass", "majority") for k in (2, 3)), *(f"pass@1[avg-of-{k}]" for k in (2, 3)), OURS}  # fmt: skip # noqa: E501
+    # Through the files' JSON, as what was measured on the samples themselves.
+    assert ours["health/length_p50"] == sorted(record["num_generated_tokens"] for record in flat)[10]
+    assert ours["health/distinct_paths"] == pytest.approx(sum(len({record["generation"] for record in row}) for row in records) / 7)
+    # The steps of sums are checked, and none of these responses has one.
+    assert ours["health/step_accuracy"] == 0.0
+    table = json.loads((tmp_path / "gsm8k" / "health.json").read_text())["calibration"]
+    assert sum(entry["responses"] for entry in table) == 21
     low, high = ours["confidence_intervals"]["avg@3"]
     assert 0 <= low < ours["avg@3"] < high <= 1
     average = metrics[MACRO_AVERAGE][OURS]
