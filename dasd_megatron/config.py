@@ -645,7 +645,7 @@ def field_limits() -> dict[str, str]:
     """What the fields that have limits accept, for people."""
     limits = {name: ", ".join(choices) for name, choices in _CHOICES.items()}
     for name, (low, high) in _RANGES.items():
-        limits[name] = f"at least {low:g}" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
+        limits[name] = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
     return limits
 
 

@@ -43,12 +43,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 queue.append(other)
             return f"[{title}]({os.path.relpath(uri(other), os.path.dirname(uri(path)) or '.')}{anchor})"
 
+        old = files.get_file_from_path(uri(path))
         if path.suffix == ".md":
-            old = files.get_file_from_path(uri(path))
             if old is not None:
                 files.remove(old)
             files.append(File.generated(config, uri(path), content=_LINK.sub(link, path.read_text())))
-        else:
+        elif old is None:
             files.append(File.generated(config, uri(path), abs_src_path=str(path)))
     files.append(File.generated(config, "configuration.md", content=configuration_reference()))
     return files
