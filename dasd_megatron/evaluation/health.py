@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from dasd_megatron.config import HealthConfig
 from dasd_megatron.rollout.samples import Sample
 from dasd_megatron.verify.answers import normalize_answer
-from dasd_megatron.verify.steps import StepChecker
+from dasd_megatron.verify.steps import StepCheck, StepChecker
 
 Table = dict[str, NDArray]
 CALIBRATION_BINS = 10
@@ -332,7 +332,8 @@ def _measure(
         **token_profile(uncertainty, lengths, settings.position_bins)._asdict(),
     }
     if checker is not None:
-        checks = [checker(sample.problem, sample.text) for sample in samples]
+        # 0 expected steps: they cannot be checked.
+        checks = [checker(sample.problem, sample.text) or StepCheck(0, 0, None) for sample in samples]
         table["steps_correct"] = np.array([check.correct for check in checks], dtype=np.int64)
         table["steps_expected"] = np.array([check.expected for check in checks], dtype=np.int64)
         table["first_wrong"] = np.array([check.first_wrong or 0 for check in checks], dtype=np.int64)
@@ -396,8 +397,8 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
     area = auroc(table["uncertainty"], ~table["right"])
     if area is not None:
         metrics["health/entropy_auroc" if kind == "entropy" else "health/nll_auroc"] = area
-    if "steps_correct" in table:
-        metrics["health/step_accuracy"] = float((table["steps_correct"] / table["steps_expected"]).mean())
+    if "steps_correct" in table and (checked := table["steps_expected"] > 0).any():
+        metrics["health/step_accuracy"] = float((table["steps_correct"][checked] / table["steps_expected"][checked]).mean())
         wrong = table["first_wrong"][table["first_wrong"] > 0]
         if len(wrong):
             metrics["health/first_wrong_step"] = float(wrong.mean())

@@ -24,11 +24,11 @@ class StepCheck(NamedTuple):
     """Place of the first step that is wrong, missing or one too many, counted from 1; None: all are right."""
 
 
-def running_sums(problem: str) -> list[int]:
-    """The sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. Spaces do not count. ValueError for other problems."""
+def running_sums(problem: str) -> list[int] | None:
+    """The sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. Spaces do not count. None for other problems."""
     chain = _CHAIN.fullmatch("".join(problem.split()))
     if chain is None:
-        raise ValueError(f"{problem!r} is not a chain of sums like 4-1-7=")
+        return None
     first, rest = chain.groups()
     sums = [int(first)]
     for operator, term in _TERM.findall(rest):
@@ -36,8 +36,8 @@ def running_sums(problem: str) -> list[int]:
     return sums[1:] or sums
 
 
-def chain_sum_steps(problem: str, response: str) -> StepCheck:
-    """Check each running sum of a ``chain_sum`` problem.
+def chain_sum_steps(problem: str, response: str) -> StepCheck | None:
+    """Check each running sum of a ``chain_sum`` problem; None for other problems, which replayed rollouts may have.
 
     A line that is a number alone is a step, and so is each number behind ``=`` in other lines; lines with neither are none. The last line
     that begins with ``####`` is the answer, the step behind which nothing counts. The answer is compared with the last sum and the others
@@ -46,6 +46,8 @@ def chain_sum_steps(problem: str, response: str) -> StepCheck:
     ``correct``, but the first of them is the first wrong step.
     """
     sums = running_sums(problem)
+    if sums is None:
+        return None
     lines = [line.strip() for line in response.translate(_MINUS_SIGNS).splitlines()]
     end = max((place for place, line in enumerate(lines) if line.startswith(_ANSWER)), default=None)
     steps = [step for line in lines[:end] for step in _steps_of(line)]
@@ -78,8 +80,8 @@ def _spelling(number: str) -> str:
     return f"-{magnitude}" if number.startswith("-") and magnitude != "0" else magnitude
 
 
-StepChecker = Callable[[str, str], StepCheck]
-"""Takes the problem's text and the response's."""
+StepChecker = Callable[[str, str], StepCheck | None]
+"""Takes the problem's text and the response's; None where the problem's steps cannot be checked."""
 
 STEP_CHECKERS: dict[str, StepChecker] = {"chain_sum": chain_sum_steps}
 """By the name of the generator (``data.train.generator``). A task with checkable steps registers its function here."""

@@ -16,7 +16,7 @@ import pytest
 from dasd_megatron.config import HealthConfig
 from dasd_megatron.evaluation import health
 from dasd_megatron.rollout.samples import Sample
-from dasd_megatron.verify.steps import chain_sum_steps
+from dasd_megatron.verify.steps import StepCheck, chain_sum_steps
 
 
 @pytest.fixture
@@ -279,6 +279,17 @@ def test_the_spread_over_processes_and_files_changes_nothing(draw):
     assert health.health_metrics(health.join(parts), settings) == whole
     rows = json.loads(json.dumps(health.to_rows(parts[0]) + health.to_rows(parts[1])))
     assert health.health_metrics(health.join([health.from_rows(rows)]), settings) == whole
+
+
+def test_problems_whose_steps_cannot_be_checked_do_not_count(draw):
+    settings = HealthConfig()
+    samples, _, _ = random_samples(draw, groups=10, per_group=4)
+    some, none = (
+        health.health_metrics(health.measure(samples, settings, checker=checker), settings)
+        for checker in (lambda problem, text: StepCheck(1, 4, 2) if hash(text) % 2 else None, lambda problem, text: None)
+    )
+    assert some["health/step_accuracy"] == 0.25 and some["health/first_wrong_step"] == 2
+    assert "health/step_accuracy" not in none
 
 
 def test_one_short_response():
