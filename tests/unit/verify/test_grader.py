@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[3]
 # math-verify computes the power as an integer, in C, for far longer than any test runs.
 HANGS = "9999999^{9999999}"
 ALGEBRA = (r"\boxed{1/2}", "0.5")
-BUSY_SECONDS = 1.0  # that a machine with other work may add
+BUSY_SECONDS = 3.0
 
 
 def workers() -> list:
@@ -109,7 +109,7 @@ NASTY = {
 
 @pytest.mark.parametrize(
     "settings",
-    [VerifyConfig(workers=2), VerifyConfig(workers=2, timeout_seconds=0.4, max_answer_chars=2_000_000)],
+    [VerifyConfig(workers=2), VerifyConfig(workers=2, timeout_seconds=1.5, max_answer_chars=2_000_000)],
     ids=["default", "long answers graded"],
 )
 def test_nasty_answers_are_decided_in_time_and_disturb_nobody(settings):
