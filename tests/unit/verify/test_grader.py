@@ -208,7 +208,7 @@ def test_equal_pairs_are_compared_once(grader):
     started = time.monotonic()
     verdicts = grader.grade([f"#### {HANGS}"] * 8, ["7"] * 8)
     assert verdicts == [Verdict(False, HANGS, True)] * 8
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 4 * grader.config.timeout_seconds
 
 
 def test_a_closed_grader_and_unequal_lengths_are_refused():
