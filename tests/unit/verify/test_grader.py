@@ -206,9 +206,10 @@ def test_threads_may_grade_at_once(grader):
 
 def test_equal_pairs_are_compared_once(grader):
     started = time.monotonic()
-    verdicts = grader.grade([f"#### {HANGS}"] * 8, ["7"] * 8)
-    assert verdicts == [Verdict(False, HANGS, True)] * 8
-    assert time.monotonic() - started < 4 * grader.config.timeout_seconds
+    verdicts = grader.grade([f"#### {HANGS}"] * 30, ["7"] * 30)
+    assert verdicts == [Verdict(False, HANGS, True)] * 30
+    # One by one they would take 30 s.
+    assert time.monotonic() - started < 15
 
 
 def test_a_closed_grader_and_unequal_lengths_are_refused():
