@@ -29,7 +29,7 @@ class LostPeerError(RuntimeError):
     """Another rank could not be reached within the limit of a collective, or ended. The message is one line."""
 
 
-_GLOO = re.compile(r"gloo/|Timed out waiting|Connection (closed|reset) by peer|Broken pipe")
+_GLOO = re.compile(r"gloo/|Timed out waiting|pair closure|Connection (closed|reset|timed out|refused)|Broken pipe")
 
 
 @contextlib.contextmanager
