@@ -35,13 +35,13 @@ from dasd_megatron.evaluation.sampling import (
     duplicate_share,
     finished_samples,
     model_digest,
-    replace_text,
     sample_benchmark,
     samples_per_request,
 )
 from dasd_megatron.models.convert_command import convert
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint
 from dasd_megatron.models.hf_weights import fingerprint
+from dasd_megatron.observability.loggers import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.discovery import find_servers
@@ -54,7 +54,6 @@ OURS = "dasd"
 """In ``metrics.json``, the entry of each benchmark that has what NeMo-Skills does not count; the others are NeMo-Skills'."""
 MACRO_AVERAGE = "macro_average"
 _VERSION = "evaluated"
-_NOBODY = "http://127.0.0.1:9"  # where nothing is left to ask for
 
 
 def evaluate_model(config: Config) -> None:
@@ -82,31 +81,31 @@ def evaluate_model(config: Config) -> None:
     samples = config.evaluation.samples
     for name in problems:
         check_settings(root / name, _settings(config, served, problems[name], prompts[name]))
-    missing = [name for name in problems if finished_samples(root / name, problems[name], samples) is None]
+    results = {name: finished_samples(root / name, problems[name], samples) for name in problems}
     timing: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
-        if not external and (missing or config.evaluation.nemo_skills == "eval"):
+        if not external and (None in results.values() or config.evaluation.nemo_skills == "eval"):
             server = stack.enter_context(LocalServer(model, _VERSION, config.rollout, root / "logs" / "rollout_server.log"))
             urls = [server.url]
-        results = {}
-        for name in problems:
+        for name, finished in results.items():
             started = time.perf_counter()
-            results[name] = sample_benchmark(
-                config,
-                root / name,
-                problems[name],
-                prompts[name],
-                client=make_client(config.rollout, urls or [_NOBODY]),
-                grader=grader,
-                tokenizer=tokenizer,
-                weight_version=served.get("weight_version", _VERSION),
-                display=display,
-            )
+            if finished is None:
+                results[name] = sample_benchmark(
+                    config,
+                    root / name,
+                    problems[name],
+                    prompts[name],
+                    client=make_client(config.rollout, urls),
+                    grader=grader,
+                    tokenizer=tokenizer,
+                    weight_version=served.get("weight_version", _VERSION),
+                    display=display,
+                )
             timing[name] = time.perf_counter() - started
         metrics = write_metrics(config, root, results)
-        replace_text(root / "timing.json", json.dumps({"seconds": timing}, indent=2) + "\n")
+        replace_file(root / "timing.json", json.dumps({"seconds": timing}, indent=2) + "\n")
         print_table(metrics, config.evaluation.confidence)
         print(f"samples and metrics.json in {root.absolute()}")
         if config.evaluation.nemo_skills == "grade":
@@ -140,7 +139,7 @@ def _hf_directory(config: Config, root: Path) -> Path:
     source = {"checkpoint": str(path.resolve()), "files": fingerprint(path)}
     if not (output.is_dir() and record.is_file() and json.loads(record.read_text()) == source):
         convert(["megatron-to-hf", "--checkpoint", str(path), "--output", str(output), "--overwrite"])
-        replace_text(record, json.dumps(source) + "\n")
+        replace_file(record, json.dumps(source) + "\n")
     return output
 
 
@@ -193,9 +192,7 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
     for name, records in results.items():
         # NeMo-Skills counts files in the order of their names: rs10 comes before rs2.
         order = sorted(range(evaluation.samples), key=str)
-        outcomes = [[row[sample]["symbolic_correct"] for sample in order] for row in records]
-        answers = [[row[sample]["predicted_answer"] for sample in order] for row in records]
-        tokens = [[row[sample]["num_generated_tokens"] for sample in order] for row in records]
+        answers, outcomes, tokens = nemo_skills.verdicts([[row[sample] for sample in order] for row in records])
         scores = problem_scores(answers, outcomes, range(1, evaluation.samples + 1))
         drawn[name] = bootstrap(list(zip(*scores.values(), strict=True)), evaluation.bootstrap_resamples, config.run.seed)
         flat = [record for row in records for record in row]
@@ -214,7 +211,7 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
         metrics[name] = {**nemo_skills_metrics(answers, outcomes, tokens), OURS: ours}
         health = from_rows([record["health"] for record in flat])
         ours |= health_metrics(health, config.health)
-        replace_text(root / name / "health.json", json.dumps(health_tables(health), indent=2) + "\n")
+        replace_file(root / name / "health.json", json.dumps(health_tables(health), indent=2) + "\n")
         ours["confidence_intervals"] = _intervals(scores, drawn[name], config)
     averaged = list(scores)
     metrics[MACRO_AVERAGE] = {
@@ -226,7 +223,7 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
             "bootstrap_resamples": evaluation.bootstrap_resamples,
         }
     }
-    replace_text(root / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    replace_file(root / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 

@@ -21,7 +21,8 @@ from rich.table import Table
 from dasd_megatron.config import Config, ConfigError, EvaluationConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.metrics import nemo_skills_metrics
-from dasd_megatron.evaluation.sampling import EvaluationError, Records, replace_text
+from dasd_megatron.evaluation.sampling import EvaluationError, Records
+from dasd_megatron.observability.loggers import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.access import api_key
 
@@ -108,7 +109,7 @@ def compare_grading(settings: EvaluationConfig, root: Path, results: Mapping[str
             rows = [
                 {key: value for key, value in row[sample].items() if key not in ("predicted_answer", "symbolic_correct")} for row in records
             ]
-            replace_text(folder / name / f"output-rs{sample}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            replace_file(folder / name / f"output-rs{sample}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     theirs = {}
     with display.phase("NeMo-Skills grades"):
         for name, records in results.items():
@@ -169,7 +170,7 @@ def compare_folders(first: Path, second: Path) -> None:
             fields = {"benchmark": name, "problem": one["problem"], "expected_answer": one["expected_answer"]}
             fields |= {"first": _verdict(one), "second": _verdict(two)}
             differences.append(json.dumps(fields) + "\n")
-    replace_text(second / "differences.jsonl", "".join(differences))
+    replace_file(second / "differences.jsonl", "".join(differences))
     Console(highlight=False, width=120).print(table)
     print(f"{len(differences)} different verdicts in {second / 'differences.jsonl'}")
 
@@ -198,7 +199,7 @@ def run_eval(
         lines = "".join(f"{key} = {value!r}\n" for key, value in _DATASET_SETTINGS.items())
         (folder / "data" / name / "__init__.py").write_text(lines)
         rows = [{"id": one.id, "problem": one.problem, "expected_answer": one.expected_answer} for one in of_benchmark]
-        replace_text(folder / "data" / name / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        replace_file(folder / "data" / name / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     with display.phase("ns eval"):
         _run(
             settings,

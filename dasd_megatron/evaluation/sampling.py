@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
+from dasd_megatron.observability.loggers import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.client import Completion, RolloutClient
 from dasd_megatron.rollout.generation import make_samples, sampling_params, sampling_seed
@@ -96,7 +97,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if folder.exists() and any(folder.glob("output*.jsonl")):
         raise EvaluationError(f"{folder} has samples and no {SETTINGS} that says of what: remove it, or give another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(settings, indent=2) + "\n")
+    replace_file(path, json.dumps(settings, indent=2) + "\n")
 
 
 def sample_benchmark(
@@ -191,7 +192,7 @@ def sample_benchmark(
     records = [[known[problem, sample] for sample in range(samples)] for problem in range(len(problems))]
     _check_distinct(folder, records, config.evaluation.temperature)
     for sample in range(samples):
-        replace_text(folder / f"output-rs{sample}.jsonl", "".join(json.dumps(row[sample]) + "\n" for row in records))
+        replace_file(folder / f"output-rs{sample}.jsonl", "".join(json.dumps(row[sample]) + "\n" for row in records))
     (folder / JOURNAL).unlink()
     return records
 
@@ -246,16 +247,6 @@ def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict
 def _first_error(errors: BaseExceptionGroup) -> BaseException:
     first = errors.exceptions[0]
     return _first_error(first) if isinstance(first, BaseExceptionGroup) else first
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _short(value: Any) -> str:

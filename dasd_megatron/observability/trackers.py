@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import yaml
 
 from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START, replace_file, restore_non_finite
+from dasd_megatron.rollout import access
 
 CLOSE_SECONDS = 60.0
 _LONGEST_PAUSE = 60.0
@@ -67,7 +68,7 @@ class Tracker:
         if fresh:
             _state_path(run_dir, name).unlink(missing_ok=True)
         # It neither gets nor needs the key of the rollout servers.
-        environment = {key: value for key, value in os.environ.items() if key != "DASD_API_KEY"}
+        environment = {key: value for key, value in os.environ.items() if key != access.VARIABLE}
         command = [sys.executable, "-m", "dasd_megatron.observability.trackers", name, str(run_dir.absolute()), "--follow"]
         with open(folder / f"{name}.log", "a") as log:
             self._process = subprocess.Popen(

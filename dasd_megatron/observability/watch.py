@@ -70,13 +70,15 @@ Seen = Callable[[Values, Mapping[str, Series], WatchConfig], str | None]
 @dataclass(frozen=True)
 class Condition:
     """``seen`` says in numbers that a step meets the condition, or None, and is asked only of steps that have one of ``metrics`` at least;
-    it gets those that the step has, and what is known of the steps before it."""
+    it gets those that the step has, and what is known of the steps before it. ``broken``: it is about numbers that are not finite, which
+    the others do not get, and waits for no further step."""
 
     name: str
     metrics: tuple[str, ...]
     seen: Seen
     means: str
     advice: str
+    broken: bool = False
 
 
 def _entropy_low(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
@@ -243,9 +245,9 @@ CONDITIONS = (
         _non_finite,
         "an overflow, or numbers that were broken before",
         "go back to an earlier checkpoint with a lower optimizer.lr",
+        broken=True,
     ),
 )
-_AT_ONCE = {"non_finite"}
 
 
 class Watch:
@@ -275,13 +277,13 @@ class Watch:
         alerts = []
         for condition in self._conditions:
             values = {name: numbers[name] for name in condition.metrics if name in numbers}
-            if condition.name != "non_finite":
+            if not condition.broken:
                 values = {name: value for name, value in values.items() if math.isfinite(value)}
             if not values:
                 continue
             seen = condition.seen(values, self._series, settings)
             held = self._held[condition.name] = self._held.get(condition.name, 0) + 1 if seen else 0
-            patience = 1 if condition.name in _AT_ONCE else settings.patience
+            patience = 1 if condition.broken else settings.patience
             last = self._warned.get(condition.name)
             if held >= patience and (last is None or step > last + settings.cooldown):
                 self._warned[condition.name] = step

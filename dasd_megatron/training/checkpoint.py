@@ -244,7 +244,7 @@ class CheckpointSaver:
         # One for all checkpoints: their tensors are the same, and from the third on so is what the ranks have agreed to write.
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._validated = False
-        self._removal = threading.Thread()
+        self._removal: threading.Thread | None = None
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -252,7 +252,11 @@ class CheckpointSaver:
     def __exit__(self, *_: object) -> None:
         if self._begun is not None and self._begun.process is not None:
             self._begun.process.kill()
-        if self._removal.ident is not None:
+        self._await_removal()
+
+    def _await_removal(self) -> None:
+        """Of the checkpoints before, which takes up the room of the next."""
+        if self._removal is not None:
             self._removal.join(self.timeout_seconds)
 
     @property
@@ -285,8 +289,7 @@ class CheckpointSaver:
             sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
             _in_storage_of_their_own(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
-            if self._removal.ident is not None:
-                self._removal.join(self.timeout_seconds)
+            self._await_removal()
             on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
             request = dist_checkpointing.save(
                 sharded, str(partial), self._strategy, async_sharded_save=True, validate_access_integrity=not self._validated

@@ -96,13 +96,14 @@ def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: d
             state["exp_avg_sq"].zero_()
     shardings = {sharding.data: sharding for sharding in nested_values(model_sharded_state_dict) if hasattr(sharding, "replica_id")}
     pieces = []
-    for buckets in (buckets for buffer in optimizer.gbuf_ranges for buckets in buffer.values()):
-        for parameter, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
-            states = optimizer._get_main_param_and_optimizer_states(parameter)
-            for name in ("param", "exp_avg", "exp_avg_sq"):
-                # Of a float32 model, the weights themselves are the model's.
-                if name != "param" or parameter.dtype != torch.float32:
-                    pieces += _rectangles(shardings[parameter], parameter, states[name], ranges["param"].start, f"optimizer.state.{name}")
+    # Of the parameters that this rank has a share of.
+    for parameter in optimizer.model_param_gbuf_map:
+        start = optimizer._get_model_param_range_map(parameter)["param"].start
+        states = optimizer._get_main_param_and_optimizer_states(parameter)
+        for name in ("param", "exp_avg", "exp_avg_sq"):
+            # Of a float32 model, the weights themselves are the model's.
+            if name != "param" or parameter.dtype != torch.float32:
+                pieces += _rectangles(shardings[parameter], parameter, states[name], start, f"optimizer.state.{name}")
     return pieces
 
 

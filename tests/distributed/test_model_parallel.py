@@ -47,6 +47,18 @@ MODELS = {
         LlamaConfig(tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE, **GROUPED)
     ),
 }
+
+
+def save_model(name: str, path: Path) -> int:
+    """Write one of :data:`MODELS` with random weights and a tokenizer of characters; returns the seed."""
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    MODELS[name]().save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return seed
+
+
 TP, PP, VPP, SP = (
     "parallel.tensor_model_parallel_size=",
     "parallel.pipeline_model_parallel_size=",

@@ -3,15 +3,11 @@ tokens that the policy did not sample are context in it."""
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 import pytest
-import torch
 from launch import torchrun
-from test_model_parallel import MODELS
-
-from dasd_megatron.models.tiny import character_tokenizer
+from test_model_parallel import save_model
 
 pytestmark = pytest.mark.distributed
 
@@ -37,33 +33,20 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_divergence_equal_the_formulas(case: str, tmp_path: Path) -> None:
     name, divergence, processes, overrides = CASES[case]
-    seed = secrets.randbelow(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    model = MODELS[name]()
-    model.save_pretrained(tmp_path / "model")
-    character_tokenizer().save_pretrained(tmp_path / "model")
+    seed = save_model(name, tmp_path / "model")
     overrides = [*OBJECTIVE, f"algorithm.divergence={divergence}", *overrides]
     torchrun("update_matches_dense", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
 
 
 @pytest.mark.parametrize(("processes", "overrides"), [(1, []), (2, [TP2, "parallel.sequence_parallel=true"]), (2, [PP2, VPP2])])
 def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: list[str], tmp_path: Path) -> None:
-    seed = secrets.randbelow(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    MODELS["qwen3-tied"]().save_pretrained(tmp_path / "model")
-    character_tokenizer().save_pretrained(tmp_path / "model")
+    seed = save_model("qwen3-tied", tmp_path / "model")
     overrides = ["parallel=single", "batch.micro_batch_size=3", *overrides]
     torchrun("masked_update", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
 
 
 def test_packed_sequences_update_as_padded_ones(tmp_path: Path) -> None:
     """In half precision; ``tests/gpu/test_packing.py`` runs the same with Transformer Engine, and test_parity.py in float32 in layouts."""
-    seed = secrets.randbelow(2**31)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    MODELS["qwen3-tied"]().save_pretrained(tmp_path / "model")
-    character_tokenizer().save_pretrained(tmp_path / "model")
+    seed = save_model("qwen3-tied", tmp_path / "model")
     overrides = [*OBJECTIVE, "precision=bf16"]
     print(torchrun("packing_matches_padded", 1, {"path": str(tmp_path / "model"), "seed": seed, "longest": 80, "overrides": overrides}))
