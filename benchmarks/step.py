@@ -1,6 +1,7 @@
 """What a training step costs beside its model: phases of whole steps, and the update against a bare Megatron loop.
 
     python benchmarks/step.py loop experiment=quickstart evaluation=none run.steps=8 warm_start.steps=0
+    python benchmarks/step.py loop --config-dir examples/smollm2_arithmetic experiment=chain_sum evaluation=none run.steps=8
     python benchmarks/step.py update --model models/smollm2 precision=bf16 backend.threads=2
     python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise     # one GPU
 
@@ -129,7 +130,9 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     overrides = [*options.overrides, f"run.dir={scratch / 'run'}"]
     path = (
-        random_model(options.preset, scratch / "model", load_config(options.overrides).precision.params_dtype) if options.preset else None
+        random_model(options.preset, scratch / "model", load_config(options.overrides, options.config_dir).precision.params_dtype)
+        if options.preset
+        else None
     )
     path = path or options.model
     if path is not None:
@@ -137,7 +140,7 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if options.replay:
         (scratch / "rollouts").mkdir()
         overrides.append(f"rollout.replay={scratch / 'rollouts'}")
-    config = load_config(overrides)
+    config = load_config(overrides, options.config_dir)
     if options.replay:
         vocab_size = read_hf_config(config.model.path).vocab_size if config.model.path else 90
         random_rollouts(scratch / "rollouts", config, *map(int, options.replay.split(",")), vocab_size=vocab_size)
@@ -332,6 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["loop", "update"])
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
+    parser.add_argument("--config-dir", type=Path, help="loop only: a directory of further groups, as for dasd train")
     parser.add_argument("--model", type=Path, help="Hugging Face directory")
     parser.add_argument("--preset", help="a model group, like qwen3_0.6b, with random weights")
     parser.add_argument("--replay", metavar="PROMPT,RESPONSE", help="loop only: random rollouts of these lengths, tokens")

@@ -29,19 +29,22 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TASKS = ("chain_sum", "countdown")
-WARM_START_STEPS = {"chain_sum": 400, "countdown": 600}
+WARM_START_STEPS = {"chain_sum": 400, "countdown": 400}
 METHODS: dict[str, list[str]] = {
     "grpo": ["algorithm=grpo"],
     "opsd": ["algorithm=opsd"],
+    "opsd, beta 0.1": ["algorithm=opsd", "algorithm.beta=0.1"],
     "rlsd": ["algorithm=rlsd"],
     "reversed": ["algorithm=reversed"],
-    "dasd": ["algorithm=dasd", "algorithm.beta=0.02"],
+    "reversed, beta 0.1": ["algorithm=reversed", "algorithm.beta=0.1"],
+    "dasd": ["algorithm=dasd"],
     "dasd, beta 0.005": ["algorithm=dasd", "algorithm.beta=0.005"],
     "dasd, beta 0.1": ["algorithm=dasd", "algorithm.beta=0.1"],
-    "dasd, rho from below": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.quantile_side=lower"],
-    "dasd, scale floor 1": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.scale_floor=1.0"],
-    "dasd, distributional": ["algorithm=dasd", "algorithm.beta=0.02", "algorithm.objective=distributional"],
+    "dasd, beta 0.1, no scale floor": ["algorithm=dasd", "algorithm.beta=0.1", "algorithm.scale_floor=0.0"],
+    "dasd, beta 0.1, rho from below": ["algorithm=dasd", "algorithm.beta=0.1", "algorithm.quantile_side=lower"],
+    "dasd, distributional": ["algorithm=dasd", "algorithm.objective=distributional"],
 }
+"""Where nothing else is said, beta and the floor are the defaults of the project: 0.02 and 1 nat."""
 REFERENCE = "grpo"
 LAST_STEPS = 5
 """Entropy and length are means over so many steps at the end."""
@@ -76,7 +79,7 @@ def train(folder: Path, *overrides: str) -> float:
 def warm_start(runs: Path, task: str) -> Path:
     """The model that all runs of a task begin from."""
     folder = runs / task / "warm_start"
-    train(folder, f"experiment=compare_{task}", "run.steps=0", f"warm_start.steps={WARM_START_STEPS[task]}", "evaluation=none")
+    train(folder, f"experiment=compare_{task}", "run.steps=0", f"warm_start.steps={WARM_START_STEPS[task]}", "evaluation.after=false")
     return folder / "model"
 
 
@@ -85,9 +88,10 @@ def slug(method: str) -> str:
 
 
 def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], parallel: int) -> None:
-    for task in tasks:
-        print(f"warm start of {task}", flush=True)
-        warm_start(runs, task)
+    print(f"warm start of {' and '.join(tasks)}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        for future in [pool.submit(warm_start, runs, task) for task in tasks]:
+            future.result()
     # Seed by seed, so that what is there after an interruption can be compared.
     jobs = [(task, method, seed) for seed in seeds for task in tasks for method in methods]
     lock, done, began = threading.Lock(), 0, time.perf_counter()
@@ -97,8 +101,9 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
         task, method, seed = job
         model = ["model=hf", f"model.path={runs / task / 'warm_start' / 'model'}"]
         seconds = train(
-            runs / task / slug(method) / f"seed{seed}", f"experiment=compare_{task}", *model, *METHODS[method], f"run.seed={seed}"
-        )
+            runs / task / slug(method) / f"seed{seed}", f"experiment=compare_{task}", *model, *METHODS[method], f"run.seed={seed}",
+            "evaluation.before=false",
+        )  # fmt: skip
         with lock:
             done += 1
             left = (time.perf_counter() - began) / done * (len(jobs) - done)
@@ -111,9 +116,10 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """What is compared of one run."""
-    evaluations = {row["label"]: row for row in map(json.loads, (folder / "evaluation.jsonl").read_text().splitlines())}
+    before, after = (
+        json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1]) for place in (folder.parents[1] / "warm_start", folder)
+    )
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    after, before = evaluations["after"], evaluations["before"]
     last = steps[-LAST_STEPS:]
     return {
         "avg@16": after["avg@16"],
