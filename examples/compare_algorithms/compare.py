@@ -45,7 +45,10 @@ METHODS: dict[str, list[str]] = {
     "dasd, distributional": ["algorithm=dasd", "algorithm.objective=distributional"],
 }
 """Where nothing else is said, beta and the floor are the defaults of the project: 0.02 and 1 nat."""
-REFERENCE = "grpo"
+SAME_BETA = [
+    ("dasd", "opsd"), ("dasd, beta 0.1", "opsd, beta 0.1"), ("reversed", "opsd"), ("reversed, beta 0.1", "opsd, beta 0.1"),
+]  # fmt: skip
+"""Pairs that differ in nothing but the direction."""
 LAST_STEPS = 5
 """Entropy and length are means over so many steps at the end."""
 MEASURES = {
@@ -174,10 +177,13 @@ def student_p(t: float, freedom: int) -> float:
 def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
     lines = ["# Results", "", "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.", ""]
     for task, methods in found.items():
-        any_run = next(iter(next(iter(methods.values())).values()))
+        runs = [run for seeds in methods.values() for run in seeds.values()]
+        first_entropy = statistics.mean(run["entropy curve"][0] for run in runs)
         lines += [
             f"## {task}", "",
-            f"Before: Avg@16 {any_run['avg@16 before']:.1%}, Pass@16 {any_run['pass@16 before']:.1%}. After, mean ± deviation:", "",
+            f"Before: Avg@16 {runs[0]['avg@16 before']:.1%}, Pass@16 {runs[0]['pass@16 before']:.1%}, entropy of the first step "
+            f"{first_entropy:.3f} nats. {len(runs)} runs of {statistics.median(run['seconds'] for run in runs):.0f} s (median). "
+            "After, mean ± deviation over seeds:", "",
             "| method | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES),
         ]  # fmt: skip
         for method, seeds in methods.items():
@@ -187,21 +193,26 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
                 spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.2f}{unit}{spread}" if values else "")
             lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
-        lines += [
-            "",
-            f"Against {REFERENCE}, seed by seed: difference ± deviation (p)",
-            "",
-            "| method | Avg@16 | Pass@16 | entropy |",
-            "|---|---|---|---|",
-        ]
-        for method, seeds in methods.items():
-            if method == REFERENCE or REFERENCE not in methods:
-                continue
-            cells = []
-            for key, scale in (("avg@16", 100), ("pass@16", 100), ("entropy", 1)):
-                result = paired(seeds, methods[REFERENCE], key)
-                cells.append("" if result is None else f"{result[0] * scale:+.2f} ± {result[1] * scale:.2f} ({result[2]:.3f})")
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        against_grpo = [(method, "grpo") for method in methods if method != "grpo"]
+        for title, pairs in (("Against grpo", against_grpo), ("Of the same beta, in two directions", SAME_BETA)):
+            rows = []
+            for method, other in pairs:
+                if not {method, other} <= methods.keys():
+                    continue
+                cells = []
+                for key, scale in (("avg@16", 100), ("pass@16", 100), ("entropy", 1)):
+                    result = paired(methods[method], methods[other], key)
+                    cells.append("" if result is None else f"{result[0] * scale:+.2f} ± {result[1] * scale:.2f} ({result[2]:.3f})")
+                rows.append(f"| {method} − {other} | " + " | ".join(cells) + " |")
+            if rows:
+                lines += [
+                    "",
+                    f"{title}, seed by seed: difference ± deviation (p of a paired t test, not corrected for {len(rows)} comparisons)",
+                    "",
+                    "| | Avg@16, points | Pass@16, points | entropy, nats |",
+                    "|---|---|---|---|",
+                    *rows,
+                ]
         lines += ["", f"![learning curves of {task}]({pictures[task]})", ""]
     return "\n".join(lines)
 

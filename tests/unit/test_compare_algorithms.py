@@ -53,8 +53,7 @@ def write_run(folder: Path, draw: random.Random) -> dict[str, float]:
     folder.mkdir(parents=True)
     after = {"avg@16": draw.random(), "pass@16": draw.random()}
     health = {"health/distinct_correct_paths": 3.0, "health/step_accuracy": 0.5}
-    rows = [{"label": "before", "avg@16": 0.4, "pass@16": 0.9, **health}, {"label": "after", **after, **health}]
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluation.jsonl").write_text(json.dumps({"label": "after", **after, **health}) + "\n")
     steps = [{"reward/accuracy": draw.random(), "entropy/mean": draw.random(), "response/length_mean": 9.0} for _ in range(8)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (folder / "seconds").write_text("12.5")
@@ -66,16 +65,22 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
     print(f"seed {seed}")
     draw = random.Random(seed)
     runs = tmp_path / "runs"
+    (runs / "countdown" / "warm_start").mkdir(parents=True)
+    (runs / "countdown" / "warm_start" / "evaluation.jsonl").write_text('{"label": "before", "avg@16": 0.4, "pass@16": 0.9}\n')
     made = {
         method: [write_run(runs / "countdown" / compare.slug(method) / f"seed{number}", draw) for number in (1, 2, 10)]
-        for method in ("grpo", "dasd, beta 0.1")
+        for method in ("grpo", "opsd, beta 0.1", "dasd, beta 0.1")
     }
     # Not complete, and not compared.
-    (runs / "countdown" / "opsd" / "seed1").mkdir(parents=True)
+    (runs / "countdown" / "rlsd" / "seed1").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(runs), "--only-results", "--output", str(tmp_path / "out")])
     compare.main()
     text = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert "opsd" not in text and "## chain_sum" not in text
+    assert "rlsd" not in text and "## chain_sum" not in text and "Avg@16 40.0%, Pass@16 90.0%" in text
+    for other in ("grpo", "opsd, beta 0.1"):
+        differences = [100 * (one["pass@16"] - two["pass@16"]) for one, two in zip(made["dasd, beta 0.1"], made[other], strict=True)]
+        mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+        assert f"| dasd, beta 0.1 − {other} | " in text and f"| {mean:+.2f} ± {deviation:.2f} (" in text
     for method, results in made.items():
         values = [100 * one["avg@16"] for one in results]
         assert f"| {method} | 3 | {statistics.mean(values):.2f}% ± {statistics.stdev(values):.2f} |" in text
