@@ -628,8 +628,8 @@ def _phase_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if not sound:
             continue
         tokens = sum(one for *_, one in sound)
-        spent = {name: sum(number(row.get(f"seconds/{name}")) or 0.0 for row, *_ in sound) for name, _ in PHASES}
-        spent["route"] = sum(number(row.get("seconds/route")) or 0.0 for row, *_ in sound)
+        names = (*(name for name, _ in PHASES), "route", "health")
+        spent = {name: sum(number(row.get(f"seconds/{name}")) or 0.0 for row, *_ in sound) for name in names}
         # The time of a step leaves out what stands between steps.
         whole = sum(total for _, total, _ in sound) + spent["sync"] + spent["checkpoint"]
         spent["other"] = max(0.0, whole - sum(spent.values()))

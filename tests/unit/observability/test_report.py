@@ -309,12 +309,12 @@ def test_any_first_part_of_the_order_is_spread_evenly(count):
 
 def test_phases_have_their_share_and_their_tokens(tmp_path):
     run = make_run(tmp_path / "run", steps=1)
-    row = {**metrics(1, random.Random(0)), "throughput/tokens_per_second": 100.0}
+    row = {**metrics(1, random.Random(0)), "throughput/tokens_per_second": 100.0, "seconds/health": 0.1}
     lines(run / "metrics.jsonl", [row])
     rows = {row["phase"]: row for row in report._phase_table([run_files.read_run(run)])}
     # 300 tokens; 3 s of the step and 0.2 s of sync.
     assert rows["rollout"]["rate"] == "300" and rows["sync"]["rate"] == "1,500" and rows["all"]["seconds"] == "3.200"
-    assert rows["rollout"]["share"] == "31.2%" and rows["other"]["seconds"] == "0.400" and "checkpoint" not in rows
+    assert rows["rollout"]["share"] == "31.2%" and rows["health"]["seconds"] == "0.100" and rows["other"]["seconds"] == "0.300" and "checkpoint" not in rows
 
 
 # ---- several runs ------------------------------------------------------------------------------------------------------------------------
