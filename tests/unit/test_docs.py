@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import PAGES, ROOT, commands
 
 from dasd_megatron import config
 from dasd_megatron.cli import COMMANDS
 from dasd_megatron.config import known_fields
 from dasd_megatron.observability.watch import CONTINUE
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 CONF = Path(config.__file__).parent / "conf"
 FIELDS = known_fields()
 SECTIONS = {name.split(".")[0] for name in FIELDS if "." in name}
@@ -24,17 +23,11 @@ GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
-def commands(text: str) -> list[list[str]]:
-    """The words of every command in a page's code blocks, without what a shell does to them."""
-    lines = re.findall(r"^    (?! )((?:.*\\\n)*.*)", text, re.MULTILINE)
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        lines += block.replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
-        line = re.sub(r"\s+#.*", "", line.replace("\\\n", " "))
-        if re.match(r"(?:[A-Z_]+=\S+ )*(?:dasd|make|python|sbatch|torchrun) ", line):
-            found.append([word for word in shlex.split(line.split("|")[0].split("&&")[0]) if not re.fullmatch(r"[A-Z_]+=.*", word)])
-    return found
+def words_of(page: str) -> list[list[str]]:
+    """The words of every command of ours in a page, without what a shell does to them."""
+    found = [shlex.split(command.text.split("|")[0].split("&&")[0]) for command in commands(page)]
+    found = [[word for word in words if not re.fullmatch(r"[A-Z_]+=.*", word)] for words in found]
+    return [words for words in found if words[0] in ("dasd", "make", "python", "sbatch", "torchrun")]
 
 
 def wrong(words: list[str]) -> str | None:
@@ -62,7 +55,7 @@ def _field(word: str) -> str | None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_people_are_told_to_type_exists(page: Path) -> None:
     text = page.read_text()
-    assert [(words, what) for words in commands(text) if (what := wrong(words))] == []
+    assert [(words, what) for words in words_of(text) if (what := wrong(words))] == []
     # Fields that are spoken of: `rollout.max_staleness`, `batch.packing=true`.
     spoken = {match for match in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text) if match.split(".")[0] in SECTIONS}
     files = {name for name in spoken if name.endswith((".py", ".md", ".json", ".jsonl", ".sh", ".yaml", ".pt", ".log", ".html", ".jinja"))}
@@ -75,8 +68,8 @@ def test_what_people_are_told_to_type_exists(page: Path) -> None:
 def test_commands_are_found_and_mistakes_noticed() -> None:
     page = "    make quickstart     # a comment\n    dasd train experiment=quickstart \\\n        run.dri=X\n"
     page += "\n```bash\nDASD_X=1 make nothing\n```\n"
-    assert commands(page) == [["make", "quickstart"], ["dasd", "train", "experiment=quickstart", "run.dri=X"], ["make", "nothing"]]
-    assert [wrong(words) for words in commands(page)] == [None, "run.dri=X", "nothing"]
+    assert words_of(page) == [["make", "quickstart"], ["dasd", "train", "experiment=quickstart", "run.dri=X"], ["make", "nothing"]]
+    assert [wrong(words) for words in words_of(page)] == [None, "run.dri=X", "nothing"]
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:

@@ -314,7 +314,12 @@ def test_phases_have_their_share_and_their_tokens(tmp_path):
     rows = {row["phase"]: row for row in report._phase_table([run_files.read_run(run)])}
     # 300 tokens; 3 s of the step and 0.2 s of sync.
     assert rows["rollout"]["rate"] == "300" and rows["sync"]["rate"] == "1,500" and rows["all"]["seconds"] == "3.200"
-    assert rows["rollout"]["share"] == "31.2%" and rows["health"]["seconds"] == "0.100" and rows["other"]["seconds"] == "0.300" and "checkpoint" not in rows
+    assert (
+        rows["rollout"]["share"] == "31.2%"
+        and rows["health"]["seconds"] == "0.100"
+        and rows["other"]["seconds"] == "0.300"
+        and "checkpoint" not in rows
+    )
 
 
 # ---- several runs ------------------------------------------------------------------------------------------------------------------------
