@@ -188,6 +188,11 @@ def test_a_documented_command_runs(command: Command, folder: Path) -> None:
     assert output.strip()
 
 
+def test_the_smoke_test_of_the_images_passes_here(folder: Path) -> None:
+    output = shell(f"DASD_PYTHON={sys.executable} DASD_SGLANG_PYTHON={sglang_python()} {ROOT}/docker/smoke_test.sh", folder)
+    assert re.search(r"step 2/2 .*\n(?:.*\n)*SGLang \d.*\nsmoke test passed\n$", output), output
+
+
 def test_every_command_is_run_or_says_what_it_needs() -> None:
     found = all_commands()
     assert len([command for command in found if here(command)]) > 20
