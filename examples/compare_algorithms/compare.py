@@ -52,13 +52,14 @@ SAME_BETA = [
 LAST_STEPS = 5
 """Entropy and length are means over so many steps at the end."""
 MEASURES = {
-    "Avg@16": ("avg@16", 100, "%"),
-    "Pass@16": ("pass@16", 100, "%"),
-    "entropy, nats": ("entropy", 1, ""),
-    "length, tokens": ("length", 1, ""),
-    "step accuracy": ("step_accuracy", 100, "%"),
-    "distinct right answers": ("distinct_correct_paths", 1, ""),
+    "Avg@16": ("avg@16", 100, "%", 2),
+    "Pass@16": ("pass@16", 100, "%", 2),
+    "entropy, nats": ("entropy", 1, "", 3),
+    "length, tokens": ("length", 1, "", 2),
+    "step accuracy": ("step_accuracy", 100, "%", 2),
+    "distinct right answers": ("distinct_correct_paths", 1, "", 2),
 }
+"""Name, key of a run, factor, unit, decimals."""
 
 
 def train(folder: Path, *overrides: str) -> float:
@@ -188,10 +189,10 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
         ]  # fmt: skip
         for method, seeds in methods.items():
             cells = []
-            for key, scale, unit in MEASURES.values():
+            for key, scale, unit, decimals in MEASURES.values():
                 values = [run[key] * scale for run in seeds.values() if run[key] is not None]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.2f}{unit}{spread}" if values else "")
+                spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.{decimals}f}{unit}{spread}" if values else "")
             lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
         against_grpo = [(method, "grpo") for method in methods if method != "grpo"]
         for title, pairs in (("Against grpo", against_grpo), ("Of the same beta, in two directions", SAME_BETA)):
@@ -200,9 +201,11 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
                 if not {method, other} <= methods.keys():
                     continue
                 cells = []
-                for key, scale in (("avg@16", 100), ("pass@16", 100), ("entropy", 1)):
+                for key, scale, _, decimals in list(MEASURES.values())[:3]:
                     result = paired(methods[method], methods[other], key)
-                    cells.append("" if result is None else f"{result[0] * scale:+.2f} ± {result[1] * scale:.2f} ({result[2]:.3f})")
+                    cells.append(
+                        "" if result is None else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})"
+                    )
                 rows.append(f"| {method} − {other} | " + " | ".join(cells) + " |")
             if rows:
                 lines += [
@@ -217,7 +220,20 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
     return "\n".join(lines)
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999933",
+    "#882255",
+    "#44AA99",
+    "#332288",
+    "#DDCC77",
+)
 
 
 def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:

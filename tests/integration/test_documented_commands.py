@@ -101,10 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     for name in ("examples", "tools", "slurm", "benchmarks", ".venv-sglang"):
         (folder / name).symlink_to(ROOT / name)
-    lines = [
-        {"question": f"Ann has {n} apples and buys {n + 2} more. How many has she?", "answer": f"{n}+{n + 2}={2 * n + 2}\n#### {2 * n + 2}"}
-        for n in range(60)
-    ]
+    lines = [{"question": f"{n} and {n + 2}?", "answer": f"{n}+{n + 2}={2 * n + 2}\n#### {2 * n + 2}"} for n in range(60)]
     for path, rows in {
         "gsm8k/train.jsonl": lines[:50], "gsm8k/test.jsonl": lines[50:], "data/gsm8k/test.jsonl": lines[50:],
         "math500/test.jsonl": [{"problem": "What is 1+1?", "answer": "2", "solution": "$\\boxed{2}$"}],
@@ -173,7 +170,7 @@ def test_a_documented_command_runs(command: Command, folder: Path) -> None:
     if "logging.wandb" in text:
         pytest.importorskip("wandb", reason="wandb is not installed: pip install dasd-megatron[wandb,mlflow]")
         pytest.importorskip("mlflow", reason="mlflow is not installed: pip install dasd-megatron[wandb,mlflow]")
-    if text == RUN:  # the folder's own
+    if command.text == RUN:  # the folder's own
         assert (folder / "RUN" / "model" / "config.json").is_file()
         return
     if "--engine sglang" in text:
