@@ -86,3 +86,13 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
         assert f"| {method} | 3 | {statistics.mean(values):.2f}% ± {statistics.stdev(values):.2f} |" in text
     assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())["countdown"]["grpo"]) == ["1", "10", "2"]
     ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())
+
+
+def test_the_published_page_is_made_of_the_published_numbers(compare: ModuleType) -> None:
+    found = json.loads((EXAMPLE / "results.json").read_text())
+    assert (EXAMPLE / "RESULTS.md").read_text() == compare.page(found, {task: f"{task}.svg" for task in found}) + "\n"
+    for task, methods in found.items():
+        assert (EXAMPLE / f"{task}.svg").read_text() == compare.picture(methods)
+        assert sorted(methods) == sorted(compare.METHODS)
+        assert all(len(seeds) >= 5 and all(len(run["curve"]) == 30 for run in seeds.values()) for seeds in methods.values())
+    assert sorted(found) == sorted(compare.TASKS)
