@@ -50,7 +50,7 @@ SAME_BETA = [
 ]  # fmt: skip
 """Pairs that differ in nothing but the direction."""
 LAST_STEPS = 5
-"""Entropy and length are means over so many steps at the end."""
+"""Entropy and length are means over so many steps at the end, and points of the curves over so many steps up to theirs."""
 MEASURES = {
     "Avg@16": ("avg@16", 100, "%", 2),
     "Pass@16": ("pass@16", 100, "%", 2),
@@ -237,14 +237,17 @@ _COLOURS = (
 
 
 def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Accuracy of the rollouts and entropy by step, means over seeds, as SVG."""
+    """Accuracy of the rollouts and entropy by step, means over seeds and the last steps, as SVG."""
     width, height, left, gap = 360, 240, 44, 60
     parts = []
-    for place, (title, key) in enumerate((("accuracy of rollouts", "curve"), ("entropy, nats", "entropy curve"))):
+    for place, (title, key) in enumerate(
+        ((f"accuracy of rollouts, mean of {LAST_STEPS} steps", "curve"), (f"entropy, nats, mean of {LAST_STEPS} steps", "entropy curve"))
+    ):
         curves = {}
         for method, seeds in methods.items():
             steps = min(len(run[key]) for run in seeds.values())
-            curves[method] = [statistics.mean(run[key][step] for run in seeds.values()) for step in range(steps)]
+            means = [statistics.mean(run[key][step] for run in seeds.values()) for step in range(steps)]
+            curves[method] = [statistics.mean(means[max(0, step + 1 - LAST_STEPS) : step + 1]) for step in range(steps)]
         top = max(max(curve) for curve in curves.values()) or 1.0
         x0 = left + place * (width + gap)
         parts.append(f'<text x="{x0}" y="16">{title}</text><path d="M{x0} 28V{28 + height}H{x0 + width}" fill="none" stroke="#888"/>')
@@ -257,9 +260,9 @@ def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
             )
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
     for index, (colour, method) in enumerate(zip(_COLOURS * 2, methods, strict=False)):
-        x, y = left + (index % 4) * 200, 28 + height + 28 + (index // 4) * 20
+        x, y = left + (index % 3) * 270, 28 + height + 28 + (index // 3) * 20
         parts.append(f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-width="3"/><text x="{x + 26}" y="{y}">{method}</text>')
-    total_width, total_height = left + 2 * width + gap + 16, 28 + height + 36 + 20 * math.ceil(len(methods) / 4)
+    total_width, total_height = left + 2 * width + gap + 16, 28 + height + 36 + 20 * math.ceil(len(methods) / 3)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" font-size="12">'
         f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
