@@ -183,7 +183,7 @@ def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
 
 
 def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    config = load_config([*_UPDATE, "parallel=single", *options.overrides])
+    config = load_config([*_UPDATE, "parallel=single", *options.overrides], options.config_dir)
     backend.select(config.backend).check_precision(config.precision)
     import torch
     from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -335,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["loop", "update"])
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
-    parser.add_argument("--config-dir", type=Path, help="loop only: a directory of further groups, as for dasd train")
+    parser.add_argument("--config-dir", type=Path, help="a directory of further groups, as for dasd train")
     parser.add_argument("--model", type=Path, help="Hugging Face directory")
     parser.add_argument("--preset", help="a model group, like qwen3_0.6b, with random weights")
     parser.add_argument("--replay", metavar="PROMPT,RESPONSE", help="loop only: random rollouts of these lengths, tokens")

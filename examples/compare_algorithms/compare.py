@@ -175,6 +175,15 @@ def student_p(t: float, freedom: int) -> float:
     return 1 - 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
 
 
+def difference_row(methods: dict[str, dict[int, dict[str, Any]]], method: str, other: str) -> str:
+    """``method`` minus ``other`` in the first three measures, as a row of a table."""
+    cells = []
+    for key, scale, _, decimals in list(MEASURES.values())[:3]:
+        result = paired(methods[method], methods[other], key)
+        cells.append("" if result is None else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})")
+    return f"| {method} − {other} | " + " | ".join(cells) + " |"
+
+
 def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
     lines = ["# Results", "", "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.", ""]
     for task, methods in found.items():
@@ -196,17 +205,7 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
             lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
         against_grpo = [(method, "grpo") for method in methods if method != "grpo"]
         for title, pairs in (("Against grpo", against_grpo), ("Of the same beta, in two directions", SAME_BETA)):
-            rows = []
-            for method, other in pairs:
-                if not {method, other} <= methods.keys():
-                    continue
-                cells = []
-                for key, scale, _, decimals in list(MEASURES.values())[:3]:
-                    result = paired(methods[method], methods[other], key)
-                    cells.append(
-                        "" if result is None else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})"
-                    )
-                rows.append(f"| {method} − {other} | " + " | ".join(cells) + " |")
+            rows = [difference_row(methods, *pair) for pair in pairs if methods.keys() >= set(pair)]
             if rows:
                 lines += [
                     "",

@@ -50,15 +50,24 @@ NO_EVALUATION = ["evaluation=none"]
 _NOT_REPRODUCIBLE = ("seconds/", "throughput/", "time", "seconds", "rollout/groups_restarted")
 
 
+def one_threaded(**more: str) -> dict[str, str]:
+    """The environment of processes that leave each other the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
+
+
 def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "dasd_megatron.cli", "train", *SMALL, *overrides]
 
 
 def start(*overrides: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a run in a process group of its own, its output in one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **(environment or {})}
     return subprocess.Popen(
-        command(*overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+        command(*overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=one_threaded(**(environment or {})),
+        start_new_session=True,
     )
 
 

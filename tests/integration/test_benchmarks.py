@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from runs import one_threaded
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
@@ -25,7 +25,7 @@ def test_rollout_benchmark(tmp_path: Path) -> None:
         text=True,
         timeout=150,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        env=one_threaded(),
     )
     assert result.returncode == 0, result.stderr
     assert "SGLang is left out" in result.stderr

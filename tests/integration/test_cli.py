@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, SMALL, rows, train
+from runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dasd_megatron.observability.metric_docs import FILES, find_metric
@@ -151,7 +150,7 @@ def test_unknown_commands_and_help() -> None:
 def test_under_an_outer_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dasd_megatron.cli", "train"]
     overrides = [*SMALL, *NO_EVALUATION, "parallel=tp2", "run.steps=1", f"run.dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = one_threaded()
     result = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=180, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 1

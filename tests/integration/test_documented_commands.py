@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from documented import PAGES, ROOT, Command, commands
-from runs import SMALL
+from runs import SMALL, one_threaded
 from servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -58,13 +58,12 @@ def here(command: Command) -> bool:
     return command.needs is None and elsewhere(command.text) is None and not command.text.startswith(("make ", "pip "))
 
 
-def environment() -> dict[str, str]:
-    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
-    return {**os.environ, "PATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_SILENT": "true"}
+def with_our_programs() -> dict[str, str]:
+    return one_threaded(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), WANDB_SILENT="true")
 
 
 def shell(text: str, folder: Path) -> str:
-    result = subprocess.run(text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=environment())
+    result = subprocess.run(text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=with_our_programs())
     assert result.returncode == 0, f"{text}\n{result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
@@ -91,6 +90,7 @@ def small(text: str) -> str:
         *sizes,
         *(["run.steps=1", "evaluation=none"] if words[1] != "evaluate" else []),
     ]
+    # What comes first counts.
     chosen = {size.partition("=")[0]: size for size in reversed(extra)}
     return " ".join([*words, *(f"'{size}'" for name, size in chosen.items() if name not in given)])
 
@@ -118,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def typed(text: str, folder: Path) -> str:
+def typed(text: str) -> str:
     """The command with this folder's paths for the placeholders of the pages, small."""
     text = text.replace(" ...", "").replace(".venv/bin/", "").replace("--config-dir DIR", "--config-dir mine")
     for placeholder, path in {
@@ -150,7 +150,7 @@ def serve(text: str, folder: Path) -> None:
     port = 20_000 + os.getpid() % 20_000
     text = text.replace("30000", str(port))
     process = subprocess.Popen(
-        ["bash", "-c", f"exec {text}"], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", f"exec {text}"], cwd=folder, env=with_our_programs(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
         until = time.monotonic() + 200
@@ -166,7 +166,7 @@ def serve(text: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [command for command in all_commands() if here(command)], ids=lambda command: command.text[:60])
 def test_a_documented_command_runs(command: Command, folder: Path) -> None:
-    text = typed(command.text, folder)
+    text = typed(command.text)
     if "logging.wandb" in text:
         pytest.importorskip("wandb", reason="wandb is not installed: pip install dasd-megatron[wandb,mlflow]")
         pytest.importorskip("mlflow", reason="mlflow is not installed: pip install dasd-megatron[wandb,mlflow]")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import kill
+from runs import kill, one_threaded
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200 if "EVALUATE_PRO
 PROBLEMS = int(os.environ.get("EVALUATE_PROBLEMS", 0))
 DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SAMPLES = 4
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = one_threaded()
 
 
 @pytest.fixture(scope="module")

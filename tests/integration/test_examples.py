@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, SMALL, rows, train
+from runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 
 from dasd_megatron.config import load_config
 from dasd_megatron.data.generators import generate_splits
@@ -30,7 +30,7 @@ def dasd(*arguments: object) -> str:
         text=True,
         timeout=300,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        env=one_threaded(),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
