@@ -53,6 +53,7 @@ class LocalServer:
         self.rollout = rollout
         self.log_path = Path(log_path)
         self._port = rollout.port
+        self._held: socket.socket | None = None
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> LocalServer:
@@ -64,7 +65,8 @@ class LocalServer:
 
     @property
     def url(self) -> str:
-        """Base address, known once :meth:`start` was called. It survives :meth:`restart` unless another process took the port."""
+        """Base address, known once :meth:`start` was called. It survives :meth:`restart`; outside Linux, unless another process took the
+        port."""
         if self._port == 0:
             raise ServerStartError("the rollout server has no address yet: call start() first")
         host = f"[{self.rollout.host}]" if ":" in self.rollout.host else self.rollout.host
@@ -92,6 +94,7 @@ class LocalServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sock = self._bind()
         self._port = sock.getsockname()[1]
+        self._hold_port()
         embedded = self.rollout.engine == "embedded"
         command = self._embedded_command(sock.fileno()) if embedded else sglang_command(self.rollout, self.model_path, self._port)
         if not embedded:
@@ -125,7 +128,13 @@ class LocalServer:
 
     def stop(self) -> None:
         """End the process and all that it started: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing happens when it is
-        not running."""
+        not running. The port is free then."""
+        self._end_process()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _end_process(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
@@ -143,7 +152,7 @@ class LocalServer:
 
     def restart(self, model_path: str | Path, weight_version: str) -> None:
         """Stop what is left of the process and start it again with these weights; raises as :meth:`start`."""
-        self.stop()
+        self._end_process()
         self.model_path, self.weight_version = str(model_path), weight_version
         self.start()
 
@@ -172,6 +181,13 @@ class LocalServer:
             raise PortInUseError(
                 f"rollout.port: {error}. Set rollout.port=0 for any free port, or check rollout.host={self.rollout.host}"
             ) from error
+
+    def _hold_port(self) -> None:
+        """Keep the port from being given to others while nobody listens on it: SGLang binds it half a minute after its start, and a server
+        that died is started again at the same address. A second socket that is bound and does not listen does that on Linux, where the
+        server's own may be bound beside it."""
+        if self._held is None and sys.platform == "linux":
+            self._held = bind(self.rollout.host, self._port)
 
     def _environment(self) -> dict[str, str]:
         environment = {

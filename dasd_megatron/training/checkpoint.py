@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ from dasd_megatron.training.checkpoint_files import (
     set_aside,
 )
 from dasd_megatron.training.optimizer import OptimizerState
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, on_selected_rank, true_on_any
+from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, is_lost_peer, on_selected_rank, true_on_any
 from dasd_megatron.training.snapshots import WeightSnapshot
 
 _ARCHITECTURE = (
@@ -91,7 +91,8 @@ _COLLECTED = ("ready", "refused")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank."""
+    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank, unless ``on_all_ranks`` is
+    false: then this process has to end, since the others wait for it."""
 
     on_all_ranks = True
 
@@ -282,27 +283,28 @@ class CheckpointSaver:
         # A name of its own: a writer whose trainer was killed may be alive yet.
         partial = broadcast_from_rank0(final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.partial"))
         rng = gather_world(_rng_state())
-        failure, request = None, None
+        failure = None
         # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is killed.
         filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
+        begun = self._begun = _Begun(partial, final)
         try:
             sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
             _in_storage_of_their_own(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
             self._await_removal()
             on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
-            request = dist_checkpointing.save(
-                sharded, str(partial), self._strategy, async_sharded_save=True, validate_access_integrity=not self._validated
-            )
+            with self._ending_alone():
+                begun.request = dist_checkpointing.save(
+                    sharded, str(partial), self._strategy, async_sharded_save=True, validate_access_integrity=not self._validated
+                )
             self._validated = True
             on_selected_rank(dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError))
-        except (Exception, CheckpointException) as error:
+        except (PeerError, CheckpointException) as error:
             failure = error
-        self._begun = _Begun(partial, final, request)
         self._raise_failure(failure)
         # A rank that went by the former plan alone would leave the others waiting for it.
         self._strategy.validated_cache_reuse = not any(true_on_any(not self._strategy.validated_cache_reuse))
-        self._begun.start(background=self.settings.async_save)
+        begun.start(background=self.settings.async_save)
         self.stalled += time.perf_counter() - started
         if not self.settings.async_save:
             self.finish()
@@ -325,10 +327,10 @@ class CheckpointSaver:
             (begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
         try:
             # The ranks exchange what they have written, and all of them raise what one could not write.
-            for finalize in begun.request.finalize_fns:
-                finalize()
-        except (Exception, CheckpointException) as error:
-            # A full disk is reported in several types, one of them no Exception; every one of them means "not written".
+            with self._ending_alone():
+                for finalize in begun.request.finalize_fns:
+                    finalize()
+        except CheckpointException as error:
             failure = error
         self._raise_failure(failure)
         hashes = {name: record for part in gather_world(hashes) for name, record in part.items()}
@@ -352,19 +354,40 @@ class CheckpointSaver:
 
         def report() -> None:
             if failure is not None:
-                raise CheckpointError(
-                    f"could not write {self._begun.final}: {_last_line(failure)}; "
-                    "the previous checkpoint is untouched: free disk space and continue with resume=auto"
-                )
+                raise self._not_written(failure)
 
         try:
             on_selected_rank(True, report, (CheckpointError,))
         except PeerError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(self._begun.partial, ignore_errors=True)
-                (self._begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
-            self._begun = None
+            self._abandon()
             raise CheckpointError(str(error).removeprefix("CheckpointError: ")) from failure
+
+    @contextlib.contextmanager
+    def _ending_alone(self) -> Iterator[None]:
+        """Around what Megatron-Core writes on one rank while the others wait for it in collectives of its own: only the end of this process
+        ends theirs. What it raises on every rank passes."""
+        try:
+            yield
+        except (OSError, RuntimeError) as failure:
+            if isinstance(failure, RuntimeError) and is_lost_peer(failure):
+                raise
+            error = self._not_written(failure)
+            error.on_all_ranks = False
+            self._abandon()
+            raise error from failure
+
+    def _not_written(self, failure: BaseException) -> CheckpointError:
+        return CheckpointError(
+            f"could not write {self._begun.final}: {_last_line(failure)}; "
+            "the previous checkpoint is untouched: free disk space and continue with resume=auto"
+        )
+
+    def _abandon(self) -> None:
+        """Remove what has been written of the checkpoint that was begun."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._begun.partial, ignore_errors=True)
+            (self._begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
+        self._begun = None
 
     def _write_own_files(self, partial: Path, state: TrainerState, rng: list[Any]) -> None:
         """What is not sharded, by rank 0."""
@@ -427,7 +450,10 @@ class _ResultFile:
     path: Path
 
     def put(self, result: Any) -> None:
-        self.path.write_bytes(pickle.dumps(result))
+        # A full disk leaves a part of it, which is no result.
+        partial = self.path.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(result))
+        partial.replace(self.path)
 
     def get_nowait(self) -> Any:
         if not self.path.exists():
@@ -443,7 +469,7 @@ class _Begun:
 
     partial: Path
     final: Path
-    request: Any
+    request: Any = None
     process: multiprocessing.process.BaseProcess | None = None
     error: Exception | None = None
 

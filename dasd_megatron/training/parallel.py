@@ -32,15 +32,20 @@ class LostPeerError(RuntimeError):
 _GLOO = re.compile(r"gloo/|Timed out waiting|pair closure|Connection (closed|reset|timed out|refused)|Broken pipe")
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a library raises it because a rank cannot be reached. NCCL's errors have classes of their own; gloo's are told by where they
+    say they come from."""
+    own = type(error).__module__.startswith("dasd_megatron.")
+    return not own and (isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None)
+
+
 @contextlib.contextmanager
 def naming_lost_peers(timeout_seconds: float) -> Iterator[None]:
     """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds``: of each collective."""
     try:
         yield
     except RuntimeError as error:
-        # NCCL's errors have classes of their own; gloo's are told by where they say they come from.
-        own = type(error).__module__.startswith("dasd_megatron.")
-        if own or not (isinstance(error, dist.DistError) or _GLOO.search(str(error))):
+        if not is_lost_peer(error):
             raise
         raise LostPeerError(
             f"the other processes could not be reached within backend.timeout_seconds={timeout_seconds:g}, or one has ended "

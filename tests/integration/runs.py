@@ -66,28 +66,30 @@ def start(*overrides: str, environment: Mapping[str, str] | None = None) -> subp
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=one_threaded(**(environment or {})),
+        env=one_threaded(PYTHONFAULTHANDLER="1", **(environment or {})),
         start_new_session=True,
     )
 
 
-def kill(process: subprocess.Popen) -> None:
-    """SIGKILL for the launcher and all its descendants at once, as a node that goes down; returns when all are gone."""
+def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    """SIGKILL for the launcher and all its descendants at once, as a node that goes down; returns when all are gone. At SIGABRT each
+    writes the stack of all its threads first."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGKILL)
+            member.send_signal(number)
     process.wait()
     psutil.wait_procs(family, timeout=30)
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
-    """Exit status and output; a run that outlives ``timeout`` seconds is killed and fails the test."""
+    """Exit status and output; a run that outlives ``timeout`` seconds is killed and fails the test, which shows where each process was."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill(process)
-        raise AssertionError(f"the run did not end within {timeout} s: {process.args}") from None
+        kill(process, signal.SIGABRT)
+        output, _ = process.communicate(timeout=30)
+        raise AssertionError(f"the run did not end within {timeout} s: {process.args}\n{output[-20000:]}") from None
     return process.returncode, output
 
 

@@ -1,7 +1,7 @@
 """One run that is killed, starved, misled and resumed again and again until it is done ends with the numbers of one that was left in peace.
 
-``CRASH_MOMENTS`` says how often (3; `make crash-matrix`: 20), ``CRASH_SEED`` repeats a series. Nothing may hang: what is to end does so
-within a minute, and what goes on does a step within a minute.
+``CRASH_MOMENTS`` says how often (3; `make crash-matrix`: 20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits what happens to some
+kinds. Nothing may hang: what is to end does so within a minute, and what goes on does a step within a minute.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import secrets
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,9 @@ LIMIT_SECONDS = 60.0
 START_SECONDS = 180.0
 DISK_BYTES = 16 * 2**20
 LAYOUTS = ([*NO_EVALUATION, "parallel=tp2"], [*NO_EVALUATION, "parallel.data_parallel_size=2"])
-KINDS = (
-    "rank 0", "other rank", "node", "server", "mid-checkpoint", "mid-sync", "start-up", "pre-emption", "disk full", "clock", "damage",
-)  # fmt: skip
+KINDS = os.environ.get(
+    "CRASH_KINDS", "rank 0,other rank,node,server,mid-checkpoint,mid-sync,start-up,pre-emption,disk full,clock,damage"
+).split(",")
 
 # What a step of the system clock is to every Python process of a run.
 SITECUSTOMIZE = """
@@ -170,14 +171,8 @@ def moment(series: Series, kind: str) -> None:
         assert status == 75 and "Traceback" not in output, output[-4000:]
         assert step_of(resumable(series.run)[0]) == series.steps()
     elif kind == "disk full":
-        filler = series.run / "checkpoints" / "filler"
-        with contextlib.suppress(OSError), open(filler, "wb") as file:
-            while True:
-                file.write(bytes(4096))
-        try:
+        with filled(series.run / "checkpoints"):
             status, output = series.ended()
-        finally:
-            filler.unlink()
         assert status == 1 and "previous checkpoint is untouched" in output and "Traceback" not in output, output[-4000:]
     elif kind == "damage":
         while len(complete_checkpoints(series.run)) < 2:
@@ -206,6 +201,29 @@ def small_disk(folder: Path) -> Iterator[bool]:
     finally:
         if mounted.returncode == 0:
             subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[None]:
+    """The disk of ``folder`` takes nothing more: the room of checkpoints that are removed is taken too."""
+    done = threading.Event()
+
+    def fill() -> None:
+        with open(folder / "filler", "wb", buffering=0) as file:
+            while not done.is_set():
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    time.sleep(0.001)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        (folder / "filler").unlink()
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import pytest
+from packaging.version import Version
 from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
 from servers import FaultyProxy
 
@@ -162,6 +166,26 @@ def test_everything_ends_with_its_launcher(tmp_path: Path) -> None:
     assert not alive, "processes outlived their launcher"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the port of a dead server is held on Linux alone")
+def test_nobody_gets_the_port_of_a_server_that_died_before_it_is_back(tmp_path: Path) -> None:
+    config = load_config([*SMALL])
+    make_tiny_model(tmp_path / "model", config.model.tiny, 1)
+    with LocalServer(tmp_path / "model", "first", config.rollout, tmp_path / "log") as server:
+        url = server.url
+        port = int(url.rsplit(":", 1)[1])
+        server._process.kill()
+        server._process.wait()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        server.restart(server.model_path, "second")
+        assert server.url == url and server.alive()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A run directory whose checkpoints lie on a disk that holds one of them and not two."""
@@ -184,6 +208,38 @@ def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Pat
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     train(*OVERRIDES, f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+# Rank 0 writes these while the other ranks wait for it. At the second checkpoint of a process a folder stands where one of them belongs.
+IN_THE_WAY = """
+import os, sys
+checkpoints = 0
+def at(event, arguments):
+    global checkpoints
+    if event == "open" and str(arguments[0]).endswith("/reserve.partial"):
+        checkpoints += 1
+        folder = os.path.dirname(arguments[0])
+        for name in os.listdir(folder) if checkpoints == 2 else ():
+            if name.startswith("step_") and name.endswith(".partial"):
+                os.mkdir(os.path.join(folder, name, os.environ["IN_THE_WAY"]))
+sys.addaudithook(at)
+"""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["common.pt", ".metadata", "metadata.json"])
+def test_a_checkpoint_that_fails_on_rank_0_alone_ends_the_run_at_once(name: str, tmp_path: Path) -> None:
+    if name == "common.pt" and Version(version("megatron-core")) >= Version("0.19"):
+        pytest.skip("Megatron-Core 0.19 writes no common.pt")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(IN_THE_WAY)
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    run = tmp_path / "run"
+    process = start(*OVERRIDES, "parallel=tp2", f"run.dir={run}", environment={"PYTHONPATH": path, "IN_THE_WAY": name})
+    wait_for_steps(process, run, 4)
+    status, output = finish(process, timeout=60)
+    assert status == 1 and output.count("previous checkpoint is untouched") == 1 and "Traceback" not in output, output[-6000:]
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
 def _refused(*overrides: str) -> str:
