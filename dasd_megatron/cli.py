@@ -71,7 +71,8 @@ def _train(arguments: list[str]) -> None:
     from dasd_megatron.training.prepare import choose_run_dir, prepare_run
 
     config = _configuration(arguments)
-    if "RANK" in os.environ:
+    # Under a torchrun of the user's own. RANK alone says nothing: some containers set it for each node.
+    if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         from dasd_megatron.training.worker import run
 
         run(config, choose_run_dir(config), prepared=False)

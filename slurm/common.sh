@@ -46,15 +46,16 @@ begin_job() {
     DASD_SCRIPT=$1
     shift
     check_settings
-    choose_programs
     JOB_ID=${SLURM_JOB_ID:-0}
     RUN_DIR=${DASD_RUN_DIR:-$DASD_RUNS/$(sbatch_value job-name)-$JOB_ID}
     LOG_DIR=$RUN_DIR/logs
+    choose_programs
     submit_unless_in_job "$@"
     find_nodes
     if dry; then return; fi
     command -v curl > /dev/null || fail "curl is not there, and the readiness of servers is asked with it"
     [[ $DASD_CONTAINER != none ]] || require "$DASD_PYTHON"
+    mkdir -p "$(dirname "$RUN_DIR")"
     (umask 077 && mkdir -p "$LOG_DIR")
     # The servers listen on the network. Whoever has no key learns nothing from them.
     if [[ -z ${DASD_API_KEY+set} ]]; then DASD_API_KEY=$(head -c 32 /dev/urandom | base64 | tr -dc 'A-Za-z0-9'); fi
@@ -81,7 +82,7 @@ check_settings() {
     if [[ -z $DASD_SERVERS_PER_NODE ]]; then DASD_SERVERS_PER_NODE=$((DASD_GPUS_PER_NODE / DASD_SERVER_TP)); fi
     local name
     for name in DASD_TRAIN_NODES DASD_ROLLOUT_NODES DASD_SERVERS_PER_NODE DASD_SERVER_TP DASD_GPUS_PER_NODE DASD_SERVER_PORT \
-        DASD_ROUTER_PORT DASD_RENDEZVOUS_PORT DASD_READY_SECONDS DASD_SERVER_RESTARTS DASD_END_SECONDS; do
+        DASD_ROUTER_PORT DASD_RENDEZVOUS_PORT DASD_READY_SECONDS DASD_SERVER_RESTARTS DASD_END_SECONDS DASD_GPU_MEMORY; do
         whole_number "$name"
     done
     if [[ $DASD_PLACEMENT == colocated ]]; then DASD_ROLLOUT_NODES=0; fi
@@ -100,13 +101,36 @@ choose_programs() {
     fi
     DASD=("$DASD_PYTHON" -m dasd_megatron.cli)
     [[ $DASD_CONTAINER == none || -n $DASD_IMAGE ]] || fail "DASD_CONTAINER=$DASD_CONTAINER needs DASD_IMAGE, in slurm/env.sh"
+    add_mounts "$RUN_DIR" "${DASD_MODEL-}" "$DASD_TRAIN_DATA" "$DASD_HELDOUT_DATA"
     case $DASD_CONTAINER in
         pyxis)
             CONTAINER=(--container-image="$DASD_IMAGE" --container-mounts="$DASD_MOUNTS" --container-workdir="$DASD_ROOT"
                 --no-container-mount-home) ;;
         apptainer)
-            CONTAINER=(apptainer exec --nv --no-home --bind "$DASD_MOUNTS" --pwd "$DASD_ROOT" "$DASD_IMAGE") ;;
+            CONTAINER=(apptainer exec --nv --no-home --bind "$DASD_MOUNTS" --pwd "$DASD_ROOT" "$DASD_IMAGE")
+            # There is no home to keep compiled kernels in, and only the mounts can be written to.
+            export XDG_CACHE_HOME=$RUN_DIR/cache TRITON_CACHE_DIR=$RUN_DIR/cache/triton FLASHINFER_WORKSPACE_BASE=$RUN_DIR/cache ;;
     esac
+}
+
+# What lies outside DASD_MOUNTS. The run directory is made before it is mounted; another path that is not there is complained about later.
+add_mounts() {
+    local path mount mounts inside
+    for path in "$@"; do
+        [[ $path == /* && ($path == "$RUN_DIR" || -e $path) ]] || continue
+        inside=
+        IFS=, read -ra mounts <<< "$DASD_MOUNTS"
+        for mount in "${mounts[@]}"; do if [[ $path/ == "${mount%%:*}"/* ]]; then inside=1; fi; done
+        [[ -n $inside ]] || DASD_MOUNTS+=,$path:$path
+    done
+}
+
+# GPUs of one server, a power of two, whose weights leave room for sequences.
+gpus_for() {
+    local gpus=1 size=0 file
+    for file in "$1"/*.safetensors; do if [[ -e $file ]]; then size=$((size + $(stat -Lc %s "$file"))); fi; done
+    while ((size > gpus * DASD_GPU_MEMORY * 600000000 && 2 * gpus <= ${DASD_GPUS_PER_NODE:-8})); do gpus=$((2 * gpus)); done
+    printf '%s' "$gpus"
 }
 
 # Outside a job: submit the script itself, with the account and partition of slurm/env.sh and as many nodes as its layout has.
@@ -294,14 +318,7 @@ run_training() {
     shift
     dry || require "$model"
     print_layout "$model"
-    start_servers "$model"
     overrides=("run.dir=$RUN_DIR" resume=auto rollout=external)
-    if ((DASD_ROUTER)); then
-        start_router
-        overrides+=('rollout.servers=[]' "rollout.router=$ROUTER_URL")
-    else
-        overrides+=("rollout.servers=[$(joined "${URLS[@]}")]")
-    fi
     if [[ $DASD_PLACEMENT == colocated ]]; then
         # They take turns on the GPUs, so nothing is sampled ahead. Memory is handed over inside one machine only.
         overrides+=(rollout.max_staleness=0)
@@ -309,6 +326,14 @@ run_training() {
         if ((${#TRAIN[@]} == 1 && !DASD_ROUTER)) && [[ $DASD_ENGINE == sglang ]]; then
             overrides+=(rollout.weight_sync=tensor rollout.release_memory=true)
         fi
+    fi
+    check_run "${overrides[@]}" 'rollout.servers=[http://node:30000]' "$@"
+    start_servers "$model"
+    if ((DASD_ROUTER)); then
+        start_router
+        overrides+=('rollout.servers=[]' "rollout.router=$ROUTER_URL")
+    else
+        overrides+=("rollout.servers=[$(joined "${URLS[@]}")]")
     fi
     wait_until_ready "${URLS[@]/%//health}"
     if ((DASD_ROUTER)); then wait_until_ready "$ROUTER_URL/readiness"; fi
@@ -335,14 +360,32 @@ print_layout() {
     say "run directory $RUN_DIR; the logs of all parts are in $LOG_DIR"
 }
 
+# What is wrong with the configuration or the layout is known before servers load for half an hour. A requeued job has been through it.
+check_run() {
+    local setting log=$LOG_DIR/check.log command=("${DASD[@]}" train --dry-run --nodes "${#TRAIN[@]}" --gpu-memory "$DASD_GPU_MEMORY")
+    local -A data=()
+    if ((DASD_GPUS_PER_NODE > 0)); then command+=(--gpus-per-node "$DASD_GPUS_PER_NODE"); fi
+    make_step "${TRAIN[0]}" "$log" "${command[@]}" "$@"
+    say "checking the configuration:"
+    show "${STEP[@]}"
+    if dry || ((${SLURM_RESTART_COUNT:-0} > 0)); then return; fi
+    for setting in "$@"; do
+        case $setting in data.train.path=* | data.heldout.path=*) data[${setting%%=*}]=${setting#*=} ;; esac
+    done
+    for setting in "${data[@]}"; do [[ $setting == null ]] || require "$setting"; done
+    "${STEP[@]}" < /dev/null || fail "the run cannot be started: $(tail -n 1 "$log")"
+    grep '^ *note: ' "$log" || true
+}
+
 # One `dasd train` a node, and wait for all; its status goes to `status`.
 train() {
     local nodes seen launcher
     nodes=$(joined "${TRAIN[@]}")
-    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point.
+    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point. Enroot's hook for PyTorch images sets
+    # those of a single rank, and each node is to start several.
     # shellcheck disable=SC2016
-    launcher=(env PET_NNODES="${#TRAIN[@]}" PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT"
-        PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
+    launcher=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT PET_NNODES="${#TRAIN[@]}"
+        PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT" PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
         bash -c 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' dasd-train)
     make_step "$nodes" "$LOG_DIR/train.%n.%N.log" "${launcher[@]}" "${DASD[@]}" train "$@"
     say "training:"
@@ -363,7 +406,7 @@ train() {
 
 # 0: done. Saved, or asked to stop: again, unless Slurm is already ending the job (scancel, or a requeue of its own). Else: failed.
 end_job() {
-    local status=$1 state
+    local status=$1 state try
     if ((status == 0)); then
         exit 0
     elif ((status != EX_TEMPFAIL && !SIGNALS)); then
@@ -371,13 +414,21 @@ end_job() {
         tail -n 20 "$LOG_DIR"/train.0.*.log || true
         exit "$status"
     fi
-    state=$(squeue --noheader --jobs="$JOB_ID" --format=%T) || state=UNKNOWN
-    if [[ $state != RUNNING ]]; then
-        say "the job is $state: not requeued"
-        exit "$status"
-    fi
-    say "requeued; it goes on from its last checkpoint"
-    scontrol requeue "$JOB_ID"
+    # Slurm's controller is busy when many jobs are pre-empted at once.
+    for ((try = 1; ; try++)); do
+        if state=$(squeue --noheader --jobs="$JOB_ID" --format=%T); then
+            if [[ $state != RUNNING ]]; then
+                say "the job is $state: not requeued"
+                exit "$status"
+            fi
+        fi
+        say "requeued; it goes on from its last checkpoint"
+        if scontrol requeue "$JOB_ID"; then break; fi
+        ((try < 12)) || fail "Slurm did not requeue the job: scontrol requeue $JOB_ID"
+        say "Slurm did not answer: again in 10 s"
+        sleep 10 &
+        wait $! || true
+    done
     # Slurm ends this shell. A status of 0 would count as completed.
     sleep 60 &
     wait $! || true

@@ -27,8 +27,9 @@
 : "${DASD_TRAIN_NODES:=}"
 : "${DASD_ROLLOUT_NODES:=}"
 : "${DASD_SERVERS_PER_NODE:=}"                   # empty: as many as fit, DASD_GPUS_PER_NODE / DASD_SERVER_TP
-: "${DASD_SERVER_TP:=}"                          # GPUs of one server
+: "${DASD_SERVER_TP:=}"                          # GPUs of one server; empty in eval.sh: as few as hold the model well
 : "${DASD_GPUS_PER_NODE:=}"
+: "${DASD_GPU_MEMORY:=80}"                       # of one GPU, in GB: the layout is compared with it before anything starts
 : "${DASD_ROUTER:=0}"                            # 1: sglang-router between trainer and servers
 : "${DASD_COLOCATED_MEMORY:=0.4}"                # colocated on several nodes: share of a GPU's memory that SGLang takes for good
 : "${DASD_SERVER_ARGS:=}"                        # further arguments of sglang.launch_server, like --quantization fp8

@@ -19,6 +19,7 @@ source slurm/common.sh
 
 [[ ${1-} && $1 != *=* ]] || fail "usage: sbatch slurm/eval.sh MODEL_DIRECTORY [field=value ...]"
 # shellcheck disable=SC2034
-DASD_TRAIN_NODES=1 DASD_ROLLOUT_NODES=0 DASD_PLACEMENT=disaggregated DASD_ROUTER=0
+DASD_TRAIN_NODES=1 DASD_ROLLOUT_NODES=0 DASD_PLACEMENT=disaggregated DASD_ROUTER=0 DASD_MODEL=$1
+: "${DASD_SERVER_TP:=$(gpus_for "$1")}"
 begin_job slurm/eval.sh "$@"
 run_evaluation "$1" experiment="${DASD_EXPERIMENT:-dasd_7b}" run.name=evaluation "${@:2}"

@@ -82,7 +82,9 @@ class Plan:
 
 
 def plan_config(overrides: list[str], config_dir: str | None = None) -> Config:
-    """The configuration that ``overrides`` describe, with a GPU job's defaults for what they leave open."""
+    """The configuration that ``overrides`` describe. With no experiment among them, a GPU job's defaults stand for what they leave open."""
+    if any(override.startswith("experiment=") for override in overrides):
+        return load_config(overrides, config_dir, needs_files=False)
     return load_config([*_DEFAULTS, *overrides], config_dir)
 
 

@@ -106,7 +106,7 @@ def dry_run(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", module="megatron")
     print("dry run: nothing is started, and neither data nor GPUs nor servers are asked for")
     _print_settings(config, arch)
-    _print_layout(config.parallel, hosts)
+    _print_layout(config.parallel, hosts, options.gpus_per_node)
     _print_memory(config, plan, limit)
     _print_ranks(config, hf_config, arch)
     _print_micro_batches(config, lengths, given=options.response_tokens is not None)
@@ -195,7 +195,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return str(numbers[0]) if len(set(numbers)) == 1 else f"{min(numbers)}-{max(numbers)}"
 
 
-def _print_layout(parallel: ParallelConfig, hosts: list[str]) -> None:
+def _print_layout(parallel: ParallelConfig, hosts: list[str], gpus_per_node: int) -> None:
     each = parallel.world_size // len(hosts)
     lines = [
         f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
@@ -214,6 +214,11 @@ def _print_layout(parallel: ParallelConfig, hosts: list[str]) -> None:
                 f"{host:<{width}}  rank {_ranges(members):<9} PP {first.pipeline}  DP {first.data}  CP {first.context}  "
                 f"TP {_ranges([one.tensor for one in places])}"
             )
+    if len(hosts) > 1 and each < gpus_per_node:
+        lines.append(
+            f"note: {gpus_per_node - each} of {gpus_per_node} GPUs of each node are idle: raise parallel.data_parallel_size, or take fewer "
+            "nodes"
+        )
     _section("layout", lines)
 
 

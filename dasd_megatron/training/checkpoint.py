@@ -83,6 +83,7 @@ _ARCHITECTURE = (
 logger = logging.getLogger(__name__)
 
 _RESERVE_FILE = "reserve.partial"
+_RESERVE_BYTES = 2**28
 # What is stored with each tensor.
 _HEADER_BYTES = 2048
 _COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
@@ -435,10 +436,12 @@ def _make_room(partial: Path, size: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
     # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there fails on one rank alone.
-    free, reserve = shutil.disk_usage(partial).free, 2**17 + size // 50
+    free, reserve = shutil.disk_usage(partial).free, min(_RESERVE_BYTES, 2**17 + size // 50)
     if free >= size + reserve:
+        # Written, since file systems of clusters lack fallocate, and it would be imitated with a write for every block.
         with open(partial.parent / _RESERVE_FILE, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, reserve)
+            for offset in range(0, reserve, 2**20):
+                file.write(bytes(min(2**20, reserve - offset)))
     else:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
 

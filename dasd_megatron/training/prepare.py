@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import stat
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -40,6 +45,10 @@ _PACKAGES = (
 _FIXED_ON_RESUME = (
     "model", "data", "run.seed", "batch.groups", "warm_start", "precision.params_dtype", "optimizer.distributed", "teacher.weights",
 )  # fmt: skip
+_LOST_NODE_SECONDS = 300.0
+_claimed: dict[Path, Any] = {}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,12 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         paths.problems("train").parent.mkdir(parents=True, exist_ok=True)
         if not os.access(root, os.W_OK):
             raise PermissionError("not writable")
+        if config.run.readable_by != "owner":
+            # Whoever made it may have kept it to himself.
+            os.chmod(root, stat.S_IMODE(root.stat().st_mode) | (0o750 if config.run.readable_by == "group" else 0o755))
     except OSError as error:
         raise ConfigError(f"run.dir={root} cannot be written ({error.strerror or error}): give a directory you can write to") from error
+    _claim(root)
 
     if config.model.path is None and config.model.architecture:
         raise ConfigError("model.path is required with a preset: write model.path=DIRECTORY, with the weights of that model")
@@ -168,6 +181,41 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     save_config(config, paths.config)
     (root / "environment.json").write_text(json.dumps(_environment(config), indent=2) + "\n")
     return paths
+
+
+def _claim(root: Path) -> None:
+    """Keep other processes from working in the run directory until this one ends: they would remove each other's checkpoints.
+
+    A requeued job may come back before a file system has heard that its node is lost, and waits for that.
+    """
+    path = root / "owner.json"
+    if path in _claimed:
+        return
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the process lives
+    job = os.environ.get("SLURM_JOB_ID")
+    deadline = None
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip()
+            if deadline is None:
+                deadline = time.monotonic() + (_LOST_NODE_SECONDS if job is not None and f'"{job}"' in owner else 0.0)
+            if time.monotonic() >= deadline:
+                file.close()
+                raise ConfigError(
+                    f"run.dir={root} is in use by another process ({owner}): wait for it or stop it, or write another run.dir"
+                ) from error
+            time.sleep(1.0)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that no other run uses run.dir=%s", path, error.strerror, root)
+            break
+    file.truncate(0)
+    file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "slurm_job": job}))
+    file.flush()
+    _claimed[path] = file
 
 
 def check_key(config: Config) -> None:

@@ -151,7 +151,7 @@ class RolloutPlane:
     def _on_rank0_or_stop(self, work: Callable[[], T]) -> T | None:
         """``work`` on rank 0; what trying again cannot mend stops the run on every rank."""
         try:
-            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError))
+            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError, OSError))
         except PeerError as error:
             raise RolloutFailure(str(error)) from error
 
@@ -343,18 +343,27 @@ class RolloutPlane:
 
         ``fresh``: the servers have the current weights already, unless they are restarted from an older directory.
         """
+
+        def attempt() -> T | PluginError | OSError:
+            try:
+                return work()
+            except (PluginError, OSError) as error:
+                return error
+
         while True:
             try:
                 if not fresh:
                     self._send()
                     fresh = True
-                return on_selected_rank(dist.get_rank() == 0, work, (RolloutError, ServerStartError, GraderError))
+                result = on_selected_rank(dist.get_rank() == 0, attempt, (RolloutError, ServerStartError, GraderError))
             except PeerError as error:
                 refusal = broadcast_from_rank0(on_selected_rank(dist.get_rank() == 0, self._restart, ()))
                 if refusal is not None:
                     raise RolloutFailure(f"{error} ({refusal})") from error
                 # From disk ``work`` itself brings the weights.
                 fresh = self.config.rollout.weight_sync == "disk" or self.launched_version == self.weight_version
+            else:
+                return self._raised_everywhere(result)
 
     def _restart(self) -> str | None:
         """Start the trainer's own server again, from the newest weights on disk, or see which of others' servers are back; returns why
@@ -406,7 +415,6 @@ class RolloutPlane:
             self._state.position += self.config.batch.groups
             return scatter_to_replicas([(part, 0.0, {}) for part in self._shares(samples)] if rank0 else None)
         batch = self._with_restarts(self._take)
-        self._raise_everywhere(batch)
         if self.collector is not None:
             if self.config.rollout.release_memory:
                 self._release()
@@ -434,22 +442,21 @@ class RolloutPlane:
         parallel, batch = self.config.parallel, self.config.batch
         return replica_shares(samples, replicas=parallel.data_parallel_size, minibatches=batch.minibatches)
 
-    def _raise_everywhere(self, batch: Batch | PluginError | None) -> None:
-        """A function of the user's own that fails, fails again however often servers are started anew: it stops the run on every rank."""
+    def _raised_everywhere(self, result: T | PluginError | OSError) -> T:
+        """A function of the user's own that fails, and a disk, fail again however often servers are started anew: they stop the run on
+        every rank."""
 
-        def check() -> None:
-            if isinstance(batch, PluginError):
-                raise batch
+        def check() -> T:
+            if isinstance(result, (PluginError, OSError)):
+                raise result
+            return result
 
-        self._on_rank0_or_stop(check)
+        return self._on_rank0_or_stop(check)
 
-    def _take(self) -> Batch | PluginError:
+    def _take(self) -> Batch:
         if not self.pool.with_status(Status.SERVING):
             asyncio.run(self._revive())
-        try:
-            return self.collector.take(self._revive)
-        except PluginError as error:
-            return error
+        return self.collector.take(self._revive)
 
     def _replayed(self, step: int) -> list[Sample]:
         batch = self.config.batch

@@ -231,10 +231,11 @@ def _run(trainer: Trainer) -> None:
                 watch = _open_watch(trainer)
             # The step is done and counted from here on, whatever happens to the servers.
             sync_seconds = _sync(trainer)
-            _evaluate_if_due(trainer)
             every = config.checkpoint.every
+            # Before the evaluation, which takes long, and which a resumed run makes up.
             if not went_back and (state.step == config.run.steps or (every and state.step % every == 0)):
                 _save(trainer)
+            _evaluate_if_due(trainer)
             if pause and not went_back and state.step < config.run.steps:
                 _pause(trainer, reason)
         if config.evaluation.after:

@@ -2,6 +2,17 @@
 
 from dasd_megatron.rollout.samples import Sample
 
+graded = 0
+
+
+def fails_in_the_evaluation(sample: Sample) -> float:
+    """After two steps of 16 samples."""
+    global graded
+    graded += 1
+    if graded > 32:
+        raise ValueError("out of order")
+    return sample.reward
+
 
 def reward(sample: Sample) -> float:
     if 8 <= sample.position < 16:

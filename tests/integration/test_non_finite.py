@@ -132,6 +132,22 @@ def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
     assert positions[2] | positions[3] == set(range(16, 24))
 
 
+def test_a_reward_that_fails_in_an_evaluation_costs_no_step(tmp_path: Path) -> None:
+    common = [
+        "evaluation=none",
+        "run.steps=3",
+        "checkpoint.every=2",
+        f"run.dir={tmp_path / 'run'}",
+        "parallel=tp2",
+        "rollout.max_staleness=0",
+    ]
+    broken = ["evaluation.every=2", "verify.reward=broken_reward:fails_in_the_evaluation"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    status, output = finish(start(*common, *broken, environment=environment), timeout=120)
+    assert status == 1 and "Traceback" not in output and "out of order" in output and "after step 2" in output, output[-4000:]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
+
+
 def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
     model, rollouts, token = poisoned
     folder = replay(rollouts, tmp_path / "replay", token, (2, 3))

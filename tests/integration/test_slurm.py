@@ -23,7 +23,9 @@ PORTS = 8
 _STUB = """#!{python} -S
 import http.server, json, os, sys, time
 command, arguments = sys.argv[3], sys.argv[4:]
-names = ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "PET_NNODES", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")
+names = ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "PET_NNODES", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")
+if "--dry-run" in arguments:
+    sys.exit()
 said = {{name: os.environ.get(name) for name in names}}
 with open("{log}", "a") as file:
     file.write(json.dumps({{"command": command, "arguments": arguments, **said}}) + "\\n")
@@ -153,7 +155,10 @@ def option(line: dict, name: str) -> str:
 
 def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
     """Two nodes of two servers and a router, two nodes that train, with the script's own #SBATCH lines but for the number of nodes."""
-    stub |= {"DASD_TRAIN_NODES": "2", "DASD_ROUTER": "1"}
+    for name in ("TRAIN", "HELDOUT"):
+        stub[f"DASD_{name}_DATA"] = str(tmp_path / f"{name}.jsonl")
+        (tmp_path / f"{name}.jsonl").touch()
+    stub |= {"DASD_TRAIN_NODES": "2", "DASD_ROUTER": "1", "RANK": "3", "WORLD_SIZE": "4"}
     job = start(cluster, tmp_path, "train_dasd_32b.sh", "optimizer.lr=2e-6", options=("--nodes=4",), **stub)
     assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
     servers = {option(line, "--port"): line for line in said(tmp_path, "serve")}
@@ -168,7 +173,8 @@ def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str,
     assert {node: (line["PET_NODE_RANK"], line["PET_NNODES"]) for node, line in trainers.items()} == {"n1": ("0", "2"), "n2": ("1", "2")}
     assert {line["PET_RDZV_ENDPOINT"].split(":")[0] for line in trainers.values()} == {"n1"}
     for line in trainers.values():
-        assert line["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+        # What a container with PyTorch says of each node is not taken for torchrun's.
+        assert line["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7" and line["RANK"] is line["WORLD_SIZE"] is None
         assert {f"rollout.router=http://n3:{option(router, '--port')}", "experiment=dasd_32b", "resume=auto"} <= set(line["arguments"])
         assert line["arguments"][-1] == "optimizer.lr=2e-6"
 
@@ -187,6 +193,17 @@ def test_a_trainer_that_asks_for_it_is_started_again(cluster: SlurmCluster, tmp_
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", STUB=act, **stub)
     assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
     assert cluster.job(job)["Restarts"] == "1" and len(said(tmp_path, "train")) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("optimizer.lrr=1", "optimizer.lrr"), ("data.train.path=/no/where.jsonl", "/no/where.jsonl is not there")],
+)
+def test_what_cannot_be_run_is_known_before_servers_start(cluster: SlurmCluster, tmp_path: Path, override: str, message: str) -> None:
+    job = start(cluster, tmp_path, "train_dasd_tiny.sh", override)
+    assert finish(cluster, job, tmp_path / "job.log", 100) == "FAILED"
+    assert message in (tmp_path / "job.log").read_text()
+    assert not list((tmp_path / "run" / "logs").glob("server*"))
 
 
 def test_servers_that_are_never_ready_end_the_job(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:

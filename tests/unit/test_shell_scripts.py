@@ -15,7 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from dasd_megatron.config import load_config
-from dasd_megatron.planning.command import plan
+from dasd_megatron.planning.command import make_plan, model_of, plan
+from dasd_megatron.planning.estimate import Architecture
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"7b": (1, 1, 8, 1), "32b": (4, 2, 2, 4), "70b": (16, 4, 1, 8)}
@@ -111,7 +112,7 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     text, commands = dry_run(
         f"train_dasd_{size}.sh", "optimizer.lr=2e-6", "run.name=a b", cwd=tmp_path, DASD_CONTAINER=container, DASD_IMAGE="image"
     )
-    submit, *servers, train, requeue = commands
+    submit, check, *servers, train, requeue = commands
     nodes = train_nodes + rollout_nodes
     assert submit == ["sbatch", f"--nodes={nodes}", f"slurm/train_dasd_{size}.sh", "optimizer.lr=2e-6", "run.name=a b"]
     assert f"#SBATCH --nodes={nodes}\n" in (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text()
@@ -134,7 +135,11 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     assert option(train, "--kill-on-bad-exit") == "0" and option(train, "--wait") == "60"
     assert option(train, "PET_NNODES") == str(train_nodes) and option(train, "PET_RDZV_ENDPOINT") == "node01:29500"
     assert 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' in train
+    assert option(check, "--nodelist") == "node01" and check[check.index("--nodes") + 1] == str(train_nodes)
     given = overrides_of(train)
+    assert [word for word in given if not word.startswith("rollout.servers")] == [
+        word for word in check[check.index("--gpus-per-node") + 2 :] if not word.startswith("rollout.servers")
+    ]
     assert f"rollout.servers=[{','.join(urls)}]" in given and "resume=auto" in given and given[-2:] == ["optimizer.lr=2e-6", "run.name=a b"]
     if container != "none":
         return
@@ -143,16 +148,17 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
     config = load_config([*known, *sources])
     parallel = config.parallel
-    # Slurm's warning leaves time for a save.
+    # Slurm's warning leaves time for a save, and the grace for a step of full length by the plan's estimate besides.
     signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
-    assert config.checkpoint.grace_seconds < int(signal[1])
+    step = make_plan(config, Architecture.of(model_of(config)), gpus_per_node=8, transformer_engine=True).seconds
+    assert step + 600 < config.checkpoint.grace_seconds < int(signal[1])
     processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
     assert processes == 8 * train_nodes
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_layout_fits_80_gb(size: str, capsys: pytest.CaptureFixture) -> None:
-    plan([f"experiment=dasd_{size}", "rollout.max_prompt_tokens=2048"])
+    plan([f"experiment=dasd_{size}"])
     total = re.search(r"total, with reserve +([\d.]+) GB of 80.00 GB: fits", capsys.readouterr().out)
     # As docs/slurm.md says.
     assert f"| {float(total[1]):.1f} GB |" in (ROOT / "docs" / "slurm.md").read_text()
@@ -161,11 +167,11 @@ def test_a_layout_fits_80_gb(size: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_colocated(size: str) -> None:
     train_nodes, _, per_node, _ = SIZES[size]
-    _, (submit, *servers, train, _) = dry_run(f"train_dasd_{size}.sh", DASD_PLACEMENT="colocated")
+    _, (submit, check, *servers, train, _) = dry_run(f"train_dasd_{size}.sh", DASD_PLACEMENT="colocated")
     assert submit[1] == f"--nodes={train_nodes}" and len(servers) == train_nodes * per_node
     assert {option(server, "--nodelist") for server in servers} == set(option(train, "--nodelist").split(","))
     given = overrides_of(train)
-    assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given)
+    assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given) & set(check)
     alone = train_nodes == 1
     assert alone == ("rollout.weight_sync=tensor" in given) == ("rollout.release_memory=true" in given)
     for server in servers:
@@ -178,7 +184,7 @@ def test_colocated(size: str) -> None:
 
 def test_router_and_settings_of_the_environment() -> None:
     layout = {"DASD_ROUTER": "1", "DASD_ROLLOUT_NODES": "1", "DASD_SERVER_TP": "8", "DASD_SERVER_ARGS": "--quantization fp8"}
-    text, (submit, server, router, train, _) = dry_run("train_dasd_32b.sh", **layout)
+    text, (submit, _, server, router, train, _) = dry_run("train_dasd_32b.sh", **layout)
     assert submit[1] == "--nodes=5" and server[-3:] == ["--", "--quantization", "fp8"]
     assert router[router.index("--servers") + 1] == "http://node05:30000" and option(router, "--nodelist") == "node05"
     assert {"rollout.servers=[]", "rollout.router=http://node05:31000"} <= set(overrides_of(train))
@@ -186,7 +192,7 @@ def test_router_and_settings_of_the_environment() -> None:
 
 
 def test_tiny_evaluation_and_conversion() -> None:
-    _, (_, model, *servers, train, _) = dry_run("train_dasd_tiny.sh", "run.steps=3")
+    _, (_, model, _, *servers, train, _) = dry_run("train_dasd_tiny.sh", "run.steps=3")
     assert "make_tiny_model" in model[-1] and [option(server, "--nodelist") for server in servers] == ["node03", "node03"]
     assert all(server[server.index("--engine") + 1] == "embedded" for server in servers)
     given = overrides_of(train)
@@ -223,4 +229,45 @@ def test_env_names_every_setting() -> None:
     used = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "common.sh").read_text()))
     named = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "env.sh").read_text()))
     assert used - named == {"DASD_SCRIPT", "DASD_ENV", "DASD_ENGINE", "DASD_RUN_DIR"}
-    assert named - used == {"DASD_MODELS", "DASD_DATA", "DASD_TRAIN_DATA", "DASD_MODEL"}
+    assert named - used == {"DASD_MODELS", "DASD_DATA"}
+
+
+def test_what_lies_elsewhere_is_mounted_too(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "train.jsonl").touch()
+    settings = {"DASD_CONTAINER": "pyxis", "DASD_IMAGE": "image", "DASD_ROOT": str(ROOT), "DASD_RUN_DIR": "/elsewhere/run"}
+    settings |= {"DASD_MODEL": str(tmp_path / "model"), "DASD_TRAIN_DATA": str(tmp_path / "train.jsonl"), "DASD_HELDOUT_DATA": "/no/file"}
+    _, (_, *steps, _) = dry_run("train_dasd_32b.sh", **settings)
+    mounts = {option(step, "--container-mounts") for step in steps}
+    assert len(mounts) == 1
+    places = [mount.split(":")[0] for mount in mounts.pop().split(",")]
+    assert places[-3:] == ["/elsewhere/run", str(tmp_path / "model"), str(tmp_path / "train.jsonl")] and "/no/file" not in places
+    settings["DASD_RUN_DIR"] = str(ROOT / "runs" / "mine")
+    _, (_, step, *_) = dry_run("train_dasd_32b.sh", **settings)
+    assert settings["DASD_RUN_DIR"] not in [mount.split(":")[0] for mount in option(step, "--container-mounts").split(",")]
+
+
+@pytest.mark.parametrize(("gigabytes", "gpus"), [(15, "1"), (65, "2"), (141, "4"), (900, "8")])
+def test_a_server_of_an_evaluation_holds_its_model(gigabytes: int, gpus: str, tmp_path: Path) -> None:
+    for index in range(2):
+        with open(tmp_path / f"model-{index}.safetensors", "wb") as file:
+            file.truncate(gigabytes * 10**9 // 2)
+    _, (_, server, *_) = dry_run("eval.sh", str(tmp_path))
+    assert server[server.index("--tp-size") + 1] == gpus
+
+
+@pytest.mark.parametrize(
+    ("squeue", "scontrol", "said", "tries"), [("false", "true", "requeued", 1), ("echo RUNNING", "flaky", "again in 10 s", 2)]
+)
+def test_a_controller_that_does_not_answer_is_asked_again(squeue: str, scontrol: str, said: str, tries: int, tmp_path: Path) -> None:
+    commands = f"""
+        source slurm/common.sh
+        JOB_ID=7
+        squeue() {{ {squeue}; }}
+        scontrol() {{ echo x >> {tmp_path}/tries; {"true" if scontrol == "true" else f"(($(wc -l < {tmp_path}/tries) > 1))"}; }}
+        sleep() {{ :; }}
+        end_job 75
+    """
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and said in done.stdout, done.stderr
+    assert (tmp_path / "tries").read_text().count("x") == tries

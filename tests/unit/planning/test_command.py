@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dasd_megatron
-from dasd_megatron.config import ConfigError
+from dasd_megatron.config import ConfigError, load_config
 from dasd_megatron.planning.command import model_of, plan, plan_config
 from dasd_megatron.planning.estimate import (
     Architecture,
@@ -88,6 +88,13 @@ def test_numbers_by_hand() -> None:
     assert traffic.pipeline == 1000 * 4096 * 2 * 4
     assert traffic.data == 0.5 * 6 * state.parameters
     assert traffic.weight_sync == 2 * PARAMETERS["llama3_8b"]
+
+
+def test_an_experiment_is_planned_as_it_is() -> None:
+    for name in ("dasd_7b", "dasd_32b", "dasd_70b"):
+        planned, trained = plan_config([f"experiment={name}"]), load_config([f"experiment={name}"], needs_files=False)
+        assert (planned.rollout, planned.batch, planned.parallel) == (trained.rollout, trained.batch, trained.parallel)
+    assert plan_config(["experiment=dasd_32b", "rollout.max_new_tokens=30000"]).rollout.max_new_tokens == 30000
 
 
 def test_fields_of_the_layout_come_through() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dasd_megatron import cli
 from dasd_megatron.config import ConfigError, load_config
 from dasd_megatron.training.launch import Nodes, read_nodes
 
@@ -44,3 +45,11 @@ def test_contradictions_are_refused(changed: dict[str, str | None], named: str) 
 def test_several_nodes_need_one_run_directory() -> None:
     with pytest.raises(ConfigError, match=r"run\.dir is required"):
         nodes(8, TWO)
+
+
+def test_variables_of_a_rank_alone_are_no_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Containers with PyTorch may set them for a node."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "PET_NNODES": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "experiment=quickstart"]) == 1
+    assert "PET_NNODES='none': write a whole number" in capsys.readouterr().err

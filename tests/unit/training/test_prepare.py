@@ -262,3 +262,33 @@ def test_git_that_does_not_work_is_no_reason_to_stop(
     monkeypatch.setattr(subprocess, "run", fail)
     prepare_run(config, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_revision"] is None
+
+
+@pytest.mark.parametrize("job", [None, "77"])
+def test_a_run_directory_in_use_is_refused(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None) -> None:
+    """At once; a requeued job waits until its former self is gone."""
+    root = tmp_path / "run"
+    root.mkdir()
+    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); file.write(sys.argv[2]); file.flush()"
+    owner = '{"host": "node1", "pid": 12, "slurm_job": "77"}'
+    command = [sys.executable, "-c", f"{hold}; print('held', flush=True); time.sleep(float(sys.argv[3]))", str(root / "owner.json"), owner]
+    with subprocess.Popen([*command, "2" if job else "60"], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        config = load_config([*SMALL, *files, f"run.dir={root}"])
+        if job is None:
+            with pytest.raises(ConfigError, match=r'is in use by another process \(\{"host": "node1"'):
+                prepare_run(config, root)
+            holder.kill()
+        else:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            prepare_run(config, root)
+            assert holder.wait() == 0
+            assert json.loads((root / "owner.json").read_text())["slurm_job"] == "77"
+
+
+@pytest.mark.parametrize(("readers", "mode"), [("owner", 0o700), ("group", 0o750), ("all", 0o755)])
+def test_a_directory_that_was_made_before_is_opened_to_its_readers(files: list[str], tmp_path: Path, readers: str, mode: int) -> None:
+    root = tmp_path / "run"
+    root.mkdir(mode=0o700)
+    prepare_run(load_config([*SMALL, *files, f"run.readable_by={readers}"]), root)
+    assert root.stat().st_mode & 0o777 == mode
