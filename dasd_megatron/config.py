@@ -1014,6 +1014,7 @@ def validate(config: Config) -> None:
     if (
         config.model.path is None
         and not config.model.architecture
+        and not evaluation.benchmarks
         and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens
     ):
         raise ConfigError(

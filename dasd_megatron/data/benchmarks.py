@@ -23,6 +23,7 @@ class Benchmark:
     aliases: tuple[str, ...] = ()
 
 
+_FIELD_SETTING = re.compile(r"set data\.benchmark\.[a-z_]+,? or ")
 _MAA = "problems by the Mathematical Association of America, all rights reserved"
 # By NeMo-Skills' names, so that it finds the right metric for a folder of results.
 BENCHMARKS = {
@@ -69,7 +70,12 @@ def benchmark_problems(entries: list[str], data_dir: Path, size: int | None) -> 
             raise ConfigError(f"evaluation.benchmarks: {entry} is none of {', '.join(BENCHMARKS)}, nor the path of a .jsonl file")
         if name in found:
             raise ConfigError(f"evaluation.benchmarks has two that are called {name}: rename a file, or evaluate it into another run.dir")
-        problems = load_problems(DataSourceConfig(path=str(path)), "benchmark", needs_solution=False, prepare=usual_fields)
+        try:
+            problems = load_problems(DataSourceConfig(path=str(path)), "benchmark", needs_solution=False, prepare=usual_fields)
+        except DataError as error:
+            message = str(error).replace("set data.benchmark.path to", f"evaluation.benchmarks names {entry}, which has to be")
+            # Which fields a benchmark has is no setting.
+            raise DataError(_FIELD_SETTING.sub("", message)) from error
         if size is not None and size > len(problems):
             raise DataError(
                 f"{path} holds {len(problems)} problems, but evaluation.size asks for {size}: lower it, or set it to null for all"

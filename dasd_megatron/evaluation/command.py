@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,9 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
         order = sorted(range(evaluation.samples), key=str)
         answers, outcomes, tokens = nemo_skills.verdicts([[row[sample] for sample in order] for row in records])
         scores = problem_scores(answers, outcomes, range(1, evaluation.samples + 1))
-        drawn[name] = bootstrap(list(zip(*scores.values(), strict=True)), evaluation.bootstrap_resamples, config.run.seed)
+        # A generator each, so that benchmarks of equal size are drawn independently.
+        seed = [config.run.seed, zlib.crc32(name.encode())]
+        drawn[name] = bootstrap(list(zip(*scores.values(), strict=True)), evaluation.bootstrap_resamples, seed)
         flat = [record for row in records for record in row]
         total_tokens = sum(record["num_generated_tokens"] for record in flat)
         ours = {

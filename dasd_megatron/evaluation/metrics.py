@@ -93,7 +93,7 @@ def problem_scores(
     return scores
 
 
-def bootstrap(scores: Sequence[Sequence[float]], resamples: int, seed: int) -> np.ndarray:
+def bootstrap(scores: Sequence[Sequence[float]], resamples: int, seed: int | Sequence[int]) -> np.ndarray:
     """Means of problems drawn with replacement, as many as there are.
 
     Args:

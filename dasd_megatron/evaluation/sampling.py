@@ -215,8 +215,16 @@ def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) ->
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+# Of samples that are all alike without the server's fault: e^-30.
+_IMPLAUSIBLE_LOG_PROB = -30.0
+
+
 def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
-    if temperature > 0 and len(records[0]) > 1 and all(len({record["generation"] for record in row}) == 1 for row in records):
+    if temperature == 0 or len(records[0]) == 1 or any(len({record["generation"] for record in row}) > 1 for row in records):
+        return
+    # A policy without entropy says the same whatever the seed.
+    chance = sum(record["log_prob"] for row in records for record in row[1:])
+    if chance < _IMPLAUSIBLE_LOG_PROB:
         raise EvaluationError(
             f"{folder}: at temperature {temperature:g} all {len(records[0])} samples of each problem are the same, so the server heeds no "
             "seed: write rollout.deterministic=true, or look at its settings, and remove the folder"

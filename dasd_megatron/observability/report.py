@@ -185,7 +185,9 @@ def _status(run: Run) -> tuple[str, str]:
     """(class, words): whether the run is at its end."""
     steps = run.setting("run.steps")
     done = run.metrics[-1]["step"] if run.metrics else 0
-    if run.evaluation("after") is not None or (isinstance(steps, int) and 0 < steps <= done):
+    after = run.evaluation("after")
+    # A run that was made longer has one of its former end.
+    if (after is not None and after["step"] >= done) or (isinstance(steps, int) and 0 < steps <= done):
         return "done", f"finished · {done} steps"
     of = f" of {steps}" if steps is not None else ""
     return "open", f"not finished · step {done}{of}"

@@ -103,7 +103,10 @@ def number(value: Any) -> float | None:
     """A metric as a float, the names of NaN and infinities understood; None for what is no number."""
     if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    # JSON has integers that no float holds.
+    return float(value) if isinstance(value, float) or abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
 
 
 def column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:
@@ -217,7 +220,8 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     chosen: dict[tuple[int, int], dict[str, Any]] = {}
     for step in sorted({step for step, _ in (*best, *worst)}):
         for row in lines(run, saved[step]):
-            key = (step, row.get("group"))
+            group = row.get("group")
+            key = (step, group if isinstance(group, int) else None)
             if key in means and (key in best or key in worst):
                 _add_to_group(chosen.setdefault(key, {}), step, row)
     return Groups([chosen[key] for key in best], [chosen[key] for key in worst], len(means), len(steps), len(saved))
@@ -238,6 +242,8 @@ def _add_to_group(group: dict[str, Any], step: int, row: Mapping[str, Any]) -> N
             "samples": [],
         }
     reward = number(row.get("reward"))
+    if reward is not None and not math.isfinite(reward):
+        reward = None
     group["count"] += 1
     group["rewards"].append(reward)
     group["tokens"] += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0

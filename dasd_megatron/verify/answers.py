@@ -9,12 +9,24 @@ _HASHES = "####"
 _ANSWER_IS = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _FULL_STOP = re.compile(r"(?<!\\right)\.\Z")
-_LATEX_SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right)(?![a-z])|\\?\$")
+_LATEX_SPACING = re.compile(r"\\[!,;:]|\\(?:left|right)(?![a-z])|\\?\$")
 # Space between two digits stays: "1 2" is not 12.
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
 _NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+)(?:\.([0-9]*))?")
 _UNEVALUATED = re.compile(r"(?=.*[0-9)][ ]*[-+*/])[-0-9+*/(). ,]+", re.DOTALL)
 _OPERATORS = re.compile(r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00f7\u22c5]")
+_POWER_OF_TEN = re.compile(
+    r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]|(?:\\times|\\cdot|[\u00d7\u22c5*])10\^)|10\^)\{?([+-]?[0-9]{1,3})\}?"
+)
+_E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]+)(?![\w.])")
+# A quantity: 18 dollars, 5 m/s, 12 cm^2, 3 pints per day. Words that make another number of it are no units.
+_QUANTITY = re.compile(r"(.*[0-9.])\s+((?:[^\W\d_]+/[^\W\d_]+|[^\W\d_]{2,}(?:\^\{?[23]\}?)?)(?:\s+[^\W\d_]+)*)")
+_QUANTITY_CHARS = 100
+_NO_UNITS = frozenset(
+    ("and", "or", "to", "of", "hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "trillion")
+    + ("trillions", "dozen", "pi", "sqrt", "times", "plus", "minus", "over", "mod", "squared", "cubed", "factorial", "half", "halves")
+    + ("third", "thirds", "quarter", "quarters", "sin", "cos", "tan", "log", "ln", "exp")
+)
 _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})
 
 
@@ -44,31 +56,38 @@ def extract_answer(response: str) -> str | None:
 def compare_plain(predicted: str, expected: str) -> bool | None:
     """Whether two answers are equal, where text and numbers alone can tell; None where they cannot.
 
-    Equal text is equal; dollar signs, LaTeX spacing and white space (but not between digits) aside. So are equal plain numbers: an optional
-    sign (``+``, ``-`` or a typographic minus), digits with or without commas or spaces at the thousands, an optional decimal part; ``12.0``
-    and ``012`` are 12. Where an integer is expected, another plain number is wrong, and so is arithmetic left undone, like ``3+9``:
-    repeating the problem as its own answer must not pay. All else (fractions, LaTeX, text, decimals that may be rounded) is undecided.
+    Equal text is equal; dollar signs, LaTeX spacing, a percent sign at the end and white space (but not between digits) aside. So are equal
+    plain numbers: an optional sign (``+``, ``-`` or a typographic minus), digits with or without commas or spaces at the thousands, an
+    optional decimal part, or one times a power of ten; ``12.0``, ``012`` and ``1.2e1`` are 12. Where a number is expected, words behind
+    another's digits are its unit. Where an integer or a power of ten is expected, another plain number is wrong, and so is arithmetic left
+    undone, like ``3+9``, for an integer: repeating the problem as its own answer must not pay. All else (fractions, LaTeX, text, decimals
+    that may be rounded, lists) is undecided.
     """
-    predicted, expected = _compact(predicted), _compact(expected)
-    if predicted == expected:
+    if _compact(predicted) == _compact(expected):
         return True
     expected_number = _plain_number(expected)
     if expected_number is None:
         return None
+    predicted = _without_unit(predicted)
     predicted_number = _plain_number(predicted)
     if predicted_number == expected_number:
         return True
-    integer_expected = "." not in expected_number
-    if integer_expected and (predicted_number is not None or _UNEVALUATED.fullmatch(_OPERATORS.sub("*", predicted))):
-        return False
-    return None
+    if predicted_number is not None:
+        exact = "." not in expected_number or _POWER_OF_TEN.fullmatch(_compact(expected)) or _POWER_OF_TEN.fullmatch(_compact(predicted))
+        return False if exact else None
+    undone = "." not in expected_number and _UNEVALUATED.fullmatch(_OPERATORS.sub("*", _compact(predicted)))
+    return False if undone else None
+
+
+def for_algebra(answer: str) -> str:
+    """``answer`` as math-verify understands it: it would read ``2e5`` as a product with Euler's number, and a percent sign as text."""
+    return _E_NOTATION.sub(r"\1\\times 10^{\2}", _without_percent(answer))
 
 
 def normalize_answer(answer: str) -> str:
     """One spelling for answers that text and numbers alone show to be equal: of a plain number without leading or trailing zeros, else the
     text without dollar signs, LaTeX spacing and white space, as :func:`compare_plain` compares them."""
-    compact = _compact(answer)
-    return _plain_number(compact) or compact
+    return _plain_number(answer) or _compact(answer)
 
 
 def _balanced(text: str, start: int) -> str | None:
@@ -94,12 +113,37 @@ def _clean(answer: str) -> str | None:
 
 
 def _compact(answer: str) -> str:
-    return _SPACE.sub("", _LATEX_SPACING.sub("", answer.translate(_MINUS_SIGNS).replace("{,}", ","))).removesuffix(".")
+    return _SPACE.sub("", _spelled(answer)).removesuffix(".")
 
 
-def _plain_number(compact: str) -> str | None:
+def _spelled(answer: str) -> str:
+    """With white space, but otherwise in one spelling."""
+    text = answer.translate(_MINUS_SIGNS).replace("{,}", ",").replace("\\ ", " ")
+    return _without_percent(_LATEX_SPACING.sub("", text))
+
+
+def _without_percent(answer: str) -> str:
+    """50% is said for 50 where percents are asked for."""
+    stripped = answer.rstrip()
+    return stripped[:-1].removesuffix("\\").rstrip() if stripped.endswith("%") else answer
+
+
+def _without_unit(answer: str) -> str:
+    quantity = _QUANTITY.fullmatch(answer.strip()) if len(answer) <= _QUANTITY_CHARS else None
+    if quantity is None or not _NO_UNITS.isdisjoint(quantity[2].lower().split()):
+        return answer
+    return quantity[1]
+
+
+def _plain_number(answer: str) -> str | None:
     """A number's one spelling without leading or trailing zeros; text, since Python refuses to make an int of thousands of digits."""
-    match = _NUMBER.fullmatch(compact)
+    spelled = _spelled(answer).strip()
+    # A comma and white space separate two numbers.
+    if re.search(r",\s", spelled):
+        return None
+    compact = _SPACE.sub("", spelled).removesuffix(".")
+    power = _POWER_OF_TEN.fullmatch(compact)
+    match = _NUMBER.fullmatch(compact if power is None else power[1] + _shifted(power[2] or "1", int(power[3])))
     if match is None:
         return None
     sign, whole, decimals = match.groups()
@@ -107,3 +151,12 @@ def _plain_number(compact: str) -> str | None:
     decimals = (decimals or "").rstrip("0")
     magnitude = f"{whole}.{decimals}" if decimals else whole
     return f"-{magnitude}" if sign == "-" and magnitude != "0" else magnitude
+
+
+def _shifted(mantissa: str, exponent: int) -> str:
+    """The digits of mantissa x 10^exponent."""
+    whole, _, decimals = mantissa.partition(".")
+    digits, point = whole + decimals, len(whole) + exponent
+    if point <= 0:
+        return "0." + "0" * -point + digits
+    return digits.ljust(point, "0")[:point] + "." + digits[point:]

@@ -7,6 +7,8 @@ import math
 import resource
 import signal
 
+from dasd_megatron.verify.answers import for_algebra
+
 MEMORY_LIMIT_BYTES = 4 << 30
 _ORPHAN_GRACE_SECONDS = 5
 
@@ -42,4 +44,4 @@ def symbolically_equal(predicted: str, expected: str, timeout_seconds: float) ->
 
 
 def _parse(math_verify, answer: str) -> list:
-    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return math_verify.parse(f"\\boxed{{{for_algebra(answer)}}}", parsing_timeout=None)

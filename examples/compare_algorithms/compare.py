@@ -114,8 +114,13 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
             print(f"{done}/{len(jobs)} {task}, {method}, seed {seed}: {seconds:.0f} s; about {left / 60:.0f} minutes left", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        for future in [pool.submit(one, job) for job in jobs]:
-            future.result()
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
+                future.result()
+        except BaseException:
+            # The runs under way end; no other begins.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -140,14 +145,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_all(runs: Path, tasks: list[str], methods: list[str]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+def read_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
     """Results by task, method and seed, of the runs that are complete."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for task in tasks:
         for method in methods:
-            done = sorted((runs / task / slug(method)).glob("seed*/seconds"), key=lambda path: int(path.parent.name[4:]))
-            for path in done:
-                found.setdefault(task, {}).setdefault(method, {})[int(path.parent.name[4:])] = read_run(path.parent)
+            for seed in sorted(seeds):
+                folder = runs / task / slug(method) / f"seed{seed}"
+                if (folder / "seconds").exists():
+                    found.setdefault(task, {}).setdefault(method, {})[seed] = read_run(folder)
     return found
 
 
@@ -280,7 +286,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.only_results:
         run_all(options.runs, options.tasks, options.methods, options.seeds, options.parallel)
-    found = read_all(options.runs, options.tasks, options.methods)
+    found = read_all(options.runs, options.tasks, options.methods, options.seeds)
     if not found:
         parser.error(f"{options.runs} holds no complete run")
     options.output.mkdir(parents=True, exist_ok=True)

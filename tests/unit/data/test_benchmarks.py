@@ -59,7 +59,7 @@ def test_folders_of_other_names_files_and_sizes(tmp_path: Path) -> None:
         (["math-500", "math500"], None, "two that are called math-500"),
         (["math500"], 9, "holds 1 problems, but evaluation.size asks for 9"),
         (["gsm8k"], None, r"gsm8k/test.jsonl line 2: no answer \(fields: 'problem'\)"),
-        (["nowhere.jsonl"], None, "nowhere.jsonl does not exist"),
+        (["nowhere.jsonl"], None, "nowhere.jsonl does not exist; evaluation.benchmarks names nowhere.jsonl, which has to be a JSONL file"),
     ],
 )
 def test_what_cannot_be_read_is_named(entries: list[str], size: int | None, message: str, tmp_path: Path) -> None:

@@ -144,6 +144,12 @@ def test_confidence_intervals_have_the_width_of_theory_and_their_seed():
     assert one == other == 1.0
 
 
+def test_drawings_of_one_seed_and_another_name_are_independent():
+    scores = [[problem / 30] for problem in range(30)]
+    one, other = (bootstrap(scores, 4000, [5, number])[:, 0] for number in (1, 2))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+
+
 def test_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
     held = 0

@@ -28,8 +28,8 @@ PROMPTS = [TOKENIZER.encode(problem.problem) for problem in PROBLEMS]
 class Engine:
     """Answers by the seed alone, in a random order of requests, and fails at the request ``last``."""
 
-    def __init__(self, last: int | None = None, *, same: bool = False) -> None:
-        self.last, self.same, self.requests = last, same, []
+    def __init__(self, last: int | None = None, *, same: bool = False, log_prob: float | None = None) -> None:
+        self.last, self.same, self.log_prob, self.requests = last, same, log_prob, []
 
     async def __aenter__(self) -> Engine:
         return self
@@ -49,7 +49,8 @@ class Engine:
         noise = 0 if self.same else seed % 3
         text = "no mark" if noise == 2 else f"{seed % 1000 if not self.same else ''} #### {term + 1 + noise}"
         ids = [*TOKENIZER.encode(text), TOKENIZER.eos_token_id]
-        return Completion(ids, [-(seed % 97) / 7] * len(ids), "length" if noise == 2 else "stop", [("w", len(ids))], "")
+        log_prob = -(seed % 97) / 7 if self.log_prob is None else self.log_prob
+        return Completion(ids, [log_prob] * len(ids), "length" if noise == 2 else "stop", [("w", len(ids))], "")
 
 
 @pytest.fixture
@@ -119,6 +120,11 @@ def test_final_files_that_are_not_whole_are_refused(config: Config, tmp_path: Pa
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(EvaluationError, match="output-rs1.jsonl does not have each problem once"):
         draw(config, tmp_path, Engine())
+
+
+def test_a_policy_that_has_collapsed_is_no_fault_of_the_server(config: Config, tmp_path: Path) -> None:
+    records = draw(config, tmp_path, Engine(same=True, log_prob=-0.01))
+    assert all(len({record["generation"] for record in row}) == 1 for row in records)
 
 
 def test_samples_that_are_all_the_same_are_refused(config: Config, tmp_path: Path) -> None:

@@ -468,6 +468,24 @@ def test_a_run_that_was_killed(tmp_path):
     assert "inspect/step_000005.json could not be read" in words and "1 unreadable lines were left out" in words
 
 
+def test_a_run_that_was_made_longer_is_not_finished(tmp_path):
+    run = make_run(tmp_path / "run", steps=5)
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    lines(run / "evaluation.jsonl", [row | {"step": min(row["step"], 3)} for row in rows])
+    assert "not finished · step 5 of 12" in load(run)[1].text()
+
+
+def test_rewards_that_are_no_numbers_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    path = run / "rollouts" / "step_000002.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, reward in zip(rows, ("NaN", "Infinity", 10**400, [1]), strict=False):
+        row["reward"] = reward
+    rows[-1]["group"] = [0]
+    lines(path, rows)
+    load(run)
+
+
 def test_damage_is_listed_not_hidden(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "config.yaml").write_text("a: [1,\n")

@@ -88,6 +88,20 @@ def test_extraction_is_linear(unit):
         ("9" * 6000, "0" + "9" * 6000),
         ("x + 1", "x+1"),
         ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("1\\ 000", "1000"),
+        ("4.5 \\times 10^{33}", "4.5e33"),
+        ("45e32", "4.5E33"),
+        ("1.6\\cdot10^{-19}", "1.6e-19"),
+        ("10^{13}", "1e13"),
+        ("-2e3", "-2,000"),
+        ("0.001", "1e-3"),
+        ("50\\%", "50"),
+        ("12.5 %", "12.5\\%"),
+        ("18 dollars", "18"),
+        ("1,234.5 dollars", "1234.5"),
+        ("18 years old", "18"),
+        ("5 m/s", "5"),
+        ("12 cm^2", "12"),
     ],
 )
 def test_equal_without_algebra(predicted, expected):
@@ -108,6 +122,11 @@ def test_equal_without_algebra(predicted, expected):
         ("24/2", "12"),
         ("(3 + 9)", "12"),
         ("1-", "3"),
+        ("13e1", "1e13"),
+        ("0", "1.6e-19"),
+        ("1.7\\times 10^{-19}", "1.6e-19"),
+        ("18 dollars", "19"),
+        ("3 + 9 eggs", "12"),
     ],
 )
 def test_wrong_without_algebra(predicted, expected):
@@ -127,6 +146,14 @@ def test_wrong_without_algebra(predicted, expected):
         ("1,2", "12"),
         ("1,2,3,4", "1234"),
         ("1 000 00", "100000"),
+        ("2, 500", "2500"),
+        ("2500", "2, 500"),
+        ("100, 200", "200, 100"),
+        ("18 million", "18"),
+        ("18 or 20", "18"),
+        ("2 pi", "2"),
+        ("5x", "5"),
+        ("2e^3", "2000"),
     ],
 )
 def test_undecided_without_algebra(predicted, expected):

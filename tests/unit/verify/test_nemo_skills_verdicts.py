@@ -20,10 +20,7 @@ DIFFERENCES = {
     ("leading zeros", "25", "025"): True,
     ("leading zeros", "007", "7"): True,
     ("leading zeros", "00", "0"): True,
-    ("percent", r"50\%", "50"): False,
-    ("percent", "50%", r"50\%"): False,
-    ("percent", "50", r"50\%"): False,
-    ("percent", r"12.5\%", "12.5"): False,
+    ("units", "18 dollars", "18"): True,
     # Repeating the problem as its own answer must not pay.
     ("expressions", "6+6", "12"): False,
     ("expressions", "3*4", "12"): False,
@@ -46,10 +43,10 @@ def test_verdicts_differ_where_they_are_said_to_and_nowhere_else() -> None:
         if verdict.correct != row["symbolic_correct"]
     }
     assert found == DIFFERENCES
-    assert len(GRADED) - len(found) == 71
+    assert len(GRADED) - len(found) == 74
     assert Counter(row["symbolic_correct"] for row in GRADED) == {True: 61, False: 26}
 
 
 def test_units_are_no_difference() -> None:
     assert {row["expected_answer"] for row in GRADED if row["category"] == "units"} >= {r"5\text{ inches}", "90", r"90^\circ"}
-    assert not any(category == "units" for category, _, _ in DIFFERENCES)
+    assert [answer for category, answer, _ in DIFFERENCES if category == "units"] == ["18 dollars"]
