@@ -583,10 +583,21 @@ def long_request(target, rows=64, **changes):
     return Background(target, **{**body, **changes})
 
 
+def busy_request(target, **kwargs):
+    """A long request that is being worked on. On a machine that has much else to do one may be through before that is seen."""
+    for _ in range(5):
+        running = long_request(target, **kwargs)
+        while not running.future.done():
+            if target.load("num_running_reqs") > 0:
+                return running
+            time.sleep(0.01)
+        running.answer()
+    raise AssertionError("no request was seen running")
+
+
 def test_abort_by_id(target):
     # SGLang aborts every request whose id begins so.
-    running = long_request(target, rid=[f"row-{i:02}" for i in range(64)])
-    target.wait_busy()
+    running = busy_request(target, rid=[f"row-{i:02}" for i in range(64)])
     assert target.post("/abort_request", {"rid": "row-03"}).status_code == 200
     answers = running.answer()
     reason = answers[3]["meta_info"]["finish_reason"]
@@ -596,8 +607,7 @@ def test_abort_by_id(target):
 
 
 def test_abort_all_ends_what_runs_and_what_waits(target):
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     waiting = long_request(target, rows=3)
     target.wait_for("num_waiting_reqs", 3)
     target.post("/abort_request", {"abort_all": True})
@@ -615,8 +625,7 @@ def test_abort_of_an_unknown_id_is_fine(target):
 
 
 def test_pause_aborts_and_holds_new_requests(target):
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     assert target.post("/pause_generation", {"mode": "abort"}).json() == {"message": "Generation paused successfully.", "status": "ok"}
     assert {a["meta_info"]["finish_reason"]["type"] for a in running.answer()} == {"abort"}
     held = long_request(target, rows=2)
@@ -629,8 +638,7 @@ def test_pause_aborts_and_holds_new_requests(target):
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_a_suspended_request_goes_on_where_it_was(target, reference, mode):
     undisturbed = long_request(target).answer()
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     target.post("/pause_generation", {"mode": mode})
     time.sleep(0.3)
     assert not running.future.done()
@@ -648,8 +656,7 @@ def test_a_suspended_request_goes_on_where_it_was(target, reference, mode):
 
 
 def test_an_abort_reaches_suspended_requests(target):
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     target.post("/pause_generation", {"mode": "in_place"})
     target.post("/abort_request", {"abort_all": True})
     if target.kind == "sglang":  # which ends them when it goes on
@@ -660,16 +667,14 @@ def test_an_abort_reaches_suspended_requests(target):
 
 def test_flush_cache_only_when_idle(target):
     assert target.post("/flush_cache").status_code == 200
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     assert target.post("/flush_cache").status_code == 400
     assert target.request("GET", "/flush_cache?timeout=30").status_code == 200
     running.answer()
 
 
 def test_health_answers_during_generation(embedded_target):
-    running = long_request(embedded_target)
-    embedded_target.wait_busy()
+    running = busy_request(embedded_target)
     slowest = 0.0
     for _ in range(10):
         start = time.monotonic()
@@ -692,8 +697,7 @@ def test_a_client_that_hangs_up_frees_the_server(embedded_target):
 
 
 def test_ids_in_use_are_refused(embedded_target):
-    running = long_request(embedded_target, rows=1, rid=["twice"])
-    embedded_target.wait_busy()
+    running = busy_request(embedded_target, rows=1, rid=["twice"])
     response = embedded_target.post("/generate", {"input_ids": [5], "rid": "twice"})
     assert (response.status_code, response.json()) == (400, {"error": {"message": "Duplicate request ID detected: twice"}})
     running.answer()
@@ -742,8 +746,7 @@ def test_a_refused_update_leaves_the_served_weights_alone(embedded_target, model
 
 
 def test_an_update_waits_for_running_requests_and_passes_no_one(embedded, models):
-    running = long_request(embedded)
-    embedded.wait_busy()
+    running = busy_request(embedded)
     queued = long_request(embedded, rows=2)
     embedded.wait_for("num_waiting_reqs", 2)
     assert embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code == 200
@@ -754,8 +757,7 @@ def test_an_update_waits_for_running_requests_and_passes_no_one(embedded, models
 
 
 def test_an_update_can_abort_what_runs(embedded, models):
-    running = long_request(embedded)
-    embedded.wait_busy()
+    running = busy_request(embedded)
     body = {"model_path": models["b"], "weight_version": "v2", "abort_all_requests": True}
     assert embedded.post("/update_weights_from_disk", body).status_code == 200
     assert {(a["meta_info"]["finish_reason"]["type"], a["meta_info"]["weight_version"]) for a in running.answer()} == {("abort", "v1")}
@@ -829,8 +831,7 @@ def test_an_update_over_a_process_group(changing, models):
 @pytest.mark.parametrize("way", ["disk", "process group"])
 def test_retracted_sequences_go_on_under_the_new_weights(changing, models, reference, way):
     undisturbed = changing.generate(input_ids=[[5, 6]] * 8, sampling_params=[{**LONG, "sampling_seed": i} for i in range(8)])
-    running = long_request(changing, rows=8)
-    changing.wait_busy()
+    running = busy_request(changing, rows=8)
     time.sleep(0.3)
     changing.post("/pause_generation", {"mode": "retract"})
     if way == "disk":
@@ -1151,8 +1152,7 @@ def test_requests_in_flight_at_shutdown_are_answered(models, tmp_path):
     server = LocalServer(models["a"], "v1", rollout(max_batch_size=64), tmp_path / "log")
     server.start()
     target = Target("embedded", server.url, models["a"])
-    running = long_request(target)
-    target.wait_busy()
+    running = busy_request(target)
     waiting = long_request(target, rows=2)
     target.wait_for("num_waiting_reqs", 2)
     process = server._process
