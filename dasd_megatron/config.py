@@ -870,6 +870,8 @@ def _value(config: Config, name: str) -> Any:
 
 def validate(config: Config) -> None:
     """Refuse values out of range and fields that contradict each other, without a look at the disk; see :class:`ConfigError`."""
+    if config.model.path == "":
+        raise ConfigError("model.path is required with model=hf: give a Hugging Face directory or a Megatron checkpoint")
     for name, choices in _CHOICES.items():
         if _value(config, name) not in choices:
             raise ConfigError(f"{name}={_value(config, name)}: write one of {', '.join(choices)}")
@@ -1014,7 +1016,6 @@ def validate(config: Config) -> None:
     if (
         config.model.path is None
         and not config.model.architecture
-        and not evaluation.benchmarks
         and config.model.tiny.max_position_embeddings < rollout.max_prompt_tokens + rollout.max_new_tokens
     ):
         raise ConfigError(

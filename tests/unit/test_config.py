@@ -97,6 +97,7 @@ REFUSED = [
     (["rollout=sglang_cpu", "rollout.sglang.arguments=[--api-key,secret]"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
     (["rollout=sglang_cpu", "rollout.sglang.arguments=['--admin-api-key=secret']"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
     (["run.readable_by=everybody"], ["run.readable_by", "owner"]),
+    (["model=hf"], ["model.path is required"]),
     (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
     (["rollout=external", "rollout.nodes=a"], ["rollout.port=0", "rollout.port=30000"]),
     (["rollout=external", "rollout.nodes=a", "rollout.port=65530", "rollout.servers_per_node=7"], ["rollout.port=65530", "7 ports"]),
