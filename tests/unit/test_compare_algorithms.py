@@ -8,6 +8,7 @@ import random
 import secrets
 import statistics
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -73,7 +74,10 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
     }
     # Not complete, and not compared.
     (runs / "countdown" / "rlsd" / "seed1").mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(runs), "--only-results", "--output", str(tmp_path / "out")])
+    # Nor one that is not asked for.
+    write_run(runs / "countdown" / "grpo" / "seed3", draw)
+    chosen = ["--seeds", "10", "1", "2", "--only-results", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(runs), *chosen])
     compare.main()
     text = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "rlsd" not in text and "## chain_sum" not in text and "Avg@16 40.0%, Pass@16 90.0%" in text
@@ -86,6 +90,23 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
         assert f"| {method} | 3 | {statistics.mean(values):.2f}% ± {statistics.stdev(values):.2f} |" in text
     assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())["countdown"]["grpo"]) == ["1", "10", "2"]
     ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())
+
+
+def test_a_run_that_fails_lets_no_other_begin(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def train(folder: Path, *_: str) -> float:
+        if folder.name.startswith("seed"):
+            begun.append(folder)
+            time.sleep(0.05)
+            if len(begun) == 3:
+                raise SystemExit("no more memory")
+        return 1.0
+
+    monkeypatch.setattr(compare, "train", train)
+    with pytest.raises(SystemExit, match="no more memory"):
+        compare.run_all(tmp_path, ["countdown"], list(compare.METHODS), [1, 2, 3], 1)
+    assert len(begun) <= 4
 
 
 def test_the_published_page_is_made_of_the_published_numbers(compare: ModuleType) -> None:
