@@ -595,6 +595,19 @@ def busy_request(target, **kwargs):
     raise AssertionError("no request was seen running")
 
 
+def request_behind(target, rows):
+    """A long request that is being worked on, and one of so many rows that waits for it."""
+    for _ in range(5):
+        running = busy_request(target)
+        waiting = long_request(target, rows=rows)
+        while not running.future.done():
+            if target.load("num_waiting_reqs") == rows:
+                return running, waiting
+            time.sleep(0.01)
+        running.answer(), waiting.answer()
+    raise AssertionError("no request was seen waiting")
+
+
 def test_abort_by_id(target):
     # SGLang aborts every request whose id begins so.
     running = busy_request(target, rid=[f"row-{i:02}" for i in range(64)])
@@ -607,9 +620,7 @@ def test_abort_by_id(target):
 
 
 def test_abort_all_ends_what_runs_and_what_waits(target):
-    running = busy_request(target)
-    waiting = long_request(target, rows=3)
-    target.wait_for("num_waiting_reqs", 3)
+    running, waiting = request_behind(target, 3)
     target.post("/abort_request", {"abort_all": True})
     for answer in running.answer() + waiting.answer():
         meta = answer["meta_info"]
@@ -746,9 +757,7 @@ def test_a_refused_update_leaves_the_served_weights_alone(embedded_target, model
 
 
 def test_an_update_waits_for_running_requests_and_passes_no_one(embedded, models):
-    running = busy_request(embedded)
-    queued = long_request(embedded, rows=2)
-    embedded.wait_for("num_waiting_reqs", 2)
+    running, queued = request_behind(embedded, 2)
     assert embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code == 200
     assert running.future.done()
     assert {a["meta_info"]["weight_version"] for a in running.answer() + queued.answer()} == {"v1"}
@@ -1152,9 +1161,7 @@ def test_requests_in_flight_at_shutdown_are_answered(models, tmp_path):
     server = LocalServer(models["a"], "v1", rollout(max_batch_size=64), tmp_path / "log")
     server.start()
     target = Target("embedded", server.url, models["a"])
-    running = busy_request(target)
-    waiting = long_request(target, rows=2)
-    target.wait_for("num_waiting_reqs", 2)
+    running, waiting = request_behind(target, 2)
     process = server._process
     stopper = threading.Thread(target=server.stop)
     stopper.start()
