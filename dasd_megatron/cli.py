@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dasd_megatron import stopping
-from dasd_megatron.config import Config, ConfigError, known_fields, load_config
+from dasd_megatron.config import UMASKS, Config, ConfigError, known_fields, load_config
 
 _USAGE = """usage: dasd COMMAND ...
 
@@ -63,7 +63,7 @@ def _configuration(arguments: list[str]) -> Config:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.overrides, options.config_dir)
     # Of this process and of all that it starts: workers, servers and graders.
-    os.umask({"owner": 0o077, "group": 0o027, "all": 0o022}[config.run.readable_by])
+    os.umask(UMASKS[config.run.readable_by])
     return config
 
 

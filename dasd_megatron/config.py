@@ -687,8 +687,11 @@ def _explain_hydra(error: Exception) -> str:
     return " ".join(text.split())
 
 
+UMASKS = {"owner": 0o077, "group": 0o027, "all": 0o022}
+"""What ``run.readable_by`` takes away from the permissions of new files."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "run.readable_by": ("owner", "group", "all"),
+    "run.readable_by": tuple(UMASKS),
     "backend.kind": ("cpu", "cuda"),
     "backend.transformer_impl": ("auto", "transformer_engine", "local"),
     "precision.params_dtype": ("fp32", "bf16"),

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, DataSourceConfig, first_line, read_config, save_config, stage_layers
+from dasd_megatron.config import UMASKS, Config, ConfigError, DataSourceConfig, first_line, read_config, save_config, stage_layers
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
@@ -140,7 +140,7 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
             raise PermissionError("not writable")
         if config.run.readable_by != "owner":
             # Whoever made it may have kept it to himself.
-            os.chmod(root, stat.S_IMODE(root.stat().st_mode) | (0o750 if config.run.readable_by == "group" else 0o755))
+            os.chmod(root, stat.S_IMODE(root.stat().st_mode) | (0o777 & ~UMASKS[config.run.readable_by]))
     except OSError as error:
         raise ConfigError(f"run.dir={root} cannot be written ({error.strerror or error}): give a directory you can write to") from error
     _claim(root)
