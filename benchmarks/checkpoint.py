@@ -1,12 +1,13 @@
-"""How long a checkpoint takes, and how long training stands still for it: written while training waits, and in the background.
+"""How long a checkpoint takes, and how long training stands still for it: written while training waits, and in the
+background.
 
     python benchmarks/checkpoint.py                  # SmolLM2-135M's sizes with random weights, one process
     python benchmarks/checkpoint.py --layers 2       # a quick look
 
-The trainer has taken one optimizer step and computes (matrix products on one thread) while a checkpoint is written; its length is from the
-call to the rename. ``slower`` is by how much the same products took longer beside the writing process than alone. Medians of ``--rounds``
-after three that are not counted: what does not change from one checkpoint to the next is worked out in these. Writes
-``benchmarks/results/checkpoint.json``.
+The trainer has taken one optimizer step and computes (matrix products on one thread) while a checkpoint is written; its
+length is from the call to the rename. ``slower`` is by how much the same products took longer beside the writing
+process than alone. Medians of ``--rounds`` after three that are not counted: what does not change from one checkpoint
+to the next is worked out in these. Writes ``benchmarks/results/checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main() -> None:
     if not environment.items() <= os.environ.items():
         # As the launcher starts a trainer: the C library reads them before Python runs.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29678"})
+    os.environ.update(
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29678"}
+    )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         config = make_model(options.layers, Path(folder))
         backend.select(config.backend)
@@ -60,7 +63,10 @@ def make_model(layers: int, folder: Path) -> Config:
 
     from dasd_megatron.models.tiny import character_tokenizer
 
-    sizes = dict(load_config(["experiment=quickstart", "model=smollm2_135m", "model.path=/"]).model.architecture, num_hidden_layers=layers)
+    sizes = dict(
+        load_config(["experiment=quickstart", "model=smollm2_135m", "model.path=/"]).model.architecture,
+        num_hidden_layers=layers,
+    )
     sizes.pop("model_type")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "model")
@@ -94,7 +100,9 @@ def measure(config: Config, rounds: int, folder: Path) -> dict:
     for name, background in (("training waits", False), ("in the background", True)):
         settings = dataclasses.replace(config.checkpoint, async_save=background, keep_last=1)
         found = []
-        with CheckpointSaver(folder, settings, model, optimizer, None, template_dir=folder / "model", timeout_seconds=600) as saver:
+        with CheckpointSaver(
+            folder, settings, model, optimizer, None, template_dir=folder / "model", timeout_seconds=600
+        ) as saver:
             for _ in range(_UNCOUNTED + rounds):
                 step += 1
                 started, stalled = time.perf_counter(), saver.stalled

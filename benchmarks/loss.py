@@ -3,12 +3,15 @@
     python benchmarks/loss.py              # both parts; about 20 minutes on two cores
     python benchmarks/loss.py --parts 1    # one of them; what the results file has of the other stays
 
-Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against Megatron-Core's
-``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states: ``linear_token_stats`` against the
+Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against
+Megatron-Core's ``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states:
+``linear_token_stats`` against the
 matrix product followed by ``vocab_parallel_token_stats``, one process, all cores.
 
-Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs, measured in processes
-of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the clock.
+Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs,
+measured in processes
+of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the
+clock.
 
 Writes ``benchmarks/results/loss.json`` unless told otherwise.
 """
@@ -40,7 +43,9 @@ BASELINE = "Megatron cross-entropy"
 Prepare = Callable[[], Callable[[], None]]
 
 
-def naive_statistics(logits: torch.Tensor, teacher: torch.Tensor, owned: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+def naive_statistics(
+    logits: torch.Tensor, teacher: torch.Tensor, owned: torch.Tensor, local: torch.Tensor
+) -> torch.Tensor:
     """Sum of log-prob, entropy and reverse KL as one would write them down, differentiated by autograd."""
 
     def log_softmax(values: torch.Tensor) -> torch.Tensor:
@@ -106,7 +111,8 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
 
 
 def measure(variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[float]], list[float]]) -> dict[str, Any]:
-    """Per variant the [wall, CPU] seconds of each alternated round; with ``rounds`` 0 instead the peak memory of one call."""
+    """Per variant the [wall, CPU] seconds of each alternated round; with ``rounds`` 0 instead the peak memory of one
+    call."""
     if rounds == 0:
         return {name: peak_bytes(prepare()) for name, prepare in variants.items()}
     seconds: dict[str, list[list[float]]] = {name: [] for name in variants}
@@ -123,8 +129,11 @@ def measure(variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[f
     return seconds
 
 
-def in_processes(worker: Callable[..., None], count: int, arguments: tuple[Any, ...], rounds: int, scratch: Path) -> dict[str, Any]:
-    """Run ``worker(rank, port, *arguments, rounds, path)`` in fresh processes twice, for memory and for time; rank 0 writes its result."""
+def in_processes(
+    worker: Callable[..., None], count: int, arguments: tuple[Any, ...], rounds: int, scratch: Path
+) -> dict[str, Any]:
+    """Run ``worker(rank, port, *arguments, rounds, path)`` in fresh processes twice, for memory and for time; rank 0
+    writes its result."""
     results = {}
     for name, number in (("peaks", 0), ("seconds", rounds)):
         probe = dist.TCPStore("127.0.0.1", 0, 1, True)
@@ -160,7 +169,10 @@ def _worker(rank: int, port: int, tokens: int, vocab_size: int, rounds: int, out
 
 def measure_vocab_parallel(tokens: int, vocab_size: int, rounds: int, output: Path) -> dict[str, Any]:
     measured = in_processes(_worker, WORLD_SIZE, (tokens, vocab_size), rounds, output.with_suffix(".part"))
-    print(f"\nT={tokens} V={vocab_size} float32, TP={WORLD_SIZE} gloo, one thread each, median of {rounds} alternated rounds")
+    print(
+        f"\nT={tokens} V={vocab_size} float32, TP={WORLD_SIZE} gloo, one thread each, median of {rounds} alternated "
+        "rounds"
+    )
     return table(measured, BASELINE, "local logits", tokens * vocab_size // WORLD_SIZE * 4)
 
 
@@ -195,7 +207,10 @@ def _linear_worker(_: int, port: int, tokens: int, vocab_size: int, hidden_size:
 
 def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int, output: Path) -> dict[str, Any]:
     measured = in_processes(_linear_worker, 1, (tokens, vocab_size, hidden_size), rounds, output.with_suffix(".part"))
-    print(f"\nT={tokens} V={vocab_size} h={hidden_size} float32, {os.cpu_count()} threads, median of {rounds} alternated rounds")
+    print(
+        f"\nT={tokens} V={vocab_size} h={hidden_size} float32, {os.cpu_count()} threads, median of {rounds} "
+        "alternated rounds"
+    )
     return table(measured, "materialised logits", "materialised peak", measured["peaks"]["materialised logits"])
 
 
@@ -234,7 +249,9 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024, help="hidden size of part 2 (default: 1024)")
     parser.add_argument("--vocab-size", type=int, default=151_936, help="vocabulary; a multiple of 2 (default: 151936)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
-    parser.add_argument("--parts", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="parts to run (default: both)")
+    parser.add_argument(
+        "--parts", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="parts to run (default: both)"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loss.json")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -246,8 +263,14 @@ def main() -> None:
             else measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds, args.output)
         )
         settings = {"vocab_size": args.vocab_size, "rounds": args.rounds, "dtype": "float32"}
-        settings |= {"tokens": args.tokens} if part == 1 else {"tokens": args.linear_tokens, "hidden_size": args.hidden_size}
-        results["vocab_parallel" if part == 1 else "linear"] = {"machine": describe(), "settings": settings, "variants": measured}
+        settings |= (
+            {"tokens": args.tokens} if part == 1 else {"tokens": args.linear_tokens, "hidden_size": args.hidden_size}
+        )
+        results["vocab_parallel" if part == 1 else "linear"] = {
+            "machine": describe(),
+            "settings": settings,
+            "variants": measured,
+        }
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 

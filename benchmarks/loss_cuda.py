@@ -1,10 +1,12 @@
-"""The token statistics on a GPU: kernels against the speed of a copy, and from hidden states against PyTorch and the bare matrix product.
+"""The token statistics on a GPU: kernels against the speed of a copy, and from hidden states against PyTorch and the
+bare matrix product.
 
     python benchmarks/loss_cuda.py             # needs one CUDA device, Triton, and 30 GiB of its memory
 
-Part 1, V=151,936, T=8192, bfloat16, one process: bytes that the forward and the backward kernel have to move, per second, as a share of
-what a device-to-device copy of the same logits reaches in the same run. Part 2, h=4096: ``linear_token_stats`` against materialised logits
-with PyTorch's cross-entropy and entropy, and against its matrix products alone. Medians of alternated rounds, by CUDA events.
+Part 1, V=151,936, T=8192, bfloat16, one process: bytes that the forward and the backward kernel have to move, per
+second, as a share of what a device-to-device copy of the same logits reaches in the same run. Part 2, h=4096:
+``linear_token_stats`` against materialised logits with PyTorch's cross-entropy and entropy, and against its matrix
+products alone. Medians of alternated rounds, by CUDA events.
 
 Writes ``benchmarks/results/loss_cuda_<device>.json`` unless told otherwise.
 """
@@ -66,7 +68,9 @@ def measure_kernels(tokens: int, vocab_size: int, rounds: int) -> dict[str, Any]
         reads = 1 if divergence is None else 2
         leaf = logits.detach().requires_grad_()
         stats = vocab_parallel_token_stats(leaf, targets, **extra)
-        loss = stats.log_prob.sum() + 0.1 * stats.entropy.sum() + (0.0 if divergence is None else stats.divergence.sum())
+        loss = (
+            stats.log_prob.sum() + 0.1 * stats.entropy.sum() + (0.0 if divergence is None else stats.divergence.sum())
+        )
 
         def forward(extra: dict[str, Any] = extra) -> None:
             vocab_parallel_token_stats(logits, targets, **extra)
@@ -84,12 +88,19 @@ def measure_kernels(tokens: int, vocab_size: int, rounds: int) -> dict[str, Any]
     print(f"{'':32}{'ms':>10}{'GB/s':>10}{'of a copy':>11}")
     for name in calls:
         print(f"{name:32}{times[name]:10.3f}{bandwidth[name]:10.0f}{bandwidth[name] / bandwidth['copy']:11.1%}")
-    return {name: {"ms": times[name], "gb_per_s": bandwidth[name], "of_copy": bandwidth[name] / bandwidth["copy"]} for name in calls}
+    return {
+        name: {"ms": times[name], "gb_per_s": bandwidth[name], "of_copy": bandwidth[name] / bandwidth["copy"]}
+        for name in calls
+    }
 
 
 def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int) -> dict[str, Any]:
     hidden = torch.randn(tokens, hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    weight = torch.randn(vocab_size, hidden_size, device="cuda", dtype=torch.bfloat16).mul_(hidden_size**-0.5).requires_grad_()
+    weight = (
+        torch.randn(vocab_size, hidden_size, device="cuda", dtype=torch.bfloat16)
+        .mul_(hidden_size**-0.5)
+        .requires_grad_()
+    )
     targets = torch.randint(0, vocab_size, (tokens,), device="cuda")
 
     def pytorch() -> None:
@@ -98,7 +109,11 @@ def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int) 
         torch.autograd.grad(log_prob.sum() + 0.1 * entropy.sum(), (hidden, weight))
 
     def stats(fused: bool) -> None:
-        found = linear_token_stats(hidden, weight, targets) if fused else vocab_parallel_token_stats(hidden @ weight.t(), targets)
+        found = (
+            linear_token_stats(hidden, weight, targets)
+            if fused
+            else vocab_parallel_token_stats(hidden @ weight.t(), targets)
+        )
         torch.autograd.grad(found.log_prob.sum() + 0.1 * found.entropy.sum(), (hidden, weight))
 
     @torch.no_grad()

@@ -32,7 +32,8 @@ def describe() -> dict[str, Any]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most resident memory that ``call`` had beyond what was resident before it. Linux only: it resets the process's high-water mark."""
+    """Most resident memory that ``call`` had beyond what was resident before it. Linux only: it resets the process's
+    high-water mark."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()

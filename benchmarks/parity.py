@@ -3,12 +3,13 @@
     python benchmarks/parity.py                            # every layout, objective and dropout check
     python benchmarks/parity.py --only dp2 --only packing  # some layouts
 
-A model of eight layers with random weights takes three training steps of two updates (scoring of student, teacher and starting model,
-routing, optimizer) on rollouts that were drawn once, by the trainer's own step. Then its weights are exported, and every token of the first
-step is scored once more. Differences are maxima over the steps, tokens or weights, float32. Dropout is compared in supervised updates,
-which are the ones that can have it.
+A model of eight layers with random weights takes three training steps of two updates (scoring of student, teacher and
+starting model, routing, optimizer) on rollouts that were drawn once, by the trainer's own step. Then its weights are
+exported, and every token of the first step is scored once more. Differences are maxima over the steps, tokens or
+weights, float32. Dropout is compared in supervised updates, which are the ones that can have it.
 
-The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json`` unless told
+The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json``
+unless told
 otherwise; with ``--only``, what stands there of other layouts stays if seed and versions are the same.
 """
 
@@ -36,7 +37,9 @@ from dasd_megatron.config import Config, TinyModelConfig, load_config
 
 STEPS = 3
 GROUPS, SAMPLES = 4, 4
-ARCHITECTURE = TinyModelConfig(hidden_size=32, num_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48)
+ARCHITECTURE = TinyModelConfig(
+    hidden_size=32, num_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48
+)
 COMMON = [
     "experiment=quickstart",
     "parallel=single",
@@ -49,8 +52,8 @@ COMMON = [
     "loss.kl_coef=0.1",
     "loss.dual_clip=3.0",
     "teacher.weights=ema",
-    # Rounding must not grow into a difference: with a tiny epsilon Adam's first step is the sign of each gradient, which rounding decides
-    # where a gradient is nearly zero.
+    # Rounding must not grow into a difference: with a tiny epsilon Adam's first step is the sign of each gradient,
+    # which rounding decides where a gradient is nearly zero.
     "optimizer.lr=3e-4",
     "optimizer.min_lr=3e-4",
     "optimizer.warmup_steps=0",
@@ -104,8 +107,9 @@ DROPOUT: dict[str, tuple[list[str], list[str]]] = {
     "PP2, recompute full": ([PP2, "precision.recompute=full"], [PP2]),
 }
 CP2 = "parallel.context_parallel_size=2"
-# Context parallelism needs Transformer Engine's attention on GPUs. Here another one stands in for it, so that all the rest is compared:
-# sequences cut and padded, positions, statistics brought together, gradients and optimizer over ranks that share sequences.
+# Context parallelism needs Transformer Engine's attention on GPUs. Here another one stands in for it, so that all the
+# rest is compared: sequences cut and padded, positions, statistics brought together, gradients and optimizer over ranks
+# that share sequences.
 CONTEXT_LAYOUTS = {
     "CP2": [CP2],
     "CP2, packing": [CP2, *PACKING],
@@ -116,11 +120,19 @@ CONTEXT_LAYOUTS = {
 LAYOUTS |= {f"{name}, gathering attention": overrides for name, overrides in CONTEXT_LAYOUTS.items()}
 ALONE = "one process"
 METRICS = {"loss": "update/loss", "gradient norm": "update/grad_norm"}
-ROUTING = ("entropy/mean", "credit/delta_mean", "credit/omega_mean", "update/kl_to_start", "reward/std", "response/length_mean")
+ROUTING = (
+    "entropy/mean",
+    "credit/delta_mean",
+    "credit/omega_mean",
+    "update/kl_to_start",
+    "reward/std",
+    "response/length_mean",
+)
 
 
 def draw_rollouts(folder: Path, seed: int) -> None:
-    """A model whose tokens differ in certainty, and rollouts of every length for it, with rewards and masks by chance."""
+    """A model whose tokens differ in certainty, and rollouts of every length for it, with rewards and masks by
+    chance."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -161,7 +173,9 @@ def draw_rollouts(folder: Path, seed: int) -> None:
 
 def configure(folder: Path, *overrides: str) -> Config:
     others = [override for override in overrides if override != CP2]
-    config = load_config([*COMMON, "model=hf", f"model.path={folder / 'model'}", f"rollout.replay={folder / 'rollouts'}", *others])
+    config = load_config(
+        [*COMMON, "model=hf", f"model.path={folder / 'model'}", f"rollout.replay={folder / 'rollouts'}", *others]
+    )
     if len(others) < len(overrides):
         # Past the check that refuses it on the CPU.
         config.parallel.context_parallel_size = 2
@@ -198,7 +212,9 @@ def gathering_attention() -> type:
             if packed_seq_params is not None:
                 parts = [one[:, None] for one in parts]
             query, key, value = (one.permute(1, 2, 0, 3) for one in parts)
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=True)
+            context = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=True
+            )
             context = context.permute(2, 0, 1, 3).flatten(2)
             return context if packed_seq_params is None else context[:, 0]
 
@@ -232,14 +248,21 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
         rows = [train_step(trainer) for _ in range(STEPS)]
     samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
     batches = make_micro_batches(
-        [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples], **micro_batch_layout(config)
+        [sample.prompt_ids for sample in samples],
+        [sample.response_ids for sample in samples],
+        **micro_batch_layout(config),
     )
     scores = score(model, batches, config.loss, temperature=1.0)
-    return {"rows": rows, "scores": list(scores), "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)}}
+    return {
+        "rows": rows,
+        "scores": list(scores),
+        "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)},
+    }
 
 
 def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
-    """Three supervised updates that drop a fifth of the hidden states; weights that tensor-parallel ranks should share are compared."""
+    """Three supervised updates that drop a fifth of the hidden states; weights that tensor-parallel ranks should share
+    are compared."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -284,7 +307,9 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
     try:
         for index, (name, dropout, config) in enumerate(jobs):
             store = folder / f"store-{world_size}-{index}"
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
+            )
             parallel.split_world(config)
             gpt.CausalAttention = gathering_attention() if config.parallel.context_parallel_size > 1 else attention
             result = (train_with_dropout if dropout else train)(config, folder)
@@ -327,7 +352,8 @@ def fork_and_wait(arguments: list[tuple], target: Any = serve) -> None:
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
-    """What a layout's result differs from another's by: absolute, but for the gradient norm, and the weights' beside how far they moved."""
+    """What a layout's result differs from another's by: absolute, but for the gradient norm, and the weights' beside
+    how far they moved."""
     import torch
 
     assert found["weights"].keys() == expected["weights"].keys()
@@ -342,7 +368,9 @@ def difference(found: dict[str, Any], expected: dict[str, Any], start: dict[str,
         rows = zip(found["rows"], expected["rows"], strict=True)
         result["routing"] = max(abs(one[name] - other[name]) for one, other in rows for name in ROUTING)
     moved = {name: tensor - start[name] for name, tensor in expected["weights"].items()}
-    result["weights"] = max(float((found["weights"][name] - tensor).abs().max()) for name, tensor in expected["weights"].items())
+    result["weights"] = max(
+        float((found["weights"][name] - tensor).abs().max()) for name, tensor in expected["weights"].items()
+    )
     result["weights moved"] = max(float(tensor.abs().max()) for tensor in moved.values())
     assert all(torch.isfinite(tensor).all() for tensor in found["weights"].values())
     return result
@@ -380,12 +408,17 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for objective in OBJECTIVES:
             expected = load(f"{objective}/{ALONE}")
-            results[objective] = {name: difference(load(f"{objective}/{name}"), expected, start) for name in layouts[objective]}
+            results[objective] = {
+                name: difference(load(f"{objective}/{name}"), expected, start) for name in layouts[objective]
+            }
         results["dropout"] = {
-            name: difference(load(f"dropout/{name}"), load(f"dropout/={' '.join(other)}"), start) for name, (_, other) in compared.items()
+            name: difference(load(f"dropout/{name}"), load(f"dropout/={' '.join(other)}"), start)
+            for name, (_, other) in compared.items()
         }
         # What the comparisons would show if something else were computed.
-        results["controls"] = {"another objective": difference(load(f"distributional/{ALONE}"), load(f"sampled/{ALONE}"), start)}
+        results["controls"] = {
+            "another objective": difference(load(f"distributional/{ALONE}"), load(f"sampled/{ALONE}"), start)
+        }
         if compared:
             results["controls"]["another dropout"] = difference(load("dropout/another seed"), load("dropout/="), start)
     return results
@@ -399,14 +432,18 @@ def table(results: dict[str, Any]) -> str:
             continue
         columns = [column for column in next(iter(rows.values())) if all(column in row for row in rows.values())]
         parts.append(f"| {objective} | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-        parts += [f"| {name} | " + " | ".join(f"{row[column]:.1e}" for column in columns) + " |" for name, row in rows.items()]
+        parts += [
+            f"| {name} | " + " | ".join(f"{row[column]:.1e}" for column in columns) + " |" for name, row in rows.items()
+        ]
         parts.append("")
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Parallel layouts against one process.")
-    parser.add_argument("--only", action="append", default=[], metavar="LAYOUT", help=f"one of {', '.join([*LAYOUTS, 'dropout'])}")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="LAYOUT", help=f"one of {', '.join([*LAYOUTS, 'dropout'])}"
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parity.json")
     options = parser.parse_args()

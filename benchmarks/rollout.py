@@ -1,20 +1,23 @@
-"""Tokens a second of the rollout servers, as ratios to ``transformers.generate`` in the same run, and what the client alone costs.
+"""Tokens a second of the rollout servers, as ratios to ``transformers.generate`` in the same run, and what the client
+alone costs.
 
     python benchmarks/rollout.py --model models/smollm2      # both parts
     python benchmarks/rollout.py --parts client              # one of them; what the results file has of the other stays
     python benchmarks/rollout.py --quick --output out.json   # a tiny model and few rounds, to see that it works
 
-Part ``generation``: the same weights, dtype, threads, prompts and number of new tokens (the end of sequence is ignored) in every way:
-``transformers.generate`` on one batch in this process; the embedded server with all streams in one request, which is one batch whatever
-``rollout.deterministic`` says, and with the streams in several requests at once, which are merged unless it is set; real SGLang on the CPU.
-The servers return log-probs and ``generate`` does not. Seconds are from request to checked completions, reading the prompts included;
+Part ``generation``: the same weights, dtype, threads, prompts and number of new tokens (the end of sequence is ignored)
+in every way: ``transformers.generate`` on one batch in this process; the embedded server with all streams in one
+request, which is one batch whatever ``rollout.deterministic`` says, and with the streams in several requests at once,
+which are merged unless it is set; real SGLang on the CPU. The servers return log-probs and ``generate`` does not.
+Seconds are from request to checked completions, reading the prompts included;
 every round has prompts of its own, so that no prefix cache helps.
 
-Part ``client``: :class:`RolloutClient` against a server without a model (``canned_server.py``), in another process. Peers are bare
+Part ``client``: :class:`RolloutClient` against a server without a model (``canned_server.py``), in another process.
+Peers are bare
 HTTP clients with as many requests in flight, which do not look at what they get, and bare JSON parsers.
 
-Ways alternate, every other round in reverse. Figures are medians over the rounds with the least and the most; ratios are taken within each
-round. Writes ``benchmarks/results/rollout.json`` unless told otherwise.
+Ways alternate, every other round in reverse. Figures are medians over the rounds with the least and the most; ratios
+are taken within each round. Writes ``benchmarks/results/rollout.json`` unless told otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ Work = Callable[[], object]
 
 
 def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[str, Any]]:
-    """``units`` a second of each way: the median over the rounds, [least, most], and the median ratio to the first way."""
+    """``units`` a second of each way: the median over the rounds, [least, most], and the median ratio to the first
+    way."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):
@@ -68,7 +72,8 @@ def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[st
     }
 
 
-# ---- Generation ------------------------------------------------------------------------------------------------------------
+# ---- Generation
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Prompts:
@@ -88,7 +93,9 @@ class Prompts:
 def by_transformers(model: Any, prompts: torch.Tensor, new_tokens: int) -> None:
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0
+    )
     with torch.inference_mode():
         found = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
     assert found.shape == (prompts.shape[0], prompts.shape[1] + new_tokens), found.shape
@@ -112,8 +119,11 @@ def load_baseline(options: argparse.Namespace) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), local_files_only=True)
-    model.generation_config = transformers.GenerationConfig()  # what stands there, like an end of sequence, would come back
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), local_files_only=True
+    )
+    # what stands there, like an end of sequence, would come back
+    model.generation_config = transformers.GenerationConfig()
     return model.eval().requires_grad_(False)
 
 
@@ -129,7 +139,9 @@ def generation(options: argparse.Namespace) -> dict[str, Any]:
         request_timeout_seconds=240.0,
         max_retries=0,
     )
-    embedded = {deterministic: dataclasses.replace(config, deterministic=deterministic) for deterministic in (False, True)}
+    embedded = {
+        deterministic: dataclasses.replace(config, deterministic=deterministic) for deterministic in (False, True)
+    }
     cells: dict[str, dict[int, Any]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -137,7 +149,9 @@ def generation(options: argparse.Namespace) -> dict[str, Any]:
         def start(name: str, rollout: RolloutConfig) -> str:
             return stack.enter_context(LocalServer(options.model, "start", rollout, folder / f"{name}.log")).url
 
-        urls = {deterministic: start(f"embedded-{deterministic}", rollout) for deterministic, rollout in embedded.items()}
+        urls = {
+            deterministic: start(f"embedded-{deterministic}", rollout) for deterministic, rollout in embedded.items()
+        }
         servers = {"embedded, one request": (urls[False], 1)}
         if options.requests > 1:
             servers[f"embedded, {options.requests} requests, merged"] = (urls[False], options.requests)
@@ -145,11 +159,15 @@ def generation(options: argparse.Namespace) -> dict[str, Any]:
         if options.quick:
             print("SGLang is left out: --quick", file=sys.stderr)
         elif not options.sglang_python.is_file():
-            print(f"SGLang is left out: {options.sglang_python} is missing (make sglang-cpu builds it)", file=sys.stderr)
+            print(
+                f"SGLang is left out: {options.sglang_python} is missing (make sglang-cpu builds it)", file=sys.stderr
+            )
         else:
             room = max(4096, 2 * max(options.streams) * (options.prompt_tokens + options.new_tokens))
             settings = SGLangConfig(backend="cpu", python=str(options.sglang_python), max_total_tokens=room)
-            rollout = dataclasses.replace(config, engine="sglang", sglang=settings, deterministic=False, startup_timeout_seconds=240.0)
+            rollout = dataclasses.replace(
+                config, engine="sglang", sglang=settings, deterministic=False, startup_timeout_seconds=240.0
+            )
             servers["SGLang, one request"] = (start("sglang", rollout), 1)
         for streams in options.streams:
             prompts = Prompts(streams, options.prompt_tokens, model.config.vocab_size)
@@ -187,20 +205,30 @@ def generation_table(part: dict[str, Any]) -> str:
     for name, cells in part["tokens_per_second"].items():
         found = [cells.get(n) for n in streams]
         texts = [
-            "" if cell is None else f"{cell['rate']:,.1f} [{cell['spread'][0]:,.1f}, {cell['spread'][1]:,.1f}] ({cell['ratio']:.2f})"
+            ""
+            if cell is None
+            else f"{cell['rate']:,.1f} [{cell['spread'][0]:,.1f}, {cell['spread'][1]:,.1f}] ({cell['ratio']:.2f})"
             for cell in found
         ]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-# ---- Client ----------------------------------------------------------------------------------------------------------------
+# ---- Client
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def canned_server(rows: int, tokens: int) -> Iterator[str]:
     """The address of a server in another process that answers every request with ``rows`` rows of ``tokens`` tokens."""
-    command = [sys.executable, str(Path(__file__).with_name("canned_server.py")), "--rows", str(rows), "--tokens", str(tokens)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("canned_server.py")),
+        "--rows",
+        str(rows),
+        "--tokens",
+        str(tokens),
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process.stdout.readline().strip()
@@ -228,7 +256,9 @@ def by_bare_client(library: str, url: str, requests: int, tokens: int) -> None:
     import httpx
 
     params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": tokens, "sampling_seed": 1}
-    body = json.dumps({"input_ids": [list(range(tokens))], "sampling_params": [params], "return_logprob": True}).encode()
+    body = json.dumps(
+        {"input_ids": [list(range(tokens))], "sampling_params": [params], "return_logprob": True}
+    ).encode()
     headers = {"Content-Type": "application/json"}
     left = iter(range(requests))
 
@@ -283,7 +313,12 @@ def client(options: argparse.Namespace) -> dict[str, Any]:
         "reading": {"count": few, "rows": rows, "tokens": tokens, "in_flight": few, "bytes": len(body)},
         "rounds": options.rounds,
     }
-    return {"machine": describe(), "settings": settings, "requests_per_second": per_second, "tokens_per_second": tokens_per_second}
+    return {
+        "machine": describe(),
+        "settings": settings,
+        "requests_per_second": per_second,
+        "tokens_per_second": tokens_per_second,
+    }
 
 
 def client_table(part: dict[str, Any]) -> str:
@@ -306,12 +341,21 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64], help="sequences generated at once")
-    parser.add_argument("--requests", type=int, default=4, help="requests that the streams are spread over, in the ways with several")
+    parser.add_argument(
+        "--requests", type=int, default=4, help="requests that the streams are spread over, in the ways with several"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sglang-python", type=Path, default=ROOT / ".venv-sglang" / "bin" / "python", help="interpreter that has SGLang")
-    parser.add_argument("--quick", action="store_true", help="a tiny random model, few streams, tokens and rounds, no SGLang")
+    parser.add_argument(
+        "--sglang-python",
+        type=Path,
+        default=ROOT / ".venv-sglang" / "bin" / "python",
+        help="interpreter that has SGLang",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny random model, few streams, tokens and rounds, no SGLang"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "rollout.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,19 +1,23 @@
 """What a training step costs beside its model: phases of whole steps, and the update against a bare Megatron loop.
 
     python benchmarks/step.py loop experiment=quickstart evaluation=none run.steps=8 warm_start.steps=0
-    python benchmarks/step.py loop --config-dir examples/smollm2_arithmetic experiment=chain_sum evaluation=none run.steps=8
+    python benchmarks/step.py loop --config-dir examples/smollm2_arithmetic experiment=chain_sum evaluation=none
+    run.steps=8
     python benchmarks/step.py update --model models/smollm2 precision=bf16 backend.threads=2
-    python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise     # one GPU
+    python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise     #
+    one GPU
 
-``loop`` runs ``dasd train`` with these overrides and reports, as medians over the steps after the first two, the seconds of each phase and
-the share of a step spent outside rollouts and the model's forward and backward passes. ``--replay PROMPT,RESPONSE`` makes random rollouts
-of these lengths first and replays them, so that no server is needed.
+``loop`` runs ``dasd train`` with these overrides and reports, as medians over the steps after the first two, the
+seconds of each phase and the share of a step spent outside rollouts and the model's forward and backward passes.
+``--replay PROMPT,RESPONSE`` makes random rollouts of these lengths first and replays them, so that no server is needed.
 
-``update`` compares, in alternating rounds on the same micro-batches and the same model in one process, our policy update with a Megatron
-loop: the model's own cross-entropy on its logits, Megatron's schedule, the same optimizer. It says tokens per second, the share of the
-GPU's peak (``--peak`` TFLOP/s), peak memory, and for a GPU what ``dasd plan`` predicts.
+``update`` compares, in alternating rounds on the same micro-batches and the same model in one process, our policy
+update with a Megatron loop: the model's own cross-entropy on its logits, Megatron's schedule, the same optimizer. It
+says tokens per second, the share of the GPU's peak (``--peak`` TFLOP/s), peak memory, and for a GPU what ``dasd plan``
+predicts.
 
-``--preset`` writes a model of that preset's sizes with random weights. Results go to ``benchmarks/results/step_NAME.json`` with ``--name``.
+``--preset`` writes a model of that preset's sizes with random weights. Results go to
+``benchmarks/results/step_NAME.json`` with ``--name``.
 """
 
 from __future__ import annotations
@@ -60,7 +64,9 @@ def random_model(preset: str, path: Path, dtype: str) -> Path:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(hf_config, torch_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+        model = AutoModelForCausalLM.from_config(
+            hf_config, torch_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        )
     model.save_pretrained(path)
     character_tokenizer().save_pretrained(path)
     return path
@@ -130,7 +136,9 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     overrides = [*options.overrides, f"run.dir={scratch / 'run'}"]
     path = (
-        random_model(options.preset, scratch / "model", load_config(options.overrides, options.config_dir).precision.params_dtype)
+        random_model(
+            options.preset, scratch / "model", load_config(options.overrides, options.config_dir).precision.params_dtype
+        )
         if options.preset
         else None
     )
@@ -145,9 +153,17 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         vocab_size = read_hf_config(config.model.path).vocab_size if config.model.path else 90
         random_rollouts(scratch / "rollouts", config, *map(int, options.replay.split(",")), vocab_size=vocab_size)
     prepare_run(config, scratch / "run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.parallel.world_size}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={config.parallel.world_size}",
+    ]
     environment = {**os.environ, **backend.process_environment(config.backend)}
-    subprocess.run([*command, __file__, "worker", str(scratch / "run")], env=environment, check=True, timeout=options.timeout)
+    subprocess.run(
+        [*command, __file__, "worker", str(scratch / "run")], env=environment, check=True, timeout=options.timeout
+    )
     rows = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()][2:]
     seconds = {name: statistics.median(row.get(f"seconds/{name}", 0.0) for row in rows) for name in (*PHASES, "model")}
     whole = [row["seconds/total"] + row["seconds/sync"] + row["seconds/checkpoint"] for row in rows]
@@ -167,12 +183,16 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for name in PHASES:
         print(f"| {name} | {seconds[name]:.3f} |")
     print(f"| forward and backward, in score and update | {seconds['model']:.3f} |")
-    print(f"outside rollouts and model: {record['share_outside_model_and_rollouts']:.1%} ({min(outside):.1%} to {max(outside):.1%})")
+    print(
+        f"outside rollouts and model: {record['share_outside_model_and_rollouts']:.1%} ({min(outside):.1%} to "
+        f"{max(outside):.1%})"
+    )
     return record
 
 
 def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
-    """Floating-point operations of one pass over sequences of these lengths: two for each parameter of a matrix and token, and the
+    """Floating-point operations of one pass over sequences of these lengths: two for each parameter of a matrix and
+    token, and the
     products of causal attention; three times that with the backward pass."""
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     query, key = head_dim * hf_config.num_attention_heads, head_dim * hf_config.num_key_value_heads
@@ -201,7 +221,11 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     cuda = config.backend.kind == "cuda"
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    path = random_model(options.preset, scratch / "model", config.precision.params_dtype) if options.preset else options.model
+    path = (
+        random_model(options.preset, scratch / "model", config.precision.params_dtype)
+        if options.preset
+        else options.model
+    )
     parallel.initialize(config)
     model = build_model(config, path)
     optimizer = build_optimizer(config.optimizer, model, steps=10_000, updates_per_step=1)
@@ -211,7 +235,9 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
     count = config.batch.groups * config.batch.samples_per_group
     prompts = [[draw.randrange(model.vocab_size) for _ in range(prompt)] for _ in range(count)]
-    responses = [[draw.randrange(model.vocab_size) for _ in range(draw.randint(response // 2, response))] for _ in range(count)]
+    responses = [
+        [draw.randrange(model.vocab_size) for _ in range(draw.randint(response // 2, response))] for _ in range(count)
+    ]
     batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
     lengths = [prompt + len(one) - 1 for one in responses]
     tokens = sum(lengths)
@@ -241,7 +267,9 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        def loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        def loss(
+            mask: torch.Tensor, output: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
             total = (output.float() * mask).sum()
             return total, mask.sum().int(), {"loss": total.detach()}
 
@@ -269,9 +297,16 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             loss = output.float().sum()
             return loss, torch.tensor(1, dtype=torch.int, device=device), loss.detach()
 
-        _run_schedule(model, batches, last_stage, micro_batch_size=max(len(b.tokens) for b in batches), forward_only=False)
+        _run_schedule(
+            model, batches, last_stage, micro_batch_size=max(len(b.tokens) for b in batches), forward_only=False
+        )
 
-    calls = {"ours": ours, "bare Megatron": bare, "scoring": scoring, "layers, forward and backward": forward_and_backward_alone}
+    calls = {
+        "ours": ours,
+        "bare Megatron": bare,
+        "scoring": scoring,
+        "layers, forward and backward": forward_and_backward_alone,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     peaks: dict[str, int] = {}
     for round_index in range(options.rounds + 1):
@@ -310,7 +345,9 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         }
         cells = f"| {name} | {median:.3f} | {tokens / median:,.0f} |"
         if cuda:
-            entry["share_of_peak"] = operations(hf_config, lengths, backward=name != "scoring") / median / (options.peak * 1e12)
+            entry["share_of_peak"] = (
+                operations(hf_config, lengths, backward=name != "scoring") / median / (options.peak * 1e12)
+            )
             entry["peak_bytes"] = peaks[name]
             cells += f" {entry['share_of_peak']:.1%} | {peaks[name] / 1e9:.2f} |"
         record[name] = entry
@@ -322,7 +359,10 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         # The reserve of a plan is for what torch does not allocate.
         record["planned_bytes"] = plan.fullest.total - OVERHEAD_BYTES
         record["allocated_before_step"] = torch.cuda.memory_allocated()
-        print(f"peak of our update: {peaks['ours'] / 1e9:.2f} GB; dasd plan, without its reserve: {record['planned_bytes'] / 1e9:.2f} GB")
+        print(
+            f"peak of our update: {peaks['ours'] / 1e9:.2f} GB; dasd plan, without its reserve: "
+            f"{record['planned_bytes'] / 1e9:.2f} GB"
+        )
         record["kernels"] = backend.current().kernels(config.backend.transformer_impl)
     torch.distributed.destroy_process_group()
     return record
@@ -338,9 +378,13 @@ def main() -> None:
     parser.add_argument("--config-dir", type=Path, help="a directory of further groups, as for dasd train")
     parser.add_argument("--model", type=Path, help="Hugging Face directory")
     parser.add_argument("--preset", help="a model group, like qwen3_0.6b, with random weights")
-    parser.add_argument("--replay", metavar="PROMPT,RESPONSE", help="loop only: random rollouts of these lengths, tokens")
+    parser.add_argument(
+        "--replay", metavar="PROMPT,RESPONSE", help="loop only: random rollouts of these lengths, tokens"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="update only")
-    parser.add_argument("--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the GPU (default: an H100 SXM)")
+    parser.add_argument(
+        "--peak", type=float, default=989.0, help="dense bf16 TFLOP/s of the GPU (default: an H100 SXM)"
+    )
     parser.add_argument("--timeout", type=float, default=1800.0, help="limit of the run of loop, seconds")
     parser.add_argument("--name", help="write benchmarks/results/step_NAME.json")
     options = parser.parse_intermixed_args()

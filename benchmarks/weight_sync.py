@@ -1,12 +1,12 @@
-"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group and out of shared memory with
-several bucket sizes, next to a bare gloo broadcast of the same bytes between two processes; and the memory that the trainer needs beyond
-its own, shared memory included.
+"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group and out of
+shared memory with several bucket sizes, next to a bare gloo broadcast of the same bytes between two processes; and the
+memory that the trainer needs beyond its own, shared memory included.
 
     python benchmarks/weight_sync.py --model models/smollm2                      # the embedded server
     python benchmarks/weight_sync.py --model models/smollm2 --engine sglang      # real SGLang on the CPU
 
-The model is whole in this process, in float32. Every figure is the median of ``--rounds`` syncs after one that is not counted. Writes
-``benchmarks/results/weight_sync_ENGINE.json``.
+The model is whole in this process, in float32. Every figure is the median of ``--rounds`` syncs after one that is not
+counted. Writes ``benchmarks/results/weight_sync_ENGINE.json``.
 """
 
 from __future__ import annotations
@@ -85,9 +85,18 @@ def main() -> None:
     output = options.output or Path(__file__).parent / "results" / f"weight_sync_{options.engine}.json"
     engine = ["rollout=sglang_cpu"] if options.engine == "sglang" else []
     config = load_config(
-        ["experiment=quickstart", "parallel=single", "backend.threads=1", f"model.path={options.model}", "rollout.threads=1", *engine]
+        [
+            "experiment=quickstart",
+            "parallel=single",
+            "backend.threads=1",
+            f"model.path={options.model}",
+            "rollout.threads=1",
+            *engine,
+        ]
     )
-    os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"})
+    os.environ.update(
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29677"}
+    )
     backend.select(config.backend)
     with tempfile.TemporaryDirectory() as folder:
         rows, size = measure(config, options, Path(folder))
@@ -95,7 +104,10 @@ def main() -> None:
     print("| way | seconds | GB/s | of a bare broadcast's time | extra memory, MB |\n|---|---|---|---|---|")
     for row in rows:
         memory = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
-        print(f"| {row['way']} | {row['seconds']:.2f} | {size / row['seconds'] / 1e9:.2f} | {row['ratio']:.2f} | {memory} |")
+        print(
+            f"| {row['way']} | {row['seconds']:.2f} | {size / row['seconds'] / 1e9:.2f} | {row['ratio']:.2f} | "
+            f"{memory} |"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": describe(), "engine": options.engine, "bytes": size, "rounds": options.rounds, "rows": rows}
     output.write_text(json.dumps(record, indent=2) + "\n")

@@ -31,7 +31,8 @@ commands:
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a traceback.
+    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a
+    traceback.
 
     A run that a signal has stopped has exit status 75, and one that the watch has stopped 76.
     """
@@ -105,7 +106,8 @@ def _check_port(config: Config) -> None:
             probe.bind((rollout.host, rollout.port))
         except OSError as error:
             raise ConfigError(
-                f"rollout.port={rollout.port} on {rollout.host} cannot be used ({error.strerror}): choose another, or 0 for any free one"
+                f"rollout.port={rollout.port} on {rollout.host} cannot be used ({error.strerror}): choose another, or "
+                "0 for any free one"
             ) from error
 
 
@@ -154,9 +156,13 @@ def _router(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from dasd_megatron.observability.report import write_report
 
-    parser = argparse.ArgumentParser(prog="dasd report", description="Write one HTML page about a run, or about several overlaid.")
+    parser = argparse.ArgumentParser(
+        prog="dasd report", description="Write one HTML page about a run, or about several overlaid."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs ./report.html")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs ./report.html"
+    )
     options = parser.parse_args(arguments)
     print(write_report(options.runs, options.output).absolute())
 
@@ -167,8 +173,20 @@ def _fields_help(command: str) -> str:
     lines = [f"  {name:<{width}}  {text}" for name, text in fields.items()]
     options = "  --config-dir DIR: a directory of your own groups, as DIR/experiment/NAME.yaml"
     if command == "train":
-        options += "\n  --dry-run: print what the run would do on a whole cluster; `dasd train --dry-run --help` lists its options"
-    return "\n".join([f"usage: dasd {command} [--config-dir DIR] [experiment=NAME] [field=value ...]", "", options, "", "fields:", *lines])
+        options += (
+            "\n  --dry-run: print what the run would do on a whole cluster; `dasd train --dry-run --help` lists its "
+            "options"
+        )
+    return "\n".join(
+        [
+            f"usage: dasd {command} [--config-dir DIR] [experiment=NAME] [field=value ...]",
+            "",
+            options,
+            "",
+            "fields:",
+            *lines,
+        ]
+    )
 
 
 COMMANDS = {

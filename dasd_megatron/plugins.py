@@ -10,7 +10,8 @@ from dasd_megatron.config import ConfigError, first_line
 
 
 class PluginError(RuntimeError):
-    """A function of the user's own failed, or gave what cannot be used. It would fail again: trying again is of no use."""
+    """A function of the user's own failed, or gave what cannot be used. It would fail again: trying again is of no
+    use."""
 
 
 def load_function(path: str | None, field: str) -> Callable[..., Any] | None:
@@ -30,8 +31,8 @@ def load_function(path: str | None, field: str) -> Callable[..., Any] | None:
     # A module runs its author's code when it is imported.
     except Exception as error:
         raise ConfigError(
-            f"{field}={path}: {type(error).__name__}: {first_line(error)}; write module:function, of a module that Python finds "
-            "(PYTHONPATH)"
+            f"{field}={path}: {type(error).__name__}: {first_line(error)}; write module:function, of a module that "
+            "Python finds (PYTHONPATH)"
         ) from error
     if not callable(function):
         raise ConfigError(f"{field}={path} is {function!r} and no function")

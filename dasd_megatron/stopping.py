@@ -1,9 +1,10 @@
 """How a run is asked to stop: which signals mean it, who hears of them, and what happens when it takes too long.
 
-``dasd train`` blocks the signals and has a thread that waits for them, so that its workers begin with them blocked and none is lost while
-they import. A worker calls :func:`listen` first and :func:`spread` once it has peers. From then on :func:`requested` is true on a rank that
-got a signal, and soon on global rank 0; whoever waits long asks it and raises :class:`StopRequested`, which
-:func:`~dasd_megatron.training.parallel.on_selected_rank` raises on every rank. Between steps the ranks agree by a collective.
+``dasd train`` blocks the signals and has a thread that waits for them, so that its workers begin with them blocked and
+none is lost while they import. A worker calls :func:`listen` first and :func:`spread` once it has peers. From then on
+:func:`requested` is true on a rank that got a signal, and soon on global rank 0; whoever waits long asks it and raises
+:class:`StopRequested`, which :func:`~dasd_megatron.training.parallel.on_selected_rank` raises on every rank. Between
+steps the ranks agree by a collective.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STATUS = os.EX_TEMPFAIL
 """75: the run has been saved and is to be started again with ``resume=auto``."""
 WATCH_EXIT_STATUS = 76
-"""The watch on training has stopped the run, which has been saved; somebody should look at it before it is started again."""
+"""The watch on training has stopped the run, which has been saved; somebody should look at it before it is started
+again."""
 
 # A job's signal reaches a worker twice: by itself, and forwarded by `dasd train`. Later ones mean impatience.
 REPEAT_SECONDS = 2.0
@@ -70,8 +72,8 @@ def listen(grace_seconds: float) -> None:
     os.set_blocking(_told, False)
     for one in SIGNALS:
         signal.signal(one, lambda *_: None)
-    # A handler in Python runs between two of the main thread's instructions, so not while that waits in a collective. The descriptor is
-    # written at once.
+    # A handler in Python runs between two of the main thread's instructions, so not while that waits in a collective.
+    # The descriptor is written at once.
     signal.set_wakeup_fd(_told, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_react, args=(reader, grace_seconds), name="signals", daemon=True).start()
@@ -86,7 +88,11 @@ def _react(reader: int, grace_seconds: float) -> None:
     while True:
         signum = _next_signal(reader, max(0.0, began + grace_seconds - time.monotonic()))
         if signum is None:
-            print(f"dasd: not saved within checkpoint.grace_seconds={grace_seconds:g} of the signal", file=sys.stderr, flush=True)
+            print(
+                f"dasd: not saved within checkpoint.grace_seconds={grace_seconds:g} of the signal",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(EXIT_STATUS)
         if not is_repeat(signum, time.monotonic() - began):
             os._exit(128 + signum)
@@ -102,9 +108,11 @@ def _next_signal(reader: int, timeout: float | None) -> int | None:
 
 
 def spread(rank: int) -> Callable[[], None]:
-    """Let global rank 0, which waits for rollouts, know of signals that any rank gets. After the process group has been started.
+    """Let global rank 0, which waits for rollouts, know of signals that any rank gets. After the process group has been
+    started.
 
-    Returns what ends it, to be called before the process does: a thread inside the store would abort an interpreter that shuts down.
+    Returns what ends it, to be called before the process does: a thread inside the store would abort an interpreter
+    that shuts down.
     """
     from torch.distributed import PrefixStore, TCPStore
 

@@ -1,5 +1,5 @@
-"""Hook of ``mkdocs build``: the README as the first page, the reference of the configuration from its schema, and links to other files of
-the repository."""
+"""Hook of ``mkdocs build``: the README as the first page, the reference of the configuration from its schema, and links
+to other files of the repository."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     def uri(path: Path) -> str:
         if path == root / "README.md":
             return "index.md"
-        return str(path.relative_to(root / "docs") if path.is_relative_to(root / "docs") else Path("repository") / path.relative_to(root))
+        return str(
+            path.relative_to(root / "docs")
+            if path.is_relative_to(root / "docs")
+            else Path("repository") / path.relative_to(root)
+        )
 
     # Grows while pages name further files.
     for path in queue:
@@ -58,8 +62,10 @@ def configuration_reference() -> str:
     """Every field of the schema by section, with its type, default, limits and documentation."""
     lines = [
         "# Configuration", "",
-        "Every field, as `dasd train FIELD=VALUE ...` takes it. Groups like `model=qwen3_8b` or `experiment=dasd_32b` set many at once;",
-        "`dasd train --help` prints this list too. A default of `required` has to be given, by an experiment or on the command line.", "",
+        "Every field, as `dasd train FIELD=VALUE ...` takes it. Groups like `model=qwen3_8b` or "
+        "`experiment=dasd_32b` set many at once;",
+        "`dasd train --help` prints this list too. A default of `required` has to be given, by an experiment or on "
+        "the command line.", "",
     ]  # fmt: skip
     limits = field_limits()
 
@@ -73,11 +79,19 @@ def configuration_reference() -> str:
             name = prefix + field.name
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             rows.append(
-                f"| `{name}` | {_escape(field.type)} | {_default(default)} | {limits.get(name, '')} | {_escape(field.metadata['doc'])} |"
+                f"| `{name}` | {_escape(field.type)} | {_default(default)} | {limits.get(name, '')} | "
+                f"{_escape(field.metadata['doc'])} |"
             )
         if rows:
             lines.extend(
-                [f"## {prefix.rstrip('.') or 'top level'}", "", "| field | type | default | limits | |", "|---|---|---|---|---|", *rows, ""]
+                [
+                    f"## {prefix.rstrip('.') or 'top level'}",
+                    "",
+                    "| field | type | default | limits | |",
+                    "|---|---|---|---|---|",
+                    *rows,
+                    "",
+                ]
             )
         for field in inner:
             section(field.default_factory, f"{prefix}{field.name}.")

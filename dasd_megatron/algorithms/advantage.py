@@ -1,8 +1,9 @@
 """Advantages: the verifier's, relative to a group of rollouts, and the per-token advantage of each algorithm.
 
-The algorithms share every statistic and differ in the direction they give a token, so that a comparison changes nothing else:
-``dasd`` routes it by entropy, ``opsd`` pulls every token toward the teacher, ``reversed`` pushes every token away, ``grpo`` leaves the
-teacher out, and ``rlsd`` lets the teacher scale the verifier's advantage.
+The algorithms share every statistic and differ in the direction they give a token, so that a comparison changes nothing
+else:
+``dasd`` routes it by entropy, ``opsd`` pulls every token toward the teacher, ``reversed`` pushes every token away,
+``grpo`` leaves the teacher out, and ``rlsd`` lets the teacher scale the verifier's advantage.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dasd_megatron.algorithms.credit import GAP_LIMIT, Credit, RolloutStatistics, make_credit, output_dtype, rollout_statistics
+from dasd_megatron.algorithms.credit import (
+    GAP_LIMIT,
+    Credit,
+    RolloutStatistics,
+    make_credit,
+    output_dtype,
+    rollout_statistics,
+)
 
 _DIRECTIONS: dict[str, Callable[[RolloutStatistics], Tensor]] = {
     "dasd": lambda statistics: torch.tanh(statistics.routed),
@@ -33,9 +41,11 @@ def group_relative_advantage(
     normalize_std: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRPO's outcome advantage (arXiv:2402.03300): each reward minus its group's mean, divided by the group's standard deviation.
+    """GRPO's outcome advantage (arXiv:2402.03300): each reward minus its group's mean, divided by the group's standard
+    deviation.
 
-    The paper writes ``std`` and no more; this is the sample standard deviation (n - 1), which the public GRPO trainers use, plus ``eps``.
+    The paper writes ``std`` and no more; this is the sample standard deviation (n - 1), which the public GRPO trainers
+    use, plus ``eps``.
 
     Args:
         rewards: ``[B]`` one reward per rollout.
@@ -45,9 +55,11 @@ def group_relative_advantage(
         eps: added to the standard deviation.
 
     Returns:
-        ``[B]`` float32 (float64 for float64 rewards). Exactly 0 throughout a group whose rewards are all equal, a group of one included.
+        ``[B]`` float32 (float64 for float64 rewards). Exactly 0 throughout a group whose rewards are all equal, a group
+        of one included.
 
-    A group must be whole on this rank; no collectives. Raises ValueError on shapes that do not fit and on rewards that are not finite.
+    A group must be whole on this rank; no collectives. Raises ValueError on shapes that do not fit and on rewards that
+    are not finite.
     """
     if rewards.dim() != 1:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected [rollouts]")
@@ -55,11 +67,15 @@ def group_relative_advantage(
         raise ValueError("give either samples_per_group or group_ids, and not both")
     if samples_per_group is not None:
         if samples_per_group < 1 or rewards.numel() % samples_per_group:
-            raise ValueError(f"{rewards.numel()} rewards do not split into groups of samples_per_group={samples_per_group}")
+            raise ValueError(
+                f"{rewards.numel()} rewards do not split into groups of samples_per_group={samples_per_group}"
+            )
         group = torch.arange(rewards.numel(), device=rewards.device) // samples_per_group
     else:
         if group_ids.shape != rewards.shape or group_ids.is_floating_point():
-            raise ValueError(f"group_ids is {group_ids.dtype} {tuple(group_ids.shape)}; expected integers {tuple(rewards.shape)}")
+            raise ValueError(
+                f"group_ids is {group_ids.dtype} {tuple(group_ids.shape)}; expected integers {tuple(rewards.shape)}"
+            )
         group = torch.unique(group_ids, return_inverse=True)[1]
     if rewards.numel() == 0:
         return rewards.to(output_dtype(rewards))
@@ -69,7 +85,8 @@ def group_relative_advantage(
     zeros = values.new_zeros(int(group.max()) + 1)
     counts = zeros.index_add(0, group, torch.ones_like(values))
     centred = values - (zeros.index_add(0, group, values) / counts)[group]
-    # Equal rewards are told by their range: their mean may differ from them in the last digit, which a tiny std would blow up.
+    # Equal rewards are told by their range: their mean may differ from them in the last digit, which a tiny std would
+    # blow up.
     highest = zeros.scatter_reduce(0, group, values, "amax", include_self=False)
     spread = highest > zeros.scatter_reduce(0, group, values, "amin", include_self=False)
     if normalize_std:
@@ -95,42 +112,51 @@ def token_advantages(
     objective: str = "sampled",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
-    """Per-token advantage of an algorithm: ``verifier_weight * A + advantage_term``, with A the rollout's verifier advantage.
+    """Per-token advantage of an algorithm: ``verifier_weight * A + advantage_term``, with A the rollout's verifier
+    advantage.
 
-    ``dasd``, ``opsd``, ``reversed`` and ``grpo``: the term is ``beta * omega * delta_bar``, omega the direction (the entropy router, 1, -1,
-    0) times the gate; see :func:`~dasd_megatron.algorithms.credit.direction_adaptive_credit`. ``rlsd`` (arXiv:2604.03128, its token weight
-    without the warm-up that blends it with plain advantages): the token's advantage is
-    ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone decides the sign; its
+    ``dasd``, ``opsd``, ``reversed`` and ``grpo``: the term is ``beta * omega * delta_bar``, omega the direction (the
+    entropy router, 1, -1, 0) times the gate; see :func:`~dasd_megatron.algorithms.credit.direction_adaptive_credit`.
+    ``rlsd`` (arXiv:2604.03128, its token weight without the warm-up that blends it with plain advantages): the token's
+    advantage is
+    ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone decides the
+    sign; its
     omega is 0, and the term is what the weight changes.
 
-    Under the ``distributional`` objective the teacher acts through a divergence that the loss weights with omega, so the token's advantage
-    is the verifier's alone, and the term is 0.
+    Under the ``distributional`` objective the teacher acts through a divergence that the loss weights with omega, so
+    the token's advantage is the verifier's alone, and the term is 0.
 
     Args:
         name: one of :data:`ALGORITHMS`.
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
         entropy, delta: ``[N]`` packed response tokens, nats; lengths: ``[B]``.
-        verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip: the fields of the algorithm's configuration.
+        verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip: the fields of the algorithm's
+        configuration.
 
     Returns:
         advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient.
 
     Whole rollouts on this rank, no collectives; under context parallelism gather the tokens first
-    (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes or settings, and
-    NonFiniteTokenError on NaN.
+    (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes or
+    settings, and NonFiniteTokenError on NaN.
     """
     if name not in _DIRECTIONS:
         raise ValueError(f"algorithm {name!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
     if rewards_advantage.shape != lengths.shape:
         raise ValueError(
-            f"rewards_advantage has shape {tuple(rewards_advantage.shape)} and lengths {tuple(lengths.shape)}; one entry per rollout"
+            f"rewards_advantage has shape {tuple(rewards_advantage.shape)} and lengths {tuple(lengths.shape)}; one "
+            "entry per rollout"
         )
     if not 0.0 <= rlsd_clip < 1.0:
-        raise ValueError(f"rlsd_clip is {rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays")
+        raise ValueError(
+            f"rlsd_clip is {rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays"
+        )
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     dtype = output_dtype(entropy)
-    statistics = rollout_statistics(entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps)
+    statistics = rollout_statistics(
+        entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps
+    )
     credit = make_credit(statistics, _DIRECTIONS[name](statistics), beta=beta, gate=gate, dtype=dtype)
     verifier = verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
     if name == "rlsd":

@@ -1,7 +1,9 @@
-"""Direction-adaptive credit: per-rollout statistics of entropy and teacher gap, and from them each token's weight and direction.
+"""Direction-adaptive credit: per-rollout statistics of entropy and teacher gap, and from them each token's weight and
+direction.
 
-Source of the two formulas: arXiv:2605.22263. What the paper leaves open, and is our choice here: the side that ``rho`` counts from, the
-scale of the gap and its floor, and the treatment of the edge cases that :func:`direction_adaptive_credit` lists.
+Source of the two formulas: arXiv:2605.22263. What the paper leaves open, and is our choice here: the side that ``rho``
+counts from, the scale of the gap and its floor, and the treatment of the edge cases that
+:func:`direction_adaptive_credit` lists.
 """
 
 from __future__ import annotations
@@ -12,20 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# The gap of one token is held within this many nats, so that a token the teacher rules out (log q = -inf) stays a finite, bounded outlier.
+# The gap of one token is held within this many nats, so that a token the teacher rules out (log q = -inf) stays a
+# finite, bounded outlier.
 GAP_LIMIT = 20.0
 QUANTILE_SIDES = ("upper", "lower")
 
 
 class NonFiniteTokenError(ValueError):
-    """An entropy or a gap that is not a number: the logits behind it were not finite. The message names the token and its rollout."""
+    """An entropy or a gap that is not a number: the logits behind it were not finite. The message names the token and
+    its rollout."""
 
 
 class Credit(NamedTuple):
     """Credit of N packed tokens of B rollouts, without gradient; float32, float64 for float64 inputs."""
 
     omega: Tensor
-    """``[N]`` direction times reliability, in [-1, 1]: above 0 the token is pulled toward the teacher, below 0 pushed away."""
+    """``[N]`` direction times reliability, in [-1, 1]: above 0 the token is pulled toward the teacher, below 0 pushed
+    away."""
     delta_bar: Tensor
     """``[N]`` gap divided by its scale in the rollout, sign kept."""
     tau: Tensor
@@ -64,7 +69,8 @@ def direction_adaptive_credit(
 
     In each rollout, with H the entropy and delta the gap log q(y) - log p(y):
 
-        tau       quantile of H, linearly interpolated like ``torch.quantile``, at 1 - rho (``upper``: the most uncertain rho lie
+        tau       quantile of H, linearly interpolated like ``torch.quantile``, at 1 - rho (``upper``: the most
+        uncertain rho lie
                   beyond it and are pushed away) or at rho (``lower``: all but the most certain rho are pushed away)
         sigma     mean |H - mean H|
         delta_bar delta / max(mean |delta|, scale_floor, eps)
@@ -76,37 +82,43 @@ def direction_adaptive_credit(
         delta: ``[N]`` teacher's minus student's log-prob of the sampled token, nats.
         lengths: ``[B]`` integer tokens of each rollout, 0 allowed; their sum is N.
         rho: share of tokens beyond the threshold, 0 to 1.
-        scale_floor: least scale of the gap, nats. Where teacher and student agree all gaps are noise, and the floor keeps them small.
+        scale_floor: least scale of the gap, nats. Where teacher and student agree all gaps are noise, and the floor
+            keeps them small.
         eps: guard of both divisions, nats.
         gate: False leaves the sigmoid out.
 
     Returns:
         Credit. Nothing in it carries a gradient. Statistics are computed in float64.
 
-    Edge cases: a rollout of one token, or with equal entropies throughout, has sigma 0 and omega 0, so the teacher adds nothing. With all
-    gaps 0, delta_bar and the term are 0. An infinite gap counts as +-20 nats (:data:`GAP_LIMIT`, which also bounds finite gaps). An empty
-    rollout has tau = sigma = 0. N = 0 and B = 0 give empty tensors.
+    Edge cases: a rollout of one token, or with equal entropies throughout, has sigma 0 and omega 0, so the teacher adds
+    nothing. With all gaps 0, delta_bar and the term are 0. An infinite gap counts as +-20 nats (:data:`GAP_LIMIT`,
+    which also bounds finite gaps). An empty rollout has tau = sigma = 0. N = 0 and B = 0 give empty tensors.
 
-    Each rollout must be whole on this rank; :func:`context_parallel_credit` takes shards. No collectives, no loop over rollouts, one sort
-    of N keys; the checks read the lengths and one flag back from the device.
+    Each rollout must be whole on this rank; :func:`context_parallel_credit` takes shards. No collectives, no loop over
+    rollouts, one sort of N keys; the checks read the lengths and one flag back from the device.
 
     Raises:
         ValueError: shapes, dtypes, lengths or settings that do not fit.
         NonFiniteTokenError: an entropy that is NaN or infinite, or a gap that is NaN.
     """
-    statistics = rollout_statistics(entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps)
+    statistics = rollout_statistics(
+        entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps
+    )
     return make_credit(statistics, torch.tanh(statistics.routed), beta=beta, gate=gate, dtype=output_dtype(entropy))
 
 
 def rollout_statistics(
     entropy: Tensor, delta: Tensor, lengths: Tensor, *, rho: float, quantile_side: str, scale_floor: float, eps: float
 ) -> RolloutStatistics:
-    """The statistics that :func:`direction_adaptive_credit` describes, for every algorithm alike; same arguments and errors."""
+    """The statistics that :func:`direction_adaptive_credit` describes, for every algorithm alike; same arguments and
+    errors."""
     _check(entropy, delta, lengths, rho, quantile_side, scale_floor, eps)
     entropy = entropy.detach().double()
     delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
     lengths = lengths.to(entropy.device, torch.int64)
-    rollout = torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths, output_size=entropy.numel())
+    rollout = torch.repeat_interleave(
+        torch.arange(lengths.numel(), device=lengths.device), lengths, output_size=entropy.numel()
+    )
 
     tau = _quantile_per_rollout(entropy, rollout, lengths, 1.0 - rho if quantile_side == "upper" else rho)
     mean_entropy = _mean_per_rollout(entropy, lengths)
@@ -116,8 +128,11 @@ def rollout_statistics(
     return RolloutStatistics(rollout, delta / scale[rollout], tau, sigma, routed)
 
 
-def make_credit(statistics: RolloutStatistics, direction: Tensor, *, beta: float, gate: bool, dtype: torch.dtype) -> Credit:
-    """Credit from a direction per token ``[N]``: the one place where gate and beta come in, whichever algorithm sets the direction."""
+def make_credit(
+    statistics: RolloutStatistics, direction: Tensor, *, beta: float, gate: bool, dtype: torch.dtype
+) -> Credit:
+    """Credit from a direction per token ``[N]``: the one place where gate and beta come in, whichever algorithm sets
+    the direction."""
     omega = direction * torch.sigmoid(statistics.delta_bar.abs() - 1.0) if gate else direction
     term = beta * omega * statistics.delta_bar
     return Credit(*(value.to(dtype) for value in (omega, statistics.delta_bar, statistics.tau, statistics.sigma, term)))
@@ -132,21 +147,24 @@ def gather_packed_tokens(values: Tensor, positions: Tensor, num_tokens: int, gro
 
     Args:
         values: ``[K, n_local]`` K quantities of this rank's tokens, any floating dtype, infinities allowed.
-        positions: ``[n_local]`` int64 place of each of them in the packed order; together the ranks hold each of 0..N-1 once.
+        positions: ``[n_local]`` int64 place of each of them in the packed order; together the ranks hold each of 0..N-1
+            once.
         num_tokens: N.
         group: usually the context-parallel group; None: this process holds all tokens.
 
     Returns:
         ``[K, N]`` on every rank, bit-equal for any split, in the dtype of ``values``.
 
-    Collectives: one all-reduce of (K + 1) x N numbers. Every place is filled by one rank and 0 on the others, so the sum is exact.
+    Collectives: one all-reduce of (K + 1) x N numbers. Every place is filled by one rank and 0 on the others, so the
+    sum is exact.
 
     Raises:
         ValueError: shapes that do not fit, positions outside 0..N-1, or places held by no rank or by several.
     """
     if values.dim() != 2 or positions.shape != values.shape[1:] or positions.dtype != torch.int64:
         raise ValueError(
-            f"values {tuple(values.shape)} and positions {tuple(positions.shape)} {positions.dtype}; expected [K, n] and [n] int64"
+            f"values {tuple(values.shape)} and positions {tuple(positions.shape)} {positions.dtype}; expected [K, n] "
+            "and [n] int64"
         )
     placed = values.new_zeros(values.shape[0] + 1, num_tokens)
     inside = (positions >= 0) & (positions < num_tokens)
@@ -162,7 +180,11 @@ def gather_packed_tokens(values: Tensor, positions: Tensor, num_tokens: int, gro
         placed, misplaced = packed[:-1].view_as(placed), packed[-1]
     if bool((placed[-1] != 1).any() | (misplaced != 0)):
         wrong = (placed[-1] != 1).nonzero()
-        where = f"place {int(wrong[0])} is held {int(placed[-1, wrong[0]])} times" if len(wrong) else "some lie outside the packed order"
+        where = (
+            f"place {int(wrong[0])} is held {int(placed[-1, wrong[0]])} times"
+            if len(wrong)
+            else "some lie outside the packed order"
+        )
         raise ValueError(f"positions do not cover 0 to {num_tokens - 1} once over the group: {where}")
     return placed[:-1]
 
@@ -176,26 +198,36 @@ def context_parallel_credit(
     group: dist.ProcessGroup | None,
     **settings: float | str | bool,
 ) -> Credit:
-    """:func:`direction_adaptive_credit` for tokens spread over a context-parallel group; the identical result for any split.
+    """:func:`direction_adaptive_credit` for tokens spread over a context-parallel group; the identical result for any
+    split.
 
-    ``entropy`` and ``delta`` are ``[n_local]``, this rank's tokens, at ``positions`` ``[n_local]`` of the packed order; ``lengths`` ``[B]``
-    are of whole rollouts. The token-wise results are of this rank's tokens, tau and sigma of all rollouts. One all-reduce of 3 N numbers.
-    Settings and errors are those of :func:`direction_adaptive_credit` and :func:`gather_packed_tokens`.
+    ``entropy`` and ``delta`` are ``[n_local]``, this rank's tokens, at ``positions`` ``[n_local]`` of the packed order;
+    ``lengths`` ``[B]`` are of whole rollouts. The token-wise results are of this rank's tokens, tau and sigma of all
+    rollouts. One all-reduce of 3 N numbers. Settings and errors are those of :func:`direction_adaptive_credit` and
+    :func:`gather_packed_tokens`.
     """
     whole = gather_packed_tokens(torch.stack([entropy, delta]), positions, int(lengths.sum()), group)
     credit = direction_adaptive_credit(whole[0], whole[1], lengths, **settings)
     return credit._replace(
-        omega=credit.omega[positions], delta_bar=credit.delta_bar[positions], advantage_term=credit.advantage_term[positions]
+        omega=credit.omega[positions],
+        delta_bar=credit.delta_bar[positions],
+        advantage_term=credit.advantage_term[positions],
     )
 
 
-def _check(entropy: Tensor, delta: Tensor, lengths: Tensor, rho: float, quantile_side: str, scale_floor: float, eps: float) -> None:
+def _check(
+    entropy: Tensor, delta: Tensor, lengths: Tensor, rho: float, quantile_side: str, scale_floor: float, eps: float
+) -> None:
     if entropy.dim() != 1 or delta.shape != entropy.shape:
-        raise ValueError(f"entropy has shape {tuple(entropy.shape)} and delta {tuple(delta.shape)}; expected [tokens] for both")
+        raise ValueError(
+            f"entropy has shape {tuple(entropy.shape)} and delta {tuple(delta.shape)}; expected [tokens] for both"
+        )
     if not (entropy.is_floating_point() and delta.is_floating_point()):
         raise ValueError(f"entropy is {entropy.dtype} and delta {delta.dtype}; expected floating point")
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected [rollouts] of integers")
+        raise ValueError(
+            f"lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected [rollouts] of integers"
+        )
     if not 0.0 <= rho <= 1.0:
         raise ValueError(f"rho is {rho}; expected 0 to 1")
     if quantile_side not in QUANTILE_SIDES:
@@ -207,20 +239,22 @@ def _check(entropy: Tensor, delta: Tensor, lengths: Tensor, rho: float, quantile
     sizes = lengths.tolist()
     if min(sizes, default=0) < 0 or sum(sizes) != entropy.numel():
         raise ValueError(
-            f"lengths sum to {sum(sizes)}, the least is {min(sizes, default=0)}; expected counts that sum to {entropy.numel()} tokens"
+            f"lengths sum to {sum(sizes)}, the least is {min(sizes, default=0)}; expected counts that sum to "
+            f"{entropy.numel()} tokens"
         )
     broken = ~torch.isfinite(entropy) | torch.isnan(delta)
     if bool(broken.any()):
         token = int(broken.nonzero()[0])
         rollout = int((torch.tensor(sizes).cumsum(0) <= token).sum())
         raise NonFiniteTokenError(
-            f"token {token} of the pack (rollout {rollout}) has entropy {float(entropy[token])} and gap {float(delta[token])}, "
-            f"one of {int(broken.sum())} such tokens; the logits behind it are not finite"
+            f"token {token} of the pack (rollout {rollout}) has entropy {float(entropy[token])} and gap "
+            f"{float(delta[token])}, one of {int(broken.sum())} such tokens; the logits behind it are not finite"
         )
 
 
 def _mean_per_rollout(values: Tensor, lengths: Tensor) -> Tensor:
-    """``[B]`` means, 0 where a rollout is empty; in a fixed order of summation, so that repeated runs agree bit for bit.
+    """``[B]`` means, 0 where a rollout is empty; in a fixed order of summation, so that repeated runs agree bit for
+    bit.
 
     ``unsafe`` leaves out a check of the lengths that :func:`_check` has made, and that fails on an empty batch.
     """
@@ -230,9 +264,9 @@ def _mean_per_rollout(values: Tensor, lengths: Tensor) -> Tensor:
 def _quantile_per_rollout(values: Tensor, rollout: Tensor, lengths: Tensor, level: float) -> Tensor:
     """``[B]`` linearly interpolated quantiles of float64 ``values``, 0 where a rollout is empty.
 
-    One sort orders the tokens by rollout and then by value: the key holds the rollout in its upper 32 bits and below it the bits of the
-    value as float32, rearranged so that they order like the numbers. Values that float32 cannot tell apart may change places, which moves
-    the quantile by less than float32's precision.
+    One sort orders the tokens by rollout and then by value: the key holds the rollout in its upper 32 bits and below it
+    the bits of the value as float32, rearranged so that they order like the numbers. Values that float32 cannot tell
+    apart may change places, which moves the quantile by less than float32's precision.
     """
     if values.numel() == 0:
         return values.new_zeros(lengths.numel())

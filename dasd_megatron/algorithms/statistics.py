@@ -17,10 +17,12 @@ _SUMS = (
 
 
 class CreditStatistics(NamedTuple):
-    """Two float64 tensors. Over ranks reduce ``sums`` with SUM and ``maxima`` with MAX, then call :func:`credit_metrics`."""
+    """Two float64 tensors. Over ranks reduce ``sums`` with SUM and ``maxima`` with MAX, then call
+    :func:`credit_metrics`."""
 
     sums: Tensor
-    """``[15]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or rollouts."""
+    """``[15]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or
+    rollouts."""
     maxima: Tensor
     """``[2]``: the largest omega, and minus the smallest; -inf without tokens."""
 
@@ -28,8 +30,8 @@ class CreditStatistics(NamedTuple):
 def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage: Tensor) -> CreditStatistics:
     """Additive statistics of N packed tokens of B rollouts.
 
-    ``entropy``, ``delta`` and ``advantage`` are ``[N]``; infinite gaps count as +-20 nats, as they do in the credit. On the tokens' device,
-    no collectives and no read-back. Raises ValueError on different shapes.
+    ``entropy``, ``delta`` and ``advantage`` are ``[N]``; infinite gaps count as +-20 nats, as they do in the credit. On
+    the tokens' device, no collectives and no read-back. Raises ValueError on different shapes.
     """
     for name, values in (("entropy", entropy), ("delta", delta), ("advantage", advantage)):
         if values.shape != credit.omega.shape:
@@ -62,8 +64,9 @@ def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage:
 def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
     """Metrics from reduced statistics, by the names of the metrics file; nats where they are entropies or gaps.
 
-    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, and everything without any token.
-    ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. Reads the tensors back from their device.
+    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, and everything without
+    any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. Reads the
+    tensors back from their device.
     """
     total = dict(zip(_SUMS, statistics.sums.tolist(), strict=True))
     omega_max, minus_omega_min = statistics.maxima.tolist()

@@ -35,9 +35,13 @@ def process_environment(config: BackendConfig) -> dict[str, str]:
     # Spinning OpenMP threads starve the rollout server, and anything else on the machine, tenfold.
     environment = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     if config.kind == "cpu":
-        # glibc hands large freed blocks back to the system at once, and every activation then pays for its page faults again: a tenth of
-        # the quickstart's step.
-        environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_TOP_PAD_": str(1 << 26)}
+        # glibc hands large freed blocks back to the system at once, and every activation then pays for its page faults
+        # again: a tenth of the quickstart's step.
+        environment |= {
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+            "MALLOC_TOP_PAD_": str(1 << 26),
+        }
     return environment
 
 

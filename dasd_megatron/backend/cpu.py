@@ -1,7 +1,8 @@
 """Megatron-Core on CPU and gloo: the shim that lets it run unpatched there, and the layer spec it needs.
 
-Megatron-Core names CUDA in a handful of places that have an exact CPU meaning. :func:`install` gives each of them that meaning, in this
-process only and only when the configuration asks for the CPU. Imported for its side effects before ``megatron.core``.
+Megatron-Core names CUDA in a handful of places that have an exact CPU meaning. :func:`install` gives each of them that
+meaning, in this process only and only when the configuration asks for the CPU. Imported for its side effects before
+``megatron.core``.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def install(config: BackendConfig) -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
     # The one generator there is serves where Megatron expects a GPU's to change and the CPU's to stay.
-    logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    logging.getLogger(megatron_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -125,7 +128,11 @@ def check_precision(config: PrecisionConfig) -> None:
 
 def kernels(transformer_impl: str) -> dict[str, str]:
     """Which implementation each part of a training step runs on."""
-    return {"layers": "Megatron-Core local layers, PyTorch attention", "Adam": "torch.optim.AdamW", "token statistics": "PyTorch"}
+    return {
+        "layers": "Megatron-Core local layers, PyTorch attention",
+        "Adam": "torch.optim.AdamW",
+        "token statistics": "PyTorch",
+    }
 
 
 def device() -> torch.device:

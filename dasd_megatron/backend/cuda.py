@@ -13,21 +13,26 @@ from dasd_megatron.config import BackendConfig, ConfigError, PrecisionConfig
 
 
 def install(config: BackendConfig) -> None:
-    """Bind this process to its GPU; :class:`ConfigError` when there is none, or Transformer Engine is asked for and missing."""
+    """Bind this process to its GPU; :class:`ConfigError` when there is none, or Transformer Engine is asked for and
+    missing."""
     if not torch.cuda.is_available():
         raise ConfigError(
-            "backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set backend.kind=cpu"
+            "backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set "
+            "backend.kind=cpu"
         )
     if config.transformer_impl == "transformer_engine" and not _transformer_engine_installed():
         raise ConfigError(
-            "backend.transformer_impl=transformer_engine, but transformer-engine is not installed: install it, or write local"
+            "backend.transformer_impl=transformer_engine, but transformer-engine is not installed: install it, or "
+            "write local"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): start fewer processes"
+            f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+            "start fewer processes"
         )
-    # One queue keeps communication that was launched before a computation ahead of it, on which Megatron's overlap relies.
+    # One queue keeps communication that was launched before a computation ahead of it, on which Megatron's overlap
+    # relies.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     torch.set_num_threads(config.threads)
@@ -46,13 +51,15 @@ def check_precision(config: PrecisionConfig) -> None:
     if config.fp8 == "none":
         return
     if not _transformer_engine_installed():
-        raise ConfigError(f"precision.fp8={config.fp8} needs transformer-engine, which is not installed: install it, or write none")
+        raise ConfigError(
+            f"precision.fp8={config.fp8} needs transformer-engine, which is not installed: install it, or write none"
+        )
     needed, found = _FP8_CAPABILITY[config.fp8], torch.cuda.get_device_capability()
     if found < needed:
         able = [name for name, capability in _FP8_CAPABILITY.items() if found >= capability]
         raise ConfigError(
-            f"precision.fp8={config.fp8} needs compute capability {needed[0]}.{needed[1]}, and this GPU has {found[0]}.{found[1]}: "
-            f"write one of {', '.join(['none', *able])}"
+            f"precision.fp8={config.fp8} needs compute capability {needed[0]}.{needed[1]}, and this GPU has "
+            f"{found[0]}.{found[1]}: write one of {', '.join(['none', *able])}"
         )
 
 
@@ -61,7 +68,11 @@ def kernels(transformer_impl: str) -> dict[str, str]:
     from megatron.core.optimizer import Adam
 
     fused_gradients = transformer_config_overrides(transformer_impl)["gradient_accumulation_fusion"]
-    layers = "Transformer Engine" if uses_transformer_engine(transformer_impl) else "Megatron-Core local layers, PyTorch attention"
+    layers = (
+        "Transformer Engine"
+        if uses_transformer_engine(transformer_impl)
+        else "Megatron-Core local layers, PyTorch attention"
+    )
     return {
         "layers": layers,
         "Adam": f"{Adam.__module__}.{Adam.__name__}",
@@ -76,7 +87,9 @@ def device() -> torch.device:
 
 def init_process_group(timeout_seconds: float) -> None:
     """Start NCCL, with gloo for host tensors; every collective fails after ``timeout_seconds``."""
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device())
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device()
+    )
 
 
 def get_rng_state() -> torch.Tensor:
@@ -89,7 +102,8 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 
 def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
-    """TransformerConfig fields that this backend fixes; fusions that need Transformer Engine or Apex follow what is installed."""
+    """TransformerConfig fields that this backend fixes; fusions that need Transformer Engine or Apex follow what is
+    installed."""
     transformer_engine = uses_transformer_engine(transformer_impl)
     return dict(
         use_cpu_initialization=False,

@@ -1,4 +1,5 @@
-"""Public benchmarks of mathematics: where their problems come from, and how a local file of them is read. None comes with this package."""
+"""Public benchmarks of mathematics: where their problems come from, and how a local file of them is read. None comes
+with this package."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from dasd_megatron.verify.answers import extract_answer
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """``problems``: how many the test split has; ``rights``: what is known of the licence; ``aliases``: other names of its folder."""
+    """``problems``: how many the test split has; ``rights``: what is known of the licence; ``aliases``: other names of
+    its folder."""
 
     title: str
     problems: int
@@ -39,9 +41,14 @@ BENCHMARKS = {
         ("minerva",),
     ),
     "olympiadbench": Benchmark(
-        "OlympiadBench", 675, "QwenLM/Qwen2.5-Math, evaluation/data/olympiadbench/test.jsonl", "of the problems themselves unclear"
+        "OlympiadBench",
+        675,
+        "QwenLM/Qwen2.5-Math, evaluation/data/olympiadbench/test.jsonl",
+        "of the problems themselves unclear",
     ),
-    "hmmt_feb25": Benchmark("HMMT February 2025", 30, "Hugging Face, MathArena/hmmt_feb_2025", "CC BY-NC-SA 4.0", ("hmmt25",)),
+    "hmmt_feb25": Benchmark(
+        "HMMT February 2025", 30, "Hugging Face, MathArena/hmmt_feb_2025", "CC BY-NC-SA 4.0", ("hmmt25",)
+    ),
     "gsm8k": Benchmark("GSM8K", 1319, "openai/grade-school-math, grade_school_math/data/test.jsonl", "MIT"),
 }
 
@@ -49,14 +56,16 @@ BENCHMARKS = {
 def benchmark_problems(entries: list[str], data_dir: Path, size: int | None) -> dict[str, list[Problem]]:
     """Problems of each entry of ``evaluation.benchmarks``, by the name of its folder of results.
 
-    An entry is a name of :data:`BENCHMARKS` or one of its aliases, read from ``<data_dir>/<name>/test.jsonl``, or the path of a JSONL
+    An entry is a name of :data:`BENCHMARKS` or one of its aliases, read from ``<data_dir>/<name>/test.jsonl``, or the
+    path of a JSONL
     file, whose name without its suffix is the folder's.
 
     Args:
         size: problems to take from the head of each; None: all.
 
     Raises:
-        ConfigError: an unknown name, or two entries with one name. DataError: a file that is missing, or that has an unusable problem.
+        ConfigError: an unknown name, or two entries with one name. DataError: a file that is missing, or that has an
+            unusable problem.
     """
     found: dict[str, list[Problem]] = {}
     names = {alias: name for name, benchmark in BENCHMARKS.items() for alias in (name, *benchmark.aliases)}
@@ -67,18 +76,28 @@ def benchmark_problems(entries: list[str], data_dir: Path, size: int | None) -> 
         elif entry.endswith(".jsonl"):
             path = Path(entry)
         else:
-            raise ConfigError(f"evaluation.benchmarks: {entry} is none of {', '.join(BENCHMARKS)}, nor the path of a .jsonl file")
+            raise ConfigError(
+                f"evaluation.benchmarks: {entry} is none of {', '.join(BENCHMARKS)}, nor the path of a .jsonl file"
+            )
         if name in found:
-            raise ConfigError(f"evaluation.benchmarks has two that are called {name}: rename a file, or evaluate it into another run.dir")
+            raise ConfigError(
+                f"evaluation.benchmarks has two that are called {name}: rename a file, or evaluate it into another "
+                "run.dir"
+            )
         try:
-            problems = load_problems(DataSourceConfig(path=str(path)), "benchmark", needs_solution=False, prepare=usual_fields)
+            problems = load_problems(
+                DataSourceConfig(path=str(path)), "benchmark", needs_solution=False, prepare=usual_fields
+            )
         except DataError as error:
-            message = str(error).replace("set data.benchmark.path to", f"evaluation.benchmarks names {entry}, which has to be")
+            message = str(error).replace(
+                "set data.benchmark.path to", f"evaluation.benchmarks names {entry}, which has to be"
+            )
             # Which fields a benchmark has is no setting.
             raise DataError(_FIELD_SETTING.sub("", message)) from error
         if size is not None and size > len(problems):
             raise DataError(
-                f"{path} holds {len(problems)} problems, but evaluation.size asks for {size}: lower it, or set it to null for all"
+                f"{path} holds {len(problems)} problems, but evaluation.size asks for {size}: lower it, or set it to "
+                "null for all"
             )
         found[name] = problems[:size]
     return found
@@ -91,15 +110,17 @@ def _find_file(name: str, data_dir: Path) -> Path:
         if place.is_file():
             return place
     raise DataError(
-        f"{places[0]} does not exist: put {benchmark.title} there ({benchmark.source}; {benchmark.rights}), or set evaluation.data_dir"
+        f"{places[0]} does not exist: put {benchmark.title} there ({benchmark.source}; {benchmark.rights}), or set "
+        "evaluation.data_dir"
     )
 
 
 def usual_fields(record: dict[str, Any], where: str) -> dict[str, Any]:
     """A record under this project's names of fields, from those that the benchmarks' own files use.
 
-    ``question`` is a problem; ``answer`` and the first of ``final_answer`` are expected answers, and where there is neither the answer is
-    taken from the solution; ``solution`` is a reference solution. ``where`` begins the message of a :class:`DataError`.
+    ``question`` is a problem; ``answer`` and the first of ``final_answer`` are expected answers, and where there is
+    neither the answer is taken from the solution; ``solution`` is a reference solution. ``where`` begins the message of
+    a :class:`DataError`.
     """
     solution = _first(record, "reference_solution", "solution")
     if isinstance(solution, list):
@@ -116,8 +137,8 @@ def usual_fields(record: dict[str, Any], where: str) -> dict[str, Any]:
     problem = _first(record, "problem", "question")
     if problem is None or answer is None:
         raise DataError(
-            f"{where}: no {'problem' if problem is None else 'answer'} (fields: {', '.join(map(repr, record))}): name it problem or "
-            "question, and expected_answer, answer or final_answer"
+            f"{where}: no {'problem' if problem is None else 'answer'} (fields: {', '.join(map(repr, record))}): name "
+            "it problem or question, and expected_answer, answer or final_answer"
         )
     fields = {"id": record.get("id"), "problem": problem, "expected_answer": answer, "reference_solution": solution}
     return {name: value for name, value in fields.items() if value is not None}

@@ -11,15 +11,19 @@ from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text
 
 
-def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude: Iterable[Problem] = ()) -> list[Problem]:
+def generate_problems(
+    source: DataSourceConfig, name: str = "train", *, exclude: Iterable[Problem] = ()
+) -> list[Problem]:
     """Make ``source.size`` distinct problems with reasoning-gym's dataset ``source.generator``.
 
-    ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's English sentence: the
-    tokens are characters, and these would be most of the prompt. The worked solution has one running sum a line and ends in the
-    answer: ``3``, ``#### -4``. ``countdown``: all of some numbers are to be added and subtracted to a target, as in ``4 1 7 = 2``; the
-    worked solution, one of many, has an equation a line: ``7-4=3``, ``3-1=2``, ``#### 7-4-1``. The expected answer is the target, and
-    ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers`` grades responses. ``gsm_symbolic``: word problems of grade-school
-    mathematics as reasoning-gym states them, with its worked solution, with the answer behind ``####`` at its end. reasoning-gym draws
+    ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's
+    English sentence: the tokens are characters, and these would be most of the prompt. The worked solution has one
+    running sum a line and ends in the
+    answer: ``3``, ``#### -4``. ``countdown``: all of some numbers are to be added and subtracted to a target, as in ``4
+    1 7 = 2``; the worked solution, one of many, has an equation a line: ``7-4=3``, ``3-1=2``, ``#### 7-4-1``. The
+    expected answer is the target, and ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers`` grades
+    responses. ``gsm_symbolic``: word problems of grade-school mathematics as reasoning-gym states them, with its worked
+    solution, with the answer behind ``####`` at its end. reasoning-gym draws
     with replacement; repeated problems are dropped here.
 
     Args:
@@ -33,7 +37,9 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
     if source.generator not in GENERATORS:
         raise DataError(f"data.{name}.generator is {source.generator!r}; known: {', '.join(GENERATORS)}")
     if source.size is None or source.size < 1:
-        raise DataError(f"data.{name}.size is {source.size}; a generator needs the number of problems to make, at least 1")
+        raise DataError(
+            f"data.{name}.size is {source.size}; a generator needs the number of problems to make, at least 1"
+        )
     seen = {normalize_text(problem.problem) for problem in exclude}
     num_excluded = len(seen)
     problems: list[Problem] = []
@@ -53,16 +59,18 @@ def generate_problems(source: DataSourceConfig, name: str = "train", *, exclude:
                 break
     excluded = f" beside {num_excluded} excluded ones" if num_excluded else ""
     raise DataError(
-        f"data.{name}.size asks for {source.size} problems, but {source.generator} with {dict(source.generator_args)} has only "
-        f"{len(problems)} distinct ones{excluded}; lower data.{name}.size, or allow more terms or digits in data.{name}.generator_args"
+        f"data.{name}.size asks for {source.size} problems, but {source.generator} with {dict(source.generator_args)} "
+        f"has only {len(problems)} distinct ones{excluded}; lower data.{name}.size, or allow more terms or digits in "
+        f"data.{name}.generator_args"
     )
 
 
 def generate_splits(train: DataSourceConfig, heldout: DataSourceConfig) -> tuple[list[Problem], list[Problem]]:
-    """Generate a training and a held-out set that share no problem: the held-out set is drawn first, training skips what stands in it.
+    """Generate a training and a held-out set that share no problem: the held-out set is drawn first, training skips
+    what stands in it.
 
-    Two seeds alone do not separate the sets: reasoning-gym seeds item ``i`` with ``seed + i``, so datasets of near seeds overlap almost
-    wholly.
+    Two seeds alone do not separate the sets: reasoning-gym seeds item ``i`` with ``seed + i``, so datasets of near
+    seeds overlap almost wholly.
 
     Returns:
         The training problems and the held-out problems.
@@ -102,7 +110,9 @@ def worked_chain(expression: str) -> str:
 def _countdown(item: dict[str, Any]) -> tuple[str, str, str]:
     expression = item["answer"]
     if set(expression) & set("*/"):
-        raise DataError('countdown has worked solutions for sums and differences: add operators: ["+", "-"] to its generator_args')
+        raise DataError(
+            'countdown has worked solutions for sums and differences: add operators: ["+", "-"] to its generator_args'
+        )
     numbers, target = item["metadata"]["numbers"], item["metadata"]["target"]
     return f"{' '.join(map(str, numbers))} = {target}", str(target), worked_chain(expression)
 
@@ -137,10 +147,16 @@ def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
     module = importlib.import_module(module_name)
     config_class, dataset_class = getattr(module, config_name), getattr(module, dataset_name)
     arguments: dict[str, Any] = dict(source.generator_args)
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class) if field.name not in ("seed", "size")}
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(config_class) if field.name not in ("seed", "size")
+    }
     unknown = [argument for argument in arguments if argument not in defaults]
     if unknown:
-        hint = f"it stands in data.{name}.{unknown[0]}" if unknown[0] in ("seed", "size") else f"known: {', '.join(defaults)}"
+        hint = (
+            f"it stands in data.{name}.{unknown[0]}"
+            if unknown[0] in ("seed", "size")
+            else f"known: {', '.join(defaults)}"
+        )
         raise DataError(f"data.{name}.generator_args: {source.generator} takes no {unknown[0]!r}; {hint}")
     for argument, value in arguments.items():
         expected = type(defaults[argument])
@@ -159,4 +175,9 @@ def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
     for index in range(_STREAM_LENGTH):
         item = dataset[index]
         problem, answer, solution = convert(item)
-        yield Problem(id=f"{source.generator}-{source.seed}-{index}", problem=problem, expected_answer=answer, reference_solution=solution)
+        yield Problem(
+            id=f"{source.generator}-{source.seed}-{index}",
+            problem=problem,
+            expected_answer=answer,
+            reference_solution=solution,
+        )

@@ -10,8 +10,8 @@ import numpy as np
 class DataOrder:
     """An endless sequence of problem indices, epoch after epoch, each epoch a permutation of ``range(num_problems)``.
 
-    The sequence depends on the arguments alone. Each epoch's permutation is seeded by the pair (seed, epoch), so runs of neighbouring seeds
-    share no order. A run's whole state is the position of its next problem, an integer from 0.
+    The sequence depends on the arguments alone. Each epoch's permutation is seeded by the pair (seed, epoch), so runs
+    of neighbouring seeds share no order. A run's whole state is the position of its next problem, an integer from 0.
 
     Args:
         num_problems: size of the problem set, at least 1.
@@ -31,7 +31,8 @@ class DataOrder:
         self._epoch_order = lru_cache(maxsize=2)(self._make_epoch_order)
 
     def indices(self, position: int, count: int) -> list[int]:
-        """Elements ``position`` to ``position + count`` of the sequence; a slice may cross any number of epoch boundaries."""
+        """Elements ``position`` to ``position + count`` of the sequence; a slice may cross any number of epoch
+        boundaries."""
         if position < 0 or count < 0:
             raise ValueError(f"position {position} and count {count} must not be negative")
         taken: list[int] = []

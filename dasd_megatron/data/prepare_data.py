@@ -1,4 +1,5 @@
-"""Problem sets in our format from Hugging Face datasets, JSONL or Parquet: cleaned, de-duplicated, and checked against evaluation sets."""
+"""Problem sets in our format from Hugging Face datasets, JSONL or Parquet: cleaned, de-duplicated, and checked against
+evaluation sets."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def read_rows(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
         try:
             file = pyarrow.parquet.ParquetFile(options.input)
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{options.input} cannot be read as Parquet ({first_line(error)}); give another --input") from error
+            raise DataError(
+                f"{options.input} cannot be read as Parquet ({first_line(error)}); give another --input"
+            ) from error
         index = 0
         for batch in file.iter_batches():
             for record in batch.to_pylist():
@@ -70,13 +73,15 @@ def _load_dataset(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         if Path(options.dataset).is_dir() and (Path(options.dataset) / "state.json").exists():
             return datasets.load_from_disk(options.dataset)
         return datasets.load_dataset(options.dataset, options.config, split=options.split)
-    # datasets raises many classes for a name, a configuration or a split that does not exist, and for a hub that cannot be reached.
+    # datasets raises many classes for a name, a configuration or a split that does not exist, and for a hub that cannot
+    # be reached.
     except Exception as error:
         raise DataError(f"--dataset {options.dataset} cannot be loaded ({first_line(error)})") from error
 
 
 def words_of(text: str) -> list[str]:
-    """Words, numbers, mathematical signs, and single characters of scripts without spaces; punctuation and case do not count."""
+    """Words, numbers, mathematical signs, and single characters of scripts without spaces; punctuation and case do not
+    count."""
     return _WORD.findall(normalize_text(text))
 
 
@@ -86,7 +91,8 @@ def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 class Contamination:
-    """Evaluation problems, and whether a training problem repeats one: the same text, or ``n`` words in a row in common.
+    """Evaluation problems, and whether a training problem repeats one: the same text, or ``n`` words in a row in
+    common.
 
     Short evaluation problems, of fewer than ``n`` words, are found by their whole text alone.
     """
@@ -100,9 +106,13 @@ class Contamination:
             for where, record in read_rows(argparse.Namespace(dataset=None, input=path)):
                 if isinstance(record, DataError):
                     raise record
-                text = next((record[name] for name in (field, "problem", "question") if isinstance(record.get(name), str)), None)
+                text = next(
+                    (record[name] for name in (field, "problem", "question") if isinstance(record.get(name), str)), None
+                )
                 if text is None:
-                    raise DataError(f"{where}: none of {field}, problem and question is there as text; set --problem-field")
+                    raise DataError(
+                        f"{where}: none of {field}, problem and question is there as text; set --problem-field"
+                    )
                 self.problems += 1
                 self._texts.add(" ".join(words_of(text)))
                 self._ngrams |= ngrams(text, n)
@@ -127,7 +137,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         DataError: the source cannot be read, or nothing of it is kept.
     """
-    source = DataSourceConfig(problem_field=options.problem_field, answer_field=options.answer_field, solution_field=options.solution_field)
+    source = DataSourceConfig(
+        problem_field=options.problem_field, answer_field=options.answer_field, solution_field=options.solution_field
+    )
     count_tokens = token_counter(options.tokenizer)
     contamination = Contamination(options.contamination, options.problem_field, options.ngram)
     kept: list[Problem] = []
@@ -142,7 +154,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
             return "duplicate", f"the same problem as {seen[key]}"
         if problem.problem in contamination:
             return "contamination", "stands in an evaluation set, or shares a run of words with it"
-        for name, limit in (("problem", options.max_problem_tokens), ("reference_solution", options.max_solution_tokens)):
+        for name, limit in (
+            ("problem", options.max_problem_tokens),
+            ("reference_solution", options.max_solution_tokens),
+        ):
             if limit is not None and count_tokens is not None:
                 tokens = count_tokens(getattr(problem, name))
                 if tokens > limit:
@@ -153,7 +168,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         try:
             if isinstance(record, DataError):
                 raise record
-            problem = parse_record(record, where, f"{stem}-row-{index}", source, "--", needs_solution=not options.allow_missing_solution)
+            problem = parse_record(
+                record, where, f"{stem}-row-{index}", source, "--", needs_solution=not options.allow_missing_solution
+            )
         except DataError as error:
             rejected.append({"where": where, "reason": "unusable", "detail": str(error)})
             continue
@@ -182,7 +199,11 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "with_reference_solution": sum(bool(problem.reference_solution) for problem in kept),
         "contamination_problems": contamination.problems,
         "options": {
-            name: [str(part) for part in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+            name: [str(part) for part in value]
+            if isinstance(value, list)
+            else str(value)
+            if isinstance(value, Path)
+            else value
             for name, value in vars(options).items()
         },
     }
@@ -209,13 +230,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--split", default="train", help="split of --dataset (default: train)")
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--problem-field", default="problem", help="column of the problem's text")
-    parser.add_argument("--answer-field", default="expected_answer", help="column of the final answer; GSM8K's 'answer' works too")
+    parser.add_argument(
+        "--answer-field", default="expected_answer", help="column of the final answer; GSM8K's 'answer' works too"
+    )
     parser.add_argument("--solution-field", default="reference_solution", help="column of the worked solution")
     parser.add_argument("--allow-missing-solution", action="store_true", help="keep problems without a worked solution")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face directory whose tokenizer counts the lengths")
     parser.add_argument("--max-problem-tokens", type=int, help="drop longer problems")
     parser.add_argument("--max-solution-tokens", type=int, help="drop problems with a longer solution")
-    parser.add_argument("--contamination", type=Path, nargs="*", default=[], help="evaluation sets; problems that repeat one are dropped")
+    parser.add_argument(
+        "--contamination",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="evaluation sets; problems that repeat one are dropped",
+    )
     parser.add_argument("--ngram", type=int, default=13, help="words in a row that count as a repetition (default: 13)")
     options = parser.parse_args(arguments)
     if (options.max_problem_tokens or options.max_solution_tokens) and options.tokenizer is None:

@@ -41,19 +41,21 @@ def load_problems(
 ) -> list[Problem]:
     """Read problems from the JSONL file ``source.path``, in file order.
 
-    Lines are UTF-8 (a byte-order mark and blank lines are tolerated). A problem's id is its ``id`` field, else ``<file stem>-<index of the
-    line, from 0>``. An answer that is a JSON number becomes its text. With ``source.size`` the file is read up to that many problems and no
-    further.
+    Lines are UTF-8 (a byte-order mark and blank lines are tolerated). A problem's id is its ``id`` field, else ``<file
+    stem>-<index of the line, from 0>``. An answer that is a JSON number becomes its text. With ``source.size`` the file
+    is read up to that many problems and no further.
 
-    GSM8K style: where ``answer_field`` is absent, a ``#### 72`` at the end of the solution gives the answer; an answer that itself ends
-    that way is taken as a solution. Calculator marks (``<<48/2=24>>``) are removed from solutions; the ``####`` line stays, because the
-    solution is also what supervised warm-up imitates, and the response must end in an answer that the verifier finds.
+    GSM8K style: where ``answer_field`` is absent, a ``#### 72`` at the end of the solution gives the answer; an answer
+    that itself ends that way is taken as a solution. Calculator marks (``<<48/2=24>>``) are removed from solutions; the
+    ``####`` line stays, because the solution is also what supervised warm-up imitates, and the response must end in an
+    answer that the verifier finds.
 
     Args:
         source: which file, which fields, how many.
         name: the place of ``source`` in the configuration, ``train`` or ``heldout``; used in messages.
         needs_solution: refuse problems without a reference solution.
-        prepare: makes of the record of each line, and of where it stands, one with the fields that ``source`` names; None: it has them.
+        prepare: makes of the record of each line, and of where it stands, one with the fields that ``source`` names;
+            None: it has them.
 
     Raises:
         DataError: the file is missing, unreadable, empty or too short, or a line is not a usable problem.
@@ -75,7 +77,8 @@ def load_problems(
         problem = parse_record(record, where, f"{path.stem}-{index}", source, f"data.{name}.", needs_solution)
         if problem.id in line_of_id:
             raise DataError(
-                f"{where}: id {problem.id!r} already stands on line {line_of_id[problem.id]}; give each problem an id of its own"
+                f"{where}: id {problem.id!r} already stands on line {line_of_id[problem.id]}; give each problem an id "
+                "of its own"
             )
         line_of_id[problem.id] = index + 1
         problems.append(problem)
@@ -85,13 +88,15 @@ def load_problems(
         raise DataError(f"{path} holds no problems; data.{name}.path needs a JSONL file with one problem a line")
     if source.size is not None:
         raise DataError(
-            f"{path} holds {len(problems)} problems, but data.{name}.size asks for {source.size}; lower it, or set it to null for all"
+            f"{path} holds {len(problems)} problems, but data.{name}.size asks for {source.size}; lower it, or set it "
+            "to null for all"
         )
     return problems
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
-    """Write problems as JSONL that :func:`load_problems` reads back under its default field names; replaces ``path`` in one step."""
+    """Write problems as JSONL that :func:`load_problems` reads back under its default field names; replaces ``path`` in
+    one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -119,8 +124,9 @@ def check_disjoint(train: Sequence[Problem], heldout: Sequence[Problem]) -> None
     if shared:
         first = shared[0]
         raise DataError(
-            f"held-out problem {first.id!r} also stands in the training set, as {trained[normalize_text(first.problem)]!r}: "
-            f"{_shorten(first.problem)} ({len(shared)} such in all); remove them from data.train or data.heldout"
+            f"held-out problem {first.id!r} also stands in the training set, as "
+            f"{trained[normalize_text(first.problem)]!r}: {_shorten(first.problem)} ({len(shared)} such in all); "
+            "remove them from data.train or data.heldout"
         )
 
 
@@ -128,15 +134,21 @@ def _read_lines(path: Path, name: str) -> list[bytes]:
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; set data.{name}.path to a JSONL file with one problem a line") from error
+        raise DataError(
+            f"{path} does not exist; set data.{name}.path to a JSONL file with one problem a line"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); set data.{name}.path to a readable JSONL file") from error
-    # Only the newline byte ends a line: str.splitlines would also break at characters such as U+2028, which JSON allows inside a string.
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); set data.{name}.path to a readable JSONL file"
+        ) from error
+    # Only the newline byte ends a line: str.splitlines would also break at characters such as U+2028, which JSON allows
+    # inside a string.
     return content.split(b"\n")
 
 
 def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
-    """The JSON object of line ``index`` (from 0) of a file, None for a blank line; :class:`DataError` where it is none."""
+    """The JSON object of line ``index`` (from 0) of a file, None for a blank line; :class:`DataError` where it is
+    none."""
     try:
         text = line.decode("utf-8-sig" if index == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -146,7 +158,9 @@ def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
     try:
         record = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        detail = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        )
         raise DataError(f"{where}: not JSON ({detail}); each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: a JSON {type(record).__name__}, not an object; each line must be one JSON object")
@@ -177,13 +191,15 @@ def parse_record(
         answer = derived.group(1) if derived else ""
     if not answer:
         raise DataError(
-            f"{where}: no answer: field {source.answer_field!r} is absent or empty and {source.solution_field!r} does not end "
-            f"in '#### <answer>' (fields: {', '.join(map(repr, record))}); set {prefix}answer_field or fix the line"
+            f"{where}: no answer: field {source.answer_field!r} is absent or empty and {source.solution_field!r} does "
+            f"not end in '#### <answer>' (fields: {', '.join(map(repr, record))}); set {prefix}answer_field or fix "
+            "the line"
         )
     if needs_solution and not solution:
         raise DataError(
-            f"{where}: no reference solution: field {source.solution_field!r} is absent or empty (fields: {', '.join(map(repr, record))}); "
-            f"set {prefix}solution_field, or teacher.privileged=answer, which needs none"
+            f"{where}: no reference solution: field {source.solution_field!r} is absent or empty (fields: "
+            f"{', '.join(map(repr, record))}); set {prefix}solution_field, or teacher.privileged=answer, which needs "
+            "none"
         )
     return Problem(
         id=_id_text(record["id"], where) if record.get("id") is not None else default_id,
@@ -200,10 +216,15 @@ def _present(record: dict[str, Any], field: str) -> bool:
 
 def _text_field(record: dict[str, Any], field: str, where: str, setting: str) -> str:
     if field not in record:
-        raise DataError(f"{where}: no field {field!r} (fields: {', '.join(map(repr, record)) or 'none'}); set {setting} or fix the line")
+        raise DataError(
+            f"{where}: no field {field!r} (fields: {', '.join(map(repr, record)) or 'none'}); set {setting} or fix "
+            "the line"
+        )
     value = record[field]
     if not isinstance(value, str):
-        raise DataError(f"{where}: field {field!r} is {_shorten(json.dumps(value))}, not a string; set {setting} or fix the line")
+        raise DataError(
+            f"{where}: field {field!r} is {_shorten(json.dumps(value))}, not a string; set {setting} or fix the line"
+        )
     if not value.strip():
         raise DataError(f"{where}: field {field!r} is empty; fix or remove the line")
     return _valid_unicode(value.strip(), where, field)
@@ -214,12 +235,16 @@ def _answer_text(value: Any, where: str, field: str) -> str:
         return _valid_unicode(value.strip(), where, field)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
-    raise DataError(f"{where}: field {field!r} is {_shorten(json.dumps(value))}; an answer must be a string or a finite number")
+    raise DataError(
+        f"{where}: field {field!r} is {_shorten(json.dumps(value))}; an answer must be a string or a finite number"
+    )
 
 
 def _id_text(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise DataError(f"{where}: field 'id' is {_shorten(json.dumps(value))}; an id must be a non-empty string or an integer")
+        raise DataError(
+            f"{where}: field 'id' is {_shorten(json.dumps(value))}; an id must be a non-empty string or an integer"
+        )
     return _valid_unicode(str(value), where, "id")
 
 
@@ -228,7 +253,9 @@ def _valid_unicode(text: str, where: str, field: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} holds half of a surrogate pair at character {error.start}; fix the line") from error
+        raise DataError(
+            f"{where}: field {field!r} holds half of a surrogate pair at character {error.start}; fix the line"
+        ) from error
     return text
 
 

@@ -1,5 +1,5 @@
-"""Prompts: the student's and the teacher's message from a Jinja template or a function of the user's, through the tokenizer's chat template
-where it has one."""
+"""Prompts: the student's and the teacher's message from a Jinja template or a function of the user's, through the
+tokenizer's chat template where it has one."""
 
 from __future__ import annotations
 
@@ -34,21 +34,25 @@ class TemplateError(ValueError):
 class PromptRenderer:
     """Token ids of the student's prompt (the problem) and of the teacher's (the problem and privileged information).
 
-    A text goes through ``tokenizer``'s chat template as one user turn, with the generation prompt behind it; a tokenizer without a chat
-    template encodes the text and a newline, with its beginning-of-sequence token if it adds one and without an end-of-sequence token. A
-    function may give chat messages instead, for a tokenizer with a chat template.
+    A text goes through ``tokenizer``'s chat template as one user turn, with the generation prompt behind it; a
+    tokenizer without a chat template encodes the text and a newline, with its beginning-of-sequence token if it adds
+    one and without an end-of-sequence token. A function may give chat messages instead, for a tokenizer with a chat
+    template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        student_template: a Jinja file with ``{{ problem }}``, the name of a shipped one (``student_math.jinja``), a function's path
-            (``module:function``), or None for the problem as it is. The function gets the problem with its answer and solution empty.
-        teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; the function gets the problem and the privileged text.
-            None for the problem, a newline, ``Solution: `` and the privileged text.
-        privileged: what the teacher sees: ``solution``, ``hint`` (the solution's first part) or ``answer`` (the final answer only).
-        hint_fraction: with ``hint``, the share of the solution's characters shown, over 0 and at most 1; at least one character is.
+        student_template: a Jinja file with ``{{ problem }}``, the name of a shipped one (``student_math.jinja``), a
+            function's path (``module:function``), or None for the problem as it is. The function gets the problem with
+            its answer and solution empty.
+        teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; the function gets the problem and
+            the privileged text. None for the problem, a newline, ``Solution: `` and the privileged text.
+        privileged: what the teacher sees: ``solution``, ``hint`` (the solution's first part) or ``answer`` (the final
+        answer only). hint_fraction: with ``hint``, the share of the solution's characters shown, over 0 and at most 1;
+        at least one character is.
 
     Raises:
-        TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it must.
+        TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it
+            must.
         ConfigError: a function that cannot be found.
         ValueError: unknown ``privileged`` or ``hint_fraction`` out of range.
     """
@@ -69,7 +73,9 @@ class PromptRenderer:
         self.privileged = privileged
         self.hint_fraction = hint_fraction
         self._student = _make_template(student_template or "student.jinja", ("problem",), "data.template")
-        self._teacher = _make_template(teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template")
+        self._teacher = _make_template(
+            teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template"
+        )
 
     def student(self, problem: Problem) -> list[int]:
         """Token ids of the prompt that the policy answers."""
@@ -103,7 +109,9 @@ class PromptRenderer:
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             if not isinstance(message, str):
-                raise TemplateError(f"{where} gave chat messages, and the tokenizer has no chat template; return text instead")
+                raise TemplateError(
+                    f"{where} gave chat messages, and the tokenizer has no chat template; return text instead"
+                )
             ids = tokenizer(message + "\n")["input_ids"]
             # A prompt is open-ended, but some tokenizers are set to close every text.
             return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
@@ -112,16 +120,21 @@ class PromptRenderer:
             return tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
         except jinja2.TemplateError as error:
             if isinstance(message, str):
-                raise TemplateError(f"the tokenizer's own chat template fails on a single user turn: {error}") from error
+                raise TemplateError(
+                    f"the tokenizer's own chat template fails on a single user turn: {error}"
+                ) from error
             roles = ", ".join(turn["role"] for turn in message)
             raise TemplateError(
-                f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return messages that it takes"
+                f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return "
+                "messages that it takes"
             ) from error
 
 
-def check_lengths(problems: Sequence[Problem], renderer: PromptRenderer, max_prompt_tokens: int, *, teacher: bool = True) -> None:
-    """Refuse problems whose prompt is longer than ``max_prompt_tokens`` or has characters that the tokenizer does not know, and templates
-    that do not give one prompt for one problem or the teacher no other than the student.
+def check_lengths(
+    problems: Sequence[Problem], renderer: PromptRenderer, max_prompt_tokens: int, *, teacher: bool = True
+) -> None:
+    """Refuse problems whose prompt is longer than ``max_prompt_tokens`` or has characters that the tokenizer does not
+    know, and templates that do not give one prompt for one problem or the teacher no other than the student.
 
     Args:
         problems: checked in order; the first that fails is named.
@@ -143,7 +156,9 @@ def check_lengths(problems: Sequence[Problem], renderer: PromptRenderer, max_pro
             message = message_of(problem)
             # Every rank renders for itself, in every step.
             if message_of(problem) != message:
-                raise TemplateError(f"{template.on(problem)} gives another message each time; make it depend on the problem alone")
+                raise TemplateError(
+                    f"{template.on(problem)} gives another message each time; make it depend on the problem alone"
+                )
             prompts[kind] = renderer._encode(message, template.on(problem))
             length = len(prompts[kind])
             if length > max_prompt_tokens:
@@ -153,20 +168,32 @@ def check_lengths(problems: Sequence[Problem], renderer: PromptRenderer, max_pro
                 )
             texts = [message] if isinstance(message, str) else [turn["content"] for turn in message]
             for text in texts if unknown_id is not None else []:
-                encoded = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=renderer.tokenizer.is_fast)
+                encoded = renderer.tokenizer(
+                    text, add_special_tokens=False, return_offsets_mapping=renderer.tokenizer.is_fast
+                )
                 if unknown_id in encoded["input_ids"]:
                     position = encoded["input_ids"].index(unknown_id)
-                    span = repr(text[slice(*encoded["offset_mapping"][position])]) if renderer.tokenizer.is_fast else f"token {position}"
+                    span = (
+                        repr(text[slice(*encoded["offset_mapping"][position])])
+                        if renderer.tokenizer.is_fast
+                        else f"token {position}"
+                    )
                     raise DataError(
-                        f"problem {problem.id!r}: the {kind}'s prompt has {span}, for which the tokenizer has no token; "
-                        "use a model with a larger vocabulary, or remove the problem"
+                        f"problem {problem.id!r}: the {kind}'s prompt has {span}, for which the tokenizer has no "
+                        "token; use a model with a larger vocabulary, or remove the problem"
                     )
         if teacher and prompts["teacher"] == prompts["student"]:
-            raise TemplateError(f"{renderer._teacher.on(problem)} gives the student's prompt; show the privileged text in the teacher's")
+            raise TemplateError(
+                f"{renderer._teacher.on(problem)} gives the student's prompt; show the privileged text in the teacher's"
+            )
 
 
 def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> _Template | _Function:
-    return _Function(str(path), variables, setting) if FUNCTION_PATH.fullmatch(str(path)) else _Template(path, variables, setting)
+    return (
+        _Function(str(path), variables, setting)
+        if FUNCTION_PATH.fullmatch(str(path))
+        else _Template(path, variables, setting)
+    )
 
 
 class _Template:
@@ -178,21 +205,30 @@ class _Template:
         try:
             source = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(f"{setting}: {self.path} cannot be read ({error}); give a readable UTF-8 file") from error
+            raise TemplateError(
+                f"{setting}: {self.path} cannot be read ({error}); give a readable UTF-8 file"
+            ) from error
         try:
             used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"{setting}: {self.path} line {error.lineno}: {error.message}; fix the template") from error
+            raise TemplateError(
+                f"{setting}: {self.path} line {error.lineno}: {error.message}; fix the template"
+            ) from error
         unknown = sorted(used - set(variables))
         if unknown:
             allowed = " and ".join(f"{{{{ {variable} }}}}" for variable in variables)
-            raise TemplateError(f"{setting}: {self.path} uses the unknown variable {{{{ {unknown[0]} }}}}; only {allowed} can be used here")
+            raise TemplateError(
+                f"{setting}: {self.path} uses the unknown variable {{{{ {unknown[0]} }}}}; only {allowed} can be used "
+                "here"
+            )
         for variable in variables:
             # Short and long text: a template may depend on the length.
             probes = [(dict.fromkeys(variables, "1" * length), "2" * length) for length in (1, 1000)]
             if all(self.render(**probe) == self.render(**{**probe, variable: other}) for probe, other in probes):
-                raise TemplateError(f"{setting}: {self.path} does not show {{{{ {variable} }}}}; add it to the template")
+                raise TemplateError(
+                    f"{setting}: {self.path} does not show {{{{ {variable} }}}}; add it to the template"
+                )
 
     def on(self, problem: Problem) -> str:
         """What and where, at the head of an error."""
@@ -204,10 +240,12 @@ class _Template:
     def render(self, **values: str) -> str:
         try:
             return self._template.render(**values)
-        # A template runs its author's expressions, so anything can be raised here: undefined attributes, type errors, refusals of the
-        # sandbox.
+        # A template runs its author's expressions, so anything can be raised here: undefined attributes, type errors,
+        # refusals of the sandbox.
         except Exception as error:
-            raise TemplateError(f"{self.path} fails to render: {type(error).__name__}: {error}; fix the template") from error
+            raise TemplateError(
+                f"{self.path} fails to render: {type(error).__name__}: {error}; fix the template"
+            ) from error
 
     @staticmethod
     def _find(path: Path, setting: str) -> Path:
@@ -217,12 +255,14 @@ class _Template:
             return SHIPPED / path
         shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.jinja")))
         raise TemplateError(
-            f"{setting}: {path} does not exist; give the path of a Jinja file, the name of a shipped one ({shipped}), or module:function"
+            f"{setting}: {path} does not exist; give the path of a Jinja file, the name of a shipped one ({shipped}), "
+            "or module:function"
         )
 
 
 class _Function:
-    """A function of the user's in place of a template file. It is checked by what it gives: a made-up problem may be none that it takes."""
+    """A function of the user's in place of a template file. It is checked by what it gives: a made-up problem may be
+    none that it takes."""
 
     def __init__(self, path: str, variables: tuple[str, ...], setting: str):
         self.path, self.variables, self.setting = path, variables, setting
@@ -236,13 +276,14 @@ class _Function:
             message = self.function(problem, *privileged)
         except Exception as error:  # the user's code may raise anything
             raise TemplateError(
-                f"{self.on(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is called with "
-                f"({', '.join(self.variables)})"
+                f"{self.on(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is called "
+                f"with ({', '.join(self.variables)})"
             ) from error
         fault = _message_fault(message)
         if fault is not None:
             raise TemplateError(
-                f"{self.on(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', 'content': 'text'}}]"
+                f"{self.on(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', 'content': "
+                "'text'}]"
             )
         # A copy: the function may go on with its list.
         return message if isinstance(message, str) else [dict(turn) for turn in message]
@@ -263,7 +304,8 @@ def _message_fault(message: object) -> str | None:
 
 
 def _unknown_token_id(tokenizer: Any) -> int | None:
-    """The id that stands for text without a token; some fast tokenizers have one that ``unk_token_id`` does not show."""
+    """The id that stands for text without a token; some fast tokenizers have one that ``unk_token_id`` does not
+    show."""
     if tokenizer.unk_token_id is not None:
         return tokenizer.unk_token_id
     unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) if tokenizer.is_fast else None

@@ -52,17 +52,19 @@ from dasd_megatron.training.prepare import check_key, choose_run_dir, load_token
 from dasd_megatron.verify.grader import Grader
 
 OURS = "dasd"
-"""In ``metrics.json``, the entry of each benchmark that has what NeMo-Skills does not count; the others are NeMo-Skills'."""
+"""In ``metrics.json``, the entry of each benchmark that has what NeMo-Skills does not count; the others are
+NeMo-Skills'."""
 MACRO_AVERAGE = "macro_average"
 _VERSION = "evaluated"
 
 
 def evaluate_model(config: Config) -> None:
-    """Evaluate ``model.path`` on ``evaluation.benchmarks``, or on ``data.heldout`` where none are named, and print the table.
+    """Evaluate ``model.path`` on ``evaluation.benchmarks``, or on ``data.heldout`` where none are named, and print the
+    table.
 
-    The run directory gets ``<benchmark>/output-rs<i>.jsonl``, ``<benchmark>/health.json``, ``metrics.json`` and ``timing.json``. Started
-    again with the same settings and ``run.dir``, it goes on where it was. With ``rollout.engine=external`` the external servers answer and
-    ``model.path`` only gives the tokenizer.
+    The run directory gets ``<benchmark>/output-rs<i>.jsonl``, ``<benchmark>/health.json``, ``metrics.json`` and
+    ``timing.json``. Started again with the same settings and ``run.dir``, it goes on where it was. With
+    ``rollout.engine=external`` the external servers answer and ``model.path`` only gives the tokenizer.
     """
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory or a Megatron checkpoint")
@@ -78,7 +80,9 @@ def evaluate_model(config: Config) -> None:
     external = config.rollout.engine == "external"
     model = Path(config.model.path) if external else _hf_directory(config, root)
     urls = find_servers(config.rollout) if external else []
-    served = asyncio.run(_served_model(make_client(config.rollout, urls))) if external else {"model": model_digest(model)}
+    served = (
+        asyncio.run(_served_model(make_client(config.rollout, urls))) if external else {"model": model_digest(model)}
+    )
     samples = config.evaluation.samples
     for name in problems:
         check_settings(root / name, _settings(config, served, problems[name], prompts[name]))
@@ -88,7 +92,9 @@ def evaluate_model(config: Config) -> None:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
         if not external and (None in results.values() or config.evaluation.nemo_skills == "eval"):
-            server = stack.enter_context(LocalServer(model, _VERSION, config.rollout, root / "logs" / "rollout_server.log"))
+            server = stack.enter_context(
+                LocalServer(model, _VERSION, config.rollout, root / "logs" / "rollout_server.log")
+            )
             urls = [server.url]
         for name, finished in results.items():
             started = time.perf_counter()
@@ -118,7 +124,9 @@ def evaluate_model(config: Config) -> None:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """``dasd evaluate --compare FOLDER FOLDER``: where two gradings of the same responses differ."""
     parser = argparse.ArgumentParser(prog="dasd evaluate --compare")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar="FOLDER", required=True, help="folders of <benchmark>/output-rs*.jsonl")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="FOLDER", required=True, help="folders of <benchmark>/output-rs*.jsonl"
+    )
     first, second = parser.parse_args(arguments).compare
     nemo_skills.compare_folders(first, second)
 
@@ -151,11 +159,15 @@ async def _served_model(client: RolloutClient) -> dict[str, str]:
     models = [{"model": info.get("model_path"), "weight_version": info.get("weight_version")} for info in found]
     for url, model in zip(client.urls, models, strict=True):
         if model != models[0]:
-            raise EvaluationError(f"{client.urls[0]} serves {models[0]} and {url} serves {model}: give servers of one model")
+            raise EvaluationError(
+                f"{client.urls[0]} serves {models[0]} and {url} serves {model}: give servers of one model"
+            )
     return models[0]
 
 
-def _settings(config: Config, served: Mapping[str, str], problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _settings(
+    config: Config, served: Mapping[str, str], problems: Sequence[Problem], prompts: Sequence[Sequence[int]]
+) -> dict[str, Any]:
     """All that the samples of a benchmark depend on, by the names of the fields where they have some."""
     rollout, evaluation, verify = config.rollout, config.evaluation, config.verify
 
@@ -236,17 +248,31 @@ def _intervals(names: Sequence[str] | Mapping[str, Any], means: np.ndarray, conf
 
 
 def print_table(metrics: Mapping[str, Any], confidence: float) -> None:
-    """Of each benchmark, and of their mean: Avg@n with its confidence interval, Pass@n, Maj@n, and what became of the responses."""
+    """Of each benchmark, and of their mean: Avg@n with its confidence interval, Pass@n, Maj@n, and what became of the
+    responses."""
     names = [name for name in metrics if name != MACRO_AVERAGE]
     n = metrics[names[0]][OURS]["num_samples"]
     table = Table(box=box.SIMPLE_HEAVY)
     table.add_column("benchmark")
-    for heading in ("problems", f"Avg@{n} [{confidence:.0%}]", f"Pass@{n}", f"Maj@{n}", "no answer", "cut off", "repeated", "tokens"):
+    for heading in (
+        "problems",
+        f"Avg@{n} [{confidence:.0%}]",
+        f"Pass@{n}",
+        f"Maj@{n}",
+        "no answer",
+        "cut off",
+        "repeated",
+        "tokens",
+    ):
         table.add_column(heading, justify="right")
 
     def scores(entry: Mapping[str, Any]) -> list[str]:
         low, high = entry["confidence_intervals"][f"avg@{n}"]
-        return [f"{entry[f'avg@{n}']:.1%} [{low:.1%}, {high:.1%}]", f"{entry[f'pass@{n}']:.1%}", f"{entry[f'maj@{n}']:.1%}"]
+        return [
+            f"{entry[f'avg@{n}']:.1%} [{low:.1%}, {high:.1%}]",
+            f"{entry[f'pass@{n}']:.1%}",
+            f"{entry[f'maj@{n}']:.1%}",
+        ]
 
     for name in names:
         ours = metrics[name][OURS]

@@ -35,7 +35,8 @@ def evaluate(
     weight_version: str | None,
     samples_path: Path,
 ) -> dict[str, Any]:
-    """Draw ``evaluation.samples`` responses to each problem, grade them, write them to ``samples_path`` and return the metrics.
+    """Draw ``evaluation.samples`` responses to each problem, grade them, write them to ``samples_path`` and return the
+    metrics.
 
     The seeds depend on ``run.seed``, the problem and the sample alone, so two evaluations differ by the weights only.
     """
@@ -44,7 +45,9 @@ def evaluate(
     prompts = [renderer.student(problem) for problem in problems]
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     seeds = [
-        sampling_seed(config.run.seed, "evaluation", index, sample) for index in range(len(problems)) for sample in range(settings.samples)
+        sampling_seed(config.run.seed, "evaluation", index, sample)
+        for index in range(len(problems))
+        for sample in range(settings.samples)
     ]
     completions = generate(
         client,
@@ -58,7 +61,13 @@ def evaluate(
         vocab_size=None,
     )
     samples = make_samples(
-        problems, range(len(problems)), prompts, completions, grader, samples_per_group=settings.samples, tokenizer=tokenizer
+        problems,
+        range(len(problems)),
+        prompts,
+        completions,
+        grader,
+        samples_per_group=settings.samples,
+        tokenizer=tokenizer,
     )
     _write_samples(samples_path, samples)
     health = measure(samples, config.health, checker=STEP_CHECKERS.get(config.data.heldout.generator))

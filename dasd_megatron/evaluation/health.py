@@ -1,9 +1,11 @@
-"""How a policy reasons, beside whether it is right: uncertainty along the response, hedging, repetition, self-correction, diversity.
+"""How a policy reasons, beside whether it is right: uncertainty along the response, hedging, repetition,
+self-correction, diversity.
 
-Two stages. :func:`measure` makes a table of a few numbers for each response, a dict of arrays whose first axis is the responses;
-:func:`join` puts tables of several processes or files together; :func:`health_metrics` and :func:`health_tables` reduce one to results.
-"Token" means a token that the policy sampled: those under a response mask are left out. Entropies and log-probs are in nats, at the
-temperature that they were computed with. All arithmetic is float64 on the CPU.
+Two stages. :func:`measure` makes a table of a few numbers for each response, a dict of arrays whose first axis is the
+responses; :func:`join` puts tables of several processes or files together; :func:`health_metrics` and
+:func:`health_tables` reduce one to results. "Token" means a token that the policy sampled: those under a response mask
+are left out. Entropies and log-probs are in nats, at the temperature that they were computed with. All arithmetic is
+float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ _LEFT_SIDE_CHARS = 64
 
 
 class Profile(NamedTuple):
-    """Sums over tokens, ``[B, 10]`` by tenth of the response and ``[B, P]`` by bin of positions, and how many tokens each has."""
+    """Sums over tokens, ``[B, 10]`` by tenth of the response and ``[B, P]`` by bin of positions, and how many tokens
+    each has."""
 
     decile_sum: NDArray
     decile_count: NDArray
@@ -47,9 +50,9 @@ class Profile(NamedTuple):
 def token_profile(values: ArrayLike, lengths: ArrayLike, edges: Sequence[int]) -> Profile:
     """Where along the responses the values lie.
 
-    Token t (from 0) of a response of L tokens is in decile ``floor(10 t / L)``, so that of a response with fewer than ten tokens some
-    deciles are empty; and in the bin of positions ``[edges[i], edges[i + 1])`` that holds t, where the first bin begins at 0 and the last
-    has no end.
+    Token t (from 0) of a response of L tokens is in decile ``floor(10 t / L)``, so that of a response with fewer than
+    ten tokens some deciles are empty; and in the bin of positions ``[edges[i], edges[i + 1])`` that holds t, where the
+    first bin begins at 0 and the last has no end.
 
     Args:
         values: [N] packed tokens of B responses.
@@ -73,12 +76,13 @@ def token_profile(values: ArrayLike, lengths: ArrayLike, edges: Sequence[int]) -
 def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> tuple[NDArray, NDArray]:
     """How much of each response has stood in it before.
 
-    An n-gram is ``n`` neighbouring tokens; a response of L tokens has L - n + 1, and one of them is repeated if the same stands earlier in
-    the response, overlapping or not. Returns
+    An n-gram is ``n`` neighbouring tokens; a response of L tokens has L - n + 1, and one of them is repeated if the
+    same stands earlier in the response, overlapping or not. Returns
 
     - the share of repeated n-grams, 1 - distinct / all, float64 [B]; 0 with fewer than two n-grams;
-    - the longest repeated run in tokens, int64 [B]: the most tokens in a row that repeated n-grams cover without a gap, each beginning one
-      token after the one before; 0 without any. It is at least the length of the longest passage that stands earlier in the response.
+    - the longest repeated run in tokens, int64 [B]: the most tokens in a row that repeated n-grams cover without a gap,
+      each beginning one token after the one before; 0 without any. It is at least the length of the longest passage
+      that stands earlier in the response.
 
     n-grams are compared by a hash of at least 40 bits. Args: ``tokens`` [N] packed int; ``lengths`` [B], of sum N.
     """
@@ -115,8 +119,10 @@ def _scramble(tokens: NDArray) -> NDArray:
 
 
 class Phrases:
-    """Finds words and phrases of a list in lower-cased text. A word is a run of letters, digits and underscores, with apostrophes inside;
-    a phrase is its words in a row, whatever punctuation or space is between them. Where several fit, the longest counts, and none overlap.
+    """Finds words and phrases of a list in lower-cased text. A word is a run of letters, digits and underscores, with
+    apostrophes inside;
+    a phrase is its words in a row, whatever punctuation or space is between them. Where several fit, the longest
+    counts, and none overlap.
     """
 
     def __init__(self, phrases: Sequence[str]) -> None:
@@ -160,7 +166,8 @@ def _plain(text: str) -> str:
 
 
 def phrase_counts(texts: Sequence[str], phrases: Sequence[str]) -> NDArray:
-    """How often words and phrases of the list stand in each text, as :class:`Phrases` counts them, int64 [B]; case does not matter."""
+    """How often words and phrases of the list stand in each text, as :class:`Phrases` counts them, int64 [B]; case does
+    not matter."""
     finder = Phrases(phrases)
     words = map(words_of, texts)
     return np.array([len(finder.find(own, candidates(own, finder))) for own in words], dtype=np.int64)
@@ -169,14 +176,18 @@ def phrase_counts(texts: Sequence[str], phrases: Sequence[str]) -> NDArray:
 def self_corrections(texts: Sequence[str], phrases: Sequence[str]) -> tuple[NDArray, NDArray]:
     """Whether each response has a phrase of the list, and whether it really changes a result, bool [B] each.
 
-    A result is changed if the response states two equations with the same left side and different numbers to the right, with such a phrase
-    somewhere between the first and the last equation of that left side: ``5+7=13. Wait, 5 + 7 = 12``. A left side is the operands and
-    operators in front of ``=``, of at most 64 characters, compared without spaces. What is corrected in words, or written another way,
+    A result is changed if the response states two equations with the same left side and different numbers to the right,
+    with such a phrase somewhere between the first and the last equation of that left side: ``5+7=13. Wait, 5 + 7 =
+    12``. A left side is the operands and operators in front of ``=``, of at most 64 characters, compared without
+    spaces. What is corrected in words, or written another way,
     is not seen: the second number is a lower bound, the first is none.
     """
     finder = Phrases(phrases)
     words = map(words_of, texts)
-    found = [_self_correction(text, finder.find(own, candidates(own, finder))) for text, own in zip(texts, words, strict=True)]
+    found = [
+        _self_correction(text, finder.find(own, candidates(own, finder)))
+        for text, own in zip(texts, words, strict=True)
+    ]
     return np.array([one for one, _ in found], dtype=bool), np.array([changed for _, changed in found], dtype=bool)
 
 
@@ -194,7 +205,9 @@ def _self_correction(text: str, places: Sequence[int]) -> tuple[bool, bool]:
         left = _LEFT_SIDE.match(reverse, place, place + _LEFT_SIDE_CHARS)
         if left is not None:
             equations.setdefault(left[1].replace(" ", ""), []).append((match.start(), match[1].replace(",", "")))
-    spans = [(stated[0][0], stated[-1][0]) for stated in equations.values() if len({number for _, number in stated}) > 1]
+    spans = [
+        (stated[0][0], stated[-1][0]) for stated in equations.values() if len({number for _, number in stated}) > 1
+    ]
     if not spans:
         return True, False
     starts = [match.start() for match in _WORD.finditer(plain)]
@@ -202,7 +215,8 @@ def _self_correction(text: str, places: Sequence[int]) -> tuple[bool, bool]:
 
 
 def distinct_per_group(group: ArrayLike, value: ArrayLike, counts: ArrayLike | None = None) -> float:
-    """Mean over groups of the number of different values among a group's members; members where ``counts`` is false have none. [B] each."""
+    """Mean over groups of the number of different values among a group's members; members where ``counts`` is false
+    have none. [B] each."""
     group, value = np.asarray(group), np.asarray(value)
     groups = len(np.unique(group))
     if counts is not None:
@@ -214,7 +228,8 @@ def distinct_per_group(group: ArrayLike, value: ArrayLike, counts: ArrayLike | N
 
 
 def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
-    """Chance that a positive's score is above a negative's, ties counting half (Mann-Whitney U / pairs); None without both. [B] each."""
+    """Chance that a positive's score is above a negative's, ties counting half (Mann-Whitney U / pairs); None without
+    both. [B] each."""
     score, positive = np.asarray(score, dtype=np.float64), np.asarray(positive, dtype=bool)
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
@@ -226,7 +241,8 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class Calibration(NamedTuple):
-    """By bin of confidence, [bins] each: responses, and of these mean confidence and share that is right (NaN where there are none)."""
+    """By bin of confidence, [bins] each: responses, and of these mean confidence and share that is right (NaN where
+    there are none)."""
 
     count: NDArray
     confidence: NDArray
@@ -236,8 +252,8 @@ class Calibration(NamedTuple):
 
 
 def calibration(confidence: ArrayLike, right: ArrayLike, bins: int = CALIBRATION_BINS) -> Calibration:
-    """Confidence against correctness in ``bins`` bins of equal width, ``[i / bins, (i + 1) / bins)``, the last with its end. [B] each;
-    values in [0, 1]."""
+    """Confidence against correctness in ``bins`` bins of equal width, ``[i / bins, (i + 1) / bins)``, the last with its
+    end. [B] each; values in [0, 1]."""
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -258,11 +274,14 @@ def measure(
     """The table of B responses.
 
     Args:
-        entropy: [N] packed entropies of the distributions that the tokens were drawn from; None: not known, as of a server's rollouts.
-        log_prob: [N] packed log-probs of the tokens; None: the samples' ``rollout_log_probs``.
-        checker: checks the steps of the task (:data:`~dasd_megatron.verify.steps.STEP_CHECKERS`); None: its steps cannot be checked.
+        entropy: [N] packed entropies of the distributions that the tokens were drawn from; None: not known, as of a
+        server's rollouts. log_prob: [N] packed log-probs of the tokens; None: the samples' ``rollout_log_probs``.
+        checker: checks the steps of the task (:data:`~dasd_megatron.verify.steps.STEP_CHECKERS`); None: its steps
+            cannot be checked.
     """
-    entropy, log_prob = (None if values is None else np.asarray(values, dtype=np.float64) for values in (entropy, log_prob))
+    entropy, log_prob = (
+        None if values is None else np.asarray(values, dtype=np.float64) for values in (entropy, log_prob)
+    )
     bounds = np.cumsum([0, *(len(sample.sampled) for sample in samples)]).tolist()
     epistemic, corrections = Phrases(settings.epistemic_words), Phrases(settings.correction_phrases)
     parts = []
@@ -309,9 +328,12 @@ def _measure(
     words = [words_of(sample.text) for sample in samples]
     places = [candidates(own, epistemic, corrections) for own in words]
     corrected = [
-        _self_correction(sample.text, corrections.find(own, some)) for sample, own, some in zip(samples, words, places, strict=True)
+        _self_correction(sample.text, corrections.find(own, some))
+        for sample, own, some in zip(samples, words, places, strict=True)
     ]
-    share, run = repetition(_packed([sample.response_ids for sample in samples], samples, np.int64), lengths, settings.repetition_ngram)
+    share, run = repetition(
+        _packed([sample.response_ids for sample in samples], samples, np.int64), lengths, settings.repetition_ngram
+    )
     uncertainty = -log_prob if entropy is None else entropy
     table = {
         "group": np.array([sample.group for sample in samples], dtype=np.int64),
@@ -319,7 +341,9 @@ def _measure(
         "length": lengths,
         "right": np.array([sample.reward > 0 for sample in samples], dtype=bool),
         "answered": np.array([sample.predicted_answer is not None for sample in samples], dtype=bool),
-        "answer": np.array([_digest(normalize_answer(sample.predicted_answer or "")) for sample in samples], dtype=np.int64),
+        "answer": np.array(
+            [_digest(normalize_answer(sample.predicted_answer or "")) for sample in samples], dtype=np.int64
+        ),
         "path": np.array([_digest(_without_spaces(sample.text.lower())) for sample in samples], dtype=np.int64),
         "epistemic": np.array([len(epistemic.find(*one)) for one in zip(words, places, strict=True)], dtype=np.int64),
         "correction_phrase": np.array([one for one, _ in corrected], dtype=bool),
@@ -350,14 +374,16 @@ def _digest(text: str) -> int:
 
 
 def join(tables: Sequence[Table]) -> Table:
-    """One table of all responses, in the order of (group, sample) however they were spread, so that sums do not depend on it."""
+    """One table of all responses, in the order of (group, sample) however they were spread, so that sums do not depend
+    on it."""
     joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     order = np.lexsort((joined["sample"], joined["group"]))
     return {name: column[order] for name, column in joined.items()}
 
 
 def to_rows(table: Table) -> list[dict[str, Any]]:
-    """A table as JSON, one object a response: for files that grow response by response. :func:`from_rows` makes the table again."""
+    """A table as JSON, one object a response: for files that grow response by response. :func:`from_rows` makes the
+    table again."""
     columns = {name: column.tolist() for name, column in table.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -367,17 +393,24 @@ def from_rows(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
-    """Results of a table by the names of ``metrics.jsonl``; docs/health.md has each one's formula. What there is nothing to compute from is
-    left out. The profile and the AUROC are of entropies (``health/entropy_...``) where the table has them, else of negative log-probs of
-    the sampled tokens (``health/nll_...``), whose mean is the entropy's in expectation."""
+    """Results of a table by the names of ``metrics.jsonl``; docs/health.md has each one's formula. What there is
+    nothing to compute from is left out. The profile and the AUROC are of entropies (``health/entropy_...``) where the
+    table has them, else of negative log-probs of the sampled tokens (``health/nll_...``), whose mean is the entropy's
+    in expectation."""
     tokens = int(table["length"].sum())
     kind = "entropy" if table["has_entropy"].all() else "nll"
     metrics = {}
     deciles = _means(table["decile_sum"], table["decile_count"])
-    metrics |= {f"health/{kind}_decile_{place}": value for place, value in enumerate(deciles, start=1) if value is not None}
+    metrics |= {
+        f"health/{kind}_decile_{place}": value for place, value in enumerate(deciles, start=1) if value is not None
+    }
     positions = _means(table["position_sum"], table["position_count"])
     starts = [0, *settings.position_bins]
-    metrics |= {f"health/{kind}_from_{start}": value for start, value in zip(starts, positions, strict=True) if value is not None}
+    metrics |= {
+        f"health/{kind}_from_{start}": value
+        for start, value in zip(starts, positions, strict=True)
+        if value is not None
+    }
     low, middle, high = np.quantile(table["length"], [0.1, 0.5, 0.9]).tolist()
     metrics |= {
         "health/length_p10": low,
@@ -398,7 +431,9 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
     if area is not None:
         metrics["health/entropy_auroc" if kind == "entropy" else "health/nll_auroc"] = area
     if "steps_correct" in table and (checked := table["steps_expected"] > 0).any():
-        metrics["health/step_accuracy"] = float((table["steps_correct"][checked] / table["steps_expected"][checked]).mean())
+        metrics["health/step_accuracy"] = float(
+            (table["steps_correct"][checked] / table["steps_expected"][checked]).mean()
+        )
         wrong = table["first_wrong"][table["first_wrong"] > 0]
         if len(wrong):
             metrics["health/first_wrong_step"] = float(wrong.mean())
@@ -406,7 +441,8 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
 
 
 def health_tables(table: Table) -> dict[str, list[dict[str, float | int | None]]]:
-    """What is a table and not a number, as JSON: ``calibration``, the bins of exp(-mean NLL) with the share that is right in each."""
+    """What is a table and not a number, as JSON: ``calibration``, the bins of exp(-mean NLL) with the share that is
+    right in each."""
     found = calibration(np.exp(-table["nll"]), table["right"])
     rows = itertools.zip_longest(found.count.tolist(), found.confidence.tolist(), found.accuracy.tolist())
     return {
@@ -425,4 +461,7 @@ def health_tables(table: Table) -> dict[str, list[dict[str, float | int | None]]
 
 def _means(sums: NDArray, counts: NDArray) -> list[float | None]:
     """Over the tokens of all responses, by column."""
-    return [total / count if count else None for total, count in zip(sums.sum(0).tolist(), counts.sum(0).tolist(), strict=True)]
+    return [
+        total / count if count else None
+        for total, count in zip(sums.sum(0).tolist(), counts.sum(0).tolist(), strict=True)
+    ]

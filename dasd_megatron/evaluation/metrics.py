@@ -1,4 +1,5 @@
-"""Avg@k, Pass@k and Maj@k over the outcomes of repeated samples, by NeMo-Skills' formulas, and their confidence intervals.
+"""Avg@k, Pass@k and Maj@k over the outcomes of repeated samples, by NeMo-Skills' formulas, and their confidence
+intervals.
 
 All sums are of exact fractions and rounded once, so that a number depends on the counts alone, to the last bit.
 """
@@ -17,7 +18,8 @@ import numpy as np
 def pass_at_k(outcomes: Sequence[Sequence[bool]], k: int) -> float:
     """Chance that at least one of ``k`` samples of a problem is correct, averaged over problems.
 
-    Per problem with ``c`` of ``n`` samples correct this is the unbiased estimator 1 - C(n-c, k) / C(n, k) (Chen et al., arXiv:2107.03374).
+    Per problem with ``c`` of ``n`` samples correct this is the unbiased estimator 1 - C(n-c, k) / C(n, k) (Chen et al.,
+    arXiv:2107.03374).
 
     Args:
         outcomes: one sequence of bools per problem, samples in order; problems may have different numbers of samples.
@@ -50,8 +52,9 @@ def avg_at_k(outcomes: Sequence[Sequence[bool]]) -> float:
 def maj_at_k(answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequence[bool]], k: int) -> float:
     """Share of problems whose majority answer among the first ``k`` samples is correct.
 
-    As NeMo-Skills 0.7 counts: samples without an answer (None) do not vote, a problem where nobody votes is wrong, votes are for pairs of
-    answer and outcome, answers are compared as strings, and among tied pairs a problem counts with the share of right ones.
+    As NeMo-Skills 0.7 counts: samples without an answer (None) do not vote, a problem where nobody votes is wrong,
+    votes are for pairs of answer and outcome, answers are compared as strings, and among tied pairs a problem counts
+    with the share of right ones.
 
     Args:
         answers: one sequence of extracted answers per problem, samples in order.
@@ -89,7 +92,9 @@ def problem_scores(
         raise ValueError("problems have different numbers of samples; take as many of each")
     scores = {f"avg@{n}": [_average(row) for row in outcomes]}
     scores |= {f"pass@{k}": [_pass(row, k) for row in outcomes] for k in ks}
-    scores |= {f"maj@{k}": [_majority(row, correct, k) for row, correct in zip(answers, outcomes, strict=True)] for k in ks}
+    scores |= {
+        f"maj@{k}": [_majority(row, correct, k) for row, correct in zip(answers, outcomes, strict=True)] for k in ks
+    }
     return scores
 
 
@@ -118,9 +123,11 @@ def interval(means: np.ndarray, confidence: float) -> np.ndarray:
 def nemo_skills_metrics(
     answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequence[bool]], tokens: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """What NeMo-Skills 0.7 writes about one benchmark to ``metrics.json``: shares in percent, by its names and in its order.
+    """What NeMo-Skills 0.7 writes about one benchmark to ``metrics.json``: shares in percent, by its names and in its
+    order.
 
-    Every problem has the same number n of samples; ``pass@k``, ``pass@1[avg-of-k]`` and ``majority@k`` are there for every k up to n.
+    Every problem has the same number n of samples; ``pass@k``, ``pass@1[avg-of-k]`` and ``majority@k`` are there for
+    every k up to n.
     """
     n, problems = len(outcomes[0]), list(zip(answers, outcomes, strict=True))
     common = {"num_entries": len(outcomes)}
@@ -138,15 +145,22 @@ def nemo_skills_metrics(
         metrics[f"pass@{k}"] = entry([_pass(row, k) for row in outcomes], none_of_k)
         if k == 1:
             continue
-        average = metrics[f"pass@1[avg-of-{k}]"] = entry([_average(row[:k]) for row in outcomes], [_average(row[:k]) for row in missing])
-        for name, rows in {"reasoning_tokens": [[0] * n] * len(tokens), "answer_tokens": tokens, "symbolic_correct": outcomes}.items():
+        average = metrics[f"pass@1[avg-of-{k}]"] = entry(
+            [_average(row[:k]) for row in outcomes], [_average(row[:k]) for row in missing]
+        )
+        for name, rows in {
+            "reasoning_tokens": [[0] * n] * len(tokens),
+            "answer_tokens": tokens,
+            "symbolic_correct": outcomes,
+        }.items():
             average[f"{name}_statistics"] = _spread(np.array(rows, dtype=np.float64)[:, :k])
         metrics[f"majority@{k}"] = entry([_majority(row, correct, k) for row, correct in problems], none_of_k)
     return metrics
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """NeMo-Skills' statistics of [problems, samples]: between runs, each one sample of every problem, and between a problem's samples."""
+    """NeMo-Skills' statistics of [problems, samples]: between runs, each one sample of every problem, and between a
+    problem's samples."""
     between_runs = float(values.mean(axis=0).std(ddof=1))
     return {
         "avg": float(values.mean()),

@@ -1,7 +1,7 @@
 """NeMo-Skills as a second grader, and its ``ns eval`` against our servers: subprocesses in an environment of its own.
 
-It ends with status 0 where its jobs have crashed, so what it was to write is looked at afterwards: every file, every line, every field.
-Written for NeMo-Skills 0.7.0; docs/evaluation.md says how its environment is made.
+It ends with status 0 where its jobs have crashed, so what it was to write is looked at afterwards: every file, every
+line, every field. Written for NeMo-Skills 0.7.0; docs/evaluation.md says how its environment is made.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ _TAIL_LINES = 3
 
 
 def read_graded(folder: Path) -> Records:
-    """[problem][sample] of a benchmark's files ``output-rs*.jsonl``, whoever graded them, in the order of their names as NeMo-Skills does.
+    """[problem][sample] of a benchmark's files ``output-rs*.jsonl``, whoever graded them, in the order of their names
+    as NeMo-Skills does.
 
     Raises:
-        EvaluationError: there are none, they differ in their numbers of lines or in their problems, or a line is no graded response.
+        EvaluationError: there are none, they differ in their numbers of lines or in their problems, or a line is no
+            graded response.
     """
     files = sorted(folder.glob("output-rs*.jsonl"), key=lambda file: file.name)
     if not files:
@@ -56,7 +58,9 @@ def read_graded(folder: Path) -> Records:
     columns = [_read_file(file) for file in files]
     for file, column in zip(files, columns, strict=True):
         if [record["problem"] for record in column] != [record["problem"] for record in columns[0]]:
-            raise EvaluationError(f"{file} has {len(column)} problems and other ones than {files[0].name}: it is not whole")
+            raise EvaluationError(
+                f"{file} has {len(column)} problems and other ones than {files[0].name}: it is not whole"
+            )
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -68,7 +72,9 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             wrong = [name for name, kind in _GRADED.items() if not isinstance(record[name], kind)]
         except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{file} line {number} is no graded response ({type(error).__name__}: {error})") from error
+            raise EvaluationError(
+                f"{file} line {number} is no graded response ({type(error).__name__}: {error})"
+            ) from error
         if wrong:
             raise EvaluationError(f"{file} line {number}: {wrong[0]} is {record[wrong[0]]!r:.40}")
         records.append(record)
@@ -79,7 +85,10 @@ def check_graded(folder: Path, problems: Sequence[str], samples: int) -> Records
     """:func:`read_graded`, of so many samples and of just these problems; :class:`EvaluationError` otherwise."""
     records = read_graded(folder)
     if len(records[0]) != samples:
-        raise EvaluationError(f"{folder} has {len(records[0])} files of responses and not {samples}: NeMo-Skills has not done all its work")
+        raise EvaluationError(
+            f"{folder} has {len(records[0])} files of responses and not {samples}: NeMo-Skills has not done all its "
+            "work"
+        )
     if sorted(row[0]["problem"] for row in records) != sorted(problems):
         raise EvaluationError(f"{folder} has {len(records)} problems and not just the {len(problems)} that were asked")
     return records
@@ -94,8 +103,11 @@ def verdicts(records: Records) -> tuple[list[list[str | None]], list[list[bool]]
     )
 
 
-def compare_grading(settings: EvaluationConfig, root: Path, results: Mapping[str, Records], display: ProgressDisplay) -> None:
-    """Let NeMo-Skills grade copies of the responses, check its metrics against ours on its verdicts, and list where the verdicts differ.
+def compare_grading(
+    settings: EvaluationConfig, root: Path, results: Mapping[str, Records], display: ProgressDisplay
+) -> None:
+    """Let NeMo-Skills grade copies of the responses, check its metrics against ours on its verdicts, and list where the
+    verdicts differ.
 
     Raises:
         EvaluationError: it fails, leaves something out, or counts otherwise.
@@ -107,13 +119,24 @@ def compare_grading(settings: EvaluationConfig, root: Path, results: Mapping[str
         for sample in range(len(records[0])):
             # Without our verdicts: were they left standing, a grader that crashed would agree with us.
             rows = [
-                {key: value for key, value in row[sample].items() if key not in ("predicted_answer", "symbolic_correct")} for row in records
+                {
+                    key: value
+                    for key, value in row[sample].items()
+                    if key not in ("predicted_answer", "symbolic_correct")
+                }
+                for row in records
             ]
             replace_file(folder / name / f"output-rs{sample}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     theirs = {}
     with display.phase("NeMo-Skills grades"):
         for name, records in results.items():
-            _run(settings, root, "nemo_skills.evaluation.evaluate_results", f"++input_files={name}/output-rs*.jsonl", "++eval_type=math")
+            _run(
+                settings,
+                root,
+                "nemo_skills.evaluation.evaluate_results",
+                f"++input_files={name}/output-rs*.jsonl",
+                "++eval_type=math",
+            )
             theirs[name] = check_graded(folder / name, [row[0]["problem"] for row in records], len(records[0]))
         _run(settings, root, "nemo_skills.pipeline.cli", "summarize_results", ".", "--metric_type=math")
     check_metrics(folder / "metrics.json", theirs)
@@ -132,7 +155,9 @@ def check_metrics(path: Path, graded: Mapping[str, Records]) -> None:
             for key, value in entry.items():
                 other = found.get(name, {}).get(mode, {}).get(key)
                 if not _close(other, value):
-                    raise EvaluationError(f"{path}: {name} {mode} {key} is {other}, and by our formulas {value}: not the pinned version?")
+                    raise EvaluationError(
+                        f"{path}: {name} {mode} {key} is {other}, and by our formulas {value}: not the pinned version?"
+                    )
 
 
 def _close(found: Any, expected: Any) -> bool:
@@ -142,16 +167,22 @@ def _close(found: Any, expected: Any) -> bool:
 
 
 def compare_folders(first: Path, second: Path) -> None:
-    """Print, of each benchmark that both folders hold, on how many responses two gradings agree, and write the others to
-    ``differences.jsonl`` in the second.
+    """Print, of each benchmark that both folders hold, on how many responses two gradings agree, and write the others
+    to ``differences.jsonl`` in the second.
 
     Raises:
         EvaluationError: no benchmark in common, or other responses than the first's.
     """
-    first, second = (folder / "eval-results" if (folder / "eval-results").is_dir() else folder for folder in (first, second))
-    names = sorted(path.parent.name for path in first.glob("*/output-rs0.jsonl") if (second / path.parent.name).is_dir())
+    first, second = (
+        folder / "eval-results" if (folder / "eval-results").is_dir() else folder for folder in (first, second)
+    )
+    names = sorted(
+        path.parent.name for path in first.glob("*/output-rs0.jsonl") if (second / path.parent.name).is_dir()
+    )
     if not names:
-        raise EvaluationError(f"{first} and {second} have no benchmark in common: give folders of <benchmark>/output-rs*.jsonl")
+        raise EvaluationError(
+            f"{first} and {second} have no benchmark in common: give folders of <benchmark>/output-rs*.jsonl"
+        )
     table = Table(box=box.SIMPLE_HEAVY)
     table.add_column("benchmark")
     for heading in ("responses", "same verdict", "right in the first alone", "right in the second alone"):
@@ -162,7 +193,9 @@ def compare_folders(first: Path, second: Path) -> None:
         pairs = [pair for rows in zip(*both, strict=False) for pair in zip(*rows, strict=False)]
         shapes = [[len(row) for row in records] for records in both]
         if shapes[0] != shapes[1] or any(one["problem"] != other["problem"] for one, other in pairs):
-            raise EvaluationError(f"{first / name} and {second / name} hold other problems or numbers of samples: nothing to compare")
+            raise EvaluationError(
+                f"{first / name} and {second / name} hold other problems or numbers of samples: nothing to compare"
+            )
         other = [pair for pair in pairs if pair[0]["symbolic_correct"] != pair[1]["symbolic_correct"]]
         alone = sum(one["symbolic_correct"] for one, _ in other)
         table.add_row(name, str(len(pairs)), str(len(pairs) - len(other)), str(alone), str(len(other) - alone))
@@ -180,17 +213,24 @@ def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_eval(
-    config: Config, root: Path, problems: Mapping[str, Sequence[Problem]], urls: Sequence[str], model: Path, display: ProgressDisplay
+    config: Config,
+    root: Path,
+    problems: Mapping[str, Sequence[Problem]],
+    urls: Sequence[str],
+    model: Path,
+    display: ProgressDisplay,
 ) -> None:
     """``ns eval`` with its own prompts against the first server, into ``<root>/nemo_skills/eval-results``.
 
     Raises:
-        ConfigError: a server without OpenAI's API. EvaluationError: it fails, leaves something out, or counts otherwise.
+        ConfigError: a server without OpenAI's API. EvaluationError: it fails, leaves something out, or counts
+            otherwise.
     """
     settings = config.evaluation
     if config.rollout.engine == "embedded":
         raise ConfigError(
-            "evaluation.nemo_skills=eval asks over OpenAI's API, which the embedded server lacks: write rollout=sglang_cpu or external"
+            "evaluation.nemo_skills=eval asks over OpenAI's API, which the embedded server lacks: write "
+            "rollout=sglang_cpu or external"
         )
     folder = (root / FOLDER).absolute()
     shutil.rmtree(folder, ignore_errors=True)
@@ -218,21 +258,33 @@ def run_eval(
             f"++max_concurrent_requests={config.rollout.max_in_flight}",
         )
     results = folder / "eval-results"
-    graded = {name: check_graded(results / name, [one.problem for one in problems[name]], settings.samples) for name in problems}
+    graded = {
+        name: check_graded(results / name, [one.problem for one in problems[name]], settings.samples)
+        for name in problems
+    }
     for name, records in graded.items():
         check_metrics(results / name / "metrics.json", {name: records})
-        average = nemo_skills_metrics(*verdicts(records))[f"pass@1[avg-of-{settings.samples}]" if settings.samples > 1 else "pass@1"]
-        print(f"ns eval: {name} {average['symbolic_correct']:.1f}% of {len(records)} problems x {settings.samples}, in {results}")
+        average = nemo_skills_metrics(*verdicts(records))[
+            f"pass@1[avg-of-{settings.samples}]" if settings.samples > 1 else "pass@1"
+        ]
+        print(
+            f"ns eval: {name} {average['symbolic_correct']:.1f}% of {len(records)} problems x {settings.samples}, in "
+            f"{results}"
+        )
 
 
 def _run(settings: EvaluationConfig, root: Path, module: str, *arguments: str) -> None:
-    """A module in NeMo-Skills' environment, its output in ``<root>/logs``, from where it reads relative paths: ``<root>/nemo_skills``."""
+    """A module in NeMo-Skills' environment, its output in ``<root>/logs``, from where it reads relative paths:
+    ``<root>/nemo_skills``."""
     log = root / "logs" / f"{module}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     python = Path(settings.nemo_skills_python).absolute()
     # Its own interpreter first: NeMo-Skills starts `python` by that name. And nothing of this environment's.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    environment |= {"PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")]), "OPENAI_API_KEY": api_key() or "none"}
+    environment |= {
+        "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")]),
+        "OPENAI_API_KEY": api_key() or "none",
+    }
     with open(log, "ab") as file:
         try:
             done = subprocess.run(
@@ -245,7 +297,9 @@ def _run(settings: EvaluationConfig, root: Path, module: str, *arguments: str) -
                 timeout=settings.nemo_skills_timeout_seconds,
             )
         except subprocess.TimeoutExpired as error:
-            raise EvaluationError(f"{module} did not end within evaluation.nemo_skills_timeout_seconds; its log is {log}") from error
+            raise EvaluationError(
+                f"{module} did not end within evaluation.nemo_skills_timeout_seconds; its log is {log}"
+            ) from error
         except OSError as error:
             raise ConfigError(f"evaluation.nemo_skills_python={python} cannot be started ({error.strerror})") from error
     if done.returncode:

@@ -1,8 +1,10 @@
 """Samples of one benchmark, streamed to disk as they finish, so that an evaluation that is killed goes on where it was.
 
-A folder of results has ``settings.json``, what the samples depend on; ``journal.jsonl``, every sample in the order in which they
-finished, while some are missing; and ``output-rs<i>.jsonl``, the i-th sample of every problem in their order, once none is. These last are
-NeMo-Skills' files, and the same however often the evaluation was killed, if the server's answers depend on the requests alone.
+A folder of results has ``settings.json``, what the samples depend on; ``journal.jsonl``, every sample in the order in
+which they
+finished, while some are missing; and ``output-rs<i>.jsonl``, the i-th sample of every problem in their order, once none
+is. These last are NeMo-Skills' files, and the same however often the evaluation was killed, if the server's answers
+depend on the requests alone.
 """
 
 from __future__ import annotations
@@ -91,11 +93,17 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             raise EvaluationError(f"{path} is damaged ({error}): remove {folder}, or give another run.dir") from error
         names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
         if names:
-            differences = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(settings.get(name))}" for name in names)
-            raise EvaluationError(f"{folder} has samples of other settings ({differences}): remove it, or give another run.dir")
+            differences = "; ".join(
+                f"{name} was {_short(found.get(name))} and is {_short(settings.get(name))}" for name in names
+            )
+            raise EvaluationError(
+                f"{folder} has samples of other settings ({differences}): remove it, or give another run.dir"
+            )
         return
     if folder.exists() and any(folder.glob("output*.jsonl")):
-        raise EvaluationError(f"{folder} has samples and no {SETTINGS} that says of what: remove it, or give another run.dir")
+        raise EvaluationError(
+            f"{folder} has samples and no {SETTINGS} that says of what: remove it, or give another run.dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(settings, indent=2) + "\n")
 
@@ -114,8 +122,9 @@ def sample_benchmark(
 ) -> Records:
     """Draw what is missing of ``evaluation.samples`` samples of each problem, and write the final files.
 
-    A request has the same rows in every run, whatever of them is on disk: an engine that decodes the rows of a request together may round
-    otherwise in other company. Seeds depend on ``run.seed``, the problem's place and the sample alone.
+    A request has the same rows in every run, whatever of them is on disk: an engine that decodes the rows of a request
+    together may round otherwise in other company. Seeds depend on ``run.seed``, the problem's place and the sample
+    alone.
 
     Args:
         folder: of this benchmark, after :func:`check_settings`.
@@ -171,13 +180,17 @@ def sample_benchmark(
             seeds = [sampling_seed(config.run.seed, "evaluation", *row) for row in request]
             completions = await client.generate(
                 [prompts[problem] for problem, _ in request],
-                sampling_params(config.rollout, seeds, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p),
+                sampling_params(
+                    config.rollout, seeds, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p
+                ),
                 weight_version=weight_version,
                 rows_per_request=size,
             )
-            # In a thread of its own: an answer that takes seconds to grade must not hold up the others' requests. Shielded: what has come
-            # is written even where another request fails.
-            written = await asyncio.shield(asyncio.get_running_loop().run_in_executor(writer, write, request, seeds, completions))
+            # In a thread of its own: an answer that takes seconds to grade must not hold up the others' requests.
+            # Shielded: what has come is written even where another request fails.
+            written = await asyncio.shield(
+                asyncio.get_running_loop().run_in_executor(writer, write, request, seeds, completions)
+            )
             phase.advance(len(written), right=f"{sum(right) / max(1, len(right)):.1%}")
 
         async def answer_all() -> None:
@@ -211,7 +224,9 @@ def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) ->
     columns = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
     for file, column in zip(files, columns, strict=True):
         if [record.get("problem_id") for record in column] != [problem.id for problem in problems]:
-            raise EvaluationError(f"{file} does not have each problem once and in order: remove {folder} to sample anew")
+            raise EvaluationError(
+                f"{file} does not have each problem once and in order: remove {folder} to sample anew"
+            )
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -220,14 +235,19 @@ _IMPLAUSIBLE_LOG_PROB = -30.0
 
 
 def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
-    if temperature == 0 or len(records[0]) == 1 or any(len({record["generation"] for record in row}) > 1 for row in records):
+    if (
+        temperature == 0
+        or len(records[0]) == 1
+        or any(len({record["generation"] for record in row}) > 1 for row in records)
+    ):
         return
     # A policy without entropy says the same whatever the seed.
     chance = sum(record["log_prob"] for row in records for record in row[1:])
     if chance < _IMPLAUSIBLE_LOG_PROB:
         raise EvaluationError(
-            f"{folder}: at temperature {temperature:g} all {len(records[0])} samples of each problem are the same, so the server heeds no "
-            "seed: write rollout.deterministic=true, or look at its settings, and remove the folder"
+            f"{folder}: at temperature {temperature:g} all {len(records[0])} samples of each problem are the same, so "
+            "the server heeds no seed: write rollout.deterministic=true, or look at its settings, and remove the "
+            "folder"
         )
 
 
@@ -247,7 +267,9 @@ def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict
         except (ValueError, LookupError, TypeError):
             sound = False
         if not sound:
-            raise EvaluationError(f"{path} line {number} is no sample of this evaluation: remove {path.parent} to sample anew")
+            raise EvaluationError(
+                f"{path} line {number} is no sample of this evaluation: remove {path.parent} to sample anew"
+            )
         known[problem, sample] = record
     return known
 

@@ -1,8 +1,9 @@
-"""Token statistics straight from hidden states and the LM head: logits exist only one block of tokens and columns at a time.
+"""Token statistics straight from hidden states and the LM head: logits exist only one block of tokens and columns at a
+time.
 
-Every block is projected, reduced to partial sums and forgotten; the backward pass projects it again, turns it into its own gradient and
-multiplies that into the gradients of hidden states and head. One more matrix product than with stored logits buys memory that no longer
-grows with tokens times vocabulary.
+Every block is projected, reduced to partial sums and forgotten; the backward pass projects it again, turns it into its
+own gradient and multiplies that into the gradients of hidden states and head. One more matrix product than with stored
+logits buys memory that no longer grows with tokens times vocabulary.
 """
 
 from __future__ import annotations
@@ -51,34 +52,40 @@ def linear_token_stats(
     jsd_weight: float = 0.5,
     implementation: str = "auto",
 ) -> TokenStats:
-    """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never materialised.
+    """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never
+    materialised.
 
     Args:
-        hidden: ``[T, h]``, bfloat16, float16, float32 or float64; what the LM head is applied to, the same on every rank of the group.
-        weight: ``[V_local, h]``, same dtype; this rank's contiguous shard of the LM head, rank order = group order, equal sizes.
+        hidden: ``[T, h]``, bfloat16, float16, float32 or float64; what the LM head is applied to, the same on every
+        rank of the group. weight: ``[V_local, h]``, same dtype; this rank's contiguous shard of the LM head, rank order
+        = group order, equal sizes.
         targets: ``[T]`` int64 global token ids, the same on every rank.
         teacher_hidden: ``[T, h_teacher]`` or None. Never receives a gradient.
-        teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is now. No gradient.
-        divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows of ``weight`` get gradient 0.
-        chunk_size, vocab_chunk_size: tokens and columns of one block; None: :data:`BLOCK_TOKENS` and :data:`BLOCK_COLUMNS`.
-        inplace_backward: the backward pass writes the gradient of ``hidden`` into its storage.
-        reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves each rank its own
-            part of the sum, for a caller that reduces it itself: under sequence parallelism the reduce-scatter that belongs to the
-            all-gather of ``hidden`` does.
+        teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is
+        now. No gradient. divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows
+        of ``weight`` get gradient 0. chunk_size, vocab_chunk_size: tokens and columns of one block; None:
+        :data:`BLOCK_TOKENS` and :data:`BLOCK_COLUMNS`. inplace_backward: the backward pass writes the gradient of
+        ``hidden`` into its storage.
+        reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves
+            each rank its own part of the sum, for a caller that reduces it itself: under sequence parallelism the
+            reduce-scatter that belongs to the all-gather of ``hidden`` does.
 
     Returns:
-        TokenStats like there; ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``hidden`` and ``weight``. Logits of half
-        precision inputs are accumulated and kept in float32, so they are more exact than a materialised half precision tensor. The
-        gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept in float32.
+        TokenStats like there; ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``hidden`` and
+        ``weight``. Logits of half precision inputs are accumulated and kept in float32, so they are more exact than a
+        materialised half precision tensor. The
+        gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept
+        in float32.
 
-    Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and the PyTorch
-    kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum the gradient of ``weight`` in.
-    Saved for the backward pass: the inputs and at most 7 numbers per token.
+    Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
+    the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
+    the gradient of ``weight`` in. Saved for the backward pass: the inputs and at most 7 numbers per token.
 
-    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the forward pass.
+    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the
+    forward pass.
 
-    Collectives: forward as there, one all-gather (two for ``jsd``). Backward: one all-reduce of ``[T, h]``, none without
-    ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
+    Collectives: forward as there, one all-gather (two for ``jsd``). Backward: one all-reduce of ``[T, h]``, none
+    without ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
 
     Raises:
         ValueError: as there, and on hidden states and weights that do not fit each other.
@@ -93,20 +100,25 @@ def linear_token_stats(
         _check_linear("teacher_hidden", teacher.hidden, "teacher_weight", teacher.weight, targets)
         if len(teacher.weight) != len(weight):
             raise ValueError(
-                f"teacher_weight has {len(teacher.weight)} rows and weight {len(weight)}; it needs the same vocabulary and sharding"
+                f"teacher_weight has {len(teacher.weight)} rows and weight {len(weight)}; it needs the same "
+                "vocabulary and sharding"
             )
     shard = make_shard(len(weight), targets, vocab_size, group, temperature)
     for name, size in (("chunk_size", chunk_size), ("vocab_chunk_size", vocab_chunk_size)):
         if size is not None and size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
-    # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their own choice.
+    # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their
+    # own choice.
     kernels = choose_kernels(implementation, (torch.empty(0, dtype=accumulator(hidden), device=hidden.device),), None)
-    settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None)
+    settings = _Settings(
+        shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None
+    )
     return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
 
 
-# One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers' activations.
+# One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers'
+# activations.
 BLOCK_TOKENS = 1024
 BLOCK_COLUMNS = 8192
 
@@ -144,7 +156,9 @@ class _Settings(NamedTuple):
 def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor, targets: Tensor) -> None:
     for name, tensor in ((hidden_name, hidden), (weight_name, weight)):
         if tensor.dim() != 2 or 0 in tensor.shape[1:]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, the last of the hidden size")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected two dimensions, the last of the hidden size"
+            )
         if tensor.dtype not in FLOATING:
             raise ValueError(f"{name} has dtype {tensor.dtype}; expected bfloat16, float16, float32 or float64")
         if tensor.device != targets.device:
@@ -153,11 +167,13 @@ def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Te
         raise ValueError(f"{weight_name} has no rows; expected this rank's shard of the vocabulary")
     if hidden.shape[1] != weight.shape[1] or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"{hidden_name} is {hidden.dtype} {tuple(hidden.shape)} and {weight_name} {weight.dtype} {tuple(weight.shape)}; "
-            "expected one dtype and one hidden size"
+            f"{hidden_name} is {hidden.dtype} {tuple(hidden.shape)} and {weight_name} {weight.dtype} "
+            f"{tuple(weight.shape)}; expected one dtype and one hidden size"
         )
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; {hidden_name} of {len(hidden)} tokens need [{len(hidden)}]")
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; {hidden_name} of {len(hidden)} tokens need [{len(hidden)}]"
+        )
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
@@ -245,7 +261,8 @@ class _LinearTokenStats(torch.autograd.Function):
             row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
             for columns in blocks.column_ranges():
                 block = student(rows, columns)
-                # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix units are fast.
+                # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix
+                # units are fast.
                 gradient = block if hidden.dtype == dtype else torch.empty_like(block, dtype=hidden.dtype)
                 kernels.backward(
                     block, teacher(rows, columns) if needs_teacher else None, gradient, shard.targets[rows],

@@ -24,8 +24,9 @@ def policy_surrogate(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate per token, as a loss to minimise.
 
-    With r = exp(log_prob - old_log_prob) and A the advantage, the loss is ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``
-    (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With ``dual_clip`` c, tokens of negative advantage lose at most
+    With r = exp(log_prob - old_log_prob) and A the advantage, the loss is ``-min(r A, clip(r, 1 - clip_low, 1 +
+    clip_high) A)`` (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With ``dual_clip`` c, tokens of
+    negative advantage lose at most
     ``-c A`` (arXiv:1912.09729).
 
     Args:
@@ -36,10 +37,13 @@ def policy_surrogate(
         dual_clip: None, or a number above 1.
 
     Returns:
-        loss ``[N]``, float32 or wider, and clipped ``[N]`` bool: tokens whose gradient the clip, or the dual clip, removes. The
-        log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss and never an infinite one.
+        loss ``[N]``, float32 or wider, and clipped ``[N]`` bool: tokens whose gradient the clip, or the dual clip,
+        removes. The
+        log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss and never an
+        infinite one.
 
-    Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes or bounds that do not fit.
+    Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes or bounds that do
+    not fit.
     """
     _same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
     if not 0.0 <= clip_low <= 1.0:
@@ -64,19 +68,22 @@ def policy_surrogate(
 
 
 def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """The distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is pushed away.
+    """The distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is pushed
+    away.
 
-    Minimising it lowers D where omega is above 0 and raises it where omega is below, but there only while D is under ``cap``: an
+    Minimising it lowers D where omega is above 0 and raises it where omega is below, but there only while D is under
+    ``cap``: an
     unbounded repulsion could run away, since a divergence has no maximum. The cap is our choice.
 
     Args:
-        divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond the cap.
+        divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond the
+            cap.
         omega: ``[N]`` direction times reliability, in [-1, 1]; no gradient.
         cap: nats, at least 0.
 
     Returns:
-        term ``[N]`` and capped ``[N]`` bool: pushed tokens at or beyond the cap. A pulled token whose divergence is infinite, which has no
-        gradient to follow, contributes 0.
+        term ``[N]`` and capped ``[N]`` bool: pushed tokens at or beyond the cap. A pulled token whose divergence is
+        infinite, which has no gradient to follow, contributes 0.
 
     Elementwise; no collectives. Raises ValueError on shapes or a cap that do not fit.
     """
@@ -89,12 +96,16 @@ def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple
     return omega * held, capped.detach()
 
 
-def importance_weights(log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tensor, *, level: str, cap: float) -> tuple[Tensor, Tensor]:
-    """Truncated importance weights between the trainer and the rollout engine, which differ even where their weights are equal.
+def importance_weights(
+    log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tensor, *, level: str, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Truncated importance weights between the trainer and the rollout engine, which differ even where their weights
+    are equal.
 
-    ``token``: ``min(p(y_t) / m(y_t), cap)`` with p the trainer's and m the engine's probability; ``sequence``: the ratio of the whole
-    response, ``min(prod_t p(y_t) / m(y_t), cap)``, for each of its tokens. Multiplied onto the advantages, they make the expectation over
-    the engine's samples one over the trainer's policy, but for what the cap cuts off.
+    ``token``: ``min(p(y_t) / m(y_t), cap)`` with p the trainer's and m the engine's probability; ``sequence``: the
+    ratio of the whole response, ``min(prod_t p(y_t) / m(y_t), cap)``, for each of its tokens. Multiplied onto the
+    advantages, they make the expectation over the engine's samples one over the trainer's policy, but for what the cap
+    cuts off.
 
     Args:
         log_prob, rollout_log_prob: ``[N]`` packed response tokens of B rollouts, nats; no gradient flows.
@@ -102,8 +113,9 @@ def importance_weights(log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tens
         cap: above 0.
 
     Returns:
-        weights ``[N]``, float32 or wider, and cut ``[N]`` bool: tokens whose weight the cap has lowered. No collectives: a rollout has to
-        be whole here for ``sequence``. Raises ValueError on another level, a cap of 0 or below, or shapes that do not fit.
+        weights ``[N]``, float32 or wider, and cut ``[N]`` bool: tokens whose weight the cap has lowered. No
+        collectives: a rollout has to be whole here for ``sequence``. Raises ValueError on another level, a cap of 0 or
+        below, or shapes that do not fit.
     """
     _same_shape(log_prob=log_prob, rollout_log_prob=rollout_log_prob)
     if level not in ("token", "sequence"):
@@ -115,24 +127,29 @@ def importance_weights(log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tens
     log_ratio = _at_least_float32(log_prob.detach()) - rollout_log_prob.detach()
     if level == "sequence":
         rollout = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        totals = torch.zeros(len(lengths), dtype=log_ratio.dtype, device=log_ratio.device).index_add_(0, rollout, log_ratio)
+        totals = torch.zeros(len(lengths), dtype=log_ratio.dtype, device=log_ratio.device).index_add_(
+            0, rollout, log_ratio
+        )
         log_ratio = totals[rollout]
     limit = math.log(cap)
     return log_ratio.clamp(max=limit).exp(), log_ratio > limit
 
 
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x = ref_log_prob - log_prob``.
+    """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x =
+    ref_log_prob - log_prob``.
 
-    Source: http://joschu.net/blog/kl-approx.html; the penalty of GRPO (arXiv:2402.03300). Never negative, and 0 only at x = 0.
+    Source: http://joschu.net/blog/kl-approx.html; the penalty of GRPO (arXiv:2402.03300). Never negative, and 0 only at
+    x = 0.
 
     Args:
         log_prob: ``[N]`` log-prob under the policy being trained, nats; receives the gradient ``1 - exp(x)``.
         ref_log_prob: ``[N]`` log-prob under the reference; no gradient.
 
     Returns:
-        ``[N]`` nats, float32 or wider. Near x = 0 a power series replaces the difference of nearly equal numbers; above x = 10 the curve
-        goes on as its tangent, so that value and gradient stay finite however far the policy has moved.
+        ``[N]`` nats, float32 or wider. Near x = 0 a power series replaces the difference of nearly equal numbers; above
+        x = 10 the curve goes on as its tangent, so that value and gradient stay finite however far the policy has
+        moved.
 
     Elementwise; no collectives. Raises ValueError on different shapes.
     """
@@ -142,7 +159,11 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     held = gap.clamp(max=_K3_LINEAR_FROM)
     far = torch.expm1(held) - held + (gap - held) * math.expm1(_K3_LINEAR_FROM)
     small = gap.clamp(-0.1, 0.1)
-    near = small.square() / 2 * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6 * (1 + small / 7 * (1 + small / 8))))))
+    near = (
+        small.square()
+        / 2
+        * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6 * (1 + small / 7 * (1 + small / 8))))))
+    )
     return torch.where(gap.abs() < 0.1, near, far)
 
 

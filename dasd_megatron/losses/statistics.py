@@ -1,9 +1,11 @@
-"""From partial sums to statistics and back to gradients: what ``vocab_parallel_token_stats`` and ``linear_token_stats`` share.
+"""From partial sums to statistics and back to gradients: what ``vocab_parallel_token_stats`` and ``linear_token_stats``
+share.
 
-Every rank, and every block of columns of a rank, reduces its logits to a few numbers per token about its own maxima (the kernels'
-``local_partials``). :func:`merge_partials` joins blocks, :func:`finish` joins ranks after one all-gather and makes the statistics, and
-:func:`gradient_coefficients` turns the incoming gradients into the per-token coefficients of the kernels' ``backward``. All of it is
-arithmetic on ``[T]`` vectors, done in float64: differences of nearly equal logarithms would lose float32's digits.
+Every rank, and every block of columns of a rank, reduces its logits to a few numbers per token about its own maxima
+(the kernels' ``local_partials``). :func:`merge_partials` joins blocks, :func:`finish` joins ranks after one all-gather
+and makes the statistics, and :func:`gradient_coefficients` turns the incoming gradients into the per-token coefficients
+of the kernels' ``backward``. All of it is arithmetic on ``[T]`` vectors, done in float64: differences of nearly equal
+logarithms would lose float32's digits.
 """
 
 from __future__ import annotations
@@ -19,17 +21,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dasd_megatron.losses import torch_kernels
-from dasd_megatron.losses.torch_kernels import CROSS, MAX, MEAN, TARGET, TEACHER_MAX, TEACHER_MEAN, TEACHER_TARGET, TEACHER_Z, Z
+from dasd_megatron.losses.torch_kernels import (
+    CROSS,
+    MAX,
+    MEAN,
+    TARGET,
+    TEACHER_MAX,
+    TEACHER_MEAN,
+    TEACHER_TARGET,
+    TEACHER_Z,
+    Z,
+)
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 
-# A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second distribution lead there.
+# A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second
+# distribution lead there.
 _INFINITE_NATS = 1e7
 
 
 class TokenStats(NamedTuple):
-    """Statistics of T tokens, in nats; float32 ``[T]`` (float64 for float64 logits), the same on every rank of the group."""
+    """Statistics of T tokens, in nats; float32 ``[T]`` (float64 for float64 logits), the same on every rank of the
+    group."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -66,14 +80,16 @@ class Objective(NamedTuple):
 
 
 class Distribution(NamedTuple):
-    """One distribution over the whole vocabulary: ``[T]`` maximum of the raw logits, and logarithm of the sum about it in nats."""
+    """One distribution over the whole vocabulary: ``[T]`` maximum of the raw logits, and logarithm of the sum about it
+    in nats."""
 
     maximum: Tensor
     log_z: Tensor
 
 
 class Finished(NamedTuple):
-    """Statistics ``[T]`` in float64, and the distributions that the backward pass computes again; in the partials' dtype."""
+    """Statistics ``[T]`` in float64, and the distributions that the backward pass computes again; in the partials'
+    dtype."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -83,13 +99,18 @@ class Finished(NamedTuple):
     teacher: Distribution | None = None
 
 
-def make_shard(width: int, targets: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None, temperature: float) -> Shard:
-    """The shard of this rank, ``width`` columns wide; ValueError on a vocabulary that does not fit the shards or a target outside it."""
+def make_shard(
+    width: int, targets: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None, temperature: float
+) -> Shard:
+    """The shard of this rank, ``width`` columns wide; ValueError on a vocabulary that does not fit the shards or a
+    target outside it."""
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if vocab_size is None:
         vocab_size = width * world_size
     if not 0 < vocab_size <= width * world_size:
-        raise ValueError(f"vocab_size is {vocab_size}; {world_size} shard(s) of {width} columns hold 1 to {width * world_size}")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; {world_size} shard(s) of {width} columns hold 1 to {width * world_size}"
+        )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     _check_targets(targets, vocab_size)
@@ -120,10 +141,11 @@ def make_objective(divergence: str, jsd_weight: float) -> Objective:
 
 
 def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size: int | None) -> Kernels:
-    """``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's kernels do not fit.
+    """``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's
+    kernels do not fit.
 
-    They take logits of any row stride whose columns lie side by side, in half or single precision. ``chunk_size`` is the PyTorch kernels'
-    number of rows at once; Triton's need no buffers.
+    They take logits of any row stride whose columns lie side by side, in half or single precision. ``chunk_size`` is
+    the PyTorch kernels' number of rows at once; Triton's need no buffers.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -131,10 +153,15 @@ def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None to choose it")
     fits = all(tensor.dtype != torch.float64 and tensor.stride(-1) == 1 for tensor in tensors)
     if implementation == "auto":
-        implementation = "triton" if fits and tensors[0].is_cuda and importlib.util.find_spec("triton") is not None else "torch"
+        implementation = (
+            "triton" if fits and tensors[0].is_cuda and importlib.util.find_spec("triton") is not None else "torch"
+        )
     if implementation == "triton":
         if not fits:
-            raise ValueError("implementation is 'triton', which needs tensors that are not float64 and whose last stride is 1; take 'auto'")
+            raise ValueError(
+                "implementation is 'triton', which needs tensors that are not float64 and whose last stride is 1; "
+                "take 'auto'"
+            )
         from dasd_megatron.losses import triton_kernels
 
         return Kernels(triton_kernels.local_partials, triton_kernels.mixture_sums, triton_kernels.backward)
@@ -154,7 +181,8 @@ def all_gather(local: Tensor, shard: Shard) -> Tensor:
 
 
 class _Merged(NamedTuple):
-    """One distribution made of parts: offsets of their maxima in nats and shares of the mass ``[parts, T]``; of the whole ``[T]``."""
+    """One distribution made of parts: offsets of their maxima in nats and shares of the mass ``[parts, T]``; of the
+    whole ``[T]``."""
 
     offsets: Tensor
     shares: Tensor
@@ -162,7 +190,8 @@ class _Merged(NamedTuple):
     z: Tensor
 
     def expectation(self, local: Tensor, offsets: Tensor) -> Tensor:
-        """Expectation over all parts of logits whose own shifts lie ``offsets`` from the common one. Parts without mass drop out."""
+        """Expectation over all parts of logits whose own shifts lie ``offsets`` from the common one. Parts without mass
+        drop out."""
         return torch.where(self.shares == 0, 0.0, self.shares * (local + offsets)).sum(0)
 
 
@@ -234,7 +263,8 @@ def _infinite(divergence: Tensor) -> Tensor:
 
 
 def jensen_shannon(sums: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Divergence and its student's part KL(p || m), float64 ``[T]``, from the mixture's sums of all ranks ``[ranks, 2, T]``."""
+    """Divergence and its student's part KL(p || m), float64 ``[T]``, from the mixture's sums of all ranks ``[ranks, 2,
+    T]``."""
     student_to_mixture, teacher_to_mixture = sums.double().sum(0).unbind(0)
     return (weight * student_to_mixture + (1.0 - weight) * teacher_to_mixture).clamp_min(0.0), student_to_mixture
 
@@ -258,7 +288,8 @@ def gradient_coefficients(
         forward KL  g (p_v - q_v)
         JSD         g w p_v (log p_v - log m_v - KL(p || m))
 
-    so all but the one-hot and the forward KL's q_v are p_v times ``constant + linear log p_v - cross X_v``, with X the logarithm of q or m.
+    so all but the one-hot and the forward KL's q_v are p_v times ``constant + linear log p_v - cross X_v``, with X the
+    logarithm of q or m.
     """
     constant = torch.zeros_like(finished.entropy)
     linear = cross = teacher_share = one_hot = mixture_weight = None

@@ -1,6 +1,8 @@
-"""Per-token statistics of vocabulary-parallel logits: log-prob, entropy and full-vocabulary divergence, with closed-form gradients.
+"""Per-token statistics of vocabulary-parallel logits: log-prob, entropy and full-vocabulary divergence, with
+closed-form gradients.
 
-The derivation stands in docs/loss.md. Nothing of the logits' size is saved but the logits, and nothing of it is made but their gradient.
+The derivation stands in docs/loss.md. Nothing of the logits' size is saved but the logits, and nothing of it is made
+but their gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def vocab_parallel_token_stats(
     jsd_weight: float = 0.5,
     implementation: str = "auto",
 ) -> TokenStats:
-    """Log-prob of the target, entropy, teacher log-prob of the target and divergence, over the full vocabulary, per token.
+    """Log-prob of the target, entropy, teacher log-prob of the target and divergence, over the full vocabulary, per
+    token.
 
     With p the student's and q the teacher's distribution of ``logits / temperature``, ``divergence`` is one of
 
@@ -52,37 +55,44 @@ def vocab_parallel_token_stats(
     - ``jsd``         w KL(p || m) + (1 - w) KL(q || m) with m = w p + (1 - w) q and w = ``jsd_weight``, between 0 and 1
 
     Args:
-        logits: ``[T, V_local]``, bfloat16, float16, float32 or float64; this rank's contiguous vocabulary shard, rank order = group order,
-            shards of equal width. Unchanged by the forward pass.
+        logits: ``[T, V_local]``, bfloat16, float16, float32 or float64; this rank's contiguous vocabulary shard, rank
+            order = group order, shards of equal width. Unchanged by the forward pass.
         targets: ``[T]`` int64 global token ids, the same on every rank.
         teacher_logits: ``[T, V_local]``, sharded the same way, any of these dtypes, or None. Never receives a gradient.
         group: tensor-parallel process group; None: this process holds the whole vocabulary.
-        vocab_size: true vocabulary size; columns at or past it are padding, are not read, carry no mass and get gradient 0. A shard may be
-            all padding. None: all columns of all shards.
+        vocab_size: true vocabulary size; columns at or past it are padding, are not read, carry no mass and get
+            gradient 0. A shard may be all padding. None: all columns of all shards.
         temperature: the logits are divided by it; > 0. Gradients are those with respect to the undivided logits.
-        chunk_size: tokens that the PyTorch kernels work on at once; None chooses by the size of the device's L2 cache, at least one per
-            CPU thread. Beyond the outputs and the gradient, memory is at most five buffers of ``chunk_size x V_local`` in float32, and
+        chunk_size: tokens that the PyTorch kernels work on at once; None chooses by the size of the device's L2 cache,
+            at least one per
+            CPU thread. Beyond the outputs and the gradient, memory is at most five buffers of ``chunk_size x V_local``
+            in float32, and
             none with Triton.
-        inplace_backward: the backward pass writes the gradient into the storage of ``logits`` instead of allocating it. Then nothing else
-            may read the logits afterwards; autograd raises where something it saved has been overwritten.
+        inplace_backward: the backward pass writes the gradient into the storage of ``logits`` instead of allocating it.
+            Then nothing else may read the logits afterwards; autograd raises where something it saved has been
+            overwritten.
         jsd_weight: the mixture's weight of the student, w above.
-        implementation: ``torch``, ``triton``, or ``auto``: Triton for CUDA tensors where it is installed, PyTorch for all others.
+        implementation: ``torch``, ``triton``, or ``auto``: Triton for CUDA tensors where it is installed, PyTorch for
+            all others.
 
     Returns:
-        TokenStats; without a teacher its last two are None. ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``logits``.
-        Statistics are accumulated in float32 (float64 for float64 logits) and are bit-equal on all ranks.
+        TokenStats; without a teacher its last two are None. ``log_prob``, ``entropy`` and ``divergence`` carry
+        gradients to ``logits``. Statistics are accumulated in float32 (float64 for float64 logits) and are bit-equal on
+        all ranks.
 
-    Collectives: forward one all-gather of 4 numbers per token, 9 with a teacher, and for ``jsd`` a second one of 2 numbers per token: the
-    logarithm of the mixture m is that of a sum, so both normalisers must be known before it can be summed over columns. Backward none.
+    Collectives: forward one all-gather of 4 numbers per token, 9 with a teacher, and for ``jsd`` a second one of 2
+    numbers per token: the logarithm of the mixture m is that of a sum, so both normalisers must be known before it can
+    be summed over columns. Backward none.
     A group of one rank runs no collective.
 
-    Columns at -inf carry no mass. A Kullback-Leibler divergence is +inf where its second distribution has no mass and its first has some
-    (more than about 1e-31); the reverse KL of such a token has no finite gradient, and gets 0. NaN logits make their own tokens NaN and no
-    others; so does a token without any finite logit.
+    Columns at -inf carry no mass. A Kullback-Leibler divergence is +inf where its second distribution has no mass and
+    its first has some (more than about 1e-31); the reverse KL of such a token has no finite gradient, and gets 0. NaN
+    logits make their own tokens NaN and no others; so does a token without any finite logit.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or arguments that do not fit, and on a target outside the vocabulary. The check of the
-            targets reads two numbers back from the device, one synchronisation per call; all ranks see the same targets, so all raise.
+        ValueError: on shapes, dtypes, devices or arguments that do not fit, and on a target outside the vocabulary. The
+            check of the targets reads two numbers back from the device, one synchronisation per call; all ranks see the
+            same targets, so all raise.
     """
     objective = make_objective(divergence, jsd_weight)
     _check_logits(logits, targets, teacher_logits)
@@ -103,7 +113,9 @@ def _check_logits(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
         if tensor.device != targets.device:
             raise ValueError(f"{name} is on {tensor.device} and targets on {targets.device}; expected one device")
     if targets.shape != logits.shape[:1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}; logits of {logits.shape[0]} tokens need [{logits.shape[0]}]")
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; logits of {logits.shape[0]} tokens need [{logits.shape[0]}]"
+        )
     if teacher_logits is not None and teacher_logits.shape != logits.shape:
         raise ValueError(
             f"teacher_logits has shape {tuple(teacher_logits.shape)} and logits {tuple(logits.shape)}; "
@@ -158,26 +170,36 @@ class _VocabParallelTokenStats(torch.autograd.Function):
             inverse_temperature=shard.inverse_temperature, **coefficients,
         )  # fmt: skip
         if ctx.inplace_backward:
-            # Kernels that write through a pointer go unnoticed, and autograd would read the gradient where it had saved the logits.
+            # Kernels that write through a pointer go unnoticed, and autograd would read the gradient where it had saved
+            # the logits.
             torch.autograd.graph.increment_version(out)
         return out, None, None, None, None, None
 
 
 def pack(finished: Finished, student_to_mixture: Tensor | None) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, as a flat tuple of tensors for autograd to keep."""
-    return (finished.entropy, finished.divergence, student_to_mixture, *finished.student, *(finished.teacher or (None, None)))
+    return (
+        finished.entropy,
+        finished.divergence,
+        student_to_mixture,
+        *finished.student,
+        *(finished.teacher or (None, None)),
+    )
 
 
 def unpack(saved: list[Tensor | None]) -> tuple[Finished, Tensor | None]:
     entropy, divergence, student_to_mixture, *distributions = saved
     student, teacher = Distribution(*distributions[:2]), Distribution(*distributions[2:])
-    return Finished(entropy, entropy, student, None, divergence, None if teacher.maximum is None else teacher), student_to_mixture
+    return Finished(
+        entropy, entropy, student, None, divergence, None if teacher.maximum is None else teacher
+    ), student_to_mixture
 
 
 def to_outputs(
     ctx: torch.autograd.function.FunctionCtx, finished: Finished, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four statistics in ``dtype``; the teacher's log-prob takes no gradient, and outputs without one come back as None."""
+    """The four statistics in ``dtype``; the teacher's log-prob takes no gradient, and outputs without one come back as
+    None."""
     values = (finished.log_prob, finished.entropy, finished.teacher_log_prob, finished.divergence)
     outputs = tuple(None if value is None else value.to(dtype) for value in values)
     ctx.set_materialize_grads(False)

@@ -1,13 +1,16 @@
-"""What one rank computes on its own vocabulary shard, in PyTorch: partial sums, the mixture's sums, and the closed-form gradient.
+"""What one rank computes on its own vocabulary shard, in PyTorch: partial sums, the mixture's sums, and the closed-form
+gradient.
 
-``triton_kernels`` has the same three functions for GPUs; this is their reference, and what runs everywhere else. Notation: z and x are
+``triton_kernels`` has the same three functions for GPUs; this is their reference, and what runs everywhere else.
+Notation: z and x are
 the student's and the teacher's logits, ``c = 1 / temperature``, ``d = (z - max z) c`` and ``e = (x - max x) c``.
 
-Powers of two stand for exponentials: PyTorch's ``exp2`` takes half the time of its ``exp`` on CPU. Logits are scaled and shifted in one
-fused multiply-add, ``z c log2(e) - shift``, with the whole number next to the scaled maximum for a shift (:class:`_Frame`): nothing is
-rounded but the result, however large the logits are.
+Powers of two stand for exponentials: PyTorch's ``exp2`` takes half the time of its ``exp`` on CPU. Logits are scaled
+and shifted in one fused multiply-add, ``z c log2(e) - shift``, with the whole number next to the scaled maximum for a
+shift (:class:`_Frame`): nothing is rounded but the result, however large the logits are.
 
-Rows are worked on a few at a time, so that the buffers stay in the caches of a core: on CPU that, and not arithmetic, decides the speed.
+Rows are worked on a few at a time, so that the buffers stay in the caches of a core: on CPU that, and not arithmetic,
+decides the speed.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within them, in nats, about its own maxima.
+# Rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within them, in nats,
+# about its own maxima.
 MAX, Z, MEAN, TARGET, TEACHER_MAX, TEACHER_Z, TEACHER_MEAN, TEACHER_TARGET, CROSS = range(9)
 
 _LOG2_E = 1.0 / math.log(2.0)
 _LN_2 = math.log(2.0)
-# Shifted logits in the backward pass end here. exp() is 0 long before, and a product with a gradient's coefficient cannot overflow.
+# Shifted logits in the backward pass end here. exp() is 0 long before, and a product with a gradient's coefficient
+# cannot overflow.
 _BACKWARD_FLOOR = -1e30
 
 
@@ -48,14 +53,16 @@ def local_partials(
         targets: ``[T]`` int64 global token ids.
         columns: how many of the shard's columns belong to the vocabulary; the rest are padding and are not read.
         first_column: global id of column 0.
-        divergence: decides which expectations the teacher's rows hold; see :func:`~dasd_megatron.losses.vocab_parallel_token_stats`.
-        chunk_size: rows at once; None chooses by the cache.
+        divergence: decides which expectations the teacher's rows hold; see
+        :func:`~dasd_megatron.losses.vocab_parallel_token_stats`. chunk_size: rows at once; None chooses by the cache.
 
     Returns:
-        ``[4, T]``, with a teacher ``[9, T]``, float32 (float64 for float64 logits): MAX raw maximum, -inf without mass; Z sum of exp(d);
-        MEAN expectation of d; TARGET raw logit of the target where this shard owns it, else 0; the same four for the teacher, whose
-        mean is 0 but for ``forward_kl``; CROSS the expectation of e under the student (``reverse_kl``) or of d under the teacher
-        (``forward_kl``). Sums without mass are 0. Where the weight is not 0 and the other logit is -inf, CROSS is beyond -1e30.
+        ``[4, T]``, with a teacher ``[9, T]``, float32 (float64 for float64 logits): MAX raw maximum, -inf without mass;
+        Z sum of exp(d); MEAN expectation of d; TARGET raw logit of the target where this shard owns it, else 0; the
+        same four for the teacher, whose
+        mean is 0 but for ``forward_kl``; CROSS the expectation of e under the student (``reverse_kl``) or of d under
+        the teacher (``forward_kl``). Sums without mass are 0. Where the weight is not 0 and the other logit is -inf,
+        CROSS is beyond -1e30.
     """
     dtype = accumulator(logits)
     lowest = torch.finfo(dtype).min
@@ -67,8 +74,8 @@ def local_partials(
     chunk_size = chunk_size or rows_by_cache(logits, columns, teacher is not None)
     work_d, work_p, *teacher_work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
 
-    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is only summed is
-    # written over a factor that is not needed again: a dot product proper would lose digits.
+    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is
+    # only summed is written over a factor that is not needed again: a dot product proper would lose digits.
     def reduce(rows: slice, floor: float | None) -> None:
         sums = packed[:, rows]
         d = _about_maximum(logits[rows, :columns], scale, work_d, sums[MAX], floor)
@@ -77,7 +84,9 @@ def local_partials(
         if teacher is None:
             torch.sum(d.mul_(p), -1, out=sums[MEAN])
             return
-        e = _about_maximum(teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX], None if divergence == "jsd" else floor)
+        e = _about_maximum(
+            teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX], None if divergence == "jsd" else floor
+        )
         q = torch.exp2(e, out=teacher_work[1][: len(e)])
         torch.sum(q, -1, out=sums[TEACHER_Z])
         if divergence == "reverse_kl":
@@ -131,9 +140,11 @@ def mixture_sums(
     weight: float,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The second pass of the Jensen-Shannon divergence: sums over this shard's columns of ``p log(p / m)`` and ``q log(q / m)``.
+    """The second pass of the Jensen-Shannon divergence: sums over this shard's columns of ``p log(p / m)`` and ``q
+    log(q / m)``.
 
-    ``m = w p + (1 - w) q``. Maxima and logarithms of the normalisers are those of the whole vocabulary, ``[T]``. Returns ``[2, T]``.
+    ``m = w p + (1 - w) q``. Maxima and logarithms of the normalisers are those of the whole vocabulary, ``[T]``.
+    Returns ``[2, T]``.
     """
     sums = torch.zeros(2, logits.shape[0], dtype=accumulator(logits), device=logits.device)
     if columns == 0:
@@ -141,8 +152,11 @@ def mixture_sums(
     chunk_size = chunk_size or rows_by_cache(logits, columns, True)
     work_d, work_e, work_p, work_q, work_m = _buffers(logits, columns, chunk_size, 5)
     scale = _log2_scale(inverse_temperature, sums.dtype)
-    student, other = (_Frame.of(*frame, probabilities=True) for frame in ((p_max, scale, p_log_z), (q_max, scale, q_log_z)))
-    # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot be seen.
+    student, other = (
+        _Frame.of(*frame, probabilities=True) for frame in ((p_max, scale, p_log_z), (q_max, scale, q_log_z))
+    )
+    # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot
+    # be seen.
     least = math.log2(torch.finfo(sums.dtype).tiny) + 1
 
     def reduce(rows: slice, floor: float | None) -> None:
@@ -183,12 +197,14 @@ def backward(
     mixture_weight: float | None = None,
     chunk_size: int | None = None,
 ) -> None:
-    """Write the gradient ``p (constant + linear log p - cross X) - teacher_share q + one_hot [v = target]`` into ``out``.
+    """Write the gradient ``p (constant + linear log p - cross X) - teacher_share q + one_hot [v = target]`` into
+    ``out``.
 
     Args:
         out: ``[T, V_local]``; may be ``logits`` itself. Padding columns get 0.
         p_max, p_log_z, q_max, q_log_z: ``[T]`` maxima and logarithms of the normalisers over the whole vocabulary.
-        constant, linear, cross, teacher_share, one_hot: ``[T]`` coefficients, which contain the incoming gradients and the division by
+        constant, linear, cross, teacher_share, one_hot: ``[T]`` coefficients, which contain the incoming gradients and
+        the division by
             the temperature; None: 0. ``cross`` comes with ``linear``.
         mixture_weight: X is log q; with a weight w it is log(w p + (1 - w) q).
         logits, teacher, targets, columns, first_column, chunk_size: as in :func:`local_partials`.
@@ -208,7 +224,8 @@ def backward(
     if cross is not None:
         cross = cross * _LN_2
     if not with_mixture:
-        # p stays unnormalised, and X about its shift: what is missing goes into the coefficients, in float64 for their differences.
+        # p stays unnormalised, and X about its shift: what is missing goes into the coefficients, in float64 for their
+        # differences.
         if linear is not None:
             constant = constant - linear * student.log2_z
         if cross is not None:
@@ -224,7 +241,9 @@ def backward(
         index, one_hot = torch.where(owned, local, 0)[:, None], torch.where(owned, one_hot, 0.0).to(dtype)[:, None]
 
     chunk_size = chunk_size or rows_by_cache(logits, columns, needs_teacher)
-    work_d, work_p, *work = _buffers(logits, columns, chunk_size, 4 if teacher_share is not None else 3 if needs_teacher else 2)
+    work_d, work_p, *work = _buffers(
+        logits, columns, chunk_size, 4 if teacher_share is not None else 3 if needs_teacher else 2
+    )
     for rows in _chunks(logits, chunk_size):
         d = (student.log2_probabilities if with_mixture else student.shifted)(logits, rows, columns, work_d)
         p = torch.exp2(d, out=work_p[: len(d)])
@@ -272,8 +291,9 @@ def _l2_cache_bytes(device: torch.device) -> int:
 def rows_by_cache(logits: Tensor, columns: int, with_teacher: bool) -> int:
     """Rows to work on at once when the caller leaves the choice open."""
     row_bytes = max(columns, 1) * accumulator(logits).itemsize * (4 if with_teacher else 2)
-    # Measured on CPU at 75,968 columns, 4 to 8 rows of them are fastest, in buffers of about eight times the L2 cache: with fewer rows the
-    # calls cost as much as their arithmetic, with more the next cache level no longer catches what L2 does not.
+    # Measured on CPU at 75,968 columns, 4 to 8 rows of them are fastest, in buffers of about eight times the L2 cache:
+    # with fewer rows the calls cost as much as their arithmetic, with more the next cache level no longer catches what
+    # L2 does not.
     rows = max(8 * _l2_cache_bytes(logits.device) // row_bytes, 4)
     # Each thread works on rows of its own, in its core's own cache.
     return rows * torch.get_num_threads() if logits.device.type == "cpu" else rows
@@ -289,13 +309,14 @@ def _buffers(logits: Tensor, columns: int, chunk_size: int, count: int) -> list[
 
 
 def _log2_scale(inverse_temperature: float, dtype: torch.dtype) -> float:
-    """What logits are multiplied by, as the kernels' dtype holds it, so that arithmetic beside them can use the same number."""
+    """What logits are multiplied by, as the kernels' dtype holds it, so that arithmetic beside them can use the same
+    number."""
     return torch.tensor(inverse_temperature * _LOG2_E, dtype=dtype).item()
 
 
 def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor, floor: float | None) -> Tensor:
-    """``logits * scale - shift``, at least ``floor``, into the first rows of ``out``. Rounded once: PyTorch adds with ``alpha`` by a fused
-    multiply-add."""
+    """``logits * scale - shift``, at least ``floor``, into the first rows of ``out``. Rounded once: PyTorch adds with
+    ``alpha`` by a fused multiply-add."""
     out = out[: logits.shape[0]]
     if logits.dtype != out.dtype:
         logits = out.copy_(logits)
@@ -304,7 +325,8 @@ def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor, f
 
 
 def _shift_of(maximum: Tensor, scale: float) -> Tensor:
-    # A row that is -inf throughout is shifted by the lowest number: it then has no mass, where -inf - -inf would have made it NaN.
+    # A row that is -inf throughout is shifted by the lowest number: it then has no mass, where -inf - -inf would have
+    # made it NaN.
     return (maximum * scale).round_().clamp_min_(torch.finfo(maximum.dtype).min)
 
 
@@ -318,7 +340,8 @@ def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor, f
 
 
 class _Frame(NamedTuple):
-    """Where the scaled logits of rows are counted from, ``[T]``: scaled logits minus ``shift`` are logarithms to base 2."""
+    """Where the scaled logits of rows are counted from, ``[T]``: scaled logits minus ``shift`` are logarithms to base
+    2."""
 
     scale: float
     shift: Tensor
@@ -327,11 +350,13 @@ class _Frame(NamedTuple):
     log2_z: Tensor | None
     """float64: logarithm to base 2 of the normaliser about the shift."""
     log2_total: Tensor | None
-    """That of the normaliser about 0 in the dtype of the logits, where it was asked for and its rounding is below 2e-6 in all rows."""
+    """That of the normaliser about 0 in the dtype of the logits, where it was asked for and its rounding is below 2e-6
+    in all rows."""
 
     @classmethod
     def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None, *, probabilities: bool = False) -> _Frame:
-        """``probabilities``: :meth:`log2_probabilities` will be called; looking whether it may take the short way waits for the device."""
+        """``probabilities``: :meth:`log2_probabilities` will be called; looking whether it may take the short way waits
+        for the device."""
         shift = _shift_of(maximum, scale)
         offset = torch.where(maximum == -math.inf, 0.0, shift.double() - maximum.double() * scale)
         log2_z = None if log_z is None else log_z.double() * _LOG2_E - offset
@@ -343,7 +368,9 @@ class _Frame(NamedTuple):
     def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
         return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out, floor)
 
-    def log2_probabilities(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
+    def log2_probabilities(
+        self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None
+    ) -> Tensor:
         if self.log2_total is not None:
             return _scale_and_shift(logits[rows, :columns], self.scale, self.log2_total[rows], out, floor)
         log_p = self.shifted(logits, rows, columns, out).sub_(self.log2_z[rows, None].to(out.dtype))

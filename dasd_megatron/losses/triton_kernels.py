@@ -1,12 +1,14 @@
 """Triton kernels over one vocabulary shard of the logits: sums per token, the JSD's sums per token, and the gradient.
 
-Notation, per token (row): z are the student's and x the teacher's logits, c the inverse temperature, m_p and m_q the maxima the logits are
-shifted by, d = (z - m_p) c and e = (x - m_q) c, p = exp(d) / Z and q = exp(e) / Z_q. Logits are bfloat16, float16 or float32, their last
-stride is 1 and their row stride arbitrary; arithmetic is float32. What the kernels take and return is in nats. Inside, shifted logits are
-in bits, d / ln 2, because the hardware's exponential is that of base 2.
+Notation, per token (row): z are the student's and x the teacher's logits, c the inverse temperature, m_p and m_q the
+maxima the logits are shifted by, d = (z - m_p) c and e = (x - m_q) c, p = exp(d) / Z and q = exp(e) / Z_q. Logits are
+bfloat16, float16 or float32, their last stride is 1 and their row stride arbitrary; arithmetic is float32. What the
+kernels take and return is in nats. Inside, shifted logits are in bits, d / ln 2, because the hardware's exponential is
+that of base 2.
 
-The forward pass is the online softmax of Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867), extended
-to expectations: sums are kept about running maxima and corrected when one moves. No function here runs a collective or synchronises.
+The forward pass is the online softmax of Milakov and Gimelshein, "Online normalizer calculation for softmax"
+(arXiv:1805.02867), extended to expectations: sums are kept about running maxima and corrected when one moves. No
+function here runs a collective or synchronises.
 
 Rows that start at multiples of 16 bytes are read by whole vectors, others several times slower, with the same results.
 """
@@ -24,7 +26,8 @@ from dasd_megatron.losses.statistics import merge_partials
 
 _BITS = math.log2(math.e)
 
-# float32's most negative number, about. A logit of -inf stands as this where it is a factor, so that its product with a probability of 0
+# float32's most negative number, about. A logit of -inf stands as this where it is a factor, so that its product with a
+# probability of 0
 # is 0, and with any other hugely negative.
 _LOWEST = tl.constexpr(-3.4e38)
 # The same where a product with a gradient's coefficient must not overflow either.
@@ -42,7 +45,8 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 @triton.jit
 def _rebase(old, new, bits):
-    """How far, in bits, logits shifted by the maximum ``old`` lie from those shifted by ``new``, the factor on their exponentials, and
+    """How far, in bits, logits shifted by the maximum ``old`` lie from those shifted by ``new``, the factor on their
+    exponentials, and
     the shift for ``new``. A maximum of -inf shifts by 0."""
     shift = tl.where(new == -float("inf"), 0.0, new)
     moved = tl.maximum((old - shift) * bits, _LOWEST)
@@ -51,12 +55,15 @@ def _rebase(old, new, bits):
 
 @triton.jit
 def _about(weighted, moved, mass):
-    """``sum w v`` from the same sum about another maximum, with ``mass = sum w``; saturates, so that a factor of 0 still gives 0."""
+    """``sum w v`` from the same sum about another maximum, with ``mass = sum w``; saturates, so that a factor of 0
+    still gives 0."""
     return tl.maximum(weighted + moved * mass, _LOWEST)
 
 
 @triton.jit
-def _add_tile(z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr):
+def _add_tile(
+    z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr
+):
     """Adds a tile ``[lanes, vector]`` to the running maxima and sums of each lane, ``[lanes]``."""
     new_top = tl.maximum(top, tl.max(z, 1))
     moved, factor, shift = _rebase(top, new_top, bits)
@@ -105,9 +112,12 @@ def _partials_kernel(
 ):
     """Program (row, split) reduces ``chunk`` columns of a row. ``packed``: float32 ``[4 or 9, splits, rows]``.
 
-    Every thread keeps the maxima and sums of its own lanes: a maximum over the program would cost a barrier per tile. A lane is one
-    16-byte load wide, which spreads the cost of correcting its sums over that many columns. Sums over hundreds of lanes, each over
-    hundreds of tiles, added in a tree at the end, also lose fewer digits than one long sum: a few 1e-7 of their size at 150,000 columns.
+    Every thread keeps the maxima and sums of its own lanes: a maximum over the program would cost a barrier per tile. A
+    lane is one
+    16-byte load wide, which spreads the cost of correcting its sums over that many columns. Sums over hundreds of
+    lanes, each over
+    hundreds of tiles, added in a tree at the end, also lose fewer digits than one long sum: a few 1e-7 of their size at
+    150,000 columns.
     """
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -129,7 +139,8 @@ def _partials_kernel(
     x_mass = mass
     x_mean = mass
     cross = mass
-    # Whole tiles are loaded without a mask: a mask whose edge is not a multiple of the vector would make every load a scalar one.
+    # Whole tiles are loaded without a mask: a mask whose edge is not a multiple of the vector would make every load a
+    # scalar one.
     whole = begin + (end - begin) // TILE * TILE
     for start in range(begin, whole, TILE):
         z = tl.load(z_row + (start + offsets)).to(tl.float32)
@@ -183,7 +194,8 @@ def _partials_kernel(
 
 @triton.jit
 def _log_probs(z, x, p_max, q_max, p_log_z, q_log_z, bits, nats_to_bits):
-    """``log2 p``, ``log2 q`` and their difference, all finite where a logit is -inf. The difference is taken before anything is rounded
+    """``log2 p``, ``log2 q`` and their difference, all finite where a logit is -inf. The difference is taken before
+    anything is rounded
     to the size of a log-prob, hence accurate where p is close to q."""
     d = tl.maximum(z - p_max, _FLOOR)
     e = tl.maximum(x - q_max, _FLOOR)
@@ -193,10 +205,11 @@ def _log_probs(z, x, p_max, q_max, p_log_z, q_log_z, bits, nats_to_bits):
 
 @triton.jit
 def _mixture(log_p, log_q, gap, weight):
-    """p, q, log(p / m) and log(q / m) in nats, with m = w p + (1 - w) q, from ``log2 p``, ``log2 q`` and their difference ``gap``.
+    """p, q, log(p / m) and log(q / m) in nats, with m = w p + (1 - w) q, from ``log2 p``, ``log2 q`` and their
+    difference ``gap``.
 
-    With h the larger and l the smaller of p and q and u the weight of l, m = h (1 - u (1 - l/h)): nothing overflows, and the logarithm is
-    exactly 0 where p = q and off by about 1e-7 near it.
+    With h the larger and l the smaller of p and q and u the weight of l, m = h (1 - u (1 - l/h)): nothing overflows,
+    and the logarithm is exactly 0 where p = q and off by about 1e-7 near it.
     """
     ratio = tl.exp2(-tl.abs(gap))
     larger = tl.exp2(tl.maximum(log_p, log_q))
@@ -289,14 +302,16 @@ def _backward_kernel(
     nats_to_bits,
     BLOCK: tl.constexpr,
 ):
-    """Program ``row * blocks + block`` writes ``BLOCK`` columns of a row. A coefficient that is None compiles to nothing."""
+    """Program ``row * blocks + block`` writes ``BLOCK`` columns of a row. A coefficient that is None compiles to
+    nothing."""
     row = tl.program_id(0) // blocks
     begin = tl.program_id(0) % blocks * BLOCK
     cols = begin + tl.arange(0, BLOCK)
     z_row = logits + row.to(tl.int64) * logits_stride
     NEEDS_TEACHER: tl.constexpr = cross is not None or teacher_share is not None
 
-    # Blocks inside the vocabulary load and store without a mask: one whose edge is not a multiple of the vector makes the access scalar.
+    # Blocks inside the vocabulary load and store without a mask: one whose edge is not a multiple of the vector makes
+    # the access scalar.
     if begin + BLOCK <= columns:
         z = tl.load(z_row + cols).to(tl.float32)
     else:
@@ -312,10 +327,12 @@ def _backward_kernel(
             x = tl.load(x_row + cols, cols < columns, -float("inf")).to(tl.float32)
         x_max = tl.load(q_max + row)
         x_log_z = tl.load(q_log_z + row)
-    log_p, log_q, gap = _log_probs(z, x, tl.load(p_max + row), x_max, tl.load(p_log_z + row), x_log_z, bits, nats_to_bits)
+    log_p, log_q, gap = _log_probs(
+        z, x, tl.load(p_max + row), x_max, tl.load(p_log_z + row), x_log_z, bits, nats_to_bits
+    )
 
-    # constant + linear log p - cross X is evaluated as constant + (linear - cross) log p + cross (log p - X): the two terms of a divergence
-    # nearly cancel where p is close to q.
+    # constant + linear log p - cross X is evaluated as constant + (linear - cross) log p + cross (log p - X): the two
+    # terms of a divergence nearly cancel where p is close to q.
     factor = tl.load(constant + row)
     slope = 0.0
     if linear is not None:
@@ -375,8 +392,8 @@ def local_partials(
         2. sum exp(d) d / Z; 0 without mass
         3. z at the target, 0 if another shard owns it
         4. to 7. the same of the teacher; its row 6 is 0 but for ``forward_kl``, which alone needs it
-        8. ``reverse_kl``: sum exp(d) e / Z. ``forward_kl``: sum exp(e) d / Z_q. ``jsd``: 0. A column whose other logit is at -inf enters
-           with -2.3e38 times its weight, hence not at all where that is 0
+        8. ``reverse_kl``: sum exp(d) e / Z. ``forward_kl``: sum exp(e) d / Z_q. ``jsd``: 0. A column whose other logit
+           is at -inf enters with -2.3e38 times its weight, hence not at all where that is 0
     """
     tokens = logits.shape[0]
     lanes, vector, warps = _lanes(columns, logits, teacher)
@@ -427,7 +444,8 @@ def mixture_sums(
         weight: w, between 0 and 1.
 
     Returns:
-        float32 ``[2, T]``: sum p log(p / m) and sum q log(q / m), in nats. Columns with p = 0, or q = 0, add 0 to that sum.
+        float32 ``[2, T]``: sum p log(p / m) and sum q log(q / m), in nats. Columns with p = 0, or q = 0, add 0 to that
+        sum.
     """
     tokens = logits.shape[0]
     # The logarithm makes this the one kernel that computes for longer than it loads: fewer registers, more threads.
@@ -481,11 +499,13 @@ def backward(
 
         out = p (constant + linear log p - cross X) - teacher_share q + [column is the target] one_hot
 
-    with X = log q, or log(w p + (1 - w) q) where ``mixture_weight`` is w. Columns without probability get 0 from the first term, columns
+    with X = log q, or log(w p + (1 - w) q) where ``mixture_weight`` is w. Columns without probability get 0 from the
+    first term, columns
     at or past ``columns`` get 0.
 
     Args:
-        logits, teacher: ``[T, V_local]``; the teacher is not read, and may be None, without ``cross`` and ``teacher_share``.
+        logits, teacher: ``[T, V_local]``; the teacher is not read, and may be None, without ``cross`` and
+            ``teacher_share``.
         out: ``[T, V_local]``; its memory may be that of ``logits``, element by element, or must not overlap it.
         targets: ``[T]`` int64 global token ids.
         columns: columns that belong to the vocabulary; the others are not read.
@@ -524,7 +544,8 @@ def backward(
 
 
 def _lanes(columns: int, logits: Tensor, teacher: Tensor | None) -> tuple[int, int, int]:
-    """Lanes of a tile, columns per lane and warps per program: two loads of 16 bytes per thread and tensor, less for few columns."""
+    """Lanes of a tile, columns per lane and warps per program: two loads of 16 bytes per thread and tensor, less for
+    few columns."""
     itemsize = logits.itemsize if teacher is None else min(logits.itemsize, teacher.itemsize)
     vector = 16 // itemsize
     lanes = min(2 * _THREADS, triton.next_power_of_2(max(triton.cdiv(columns, vector), 1)))

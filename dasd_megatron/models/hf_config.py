@@ -1,4 +1,5 @@
-"""Hugging Face configs: which ones can be trained, and their rotary embedding in Megatron-Core's terms. Imports no Megatron."""
+"""Hugging Face configs: which ones can be trained, and their rotary embedding in Megatron-Core's terms. Imports no
+Megatron."""
 
 from __future__ import annotations
 
@@ -12,15 +13,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dasd_megatron.config import ConfigError, first_line
 
-# Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the GEMMs.
+# Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the
+# GEMMs.
 _VOCAB_ALIGNMENT = 64
 # Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Weights that a tied model's files may hold although the architecture has no use for them.
 TIED_HEAD = ("lm_head.weight",)
-# Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps them.
+# Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps
+# them.
 _DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 # Names for the number of experts in a mixture of them.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
@@ -28,7 +38,8 @@ _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that Megatron-Core cannot represent."""
+    """GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that Megatron-Core
+    cannot represent."""
     arguments: dict[str, Any] = {"rotary_base": hf_config.rope_theta}
     scaling = getattr(hf_config, "rope_scaling", None)
     if not scaling:
@@ -47,7 +58,8 @@ def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedConfig:
-    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what is not supported.
+    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what is not
+    supported.
 
     ``field``: what the caller's user has called the path.
     """
@@ -55,7 +67,8 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
         raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of another type.
+    # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
+    # another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{field}={path}: config.json cannot be used ({first_line(error)}); give a qwen2, qwen3 or llama model"
@@ -63,28 +76,45 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     experts = next((name for name in _EXPERTS if getattr(hf_config, name, None)), None)
     if experts is not None:
         raise ConfigError(
-            f"{field}={path}: {experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, which needs expert "
-            "parallelism and is not supported yet; give a dense qwen2, qwen3 or llama model"
+            f"{field}={path}: {experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, "
+            "which needs expert parallelism and is not supported yet; give a dense qwen2, qwen3 or llama model"
         )
     if hf_config.model_type not in _DROPPED_BIASES:
-        raise ConfigError(f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are")
+        raise ConfigError(
+            f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are"
+        )
     raw = json.loads((Path(path) / "config.json").read_text())
     if raw.get("rope_parameters") is not None and not hasattr(PretrainedConfig, "rope_parameters"):
         raise ConfigError(
-            f"{field}={path}: rope_parameters in config.json is read by transformers 5 alone; write rope_theta and rope_scaling instead"
+            f"{field}={path}: rope_parameters in config.json is read by transformers 5 alone; write rope_theta and "
+            "rope_scaling instead"
         )
-    kinds_of = {"tie_word_embeddings": (bool,), "rope_theta": (int, float), "rms_norm_eps": (int, float), **dict.fromkeys(_SIZES, (int,))}
+    kinds_of = {
+        "tie_word_embeddings": (bool,),
+        "rope_theta": (int, float),
+        "rms_norm_eps": (int, float),
+        **dict.fromkeys(_SIZES, (int,)),
+    }
     for name, kinds in kinds_of.items():
         value = getattr(hf_config, name, None)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
-            raise ConfigError(f"{field}={path}: {name}={value!r} in config.json; expected {' or '.join(kind.__name__ for kind in kinds)}")
+            raise ConfigError(
+                f"{field}={path}: {name}={value!r} in config.json; expected "
+                f"{' or '.join(kind.__name__ for kind in kinds)}"
+            )
     if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError(f"{field}={path}: use_sliding_window=true in config.json is not supported; give a model without it")
+        raise ConfigError(
+            f"{field}={path}: use_sliding_window=true in config.json is not supported; give a model without it"
+        )
     if hf_config.hidden_act != "silu":
-        raise ConfigError(f"{field}={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is")
+        raise ConfigError(
+            f"{field}={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is"
+        )
     for name in _DROPPED_BIASES[hf_config.model_type]:
         if getattr(hf_config, name, False):
-            raise ConfigError(f"{field}={path}: {name}=true in config.json is not supported; give a model without these biases")
+            raise ConfigError(
+                f"{field}={path}: {name}=true in config.json is not supported; give a model without these biases"
+            )
     for name, supported in _ONLY.items():
         value = getattr(hf_config, name, None)
         if value is not None and value != supported:
@@ -92,7 +122,9 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     if "sliding_attention" in (getattr(hf_config, "layer_types", None) or []):
         raise ConfigError(f"{field}={path}: layer_types has sliding_attention in config.json, which is not supported")
     if getattr(hf_config, "quantization_config", None) is not None:
-        raise ConfigError(f"{field}={path}: quantization_config in config.json is not supported; give unquantised weights")
+        raise ConfigError(
+            f"{field}={path}: quantization_config in config.json is not supported; give unquantised weights"
+        )
     try:
         rotary_arguments(hf_config)
     except ConfigError as error:
@@ -112,7 +144,8 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
 
 
 def hf_folder(path: str | Path) -> Path:
-    """Where config and tokenizer of a model are: its directory, or the folder ``hf`` of a checkpoint that this package has written."""
+    """Where config and tokenizer of a model are: its directory, or the folder ``hf`` of a checkpoint that this package
+    has written."""
     return Path(path) / "hf" if is_megatron_checkpoint(path) else Path(path)
 
 

@@ -1,8 +1,8 @@
 """Weights of Hugging Face directories, one tensor at a time: read with every file checked first, written in a stream.
 
-Reading goes through safetensors' memory maps. Writing does not, because safetensors can only save a whole file from memory:
-:class:`HfDirectoryWriter` lays the files out from the tensors' shapes and fills them in whatever order the tensors come, so that the host
-never holds more than one of them. Imports no Megatron.
+Reading goes through safetensors' memory maps. Writing does not, because safetensors can only save a whole file from
+memory: :class:`HfDirectoryWriter` lays the files out from the tensors' shapes and fills them in whatever order the
+tensors come, so that the host never holds more than one of them. Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -62,16 +62,20 @@ def file_sha256(path: Path) -> str:
 
 def fingerprint(folder: Path) -> list[list[Any]]:
     """Name, size and time of change of every file in a folder: what a resumed job's source must still have."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()]
+    return [
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()
+    ]
 
 
 class HfWeights:
-    """The tensors of a Hugging Face directory, by name. Opening it reads the headers of all files and refuses what does not fit together.
+    """The tensors of a Hugging Face directory, by name. Opening it reads the headers of all files and refuses what does
+    not fit together.
 
     Where the directory has a manifest of this package, a tensor's bytes are compared with it when they are read.
 
     Raises:
-        WeightsError: no safetensors files, a file of the index is missing, one is truncated, or the index and the files disagree.
+        WeightsError: no safetensors files, a file of the index is missing, one is truncated, or the index and the files
+            disagree.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -82,33 +86,52 @@ class HfWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         index = self._read_index()
         if index is not None and (self.path / SINGLE_FILE).exists():
-            raise WeightsError(f"{self.path} has both {SINGLE_FILE} and {INDEX_FILE}, and readers differ in which they take; remove one")
+            raise WeightsError(
+                f"{self.path} has both {SINGLE_FILE} and {INDEX_FILE}, and readers differ in which they take; remove "
+                "one"
+            )
         names = sorted(set(index.values())) if index is not None else [SINGLE_FILE]
         for name in names:
             file = self._open(name)
             for tensor in file.keys():  # noqa: SIM118 - not a dict
                 if tensor in self._place:
-                    raise WeightsError(f"{self.path}: tensor {tensor} stands in both {self._place[tensor]} and {name}; remove one of them")
+                    raise WeightsError(
+                        f"{self.path}: tensor {tensor} stands in both {self._place[tensor]} and {name}; remove one of "
+                        "them"
+                    )
                 entry = file.get_slice(tensor)
                 if tensor.endswith(_RECOMPUTED):
                     continue
                 if entry.get_dtype() not in _DTYPE_NAMES.values():
                     kind = entry.get_dtype()
-                    raise WeightsError(f"{self.path / name}: tensor {tensor} is {kind}; only F32, BF16 and F16 weights can be read")
+                    raise WeightsError(
+                        f"{self.path / name}: tensor {tensor} is {kind}; only F32, BF16 and F16 weights can be read"
+                    )
                 self._place[tensor] = name
                 self.shapes[tensor] = tuple(entry.get_shape())
-        index = None if index is None else {tensor: name for tensor, name in index.items() if not tensor.endswith(_RECOMPUTED)}
+        index = (
+            None
+            if index is None
+            else {tensor: name for tensor, name in index.items() if not tensor.endswith(_RECOMPUTED)}
+        )
         for tensor, name in (index or {}).items():
             if self._place.get(tensor) != name:
                 found = f"it is in {self._place[tensor]}" if tensor in self._place else "no file holds it"
-                raise WeightsError(f"{self.path / INDEX_FILE} places tensor {tensor} in {name}, but {found}; fetch the model again")
+                raise WeightsError(
+                    f"{self.path / INDEX_FILE} places tensor {tensor} in {name}, but {found}; fetch the model again"
+                )
         if index is not None and len(index) != len(self._place):
             extra = sorted(set(self._place) - set(index))
             raise WeightsError(
-                f"{self.path / INDEX_FILE} does not list tensor {extra[0]} of {self._place[extra[0]]}; fetch the model again"
+                f"{self.path / INDEX_FILE} does not list tensor {extra[0]} of {self._place[extra[0]]}; fetch the "
+                "model again"
             )
         manifest = self.path / MANIFEST_FILE
-        self._hashes = {name: record["sha256"] for name, record in read_manifest(manifest)["tensors"].items()} if manifest.exists() else {}
+        self._hashes = (
+            {name: record["sha256"] for name, record in read_manifest(manifest)["tensors"].items()}
+            if manifest.exists()
+            else {}
+        )
 
     def __enter__(self) -> HfWeights:
         return self
@@ -121,14 +144,17 @@ class HfWeights:
         if not path.exists():
             if not (self.path / SINGLE_FILE).exists():
                 raise WeightsError(
-                    f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a directory with safetensors weights"
+                    f"{self.path}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; give a directory with safetensors "
+                    "weights"
                 )
             return None
         try:
             index = json.loads(path.read_text())["weight_map"]
             assert all(isinstance(name, str) for name in index.values())
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise WeightsError(f"{path} is not an index of safetensors files ({first_line(error)}); fetch the model again") from error
+            raise WeightsError(
+                f"{path} is not an index of safetensors files ({first_line(error)}); fetch the model again"
+            ) from error
         return index
 
     def _open(self, name: str) -> Any:
@@ -138,7 +164,9 @@ class HfWeights:
         try:
             file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again") from error
+            raise WeightsError(
+                f"{path} is truncated or no safetensors file ({first_line(error)}); fetch it again"
+            ) from error
         self._files[name] = file
         return file
 
@@ -152,14 +180,20 @@ class HfWeights:
         """
         missing = [name for name in expected if name not in self.shapes]
         if missing:
-            raise WeightsError(f"{self.path}: {len(missing)} tensors that config.json calls for are missing: {_some(missing)}")
+            raise WeightsError(
+                f"{self.path}: {len(missing)} tensors that config.json calls for are missing: {_some(missing)}"
+            )
         unused = [name for name in self.shapes if name not in expected and name not in ignored]
         if unused:
-            raise WeightsError(f"{self.path}: {len(unused)} tensors have no place in the model that config.json describes: {_some(unused)}")
+            raise WeightsError(
+                f"{self.path}: {len(unused)} tensors have no place in the model that config.json describes: "
+                f"{_some(unused)}"
+            )
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise WeightsError(
-                    f"{self.path / self._place[name]}: tensor {name} has shape {self.shapes[name]}, but config.json calls for {shape}"
+                    f"{self.path / self._place[name]}: tensor {name} has shape {self.shapes[name]}, but config.json "
+                    f"calls for {shape}"
                 )
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -171,7 +205,9 @@ class HfWeights:
         tensor = self._files[self._place[name]].get_tensor(name)
         expected = self._hashes.get(name)
         if expected is not None and sha256(tensor_bytes(tensor)) != expected:
-            raise WeightsError(f"{self.path / self._place[name]}: tensor {name} is not what {MANIFEST_FILE} lists; restore the file")
+            raise WeightsError(
+                f"{self.path / self._place[name]}: tensor {name} is not what {MANIFEST_FILE} lists; restore the file"
+            )
         return tensor
 
 
@@ -192,7 +228,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 class Journal:
     """What of an output has been written, so that a job that was killed goes on where it was.
 
-    The folder is ``<output>.partial``. Its journal begins with a description of the job; where another job left it, it starts anew.
+    The folder is ``<output>.partial``. Its journal begins with a description of the job; where another job left it, it
+    starts anew.
 
     Raises:
         WeightsError: the folder exists and is not this package's.
@@ -211,7 +248,10 @@ class Journal:
         else:
             if os.path.lexists(self.folder):
                 if self.folder.is_dir() and any(self.folder.iterdir()) and not self._path.exists():
-                    raise WeightsError(f"{self.folder} is in the way and was not made by a conversion; remove it, or give another output")
+                    raise WeightsError(
+                        f"{self.folder} is in the way and was not made by a conversion; remove it, or give another "
+                        "output"
+                    )
                 shutil.rmtree(self.folder) if self.folder.is_dir() else self.folder.unlink()
             self.folder.mkdir(parents=True)
             _write_lines(self._path, [job])
@@ -271,7 +311,8 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """config.json with ``dtype`` in it, tokenizer, chat template and generation config, from one Hugging Face directory to another."""
+    """config.json with ``dtype`` in it, tokenizer, chat template and generation config, from one Hugging Face directory
+    to another."""
     hf_config = json.loads((source / "config.json").read_text())
     # transformers 4.56 renamed the key and reads both; other readers know the old one.
     hf_config.pop("dtype", None)
@@ -282,8 +323,11 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def shard_plan(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Which tensors go into which file, in order, and the bytes of each tensor. One file if all fit, else transformers' naming."""
+def shard_plan(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Which tensors go into which file, in order, and the bytes of each tensor. One file if all fit, else transformers'
+    naming."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
@@ -292,14 +336,18 @@ def shard_plan(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard
         shards[-1].append(name)
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}, sizes
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)}, sizes
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
+    }, sizes
 
 
 def check_free_space(path: Path, folder: Path, needed: int) -> None:
     """Refuse to begin writing ``path``, by way of ``folder``, where its disk has no room for ``needed`` more bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise WeightsError(f"{path}: {needed / 1e9:.1f} GB are to be written and the disk has {free / 1e9:.1f} GB free; free some")
+        raise WeightsError(
+            f"{path}: {needed / 1e9:.1f} GB are to be written and the disk has {free / 1e9:.1f} GB free; free some"
+        )
 
 
 class HfDirectoryWriter:
@@ -332,7 +380,9 @@ class HfDirectoryWriter:
         self.path, self.shapes, self.dtype, self.template_dir, self.hashes = path, shapes, dtype, template_dir, hashes
         plan, self._sizes = shard_plan(shapes, dtype, max_shard_bytes)
         layout = {name: [list(shape), str(dtype)] for name, shape in shapes.items()}
-        self._journal = Journal(path, {"job": job if job is not None else os.urandom(8).hex(), "layout": layout, "files": plan})
+        self._journal = Journal(
+            path, {"job": job if job is not None else os.urandom(8).hex(), "layout": layout, "files": plan}
+        )
         self._place: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._file_of = {name: file for file, names in plan.items() for name in names}
@@ -351,7 +401,11 @@ class HfDirectoryWriter:
         position = 0
         for name in names:
             end = position + self._sizes[name]
-            header[name] = {"dtype": _DTYPE_NAMES[self.dtype], "shape": list(self.shapes[name]), "data_offsets": [position, end]}
+            header[name] = {
+                "dtype": _DTYPE_NAMES[self.dtype],
+                "shape": list(self.shapes[name]),
+                "data_offsets": [position, end],
+            }
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         # The tensors begin at a multiple of 8 bytes.
@@ -373,7 +427,8 @@ class HfDirectoryWriter:
         return name in self._journal.done
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor into its file, cast to the directory's dtype; of a name that is written already nothing happens.
+        """Put one tensor into its file, cast to the directory's dtype; of a name that is written already nothing
+        happens.
 
         Raises:
             WeightsError: it is not one of ``shapes``, or of another shape. OSError: the disk is full.
@@ -381,7 +436,10 @@ class HfDirectoryWriter:
         if name in self:
             return
         if self.shapes.get(name) != tuple(tensor.shape):
-            raise WeightsError(f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, and {self.shapes.get(name)} was to be written")
+            raise WeightsError(
+                f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, and {self.shapes.get(name)} was to be "
+                "written"
+            )
         data = tensor_bytes(tensor.to("cpu", self.dtype))
         descriptor, offset = self._place[name]
         _write_all(descriptor, data, offset)
@@ -400,8 +458,13 @@ class HfDirectoryWriter:
         folder = self._journal.folder
         copy_side_files(self.template_dir, folder, self.dtype)
         if self.hashes:
-            tensors = {name: {"file": self._file_of[name], "sha256": self._journal.done[name]["sha256"]} for name in self.shapes}
-            (folder / MANIFEST_FILE).write_text(json.dumps({"format": 1, **(record or {}), "tensors": tensors}, indent=2) + "\n")
+            tensors = {
+                name: {"file": self._file_of[name], "sha256": self._journal.done[name]["sha256"]}
+                for name in self.shapes
+            }
+            (folder / MANIFEST_FILE).write_text(
+                json.dumps({"format": 1, **(record or {}), "tensors": tensors}, indent=2) + "\n"
+            )
         self._journal.commit(self.path)
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
 """Distributed checkpoints of Megatron-Core written and checked one tensor at a time, by a single process.
 
-The format (``torch_dist``: PyTorch's distributed checkpoint with Megatron's keys) does not depend on the parallel layout: a tensor of the
-model is one entry, repeated layers are one entry with the layer as its first axis, and each entry is stored in rectangular chunks. Loading
-is Megatron's own ``dist_checkpointing.load``; only saving goes another way here, because that saves from a model in memory.
+The format (``torch_dist``: PyTorch's distributed checkpoint with Megatron's keys) does not depend on the parallel
+layout: a tensor of the model is one entry, repeated layers are one entry with the layer as its first axis, and each
+entry is stored in rectangular chunks. Loading is Megatron's own ``dist_checkpointing.load``; only saving goes another
+way here, because that saves from a model in memory.
 
 Needs Megatron importable, so a backend selected.
 """
@@ -31,7 +32,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dasd_megatron.config import first_line
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, Journal, WeightsError, check_free_space, file_sha256, read_manifest, sha256
+from dasd_megatron.models.hf_weights import (
+    MANIFEST_FILE,
+    Journal,
+    WeightsError,
+    check_free_space,
+    file_sha256,
+    read_manifest,
+    sha256,
+)
 
 # Beside a model's tensors, what a checkpoint may hold that no model has.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
@@ -58,9 +67,11 @@ class _MetadataReader(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a distributed checkpoint holds and where, after a look at every pickle that loading it would read: none of them can run code.
+    """What a distributed checkpoint holds and where, after a look at every pickle that loading it would read: none of
+    them can run code.
 
-    PyTorch's and Megatron's loaders trust ``.metadata`` and the objects in a checkpoint; whoever wrote it could make them do anything.
+    PyTorch's and Megatron's loaders trust ``.metadata`` and the objects in a checkpoint; whoever wrote it could make
+    them do anything.
     Call this before they are given one.
 
     Raises:
@@ -84,7 +95,9 @@ def read_metadata(path: Path) -> Metadata:
                     torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
     # A damaged pickle fails in any way.
     except Exception as error:
-        raise WeightsError(f"{file} is damaged, or would run code if it were loaded ({_reason(error)}); restore it") from error
+        raise WeightsError(
+            f"{file} is damaged, or would run code if it were loaded ({_reason(error)}); restore it"
+        ) from error
     return metadata
 
 
@@ -95,12 +108,13 @@ def _reason(error: Exception) -> str:
 
 
 class CheckpointWriter:
-    """A checkpoint of model weights, filled tensor by tensor, that appears whole or not at all. Each chunk is a file of its own.
+    """A checkpoint of model weights, filled tensor by tensor, that appears whole or not at all. Each chunk is a file of
+    its own.
 
     Args:
         path: where it will appear; a directory that is there is replaced.
-        job: what is written from what; chunks that a killed writer of the same job left behind are kept, after a look at their bytes.
-        total_bytes: of all weights that will be added.
+        job: what is written from what; chunks that a killed writer of the same job left behind are kept, after a look
+        at their bytes. total_bytes: of all weights that will be added.
 
     Raises:
         WeightsError: the disk has no room for them.
@@ -114,7 +128,9 @@ class CheckpointWriter:
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         for name in [name for name, record in self._journal.done.items() if not self._intact(record)]:
             del self._journal.done[name]
-        check_free_space(path, self.folder, total_bytes - sum(record["bytes"] for record in self._journal.done.values()))
+        check_free_space(
+            path, self.folder, total_bytes - sum(record["bytes"] for record in self._journal.done.values())
+        )
 
     def _intact(self, record: dict[str, Any]) -> bool:
         path = self.folder / record["file"]
@@ -146,7 +162,9 @@ class CheckpointWriter:
             torch.save(shard.data.detach().to(dtype).reshape(shape).clone(), buffer)
             with open(self.folder / file, "wb") as stream:
                 stream.write(buffer.getbuffer())
-            self._journal.add(name, {"file": file, "bytes": buffer.getbuffer().nbytes, "sha256": sha256(buffer.getbuffer())})
+            self._journal.add(
+                name, {"file": file, "bytes": buffer.getbuffer().nbytes, "sha256": sha256(buffer.getbuffer())}
+            )
         record = self._journal.done[name]
         entry.chunks.append(ChunkStorageMetadata(torch.Size(shard.global_offset), torch.Size(shape)))
         index = MetadataIndex(shard.key, shard.global_offset, len(entry.chunks) - 1)
@@ -160,7 +178,9 @@ class CheckpointWriter:
             pickle.dump(metadata, file)
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, self.folder / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
-        files = {done["file"]: {"bytes": done["bytes"], "sha256": done["sha256"]} for done in self._journal.done.values()}
+        files = {
+            done["file"]: {"bytes": done["bytes"], "sha256": done["sha256"]} for done in self._journal.done.values()
+        }
         (self.folder / MANIFEST_FILE).write_text(json.dumps({"format": 1, **record, "files": files}, indent=2) + "\n")
         self._journal.commit(self.path)
 
@@ -175,7 +195,9 @@ class CheckpointFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / "metadata.json").is_file() or not (path / ".metadata").is_file():
-            raise WeightsError(f"{path} is not a distributed checkpoint of Megatron-Core: it has no metadata.json and .metadata")
+            raise WeightsError(
+                f"{path} is not a distributed checkpoint of Megatron-Core: it has no metadata.json and .metadata"
+            )
         self._metadata = read_metadata(path)
         self.entries: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -198,11 +220,15 @@ class CheckpointFiles:
                     raise WeightsError(f"{file} is missing; it holds part of {key}: restore it")
                 if file.stat().st_size < place.offset + place.length:
                     raise WeightsError(
-                        f"{file} is truncated: it has {file.stat().st_size} bytes, {key} ends at {place.offset + place.length}"
+                        f"{file} is truncated: it has {file.stat().st_size} bytes, {key} ends at "
+                        f"{place.offset + place.length}"
                     )
             stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
             if stored != math.prod(entry.size) or len(self._places.get(key, [])) != len(entry.chunks):
-                raise WeightsError(f"{self.path}: {key} has {stored} of its {math.prod(entry.size)} elements; the checkpoint is incomplete")
+                raise WeightsError(
+                    f"{self.path}: {key} has {stored} of its {math.prod(entry.size)} elements; the checkpoint is "
+                    "incomplete"
+                )
 
     def dtype(self) -> torch.dtype:
         """The dtype of the weights.
@@ -212,7 +238,9 @@ class CheckpointFiles:
         """
         found = {key: entry.properties.dtype for key, entry in self.entries.items()}
         if len(set(found.values())) != 1:
-            raise WeightsError(f"{self.path}: expected weights of one dtype, found {sorted(map(str, set(found.values())))}")
+            raise WeightsError(
+                f"{self.path}: expected weights of one dtype, found {sorted(map(str, set(found.values())))}"
+            )
         return next(iter(found.values()))
 
     def check_coverage(self, shards: list[ShardedTensor], vocab_size: int) -> None:
@@ -224,9 +252,13 @@ class CheckpointFiles:
         expected = {shard.key: shard for shard in shards}
         missing, unused = sorted(set(expected) - set(self.entries)), sorted(set(self.entries) - set(expected))
         if missing:
-            raise WeightsError(f"{self.path}: {len(missing)} tensors that the model has are missing: {', '.join(missing[:3])}")
+            raise WeightsError(
+                f"{self.path}: {len(missing)} tensors that the model has are missing: {', '.join(missing[:3])}"
+            )
         if unused:
-            raise WeightsError(f"{self.path}: {len(unused)} tensors have no place in the model: {', '.join(unused[:3])}")
+            raise WeightsError(
+                f"{self.path}: {len(unused)} tensors have no place in the model: {', '.join(unused[:3])}"
+            )
         for key, shard in expected.items():
             stored, wanted = tuple(self.entries[key].size), tuple(shard.global_shape)
             if shard.allow_shape_mismatch:
@@ -248,7 +280,10 @@ class CheckpointFiles:
         result = torch.zeros(shape, dtype=entry.properties.dtype)
         for chunk in entry.chunks:
             low = [max(a, b) for a, b in zip(chunk.offsets, shard.global_offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, shard.global_offset, shape, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(chunk.offsets, chunk.sizes, shard.global_offset, shape, strict=True)
+            ]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             stored = self._chunk(shard.key, chunk)
@@ -263,7 +298,10 @@ class CheckpointFiles:
         place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self.path / place.relative_path
         try:
-            if place.relative_path in self._unverified and file_sha256(path) != self._unverified.pop(place.relative_path)["sha256"]:
+            if (
+                place.relative_path in self._unverified
+                and file_sha256(path) != self._unverified.pop(place.relative_path)["sha256"]
+            ):
                 raise WeightsError(f"{path} is not what {MANIFEST_FILE} lists; it holds part of {key}: restore it")
             with open(path, "rb") as file:
                 file.seek(place.offset)
@@ -271,7 +309,11 @@ class CheckpointFiles:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             if isinstance(error, WeightsError):
                 raise
-            raise WeightsError(f"{path} cannot be read ({first_line(error)}); it holds part of {key}: restore it") from error
+            raise WeightsError(
+                f"{path} cannot be read ({first_line(error)}); it holds part of {key}: restore it"
+            ) from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
-            raise WeightsError(f"{path}: part of {key} has shape {tuple(tensor.shape)} and not {tuple(chunk.sizes)}: restore it")
+            raise WeightsError(
+                f"{path}: part of {key} has shape {tuple(tensor.shape)} and not {tuple(chunk.sizes)}: restore it"
+            )
         return tensor

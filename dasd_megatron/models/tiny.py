@@ -22,7 +22,9 @@ CHAT_TEMPLATE = (
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """One token per printable ASCII character or newline, four special tokens, and a chat template."""
     characters = ["\n", *(c for c in string.printable if c.isprintable())]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate([PAD, END, USER, ASSISTANT, *characters])}, unk_token=PAD))
+    tokenizer = Tokenizer(
+        models.WordLevel({c: i for i, c in enumerate([PAD, END, USER, ASSISTANT, *characters])}, unk_token=PAD)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -36,7 +38,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(path: str | Path, config: TinyModelConfig, seed: int) -> Path:
-    """Write a randomly initialised Qwen3 (float32, tied embeddings) and its tokenizer to ``path``, all of it or nothing; returns ``path``.
+    """Write a randomly initialised Qwen3 (float32, tied embeddings) and its tokenizer to ``path``, all of it or
+    nothing; returns ``path``.
 
     The weights depend on ``config`` and ``seed`` alone; the caller's random state is left as it was.
     """

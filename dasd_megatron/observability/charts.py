@@ -1,5 +1,5 @@
-"""Charts as inline SVG. Colours are CSS variables of the page (--c1 ..., --run1 ..., --pull, --push), so that one drawing serves light and
-dark."""
+"""Charts as inline SVG. Colours are CSS variables of the page (--c1 ..., --run1 ..., --pull, --push), so that one
+drawing serves light and dark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: ``values`` runs with the chart's x; None and values that cannot be drawn are gaps. ``colour`` names a CSS variable."""
+    """One curve: ``values`` runs with the chart's x; None and values that cannot be drawn are gaps. ``colour`` names a
+    CSS variable."""
 
     name: str
     values: Sequence[float | None]
@@ -74,18 +75,25 @@ def line_chart(
 ) -> Markup:
     """A figure with one or more curves over ``x``.
 
-    ``unit`` stands beside the title. ``form`` writes a value. ``x_names`` replaces the numbers under the axis by one name per point, set at
-    equal distances. ``band`` is (name, lower, upper, colour), an area behind the curves. ``level`` is (name, value), a dashed horizontal.
-    ``bridge`` draws curves across gaps, for values
-    that not every x has. ``most`` is the largest value that can occur (1 for shares), which the axis then does not exceed. More than
-    ``points`` points are averaged in groups, and areas then show from what to what each group goes. ``note`` is the caption, ``about`` what
-    its question mark explains.
+    ``unit`` stands beside the title. ``form`` writes a value. ``x_names`` replaces the numbers under the axis by one
+    name per point, set at equal distances. ``band`` is (name, lower, upper, colour), an area behind the curves.
+    ``level`` is (name, value), a dashed horizontal. ``bridge`` draws curves across gaps, for values
+    that not every x has. ``most`` is the largest value that can occur (1 for shares), which the axis then does not
+    exceed. More than ``points`` points are averaged in groups, and areas then show from what to what each group goes.
+    ``note`` is the caption, ``about`` what its question mark explains.
     """
-    x, columns, ranges, group = _thin(x, [entry.values for entry in series] + ([band[1], band[2]] if band else []), points)
-    curves = [Series(entry.name, values, entry.colour, entry.dash, entry.faint) for entry, values in zip(series, columns, strict=False)]
+    x, columns, ranges, group = _thin(
+        x, [entry.values for entry in series] + ([band[1], band[2]] if band else []), points
+    )
+    curves = [
+        Series(entry.name, values, entry.colour, entry.dash, entry.faint)
+        for entry, values in zip(series, columns, strict=False)
+    ]
     lost = sum(1 for entry in series for value in entry.values if value is not None and not _drawable(value))
     spans = [end for span in ranges[: len(series)] for end in span]
-    finite = [value for values in columns + spans for value in values if value is not None] + ([level[1]] if level else [])
+    finite = [value for values in columns + spans for value in values if value is not None] + (
+        [level[1]] if level else []
+    )
     if not finite:
         return _figure(title, unit, Markup('<p class="empty">No finite values.</p>'), "", note, about)
     low, high = min(finite), max(finite)
@@ -107,7 +115,9 @@ def line_chart(
         parts.append(_area(positions, columns[-2], columns[-1], x_at, y_at, band[3]))
     if level:
         y = y_at(level[1])
-        parts.append(Markup('<line class="level" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, width - RIGHT, y, y))
+        parts.append(
+            Markup('<line class="level" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(LEFT, width - RIGHT, y, y)
+        )
     for curve, (lows, highs) in zip(curves, ranges, strict=False):
         parts.append(_area(positions, lows, highs, x_at, y_at, curve.colour, "range"))
     for curve in curves:
@@ -128,7 +138,13 @@ def line_chart(
     }
     if band:
         hover["rows"].append(
-            [band[0], band[3], _joined(None if None in (a, b) else f"{form(a)} to {form(b)}" for a, b in zip(*columns[-2:], strict=True))]
+            [
+                band[0],
+                band[3],
+                _joined(
+                    None if None in (a, b) else f"{form(a)} to {form(b)}" for a, b in zip(*columns[-2:], strict=True)
+                ),
+            ]
         )
     keys = [(c.name, c.colour, "dash" if c.dash else "faint" if c.faint else "line") for c in curves] + (
         [(band[0], band[3], "area")] if band else []
@@ -147,7 +163,14 @@ def line_chart(
 
 
 def stacked_chart(
-    title: str, unit: str, x: Sequence[float], layers: Sequence[Series], *, note: str = "", about: str = "", x_label: str = "training step"
+    title: str,
+    unit: str,
+    x: Sequence[float],
+    layers: Sequence[Series],
+    *,
+    note: str = "",
+    about: str = "",
+    x_label: str = "training step",
 ) -> Markup:
     """A figure of ``layers`` (values >= 0) piled up at every x, as steps, one column per x; None counts as 0."""
     x, columns, _, group = _thin(x, [layer.values for layer in layers], MAX_POINTS)
@@ -166,23 +189,33 @@ def stacked_chart(
     for layer, values in zip(layers, piles, strict=True):
         top = [under + value for under, value in zip(base, values, strict=True)]
         outline = "".join(f"L{x_at(i):.1f} {y_at(t):.1f}H{x_at(i) + column:.1f}" for i, t in enumerate(top))
-        floor = "".join(f"L{x_at(i) + column:.1f} {y_at(b):.1f}H{x_at(i):.1f}" for i, b in reversed(list(enumerate(base))))
-        parts.append(Markup('<path class="layer" style="fill:var(--{})" d="M{}{}Z"/>').format(layer.colour, outline[1:], floor))
+        floor = "".join(
+            f"L{x_at(i) + column:.1f} {y_at(b):.1f}H{x_at(i):.1f}" for i, b in reversed(list(enumerate(base)))
+        )
+        parts.append(
+            Markup('<path class="layer" style="fill:var(--{})" d="M{}{}Z"/>').format(layer.colour, outline[1:], floor)
+        )
         base = top
     hover = {
         "x": [round(x_at(i + 0.5), 1) for i in range(len(x))],
         "label": x_label,
         "at": "|".join(map(compact_step, x)),
-        "rows": [[layer.name, layer.colour, _joined(map(compact, values))] for layer, values in zip(layers, piles, strict=True)]
+        "rows": [
+            [layer.name, layer.colour, _joined(map(compact, values))]
+            for layer, values in zip(layers, piles, strict=True)
+        ]
         + [["total", "ink", _joined(map(compact, totals))]],
     }
     legend = _legend([(layer.name, layer.colour, "area") for layer in layers])
     extra = f"Each column is the mean of {group} steps." if group > 1 else ""
-    return _figure(title, unit, _svg(title, parts, hover, width, HEIGHT), legend, " ".join(filter(None, (note, extra))), about)
+    return _figure(
+        title, unit, _svg(title, parts, hover, width, HEIGHT), legend, " ".join(filter(None, (note, extra))), about
+    )
 
 
 def moving_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """The mean of the ``window`` values that end at each place (fewer at the start), gaps and non-finite values left out."""
+    """The mean of the ``window`` values that end at each place (fewer at the start), gaps and non-finite values left
+    out."""
     result: list[float | None] = []
     for end in range(1, len(values) + 1):
         part = [value for value in values[max(0, end - window) : end] if value is not None and math.isfinite(value)]
@@ -207,15 +240,21 @@ def _joined(values: Iterable[str | None]) -> str:
 def _thin(
     x: Sequence[float], columns: Sequence[Sequence[float | None]], points: int
 ) -> tuple[list[float], list[list[float | None]], list[tuple[list[float | None], list[float | None]]], int]:
-    """At most ``points`` points: consecutive ones averaged in groups. Returns x, columns (gaps as None), the smallest and largest values of
-    the groups of each column (none without groups), and the group's size."""
+    """At most ``points`` points: consecutive ones averaged in groups. Returns x, columns (gaps as None), the smallest
+    and largest values of the groups of each column (none without groups), and the group's size."""
     group = math.ceil(len(x) / points)
     columns = [[value if value is not None and _drawable(value) else None for value in column] for column in columns]
     if group <= 1:
         return list(x), columns, [([], []) for _ in columns], 1
-    chunked = [[[v for v in column[i : i + group] if v is not None] for i in range(0, len(column), group)] for column in columns]
+    chunked = [
+        [[v for v in column[i : i + group] if v is not None] for i in range(0, len(column), group)]
+        for column in columns
+    ]
     means = [[sum(chunk) / len(chunk) if chunk else None for chunk in chunks] for chunks in chunked]
-    ranges = [([min(chunk, default=None) for chunk in chunks], [max(chunk, default=None) for chunk in chunks]) for chunks in chunked]
+    ranges = [
+        ([min(chunk, default=None) for chunk in chunks], [max(chunk, default=None) for chunk in chunks])
+        for chunks in chunked
+    ]
     return [x[min(i + group, len(x)) - 1] for i in range(0, len(x), group)], means, ranges, group
 
 
@@ -259,18 +298,33 @@ def _axes(
     steps = [later - tick for tick, later in zip(ticks, ticks[1:], strict=False)]
     write = _tick_form(form, min(steps) if steps else 1.0, max(map(abs, ticks)))
     rows = Markup("").join(
-        Markup('<line class="grid{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-            " zero" if tick == 0 else "", LEFT, width - RIGHT, y_at(tick), y_at(tick), LEFT - 7, y_at(tick) + 3.5, write(tick)
+        Markup(
+            '<line class="grid{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}" '
+            'text-anchor="end">{}</text>'
+        ).format(
+            " zero" if tick == 0 else "",
+            LEFT,
+            width - RIGHT,
+            y_at(tick),
+            y_at(tick),
+            LEFT - 7,
+            y_at(tick) + 3.5,
+            write(tick),
         )
         for tick in ticks
     )
     bottom = height - BOTTOM
     columns = Markup("").join(
-        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x_at(at), bottom + 15, name) for at, name in names
+        Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(x_at(at), bottom + 15, name)
+        for at, name in names
     )
     middle = (LEFT + width - RIGHT) / 2
     return (
-        rows + columns + Markup('<text class="axis" x="{:.0f}" y="{}" text-anchor="middle">{}</text>').format(middle, height - 4, x_label)
+        rows
+        + columns
+        + Markup('<text class="axis" x="{:.0f}" y="{}" text-anchor="middle">{}</text>').format(
+            middle, height - 4, x_label
+        )
     )
 
 
@@ -299,12 +353,19 @@ def _runs(positions: Sequence[float], *columns: Sequence[float | None]) -> list[
 
 
 def _path(
-    positions: Sequence[float], curve: Series, x_at: Callable[[float], float], y_at: Callable[[float], float], bridge: bool
+    positions: Sequence[float],
+    curve: Series,
+    x_at: Callable[[float], float],
+    y_at: Callable[[float], float],
+    bridge: bool,
 ) -> Markup:
     runs = _runs(positions, curve.values)
     if bridge and runs:
         runs = [[point for run in runs for point in run]]
-    d = "".join("M" + "L".join(f"{x_at(px):.1f} {y_at(value):.1f}" for px, value in (run if len(run) > 1 else run * 2)) for run in runs)
+    d = "".join(
+        "M" + "L".join(f"{x_at(px):.1f} {y_at(value):.1f}" for px, value in (run if len(run) > 1 else run * 2))
+        for run in runs
+    )
     kind = "curve faint" if curve.faint else "curve"
     dash = Markup(' stroke-dasharray="{}"').format(curve.dash) if curve.dash else ""
     return Markup('<path class="{}" style="stroke:var(--{})"{} d="{}"/>').format(kind, curve.colour, dash, d)
@@ -333,20 +394,27 @@ def _area(
 def _svg(title: str, parts: Sequence[Markup], hover: dict, width: int, height: int) -> Markup:
     data = json.dumps(hover, separators=(",", ":"), ensure_ascii=False)
     cross = Markup('<line class="cross" y1="{}" y2="{}"/>').format(TOP, height - BOTTOM)
-    opening = Markup('<svg viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-chart="{}">').format(width, height, title, data)
+    opening = Markup('<svg viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-chart="{}">').format(
+        width, height, title, data
+    )
     return opening + Markup("").join(parts) + cross + Markup("</svg>")
 
 
 def _legend(keys: Sequence[tuple[str, str, str]]) -> Markup:
     items = Markup("").join(
-        Markup('<li><i class="key {}" style="--c:var(--{})"></i>{}</li>').format(kind, colour, name) for name, colour, kind in keys
+        Markup('<li><i class="key {}" style="--c:var(--{})"></i>{}</li>').format(kind, colour, name)
+        for name, colour, kind in keys
     )
     return Markup('<ul class="legend">{}</ul>').format(items)
 
 
 def _figure(title: str, unit: str, body: Markup, legend: Markup | str, note: str, about: str) -> Markup:
     mark = (
-        Markup('<button type="button" class="about" aria-label="about {}" data-about="{}">?</button>').format(title, about) if about else ""
+        Markup('<button type="button" class="about" aria-label="about {}" data-about="{}">?</button>').format(
+            title, about
+        )
+        if about
+        else ""
     )
     head = Markup('<h3>{} <span class="unit">{}</span>{}</h3>').format(title, unit, mark)
     caption = Markup("<figcaption>{}</figcaption>").format(escape(note)) if note else Markup("")

@@ -1,7 +1,7 @@
 """What this machine offers a run, and what it lacks: the checks of ``dasd doctor``.
 
-Whatever imports torch runs in one short-lived child process. So a broken installation shows as a row and not as a traceback, this process
-loads nothing heavy, and no CUDA context is left behind.
+Whatever imports torch runs in one short-lived child process. So a broken installation shows as a row and not as a
+traceback, this process loads nothing heavy, and no CUDA context is left behind.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ for name in sys.argv[1:]:
 
 
 class Check(NamedTuple):
-    """One row. ``status``: ok; info (an optional part is missing, nothing to do); warn (look at it); fail (the CPU path cannot run)."""
+    """One row. ``status``: ok; info (an optional part is missing, nothing to do); warn (look at it); fail (the CPU path
+    cannot run)."""
 
     section: str
     item: str
@@ -110,7 +111,8 @@ class Check(NamedTuple):
 
 
 def doctor_report() -> list[Check]:
-    """All checks, in reading order. Takes some seconds: a child process imports torch, Megatron-Core, mbridge and transformers.
+    """All checks, in reading order. Takes some seconds: a child process imports torch, Megatron-Core, mbridge and
+    transformers.
 
     A check never raises for what it finds; what is wrong becomes a row with status warn or fail and a hint.
     """
@@ -134,7 +136,9 @@ def print_doctor(stream: TextIO | None = None) -> int:
     checks = doctor_report()
     styles = {OK: "green", INFO: "dim", WARN: "yellow", FAIL: "bold red"}
     for section in dict.fromkeys(check.section for check in checks):
-        table = Table(box=box.SIMPLE, title=section, title_justify="left", title_style="bold", show_header=False, pad_edge=False)
+        table = Table(
+            box=box.SIMPLE, title=section, title_justify="left", title_style="bold", show_header=False, pad_edge=False
+        )
         for options in ({"min_width": 4, "no_wrap": True}, {"min_width": 24, "no_wrap": True}, {"overflow": "fold"}):
             table.add_column(**options)
         for check in (check for check in checks if check.section == section):
@@ -146,10 +150,14 @@ def print_doctor(stream: TextIO | None = None) -> int:
     status = exit_status(checks)
     if status:
         failed = ", ".join(check.item for check in checks if check.status == FAIL)
-        console.print(Text(f"The CPU path cannot run here: {failed}. The arrows above say what to do.", style=styles[FAIL]))
+        console.print(
+            Text(f"The CPU path cannot run here: {failed}. The arrows above say what to do.", style=styles[FAIL])
+        )
     else:
         warned = sum(check.status == WARN for check in checks)
-        console.print(Text("The CPU path can run here." + (f" Warnings: {warned}." if warned else ""), style=styles[OK]))
+        console.print(
+            Text("The CPU path can run here." + (f" Warnings: {warned}." if warned else ""), style=styles[OK])
+        )
     return status
 
 
@@ -157,7 +165,13 @@ def _probe(*names: str) -> dict[str, dict[str, Any]]:
     """A child's answers to these checks: {"ok": value} or {"error": text}."""
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     try:
         child = subprocess.run(
             [sys.executable, "-c", _PROBE, *names],
@@ -167,11 +181,16 @@ def _probe(*names: str) -> dict[str, dict[str, Any]]:
             timeout=PROBE_TIMEOUT_SECONDS,
             check=False,
         )
-        output, death = child.stdout, f"the process that imports it died with status {child.returncode}: {child.stderr.strip()[-300:]}"
+        output, death = (
+            child.stdout,
+            f"the process that imports it died with status {child.returncode}: {child.stderr.strip()[-300:]}",
+        )
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
         death = f"no answer within {PROBE_TIMEOUT_SECONDS:.0f} s"
-    rows = [json.loads(line.removeprefix("DASD-PROBE ")) for line in output.splitlines() if line.startswith("DASD-PROBE ")]
+    rows = [
+        json.loads(line.removeprefix("DASD-PROBE ")) for line in output.splitlines() if line.startswith("DASD-PROBE ")
+    ]
     answers = {row["name"]: row for row in rows}
     return {name: answers.get(name, {"error": death}) for name in names}
 
@@ -183,12 +202,20 @@ def _packages() -> list[Check]:
     hint = "" if supported else "use Python 3.11 or newer"
     if supported and not python.startswith(TESTED_PYTHON):
         hint = f"tested with {', '.join(TESTED_PYTHON)}"
-    checks = [Check(section, "python", f"{python} ({sys.executable})", FAIL if not supported else WARN if hint else OK, hint)]
+    checks = [
+        Check(section, "python", f"{python} ({sys.executable})", FAIL if not supported else WARN if hint else OK, hint)
+    ]
     try:
         own = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         checks.append(
-            Check(section, DISTRIBUTION, "not installed, so its requirements are not known", FAIL, "pip install -e . in the repository")
+            Check(
+                section,
+                DISTRIBUTION,
+                "not installed, so its requirements are not known",
+                FAIL,
+                "pip install -e . in the repository",
+            )
         )
         return checks
     checks.append(Check(section, DISTRIBUTION, own.version, OK, ""))
@@ -197,7 +224,10 @@ def _packages() -> list[Check]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             checks.append(_required(section, requirement))
     if importlib.util.find_spec("torchvision") is not None:
-        hint = "transformers imports it where present, and it must fit torch's version exactly; pip uninstall torchvision if imports fail"
+        hint = (
+            "transformers imports it where present, and it must fit torch's version exactly; pip uninstall "
+            "torchvision if imports fail"
+        )
         checks.append(Check(section, "torchvision", "installed, not needed", WARN, hint))
     return checks
 
@@ -207,7 +237,9 @@ def _required(section: str, requirement: Requirement) -> Check:
     tested = f", tested with {TESTED[requirement.name]}" if requirement.name in TESTED else ""
     version = _version(requirement.name)
     if version is None:
-        return Check(section, requirement.name, f"missing (needs {wanted}{tested})", FAIL, f'pip install "{requirement}"')
+        return Check(
+            section, requirement.name, f"missing (needs {wanted}{tested})", FAIL, f'pip install "{requirement}"'
+        )
     value = f"{version} (needs {wanted}{tested})"
     # A local part (+cpu, +cu130) names the build, not another version.
     if not requirement.specifier.contains(Version(version).public, prereleases=True):
@@ -231,7 +263,11 @@ def _cpu_backend(answers: dict[str, dict[str, Any]]) -> list[Check]:
     hint = "gloo resolves this machine's host name; set GLOO_SOCKET_IFNAME=lo, or add the host name to /etc/hosts"
     checks.append(_answered(section, "gloo all-reduce", answers["gloo"], "works", hint))
     hint = "install what the message names, or pip install -e . again"
-    checks.append(_answered(section, "megatron-core, mbridge, transformers", answers["cpu_stack"], "import under the CPU backend", hint))
+    checks.append(
+        _answered(
+            section, "megatron-core, mbridge, transformers", answers["cpu_stack"], "import under the CPU backend", hint
+        )
+    )
     return checks + _kernels(section, answers["cpu_stack"])
 
 
@@ -252,28 +288,62 @@ def _cuda_backend(answers: dict[str, dict[str, Any]]) -> list[Check]:
     facts, devices = answers["torch"].get("ok"), answers["cuda"].get("ok")
     checks = []
     if driver is None:
-        checks.append(Check(section, "driver", "nvidia-smi is not there", INFO, "no NVIDIA driver: backend.kind=cpu is what runs here"))
+        checks.append(
+            Check(
+                section,
+                "driver",
+                "nvidia-smi is not there",
+                INFO,
+                "no NVIDIA driver: backend.kind=cpu is what runs here",
+            )
+        )
     else:
         checks.append(Check(section, "driver", *driver))
     if facts is not None:
         build = f"CUDA {facts['cuda_build']}" if facts["cuda_build"] else "CPU only"
         lacks = driver is not None and driver[1] == OK and not facts["cuda_build"]
-        hint = "this machine has an NVIDIA driver: install a CUDA build of torch to use backend.kind=cuda" if lacks else ""
-        checks.append(Check(section, "torch build", build, WARN if lacks else OK if facts["cuda_build"] else INFO, hint))
+        hint = (
+            "this machine has an NVIDIA driver: install a CUDA build of torch to use backend.kind=cuda" if lacks else ""
+        )
+        checks.append(
+            Check(section, "torch build", build, WARN if lacks else OK if facts["cuda_build"] else INFO, hint)
+        )
         if facts["cuda_build"]:
             missing = facts["nccl"] is None
             hint = "backend.kind=cuda needs NCCL: install torch's Linux CUDA build" if missing else ""
-            checks.append(Check(section, "NCCL", facts["nccl"] or "not built into torch", WARN if missing else OK, hint))
+            checks.append(
+                Check(section, "NCCL", facts["nccl"] or "not built into torch", WARN if missing else OK, hint)
+            )
     if "error" in answers["cuda"]:
-        checks.append(Check(section, "devices", answers["cuda"]["error"], WARN, "the driver and torch's CUDA build must fit each other"))
+        checks.append(
+            Check(
+                section,
+                "devices",
+                answers["cuda"]["error"],
+                WARN,
+                "the driver and torch's CUDA build must fit each other",
+            )
+        )
     elif not devices:
         lost = bool(facts and facts["cuda_build"]) and driver is not None and driver[1] == OK
-        hint = "the driver answers, but torch sees no device: look at CUDA_VISIBLE_DEVICES and the driver's version" if lost else ""
+        hint = (
+            "the driver answers, but torch sees no device: look at CUDA_VISIBLE_DEVICES and the driver's version"
+            if lost
+            else ""
+        )
         checks.append(Check(section, "devices", "none", WARN if lost else INFO, hint))
     else:
         checks += [Check(section, f"device {index}", name, OK, "") for index, name in enumerate(devices)]
         if "error" in answers["cuda_kernels"]:
-            checks.append(Check(section, "megatron-core", answers["cuda_kernels"]["error"], WARN, "backend.kind=cuda cannot run before"))
+            checks.append(
+                Check(
+                    section,
+                    "megatron-core",
+                    answers["cuda_kernels"]["error"],
+                    WARN,
+                    "backend.kind=cuda cannot run before",
+                )
+            )
         checks += _kernels(section, answers["cuda_kernels"])
         free = _shared_memory()
         if free is not None and free < GIB:
@@ -319,9 +389,16 @@ def _machine() -> list[Check]:
         Check(section, "cores", f"{cores:g} usable of {os.cpu_count()}", WARN if few else OK, hint),
     ]
     free = _free_memory()
-    hint = "the quickstart's three processes want about 4 GiB; stop other programs, or expect swapping" if free < 4 * GIB else ""
+    hint = (
+        "the quickstart's three processes want about 4 GiB; stop other programs, or expect swapping"
+        if free < 4 * GIB
+        else ""
+    )
     checks.append(Check(section, "free memory", f"{free / GIB:.1f} GiB", WARN if hint else OK, hint))
-    for item, folder, need in (("disk, current directory", Path.cwd(), 2), ("disk, temporary files", Path(tempfile.gettempdir()), 1)):
+    for item, folder, need in (
+        ("disk, current directory", Path.cwd(), 2),
+        ("disk, temporary files", Path(tempfile.gettempdir()), 1),
+    ):
         checks.append(_disk(section, item, folder, need))
     return checks
 
@@ -332,7 +409,11 @@ def _disk(section: str, item: str, folder: Path, need_gib: float) -> Check:
             free = shutil.disk_usage(folder).free
     except OSError as error:
         return Check(
-            section, item, f"{folder}: {error.strerror or error}", WARN, "make it writable, or work in another directory (run.dir, TMPDIR)"
+            section,
+            item,
+            f"{folder}: {error.strerror or error}",
+            WARN,
+            "make it writable, or work in another directory (run.dir, TMPDIR)",
         )
     hint = f"free some space: less than {need_gib:g} GiB is left" if free < need_gib * GIB else ""
     return Check(section, item, f"{free / GIB:.1f} GiB free at {folder}", WARN if hint else OK, hint)
@@ -381,7 +462,10 @@ def _network() -> list[Check]:
                         raise OSError("the byte sent did not arrive")
         checks.append(Check(section, "loopback", "a server on 127.0.0.1 can be opened and reached", OK, ""))
     except OSError as error:
-        hint = "the rollout server and torchrun talk over 127.0.0.1: bring the interface lo up, or loosen the firewall or sandbox"
+        hint = (
+            "the rollout server and torchrun talk over 127.0.0.1: bring the interface lo up, or loosen the firewall "
+            "or sandbox"
+        )
         checks.append(Check(section, "loopback", f"127.0.0.1: {error}", FAIL, hint))
     for port, use in ((29500, "torchrun's default"), (30000, "SGLang's default")):
         try:
@@ -389,22 +473,40 @@ def _network() -> list[Check]:
                 checks.append(Check(section, f"port {port}", f"free ({use})", OK, ""))
         except OSError as error:
             checks.append(
-                Check(section, f"port {port}", f"{error.strerror or error} ({use})", INFO, "only matters where a command names this port")
+                Check(
+                    section,
+                    f"port {port}",
+                    f"{error.strerror or error} ({use})",
+                    INFO,
+                    "only matters where a command names this port",
+                )
             )
     return checks
 
 
 def _apex() -> Check:
-    """PyPI's ``apex`` is another package; NVIDIA's has apex/optimizers and the extension amp_C. Found without importing either."""
+    """PyPI's ``apex`` is another package; NVIDIA's has apex/optimizers and the extension amp_C. Found without importing
+    either."""
     section, item = "Optional parts", "apex (NVIDIA's)"
-    hint = "fused optimizers and norms: build from github.com/NVIDIA/apex, or use NVIDIA's PyTorch image; PyPI's apex is another package"
+    hint = (
+        "fused optimizers and norms: build from github.com/NVIDIA/apex, or use NVIDIA's PyTorch image; PyPI's apex "
+        "is another package"
+    )
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Check(section, item, "missing", INFO, hint)
     if not any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or ()):
-        return Check(section, item, "another package of that name is installed, not NVIDIA's", WARN, f"pip uninstall apex. {hint}")
+        return Check(
+            section,
+            item,
+            "another package of that name is installed, not NVIDIA's",
+            WARN,
+            f"pip uninstall apex. {hint}",
+        )
     if importlib.util.find_spec("amp_C") is None:
-        return Check(section, item, "installed without its CUDA extensions (amp_C)", WARN, "build it with --cpp_ext --cuda_ext")
+        return Check(
+            section, item, "installed without its CUDA extensions (amp_C)", WARN, "build it with --cpp_ext --cuda_ext"
+        )
     return Check(section, item, _version("apex") or "installed", OK, "")
 
 
@@ -419,7 +521,11 @@ def _optional() -> list[Check]:
     own = 'pip install -e ".[{}]" in the repository'.format
     parts: list[Callable[[], Check]] = [
         lambda: part(
-            "transformer-engine", "transformer_engine", "transformer-engine", "FP8, context parallelism, fused layers on GPUs", own("cuda")
+            "transformer-engine",
+            "transformer_engine",
+            "transformer-engine",
+            "FP8, context parallelism, fused layers on GPUs",
+            own("cuda"),
         ),
         _apex,
         lambda: part(
@@ -444,7 +550,9 @@ def _optional() -> list[Check]:
             "benchmark suites",
             "pip install git+https://github.com/NVIDIA/NeMo-Skills, in its own environment",
         ),
-        lambda: part("tensorboard", "tensorboard", "tensorboard", "logging.tensorboard=true", "pip install tensorboard"),
+        lambda: part(
+            "tensorboard", "tensorboard", "tensorboard", "logging.tensorboard=true", "pip install tensorboard"
+        ),
         lambda: part("wandb", "wandb", "wandb", "logging.wandb", own("wandb")),
         lambda: part("mlflow", "mlflow", "mlflow-skinny", "logging.mlflow", own("mlflow")),
     ]

@@ -1,8 +1,10 @@
-"""The run's numbers on disk: metrics.jsonl, warm_start.jsonl, evaluation.jsonl and TensorBoard events; others follow these files.
+"""The run's numbers on disk: metrics.jsonl, warm_start.jsonl, evaluation.jsonl and TensorBoard events; others follow
+these files.
 
-Every line is one JSON object, written by a single ``write`` and synced, so that a killed run loses at most the line under way. Floats are
-written by ``repr`` and read back bit for bit. JSON has no NaN and no infinity: they stand as the strings "NaN", "Infinity" and "-Infinity",
-which any reader sees, ``float()`` understands, and :func:`read_metrics` turns back into floats.
+Every line is one JSON object, written by a single ``write`` and synced, so that a killed run loses at most the line
+under way. Floats are written by ``repr`` and read back bit for bit. JSON has no NaN and no infinity: they stand as the
+strings "NaN", "Infinity" and "-Infinity", which any reader sees, ``float()`` understands, and :func:`read_metrics`
+turns back into floats.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ class RunDirectoryError(RuntimeError):
 class MetricsLogger:
     """Appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
 
-    ``resume_step`` is the step that a resumed run continues from: TensorBoard then hides the events of later steps (its purge step), and
-    :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the files
-    (:mod:`dasd_megatron.observability.trackers`); what they have to say goes to ``warn``. Raises :class:`RunDirectoryError` when the
-    directory cannot be written, at construction, before any step has been spent.
+    ``resume_step`` is the step that a resumed run continues from: TensorBoard then hides the events of later steps (its
+    purge step), and :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the
+    files (:mod:`dasd_megatron.observability.trackers`); what they have to say goes to ``warn``. Raises
+    :class:`RunDirectoryError` when the directory cannot be written, at construction, before any step has been spent.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class MetricsLogger:
         self._events = _TensorBoard(self.run_dir / "tensorboard", resume_step) if tensorboard else None
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
-        """Append one training step; ``metrics`` holds ``step`` (int), ``time`` (unix seconds; now, if absent) and scalars or strings."""
+        """Append one training step; ``metrics`` holds ``step`` (int), ``time`` (unix seconds; now, if absent) and
+        scalars or strings."""
         step = _step_of(metrics, METRICS)
         if self._last_step is not None and step <= self._last_step:
             raise RunDirectoryError(
-                f"{self.run_dir / METRICS} already holds step {self._last_step}, so step {step} would stand in it twice: "
-                "call truncate_after on resume, or give the run another directory"
+                f"{self.run_dir / METRICS} already holds step {self._last_step}, so step {step} would stand in it "
+                "twice: call truncate_after on resume, or give the run another directory"
             )
         _append(self.run_dir / METRICS, {"step": step, "time": time.time(), **metrics})
         self._last_step = step
@@ -111,11 +114,14 @@ class MetricsLogger:
 
 
 def truncate_after(run_dir: str | Path, step: int, warm_start_step: int | None = None) -> None:
-    """Drop the lines of metrics.jsonl and evaluation.jsonl whose step lies after ``step``; for a resume from the checkpoint of ``step``.
+    """Drop the lines of metrics.jsonl and evaluation.jsonl whose step lies after ``step``; for a resume from the
+    checkpoint of ``step``.
 
-    ``step=-1`` empties both (a fresh start in an old directory). ``warm_start_step``: do the same to warm_start.jsonl, whose steps count
-    on their own; None leaves it. A half-written last line is dropped. Each file is replaced atomically (write, fsync, rename). Raises
-    :class:`RunDirectoryError` for an unreadable line that is not the last, and for a directory that cannot be written.
+    ``step=-1`` empties both (a fresh start in an old directory). ``warm_start_step``: do the same to warm_start.jsonl,
+    whose steps count
+    on their own; None leaves it. A half-written last line is dropped. Each file is replaced atomically (write, fsync,
+    rename). Raises :class:`RunDirectoryError` for an unreadable line that is not the last, and for a directory that
+    cannot be written.
     """
     limits = {METRICS: step, EVALUATION: step, WARM_START: warm_start_step}
     for name, limit in limits.items():
@@ -127,7 +133,8 @@ def truncate_after(run_dir: str | Path, step: int, warm_start_step: int | None =
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, NaN and infinities as floats again; [] when the file is absent; a half-written last line is left out."""
+    """The rows of a metrics file, NaN and infinities as floats again; [] when the file is absent; a half-written last
+    line is left out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -140,7 +147,8 @@ def restore_non_finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) in place of ``path`` so that readers, and a crash, see the old file or the new one, never a part."""
+    """Write ``text`` (UTF-8) in place of ``path`` so that readers, and a crash, see the old file or the new one, never
+    a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -180,7 +188,9 @@ def _parsed_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             if number == len(lines):
                 return
-            raise RunDirectoryError(f"{path}, line {number}: {error}; repair or delete that line, then start again") from error
+            raise RunDirectoryError(
+                f"{path}, line {number}: {error}; repair or delete that line, then start again"
+            ) from error
         yield line, row
 
 
@@ -215,7 +225,8 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _plain(key: str, value: Any) -> Any:
-    """``value`` as JSON takes it: Python scalars, numpy and torch scalars by their ``item``, non-finite floats by name."""
+    """``value`` as JSON takes it: Python scalars, numpy and torch scalars by their ``item``, non-finite floats by
+    name."""
     if hasattr(value, "item") and callable(value.item):
         value = value.item()
     if value is None or isinstance(value, (bool, str)):
@@ -232,13 +243,16 @@ def _plain(key: str, value: Any) -> Any:
 
 def _cannot_write(path: Path, error: OSError) -> RunDirectoryError:
     reason = error.strerror or str(error)
-    return RunDirectoryError(f"cannot write {path}: {reason}; free space there, make it writable, or set run.dir to a directory that is")
+    return RunDirectoryError(
+        f"cannot write {path}: {reason}; free space there, make it writable, or set run.dir to a directory that is"
+    )
 
 
 class _TensorBoard:
     """Scalars through tensorboard's own event writer, which needs neither torch nor TensorFlow.
 
-    The warm start goes to a folder of its own: its steps count from 1 too, and a purge step hides later events of every tag of a folder.
+    The warm start goes to a folder of its own: its steps count from 1 too, and a purge step hides later events of every
+    tag of a folder.
     """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
@@ -255,8 +269,14 @@ class _TensorBoard:
         self._writers: dict[str, Any] = {}
 
     def add(self, subfolder: str, step: int, values: Mapping[str, Any]) -> None:
-        plain = {key: _plain(key, value) for key, value in values.items() if key not in ("step", "time") and not isinstance(value, str)}
-        scalars = [self._summary.Value(tag=key, simple_value=float(value)) for key, value in plain.items() if value is not None]
+        plain = {
+            key: _plain(key, value)
+            for key, value in values.items()
+            if key not in ("step", "time") and not isinstance(value, str)
+        }
+        scalars = [
+            self._summary.Value(tag=key, simple_value=float(value)) for key, value in plain.items() if value is not None
+        ]
         try:
             writer = self._writers.get(subfolder) or self._open(subfolder)
             writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=scalars)))

@@ -1,6 +1,8 @@
-"""What every metric means, in one table: docs/metrics.md is generated from it, and the report explains its charts by it.
+"""What every metric means, in one table: docs/metrics.md is generated from it, and the report explains its charts by
+it.
 
-``python -m dasd_megatron.observability.metric_docs > docs/metrics.md`` writes the page again; tests compare the table with what runs write.
+``python -m dasd_megatron.observability.metric_docs > docs/metrics.md`` writes the page again; tests compare the table
+with what runs write.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START
 
 @dataclass(frozen=True)
 class Metric:
-    """``name`` may hold ``<k>`` for a number. ``healthy`` and ``action``: the range to expect, and what to do outside it. ``when``: what
-    must hold for a run to write it; empty: every line has it."""
+    """``name`` may hold ``<k>`` for a number. ``healthy`` and ``action``: the range to expect, and what to do outside
+    it. ``when``: what must hold for a run to write it; empty: every line has it."""
 
     name: str
     unit: str
@@ -51,9 +53,13 @@ def _health(kind: str) -> list[Metric]:
             "at 0.5 doubt says nothing about being right",
             when="some responses are right and some wrong",
         ),
-        Metric("health/length_p10", "tokens", "a tenth of the responses is shorter", "steady", "see response/length_mean"),
+        Metric(
+            "health/length_p10", "tokens", "a tenth of the responses is shorter", "steady", "see response/length_mean"
+        ),
         Metric("health/length_p50", "tokens", "median length of a response", "steady", "see response/length_mean"),
-        Metric("health/length_p90", "tokens", "a tenth of the responses is longer", "steady", "see response/length_mean"),
+        Metric(
+            "health/length_p90", "tokens", "a tenth of the responses is longer", "steady", "see response/length_mean"
+        ),
         Metric(
             "health/epistemic_per_100",
             "words per 100 tokens",
@@ -61,11 +67,27 @@ def _health(kind: str) -> list[Metric]:
             "steady",
             "falls to 0: the policy has stopped to weigh alternatives; see entropy/mean",
         ),
-        Metric("health/repetition", "share", "n-grams of a response that stood in it before", "steady", "rises: loops; read rollouts"),
         Metric(
-            "health/repeated_run_mean", "tokens", "longest repeated stretch, mean over responses", "steady", "rises: loops; read rollouts"
+            "health/repetition",
+            "share",
+            "n-grams of a response that stood in it before",
+            "steady",
+            "rises: loops; read rollouts",
         ),
-        Metric("health/repeated_run_max", "tokens", "longest repeated stretch of any response", "steady", "rises: loops; read rollouts"),
+        Metric(
+            "health/repeated_run_mean",
+            "tokens",
+            "longest repeated stretch, mean over responses",
+            "steady",
+            "rises: loops; read rollouts",
+        ),
+        Metric(
+            "health/repeated_run_max",
+            "tokens",
+            "longest repeated stretch of any response",
+            "steady",
+            "rises: loops; read rollouts",
+        ),
         Metric(
             "health/correction_phrase_share",
             "share",
@@ -132,7 +154,11 @@ _STEP = [
     Metric("time", "unix seconds", "when the line was written"),
     Metric("weight_version", "name", "weights that the first rollout of the step began with"),
     Metric(
-        "reward/mean", "reward", "mean reward of the step's rollouts", "rises", "see reward/accuracy; with verify.reward read the rollouts"
+        "reward/mean",
+        "reward",
+        "mean reward of the step's rollouts",
+        "rises",
+        "see reward/accuracy; with verify.reward read the rollouts",
     ),
     Metric(
         "reward/std",
@@ -146,14 +172,16 @@ _STEP = [
         "share",
         "rollouts whose reward is above 0",
         "0.2 to 0.8, rising",
-        "under 0.1: warm-start, or easier problems; over 0.95: harder problems; falling: lower optimizer.lr or algorithm.beta",
+        "under 0.1: warm-start, or easier problems; over 0.95: harder problems; falling: lower optimizer.lr or "
+        "algorithm.beta",
     ),
     Metric(
         "reward/groups_all_correct",
         "share of groups",
         "groups whose rollouts are all right; their group-relative advantage is 0",
         "under 0.5",
-        "harder problems, or rollout.filter=dasd_megatron.rollout.filters:rewards_differ where it is worth the extra rollouts",
+        "harder problems, or rollout.filter=dasd_megatron.rollout.filters:rewards_differ where it is worth the extra "
+        "rollouts",
     ),
     Metric(
         "reward/groups_all_wrong",
@@ -195,7 +223,8 @@ _STEP = [
         "nats per token",
         "mean entropy H of the student's next-token distribution, over the whole vocabulary",
         "slow fall; over a tenth of its start",
-        "collapsing: lower optimizer.lr, or algorithm.name=dasd with a larger algorithm.rho; rising without end: lower algorithm.beta",
+        "collapsing: lower optimizer.lr, or algorithm.name=dasd with a larger algorithm.rho; rising without end: "
+        "lower algorithm.beta",
     ),
     Metric(
         "entropy/pushed",
@@ -220,22 +249,41 @@ _STEP = [
         "near algorithm.rho under dasd; 0 under grpo and opsd; near 1 under reversed",
         "far from it: many gaps are 0, so the teacher says what the student says; see credit/delta_abs_mean",
     ),
-    Metric("credit/omega_mean", "-1 to 1", "mean direction weight omega", "steady", "a drift to -1 or 1: see credit/delta_mean"),
     Metric(
-        "credit/omega_std", "-1 to 1", "standard deviation of omega over tokens", "above 0", "0: routing is off; see credit/delta_abs_mean"
+        "credit/omega_mean",
+        "-1 to 1",
+        "mean direction weight omega",
+        "steady",
+        "a drift to -1 or 1: see credit/delta_mean",
     ),
     Metric(
-        "credit/omega_min", "-1 to 1", "smallest omega of the step", "-1 to 0", "-1 everywhere: gaps saturate; raise algorithm.scale_floor"
+        "credit/omega_std",
+        "-1 to 1",
+        "standard deviation of omega over tokens",
+        "above 0",
+        "0: routing is off; see credit/delta_abs_mean",
     ),
     Metric(
-        "credit/omega_max", "-1 to 1", "largest omega of the step", "0 to 1", "1 everywhere: gaps saturate; raise algorithm.scale_floor"
+        "credit/omega_min",
+        "-1 to 1",
+        "smallest omega of the step",
+        "-1 to 0",
+        "-1 everywhere: gaps saturate; raise algorithm.scale_floor",
+    ),
+    Metric(
+        "credit/omega_max",
+        "-1 to 1",
+        "largest omega of the step",
+        "0 to 1",
+        "1 everywhere: gaps saturate; raise algorithm.scale_floor",
     ),
     Metric(
         "credit/delta_mean",
         "nats per token",
         "mean gap delta = log q - log p of the sampled tokens, teacher minus student",
         "near 0",
-        "strongly negative: the teacher finds the student's tokens unlikely; check teacher.template and teacher.privileged",
+        "strongly negative: the teacher finds the student's tokens unlikely; check teacher.template and "
+        "teacher.privileged",
     ),
     Metric(
         "credit/delta_abs_mean",
@@ -277,7 +325,8 @@ _STEP = [
         "nats per token",
         "estimate (k3) of KL(rollout policy || trainer), from the sampled tokens",
         "under 1e-3; more with rollout.max_staleness",
-        "growing: stale weights or other numerics; rollout.max_staleness=0, loss.importance_sampling=token, the same dtype on both sides",
+        "growing: stale weights or other numerics; rollout.max_staleness=0, loss.importance_sampling=token, the same "
+        "dtype on both sides",
     ),
     Metric(
         "rollout/log_prob_diff_mean",
@@ -316,7 +365,13 @@ _STEP = [
         "0; up to rollout.max_staleness",
         "lower rollout.max_staleness",
     ),
-    Metric("rollout/staleness_max", "steps", "largest such age", "up to rollout.max_staleness", "lower rollout.max_staleness"),
+    Metric(
+        "rollout/staleness_max",
+        "steps",
+        "largest such age",
+        "up to rollout.max_staleness",
+        "lower rollout.max_staleness",
+    ),
     Metric(
         "rollout/mixed_share",
         "share",
@@ -324,7 +379,13 @@ _STEP = [
         "0; any with rollout.unfinished=retract",
         "rollout.unfinished=finish",
     ),
-    Metric("rollout/groups_drawn", "groups", "groups sampled for the step, those thrown away too", "batch.groups", "see the next two"),
+    Metric(
+        "rollout/groups_drawn",
+        "groups",
+        "groups sampled for the step, those thrown away too",
+        "batch.groups",
+        "see the next two",
+    ),
     Metric(
         "rollout/groups_filtered",
         "groups",
@@ -344,7 +405,8 @@ _STEP = [
         "updates",
         "optimizer steps not applied, since logits or gradients were not finite",
         "0",
-        "lower optimizer.lr; the first case is described in the log; over loss.max_skipped_steps in a row the run goes back",
+        "lower optimizer.lr; the first case is described in the log; over loss.max_skipped_steps in a row the run "
+        "goes back",
     ),
     Metric(
         "update/loss",
@@ -370,7 +432,14 @@ _STEP = [
         "growing: lower optimizer.lr or optimizer.clip_grad",
         when="an update was applied",
     ),
-    Metric("update/lr", "learning rate", "learning rate of the last update", "follows the schedule", "", when="an update was applied"),
+    Metric(
+        "update/lr",
+        "learning rate",
+        "learning rate of the last update",
+        "follows the schedule",
+        "",
+        when="an update was applied",
+    ),
     Metric(
         "update/kl_to_start",
         "nats per token",
@@ -425,7 +494,13 @@ _STEP = [
         "under two thirds of seconds/total",
         "more servers, rollout.max_staleness above 0 to overlap, rollout.over_sampling against stragglers",
     ),
-    Metric("seconds/verify", "seconds", "grading, as far as rollouts waited for it", "under a tenth of seconds/total", "verify.workers"),
+    Metric(
+        "seconds/verify",
+        "seconds",
+        "grading, as far as rollouts waited for it",
+        "under a tenth of seconds/total",
+        "verify.workers",
+    ),
     Metric(
         "seconds/score",
         "seconds",
@@ -433,11 +508,27 @@ _STEP = [
         "under seconds/update",
         "batch.packing=true, a larger batch.micro_batch_size",
     ),
-    Metric("seconds/route", "seconds", "advantages and direction weights", "under 0.01 of seconds/total", "report it: it should be small"),
     Metric(
-        "seconds/update", "seconds", "forward, backward and optimizer", "the largest after rollouts", "batch.packing=true, less recompute"
+        "seconds/route",
+        "seconds",
+        "advantages and direction weights",
+        "under 0.01 of seconds/total",
+        "report it: it should be small",
     ),
-    Metric("seconds/total", "seconds", "the whole step, without sync and checkpoint", "steady", "look which phase's seconds grow"),
+    Metric(
+        "seconds/update",
+        "seconds",
+        "forward, backward and optimizer",
+        "the largest after rollouts",
+        "batch.packing=true, less recompute",
+    ),
+    Metric(
+        "seconds/total",
+        "seconds",
+        "the whole step, without sync and checkpoint",
+        "steady",
+        "look which phase's seconds grow",
+    ),
     Metric(
         "seconds/sync",
         "seconds",
@@ -487,7 +578,14 @@ _WARM_START = [
         "flat or rising: lower warm_start.lr",
         when="warm_start.steps is above 0",
     ),
-    Metric("lr", "learning rate", "learning rate of the step", "follows the schedule", "", when="warm_start.steps is above 0"),
+    Metric(
+        "lr",
+        "learning rate",
+        "learning rate of the step",
+        "follows the schedule",
+        "",
+        when="warm_start.steps is above 0",
+    ),
     Metric(
         "grad_norm",
         "L2 norm",
@@ -526,8 +624,20 @@ _EVALUATION = [
         "below avg: answers scatter or share one mistake; read the samples",
     ),
     Metric("response/length_mean", "tokens", "mean number of sampled tokens of a response", "steady", "as in training"),
-    Metric("nll_mean", "nats per token", "mean -log-prob of the sampled tokens", "falls slowly", "near 0: the policy is deterministic"),
-    Metric("truncated_share", "share", "responses that ended at the limit of tokens", "under 0.1", "raise rollout.max_new_tokens"),
+    Metric(
+        "nll_mean",
+        "nats per token",
+        "mean -log-prob of the sampled tokens",
+        "falls slowly",
+        "near 0: the policy is deterministic",
+    ),
+    Metric(
+        "truncated_share",
+        "share",
+        "responses that ended at the limit of tokens",
+        "under 0.1",
+        "raise rollout.max_new_tokens",
+    ),
     Metric("timeouts", "responses", "responses whose grading ran out of time", "0", "raise verify.timeout_seconds"),
     Metric("seconds", "seconds", "duration of the evaluation", "", ""),
     *_health("nll"),
@@ -538,7 +648,9 @@ FILES = {METRICS: _STEP, WARM_START: _WARM_START, EVALUATION: _EVALUATION}
 
 def find_metric(name: str, file: str = METRICS) -> Metric | None:
     """The documentation of a name that a run wrote into ``file``, None if there is none."""
-    return next((metric for metric in FILES[file] if re.fullmatch(re.escape(metric.name).replace("<k>", r"\d+"), name)), None)
+    return next(
+        (metric for metric in FILES[file] if re.fullmatch(re.escape(metric.name).replace("<k>", r"\d+"), name)), None
+    )
 
 
 def explain(*names: str, file: str = METRICS) -> str:

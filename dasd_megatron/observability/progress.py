@@ -22,12 +22,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def clean(text: str) -> str:
-    """``text`` on one line without control characters, so that nothing from a model or a server can move the reader's cursor."""
+    """``text`` on one line without control characters, so that nothing from a model or a server can move the reader's
+    cursor."""
     return _CONTROL.sub(" ", text).strip()
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Asked of the stream alone: FORCE_COLOR, which rich would heed, must not put control characters into a log file."""
+    """Asked of the stream alone: FORCE_COLOR, which rich would heed, must not put control characters into a log
+    file."""
     return stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown")
 
 
@@ -46,8 +48,8 @@ def format_duration(seconds: float) -> str:
 def format_step(metrics: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> str:
     """The headline of one training step on one line; metrics that a step does not have are left out.
 
-    ``acc`` share of correct rollouts, ``H`` mean student entropy (nats), ``len`` mean response length (tokens), ``push`` share of tokens
-    pushed away from the teacher, ``|g|`` gradient norm before clipping.
+    ``acc`` share of correct rollouts, ``H`` mean student entropy (nats), ``len`` mean response length (tokens),
+    ``push`` share of tokens pushed away from the teacher, ``|g|`` gradient norm before clipping.
     """
     width = len(str(total_steps))
     parts = [f"step {metrics['step']:>{width}}/{total_steps}"]
@@ -70,9 +72,10 @@ def format_step(metrics: Mapping[str, Any], total_steps: int, eta_seconds: float
 class ProgressDisplay:
     """Progress of one run, shown by its first rank.
 
-    On a terminal: one line per training step above a live bar with the time left. Elsewhere (a log file, a pipe, TERM=dumb): one plain line
-    per training step and about ``lines_per_phase`` per counted phase, without control characters, flushed, each with the time of day.
-    ``start_step`` is the step that a resumed run continues from. Use it as a context manager, so that an exception leaves a sound terminal.
+    On a terminal: one line per training step above a live bar with the time left. Elsewhere (a log file, a pipe,
+    TERM=dumb): one plain line per training step and about ``lines_per_phase`` per counted phase, without control
+    characters, flushed, each with the time of day. ``start_step`` is the step that a resumed run continues from. Use it
+    as a context manager, so that an exception leaves a sound terminal.
     """
 
     def __init__(
@@ -122,7 +125,8 @@ class ProgressDisplay:
         phase.close(failed=False)
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one finished training step; ``metrics`` as logged, with ``step`` and, for the time left, ``seconds/total``."""
+        """Show one finished training step; ``metrics`` as logged, with ``step`` and, for the time left,
+        ``seconds/total``."""
         if metrics.get("seconds/total") is not None:
             self._recent_seconds.append(metrics["seconds/total"])
         eta = None
@@ -130,7 +134,9 @@ class ProgressDisplay:
             eta = sum(self._recent_seconds) / len(self._recent_seconds) * max(0, self._total_steps - metrics["step"])
         if self._bars is not None:
             if self._train_bar is None:
-                self._train_bar = self._bars.add_task("train", total=self._total_steps, completed=self._start_step, note="")
+                self._train_bar = self._bars.add_task(
+                    "train", total=self._total_steps, completed=self._start_step, note=""
+                )
             note = f"eta {format_duration(eta)}" if eta is not None else ""
             self._bars.update(self._train_bar, completed=metrics["step"], note=note)
             self.message(format_step(metrics, self._total_steps))
@@ -166,15 +172,25 @@ class Phase:
     def advance(self, units: int = 1, **values: float | str) -> None:
         """``units`` more are done; ``values`` (loss=..., lr=...) are shown beside the count."""
         self._done += units
-        self._values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+        self._values = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+        )
         if self._task is not None:
             self._display._bars.update(self._task, completed=self._done, note=clean(self._values))
-        elif self.total and self._done < self.total and self._done * self._display._lines_per_phase >= (self._lines + 1) * self.total:
+        elif (
+            self.total
+            and self._done < self.total
+            and self._done * self._display._lines_per_phase >= (self._lines + 1) * self.total
+        ):
             self._lines = self._done * self._display._lines_per_phase // self.total
             elapsed = self._display._clock() - self._started
             left = elapsed / self._done * (self.total - self._done)
             self._display.message(
-                "  ".join(filter(None, (f"{self.name}: {self._done}/{self.total}", self._values, f"eta {format_duration(left)}")))
+                "  ".join(
+                    filter(
+                        None, (f"{self.name}: {self._done}/{self.total}", self._values, f"eta {format_duration(left)}")
+                    )
+                )
             )
 
     def close(self, failed: bool) -> None:
@@ -186,18 +202,26 @@ class Phase:
         self._display.message("  ".join(filter(None, (f"{self.name}:{count} {end} {elapsed}", self._values))))
 
 
-def evaluation_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[tuple[str, float | None, float | None, str]]:
-    """(name, before, after, unit) of every result that an evaluation has, in reading order; unit is share, tokens or nats.
+def evaluation_rows(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+) -> list[tuple[str, float | None, float | None, str]]:
+    """(name, before, after, unit) of every result that an evaluation has, in reading order; unit is share, tokens or
+    nats.
 
-    ``before`` and ``after`` are lines of evaluation.jsonl: ``avg@n``, ``pass@k`` ..., ``maj@n`` (shares), ``response/length_mean``
-    (tokens), ``nll_mean`` (nats per token); None where that evaluation was not made.
+    ``before`` and ``after`` are lines of evaluation.jsonl: ``avg@n``, ``pass@k`` ..., ``maj@n`` (shares),
+    ``response/length_mean`` (tokens), ``nll_mean`` (nats per token); None where that evaluation was not made.
     """
     before, after = before or {}, after or {}
     found = {key for key in (*before, *after) if re.fullmatch(r"(avg|pass|maj)@\d+", key)}
     order = {"avg": 0, "pass": 1, "maj": 2}
-    keys = [(key, key.capitalize(), "share") for key in sorted(found, key=lambda key: (order[key.split("@")[0]], int(key.split("@")[1])))]
+    keys = [
+        (key, key.capitalize(), "share")
+        for key in sorted(found, key=lambda key: (order[key.split("@")[0]], int(key.split("@")[1])))
+    ]
     keys += [("response/length_mean", "Mean length", "tokens"), ("nll_mean", "Mean -log p of a token", "nats")]
-    return [(label, before.get(key), after.get(key), unit) for key, label, unit in keys if key in before or key in after]
+    return [
+        (label, before.get(key), after.get(key), unit) for key, label, unit in keys if key in before or key in after
+    ]
 
 
 def format_result(value: float | None, unit: str) -> str:
@@ -210,16 +234,26 @@ def format_difference(before: float | None, after: float | None, unit: str) -> s
     if before is None or after is None:
         return "-"
     difference = after - before
-    return {"share": f"{100 * difference:+.1f} points", "tokens": f"{difference:+.1f} tokens", "nats": f"{difference:+.3f} nats"}[unit]
+    return {
+        "share": f"{100 * difference:+.1f} points",
+        "tokens": f"{difference:+.1f} tokens",
+        "nats": f"{difference:+.3f} nats",
+    }[unit]
 
 
 def summary_table(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, facts: Mapping[str, Any], stream: TextIO | None = None
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    stream: TextIO | None = None,
 ) -> None:
-    """Print the closing table (held-out results before, after, difference) and under it each of ``facts`` on a line of its own.
+    """Print the closing table (held-out results before, after, difference) and under it each of ``facts`` on a line of
+    its own.
 
-    ``before`` and ``after`` are lines of evaluation.jsonl, or None where that evaluation was not made. ``facts`` maps names to values;
-    they are never wrapped, so that the path of the report can be clicked or copied. ``stream`` is standard output if not given.
+    ``before`` and ``after`` are lines of evaluation.jsonl, or None where that evaluation was not made. ``facts`` maps
+    names to values;
+    they are never wrapped, so that the path of the report can be clicked or copied. ``stream`` is standard output if
+    not given.
     """
     stream = stream if stream is not None else sys.stdout
     terminal = _is_terminal(stream)

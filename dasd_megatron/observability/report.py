@@ -1,8 +1,9 @@
 """One self-contained page about one run or several, built from the files of their directories alone.
 
-The page loads nothing: styles, script, charts and data stand inside it, and its content security policy refuses everything else, any script
-but its own included. All text from runs (rollouts above all) is escaped, and characters that do not show are made visible. Parts whose
-files are missing are left out or say so; what could not be read, and what was left out to keep the page small, is said on the page.
+The page loads nothing: styles, script, charts and data stand inside it, and its content security policy refuses
+everything else, any script but its own included. All text from runs (rollouts above all) is escaped, and characters
+that do not show are made visible. Parts whose files are missing are left out or say so; what could not be read, and
+what was left out to keep the page small, is said on the page.
 """
 
 from __future__ import annotations
@@ -64,17 +65,36 @@ HELDOUT_PROBLEMS = 6
 TEXT_CHARS = 3000
 CONFIG_CHARS = 60_000
 
-# Runs differ in colour (Okabe and Ito's, which colour-blind people can tell apart), and from the fifth on in dashes too.
+# Runs differ in colour (Okabe and Ito's, which colour-blind people can tell apart), and from the fifth on in dashes
+# too.
 _RUN_COLOURS = 8
-_RUN_DASHES = ("", "", "", "", "7 3", "7 3", "7 3", "7 3", "2 3", "2 3", "2 3", "2 3", "9 3 2 3", "9 3 2 3", "9 3 2 3", "9 3 2 3")
+_RUN_DASHES = (
+    "",
+    "",
+    "",
+    "",
+    "7 3",
+    "7 3",
+    "7 3",
+    "7 3",
+    "2 3",
+    "2 3",
+    "2 3",
+    "2 3",
+    "9 3 2 3",
+    "9 3 2 3",
+    "9 3 2 3",
+    "9 3 2 3",
+)
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Build the page about these runs and return its path: ``output``, or ``report.html`` in the run's directory (in the current one for
-    several runs).
+    """Build the page about these runs and return its path: ``output``, or ``report.html`` in the run's directory (in
+    the current one for several runs).
 
-    Works on runs that are still going, crashed, were never evaluated or kept no rollouts. The file is replaced atomically. Raises
-    :class:`ReportError` when a directory is not there or holds no run, :class:`RunDirectoryError` when the page cannot be written.
+    Works on runs that are still going, crashed, were never evaluated or kept no rollouts. The file is replaced
+    atomically. Raises :class:`ReportError` when a directory is not there or holds no run, :class:`RunDirectoryError`
+    when the page cannot be written.
     """
     paths = [Path(path) for path in run_dirs]
     if not paths:
@@ -141,7 +161,8 @@ def render(runs: Sequence[Run]) -> str:
         "differences": [] if single else differences(runs),
         "warnings": _named(runs, _warnings),
         "warm_start_charts": _charts(runs, _WARM_START_CHARTS, lambda run: run.warm_start, "warm-start step"),
-        "training_charts": _heldout_chart(runs) + _charts(runs, _TRAINING_CHARTS, _with_smoothed_accuracy, "training step"),
+        "training_charts": _heldout_chart(runs)
+        + _charts(runs, _TRAINING_CHARTS, _with_smoothed_accuracy, "training step"),
         "phase_chart": _phase_chart(runs[0]) if single else None,
         "phases": _phase_table(runs),
         "rollouts_rule": _rollouts_rule(rollouts),
@@ -178,7 +199,8 @@ def _version() -> str:
         return "(not installed as a package)"
 
 
-# ---- headline ----------------------------------------------------------------------------------------------------------------------------
+# ---- headline
+# ----------------------------------------------------------------------------------------------------------------------------
 
 
 def _status(run: Run) -> tuple[str, str]:
@@ -195,16 +217,28 @@ def _status(run: Run) -> tuple[str, str]:
 
 def _cards(run: Run) -> list[dict[str, str]]:
     rows = evaluation_rows(run.evaluation("before"), run.evaluation("after"))
-    largest_pass = max((label for label, *_ in rows if label.startswith("Pass@")), key=lambda label: int(label.split("@")[1]), default=None)
+    largest_pass = max(
+        (label for label, *_ in rows if label.startswith("Pass@")),
+        key=lambda label: int(label.split("@")[1]),
+        default=None,
+    )
     cards = []
     for label, old, new, unit in rows:
         if label.startswith(("Avg@", "Maj@")) or label in (largest_pass, "Mean length"):
             change = format_difference(old, new, unit)
             better = "" if None in (old, new) or unit != "share" or old == new else "up" if new > old else "down"
-            old_text, new_text = (format_result(value, unit).removesuffix(" tokens") if value is not None else "–" for value in (old, new))
+            old_text, new_text = (
+                format_result(value, unit).removesuffix(" tokens") if value is not None else "–" for value in (old, new)
+            )
             title = f"{label}, tokens" if unit == "tokens" else label
             cards.append(
-                {"label": title, "before": old_text, "after": new_text, "change": "" if change == "-" else change, "class": better}
+                {
+                    "label": title,
+                    "before": old_text,
+                    "after": new_text,
+                    "change": "" if change == "-" else change,
+                    "class": better,
+                }
             )
     return cards
 
@@ -230,7 +264,8 @@ def _results(run: Run) -> list[tuple[str, str, str, str]]:
 def _results_of_runs(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(name, (result after training, difference from before) of each run)."""
     found: dict[str, dict[int, tuple[str, str]]] = {}
-    # Runs that were evaluated with other numbers of samples have other rows: the order is that of one row with all of them.
+    # Runs that were evaluated with other numbers of samples have other rows: the order is that of one row with all of
+    # them.
     everything = {key: None for run in runs for label in ("before", "after") for key in run.evaluation(label) or {}}
     order = [label for label, *_ in evaluation_rows(everything, None)]
     for place, run in enumerate(runs):
@@ -251,7 +286,8 @@ def _outcomes(run: Run, row: Mapping[str, Any]) -> dict[str, list[bool]]:
 
 
 def _interval(run: Run) -> str:
-    """What sampling problems leaves open about the difference of Avg: normal 95% interval of the paired per-problem differences."""
+    """What sampling problems leaves open about the difference of Avg: normal 95% interval of the paired per-problem
+    differences."""
     before, after = run.evaluation("before"), run.evaluation("after")
     if before is None or after is None:
         return ""
@@ -262,8 +298,8 @@ def _interval(run: Run) -> str:
     mean = sum(changes) / len(changes)
     half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in changes) / (len(changes) - 1) / len(changes))
     return (
-        f"Difference of average accuracy, paired over {len(changes)} problems: {100 * mean:+.1f} points, "
-        f"95% interval {100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}. This is one seed; it says nothing about others."
+        f"Difference of average accuracy, paired over {len(changes)} problems: {100 * mean:+.1f} points, 95% interval "
+        f"{100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}. This is one seed; it says nothing about others."
     )
 
 
@@ -275,7 +311,14 @@ def _pass_chart(runs: Sequence[Run]) -> Markup | None:
             curves += [("before", rows["before"], "c6", "5 4"), ("after", rows["after"], "c1", "")]
         else:
             label = "after" if rows["after"] is not None else "before"
-            curves.append((run.label + (" (before)" if label == "before" else ""), rows[label], _run_key(place), _RUN_DASHES[place]))
+            curves.append(
+                (
+                    run.label + (" (before)" if label == "before" else ""),
+                    rows[label],
+                    _run_key(place),
+                    _RUN_DASHES[place],
+                )
+            )
     curves = [curve for curve in curves if curve[1] is not None]
     ks = sorted({int(key[5:]) for _, row, *_ in curves for key in row if re.fullmatch(r"pass@\d+", key)})
     if not ks:
@@ -304,16 +347,24 @@ def _facts(run: Run) -> dict[str, str]:
     groups, samples = get("batch.groups"), get("batch.samples_per_group")
     model = get("model.path")
     if model is None and isinstance(get("model.tiny"), dict):
-        model = f"tiny Qwen3 made in code: {get('model.tiny.num_layers')} layers of width {get('model.tiny.hidden_size')}"
+        model = (
+            f"tiny Qwen3 made in code: {get('model.tiny.num_layers')} layers of width {get('model.tiny.hidden_size')}"
+        )
     spent = sum(value for value in column(run.metrics, "seconds/total") if value is not None and math.isfinite(value))
-    speed = [value for value in column(run.metrics, "throughput/tokens_per_second") if value is not None and math.isfinite(value)]
+    speed = [
+        value
+        for value in column(run.metrics, "throughput/tokens_per_second")
+        if value is not None and math.isfinite(value)
+    ]
     times = [value for value in column(run.metrics, "time") if value is not None and math.isfinite(value)]
     facts = {
         "Algorithm": get("algorithm.name"),
         "β (teacher weight)": get("algorithm.beta"),
         "ρ (share pushed)": get("algorithm.rho"),
         "Gap scale floor": None if get("algorithm.scale_floor") is None else f"{get('algorithm.scale_floor')} nats",
-        "Teacher": None if get("teacher.weights") is None else f"{get('teacher.weights')} weights, sees the {get('teacher.privileged')}",
+        "Teacher": None
+        if get("teacher.weights") is None
+        else f"{get('teacher.weights')} weights, sees the {get('teacher.privileged')}",
         "Model": model,
         "Backend": get("backend.kind"),
         "Parallel": " × ".join(f"{short} {size}" for short, size in sizes if size is not None),
@@ -322,9 +373,13 @@ def _facts(run: Run) -> dict[str, str]:
         "Warm start": f"{run.warm_start[-1]['step']} steps" if run.warm_start else None,
         "Training": f"{run.metrics[-1]['step']} steps in {format_duration(spent)}" if run.metrics else None,
         "Speed": f"{sum(speed) / len(speed):,.0f} tokens/s, mean over steps" if speed else None,
-        "Verifier timeouts": f"{sum(v or 0 for v in column(run.metrics, 'verify/timeouts')):.0f}" if run.metrics else None,
+        "Verifier timeouts": f"{sum(v or 0 for v in column(run.metrics, 'verify/timeouts')):.0f}"
+        if run.metrics
+        else None,
         "Seed": get("run.seed"),
-        "Last step": datetime.datetime.fromtimestamp(times[-1]).astimezone().strftime("%Y-%m-%d %H:%M %Z") if times else None,
+        "Last step": datetime.datetime.fromtimestamp(times[-1]).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+        if times
+        else None,
         "Git revision": run.environment.get("git_revision"),
         "Directory": run.path.resolve(),
     }
@@ -339,7 +394,8 @@ def _facts_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(dotted field, value in each run) of the configuration's fields that are not the same in all; the run's directory is left out."""
+    """(dotted field, value in each run) of the configuration's fields that are not the same in all; the run's directory
+    is left out."""
     flat = [_flat(run.config) for run in runs]
     names = sorted(set().union(*flat) - {"run.dir"})
     rows = [(name, [bounded(values[name], 300) if name in values else "–" for values in flat]) for name in names]
@@ -352,7 +408,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else value
+            found[f"{prefix}{key}"] = (
+                json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else value
+            )
     return found
 
 
@@ -360,7 +418,8 @@ def _warnings(run: Run) -> list[str]:
     return [text_of(row.get("text")) for row in run.warnings]
 
 
-# ---- curves ------------------------------------------------------------------------------------------------------------------------------
+# ---- curves
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -431,7 +490,13 @@ _TRAINING_CHARTS = (
         "tokens",
         (Curve("mean", "response/length_mean"), Curve("longest", "response/length_max", "c6", "5 4")),
     ),
-    Chart("Responses cut off at the limit", "share of rollouts", (Curve("cut off", "response/truncated_share"),), percent, 1.0),
+    Chart(
+        "Responses cut off at the limit",
+        "share of rollouts",
+        (Curve("cut off", "response/truncated_share"),),
+        percent,
+        1.0,
+    ),
     Chart(
         "Tokens pushed away from the teacher",
         "share of response tokens",
@@ -460,14 +525,16 @@ _TRAINING_CHARTS = (
         "KL to the rollout policy",
         "nats per token",
         (Curve("KL", "rollout/kl"),),
-        note="What the rollout engine's log-probs differ from the trainer's. Growth means stale weights or other numerics.",
+        note="What the rollout engine's log-probs differ from the trainer's. Growth means stale weights or other "
+        "numerics.",
     ),
     Chart(
         "Importance weights",
         "share of response tokens",
         (Curve("lowered by the cap", "rollout/importance_cut_share"),),
         percent,
-        note="Tokens that the trainer finds far more likely than the rollout engine did; with loss.importance_sampling only.",
+        note="Tokens that the trainer finds far more likely than the rollout engine did; with "
+        "loss.importance_sampling only.",
     ),
     Chart("KL to the starting model", "nats per token", (Curve("KL", "update/kl_to_start"),)),
     Chart("Clipped tokens", "share of response tokens", (Curve("clipped", "update/clip_share"),), percent),
@@ -487,7 +554,10 @@ _TRAINING_CHARTS = (
     Chart(
         "Groups without a verifier signal",
         "share of groups",
-        (Curve("all correct", "reward/groups_all_correct", "c3"), Curve("all wrong", "reward/groups_all_wrong", "c2", "5 4")),
+        (
+            Curve("all correct", "reward/groups_all_correct", "c3"),
+            Curve("all wrong", "reward/groups_all_wrong", "c2", "5 4"),
+        ),
         percent,
         1.0,
         note="Where all rollouts of a problem fare alike, the group-relative advantage is zero.",
@@ -510,11 +580,18 @@ def _with_smoothed_accuracy(run: Run) -> list[dict[str, Any]]:
     return [{**row, **{name: values[place] for name, values in extra.items()}} for place, row in enumerate(run.metrics)]
 
 
-def _charts(runs: Sequence[Run], charts: Sequence[Chart], rows_of: Callable[[Run], list[dict[str, Any]]], x_label: str) -> list[Markup]:
+def _charts(
+    runs: Sequence[Run], charts: Sequence[Chart], rows_of: Callable[[Run], list[dict[str, Any]]], x_label: str
+) -> list[Markup]:
     """The curves of all runs; a chart whose metrics no step has is left out."""
     tables = [rows_of(run) for run in runs]
     if len(runs) > 1:
-        drawn = [_chart_of_runs(chart, curve, runs, tables, x_label) for chart in charts for curve in chart.curves if not curve.faint]
+        drawn = [
+            _chart_of_runs(chart, curve, runs, tables, x_label)
+            for chart in charts
+            for curve in chart.curves
+            if not curve.faint
+        ]
     else:
         drawn = [_chart_of_one(chart, tables[0], x_label) for chart in charts]
     return [chart for chart in drawn if chart is not None]
@@ -527,7 +604,9 @@ def _about(curves: Sequence[Curve], x_label: str) -> str:
 
 
 def _chart_of_one(chart: Chart, rows: list[dict[str, Any]], x_label: str) -> Markup | None:
-    series = [Series(curve.name, column(rows, curve.key), curve.colour, curve.dash, curve.faint) for curve in chart.curves]
+    series = [
+        Series(curve.name, column(rows, curve.key), curve.colour, curve.dash, curve.faint) for curve in chart.curves
+    ]
     series = [one for one in series if any(value is not None for value in one.values)]
     # A mean reward that is the accuracy says nothing.
     accuracy = column(rows, "reward/accuracy")
@@ -556,10 +635,14 @@ def _chart_of_one(chart: Chart, rows: list[dict[str, Any]], x_label: str) -> Mar
     )
 
 
-def _chart_of_runs(chart: Chart, curve: Curve, runs: Sequence[Run], tables: Sequence[list[dict[str, Any]]], x_label: str) -> Markup | None:
+def _chart_of_runs(
+    chart: Chart, curve: Curve, runs: Sequence[Run], tables: Sequence[list[dict[str, Any]]], x_label: str
+) -> Markup | None:
     if all(row.get(curve.key) is None for rows in tables for row in rows):
         return None
-    if curve.key == "reward/mean" and all(row.get(curve.key) == row.get("reward/accuracy") for rows in tables for row in rows):
+    if curve.key == "reward/mean" and all(
+        row.get(curve.key) == row.get("reward/accuracy") for rows in tables for row in rows
+    ):
         return None
     steps = sorted({row["step"] for rows in tables for row in rows})
     series = []
@@ -597,7 +680,16 @@ def _heldout_chart(runs: Sequence[Run]) -> list[Markup]:
         if any(value is not None for value in values.values()):
             series.append(Series(name, [values.get(step) for step in steps], colour, dash))
     return [
-        line_chart(f"Held-out {key.capitalize()}", "share of samples", steps, series, form=percent, most=1.0, markers=True, bridge=True)
+        line_chart(
+            f"Held-out {key.capitalize()}",
+            "share of samples",
+            steps,
+            series,
+            form=percent,
+            most=1.0,
+            markers=True,
+            bridge=True,
+        )
     ]
 
 
@@ -608,7 +700,11 @@ def _phase_chart(run: Run) -> Markup | None:
         return None
     # What stands between steps is not part of the total.
     within = [layer.values for layer in layers if layer.name not in ("sync", "checkpoint")]
-    known = [sum(value or 0.0 for value in values) for values in zip(*within, strict=True)] if within else [0.0] * len(run.metrics)
+    known = (
+        [sum(value or 0.0 for value in values) for values in zip(*within, strict=True)]
+        if within
+        else [0.0] * len(run.metrics)
+    )
     totals = column(run.metrics, "seconds/total")
     rest = [max(0.0, total - part) if total is not None else None for total, part in zip(totals, known, strict=True)]
     if any(rest):
@@ -617,7 +713,8 @@ def _phase_chart(run: Run) -> Markup | None:
 
 
 def _phase_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run and phase: seconds per step, share of the time, and tokens of the step divided by the phase's seconds."""
+    """Of each run and phase: seconds per step, share of the time, and tokens of the step divided by the phase's
+    seconds."""
     rows = []
     for place, run in enumerate(runs):
         totals = column(run.metrics, "seconds/total")
@@ -650,7 +747,8 @@ def _phase_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return rows
 
 
-# ---- tokens and samples ------------------------------------------------------------------------------------------------------------------
+# ---- tokens and samples
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _data(runs: Sequence[Run], rollouts: Sequence[Rollouts], groups: Sequence[Groups]) -> dict[str, Any]:
@@ -693,8 +791,9 @@ def _rollouts_rule(parts: Sequence[Rollouts]) -> str:
     if shown == count:
         return f"All {shown:,} rollouts whose token statistics were saved."
     return (
-        f"{shown:,} of about {count:,} rollouts whose token statistics were saved, from {read:,} of {saved:,} steps: the first, the last, "
-        f"and evenly spaced ones between them until {TOKENS_IN_ALL:,} tokens are on the page. About {count - shown:,} are left out."
+        f"{shown:,} of about {count:,} rollouts whose token statistics were saved, from {read:,} of {saved:,} steps: "
+        f"the first, the last, and evenly spaced ones between them until {TOKENS_IN_ALL:,} tokens are on the page. "
+        f"About {count - shown:,} are left out."
     )
 
 
@@ -707,14 +806,14 @@ def _groups_rule(parts: Sequence[Groups]) -> str:
     left_out = f" {count - shown:,} groups between them are left out." if count > shown else ""
     each = " of each run" if len(parts) > 1 else ""
     return (
-        f"Of {count:,} groups in {steps}, the {shown:,} with the highest or lowest mean reward{each}; among equals the later step comes "
-        f"first.{left_out}"
+        f"Of {count:,} groups in {steps}, the {shown:,} with the highest or lowest mean reward{each}; among equals "
+        f"the later step comes first.{left_out}"
     )
 
 
 def _heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The first problems of the held-out set with the first generation and all outcomes: before and after of one run, else the last of each
-    run."""
+    """The first problems of the held-out set with the first generation and all outcomes: before and after of one run,
+    else the last of each run."""
     problems: dict[str, dict[str, Any]] = {}
     for run in runs:
         labels = [label for label in ("before", "after") if run.evaluation(label)]

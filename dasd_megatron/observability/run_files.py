@@ -1,4 +1,5 @@
-"""What the files of a run directory say, for the report: read leniently, streamed where they are large, cut to stated budgets."""
+"""What the files of a run directory say, for the report: read leniently, streamed where they are large, cut to stated
+budgets."""
 
 from __future__ import annotations
 
@@ -66,12 +67,14 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read everything of a run directory but samples and token statistics. Raises :class:`ReportError` when it holds no run."""
+    """Read everything of a run directory but samples and token statistics. Raises :class:`ReportError` when it holds no
+    run."""
     if not path.is_dir():
         raise ReportError(f"{path} is not a directory: give the directory of a run, like runs/<name>/<date-time>")
     if not any((path / name).exists() for name in ("config.yaml", METRICS, WARM_START, EVALUATION)):
         raise ReportError(
-            f"{path} holds no run (neither config.yaml nor {METRICS}): give the directory of a run, like runs/<name>/<date-time>"
+            f"{path} holds no run (neither config.yaml nor {METRICS}): give the directory of a run, like "
+            "runs/<name>/<date-time>"
         )
     run = Run(path)
     run.config_text, run.config = _mapping(run, path / "config.yaml", yaml.safe_load)
@@ -86,8 +89,11 @@ def read_run(path: Path) -> Run:
 
 
 def visible(text: object) -> str:
-    """``text`` with what would not show, or would mislead, written out: control, zero-width and direction characters as ‹U+202E›."""
-    return _ODD.sub(lambda match: f"‹U+{ord(match.group()):04X}›", str(text).replace("\r\n", "\n").replace("\r", "‹U+000D›"))
+    """``text`` with what would not show, or would mislead, written out: control, zero-width and direction characters as
+    ‹U+202E›."""
+    return _ODD.sub(
+        lambda match: f"‹U+{ord(match.group()):04X}›", str(text).replace("\r\n", "\n").replace("\r", "‹U+000D›")
+    )
 
 
 def text_of(value: Any) -> str:
@@ -114,7 +120,8 @@ def column(rows: Sequence[Mapping[str, Any]], key: str) -> list[float | None]:
 
 
 def lines(run: Run, path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file one by one, so that large files are never held whole; unreadable lines are counted in the notes."""
+    """The objects of a JSONL file one by one, so that large files are never held whole; unreadable lines are counted in
+    the notes."""
     bad = 0
     try:
         with open(path, "rb") as file:
@@ -167,12 +174,15 @@ def _rows(run: Run, name: str) -> list[dict[str, Any]]:
 
 def saved_steps(run: Run, folder: str, suffix: str) -> dict[int, Path]:
     """Files step_<n><suffix> of a folder of the run, by step."""
-    found = ((re.fullmatch(rf"step_(\d+)\{suffix}", path.name), path) for path in (run.path / folder).glob(f"step_*{suffix}"))
+    found = (
+        (re.fullmatch(rf"step_(\d+)\{suffix}", path.name), path) for path in (run.path / folder).glob(f"step_*{suffix}")
+    )
     return dict(sorted((int(match.group(1)), path) for match, path in found if match))
 
 
 def halving_order(count: int) -> list[int]:
-    """0 ... count - 1 so that any first part covers the range evenly: the first, the last, then always the middles of what lies between."""
+    """0 ... count - 1 so that any first part covers the range evenly: the first, the last, then always the middles of
+    what lies between."""
     order, stretches = [0, count - 1][: min(count, 2)], [(0, count - 1)]
     while stretches:
         middles = [((low + high) // 2, low, high) for low, high in stretches if high - low > 1]
@@ -181,7 +191,8 @@ def halving_order(count: int) -> list[int]:
     return order
 
 
-# ---- groups ------------------------------------------------------------------------------------------------------------------------------
+# ---- groups
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -196,8 +207,9 @@ class Groups:
 
 
 def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_BYTES) -> Groups:
-    """The ``keep`` groups with the highest and with the lowest mean reward in the saved rollouts; ties go to the later step, then to the
-    smaller number. At most about ``max_bytes`` are read, in whole steps chosen evenly. Fewer than 2 * keep groups are split in two.
+    """The ``keep`` groups with the highest and with the lowest mean reward in the saved rollouts; ties go to the later
+    step, then to the smaller number. At most about ``max_bytes`` are read, in whole steps chosen evenly. Fewer than 2 *
+    keep groups are split in two.
     """
     saved = saved_steps(run, "rollouts", ".jsonl")
     steps, left = [], max_bytes
@@ -216,7 +228,9 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
                 rewards.setdefault((step, group), []).append(reward)
     means = {key: sum(values) / len(values) for key, values in rewards.items()}
     best = heapq.nsmallest(min(keep, (len(means) + 1) // 2), means, key=lambda key: (-means[key], -key[0], key[1]))
-    worst = heapq.nsmallest(min(keep, len(means) // 2), set(means) - set(best), key=lambda key: (means[key], -key[0], key[1]))
+    worst = heapq.nsmallest(
+        min(keep, len(means) // 2), set(means) - set(best), key=lambda key: (means[key], -key[0], key[1])
+    )
     chosen: dict[tuple[int, int], dict[str, Any]] = {}
     for step in sorted({step for step, _ in (*best, *worst)}):
         for row in lines(run, saved[step]):
@@ -259,7 +273,8 @@ def _add_to_group(group: dict[str, Any], step: int, row: Mapping[str, Any]) -> N
         )
 
 
-# ---- tokens ------------------------------------------------------------------------------------------------------------------------------
+# ---- tokens
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,11 +288,12 @@ class Rollouts:
 
 
 def token_rollouts(run: Run, budget: int) -> Rollouts:
-    """Rollouts of ``inspect/`` with at most about ``budget`` tokens in all: the first, the last and then evenly spaced saved steps until it
-    is used up; of a rollout the first :data:`TOKENS_PER_ROLLOUT` tokens."""
+    """Rollouts of ``inspect/`` with at most about ``budget`` tokens in all: the first, the last and then evenly spaced
+    saved steps until it is used up; of a rollout the first :data:`TOKENS_PER_ROLLOUT` tokens."""
     saved = saved_steps(run, "inspect", ".json")
     chosen: dict[int, list[dict[str, Any]]] = {}
-    # Most runs record as many rollouts at every step, and what is not read need not be counted exactly: sizes stand in for tokens.
+    # Most runs record as many rollouts at every step, and what is not read need not be counted exactly: sizes stand in
+    # for tokens.
     count = left_out = 0
     for index in halving_order(len(saved)):
         step = list(saved)[index]
@@ -302,7 +318,9 @@ def token_rollouts(run: Run, budget: int) -> Rollouts:
     per_step = count / read if read else 0.0
     for step, kept in chosen.items():
         _add_details(run, step, kept)
-    return Rollouts([one for step in sorted(chosen) for one in chosen[step]], round(count + per_step * left_out), read, len(saved))
+    return Rollouts(
+        [one for step in sorted(chosen) for one in chosen[step]], round(count + per_step * left_out), read, len(saved)
+    )
 
 
 def _inspected(run: Run, path: Path) -> list[dict[str, Any]]:
@@ -317,7 +335,8 @@ def _inspected(run: Run, path: Path) -> list[dict[str, Any]]:
 
 
 def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """One rollout for the page: t tokens, h entropy, d gap, w omega, a advantage, p and q probabilities of student and teacher."""
+    """One rollout for the page: t tokens, h entropy, d gap, w omega, a advantage, p and q probabilities of student and
+    teacher."""
     tokens = [visible(token) for token in entry["tokens"]]
     names = {"h": "entropy", "d": "delta", "w": "omega", "p": "student_log_prob", "q": "teacher_log_prob"}
     columns = {short: [number(value) for value in entry[name]] for short, name in names.items()}

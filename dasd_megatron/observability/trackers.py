@@ -1,9 +1,9 @@
 """W&B and MLflow: each gets the run's numbers from the run's own files, in a process of its own.
 
-The process follows metrics.jsonl, evaluation.jsonl and warm_start.jsonl and sends what it has not sent yet. So nothing that happens to it,
-to its library, its disk or its network can end, block or slow a run: it tries again with growing pauses, the trainer warns once, and at the
-end waits for it a bounded time. What it has sent, and the id of the run over there, stand in ``<run>/trackers/<name>.json``: a resumed run
-goes on under the same id, and no step is sent twice.
+The process follows metrics.jsonl, evaluation.jsonl and warm_start.jsonl and sends what it has not sent yet. So nothing
+that happens to it, to its library, its disk or its network can end, block or slow a run: it tries again with growing
+pauses, the trainer warns once, and at the end waits for it a bounded time. What it has sent, and the id of the run over
+there, stand in ``<run>/trackers/<name>.json``: a resumed run goes on under the same id, and no step is sent twice.
 
 ``python -m dasd_megatron.observability.trackers wandb RUN`` sends the rest of a run by hand.
 """
@@ -45,14 +45,16 @@ _SECRET_NAME = re.compile(r"(api|access|auth)[-_]?key|token(?!s|_|ize)|secret|pa
 
 
 class Service(Protocol):
-    """A run over there. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may raise anything."""
+    """A run over there. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may raise
+    anything."""
 
     def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None: ...
 
     def close(self) -> None: ...
 
 
-# ---- in the trainer ----------------------------------------------------------------------------------------------------------------------
+# ---- in the trainer
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Tracker:
@@ -69,10 +71,22 @@ class Tracker:
             _state_path(run_dir, name).unlink(missing_ok=True)
         # It neither gets nor needs the key of the rollout servers.
         environment = {key: value for key, value in os.environ.items() if key != access.VARIABLE}
-        command = [sys.executable, "-m", "dasd_megatron.observability.trackers", name, str(run_dir.absolute()), "--follow"]
+        command = [
+            sys.executable,
+            "-m",
+            "dasd_megatron.observability.trackers",
+            name,
+            str(run_dir.absolute()),
+            "--follow",
+        ]
         with open(folder / f"{name}.log", "a") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**environment, **_ENVIRONMENT}, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**environment, **_ENVIRONMENT},
+                start_new_session=True,
             )
 
     def trouble(self) -> str | None:
@@ -85,7 +99,10 @@ class Tracker:
         self._warned = True
         what = f"{self.name} gets no numbers: {reason or f'its process ended with status {status}'}"
         later = "it has ended" if status is not None else "it tries again"
-        return f"{what}; {later}, training goes on, and {METRICS} has everything (see {self._run_dir / 'trackers' / self.name}.log)"
+        return (
+            f"{what}; {later}, training goes on, and {METRICS} has everything (see "
+            f"{self._run_dir / 'trackers' / self.name}.log)"
+        )
 
     def close(self) -> str | None:
         """Let it send the rest, for at most a minute; returns a one-line warning if that did not work out."""
@@ -102,31 +119,39 @@ class Tracker:
         if status == 0:
             return None
         return (
-            f"{self.name} has not got all numbers: `python -m dasd_megatron.observability.trackers {self.name} {self._run_dir}` sends the "
-            "rest"
+            f"{self.name} has not got all numbers: `python -m dasd_megatron.observability.trackers {self.name} "
+            f"{self._run_dir}` sends the rest"
         )
 
 
-# ---- in the process of its own -----------------------------------------------------------------------------------------------------------
+# ---- in the process of its own
+# -----------------------------------------------------------------------------------------------------------
 
 
 def public_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The configuration by dotted names, without what may be a secret: fields and arguments with such names, and passwords in URLs."""
+    """The configuration by dotted names, without what may be a secret: fields and arguments with such names, and
+    passwords in URLs."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found |= public_settings(value, f"{name}.")
-        elif _SECRET_NAME.search(str(key)) or (isinstance(value, list) and any(_SECRET_NAME.search(str(one)) for one in value)):
+        elif _SECRET_NAME.search(str(key)) or (
+            isinstance(value, list) and any(_SECRET_NAME.search(str(one)) for one in value)
+        ):
             found[name] = "(left out)"
         else:
-            found[name] = value if isinstance(value, (bool, int, float)) else re.sub(r"//[^/@\s]+@", "//(left out)@", str(value))
+            found[name] = (
+                value if isinstance(value, (bool, int, float)) else re.sub(r"//[^/@\s]+@", "//(left out)@", str(value))
+            )
     return found
 
 
-def follow(name: str, run_dir: Path, ended: Callable[[], bool], connect: Callable[..., Service], pause: float = 1.0) -> None:
-    """Send the lines of the run's files until ``ended`` says that no more come and all are sent. A failure is tried again after a longer
-    pause; once ``ended``, it is raised."""
+def follow(
+    name: str, run_dir: Path, ended: Callable[[], bool], connect: Callable[..., Service], pause: float = 1.0
+) -> None:
+    """Send the lines of the run's files until ``ended`` says that no more come and all are sent. A failure is tried
+    again after a longer pause; once ``ended``, it is raised."""
     state = _read_state(run_dir, name)
     files = {file: _Follower(run_dir / file) for file in _PREFIXES}
     service, wait = None, pause
@@ -144,7 +169,8 @@ def follow(name: str, run_dir: Path, ended: Callable[[], bool], connect: Callabl
                 state["trouble"] = ""
                 _write_state(run_dir, name, state)
         except Exception as error:
-            # Of any kind: libraries raise their own, and whatever it is, the run's files have the numbers for the next attempt.
+            # Of any kind: libraries raise their own, and whatever it is, the run's files have the numbers for the next
+            # attempt.
             print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", flush=True)
             if last:
                 raise
@@ -191,7 +217,8 @@ def _send(service: Service, file: str, row: dict[str, Any], state: dict[str, Any
 
 
 class _Follower:
-    """The whole lines that have been added to a file since the last look; all of them again once the file has been replaced."""
+    """The whole lines that have been added to a file since the last look; all of them again once the file has been
+    replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self._inode = path, 0, None
@@ -244,7 +271,13 @@ def connect_wandb(
         dir=run_dir,
         config=dict(config) if state["id"] is None else None,
         settings=wandb.Settings(
-            console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True, x_disable_meta=True, init_timeout=60
+            console="off",
+            silent=True,
+            disable_git=True,
+            save_code=False,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            init_timeout=60,
         ),
     )
     for axis, names in (("step", "*"), ("warm_start/step", "warm_start/*")):
@@ -272,7 +305,9 @@ def connect_mlflow(
     run_id = state["id"]
     if run_id is None:
         experiment = client.get_experiment_by_name(settings["mlflow_experiment"])
-        number = client.create_experiment(settings["mlflow_experiment"]) if experiment is None else experiment.experiment_id
+        number = (
+            client.create_experiment(settings["mlflow_experiment"]) if experiment is None else experiment.experiment_id
+        )
         run_id = client.create_run(number, run_name=run_name).info.run_id
         # A request takes a hundred of them.
         params = [Param(_mlflow_name(key), str(value)[:500]) for key, value in config.items()]
@@ -283,7 +318,10 @@ def connect_mlflow(
 
     class MlflowRun:
         def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None:
-            client.log_batch(run_id, metrics=[Metric(_mlflow_name(key), value, int(1000 * seconds), step) for key, value in values.items()])
+            client.log_batch(
+                run_id,
+                metrics=[Metric(_mlflow_name(key), value, int(1000 * seconds), step) for key, value in values.items()],
+            )
 
         def close(self) -> None:
             client.set_terminated(run_id)
@@ -299,7 +337,8 @@ CONNECT = {"wandb": connect_wandb, "mlflow": connect_mlflow}
 
 
 def main(arguments: list[str]) -> None:
-    """``NAME RUN`` sends what a run has, with ``--follow`` for as long as standard input is open and the parent is alive."""
+    """``NAME RUN`` sends what a run has, with ``--follow`` for as long as standard input is open and the parent is
+    alive."""
     name, run_dir, *options = arguments
     parent = os.getppid()
     if options == ["--follow"]:

@@ -1,7 +1,8 @@
-"""A watch on training: a pure state machine that is fed each step's metrics and says what goes wrong, and a file of what it said.
+"""A watch on training: a pure state machine that is fed each step's metrics and says what goes wrong, and a file of
+what it said.
 
-:data:`CONDITIONS` is the table of what it looks for; thresholds stand in ``watch.*``, docs/health.md explains them. What is done about a
-warning (``watch.action``) is the training loop's part.
+:data:`CONDITIONS` is the table of what it looks for; thresholds stand in ``watch.*``, docs/health.md explains them.
+What is done about a warning (``watch.action``) is the training loop's part.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ class Alert(NamedTuple):
 
 
 class Series:
-    """What is kept of one metric. A level is the mean of ``width`` steps in a row that have the metric; None while there are fewer.
+    """What is kept of one metric. A level is the mean of ``width`` steps in a row that have the metric; None while
+    there are fewer.
 
-    ``first``, ``highest`` and ``lowest`` are of all levels so far; ``before`` is the level of the steps before the last ``lag``.
+    ``first``, ``highest`` and ``lowest`` are of all levels so far; ``before`` is the level of the steps before the last
+    ``lag``.
     """
 
     def __init__(self, width: int, lag: int) -> None:
@@ -69,9 +72,9 @@ Seen = Callable[[Values, Mapping[str, Series], WatchConfig], str | None]
 
 @dataclass(frozen=True)
 class Condition:
-    """``seen`` says in numbers that a step meets the condition, or None, and is asked only of steps that have one of ``metrics`` at least;
-    it gets those that the step has, and what is known of the steps before it. ``broken``: it is about numbers that are not finite, which
-    the others do not get, and waits for no further step."""
+    """``seen`` says in numbers that a step meets the condition, or None, and is asked only of steps that have one of
+    ``metrics`` at least; it gets those that the step has, and what is known of the steps before it. ``broken``: it is
+    about numbers that are not finite, which the others do not get, and waits for no further step."""
 
     name: str
     metrics: tuple[str, ...]
@@ -84,31 +87,46 @@ class Condition:
 def _entropy_low(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     now, highest = values["entropy/mean"], series["entropy/mean"].highest
     if math.isfinite(highest) and now < settings.entropy_low * highest:
-        return f"entropy is {now:.3g} nat a token, under watch.entropy_low={settings.entropy_low:g} of its highest level {highest:.3g}"
+        return (
+            f"entropy is {now:.3g} nat a token, under watch.entropy_low={settings.entropy_low:g} of its highest level "
+            f"{highest:.3g}"
+        )
     return None
 
 
 def _entropy_high(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     now, first = values["entropy/mean"], series["entropy/mean"].first
     if first is not None and now > max(settings.entropy_high * first, first + 0.5):
-        return f"entropy is {now:.3g} nat a token, over watch.entropy_high={settings.entropy_high:g} times its first level {first:.3g}"
+        return (
+            f"entropy is {now:.3g} nat a token, over watch.entropy_high={settings.entropy_high:g} times its first "
+            f"level {first:.3g}"
+        )
     return None
 
 
 def _accuracy_drop(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     now, highest = values["reward/accuracy"], series["reward/accuracy"].highest
     if math.isfinite(highest) and now < highest - max(settings.accuracy_drop * highest, 0.1):
-        return f"accuracy is {now:.1%} after a highest level of {highest:.1%} (watch.accuracy_drop={settings.accuracy_drop:g})"
+        return (
+            f"accuracy is {now:.1%} after a highest level of {highest:.1%} "
+            f"(watch.accuracy_drop={settings.accuracy_drop:g})"
+        )
     return None
 
 
 def _length(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     cut = values.get("response/truncated_share", 0.0)
     if cut >= settings.truncated_share > 0:
-        return f"{cut:.0%} of the responses end at rollout.max_new_tokens (watch.truncated_share={settings.truncated_share:g})"
+        return (
+            f"{cut:.0%} of the responses end at rollout.max_new_tokens "
+            f"(watch.truncated_share={settings.truncated_share:g})"
+        )
     now, before = values.get("response/length_mean"), series["response/length_mean"].before
     if now is not None and before is not None and now > settings.length_growth * before:
-        return f"responses have {now:.4g} tokens on average, over watch.length_growth={settings.length_growth:g} times {before:.4g} before"
+        return (
+            f"responses have {now:.4g} tokens on average, over watch.length_growth={settings.length_growth:g} times "
+            f"{before:.4g} before"
+        )
     return None
 
 
@@ -116,25 +134,32 @@ def _mismatch(values: Values, series: Mapping[str, Series], settings: WatchConfi
     now, lowest = values["rollout/log_prob_diff_mean"], series["rollout/log_prob_diff_mean"].lowest
     if math.isfinite(lowest) and now > max(settings.mismatch_growth * lowest, settings.mismatch_floor):
         return (
-            f"servers' and trainer's log-probs differ by {now:.3g} nats a token, over watch.mismatch_floor={settings.mismatch_floor:g} and "
-            f"watch.mismatch_growth={settings.mismatch_growth:g} times the lowest level {lowest:.3g}"
+            f"servers' and trainer's log-probs differ by {now:.3g} nats a token, over "
+            f"watch.mismatch_floor={settings.mismatch_floor:g} and watch.mismatch_growth={settings.mismatch_growth:g} "
+            f"times the lowest level {lowest:.3g}"
         )
     return None
 
 
 def _all_right(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
-    return _share(values["reward/groups_all_correct"], settings.saturated_share, "of the groups are all right", "saturated_share")
+    return _share(
+        values["reward/groups_all_correct"], settings.saturated_share, "of the groups are all right", "saturated_share"
+    )
 
 
 def _all_wrong(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
-    return _share(values["reward/groups_all_wrong"], settings.saturated_share, "of the groups are all wrong", "saturated_share")
+    return _share(
+        values["reward/groups_all_wrong"], settings.saturated_share, "of the groups are all wrong", "saturated_share"
+    )
 
 
 def _filtered(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     refused, drawn = values.get("rollout/groups_filtered", 0.0), values.get("rollout/groups_drawn", 0.0)
     if not drawn:
         return None
-    return _share(min(refused / drawn, 1.0), settings.filtered_share, f"of {drawn:.0f} groups drawn are refused", "filtered_share")
+    return _share(
+        min(refused / drawn, 1.0), settings.filtered_share, f"of {drawn:.0f} groups drawn are refused", "filtered_share"
+    )
 
 
 def _share(share: float, limit: float, what: str, field: str) -> str | None:
@@ -144,7 +169,10 @@ def _share(share: float, limit: float, what: str, field: str) -> str | None:
 def _teacher_equals_student(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
     gap = values["credit/delta_abs_mean"]
     if gap <= settings.teacher_gap:
-        return f"teacher and student differ by {gap:.2g} nats a token on average (watch.teacher_gap={settings.teacher_gap:g})"
+        return (
+            f"teacher and student differ by {gap:.2g} nats a token on average "
+            f"(watch.teacher_gap={settings.teacher_gap:g})"
+        )
     return None
 
 
@@ -152,8 +180,8 @@ def _pushed_diverge(values: Values, series: Mapping[str, Series], settings: Watc
     now, highest = values["credit/pushed_log_prob_mean"], series["credit/pushed_log_prob_mean"].highest
     if math.isfinite(highest) and now < highest - settings.pushed_drop:
         return (
-            f"tokens pushed away from the teacher have a mean log-prob of {now:.3g}, {highest - now:.3g} nats under their highest level "
-            f"(watch.pushed_drop={settings.pushed_drop:g})"
+            f"tokens pushed away from the teacher have a mean log-prob of {now:.3g}, {highest - now:.3g} nats under "
+            f"their highest level (watch.pushed_drop={settings.pushed_drop:g})"
         )
     return None
 
@@ -168,39 +196,43 @@ CONDITIONS = (
         "entropy_low",
         ("entropy/mean",),
         _entropy_low,
-        "the policy has become nearly deterministic and explores no more; harmless only where accuracy is near its best",
-        "go back to an earlier checkpoint with a lower optimizer.lr or a higher loss.clip_high, or with another algorithm.rho or beta",
+        "the policy has become nearly deterministic and explores no more; harmless only where accuracy is near its "
+        "best",
+        "go back to an earlier checkpoint with a lower optimizer.lr or a higher loss.clip_high, or with another "
+        "algorithm.rho or beta",
     ),
     Condition(
         "entropy_high",
         ("entropy/mean",),
         _entropy_high,
         "the policy drifts toward noise: pushing away from the teacher outweighs what rewards it",
-        "go back to an earlier checkpoint with a lower algorithm.beta or a higher algorithm.scale_floor, or a lower optimizer.lr",
+        "go back to an earlier checkpoint with a lower algorithm.beta or a higher algorithm.scale_floor, or a lower "
+        "optimizer.lr",
     ),
     Condition(
         "accuracy_drop",
         ("reward/accuracy",),
         _accuracy_drop,
         "the policy is losing what it could do, or the problems have become harder",
-        "look at the rollouts; go back to an earlier checkpoint with a lower optimizer.lr or algorithm.beta, or a higher "
-        "algorithm.scale_floor",
+        "look at the rollouts; go back to an earlier checkpoint with a lower optimizer.lr or algorithm.beta, or a "
+        "higher algorithm.scale_floor",
     ),
     Condition(
         "length",
         ("response/length_mean", "response/truncated_share"),
         _length,
         "the policy rambles, repeats itself (health/repetition) or does not end",
-        "look at the rollouts; raise rollout.max_new_tokens if they are sound, else write verify.truncated_is_wrong=true or lower "
-        "algorithm.beta",
+        "look at the rollouts; raise rollout.max_new_tokens if they are sound, else write "
+        "verify.truncated_is_wrong=true or lower algorithm.beta",
     ),
     Condition(
         "mismatch",
         ("rollout/log_prob_diff_mean",),
         _mismatch,
-        "rollouts come from other numbers than those that are trained: stale weights, another precision or kernel, or a policy that moves "
-        "too far in a step",
-        "write loss.importance_sampling=token, lower rollout.max_staleness or optimizer.lr, or serve in the trainer's precision",
+        "rollouts come from other numbers than those that are trained: stale weights, another precision or kernel, "
+        "or a policy that moves too far in a step",
+        "write loss.importance_sampling=token, lower rollout.max_staleness or optimizer.lr, or serve in the "
+        "trainer's precision",
     ),
     Condition(
         "rewards_all_right",
@@ -213,15 +245,17 @@ CONDITIONS = (
         "rewards_all_wrong",
         ("reward/groups_all_wrong",),
         _all_wrong,
-        "the problems are too hard for this start, or no answer is found in the responses: such groups have no verifier advantage",
-        "look whether right answers are graded right, warm-start longer (warm_start.steps), take easier problems or more "
-        "batch.samples_per_group",
+        "the problems are too hard for this start, or no answer is found in the responses: such groups have no "
+        "verifier advantage",
+        "look whether right answers are graded right, warm-start longer (warm_start.steps), take easier problems or "
+        "more batch.samples_per_group",
     ),
     Condition(
         "groups_filtered",
         ("rollout/groups_filtered", "rollout/groups_drawn"),
         _filtered,
-        "rollout.filter leaves next to nothing: most samples are thrown away, and over rollout.filter_limit refused groups are trained on",
+        "rollout.filter leaves next to nothing: most samples are thrown away, and over rollout.filter_limit refused "
+        "groups are trained on",
         "take problems of another difficulty, or loosen the filter",
     ),
     Condition(
@@ -229,8 +263,8 @@ CONDITIONS = (
         ("credit/delta_abs_mean",),
         _teacher_equals_student,
         "what the teacher sees beside the problem has no effect, so its term is noise",
-        "look at teacher.template and teacher.privileged, show it examples in the warm start (warm_start.privileged_share), or raise "
-        "algorithm.scale_floor",
+        "look at teacher.template and teacher.privileged, show it examples in the warm start "
+        "(warm_start.privileged_share), or raise algorithm.scale_floor",
     ),
     Condition(
         "pushed_diverge",
@@ -251,11 +285,12 @@ CONDITIONS = (
 
 
 class Watch:
-    """Feed it every step's metrics in order; nothing is read, printed or stored elsewhere. What it says depends on these rows alone, so
-    that a resumed run feeds the rows of metrics.jsonl first.
+    """Feed it every step's metrics in order; nothing is read, printed or stored elsewhere. What it says depends on
+    these rows alone, so that a resumed run feeds the rows of metrics.jsonl first.
 
-    A condition must hold in ``patience`` steps in a row. Then it warns, and not again for ``cooldown`` steps, whether it holds on or comes
-    back; after these, a condition that still holds warns again. Steps without a condition's metrics neither count nor break a row.
+    A condition must hold in ``patience`` steps in a row. Then it warns, and not again for ``cooldown`` steps, whether
+    it holds on or comes back; after these, a condition that still holds warns again. Steps without a condition's
+    metrics neither count nor break a row.
 
     Args:
         has_teacher: False leaves out what is about the teacher: without one all gaps are 0.
@@ -288,7 +323,10 @@ class Watch:
             if held >= patience and (last is None or step > last + settings.cooldown):
                 self._warned[condition.name] = step
                 steps = f" in {held} steps in a row" if held > 1 else ""
-                text = f"step {step}, {condition.name}: {seen}{steps}. Usually {condition.means}. Advice: {condition.advice}"
+                text = (
+                    f"step {step}, {condition.name}: {seen}{steps}. Usually {condition.means}. Advice: "
+                    f"{condition.advice}"
+                )
                 alerts.append(Alert(step, condition.name, text))
         for name, value in numbers.items():
             if math.isfinite(value):
@@ -301,7 +339,8 @@ class Watch:
 
 
 def open_watch(run_dir: Path, settings: WatchConfig, *, has_teacher: bool) -> Watch:
-    """The watch of a run that goes on behind the last row of its metrics.jsonl; warnings of later steps are dropped from watch.jsonl."""
+    """The watch of a run that goes on behind the last row of its metrics.jsonl; warnings of later steps are dropped
+    from watch.jsonl."""
     watch, step = Watch(settings, has_teacher=has_teacher), 0
     for row in read_metrics(run_dir / "metrics.jsonl"):
         watch.update(row)
@@ -314,8 +353,12 @@ def open_watch(run_dir: Path, settings: WatchConfig, *, has_teacher: bool) -> Wa
 
 
 def record(run_dir: Path, alerts: Iterable[Alert], action: str) -> None:
-    """Append warnings to watch.jsonl, a line each: ``step``, ``time`` (unix seconds), ``condition``, ``action`` (to follow), ``text``."""
-    rows = [{"step": one.step, "time": time.time(), "condition": one.condition, "action": action, "text": one.text} for one in alerts]
+    """Append warnings to watch.jsonl, a line each: ``step``, ``time`` (unix seconds), ``condition``, ``action`` (to
+    follow), ``text``."""
+    rows = [
+        {"step": one.step, "time": time.time(), "condition": one.condition, "action": action, "text": one.text}
+        for one in alerts
+    ]
     if not rows:
         return
     path = run_dir / WARNINGS
@@ -325,4 +368,6 @@ def record(run_dir: Path, alerts: Iterable[Alert], action: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise RunDirectoryError(f"cannot write {path}: {error.strerror or error}; free space there, or make it writable") from error
+        raise RunDirectoryError(
+            f"cannot write {path}: {error.strerror or error}; free space there, or make it writable"
+        ) from error

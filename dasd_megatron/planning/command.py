@@ -48,8 +48,8 @@ _DEFAULTS = (
 # Not measured here: CUDA context, NCCL's buffers, allocator slack. What a rollout engine may take of a GPU.
 OVERHEAD_BYTES = 4e9
 _ROLLOUT_SHARE = 0.9
-# For the order of layouts alone: an H100's dense bf16 peak and the share of it that a large model reaches; bytes per second of NVLink and
-# of one network card, at the shares that collectives reach.
+# For the order of layouts alone: an H100's dense bf16 peak and the share of it that a large model reaches; bytes per
+# second of NVLink and of one network card, at the shares that collectives reach.
 _FLOPS = 989e12 * 0.45
 _NVLINK, _NETWORK = 450e9 * 0.7, 50e9 * 0.7
 
@@ -68,7 +68,8 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the GPUs of each stage, and of the fullest one, and what a step costs; see :mod:`dasd_megatron.planning.estimate`."""
+    """Bytes on the GPUs of each stage, and of the fullest one, and what a step costs; see
+    :mod:`dasd_megatron.planning.estimate`."""
 
     stages: list[StageMemory]
     fullest: StageMemory
@@ -82,7 +83,8 @@ class Plan:
 
 
 def plan_config(overrides: list[str], config_dir: str | None = None) -> Config:
-    """The configuration that ``overrides`` describe. With no experiment among them, a GPU job's defaults stand for what they leave open."""
+    """The configuration that ``overrides`` describe. With no experiment among them, a GPU job's defaults stand for what
+    they leave open."""
     if any(override.startswith("experiment=") for override in overrides):
         return load_config(overrides, config_dir, needs_files=False)
     return load_config([*_DEFAULTS, *overrides], config_dir)
@@ -122,7 +124,9 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         snapshots = float(state.parameters * copies)
         if config.algorithm.objective == "distributional" and stage == pipeline - 1:
             snapshots += sequences * rollout.max_new_tokens * arch.hidden / parallel.tensor_model_parallel_size * width
-        kept = activation_bytes(arch, config, tokens, stage, micro_batches=micro_batches, transformer_engine=transformer_engine)
+        kept = activation_bytes(
+            arch, config, tokens, stage, micro_batches=micro_batches, transformer_engine=transformer_engine
+        )
         loss = 0.0 if stage < pipeline - 1 else fused if config.loss.fused_linear else materialised
         total = state.weights + state.gradients + state.optimizer + snapshots + kept + loss
         total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
@@ -162,14 +166,26 @@ def plan(arguments: list[str]) -> None:
     Raises:
         ConfigError: the configuration cannot be read, or no layout fits.
     """
-    parser = argparse.ArgumentParser(prog="dasd plan", description="Memory, traffic and idle time of a configuration, without a GPU.")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that NVLink connects (default: 8)")
-    parser.add_argument("--search", action="store_true", help="list the layouts for --gpus that fit, the fastest by estimate first")
+    parser = argparse.ArgumentParser(
+        prog="dasd plan", description="Memory, traffic and idle time of a configuration, without a GPU."
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that NVLink connects (default: 8)"
+    )
+    parser.add_argument(
+        "--search", action="store_true", help="list the layouts for --gpus that fit, the fastest by estimate first"
+    )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the training job, for --search")
-    parser.add_argument("--local-layers", action="store_true", help="Megatron's local layers and not Transformer Engine's")
+    parser.add_argument(
+        "--local-layers", action="store_true", help="Megatron's local layers and not Transformer Engine's"
+    )
     parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own groups, as for dasd train")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train: model=qwen3_8b batch.groups=64 ...")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="as for dasd train: model=qwen3_8b batch.groups=64 ..."
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.gpus_per_node < 1 or not options.gpu_memory > 0:
         raise ConfigError("--gpus-per-node and --gpu-memory must be above 0")
@@ -178,10 +194,17 @@ def plan(arguments: list[str]) -> None:
     config = plan_config(options.overrides, options.config_dir)
     hf_config = model_of(config)
     arch = Architecture.of(hf_config)
-    transformer_engine = config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers
+    transformer_engine = (
+        config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers
+    )
     if not options.search:
         check_layout(config, hf_config)
-        _print(config, arch, make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine), options)
+        _print(
+            config,
+            arch,
+            make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine),
+            options,
+        )
         return
     if options.gpus is None or options.gpus < 1:
         raise ConfigError("--search needs --gpus N, the number of GPUs of the job")
@@ -224,11 +247,15 @@ def _print(config: Config, arch: Architecture, found: Plan, options: argparse.Na
         ("parameters", f"{total_parameters(arch):,} in all, {state.parameters:,} on this rank"),
         ("weights", f"{gigabytes(state.weights)} {config.precision.params_dtype}"),
         ("gradients", f"{gigabytes(state.gradients)} fp32"),
-        ("optimizer state", gigabytes(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else "")),
+        (
+            "optimizer state",
+            gigabytes(state.optimizer) + (" sharded over replicas" if config.optimizer.distributed else ""),
+        ),
         ("copies of weights, teacher states", gigabytes(full.snapshots)),
         (
             "activations",
-            f"{gigabytes(full.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a micro-batch",
+            f"{gigabytes(full.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a "
+            "micro-batch",
         ),
         ("logits and loss on the last stage", f"{gigabytes(loss[chosen])} {chosen} ({gigabytes(loss[other])} {other})"),
         (
@@ -238,16 +265,20 @@ def _print(config: Config, arch: Architecture, found: Plan, options: argparse.Na
         ("bubble", f"{found.bubble:.1%} of a stage's time, {found.micro_batches} micro-batches a minibatch"),
         (
             "sent by a rank in a step",
-            f"TP {gigabytes(found.traffic.tensor)}, CP {gigabytes(found.traffic.context)}, PP {gigabytes(found.traffic.pipeline)}, "
-            f"DP {gigabytes(found.traffic.data)}",
+            f"TP {gigabytes(found.traffic.tensor)}, CP {gigabytes(found.traffic.context)}, PP "
+            f"{gigabytes(found.traffic.pipeline)}, DP {gigabytes(found.traffic.data)}",
         ),
         ("weight sync", f"{gigabytes(found.traffic.weight_sync)} a step"),
-        ("rollouts on the same GPUs", f"{resident:,.0f} tokens of KV beside the training state, {offloaded:,.0f} with it offloaded"),
+        (
+            "rollouts on the same GPUs",
+            f"{resident:,.0f} tokens of KV beside the training state, {offloaded:,.0f} with it offloaded",
+        ),
     ]
     print(
-        f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
-        f"VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP {parallel.data_parallel_size}: {parallel.world_size} GPUs; "
-        f"the fullest is pipeline stage {full.stage}, of {stage_layers(parallel, arch.layers)[full.stage]} layers"
+        f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP "
+        f"{parallel.pipeline_model_parallel_size}, VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP "
+        f"{parallel.data_parallel_size}: {parallel.world_size} GPUs; the fullest is pipeline stage {full.stage}, of "
+        f"{stage_layers(parallel, arch.layers)[full.stage]} layers"
     )
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -279,7 +310,9 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
             if tried
             else f"all were refused, for {', '.join(reasons) or 'the number of GPUs'}"
         )
-        raise ConfigError(f"no layout for {options.gpus} GPUs of {gigabytes(limit)} works: {why}; add GPUs, or shorten the sequences")
+        raise ConfigError(
+            f"no layout for {options.gpus} GPUs of {gigabytes(limit)} works: {why}; add GPUs, or shorten the sequences"
+        )
     fitting.sort(key=lambda entry: entry[0])
     print(f"{len(fitting)} of {tried} layouts fit; by estimated time, which is an order and not a promise:")
     print(f"  {'TP':>3} {'PP':>3} {'VPP':>3} {'DP':>4}  {'recompute':<9}  {'memory':>9}  {'bubble':>6}  relative time")
@@ -287,15 +320,18 @@ def _search(config: Config, hf_config: PretrainedConfig, options: argparse.Names
         parallel = changed.parallel
         print(
             f"  {parallel.tensor_model_parallel_size:>3} {parallel.pipeline_model_parallel_size:>3} "
-            f"{parallel.virtual_pipeline_model_parallel_size or 1:>3} {parallel.data_parallel_size:>4}  {changed.precision.recompute:<9}  "
-            f"{gigabytes(found.fullest.total):>9}  {found.bubble:>6.1%}  {seconds / fitting[0][0]:.2f}"
+            f"{parallel.virtual_pipeline_model_parallel_size or 1:>3} {parallel.data_parallel_size:>4}  "
+            f"{changed.precision.recompute:<9}  {gigabytes(found.fullest.total):>9}  {found.bubble:>6.1%}  "
+            f"{seconds / fitting[0][0]:.2f}"
         )
 
 
 def _layouts(config: Config, arch: Architecture, options: argparse.Namespace) -> Iterator[Config]:
-    """``config`` in every layout of ``--gpus`` GPUs with tensor parallelism inside a node; recompute stays if an override names it, and
-    context parallelism and the first and last stages' layers as they are given."""
-    fixed = any(override.lstrip("+").startswith(("precision.recompute=", "precision=")) for override in options.overrides)
+    """``config`` in every layout of ``--gpus`` GPUs with tensor parallelism inside a node; recompute stays if an
+    override names it, and context parallelism and the first and last stages' layers as they are given."""
+    fixed = any(
+        override.lstrip("+").startswith(("precision.recompute=", "precision=")) for override in options.overrides
+    )
     recomputes = [config.precision.recompute] if fixed else ["none", "selective", "full"]
     for tensor in _divisors(options.gpus):
         if tensor > options.gpus_per_node or arch.kv_heads % tensor or arch.heads % tensor:

@@ -1,8 +1,9 @@
 """What one rank of a training run holds and sends, by arithmetic alone: no GPU, no Megatron, no weights.
 
-Parameters, gradients and optimizer state follow Megatron-Core's buffers to the byte, padding included; the tests compare them with the real
-ones. Activations are the tensors that autograd keeps in local layers, measured on CPU; for Transformer Engine's fused layers they are what
-those keep by their construction, which has not been measured. Communication counts bytes that one rank sends, by ring algorithms.
+Parameters, gradients and optimizer state follow Megatron-Core's buffers to the byte, padding included; the tests
+compare them with the real ones. Activations are the tensors that autograd keeps in local layers, measured on CPU; for
+Transformer Engine's fused layers they are what those keep by their construction, which has not been measured.
+Communication counts bytes that one rank sends, by ring algorithms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dasd_megatron.models.hf_config import padded_vocab_size
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
-# Buffers of one block's logits that the fused loss works in, student and teacher: logits, probabilities, and the gradient.
+# Buffers of one block's logits that the fused loss works in, student and teacher: logits, probabilities, and the
+# gradient.
 _LOSS_BUFFERS = 6
 
 
@@ -76,7 +78,8 @@ def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
 
 
 def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[list[tuple[int, bool]]]:
-    """Per model chunk of a rank on pipeline ``stage``: (elements, whether it is the embedding that two stages share) of each parameter."""
+    """Per model chunk of a rank on pipeline ``stage``: (elements, whether it is the embedding that two stages share) of
+    each parameter."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
@@ -107,7 +110,8 @@ class State:
 
 
 def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
-    """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer allocate them."""
+    """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer
+    allocate them."""
     parallel, distributed = config.parallel, config.optimizer.distributed
     # Ranks that share a sequence have the same weights, and count as replicas here.
     replicas = parallel.data_parallel_size * parallel.context_parallel_size
@@ -141,9 +145,9 @@ def training_state(arch: Architecture, config: Config, stage: int, data_rank: in
 def _buffer(
     sizes: list[tuple[int, bool]], data_parallel: int, bucket_size: int | None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Buckets and places of parameters in the buffer of a distributed optimizer: from the last parameter to the first, each at a multiple
-    of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the number of replicas, and closed when they
-    have ``bucket_size`` elements."""
+    """Buckets and places of parameters in the buffer of a distributed optimizer: from the last parameter to the first,
+    each at a multiple of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the
+    number of replicas, and closed when they have ``bucket_size`` elements."""
 
     def padded(value: int, divisor: int) -> int:
         return math.ceil(value / divisor) * divisor
@@ -210,10 +214,13 @@ def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: 
     return saved
 
 
-def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool) -> float:
+def activation_bytes(
+    arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool
+) -> float:
     """Peak bytes of activations of a rank on pipeline ``stage`` with micro-batches of ``tokens`` padded tokens.
 
-    Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds more.
+    Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds
+    more.
     """
     parallel = config.parallel
     tokens /= parallel.context_parallel_size
@@ -236,7 +243,8 @@ def activation_bytes(arch: Architecture, config: Config, tokens: int, stage: int
 
 
 def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens: int) -> tuple[float, float]:
-    """Bytes of logits and loss buffers on the last stage: (materialised, fused). Fused, also the gradient of the hidden states."""
+    """Bytes of logits and loss buffers on the last stage: (materialised, fused). Fused, also the gradient of the hidden
+    states."""
     tensor = config.parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[config.precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
@@ -248,7 +256,10 @@ def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens:
 
 def bubble_fraction(config: Config, micro_batches: int) -> float:
     """Share of a step's forward and backward time that a pipeline stage waits."""
-    pipeline, virtual = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    pipeline, virtual = (
+        config.parallel.pipeline_model_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size or 1,
+    )
     return (pipeline - 1) / (virtual * micro_batches + pipeline - 1)
 
 
@@ -275,8 +286,8 @@ class Communication:
 
 
 def communication(arch: Architecture, config: Config, tokens: int, state: State) -> Communication:
-    """For ``tokens`` padded tokens of one replica in one step: forward and backward of the update, and the forward passes that score
-    student and teacher. Weight sync counts what global rank 0 writes for the rollout servers."""
+    """For ``tokens`` padded tokens of one replica in one step: forward and backward of the update, and the forward
+    passes that score student and teacher. Weight sync counts what global rank 0 writes for the rollout servers."""
     parallel, batch = config.parallel, config.batch
     width = DTYPE_BYTES[config.precision.params_dtype]
     tensor, pipeline, data = (
@@ -291,7 +302,8 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
         recomputed = batch.epochs / 2
     tokens /= parallel.context_parallel_size
     layers = max(stage_layers(parallel, arch.layers))
-    # Two all-reduces a layer and direction; under sequence parallelism an all-gather and a reduce-scatter in place of each.
+    # Two all-reduces a layer and direction; under sequence parallelism an all-gather and a reduce-scatter in place of
+    # each.
     reduces = 2 * layers * (forwards + batch.epochs + recomputed)
     tensor_bytes = tokens * arch.hidden * width * reduces * 2 * (tensor - 1) / tensor
     # Keys and values go round the ranks that share a sequence, and backward they and their gradients.

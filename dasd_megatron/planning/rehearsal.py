@@ -1,7 +1,9 @@
-"""``dasd train --dry-run``: what a run on a whole cluster would be, worked out on one machine, without data, GPUs or servers.
+"""``dasd train --dry-run``: what a run on a whole cluster would be, worked out on one machine, without data, GPUs or
+servers.
 
-The configuration is checked as for a run. Megatron-Core builds the model of some ranks on the meta device, in a fake process group of the
-full world, so the layout printed is its own; rollouts of made-up lengths are cut into micro-batches by the functions that train.
+The configuration is checked as for a run. Megatron-Core builds the model of some ranks on the meta device, in a fake
+process group of the full world, so the layout printed is its own; rollouts of made-up lengths are cut into
+micro-batches by the functions that train.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from transformers import PretrainedConfig
 from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, Config, ConfigError, ParallelConfig, is_loopback, load_config
 from dasd_megatron.planning.command import Plan, gigabytes, make_plan, model_of
-from dasd_megatron.planning.estimate import DTYPE_BYTES, Architecture, bubble_fraction, chunk_parameters, total_parameters
+from dasd_megatron.planning.estimate import (
+    DTYPE_BYTES,
+    Architecture,
+    bubble_fraction,
+    chunk_parameters,
+    total_parameters,
+)
 from dasd_megatron.rollout.access import VARIABLE
 from dasd_megatron.rollout.discovery import DiscoveryError, expand_host_list, node_servers
 from dasd_megatron.rollout.launch import sglang_command
@@ -34,7 +42,8 @@ from dasd_megatron.rollout.router import router_command
 from dasd_megatron.training.prepare import check_layout
 
 RENDEZVOUS_PORT = 29500
-# Of made-up rollouts: prompts of so much of the longest; responses with a median of so much of the longest, and a log-normal's spread.
+# Of made-up rollouts: prompts of so much of the longest; responses with a median of so much of the longest, and a
+# log-normal's spread.
 PROMPT_SHARE, MEDIAN_SHARE, SIGMA = 1 / 4, 1 / 4, 0.8
 # Of a GPU's memory, for a server's weights; the rest is for keys and values, activations and graphs.
 SERVER_WEIGHTS_SHARE = 0.6
@@ -42,18 +51,34 @@ SERVER_WEIGHTS_SHARE = 0.6
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dasd train --dry-run", description="Check a run and print its layout, schedule, memory and commands; nothing is started."
+        prog="dasd train --dry-run",
+        description="Check a run and print its layout, schedule, memory and commands; nothing is started.",
     )
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes that train (default: as few as the processes need)")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes that train (default: as few as the processes need)"
+    )
     parser.add_argument("--hosts", metavar="A,B,...", help="their names (default: node0,node1,...)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, or processes, on each node (default: 8)")
-    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes (default: 80; backend.kind=cpu: no limit)")
-    parser.add_argument("--server-tp", type=int, metavar="N", help="GPUs of one SGLang server (default: as few as hold the weights well)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs, or processes, on each node (default: 8)"
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="of one GPU, 10^9 bytes (default: 80; backend.kind=cpu: no limit)",
+    )
+    parser.add_argument(
+        "--server-tp",
+        type=int,
+        metavar="N",
+        help="GPUs of one SGLang server (default: as few as hold the weights well)",
+    )
     parser.add_argument(
         "--response-tokens",
         metavar="N,N,...",
-        help=f"lengths of responses, in turn (default: log-normal, the median {MEDIAN_SHARE:g} of rollout.max_new_tokens)",
+        help=f"lengths of responses, in turn (default: log-normal, the median {MEDIAN_SHARE:g} of "
+        "rollout.max_new_tokens)",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own groups, as for dasd train")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
@@ -71,7 +96,8 @@ class Place:
 
 
 def place_of(parallel: ParallelConfig, rank: int) -> Place:
-    """In Megatron-Core's order: tensor-parallel ranks are neighbours, then come context, data and pipeline-parallel ones."""
+    """In Megatron-Core's order: tensor-parallel ranks are neighbours, then come context, data and pipeline-parallel
+    ones."""
     rank, tensor = divmod(rank, parallel.tensor_model_parallel_size)
     rank, context = divmod(rank, parallel.context_parallel_size)
     pipeline, data = divmod(rank, parallel.data_parallel_size)
@@ -120,7 +146,8 @@ def _section(title: str, lines: Sequence[str]) -> None:
         print(f"  {line}")
 
 
-# ---- Checks -------------------------------------------------------------------------------------------------------------------
+# ---- Checks
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def _model(config: Config) -> PretrainedConfig:
@@ -128,20 +155,26 @@ def _model(config: Config) -> PretrainedConfig:
     if path is None or Path(path).exists():
         return model_of(config)
     if not config.model.architecture:
-        raise ConfigError(f"model.path={path} is not on this machine: choose the preset of that model too, like model=qwen2.5_7b")
+        raise ConfigError(
+            f"model.path={path} is not on this machine: choose the preset of that model too, like model=qwen2.5_7b"
+        )
     return model_of(dataclasses.replace(config, model=dataclasses.replace(config.model, path=None)))
 
 
 def _hosts(parallel: ParallelConfig, options: argparse.Namespace) -> list[str]:
     world = parallel.world_size
-    nodes = options.nodes or (len(options.hosts.split(",")) if options.hosts else math.ceil(world / options.gpus_per_node))
+    nodes = options.nodes or (
+        len(options.hosts.split(",")) if options.hosts else math.ceil(world / options.gpus_per_node)
+    )
     if nodes * options.gpus_per_node < world:
         raise ConfigError(
             f"parallel: TP x CP x PP x DP = {world} processes, and {nodes} nodes of {options.gpus_per_node} hold "
             f"{nodes * options.gpus_per_node}: lower the parallel sizes, or give more nodes"
         )
     if world % nodes:
-        raise ConfigError(f"parallel: TP x CP x PP x DP = {world} processes do not divide into {nodes} nodes: choose another number")
+        raise ConfigError(
+            f"parallel: TP x CP x PP x DP = {world} processes do not divide into {nodes} nodes: choose another number"
+        )
     hosts = options.hosts.split(",") if options.hosts else [f"node{index}" for index in range(nodes)]
     if len(hosts) != nodes or len(set(hosts)) != nodes:
         raise ConfigError(f"--hosts names {len(set(hosts))} nodes, and {nodes} train: name each once")
@@ -167,12 +200,14 @@ def _check_memory(plan: Plan, limit: float) -> None:
     full = plan.fullest
     if full.total > limit:
         raise ConfigError(
-            f"pipeline stage {full.stage} needs {gigabytes(full.total)} of each GPU and there are {gigabytes(limit)}: raise the parallel "
-            "sizes, write precision.recompute=full, or shorten the sequences (dasd plan --search lists layouts that fit)"
+            f"pipeline stage {full.stage} needs {gigabytes(full.total)} of each GPU and there are {gigabytes(limit)}: "
+            "raise the parallel sizes, write precision.recompute=full, or shorten the sequences (dasd plan --search "
+            "lists layouts that fit)"
         )
 
 
-# ---- What the run is ----------------------------------------------------------------------------------------------------------
+# ---- What the run is
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _print_settings(config: Config, arch: Architecture) -> None:
@@ -180,13 +215,14 @@ def _print_settings(config: Config, arch: Architecture) -> None:
     _section(
         "run",
         [
-            f"{config.run.name}: {config.run.steps} steps of {batch.groups} prompts x {batch.samples_per_group} rollouts, "
-            f"{batch.minibatches} minibatches x {batch.epochs} epochs",
+            f"{config.run.name}: {config.run.steps} steps of {batch.groups} prompts x {batch.samples_per_group} "
+            f"rollouts, {batch.minibatches} minibatches x {batch.epochs} epochs",
             f"{config.algorithm.name}, {config.algorithm.objective} objective, teacher {config.teacher.weights}",
-            f"{total_parameters(arch):,} parameters in {arch.layers} layers, {precision.params_dtype}, recompute {precision.recompute}, "
-            f"{config.backend.kind}",
-            f"prompts up to {rollout.max_prompt_tokens:,} and responses up to {rollout.max_new_tokens:,} tokens; rollouts from "
-            f"rollout.engine={rollout.engine}, weights by {rollout.weight_sync}, at most {rollout.max_staleness} steps old",
+            f"{total_parameters(arch):,} parameters in {arch.layers} layers, {precision.params_dtype}, recompute "
+            f"{precision.recompute}, {config.backend.kind}",
+            f"prompts up to {rollout.max_prompt_tokens:,} and responses up to {rollout.max_new_tokens:,} tokens; "
+            f"rollouts from rollout.engine={rollout.engine}, weights by {rollout.weight_sync}, at most "
+            f"{rollout.max_staleness} steps old",
         ],
     )
 
@@ -198,26 +234,28 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _print_layout(parallel: ParallelConfig, hosts: list[str], gpus_per_node: int) -> None:
     each = parallel.world_size // len(hosts)
     lines = [
-        f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP {parallel.pipeline_model_parallel_size}, "
-        f"VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP {parallel.data_parallel_size}: {parallel.world_size} processes on "
-        f"{len(hosts)} nodes, {each} each"
+        f"TP {parallel.tensor_model_parallel_size}, CP {parallel.context_parallel_size}, PP "
+        f"{parallel.pipeline_model_parallel_size}, VPP {parallel.virtual_pipeline_model_parallel_size or 1}, DP "
+        f"{parallel.data_parallel_size}: {parallel.world_size} processes on {len(hosts)} nodes, {each} each"
     ]
     width = max(map(len, hosts))
     for index, host in enumerate(hosts):
         ranks = range(index * each, (index + 1) * each)
         # Ranks that differ in their place among tensor-parallel ones alone are told together.
-        for _, group in itertools.groupby(ranks, key=lambda rank: dataclasses.replace(place_of(parallel, rank), tensor=0)):
+        for _, group in itertools.groupby(
+            ranks, key=lambda rank: dataclasses.replace(place_of(parallel, rank), tensor=0)
+        ):
             members = list(group)
             places = [place_of(parallel, rank) for rank in members]
             first = places[0]
             lines.append(
-                f"{host:<{width}}  rank {_ranges(members):<9} PP {first.pipeline}  DP {first.data}  CP {first.context}  "
-                f"TP {_ranges([one.tensor for one in places])}"
+                f"{host:<{width}}  rank {_ranges(members):<9} PP {first.pipeline}  DP {first.data}  CP "
+                f"{first.context}  TP {_ranges([one.tensor for one in places])}"
             )
     if len(hosts) > 1 and each < gpus_per_node:
         lines.append(
-            f"note: {gpus_per_node - each} of {gpus_per_node} GPUs of each node are idle: raise parallel.data_parallel_size, or take fewer "
-            "nodes"
+            f"note: {gpus_per_node - each} of {gpus_per_node} GPUs of each node are idle: raise "
+            "parallel.data_parallel_size, or take fewer nodes"
         )
     _section("layout", lines)
 
@@ -226,14 +264,26 @@ def _print_memory(config: Config, plan: Plan, limit: float) -> None:
     columns = ("weights", "gradients", "optimizer", "copies", "activations", "loss", "total")
     lines = ["stage" + "".join(f"{name:>13}" for name in columns)]
     for one in plan.stages:
-        parts = (one.state.weights, one.state.gradients, one.state.optimizer, one.snapshots, one.activations, one.loss, one.total)
+        parts = (
+            one.state.weights,
+            one.state.gradients,
+            one.state.optimizer,
+            one.snapshots,
+            one.activations,
+            one.loss,
+            one.total,
+        )
         lines.append(f"{one.stage:<5}" + "".join(f"{gigabytes(part):>13}" for part in parts))
     room = f" of {gigabytes(limit)}" if math.isfinite(limit) else ""
-    lines.append(f"stage {plan.fullest.stage} is the fullest, {gigabytes(plan.fullest.total)}{room} with sequences of the greatest length")
+    lines.append(
+        f"stage {plan.fullest.stage} is the fullest, {gigabytes(plan.fullest.total)}{room} with sequences of the "
+        "greatest length"
+    )
     _section("memory of one rank, as dasd plan estimates it", lines)
 
 
-# ---- In a fake process group of the full world -------------------------------------------------------------------------------
+# ---- In a fake process group of the full world
+# -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -292,8 +342,9 @@ def _print_ranks(config: Config, hf_config: PretrainedConfig, arch: Architecture
         layers = [_ranges([layer.layer_number - 1 for layer in chunk.decoder.layers]) for chunk in chunks]
         ends = (["embedding"] if chunks[0].pre_process else []) + (["head"] if chunks[-1].post_process else [])
         lines.append(
-            f"rank {rank:<4} PP {found.pipeline}  DP {found.data}  CP {found.context}  TP {found.tensor}: layers {' and '.join(layers)}"
-            f"{''.join(f', {end}' for end in ends)}; {sum(map(sum, sizes)):,} parameters in {sum(map(len, sizes))} tensors, as planned"
+            f"rank {rank:<4} PP {found.pipeline}  DP {found.data}  CP {found.context}  TP {found.tensor}: layers "
+            f"{' and '.join(layers)}{''.join(f', {end}' for end in ends)}; {sum(map(sum, sizes)):,} parameters in "
+            f"{sum(map(len, sizes))} tensors, as planned"
         )
     _section("Megatron-Core's model of some ranks, on the meta device", lines)
 
@@ -315,7 +366,9 @@ def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> 
             def cut(members: list[int], same_count: Callable[[int], int], of: list[int] = minibatch) -> list[int]:
                 """Tokens of each micro-batch of a replica."""
                 responses = [[0] * of[index] for index in members]
-                made = make_micro_batches([[0] * prompt] * len(members), responses, **layout | {"same_count": same_count})
+                made = make_micro_batches(
+                    [[0] * prompt] * len(members), responses, **layout | {"same_count": same_count}
+                )
                 return [one.tokens.numel() for one in made]
 
             # Every replica takes as many as the one that needs most, which the replicas of a run ask each other.
@@ -326,8 +379,8 @@ def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> 
     inputs = (sum(lengths) + len(lengths) * (prompt - 1)) / config.parallel.context_parallel_size
     least = min(counts)
     lines = [
-        f"{len(lengths)} rollouts, prompts of {prompt:,} tokens, responses of {min(lengths):,} to {max(lengths):,}, median "
-        f"{statistics.median(lengths):,.0f}: {'as given' if given else 'made up'}",
+        f"{len(lengths)} rollouts, prompts of {prompt:,} tokens, responses of {min(lengths):,} to {max(lengths):,}, "
+        f"median {statistics.median(lengths):,.0f}: {'as given' if given else 'made up'}",
         f"{_ranges(counts)} micro-batches for each of {replicas} replicas in each of {batch.minibatches} minibatches, "
         f"of {min(padded):,} to {max(padded):,} tokens on a rank; {1 - inputs / sum(padded):.1%} are padding",
         f"tokens of a replica's minibatch: {min(per_replica):,} to {max(per_replica):,}",
@@ -350,13 +403,19 @@ def _schedule(parallel: ParallelConfig, micro_batches: int) -> list[str]:
         warmup = [min(2 * (stages - stage - 1) + (chunks - 1) * stages, total) for stage in range(stages)]
         name = f"interleaved 1F1B over {chunks} chunks"
     each = ", ".join(f"stage {stage} {first}" for stage, first in enumerate(warmup))
-    return [f"{name}, {total} forward and backward passes of a chunk on each stage; forward passes before the first backward: {each}"]
+    return [
+        f"{name}, {total} forward and backward passes of a chunk on each stage; forward passes before the first "
+        f"backward: {each}"
+    ]
 
 
-# ---- Commands -----------------------------------------------------------------------------------------------------------------
+# ---- Commands
+# -----------------------------------------------------------------------------------------------------------------
 
 
-def _commands(config: Config, options: argparse.Namespace, hosts: list[str], arch: Architecture, limit: float) -> dict[str, list[str]]:
+def _commands(
+    config: Config, options: argparse.Namespace, hosts: list[str], arch: Architecture, limit: float
+) -> dict[str, list[str]]:
     rollout, model = config.rollout, config.model.path or "MODEL"
     commands: dict[str, list[str]] = {}
     if rollout.replay is not None:
@@ -385,7 +444,11 @@ def _commands(config: Config, options: argparse.Namespace, hosts: list[str], arc
             overrides.append(f"data.{name}.path={source.path}")
     train, lines = f"dasd train {shlex.join(overrides)}", []
     for index, host in enumerate(hosts):
-        variables = [f"PET_NNODES={len(hosts)}", f"PET_NODE_RANK={index}", f"PET_RDZV_ENDPOINT={hosts[0]}:{RENDEZVOUS_PORT}"]
+        variables = [
+            f"PET_NNODES={len(hosts)}",
+            f"PET_NODE_RANK={index}",
+            f"PET_RDZV_ENDPOINT={hosts[0]}:{RENDEZVOUS_PORT}",
+        ]
         variables.append(f"PET_RDZV_ID={config.run.name}")
         lines.append(f"{host}: {' '.join(variables)} {train}" if len(hosts) > 1 else train)
     commands[f"training, {config.parallel.world_size // len(hosts)} processes from one command on each node"] = lines
@@ -416,7 +479,9 @@ def _servers(config: Config) -> list[str]:
     return list(rollout.servers) or ["http://ROLLOUT_NODE:30000"]
 
 
-def _server_commands(config: Config, options: argparse.Namespace, servers: list[str], model: str, tensor: int) -> dict[str, list[str]]:
+def _server_commands(
+    config: Config, options: argparse.Namespace, servers: list[str], model: str, tensor: int
+) -> dict[str, list[str]]:
     rollout, lines = config.rollout, []
     on_gpu = rollout.sglang.backend == "cuda"
     slots: dict[str, int] = {}
@@ -426,19 +491,34 @@ def _server_commands(config: Config, options: argparse.Namespace, servers: list[
         slots[address.hostname] = slot + 1
         if on_gpu and (slot + 1) * tensor > options.gpus_per_node:
             raise ConfigError(
-                f"{slot + 1} servers of {tensor} GPUs do not fit on {address.hostname} with --gpus-per-node {options.gpus_per_node}: name "
-                "fewer servers there, or lower --server-tp"
+                f"{slot + 1} servers of {tensor} GPUs do not fit on {address.hostname} with --gpus-per-node "
+                f"{options.gpus_per_node}: name fewer servers there, or lower --server-tp"
             )
         listen = address.hostname if is_loopback(address.hostname) else "0.0.0.0"
         dtype = "float32" if config.precision.params_dtype == "fp32" else "bfloat16"
-        command = ["dasd", "serve", "--engine", "sglang", "--model-path", model, "--host", listen, "--port", str(address.port or 80)]
+        command = [
+            "dasd",
+            "serve",
+            "--engine",
+            "sglang",
+            "--model-path",
+            model,
+            "--host",
+            listen,
+            "--port",
+            str(address.port or 80),
+        ]
         command += ["--backend", rollout.sglang.backend, "--dtype", dtype, "--tp-size", str(tensor)]
         command += ["--max-running-requests", str(rollout.max_batch_size)]
-        devices = f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(slot * tensor, (slot + 1) * tensor)))} " if on_gpu else ""
+        devices = (
+            f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(slot * tensor, (slot + 1) * tensor)))} " if on_gpu else ""
+        )
         lines.append(f"{address.hostname}: {devices}{shlex.join(command)}")
         if slot == 0 and len(slots) == 1:
             settings = dataclasses.replace(rollout.sglang, tensor_parallel_size=tensor)
-            same = dataclasses.replace(rollout, engine="sglang", host=listen, dtype=dtype, deterministic=False, sglang=settings)
+            same = dataclasses.replace(
+                rollout, engine="sglang", host=listen, dtype=dtype, deterministic=False, sglang=settings
+            )
             started = shlex.join(sglang_command(same, model, address.port or 80))
     return {"rollout servers": lines, "of which the first starts": [started]}
 
@@ -448,4 +528,7 @@ def _router_lines(router: str, servers: list[str]) -> list[str]:
     listen = address.hostname if is_loopback(address.hostname) else "0.0.0.0"
     port = address.port or 80
     command = ["dasd", "router", "--servers", *servers, "--host", listen, "--port", str(port)]
-    return [shlex.join(command), f"which starts {shlex.join(router_command(sys.executable, servers, host=listen, port=port))}"]
+    return [
+        shlex.join(command),
+        f"which starts {shlex.join(router_command(sys.executable, servers, host=listen, port=port))}",
+    ]

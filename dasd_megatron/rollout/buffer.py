@@ -1,7 +1,9 @@
-"""Which prompts are drawn, under way, ready or refused: the bookkeeping of collecting a step's groups, without a server or a clock.
+"""Which prompts are drawn, under way, ready or refused: the bookkeeping of collecting a step's groups, without a server
+or a clock.
 
-A prompt is known by its position in the endless order of training problems. It is drawn once and then always in one place: pending (its
-rollouts have to be started, or started again), in flight, ready, or refused by the filter; until a step takes it.
+A prompt is known by its position in the endless order of training problems. It is drawn once and then always in one
+place: pending (its rollouts have to be started, or started again), in flight, ready, or refused by the filter; until a
+step takes it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from dasd_megatron.rollout.samples import Sample, read_samples, version_step
 
 @dataclass(slots=True)
 class Group:
-    """The graded responses to one prompt. ``version``: training steps behind the oldest weights that one of their tokens is from."""
+    """The graded responses to one prompt. ``version``: training steps behind the oldest weights that one of their
+    tokens is from."""
 
     position: int
     version: int
@@ -27,17 +30,26 @@ class Group:
 
 def make_group(samples: list[Sample]) -> Group:
     """The group of all responses to one prompt; ValueError for weight versions that are not a training run's."""
-    return Group(samples[0].position, min(version_step(name) for sample in samples for name, _ in sample.weight_versions), samples)
+    return Group(
+        samples[0].position,
+        min(version_step(name) for sample in samples for name, _ in sample.weight_versions),
+        samples,
+    )
 
 
 def read_groups(path: Path) -> list[Group]:
-    """The groups of a file of :func:`~dasd_megatron.rollout.samples.save_samples`, where the samples of each follow one another."""
-    return [make_group(list(samples)) for _, samples in itertools.groupby(read_samples(path), key=lambda sample: sample.position)]
+    """The groups of a file of :func:`~dasd_megatron.rollout.samples.save_samples`, where the samples of each follow one
+    another."""
+    return [
+        make_group(list(samples))
+        for _, samples in itertools.groupby(read_samples(path), key=lambda sample: sample.position)
+    ]
 
 
 @dataclass
 class Counts:
-    """What happened since the last step was taken, in groups: ``drawn`` newly, ``filtered`` out, ``restarted`` unfinished or too old."""
+    """What happened since the last step was taken, in groups: ``drawn`` newly, ``filtered`` out, ``restarted``
+    unfinished or too old."""
 
     drawn: int = 0
     filtered: int = 0
@@ -46,7 +58,8 @@ class Counts:
 
 @dataclass
 class BufferState:
-    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, groups not yet taken, and what
+    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, groups not yet
+    taken, and what
     has happened for the next step so far."""
 
     position: int = 0
@@ -61,13 +74,21 @@ class GroupBuffer:
 
     Args:
         over_sampling: so many times the groups that are missing are started, at least 1.
-        filter_limit: after ``filter_limit * groups`` refused groups in one step, refused ones count as ready, lest it never end.
-        wait_for_all: a step is complete only when nothing is in flight, so that what it consists of does not depend on time.
+        filter_limit: after ``filter_limit * groups`` refused groups in one step, refused ones count as ready, lest it
+        never end. wait_for_all: a step is complete only when nothing is in flight, so that what it consists of does not
+        depend on time.
         max_staleness: how many steps older than the step's weights a group's oldest token may be.
     """
 
     def __init__(
-        self, groups: int, *, over_sampling: float, filter_limit: float, wait_for_all: bool, max_staleness: int, state: BufferState
+        self,
+        groups: int,
+        *,
+        over_sampling: float,
+        filter_limit: float,
+        wait_for_all: bool,
+        max_staleness: int,
+        state: BufferState,
     ):
         self.groups = groups
         self.over_sampling = over_sampling
@@ -85,11 +106,15 @@ class GroupBuffer:
     def state(self) -> BufferState:
         """To be saved; what is in flight would have to be started again."""
         pending = sorted([*self.pending, *self.in_flight])
-        return BufferState(self.position, pending, list(self.ready), list(self.refused), dataclasses.replace(self.counts))
+        return BufferState(
+            self.position, pending, list(self.ready), list(self.refused), dataclasses.replace(self.counts)
+        )
 
     def start(self, steps: int, version: int) -> list[int]:
-        """The positions to start now under the weights ``version``, so that ``steps`` steps' groups are ready or in flight: none as long
-        as they are, else ``over_sampling`` times those that are missing. Prompts that wait to be started again come first."""
+        """The positions to start now under the weights ``version``, so that ``steps`` steps' groups are ready or in
+        flight: none as long
+        as they are, else ``over_sampling`` times those that are missing. Prompts that wait to be started again come
+        first."""
         missing = steps * self.groups - len(self.in_flight) - len(self._usable())
         if missing <= 0:
             return []
@@ -120,7 +145,8 @@ class GroupBuffer:
         return len(self._usable()) >= self.groups
 
     def take(self) -> tuple[list[Group], Counts]:
-        """The groups of a step, in the order of their prompts, the earliest of those that are ready; and what happened since the last."""
+        """The groups of a step, in the order of their prompts, the earliest of those that are ready; and what happened
+        since the last."""
         chosen = self._usable()[: self.groups]
         taken = {group.position for group in chosen}
         self.ready = [group for group in self.ready if group.position not in taken]
@@ -128,8 +154,8 @@ class GroupBuffer:
         return sorted(chosen, key=lambda group: group.position), counts
 
     def age(self, version: int) -> list[int]:
-        """The next step trains the weights ``version``: what is too old for it is to be started again. Returns the positions of what is in
-        flight among it, which have to be broken off and given back."""
+        """The next step trains the weights ``version``: what is too old for it is to be started again. Returns the
+        positions of what is in flight among it, which have to be broken off and given back."""
         oldest = version - self.max_staleness
         late = [group for group in self.ready if group.version < oldest]
         self.ready = [group for group in self.ready if group.version >= oldest]

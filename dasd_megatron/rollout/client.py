@@ -1,9 +1,9 @@
 """Asynchronous client of SGLang's native HTTP API, for SGLang itself and for the embedded server alike.
 
-Every call has a time limit, failures are tried again a bounded number of times, and an answer is used only after it has been checked: as
-many rows as were asked for, at least one token and no more than were asked for, ids of the vocabulary, one finite log-prob per token, the
-expected weight version. Requests are idempotent (each row carries its own ``sampling_seed``), so that trying one again never doubles a
-sample.
+Every call has a time limit, failures are tried again a bounded number of times, and an answer is used only after it has
+been checked: as many rows as were asked for, at least one token and no more than were asked for, ids of the vocabulary,
+one finite log-prob per token, the expected weight version. Requests are idempotent (each row carries its own
+``sampling_seed``), so that trying one again never doubles a sample.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ RETRIED_STATUS = frozenset({408, 425, 429})  # beside all of 5xx
 
 @dataclass(slots=True)
 class Completion:
-    """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included.
+    """One sampled response. ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop
+    token included.
 
-    weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated meanwhile.
-    response_mask: as in :class:`~dasd_megatron.rollout.samples.Sample`; servers sample every token.
+    weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated
+    meanwhile. response_mask: as in :class:`~dasd_megatron.rollout.samples.Sample`; servers sample every token.
     """
 
     output_ids: list[int]
@@ -121,14 +122,15 @@ class _OtherVersionError(_TryAgainError):
 class RolloutClient:
     """Talks to one or more rollout servers.
 
-    urls: base addresses like ``http://10.0.0.1:30000``. connect_timeout, request_timeout: seconds, for opening a connection and for one
-    whole request. max_retries: further tries after the first. backoff: seconds before the second try; doubles each time, at most 30.
-    max_in_flight: requests under way at once, over all servers. pool: what is known of these servers, where several clients share it.
-    router: address of an sglang-router before these servers, which gets the requests of :meth:`generate`; all others go to each server.
-    api_key: sent with every request; see :mod:`~dasd_megatron.rollout.access`.
+    urls: base addresses like ``http://10.0.0.1:30000``. connect_timeout, request_timeout: seconds, for opening a
+    connection and for one whole request. max_retries: further tries after the first. backoff: seconds before the second
+    try; doubles each time, at most 30. max_in_flight: requests under way at once, over all servers. pool: what is known
+    of these servers, where several clients share it. router: address of an sglang-router before these servers, which
+    gets the requests of :meth:`generate`; all others go to each server. api_key: sent with every request; see
+    :mod:`~dasd_megatron.rollout.access`.
 
-    May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as their loop. Close with
-    :meth:`aclose` or ``async with``.
+    May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as
+    their loop. Close with :meth:`aclose` or ``async with``.
     """
 
     def __init__(
@@ -151,8 +153,9 @@ class RolloutClient:
                 raise ValueError(f"rollout server address {url!r} must start with http:// or https://")
         if max_in_flight < 1 or max_retries < 0 or connect_timeout <= 0 or request_timeout <= 0 or backoff < 0:
             raise ValueError(
-                "max_in_flight must be at least 1, max_retries and backoff at least 0, connect_timeout and request_timeout above 0; got "
-                f"{max_in_flight=} {max_retries=} {backoff=} {connect_timeout=} {request_timeout=}"
+                "max_in_flight must be at least 1, max_retries and backoff at least 0, connect_timeout and "
+                f"request_timeout above 0; got {max_in_flight=} {max_retries=} {backoff=} {connect_timeout=} "
+                f"{request_timeout=}"
             )
         self.urls = [url.rstrip("/") for url in urls]
         self.router = None if router is None else router.rstrip("/")
@@ -190,15 +193,16 @@ class RolloutClient:
     ) -> list[Completion]:
         """Sample one completion of every prompt; returns them in the prompts' order.
 
-        prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own ``sampling_seed``).
-        weight_version: the version that every token must have been sampled under, or those that it may; a set is looked at when the answer
-        comes. None accepts any.
-        rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try to another one. A
-        router takes one sampling_params for a whole request, and so one row at a time.
-        vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
+        prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own
+        ``sampling_seed``). weight_version: the version that every token must have been sampled under, or those that it
+        may; a set is looked at when the answer comes. None accepts any.
+        rows_per_request: prompts in one HTTP request, which goes to the healthy server with the fewest, a further try
+        to another one. A router takes one sampling_params for a whole request, and so one row at a time.
+        vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative
+            ids alone.
 
-        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError when a request has
-        failed ``max_retries + 1`` times; the other requests are then cancelled.
+        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError
+        when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
         """
         if len(prompts) != len(sampling_params):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one per prompt")
@@ -250,7 +254,8 @@ class RolloutClient:
         return dict(zip(self.urls, await _all_or_cancel([one(i) for i in range(len(self.urls))]), strict=True))
 
     async def wait_until_healthy(self, timeout_seconds: float, *, one_is_enough: bool = False) -> None:
-        """Return once every server is healthy, or one of them; raises RolloutError naming one that is not after ``timeout_seconds``."""
+        """Return once every server is healthy, or one of them; raises RolloutError naming one that is not after
+        ``timeout_seconds``."""
         deadline = time.monotonic() + timeout_seconds
         pause = 0.05
         while True:
@@ -282,11 +287,11 @@ class RolloutClient:
         return await self._everywhere("GET", "/server_info", _json_object)
 
     async def update_weights_from_disk(self, path: str, weight_version: str) -> None:
-        """Let every server that is not dead load the Hugging Face directory ``path`` (on its own file system) as ``weight_version``, and
-        check that it did. One that fails is dead from then on, in the pool.
+        """Let every server that is not dead load the Hugging Face directory ``path`` (on its own file system) as
+        ``weight_version``, and check that it did. One that fails is dead from then on, in the pool.
 
-        Raises, if all fail, what the first one did: RequestRefusedError with the server's message, WeightVersionError where one still
-        reports another version, RolloutError.
+        Raises, if all fail, what the first one did: RequestRefusedError with the server's message, WeightVersionError
+        where one still reports another version, RolloutError.
         """
 
         def read(response: Answer) -> None:
@@ -315,18 +320,22 @@ class RolloutClient:
         def check(response: Answer) -> None:
             found = _json_object(response).get("weight_version")
             if found != weight_version:
-                raise _OtherVersionError(f"expected weight version {weight_version!r} after the update, but the server reports {found!r}")
+                raise _OtherVersionError(
+                    f"expected weight version {weight_version!r} after the update, but the server reports {found!r}"
+                )
 
         await self._call("GET", "/model_info", check, index=index)
         self.pool.record(self.urls[index], Event.ANSWERED, weight_version)
 
     async def probe(self, urls: Sequence[str]) -> list[str]:
-        """Ask these servers whether they work and which weights they hold, once each; the pool hears of it. Returns those that failed."""
+        """Ask these servers whether they work and which weights they hold, once each; the pool hears of it. Returns
+        those that failed."""
 
         async def one(url: str) -> bool:
             index = self.urls.index(url)
             try:
-                # It asks the engine, which /model_info does not, and generates nothing, as SGLang's /health does: it may be paused.
+                # It asks the engine, which /model_info does not, and generates nothing, as SGLang's /health does: it
+                # may be paused.
                 await self._call("GET", "/server_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
                 info = await self._call("GET", "/model_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
             except RolloutError as error:
@@ -339,7 +348,8 @@ class RolloutClient:
         return [url for url, well in zip(urls, answered, strict=True) if not well]
 
     async def check_access(self, path: str = "/model_info") -> None:
-        """Raise :class:`AccessDeniedError` if a server that answers to ``path`` does not take the key. Those that do not are let pass."""
+        """Raise :class:`AccessDeniedError` if a server that answers to ``path`` does not take the key. Those that do
+        not are let pass."""
 
         async def one(index: int) -> None:
             try:
@@ -356,8 +366,8 @@ class RolloutClient:
         return {url: int(info.get("tp_size", 1)) for url, info in (await self.descriptions()).items()}
 
     async def descriptions(self) -> dict[str, dict[str, Any]]:
-        """/model_info and, over it, /server_info, which has the settings of the start, of every server that answers, asked once, by
-        address; the pool hears of the others.
+        """/model_info and, over it, /server_info, which has the settings of the start, of every server that answers,
+        asked once, by address; the pool hears of the others.
 
         Raises what the last one did where none answers.
         """
@@ -383,7 +393,8 @@ class RolloutClient:
         return found
 
     async def prompt_log_probs(self, url: str, input_ids: Sequence[int]) -> list[float]:
-        """Log-probs, natural and before temperature, of all of ``input_ids`` but the first, each after those before it, by one server.
+        """Log-probs, natural and before temperature, of all of ``input_ids`` but the first, each after those before it,
+        by one server.
 
         Raises RequestRefusedError, or RolloutError where it does not answer soundly within ``max_retries + 1`` tries.
         """
@@ -400,11 +411,20 @@ class RolloutClient:
         return await self._call("POST", "/generate", read, index=self.urls.index(url), body=body)
 
     async def init_weights_update_group(
-        self, addresses: Sequence[str], port: int, *, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
+        self,
+        addresses: Sequence[str],
+        port: int,
+        *,
+        rank_offsets: Sequence[int],
+        world_size: int,
+        name: str,
+        backend: str,
     ) -> None:
-        """Let every server join a process group whose rank 0 listens at ``port``; see :mod:`~dasd_megatron.rollout.weight_group`.
+        """Let every server join a process group whose rank 0 listens at ``port``; see
+        :mod:`~dasd_megatron.rollout.weight_group`.
 
-        addresses: of rank 0, as each server reaches it; rank_offsets: the rank of each server's first process; in the order of ``urls``.
+        addresses: of rank 0, as each server reaches it; rank_offsets: the rank of each server's first process; in the
+            order of ``urls``.
         """
         common = {"master_port": port, "world_size": world_size, "group_name": name, "backend": backend}
         places = zip(addresses, rank_offsets, strict=True)
@@ -416,13 +436,15 @@ class RolloutClient:
         await self._everywhere("POST", "/destroy_weights_update_group", _succeeded, body={"group_name": name}, tries=1)
 
     async def begin_weight_update(self) -> None:
-        """Open a weight update on every server; answered once no request is running there. One that was left open is closed first."""
+        """Open a weight update on every server; answered once no request is running there. One that was left open is
+        closed first."""
 
         async def begin(index: int) -> None:
             try:
                 await self._call("POST", "/begin_weight_update", _succeeded, index=index, body={}, tries=1)
             except RequestRefusedError:
-                # Left open by a sync that broke off, of this trainer or of one that is gone. What it has loaded is not named.
+                # Left open by a sync that broke off, of this trainer or of one that is gone. What it has loaded is not
+                # named.
                 with contextlib.suppress(RequestRefusedError):
                     await self._call("POST", "/end_weight_update", _succeeded, index=index, body={}, tries=1)
                 await self._call("POST", "/begin_weight_update", _succeeded, index=index, body={}, tries=1)
@@ -448,8 +470,8 @@ class RolloutClient:
     async def update_weights_from_tensor(self, payloads: Sequence[Sequence[str]]) -> None:
         """Let every server load one bucket out of this machine's memory; answered when it has it.
 
-        payloads: for each server, in the order of ``urls``, one for each of its processes; see :func:`weight_payload.pack`. SGLang ends
-        when it gets what it cannot read.
+        payloads: for each server, in the order of ``urls``, one for each of its processes; see
+        :func:`weight_payload.pack`. SGLang ends when it gets what it cannot read.
         """
         bodies = [{"serialized_named_tensors": list(texts), "load_format": "flattened_bucket"} for texts in payloads]
         await self._everywhere("POST", "/update_weights_from_tensor", _succeeded, bodies=bodies, tries=1)
@@ -465,7 +487,8 @@ class RolloutClient:
         await asyncio.gather(*(self._check_version(index, weight_version) for index in range(len(self.urls))))
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"] = "abort") -> None:
-        """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests wait."""
+        """Stop every server's decoding; mode ``abort`` ends what is running, the others suspend it. New requests
+        wait."""
         await self._tell("/pause_generation", {"mode": mode})
 
     async def continue_generation(self) -> None:
@@ -473,7 +496,8 @@ class RolloutClient:
         await self._tell("/continue_generation", {})
 
     async def abort_request(self, rid: str | None = None) -> None:
-        """End one request early on whichever server runs it, or all requests where ``rid`` is None; what was sampled so far is answered."""
+        """End one request early on whichever server runs it, or all requests where ``rid`` is None; what was sampled so
+        far is answered."""
         await self._tell("/abort_request", {"abort_all": True} if rid is None else {"rid": rid})
 
     async def _tell(self, path: str, body: Any) -> None:
@@ -498,22 +522,27 @@ class RolloutClient:
         await self._everywhere("POST", "/release_memory_occupation", _nothing, body={"tags": list(tags)}, tries=1)
 
     async def resume_memory_occupation(self, tags: Sequence[MemoryTag]) -> None:
-        """Let every server take this memory again, in one try: SGLang ends when it is asked for what is not released."""
+        """Let every server take this memory again, in one try: SGLang ends when it is asked for what is not
+        released."""
         await self._everywhere("POST", "/resume_memory_occupation", _nothing, body={"tags": list(tags)}, tries=1)
 
     async def weight_checksums(self, skip: Sequence[str] = ()) -> list[list[dict[str, str]]]:
-        """Checksums of every server's weights, in the order of ``urls``: by its own names of tensors, for each of its processes in the
-        order of tensor-parallel ranks. ``skip``: parts of the names of tensors to leave out."""
+        """Checksums of every server's weights, in the order of ``urls``: by its own names of tensors, for each of its
+        processes in the order of tensor-parallel ranks. ``skip``: parts of the names of tensors to leave out."""
 
         def read(response: Answer) -> list[dict[str, str]]:
             _succeeded(response)
             ranks = _json_object(response).get("ranks")
             try:
-                return [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
+                return [
+                    rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])
+                ]
             except (TypeError, KeyError, IndexError) as error:
                 raise _TryAgainError(f"{response.path} answered no checksums: {str(ranks)[:80]}") from error
 
-        return await self._everywhere("POST", "/weights_checker", read, body={"action": "checksum", "skip_tensor_list": list(skip)})
+        return await self._everywhere(
+            "POST", "/weights_checker", read, body={"action": "checksum", "skip_tensor_list": list(skip)}
+        )
 
     async def _everywhere(
         self,
@@ -542,9 +571,9 @@ class RolloutClient:
         limit: float | None = None,
         held: Callable[[T], str | None] | None = None,
     ) -> T:
-        """One request until ``read`` accepts its answer: to server ``index``, or else to the router, or each time to the one that the pool
-        chooses, which then hears how it went; ``held`` gives the weight version that an answer shows. ``limit``: seconds, where below
-        ``request_timeout``."""
+        """One request until ``read`` accepts its answer: to server ``index``, or else to the router, or each time to
+        the one that the pool chooses, which then hears how it went; ``held`` gives the weight version that an answer
+        shows. ``limit``: seconds, where below ``request_timeout``."""
         tries = self.max_retries + 1 if tries is None else tries
         limit = self.request_timeout if limit is None else min(limit, self.request_timeout)
         http, slots = await self._connections()
@@ -610,7 +639,9 @@ class RolloutClient:
         if other_version and self.pool.current is not None:
             self.pool.record(url, Event.ANSWERED, failure.version, reason=str(failure))
         else:
-            self.pool.record(url, Event.CLOSING if isinstance(failure, _ClosingError) else Event.FAILED, reason=str(failure))
+            self.pool.record(
+                url, Event.CLOSING if isinstance(failure, _ClosingError) else Event.FAILED, reason=str(failure)
+            )
 
     async def _exchange(self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any) -> Answer:
         """One request and its whole answer; ``body`` goes as JSON unless it is None. Raises aiohttp.ClientError."""
@@ -619,7 +650,8 @@ class RolloutClient:
             return Answer(path, response.status, await response.read())
 
     async def _connections(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
-        """The running loop's HTTP session and its limit on requests in flight. Connections of an ended loop cannot be used any more."""
+        """The running loop's HTTP session and its limit on requests in flight. Connections of an ended loop cannot be
+        used any more."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop or self._http is None or self._slots is None:
             left, ended = self._http, self._loop
@@ -627,7 +659,8 @@ class RolloutClient:
             self._slots = asyncio.Semaphore(self.max_in_flight)
             self._http = aiohttp.ClientSession(
                 headers=access.headers(self._api_key),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_timeout),  # _call limits the whole request
+                # _call limits the whole request
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_timeout),
                 connector=aiohttp.TCPConnector(limit=self.max_in_flight, keepalive_timeout=KEEP_ALIVE_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER_BYTES,
@@ -651,7 +684,8 @@ async def _all_or_cancel(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
 
 @contextlib.contextmanager
 def _without_cycle_collection() -> Iterator[None]:
-    """For parsing long answers: three lists a token make Python look for cycles in the whole process again and again, and JSON has none."""
+    """For parsing long answers: three lists a token make Python look for cycles in the whole process again and again,
+    and JSON has none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -675,7 +709,9 @@ def _json(response: Answer) -> Any:
     try:
         return orjson.loads(response.content)
     except ValueError as error:
-        raise _TryAgainError(f"{response.path} answered what is not JSON ({error}): {response.content[:80]!r}") from error
+        raise _TryAgainError(
+            f"{response.path} answered what is not JSON ({error}): {response.content[:80]!r}"
+        ) from error
 
 
 def _json_object(response: Answer) -> dict[str, Any]:
@@ -703,12 +739,15 @@ def _server_message(response: Answer) -> str:
 
 
 def read_completions(
-    answer: Any, sampling_params: Sequence[dict[str, Any]], weight_version: str | Collection[str] | None, vocab_size: int | None = None
+    answer: Any,
+    sampling_params: Sequence[dict[str, Any]],
+    weight_version: str | Collection[str] | None,
+    vocab_size: int | None = None,
 ) -> list[Completion]:
     """Check a parsed batch answer of /generate and read its completions; anything unsound counts as a failed try.
 
-    sampling_params: those of the request, one per row; a row has at most its ``max_new_tokens`` tokens, where given. vocab_size: ids are in
-    [0, vocab_size); None sets no upper bound.
+    sampling_params: those of the request, one per row; a row has at most its ``max_new_tokens`` tokens, where given.
+    vocab_size: ids are in [0, vocab_size); None sets no upper bound.
     """
     rows = len(sampling_params)
     if not isinstance(answer, list):
@@ -751,7 +790,11 @@ def _read_prompt_log_probs(answer: Any, input_ids: Sequence[int]) -> list[float]
 
 
 def _read_row(
-    row: Any, index: int, max_new_tokens: int | None, weight_version: str | Collection[str] | None, vocab_size: int | None
+    row: Any,
+    index: int,
+    max_new_tokens: int | None,
+    weight_version: str | Collection[str] | None,
+    vocab_size: int | None,
 ) -> Completion:
     def unsound(what: str) -> _TryAgainError:
         return _TryAgainError(f"/generate answered garbage in row {index}: {what}")
@@ -785,7 +828,11 @@ def _read_row(
         raise unsound(f"{len(triples)} log-probs for {len(ids)} tokens")
     # All values at once, at the speed of C; one by one only to say which is wrong.
     log_probs, tokens = columns[:2]
-    if not _all_of_type(log_probs, int, float) or not all(map(math.isfinite, log_probs)) or max(log_probs) > LOG_PROB_TOLERANCE:
+    if (
+        not _all_of_type(log_probs, int, float)
+        or not all(map(math.isfinite, log_probs))
+        or max(log_probs) > LOG_PROB_TOLERANCE
+    ):
         position, value = next((i, value) for i, value in enumerate(log_probs) if not _is_log_prob(value))
         raise unsound(f"log-prob {value!r} of token {position}")
     if list(tokens) != ids:
@@ -795,7 +842,9 @@ def _read_row(
     if not isinstance(text, str):
         raise unsound(f"text is {_kind(text)}")
     version = str(meta.get("weight_version"))
-    versions = _read_versions(meta.get("weight_versions"), len(ids)) if meta.get("weight_versions") else [(version, len(ids))]
+    versions = (
+        _read_versions(meta.get("weight_versions"), len(ids)) if meta.get("weight_versions") else [(version, len(ids))]
+    )
     if versions is None:
         raise unsound(f"weight_versions {meta['weight_versions']!r} are not spans of {len(ids)} tokens")
     if weight_version is not None:
@@ -803,15 +852,23 @@ def _read_row(
         if any(found not in accepted for found, _ in versions):
             found = " and ".join(sorted({repr(one) for one, _ in versions}))
             wanted = " or ".join(sorted(map(repr, accepted)))
-            raise _OtherVersionError(f"expected weight version {wanted}, but row {index} was sampled under {found}", version)
+            raise _OtherVersionError(
+                f"expected weight version {wanted}, but row {index} was sampled under {found}", version
+            )
     return Completion(ids, list(map(float, log_probs)), reason["type"], versions, text)
 
 
 def _read_versions(spans: Any, length: int) -> list[tuple[str, int]] | None:
-    """(version, tokens) of SGLang's spans of one response; None where they do not cover its ``length`` tokens one after another."""
+    """(version, tokens) of SGLang's spans of one response; None where they do not cover its ``length`` tokens one after
+    another."""
     versions, end = [], 0
     for span in spans if isinstance(spans, list) else []:
-        if not isinstance(span, dict) or span.get("start") != end or type(span.get("end")) is not int or span["end"] < end:
+        if (
+            not isinstance(span, dict)
+            or span.get("start") != end
+            or type(span.get("end")) is not int
+            or span["end"] < end
+        ):
             return None
         if span["end"] > end:
             versions.append((str(span.get("version")), span["end"] - end))

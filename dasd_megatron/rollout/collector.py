@@ -1,7 +1,8 @@
-"""Collects the groups of rollouts that a step trains on: samples, grades, filters, and goes on while the trainer computes.
+"""Collects the groups of rollouts that a step trains on: samples, grades, filters, and goes on while the trainer
+computes.
 
-One process has one, which talks to all servers; the work is done in a thread with an event loop. What is drawn, in flight and ready is
-:class:`~dasd_megatron.rollout.buffer.GroupBuffer`'s to decide.
+One process has one, which talks to all servers; the work is done in a thread with an event loop. What is drawn, in
+flight and ready is :class:`~dasd_megatron.rollout.buffer.GroupBuffer`'s to decide.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.plugins import PluginError, load_function
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
 from dasd_megatron.rollout.client import LOG_PROB_TOLERANCE, Completion, RolloutClient, RolloutError
-from dasd_megatron.rollout.generation import STOP_POLL_SECONDS, make_samples, meanwhile, sampling_params, sampling_seed, step_limit
+from dasd_megatron.rollout.generation import (
+    STOP_POLL_SECONDS,
+    make_samples,
+    meanwhile,
+    sampling_params,
+    sampling_seed,
+    step_limit,
+)
 from dasd_megatron.rollout.samples import Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
@@ -44,7 +52,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What a function of ``rollout.function`` is given: one prompt, and the sampling parameters of each response that is wanted to it."""
+    """What a function of ``rollout.function`` is given: one prompt, and the sampling parameters of each response that
+    is wanted to it."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -55,12 +64,15 @@ class RolloutRequest:
 class Generate(Protocol):
     """Samples one completion of each prompt (token ids) with the parameters at its place."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]) -> Awaitable[list[Completion]]: ...
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
+    ) -> Awaitable[list[Completion]]: ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The groups of one step. ``grading_seconds``: of the wait for them, what came after the last response had been sampled."""
+    """The groups of one step. ``grading_seconds``: of the wait for them, what came after the last response had been
+    sampled."""
 
     groups: list[Group]
     counts: Counts
@@ -75,10 +87,11 @@ class Batch:
 
 
 class Collector:
-    """Draws the prompts of ``problems`` in the order of a :class:`~dasd_megatron.data.order.DataOrder` and collects their rollouts.
+    """Draws the prompts of ``problems`` in the order of a :class:`~dasd_megatron.data.order.DataOrder` and collects
+    their rollouts.
 
-    :meth:`connect` and :meth:`after_sync` come before the first step. Methods are called from one thread and block; a step's rollouts may
-    go on between them.
+    :meth:`connect` and :meth:`after_sync` come before the first step. Methods are called from one thread and block; a
+    step's rollouts may go on between them.
 
     Args:
         vocab_size: number of logits the model has.
@@ -126,7 +139,8 @@ class Collector:
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        # The work has limits of its own, longer than this only where nothing is done: a user's function must not block the loop.
+        # The work has limits of its own, longer than this only where nothing is done: a user's function must not block
+        # the loop.
         limit = 2 * self.config.rollout.step_timeout_seconds + STUCK_SECONDS
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -135,7 +149,9 @@ class Collector:
             if future.done():
                 raise
             function = self.config.rollout.function
-            raise PluginError(f"rollouts are stuck for {limit:g} s: rollout.function={function} has to await what it waits for") from error
+            raise PluginError(
+                f"rollouts are stuck for {limit:g} s: rollout.function={function} has to await what it waits for"
+            ) from error
 
     def connect(self, client: RolloutClient) -> None:
         """Ask the servers of ``client`` from now on. What was in flight elsewhere is started again."""
@@ -149,7 +165,8 @@ class Collector:
         self._run(change())
 
     def start_ahead(self, steps: int) -> None:
-        """Go on collecting while the trainer computes, until the groups of the next ``steps`` steps are there; 0: no more."""
+        """Go on collecting while the trainer computes, until the groups of the next ``steps`` steps are there; 0: no
+        more."""
 
         async def start() -> None:
             self._steps = steps
@@ -158,11 +175,12 @@ class Collector:
         self._run(start())
 
     def take(self, alongside: Callable[[], Awaitable[None]] | None = None) -> Batch:
-        """Wait for the groups of a step. ``alongside`` is done meanwhile, and cancelled where it is not done soon after.
+        """Wait for the groups of a step. ``alongside`` is done meanwhile, and cancelled where it is not done soon
+        after.
 
         Raises:
-            RolloutError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it can be tried again.
-            GraderError, PluginError: the rollouts cannot be graded or filtered.
+            RolloutError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it can be
+            tried again. GraderError, PluginError: the rollouts cannot be graded or filtered.
         """
         return self._run(self._take(alongside))
 
@@ -170,7 +188,10 @@ class Collector:
         started = time.perf_counter()
         self._steps = max(self._steps, 1)
         try:
-            async with step_limit(self.config.rollout, self._client.urls, "a step's rollouts, or their grading,"), meanwhile(alongside):
+            async with (
+                step_limit(self.config.rollout, self._client.urls, "a step's rollouts, or their grading,"),
+                meanwhile(alongside),
+            ):
                 self._start()
                 while self._failure is None and not self.buffer.can_take():
                     self._changed.clear()
@@ -190,7 +211,8 @@ class Collector:
         return Batch(groups, counts, max(0.0, time.perf_counter() - max(started, self._sampled_at)))
 
     def before_sync(self) -> None:
-        """The servers are about to get other weights: wait for what is in flight, break it off or suspend it, by ``rollout.unfinished``."""
+        """The servers are about to get other weights: wait for what is in flight, break it off or suspend it, by
+        ``rollout.unfinished``."""
         self._run(self._before_sync())
 
     async def _before_sync(self) -> None:
@@ -205,7 +227,8 @@ class Collector:
                                 await self._changed.wait()
             if self._tasks and not stopping.requested():
                 logger.warning(
-                    "%d rollout requests are broken off and started again: not done within rollout.step_timeout_seconds=%g",
+                    "%d rollout requests are broken off and started again: not done within "
+                    "rollout.step_timeout_seconds=%g",
                     len(self._tasks),
                     rollout.step_timeout_seconds,
                 )
@@ -321,8 +344,8 @@ class Collector:
         self._changed.set()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """``work`` in a thread, one at a time, since it uses the tokenizer. A user's function that hangs there must not keep the process
-        from ending, as a pool's would."""
+        """``work`` in a thread, one at a time, since it uses the tokenizer. A user's function that hangs there must not
+        keep the process from ending, as a pool's would."""
         done = self._loop.create_future()
 
         def settle(result: T | None, error: BaseException | None) -> None:
@@ -340,13 +363,18 @@ class Collector:
             threading.Thread(target=run, name="grading", daemon=True).start()
             return await done
 
-    async def _sample(self, positions: list[int], problems: list[Problem], prompts: list[list[int]]) -> list[Completion]:
+    async def _sample(
+        self, positions: list[int], problems: list[Problem], prompts: list[list[int]]
+    ) -> list[Completion]:
         rollout, groups, n = self.config.rollout, self.config.batch.groups, self.config.batch.samples_per_group
         # A prompt's seeds are its own, however often and in whatever company it is sampled.
         params = [
             sampling_params(
                 rollout,
-                [sampling_seed(self.config.run.seed, position // groups + 1, position % groups, sample) for sample in range(n)],
+                [
+                    sampling_seed(self.config.run.seed, position // groups + 1, position % groups, sample)
+                    for sample in range(n)
+                ],
                 temperature=rollout.temperature,
                 top_p=rollout.top_p,
             )
@@ -359,13 +387,19 @@ class Collector:
         answers = await asyncio.gather(*map(self._own_rollout, requests))
         return list(itertools.chain.from_iterable(answers))
 
-    async def _generate(self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]) -> list[Completion]:
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
+    ) -> list[Completion]:
         while True:
             await self._open.wait()
             version = self._version
             try:
                 return await self._client.generate(
-                    prompts, sampling_params, weight_version=self._accepted, rows_per_request=len(prompts), vocab_size=self.vocab_size
+                    prompts,
+                    sampling_params,
+                    weight_version=self._accepted,
+                    rows_per_request=len(prompts),
+                    vocab_size=self.vocab_size,
                 )
             except RolloutError:
                 # While weights change, servers refuse what comes; afterwards it is another matter.
@@ -381,11 +415,15 @@ class Collector:
         except Exception as error:  # the user's code may raise anything
             raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(completions, list) or len(completions) != len(request.sampling_params):
-            raise PluginError(f"{where} gave {completions!r:.80}; return a list of {len(request.sampling_params)} Completions")
+            raise PluginError(
+                f"{where} gave {completions!r:.80}; return a list of {len(request.sampling_params)} Completions"
+            )
         for completion in completions:
             older = {version for version, _ in getattr(completion, "weight_versions", [])} - self._accepted
             if older:
-                raise PluginError(f"{where} gave a Completion of the weights {sorted(older)}, not of {sorted(self._accepted)}")
+                raise PluginError(
+                    f"{where} gave a Completion of the weights {sorted(older)}, not of {sorted(self._accepted)}"
+                )
             unsound = _unsound(completion, self.vocab_size, self.config.rollout.max_new_tokens)
             if unsound:
                 raise PluginError(f"{where} gave a Completion with {unsound}")
@@ -396,7 +434,9 @@ class Collector:
     ) -> list[tuple[Group, bool]]:
         """The groups of one request, and which are to be trained on. In the worker's thread."""
         n = self.config.batch.samples_per_group
-        samples = make_samples(problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer)
+        samples = make_samples(
+            problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer
+        )
         graded = []
         for index in range(len(positions)):
             members = samples[index * n : (index + 1) * n]
@@ -417,9 +457,12 @@ class Collector:
 
 
 def _of_size(state: BufferState, samples_per_group: int) -> BufferState:
-    """Of a run that goes on with another number of samples, prompts whose groups have the former one are sampled again."""
+    """Of a run that goes on with another number of samples, prompts whose groups have the former one are sampled
+    again."""
     other = [group.position for group in [*state.ready, *state.refused] if len(group.samples) != samples_per_group]
-    ready, refused = ([group for group in groups if group.position not in other] for groups in (state.ready, state.refused))
+    ready, refused = (
+        [group for group in groups if group.position not in other] for groups in (state.ready, state.refused)
+    )
     return dataclasses.replace(state, pending=[*state.pending, *other], ready=ready, refused=refused)
 
 
@@ -430,7 +473,10 @@ def _unsound(completion: Any, vocab_size: int, max_new_tokens: int) -> str | Non
     ids, log_probs = completion.output_ids, completion.log_probs
     spans = sum(tokens for _, tokens in completion.weight_versions)
     if not len(ids) == len(log_probs) == spans > 0:
-        return f"{len(ids)} output_ids, {len(log_probs)} log_probs and weight_versions of {spans} tokens: one of each for every token"
+        return (
+            f"{len(ids)} output_ids, {len(log_probs)} log_probs and weight_versions of {spans} tokens: one of each "
+            "for every token"
+        )
     if len(ids) > max_new_tokens:
         return f"{len(ids)} output_ids, more than rollout.max_new_tokens={max_new_tokens}"
     if not all(type(token) is int and 0 <= token < vocab_size for token in ids):

@@ -31,9 +31,11 @@ from dasd_megatron.verify.grader import Grader
 
 
 def rollouts_alone(config: Config, root: Path) -> None:
-    """Sample, grade and filter the rollouts of ``run.steps`` steps, all from the starting model, into ``<root>/rollouts``.
+    """Sample, grade and filter the rollouts of ``run.steps`` steps, all from the starting model, into
+    ``<root>/rollouts``.
 
-    Prompts, seeds, filters and files are those of training, so ``rollout.replay=<root>/rollouts`` trains on them. External servers load
+    Prompts, seeds, filters and files are those of training, so ``rollout.replay=<root>/rollouts`` trains on them.
+    External servers load
     the model from ``model.path``, which they have to reach.
 
     Raises:

@@ -1,8 +1,9 @@
 """Which servers a run with ``rollout.engine=external`` uses, and whether they serve its model.
 
-Their addresses come from the configuration, from a Slurm host list or from a router. A server of another model is refused before the first
-step: by what it says of itself (:func:`check_models`), by the weights that it does not take (:func:`check_updated`), and by the log-probs
-that it gives to a prompt under the run's weights (:func:`check_log_probs`).
+Their addresses come from the configuration, from a Slurm host list or from a router. A server of another model is
+refused before the first step: by what it says of itself (:func:`check_models`), by the weights that it does not take
+(:func:`check_updated`), and by the log-probs that it gives to a prompt under the run's weights
+(:func:`check_log_probs`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from transformers import PretrainedConfig
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import access
 from dasd_megatron.rollout.access import AccessError
-from dasd_megatron.rollout.client import DENIED_STATUS, AccessDeniedError, RequestRefusedError, RolloutClient, RolloutError
+from dasd_megatron.rollout.client import (
+    DENIED_STATUS,
+    AccessDeniedError,
+    RequestRefusedError,
+    RolloutClient,
+    RolloutError,
+)
 from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import Event, Status
 
@@ -57,9 +64,11 @@ class WrongModelError(RuntimeError):
 
 
 def find_servers(rollout: RolloutConfig) -> list[str]:
-    """Base addresses of the servers that ``rollout.servers``, ``rollout.nodes`` or ``rollout.router`` name; none where all are unset.
+    """Base addresses of the servers that ``rollout.servers``, ``rollout.nodes`` or ``rollout.router`` name; none where
+    all are unset.
 
-    Raises :class:`DiscoveryError`, for a router that lists no server at the latest after ``rollout.startup_timeout_seconds``.
+    Raises :class:`DiscoveryError`, for a router that lists no server at the latest after
+    ``rollout.startup_timeout_seconds``.
     """
     if rollout.nodes:
         return node_servers(expand_host_list(rollout.nodes), rollout.port, rollout.servers_per_node)
@@ -69,8 +78,8 @@ def find_servers(rollout: RolloutConfig) -> list[str]:
 
 
 def check_access(rollout: RolloutConfig) -> None:
-    """Refuse a run whose external servers, or router, do not take its API key, before anything else is done. Those that do not answer yet
-    are asked again when the run needs them.
+    """Refuse a run whose external servers, or router, do not take its API key, before anything else is done. Those that
+    do not answer yet are asked again when the run needs them.
 
     Raises :class:`AccessError`, and :class:`DiscoveryError` where ``rollout.nodes`` cannot be expanded.
     """
@@ -91,17 +100,22 @@ def check_access(rollout: RolloutConfig) -> None:
 
 
 def expand_host_list(hosts: str) -> list[str]:
-    """The host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises :class:`DiscoveryError`."""
+    """The host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises
+    :class:`DiscoveryError`."""
     command = shutil.which("scontrol")
     if command is None:
         raise DiscoveryError(
-            f"rollout.nodes={hosts}: there is no scontrol here to expand it; start the trainer where Slurm's commands are, or name the "
-            "servers one by one in rollout.servers"
+            f"rollout.nodes={hosts}: there is no scontrol here to expand it; start the trainer where Slurm's commands "
+            "are, or name the servers one by one in rollout.servers"
         )
     try:
-        done = subprocess.run([command, "show", "hostnames", hosts], capture_output=True, text=True, timeout=SCONTROL_SECONDS)
+        done = subprocess.run(
+            [command, "show", "hostnames", hosts], capture_output=True, text=True, timeout=SCONTROL_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        what = f"no answer within {SCONTROL_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        what = (
+            f"no answer within {SCONTROL_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        )
         raise DiscoveryError(
             f"rollout.nodes={hosts}: scontrol show hostnames failed ({what}); name the servers in rollout.servers"
         ) from error
@@ -110,8 +124,8 @@ def expand_host_list(hosts: str) -> list[str]:
     if done.returncode or not names or not all(map(_HOST_NAME.fullmatch, names)):
         said = " ".join(f"{done.stderr} {done.stdout}".split())[:300] or "nothing"
         raise DiscoveryError(
-            f"rollout.nodes={hosts}: scontrol show hostnames ended with status {done.returncode} and said {said!r}; write a Slurm host "
-            "list like gpu[01-04,07]"
+            f"rollout.nodes={hosts}: scontrol show hostnames ended with status {done.returncode} and said {said!r}; "
+            "write a Slurm host list like gpu[01-04,07]"
         )
     if len(set(names)) < len(names):
         raise DiscoveryError(f"rollout.nodes={hosts} names one node twice: name each once")
@@ -126,8 +140,8 @@ def node_servers(nodes: Sequence[str], first_port: int, servers_per_node: int) -
 def router_servers(router: str, timeout_seconds: float) -> list[str]:
     """Addresses of the servers that the sglang-router at ``router`` lists, sorted, once there is one.
 
-    It lists those alone that have answered it: start it when they are up (``dasd router`` waits for them). Raises :class:`DiscoveryError`,
-    at once where ``router`` is no router.
+    It lists those alone that have answered it: start it when they are up (``dasd router`` waits for them). Raises
+    :class:`DiscoveryError`, at once where ``router`` is no router.
     """
     deadline, key = time.monotonic() + timeout_seconds, access.api_key()
     with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(key)) as http:
@@ -138,15 +152,18 @@ def router_servers(router: str, timeout_seconds: float) -> list[str]:
                 waiting_for = f"it does not answer ({type(error).__name__}: {error})"
             else:
                 if response.status_code in DENIED_STATUS:
-                    raise AccessError(f"rollout.router={router}: {'; '.join(access.refusal(response.status_code, key))}")
+                    raise AccessError(
+                        f"rollout.router={router}: {'; '.join(access.refusal(response.status_code, key))}"
+                    )
                 found = _listed(router, response)
                 if found:
                     return found
                 waiting_for = "it lists no server"
             if time.monotonic() + POLL_SECONDS >= deadline:
                 raise DiscoveryError(
-                    f"rollout.router={router}: {waiting_for} within rollout.startup_timeout_seconds={timeout_seconds:g}; start the "
-                    "servers, then the router (dasd router), and look at its log"
+                    f"rollout.router={router}: {waiting_for} within "
+                    f"rollout.startup_timeout_seconds={timeout_seconds:g}; start the servers, then the router (dasd "
+                    "router), and look at its log"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -158,21 +175,23 @@ def _listed(router: str, response: httpx.Response) -> list[str]:
         urls = sorted({re.sub(r"@\d+$", "", worker["url"]).rstrip("/") for worker in workers})
     except (ValueError, KeyError, TypeError) as error:
         raise DiscoveryError(
-            f"rollout.router={router}: /workers answered {response.status_code} and no list of servers, so this is no sglang-router; give "
-            "a router's address, or write the servers' own in rollout.servers"
+            f"rollout.router={router}: /workers answered {response.status_code} and no list of servers, so this is no "
+            "sglang-router; give a router's address, or write the servers' own in rollout.servers"
         ) from error
     for url in urls:
         if not url.startswith(("http://", "https://")):
-            raise DiscoveryError(f"rollout.router={router} lists {url}, which takes no HTTP: start that server without gRPC")
+            raise DiscoveryError(
+                f"rollout.router={router} lists {url}, which takes no HTTP: start that server without gRPC"
+            )
     return urls
 
 
 async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> list[str]:
     """Compare what every server that answers says of its model with the model of the run, before it is given weights.
 
-    Both engines name the architecture, the embedded one the vocabulary size too. The rest stands in the ``config.json`` of the directory
-    that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23 goes down when it is given weights
-    of other shapes from disk. Returns the addresses of those that have answered.
+    Both engines name the architecture, the embedded one the vocabulary size too. The rest stands in the ``config.json``
+    of the directory that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23
+    goes down when it is given weights of other shapes from disk. Returns the addresses of those that have answered.
 
     Raises :class:`WrongModelError`, and RolloutError where no server answers.
     """
@@ -195,7 +214,9 @@ def _differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[s
     # A relative path is one of the server's working directory.
     stored = _read_config(path) if path.is_absolute() else {}
     expected = {name: getattr(hf_config, name, None) for name in ("architectures", *_ARCHITECTURE)}
-    found = {name: stored.get(name) for name in _ARCHITECTURE} | {name: value for name, value in said.items() if value is not None}
+    found = {name: stored.get(name) for name in _ARCHITECTURE} | {
+        name: value for name, value in said.items() if value is not None
+    }
     return [
         f"{name} is {found[name]!r} there and {expected[name]!r} in the run"
         for name in expected
@@ -226,10 +247,11 @@ async def check_updated(client: RolloutClient) -> None:
 
 
 async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> dict[str, list[float]]:
-    """Each serving server's log-probs of the prompt ``input_ids``, by address: natural, before temperature, of every token but the first.
+    """Each serving server's log-probs of the prompt ``input_ids``, by address: natural, before temperature, of every
+    token but the first.
 
-    A server that fails is left out, and the pool hears of it. Raises RequestRefusedError with the words of a server that refuses the
-    prompt, which one with a smaller vocabulary does.
+    A server that fails is left out, and the pool hears of it. Raises RequestRefusedError with the words of a server
+    that refuses the prompt, which one with a smaller vocabulary does.
     """
     found = {}
 
@@ -256,9 +278,11 @@ def check_log_probs(found: Mapping[str, Sequence[float]], expected: Sequence[flo
         # Negated, so that nan is refused.
         if not difference <= tolerance:
             wrong.append(
-                f"{url} gives a prompt other log-probs than the trainer does, by {difference:.3g} nats a token (limit {tolerance:g})"
+                f"{url} gives a prompt other log-probs than the trainer does, by {difference:.3g} nats a token (limit "
+                f"{tolerance:g})"
             )
     if wrong:
         raise WrongModelError(
-            f"{'; '.join(wrong)}: under the same weights it computes another model, with other layers, heads or rotary embedding; {_FIX}"
+            f"{'; '.join(wrong)}: under the same weights it computes another model, with other layers, heads or "
+            f"rotary embedding; {_FIX}"
         )

@@ -56,9 +56,11 @@ def generate(
     rows_per_request: int,
     vocab_size: int | None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the latest.
+    """One completion for every prompt, in order; :class:`RolloutError` after ``config.step_timeout_seconds`` at the
+    latest.
 
-    vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused. None sets no bound.
+    vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused.
+    None sets no bound.
     """
 
     async def bounded() -> list[Completion]:
@@ -74,16 +76,23 @@ def generate(
     return asyncio.run(bounded())
 
 
-def sampling_params(config: RolloutConfig, seeds: Sequence[int], *, temperature: float, top_p: float) -> list[dict[str, Any]]:
+def sampling_params(
+    config: RolloutConfig, seeds: Sequence[int], *, temperature: float, top_p: float
+) -> list[dict[str, Any]]:
     """The sampling parameters of a request with one row for each seed."""
-    common = {"temperature": temperature, "top_p": top_p, "top_k": config.top_k, "max_new_tokens": config.max_new_tokens}
+    common = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": config.top_k,
+        "max_new_tokens": config.max_new_tokens,
+    }
     return [{**common, "sampling_seed": seed} for seed in seeds]
 
 
 @contextlib.asynccontextmanager
 async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to stop with a
-    :class:`~dasd_megatron.stopping.StopRequested`."""
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to
+    stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
 
     async def watch() -> None:
         while not stopping.requested():
@@ -109,7 +118,8 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> A
 
 @contextlib.asynccontextmanager
 async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
-    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors are raised."""
+    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors
+    are raised."""
     if work is None:
         yield
         return
@@ -134,14 +144,15 @@ def make_samples(
     tokenizer: PreTrainedTokenizerBase,
     places: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward 1 or 0, or what
-    ``verify.reward`` makes of them; under ``verify.truncated_is_wrong`` those that end for their length have no answer and 0.
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward
+    1 or 0, or what ``verify.reward`` makes of them; under ``verify.truncated_is_wrong`` those that end for their length
+    have no answer and 0.
 
-    groups: the position of each problem in the order of training problems, or its index. places: of each completion among its problem's;
-    None: counted up.
+    groups: the position of each problem in the order of training problems, or its index. places: of each completion
+    among its problem's; None: counted up.
 
-    What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and a server started
-    without a tokenizer sends no text.
+    What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and
+    a server started without a tokenizer sends no text.
     """
     repeated = [part for part in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)]
     texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]

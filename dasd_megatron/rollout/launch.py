@@ -1,4 +1,5 @@
-"""Start, watch and stop a rollout server as a child process: the embedded one, or SGLang in an environment of its own."""
+"""Start, watch and stop a rollout server as a child process: the embedded one, or SGLang in an environment of its
+own."""
 
 from __future__ import annotations
 
@@ -24,8 +25,16 @@ POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 10.0
 TAIL_LINES = 20
 SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
-# What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches behind another batch.
-_SGLANG_CPU_ARGUMENTS = ["--device", "cpu", "--attention-backend", "torch_native", "--disable-overlap-schedule", "--sleep-on-idle"]
+# What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches
+# behind another batch.
+_SGLANG_CPU_ARGUMENTS = [
+    "--device",
+    "cpu",
+    "--attention-backend",
+    "torch_native",
+    "--disable-overlap-schedule",
+    "--sleep-on-idle",
+]
 
 _NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
     prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
@@ -43,8 +52,8 @@ class PortInUseError(ServerStartError):
 class LocalServer:
     """A rollout server of ours in its own process; it ends with this process, however that ends.
 
-    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: which engine, where to listen, its
-    resources and time limits; log_path: the file that its output is appended to.
+    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: which engine,
+    where to listen, its resources and time limits; log_path: the file that its output is appended to.
     """
 
     def __init__(self, model_path: str | Path, weight_version: str, rollout: RolloutConfig, log_path: str | Path):
@@ -65,8 +74,8 @@ class LocalServer:
 
     @property
     def url(self) -> str:
-        """Base address, known once :meth:`start` was called. It survives :meth:`restart`; outside Linux, unless another process took the
-        port."""
+        """Base address, known once :meth:`start` was called. It survives :meth:`restart`; outside Linux, unless another
+        process took the port."""
         if self._port == 0:
             raise ServerStartError("the rollout server has no address yet: call start() first")
         host = f"[{self.rollout.host}]" if ":" in self.rollout.host else self.rollout.host
@@ -84,8 +93,10 @@ class LocalServer:
     def start(self) -> None:
         """Start the process and return once it is healthy.
 
-        Raises PortInUseError before anything is started when ``rollout.port`` is taken, and ServerStartError with the end of the
-        log when the process ends or is not healthy within ``rollout.startup_timeout_seconds``; nothing is left running then.
+        Raises PortInUseError before anything is started when ``rollout.port`` is taken, and ServerStartError with the
+        end of the
+        log when the process ends or is not healthy within ``rollout.startup_timeout_seconds``; nothing is left running
+        then.
         """
         if self.alive():
             raise ServerStartError(f"the rollout server is already running at {self.url}")
@@ -96,12 +107,16 @@ class LocalServer:
         self._port = sock.getsockname()[1]
         self._hold_port()
         embedded = self.rollout.engine == "embedded"
-        command = self._embedded_command(sock.fileno()) if embedded else sglang_command(self.rollout, self.model_path, self._port)
+        command = (
+            self._embedded_command(sock.fileno())
+            if embedded
+            else sglang_command(self.rollout, self.model_path, self._port)
+        )
         if not embedded:
             command += ["--weight-version", self.weight_version]
             sock.close()
-        # The embedded server gets the socket that is bound here, so that the port cannot be lost between choosing and using it; this copy
-        # is closed at once, so that connections are refused, not left waiting, when the child dies.
+        # The embedded server gets the socket that is bound here, so that the port cannot be lost between choosing and
+        # using it; this copy is closed at once, so that connections are refused, not left waiting, when the child dies.
         with sock, self.log_path.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
@@ -115,8 +130,8 @@ class LocalServer:
                 )
             except OSError as error:
                 raise ServerStartError(
-                    f"rollout.sglang.python: {command[0]} cannot be started ({error.strerror}); give the interpreter of the environment "
-                    "that has SGLang (make sglang-cpu builds .venv-sglang)"
+                    f"rollout.sglang.python: {command[0]} cannot be started ({error.strerror}); give the interpreter "
+                    "of the environment that has SGLang (make sglang-cpu builds .venv-sglang)"
                 ) from error
         try:
             self._wait_until_healthy()
@@ -127,7 +142,8 @@ class LocalServer:
             raise
 
     def stop(self) -> None:
-        """End the process and all that it started: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing happens when it is
+        """End the process and all that it started: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing
+        happens when it is
         not running. The port is free then."""
         self._end_process()
         if self._held is not None:
@@ -157,7 +173,8 @@ class LocalServer:
         self.start()
 
     def _descendants(self, process: subprocess.Popen) -> list[psutil.Process]:
-        """The processes of the session that ``process`` leads, or led: those that SGLang starts outlive it when it is killed."""
+        """The processes of the session that ``process`` leads, or led: those that SGLang starts outlive it when it is
+        killed."""
         family = []
         for member in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
@@ -179,13 +196,14 @@ class LocalServer:
             if self.rollout.port == 0 and self._port != 0:
                 return bind(self.rollout.host, 0)
             raise PortInUseError(
-                f"rollout.port: {error}. Set rollout.port=0 for any free port, or check rollout.host={self.rollout.host}"
+                f"rollout.port: {error}. Set rollout.port=0 for any free port, or check "
+                f"rollout.host={self.rollout.host}"
             ) from error
 
     def _hold_port(self) -> None:
-        """Keep the port from being given to others while nobody listens on it: SGLang binds it half a minute after its start, and a server
-        that died is started again at the same address. A second socket that is bound and does not listen does that on Linux, where the
-        server's own may be bound beside it."""
+        """Keep the port from being given to others while nobody listens on it: SGLang binds it half a minute after its
+        start, and a server that died is started again at the same address. A second socket that is bound and does not
+        listen does that on Linux, where the server's own may be bound beside it."""
         if self._held is None and sys.platform == "linux":
             self._held = bind(self.rollout.host, self._port)
 
@@ -210,18 +228,23 @@ class LocalServer:
             while time.monotonic() < deadline:
                 stopping.raise_if_requested()
                 if not self.alive():
-                    raise ServerStartError(f"the rollout server ended with status {self._process.returncode}. {self.log_tail()}")
+                    raise ServerStartError(
+                        f"the rollout server ended with status {self._process.returncode}. {self.log_tail()}"
+                    )
                 try:
                     if http.get(f"{self.url}/health").status_code == 200:
                         return
                 except httpx.TransportError:
                     pass  # it does not listen before the model is loaded
                 time.sleep(POLL_SECONDS)
-        raise ServerStartError(f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}")
+        raise ServerStartError(
+            f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}"
+        )
 
     def _check_listener(self) -> None:
-        """See that it is our SGLang that answers: it binds its port late in its start, and by then the port may be another's. What the
-        server says of itself proves nothing, since a run that finds it may have given it newer weights already."""
+        """See that it is our SGLang that answers: it binds its port late in its start, and by then the port may be
+        another's. What the server says of itself proves nothing, since a run that finds it may have given it newer
+        weights already."""
         for member in [psutil.Process(self._process.pid), *self._descendants(self._process)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for connection in member.net_connections("inet"):
@@ -236,9 +259,13 @@ class LocalServer:
 
 
 def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables that are this environment's alone: SGLang's is another one. And what torchrun says of the trainer's ranks is
-    not for it: its own rendezvous would wait for the agent's."""
-    return {name: value for name, value in environment.items() if name not in _NOT_FOR_SGLANG and not name.startswith("TORCHELASTIC_")}
+    """Without the variables that are this environment's alone: SGLang's is another one. And what torchrun says of the
+    trainer's ranks is not for it: its own rendezvous would wait for the agent's."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _NOT_FOR_SGLANG and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[str]:

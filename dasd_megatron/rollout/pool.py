@@ -1,6 +1,8 @@
-"""Which rollout servers are asked: the health of each as a pure state machine, and the choice of the least loaded healthy one.
+"""Which rollout servers are asked: the health of each as a pure state machine, and the choice of the least loaded
+healthy one.
 
-Nothing here talks to a server. :class:`~dasd_megatron.rollout.client.RolloutClient` reports what it saw and asks whom to send to.
+Nothing here talks to a server. :class:`~dasd_megatron.rollout.client.RolloutClient` reports what it saw and asks whom
+to send to.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Event(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What is known of one server. ``failures`` in a row; ``version``: the weights that it last said to hold, None where unknown."""
+    """What is known of one server. ``failures`` in a row; ``version``: the weights that it last said to hold, None
+    where unknown."""
 
     status: Status = Status.STARTING
     failures: int = 0
@@ -55,7 +58,8 @@ class Health:
 
 
 def transition(health: Health, event: Event, *, current: str | None, version: str | None = None) -> Health:
-    """The health after ``event``. current: the weight version that counts, None where any does; version: of ANSWERED, the server's."""
+    """The health after ``event``. current: the weight version that counts, None where any does; version: of ANSWERED,
+    the server's."""
     match event:
         case Event.ANSWERED:
             fits = current is None or version == current
@@ -75,8 +79,8 @@ def transition(health: Health, event: Event, *, current: str | None, version: st
 class ServerPool:
     """The servers of a run as one process sees them.
 
-    urls: base addresses. May be used from several threads. Every change of a server's status but the first is a line in the log, and so is
-    every change of its weights that is not to ``current``.
+    urls: base addresses. May be used from several threads. Every change of a server's status but the first is a line in
+    the log, and so is every change of its weights that is not to ``current``.
     """
 
     def __init__(self, urls: Iterable[str]):
@@ -94,8 +98,8 @@ class ServerPool:
             strayed = event is Event.ANSWERED and before.version not in (None, version) and version != self.current
             if strayed:
                 reason = (
-                    f"went from weights {before.version!r} to {version!r}, which this run has not given it now: it was restarted, or "
-                    "something else updates it"
+                    f"went from weights {before.version!r} to {version!r}, which this run has not given it now: it "
+                    "was restarted, or something else updates it"
                 )
             elif event is Event.ANSWERED and self.current not in (None, version):
                 reason = reason or f"holds weights {version!r}, not {self.current!r}"
@@ -103,7 +107,8 @@ class ServerPool:
             self._set(url, transition(before, event, current=self.current, version=version), self.reasons[url], strayed)
 
     def doubt(self, reason: str) -> None:
-        """One of these servers may have failed, nobody knows which: those that serve are suspect until they have answered again."""
+        """One of these servers may have failed, nobody knows which: those that serve are suspect until they have
+        answered again."""
         with self._lock:
             for url in self.with_status(Status.SERVING):
                 self._set(url, Health(Status.SUSPECT, 0, self.health[url].version), reason)
@@ -120,8 +125,8 @@ class ServerPool:
         return [url for url, health in self.health.items() if health.status in statuses]
 
     def choose(self, avoid: Collection[str] = ()) -> str | None:
-        """Whom to send the next request: of the servers in the best status the one with the fewest requests. Those in ``avoid``, which have
-        failed this request before, come last. None where all are stale."""
+        """Whom to send the next request: of the servers in the best status the one with the fewest requests. Those in
+        ``avoid``, which have failed this request before, come last. None where all are stale."""
         for candidates in ([url for url in self.health if url not in avoid], list(avoid)):
             for statuses in ((Status.SERVING,), (Status.STARTING,), (Status.SUSPECT,), (Status.DEAD, Status.DRAINING)):
                 able = [url for url in candidates if self.health[url].status in statuses]
@@ -140,7 +145,9 @@ class ServerPool:
 
     def _set(self, url: str, after: Health, reason: str, strayed: bool = False) -> None:
         before, self.health[url] = self.health[url], after
-        expected = after.status is before.status or (before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING)
+        expected = after.status is before.status or (
+            before.status in (Status.STARTING, Status.STALE) and after.status is Status.SERVING
+        )
         if expected and not strayed:
             return
         level = logging.INFO if after.status is Status.SERVING and not strayed else logging.WARNING

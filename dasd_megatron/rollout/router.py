@@ -34,15 +34,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--servers", nargs="+", default=[], metavar="URL", help="addresses like http://10.0.0.1:30000")
     parser.add_argument("--nodes", metavar="HOSTS", help="instead of --servers, a Slurm host list like gpu[01-04]")
-    parser.add_argument("--first-port", type=int, default=30000, help="--nodes only: first port of each node's servers (default: 30000)")
-    parser.add_argument("--servers-per-node", type=int, default=1, help="--nodes only: at consecutive ports (default: 1)")
-    parser.add_argument("--python", help=f"interpreter that has sglang-router (default: {DEFAULT_PYTHON} where it is there, or this one)")
+    parser.add_argument(
+        "--first-port", type=int, default=30000, help="--nodes only: first port of each node's servers (default: 30000)"
+    )
+    parser.add_argument(
+        "--servers-per-node", type=int, default=1, help="--nodes only: at consecutive ports (default: 1)"
+    )
+    parser.add_argument(
+        "--python",
+        help=f"interpreter that has sglang-router (default: {DEFAULT_PYTHON} where it is there, or this one)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=31000, help="default: 31000; 0: any free one")
-    parser.add_argument("--metrics-port", type=int, default=0, help="of the router's Prometheus metrics (default: any free one)")
+    parser.add_argument(
+        "--metrics-port", type=int, default=0, help="of the router's Prometheus metrics (default: any free one)"
+    )
     parser.add_argument("--policy", default=DEFAULT_POLICY, help=f"who gets a request (default: {DEFAULT_POLICY})")
     parser.add_argument(
-        "--startup-timeout", type=float, default=1800.0, metavar="SECONDS", help="for all servers to answer it (default: 1800)"
+        "--startup-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="for all servers to answer it (default: 1800)",
     )
     return parser
 
@@ -123,7 +136,11 @@ def _run(command: list[str], url: str, servers: list[str], startup_timeout: floa
     try:
         # In a session of its own: an interrupt at the terminal is this process's to handle.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=for_sglang(os.environ), start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            env=for_sglang(os.environ),
+            start_new_session=True,
         )
     except OSError as error:
         raise ServerStartError(f"--python: {command[0]} cannot be started ({error.strerror})") from error
@@ -150,7 +167,9 @@ def _wait_until_ready(process: subprocess.Popen, url: str, servers: list[str], t
             if process.poll() is not None:
                 raise ServerStartError(f"sglang-router ended with status {process.returncode}; its log is above")
             try:
-                listed = {worker["url"] for worker in http.get(f"{url}/workers").json()["workers"] if worker["is_healthy"]}
+                listed = {
+                    worker["url"] for worker in http.get(f"{url}/workers").json()["workers"] if worker["is_healthy"]
+                }
             except httpx.TransportError:
                 pass  # it does not listen yet
             else:
@@ -159,5 +178,6 @@ def _wait_until_ready(process: subprocess.Popen, url: str, servers: list[str], t
                     return
             time.sleep(POLL_SECONDS)
     raise ServerStartError(
-        f"sglang-router got no answer from {', '.join(missing)} within --startup-timeout {timeout:g}; see that these servers run"
+        f"sglang-router got no answer from {', '.join(missing)} within --startup-timeout {timeout:g}; see that these "
+        "servers run"
     )

@@ -20,11 +20,14 @@ class ReplayError(ValueError):
 class Sample:
     """A response with what made it.
 
-    group: place of its prompt in the batch of its step; sample: its place among the responses to that prompt; position: place of the
-    prompt in the endless order of training problems, which no other group of a run has. rollout_log_probs: natural logs, after
-    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in order. response_mask:
-    one per token, 1 for those that the policy sampled and 0 for those that stand there as context, like a tool's answer; None: it sampled
-    all. Only sampled tokens are trained on and counted; the log-prob of the others is 0.0.
+    group: place of its prompt in the batch of its step; sample: its place among the responses to that prompt; position:
+    place of the
+    prompt in the endless order of training problems, which no other group of a run has. rollout_log_probs: natural
+    logs, after
+    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in
+    order. response_mask: one per token, 1 for those that the policy sampled and 0 for those that stand there as
+    context, like a tool's answer; None: it sampled all. Only sampled tokens are trained on and counted; the log-prob of
+    the others is 0.0.
     """
 
     group: int
@@ -71,10 +74,16 @@ def version_step(name: str) -> int:
 
 
 def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None:
-    """What is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if nothing is."""
+    """What is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if nothing
+    is."""
     if mask is None:
         return None
-    if not isinstance(mask, list) or len(mask) != len(log_probs) or any(one not in (0, 1) for one in mask) or 1 not in mask:
+    if (
+        not isinstance(mask, list)
+        or len(mask) != len(log_probs)
+        or any(one not in (0, 1) for one in mask)
+        or 1 not in mask
+    ):
         return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
     if any(log_prob != 0 for log_prob, sampled in zip(log_probs, mask, strict=True) if not sampled):
         return "rollout_log_probs must be 0.0 where response_mask is 0: the policy did not sample these tokens"
@@ -133,7 +142,8 @@ def load_samples(path: Path, *, groups: int, samples_per_group: int) -> list[Sam
     """The rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
 
     Raises:
-        ReplayError: missing file, broken line, or not exactly ``samples_per_group`` rollouts of each of ``groups`` prompts.
+        ReplayError: missing file, broken line, or not exactly ``samples_per_group`` rollouts of each of ``groups``
+            prompts.
     """
     if not path.is_file():
         raise ReplayError(f"{path}: no such file; rollout.replay must hold one file for every step that is trained")

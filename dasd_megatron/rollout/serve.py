@@ -20,25 +20,39 @@ FOLLOW_SECONDS = 0.2
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dasd serve --engine sglang",
-        description="Serve a Hugging Face directory with SGLang; its log goes to standard output. Arguments after -- are SGLang's own.",
+        description="Serve a Hugging Face directory with SGLang; its log goes to standard output. Arguments after -- are "
+        "SGLang's own.",
     )
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
     parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--python", help="interpreter of the environment that has SGLang (default: this one; cpu: .venv-sglang/bin/python)")
+    parser.add_argument(
+        "--python",
+        help="interpreter of the environment that has SGLang (default: this one; cpu: .venv-sglang/bin/python)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, help="default: 30000; 0: any free one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
+    )
     parser.add_argument("--weight-version", default="default", help="version that the weights are served under")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--max-running-requests", type=int, default=256, help="sequences decoded at once (default: 256)")
-    parser.add_argument("--deterministic", action="store_true", help="heed sampling_seed: equal seeds give equal samples")
+    parser.add_argument(
+        "--max-running-requests", type=int, default=256, help="sequences decoded at once (default: 256)"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="heed sampling_seed: equal seeds give equal samples"
+    )
     parser.add_argument("--tp-size", type=int, default=1, help="GPUs that share each replica of the model")
     parser.add_argument("--dp-size", type=int, default=1, help="replicas behind the address")
     parser.add_argument("--mem-fraction-static", type=float, help="share of GPU memory for weights and key-value cache")
     parser.add_argument("--max-total-tokens", type=int, help="tokens in the key-value cache (cpu: 65536)")
-    parser.add_argument("--context-length", type=int, help="longest prompt and response together, tokens (default: the model's)")
+    parser.add_argument(
+        "--context-length", type=int, help="longest prompt and response together, tokens (default: the model's)"
+    )
     parser.add_argument("--quantization", help="of the served weights, like fp8")
-    parser.add_argument("--startup-timeout", type=float, default=1800.0, metavar="SECONDS", help="to become healthy (default: 1800)")
+    parser.add_argument(
+        "--startup-timeout", type=float, default=1800.0, metavar="SECONDS", help="to become healthy (default: 1800)"
+    )
     return parser
 
 
@@ -60,7 +74,9 @@ def serve(arguments: list[str]) -> None:
         return
     options = _parser().parse_args(rest)
     if not (Path(options.model_path) / "config.json").is_file():
-        raise ConfigError(f"--model-path {options.model_path}: no config.json there; give a Hugging Face model directory")
+        raise ConfigError(
+            f"--model-path {options.model_path}: no config.json there; give a Hugging Face model directory"
+        )
     cpu = options.backend == "cpu"
     rollout = RolloutConfig(
         engine="sglang",

@@ -1,29 +1,40 @@
 """The embedded rollout server: SGLang 0.5.23's native HTTP API over transformers on the CPU, in its own process.
 
-``python -m dasd_megatron.rollout.server --model-path DIR --port 30000`` serves any Hugging Face causal LM directory. Field names,
-answers and error bodies are those of SGLang 0.5.23, so that a client written for one works against the other. Where the embedded
+``python -m dasd_megatron.rollout.server --model-path DIR --port 30000`` serves any Hugging Face causal LM directory.
+Field names,
+answers and error bodies are those of SGLang 0.5.23, so that a client written for one works against the other. Where the
+embedded
 server differs, on purpose:
 
 - A token id outside the vocabulary, lists of unequal length and ``n < 1`` get a 400; SGLang answers 500 or goes down.
-- Known parameters that change the distribution or the answer and are not implemented here (penalties, grammars, ``min_p``,
-  ``stop_regex``, streaming, LoRA, images, ...) get a 400 when they are set; they are never ignored. Unknown fields are treated as
+- Known parameters that change the distribution or the answer and are not implemented here (penalties, grammars,
+  ``min_p``,
+  ``stop_regex``, streaming, LoRA, images, ...) get a 400 when they are set; they are never ignored. Unknown fields are
+  treated as
   SGLang treats them: ignored at the top level, refused inside ``sampling_params``.
-- ``sampling_seed`` always counts. SGLang reads it only under ``--enable-deterministic-inference`` (42 where it is absent) and ignores
-  it otherwise. With ``n > 1`` and a seed, all n samples carry the same seed in SGLang and come out identical; so they do here.
+- ``sampling_seed`` always counts. SGLang reads it only under ``--enable-deterministic-inference`` (42 where it is
+  absent) and ignores
+  it otherwise. With ``n > 1`` and a seed, all n samples carry the same seed in SGLang and come out identical; so they
+  do here.
   Distinct samples of one prompt under a seed are n rows with n seeds.
 - A prompt may fill the context but for one token; SGLang keeps up to seven tokens of it for itself.
-- ``/abort_request`` ends the one request of this id, SGLang all whose ids begin so; and it ends suspended requests at once, SGLang when
-  generation goes on.
+- ``/abort_request`` ends the one request of this id, SGLang all whose ids begin so; and it ends suspended requests at
+  once, SGLang when generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0 and ``/flush_cache`` only checks that nothing is running.
-- ``/update_weights_from_tensor`` takes buckets in shared memory alone, and what it cannot read gets a 400; SGLang's process ends.
-- Requests get a 400 while memory is released, and after a release of the weights until they have been sent again; SGLang tries to answer.
-  ``/release_memory_occupation`` while requests run, and ``/resume_memory_occupation`` of what is not released, get a 400; SGLang goes down.
+- ``/update_weights_from_tensor`` takes buckets in shared memory alone, and what it cannot read gets a 400; SGLang's
+  process ends.
+- Requests get a 400 while memory is released, and after a release of the weights until they have been sent again;
+  SGLang tries to answer. ``/release_memory_occupation`` while requests run, and ``/resume_memory_occupation`` of what
+  is not released, get a 400; SGLang goes down.
 - ``/weights_checker`` has the action ``checksum`` alone, and Hugging Face's names of tensors, SGLang its own.
-- An update over a process group or out of memory gathers weights beside the served ones, which ``/end_weight_update`` replaces.
-- Sequences that ``pause_generation`` suspends go on under the weights of an update that comes meanwhile: in mode ``retract`` their keys and
-  values are computed anew, in mode ``in_place`` they stay those of the old weights, for which SGLang needs ``flush_cache=false``.
+- An update over a process group or out of memory gathers weights beside the served ones, which ``/end_weight_update``
+  replaces.
+- Sequences that ``pause_generation`` suspends go on under the weights of an update that comes meanwhile: in mode
+  ``retract`` their keys and values are computed anew, in mode ``in_place`` they stay those of the old weights, for
+  which SGLang needs ``flush_cache=false``.
 
-Sampling is a pure function of weights, prompt, ``sampling_seed`` and position: a counter-based hash gives one uniform per token, and
+Sampling is a pure function of weights, prompt, ``sampling_seed`` and position: a counter-based hash gives one uniform
+per token, and
 the token is the inverse of the cumulative distribution at it, in float64.
 """
 
@@ -79,7 +90,8 @@ logger = logging.getLogger("dasd_megatron.rollout.server")
 TOP_K_ALL = 1 << 30
 MAX_STOP_COUNT = 32
 PREFILL_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts; bounds its activations
-CONTEXT_TOKENS = 5  # prompt tokens decoded together with the output, so that a tokenizer that strips a leading space does not
+# prompt tokens decoded together with the output, so that a tokenizer that strips a leading space does not
+CONTEXT_TOKENS = 5
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 HEALTH_TIMEOUT_SECONDS = 20.0
 DISCONNECT_POLL_SECONDS = 1.0
@@ -94,11 +106,13 @@ class ModelDirectoryError(ServerError):
     """A directory that is not a complete Hugging Face causal LM, or not of the served architecture."""
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------------
+# ---- Sampling
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """A bijective 64-bit finaliser (xor-shift-multiply, splitmix64's constants); uint64 in, uint64 out, arithmetic modulo 2**64."""
+    """A bijective 64-bit finaliser (xor-shift-multiply, splitmix64's constants); uint64 in, uint64 out, arithmetic
+    modulo 2**64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -107,20 +121,25 @@ def _mix64(x: np.ndarray) -> np.ndarray:
 def counter_uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """One uniform per row from a hash of (seed, position).
 
-    seeds: [B] int64; positions: [B] int64, the sequence position of the token to draw. Returns [B] float64 strictly inside (0, 1),
-    multiples of 2**-49, so that ``u * total < total`` holds in float64 and inverting a cumulative sum never runs past its last
+    seeds: [B] int64; positions: [B] int64, the sequence position of the token to draw. Returns [B] float64 strictly
+    inside (0, 1), multiples of 2**-49, so that ``u * total < total`` holds in float64 and inverting a cumulative sum
+    never runs past its last
     positive entry.
     """
     key = _mix64(seeds.astype(np.int64).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    bits = _mix64(key ^ _mix64(positions.astype(np.int64).view(np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(1)))
+    bits = _mix64(
+        key ^ _mix64(positions.astype(np.int64).view(np.uint64) * np.uint64(0xD1B54A32D192ED03) + np.uint64(1))
+    )
     return ((bits >> np.uint64(16)).astype(np.float64) + 0.5) * 2.0**-48
 
 
 def keep_top(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Zero what top-k and top-p cut off, unnormalised.
 
-    probs: [B, V] float64; top_k: [B] int64 >= 1; top_p: [B] float64 in (0, 1]. A token stays when its rank is under top_k and the mass
-    of the tokens ranked before it is at most top_p (SGLang's rule: both cuts look at the unfiltered distribution). Ties rank by id.
+    probs: [B, V] float64; top_k: [B] int64 >= 1; top_p: [B] float64 in (0, 1]. A token stays when its rank is under
+    top_k and the mass
+    of the tokens ranked before it is at most top_p (SGLang's rule: both cuts look at the unfiltered distribution). Ties
+    rank by id.
     """
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
@@ -132,11 +151,13 @@ def keep_top(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> t
 def sample_tokens(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row by inverting the cumulative distribution at ``uniforms``; ``top_k == 1`` takes the largest logit.
+    """Draw one token per row by inverting the cumulative distribution at ``uniforms``; ``top_k == 1`` takes the largest
+    logit.
 
-    logits: [B, V] any float dtype; temperature: [B] float64 > 0; top_k: [B] int64 >= 1; top_p: [B] float64 in (0, 1]; uniforms: [B]
-    float64 in (0, 1). Returns tokens [B] int64 and log-probs [B, V] float64 of the whole vocabulary, after temperature and before
-    top-k/top-p.
+    logits: [B, V] any float dtype; temperature: [B] float64 > 0; top_k: [B] int64 >= 1; top_p: [B] float64 in (0, 1];
+    uniforms: [B]
+    float64 in (0, 1). Returns tokens [B] int64 and log-probs [B, V] float64 of the whole vocabulary, after temperature
+    and before top-k/top-p.
     """
     log_probs = torch.log_softmax(logits.double() / temperature[:, None], dim=-1)
     greedy = top_k == 1
@@ -153,7 +174,8 @@ def sample_tokens(
     return torch.where(greedy, log_probs.argmax(-1), tokens), log_probs
 
 
-# ---- Requests --------------------------------------------------------------------------------------------------------------
+# ---- Requests
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _running_future() -> Future:
@@ -165,7 +187,8 @@ def _running_future() -> Future:
 
 @dataclass(slots=True)
 class SamplingParams:
-    """Checked sampling parameters of one row. ``temperature`` 0 has become temperature 1 with ``top_k`` 1, as in SGLang."""
+    """Checked sampling parameters of one row. ``temperature`` 0 has become temperature 1 with ``top_k`` 1, as in
+    SGLang."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -198,7 +221,8 @@ class Row:
     input_log_probs: list[float | None] = field(default_factory=list)
     input_top: list[list[tuple[float, int]] | None] = field(default_factory=list)
     weight_version: str = ""
-    earlier_versions: list[tuple[str, int]] = field(default_factory=list)  # (version, output tokens until it was replaced)
+    # (version, output tokens until it was replaced)
+    earlier_versions: list[tuple[str, int]] = field(default_factory=list)
     finish_reason: dict[str, Any] | None = None
     finished_at: float = 0.0
     started: bool = False
@@ -221,7 +245,8 @@ class GenerateJob:
 
 @dataclass(slots=True, eq=False)
 class UpdateJob:
-    """A weight update that waits for its turn: ``load`` gives the new model. ``done`` resolves to (success, message)."""
+    """A weight update that waits for its turn: ``load`` gives the new model. ``done`` resolves to (success,
+    message)."""
 
     load: Callable[[], PreTrainedModel]
     model_path: str
@@ -412,7 +437,9 @@ def check_contract(body: Any) -> None:
                 _expect(value, SAMPLING_FIELDS[name])
 
 
-def parse_sampling_params(given: dict[str, Any], *, prompt_length: int, context_length: int, eos_ids: frozenset[int]) -> SamplingParams:
+def parse_sampling_params(
+    given: dict[str, Any], *, prompt_length: int, context_length: int, eos_ids: frozenset[int]
+) -> SamplingParams:
     """One row's sampling parameters, defaulted and checked as SGLang does; raises ValueError with its message."""
     # An absent limit is 128; an explicit null means "up to the context".
     requested = given.get("max_new_tokens", 128)
@@ -420,13 +447,15 @@ def parse_sampling_params(given: dict[str, Any], *, prompt_length: int, context_
     for name, neutral in NEUTRAL.items():
         if name in given and given[name] not in neutral:
             raise ValueError(
-                f"{name}={given[name]!r} is not supported by the embedded rollout server; leave it out or serve the model with SGLang."
+                f"{name}={given[name]!r} is not supported by the embedded rollout server; leave it out or serve the "
+                "model with SGLang."
             )
     if "max_new_tokens" in given and requested + prompt_length > context_length:
         raise ValueError(
-            f"Requested token count exceeds the model's maximum context length of {context_length} tokens. You requested a total of "
-            f"{requested + prompt_length} tokens: {prompt_length} tokens from the input messages and {requested} tokens for the "
-            "completion. Please reduce the number of tokens in the input messages or the completion to fit within the limit."
+            f"Requested token count exceeds the model's maximum context length of {context_length} tokens. You "
+            f"requested a total of {requested + prompt_length} tokens: {prompt_length} tokens from the input messages "
+            f"and {requested} tokens for the completion. Please reduce the number of tokens in the input messages or "
+            "the completion to fit within the limit."
         )
     stop = given.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
@@ -466,7 +495,8 @@ def parse_sampling_params(given: dict[str, Any], *, prompt_length: int, context_
         top_p=top_p,
         top_k=top_k,
         stop=stop,
-        # Every token carries at least one byte of text, so this many tokens hold a stop string that ends in the newest one, and a
+        # Every token carries at least one byte of text, so this many tokens hold a stop string that ends in the newest
+        # one, and a
         # little context in front of it in case the cut falls inside a character.
         stop_tail=max((len(s.encode()) for s in stop), default=0) + 4,
         stop_ids=eos_ids | frozenset(given.get("stop_token_ids", ())),
@@ -495,13 +525,16 @@ def build_job(
 ) -> GenerateJob:
     """A parsed /generate body as a job, prompt-major when ``n > 1``.
 
-    Raises pydantic's ValidationError (wrong JSON types), ContractError (schema) or ValueError (anything else), all of them status 400.
+    Raises pydantic's ValidationError (wrong JSON types), ContractError (schema) or ValueError (anything else), all of
+    them status 400.
     """
     obj: GenerateReqInput = _GENERATE_ADAPTER.validate_python(body)
     check_contract(body)
     for name in UNSUPPORTED_FIELDS:
         if body.get(name):
-            raise ValueError(f"{name} is not supported by the embedded rollout server; leave it out or serve the model with SGLang.")
+            raise ValueError(
+                f"{name} is not supported by the embedded rollout server; leave it out or serve the model with SGLang."
+            )
     if obj.text is None and obj.input_ids is None:
         raise ValueError("Either text, input_ids or input_embeds should be provided.")
     # As in SGLang, input_ids wins where both are given.
@@ -541,7 +574,9 @@ def build_job(
         if not prompt:
             raise ValueError("The prompt is empty: it has no tokens.")
         if len(prompt) >= context_length:
-            raise ValueError(f"The input ({len(prompt)} tokens) is longer than the model's context length ({context_length} tokens).")
+            raise ValueError(
+                f"The input ({len(prompt)} tokens) is longer than the model's context length ({context_length} tokens)."
+            )
         bad = next((t for t in prompt if not 0 <= t < vocab_size), None)
         if bad is not None:
             raise ValueError(f"input_ids contains out-of-vocabulary token id {bad}; valid range is [0, {vocab_size}).")
@@ -550,13 +585,23 @@ def build_job(
             start = len(prompt)
         elif start > len(prompt):
             raise ValueError(
-                f"req.logprob_start_len={start} is higher than the number of input tokens len(req.origin_input_ids)={len(prompt)}. "
-                "Please use a smaller logprob_start_len."
+                f"req.logprob_start_len={start} is higher than the number of input tokens "
+                f"len(req.origin_input_ids)={len(prompt)}. Please use a smaller logprob_start_len."
             )
         for sample in range(n):
-            params = parse_sampling_params(given[i], prompt_length=len(prompt), context_length=context_length, eos_ids=eos_ids)
+            params = parse_sampling_params(
+                given[i], prompt_length=len(prompt), context_length=context_length, eos_ids=eos_ids
+            )
             job.rows.append(
-                Row(job, rids[i * n + sample], prompt, params, return_logprob[i], start, top_logprobs[i] if return_logprob[i] else 0)
+                Row(
+                    job,
+                    rids[i * n + sample],
+                    prompt,
+                    params,
+                    return_logprob[i],
+                    start,
+                    top_logprobs[i] if return_logprob[i] else 0,
+                )
             )
     job.unfinished = len(job.rows)
     return job
@@ -581,16 +626,20 @@ def _request_ids(rid: None | str | list[str], single: bool, size: int, n: int) -
 _GENERATE_ADAPTER = TypeAdapter(GenerateReqInput)
 
 
-# ---- Engine --------------------------------------------------------------------------------------------------------------
+# ---- Engine
+# --------------------------------------------------------------------------------------------------------------
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in a buffer with spare columns, so that a decoding step writes one column and copies nothing.
+    """Keys and values of one layer in a buffer with spare columns, so that a decoding step writes one column and copies
+    nothing.
 
     ``keys`` and ``values`` are views [B, heads, length, head_dim] of the filled part.
     """
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None) -> tuple:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple:
         if not self.is_initialized:
             self.lazy_initialization(key_states)
             self.keys, self.values = key_states, value_states
@@ -617,7 +666,8 @@ def _with_room(states: torch.Tensor, filled: int, columns: int) -> torch.Tensor:
 
 
 def _new_cache(num_layers: int) -> DynamicCache:
-    # Full-length layers even for sliding-window models: the attention mask still limits the window, and rows of unequal age can be merged.
+    # Full-length layers even for sliding-window models: the attention mask still limits the window, and rows of unequal
+    # age can be merged.
     cache = DynamicCache()
     cache.layers = [GrowingLayer() for _ in range(num_layers)]
     return cache
@@ -626,8 +676,9 @@ def _new_cache(num_layers: int) -> DynamicCache:
 class DecodingBatch:
     """Left-padded sequences that are decoded together.
 
-    rows: B sequences, some of them finished (dropped by :meth:`compact`); cache: keys and values, ``length`` columns; mask: [B, length]
-    int64, 0 on padding; next_ids: [B] int64, drawn but not yet fed; positions: [B] int64, where they go in their own sequence.
+    rows: B sequences, some of them finished (dropped by :meth:`compact`); cache: keys and values, ``length`` columns;
+    mask: [B, length] int64, 0 on padding; next_ids: [B] int64, drawn but not yet fed; positions: [B] int64, where they
+    go in their own sequence.
     """
 
     def __init__(self, rows: list[Row], cache: DynamicCache, mask: torch.Tensor, positions: torch.Tensor):
@@ -648,7 +699,8 @@ class DecodingBatch:
         self.top_logprobs = max((row.top_logprobs for row in self.rows), default=0)
 
     def compact(self) -> bool:
-        """Drop finished rows once they are an eighth of the batch, and columns that are then all padding. False: no row remains."""
+        """Drop finished rows once they are an eighth of the batch, and columns that are then all padding. False: no row
+        remains."""
         keep = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
         if not keep:
             return False
@@ -690,8 +742,8 @@ class DecodingBatch:
 def load_model(path: str, dtype: torch.dtype, config: transformers.PretrainedConfig | None = None) -> PreTrainedModel:
     """Load a causal LM onto the CPU from a local directory; nothing is fetched.
 
-    With ``config`` (that of the served model) the directory's weights must fit it exactly. Raises ModelDirectoryError when the directory is
-    missing, incomplete, unreadable or of another shape.
+    With ``config`` (that of the served model) the directory's weights must fit it exactly. Raises ModelDirectoryError
+    when the directory is missing, incomplete, unreadable or of another shape.
     """
     if not Path(path).is_dir():
         raise ModelDirectoryError(f"{path} is not a directory; give a Hugging Face model directory")
@@ -708,13 +760,19 @@ def load_model(path: str, dtype: torch.dtype, config: transformers.PretrainedCon
                 use_safetensors=True,  # other weights are pickles
                 trust_remote_code=False,
             )
-    except Exception as error:  # transformers raises a dozen kinds here; all of them mean that this directory cannot be served
-        raise ModelDirectoryError(f"cannot load a causal LM from {path}: {type(error).__name__}: {_one_line(error)}") from error
+    # transformers raises a dozen kinds here; all of them mean that this directory cannot be served
+    except Exception as error:
+        raise ModelDirectoryError(
+            f"cannot load a causal LM from {path}: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise ModelDirectoryError(f"{path} does not fit its architecture: {len(info[kind])} {kind.replace('_', ' ')} ({names}, ...)")
-    model.eval().requires_grad_(False)  # matmul picks other kernels, with other rounding, where a weight requires a gradient
+            raise ModelDirectoryError(
+                f"{path} does not fit its architecture: {len(info[kind])} {kind.replace('_', ' ')} ({names}, ...)"
+            )
+    # matmul picks other kernels, with other rounding, where a weight requires a gradient
+    model.eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # equally aligned on every load, and no longer backed by the file
     return model
@@ -730,7 +788,8 @@ def _check_same_architecture(path: str, config: transformers.PretrainedConfig) -
     for name in sorted((served.keys() | other.keys()) - ignored):
         if served.get(name) != other.get(name):
             raise ModelDirectoryError(
-                f"{path} is a model of another architecture: its config has {name}={other.get(name)!r}, the served one {served.get(name)!r}"
+                f"{path} is a model of another architecture: its config has {name}={other.get(name)!r}, the served "
+                f"one {served.get(name)!r}"
             )
 
 
@@ -743,17 +802,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ModelDirectoryError(f"cannot load a tokenizer from {path}: {type(error).__name__}: {_one_line(error)}") from error
+        raise ModelDirectoryError(
+            f"cannot load a tokenizer from {path}: {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 class Engine:
     """A queue of jobs and the one thread that works on it.
 
-    deterministic: a request is decoded alone, in batches of at most ``max_batch_size`` rows; otherwise waiting rows join the running batch
-    between decoding steps. Every public method may be called from any thread and returns without waiting for the model.
+    deterministic: a request is decoded alone, in batches of at most ``max_batch_size`` rows; otherwise waiting rows
+    join the running batch between decoding steps. Every public method may be called from any thread and returns without
+    waiting for the model.
     """
 
-    def __init__(self, model_path: str, *, dtype: torch.dtype, max_batch_size: int, weight_version: str, deterministic: bool):
+    def __init__(
+        self, model_path: str, *, dtype: torch.dtype, max_batch_size: int, weight_version: str, deterministic: bool
+    ):
         self.model = load_model(model_path, dtype)
         self.tokenizer = load_tokenizer(model_path)
         self.config = copy.deepcopy(self.model.config)
@@ -765,7 +829,9 @@ class Engine:
         self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
         self.context_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(self.context_length, int):
-            raise ModelDirectoryError(f"{model_path}/config.json has no max_position_embeddings: the context length is unknown")
+            raise ModelDirectoryError(
+                f"{model_path}/config.json has no max_position_embeddings: the context length is unknown"
+            )
         self.eos_ids = self._end_of_sequence_ids()
         self.num_layers = self.config.get_text_config().num_hidden_layers
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
@@ -793,11 +859,16 @@ class Engine:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """One token through the model: its keys and values must land in our cache, or batched decoding would be silently wrong."""
+        """One token through the model: its keys and values must land in our cache, or batched decoding would be
+        silently wrong."""
         cache = _new_cache(self.num_layers)
         try:
             logits = self._forward(
-                torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), cache, True
+                torch.zeros(1, 1, dtype=torch.int64),
+                torch.ones(1, 1, dtype=torch.int64),
+                torch.zeros(1, 1, dtype=torch.int64),
+                cache,
+                True,
             )
         except Exception as error:  # whatever the architecture trips over
             raise ModelDirectoryError(
@@ -805,7 +876,8 @@ class Engine:
             ) from error
         if not all(layer.is_initialized and layer.keys.shape[-2] == 1 for layer in cache.layers):
             raise ModelDirectoryError(
-                f"{self.model_path} is not a pure attention model: it does not keep its state in a key/value cache. Serve it with SGLang."
+                f"{self.model_path} is not a pure attention model: it does not keep its state in a key/value cache. "
+                "Serve it with SGLang."
             )
         self.logits_size = logits.shape[-1]
 
@@ -839,7 +911,8 @@ class Engine:
         return "the weights were released: send them again" if self._weights_lost else None
 
     def submit(self, job: GenerateJob) -> None:
-        """Queue a job; raises ValueError when one of its ids is in use, HTTPException 503 when the server is going down."""
+        """Queue a job; raises ValueError when one of its ids is in use, HTTPException 503 when the server is going
+        down."""
         with self._wake:
             if self._closing:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, "The server is shutting down.")
@@ -856,7 +929,9 @@ class Engine:
 
     def update(self, model_path: str, weight_version: str | None) -> Future:
         """Queue a weight update behind the requests that came before it; resolves to (success, message)."""
-        return self._queue_update(UpdateJob(lambda: load_model(model_path, self.dtype, self.config), model_path, weight_version))
+        return self._queue_update(
+            UpdateJob(lambda: load_model(model_path, self.dtype, self.config), model_path, weight_version)
+        )
 
     def replace(self, model: PreTrainedModel) -> Future:
         """The same with a model in memory, of the served one's architecture and dtype, under the old version."""
@@ -870,11 +945,18 @@ class Engine:
             self._wake.notify_all()
         return job.done
 
-    def abort(self, *, rid: str = "", everything: bool = False, job: GenerateJob | None = None, waiting: bool = True) -> None:
-        """End rows early: those of an id (a row's or its request's), of a job, or all. ``waiting=False`` spares rows not started."""
+    def abort(
+        self, *, rid: str = "", everything: bool = False, job: GenerateJob | None = None, waiting: bool = True
+    ) -> None:
+        """End rows early: those of an id (a row's or its request's), of a job, or all. ``waiting=False`` spares rows
+        not started."""
 
         def hit(row: Row) -> bool:
-            return everything or (job is not None and row.request is job) or (rid != "" and rid in (row.rid, row.request.rid))
+            return (
+                everything
+                or (job is not None and row.request is job)
+                or (rid != "" and rid in (row.rid, row.request.rid))
+            )
 
         with self._wake:
             for row in self._live_rows():
@@ -891,7 +973,9 @@ class Engine:
         """Stop decoding. Mode ``abort`` also ends what runs or waits; returns the jobs to wait for."""
         with self._wake:
             again, self._paused = self._paused is not None, mode
-            jobs = [row.request.done for row in self._live_rows() if row.started or not again] if mode == "abort" else []
+            jobs = (
+                [row.request.done for row in self._live_rows() if row.started or not again] if mode == "abort" else []
+            )
         if mode == "abort":
             self.abort(everything=True, waiting=not again)  # requests that arrived during a pause wait for its end
         return jobs
@@ -902,7 +986,8 @@ class Engine:
             self._wake.notify_all()
 
     def release(self, tags: Sequence[str] | None) -> None:
-        """Give memory back: that of the ``weights``, which are then gone, or what the key-value caches have left; None: of all kinds.
+        """Give memory back: that of the ``weights``, which are then gone, or what the key-value caches have left; None:
+        of all kinds.
 
         Raises ValueError while requests run or wait, and for an unknown tag.
         """
@@ -920,7 +1005,8 @@ class Engine:
             trim(0)
 
     def take_back(self, tags: Sequence[str] | None) -> None:
-        """End the release of these kinds of memory; weights come with the next update. Raises ValueError for one that is not released."""
+        """End the release of these kinds of memory; weights come with the next update. Raises ValueError for one that
+        is not released."""
         tags = self._known_tags(tags)
         with self._wake:
             if not set(tags) <= self._released:
@@ -937,7 +1023,11 @@ class Engine:
     def checksums(self, skip: Sequence[str]) -> dict[str, str]:
         """SGLang's checksum of each parameter's bytes, but of those whose names contain one of ``skip``."""
         model = self.model
-        return {name: cpu_checksum([parameter]) for name, parameter in model.named_parameters() if not any(part in name for part in skip)}
+        return {
+            name: cpu_checksum([parameter])
+            for name, parameter in model.named_parameters()
+            if not any(part in name for part in skip)
+        }
 
     def close(self) -> None:
         """Abort everything and refuse what comes; the thread ends after the step that it is in."""
@@ -947,7 +1037,9 @@ class Engine:
 
     def _live_rows(self) -> list[Row]:
         active = self._admitted + (self._batch.rows if self._batch is not None else [])
-        return [row for row in active if row.finish_reason is None] + [item for item in self._queue if isinstance(item, Row)]
+        return [row for row in active if row.finish_reason is None] + [
+            item for item in self._queue if isinstance(item, Row)
+        ]
 
     # The worker thread.
 
@@ -966,7 +1058,8 @@ class Engine:
                 continue
             try:
                 self._step(work)
-            except Exception as error:  # one failed batch must not take the server down: its requests get a 500, the rest goes on
+            # one failed batch must not take the server down: its requests get a 500, the rest goes on
+            except Exception as error:
                 logger.exception("decoding failed")
                 reason = {
                     "type": "abort",
@@ -984,7 +1077,8 @@ class Engine:
                         self._batch = None
 
     def _next_work(self) -> None | Literal["close"] | UpdateJob | list[Row]:
-        """Under the lock: what to do now; a list (perhaps empty) of rows to admit means a decoding step, None means wait."""
+        """Under the lock: what to do now; a list (perhaps empty) of rows to admit means a decoding step, None means
+        wait."""
         self._reap()
         if self._closing:
             for row in self._live_rows():
@@ -1094,7 +1188,8 @@ class Engine:
         return output.logits[:, -1:] if last_only else output.logits
 
     def _step(self, admitted: list[Row]) -> None:
-        """Read the admitted prompts, draw their first token and let them join; otherwise draw one token of every running row."""
+        """Read the admitted prompts, draw their first token and let them join; otherwise draw one token of every
+        running row."""
         if admitted:
             joined = self._prefill(admitted)
             if self._batch is not None:
@@ -1232,7 +1327,9 @@ class Engine:
             meta["output_token_logprobs_length"] = len(row.log_probs)
             if row.top_logprobs:
                 for name, tops in (("input_top_logprobs", row.input_top), ("output_top_logprobs", row.top)):
-                    meta[name] = [None if top is None else self._triples(*zip(*top, strict=True), with_text) for top in tops]
+                    meta[name] = [
+                        None if top is None else self._triples(*zip(*top, strict=True), with_text) for top in tops
+                    ]
         answer = {"text": self._text(row), "output_ids": row.output_ids, "meta_info": meta}
         if row.request.prompt_token_ids:
             answer["prompt_token_ids"] = row.prompt
@@ -1276,7 +1373,9 @@ def _prefill_groups(rows: list[Row]) -> list[list[Row]]:
     longest = 0
     for row in rows:
         prompt = tuple(row.prompt)
-        if not groups or (len(distinct | {prompt}) * max(longest, len(prompt)) > PREFILL_TOKENS and prompt not in distinct):
+        if not groups or (
+            len(distinct | {prompt}) * max(longest, len(prompt)) > PREFILL_TOKENS and prompt not in distinct
+        ):
             groups.append([])
             distinct, longest = set(), 0
         groups[-1].append(row)
@@ -1286,7 +1385,8 @@ def _prefill_groups(rows: list[Row]) -> list[list[Row]]:
 
 
 def _read_prompt_log_probs(row: Row, logits: torch.Tensor) -> None:
-    """Raw log-probs of the prompt's tokens from ``logprob_start`` on; the first has none (SGLang's rule). logits: [len(prompt), V]."""
+    """Raw log-probs of the prompt's tokens from ``logprob_start`` on; the first has none (SGLang's rule). logits:
+    [len(prompt), V]."""
     start = row.logprob_start
     if start >= len(row.prompt):
         return
@@ -1298,7 +1398,8 @@ def _read_prompt_log_probs(row: Row, logits: torch.Tensor) -> None:
         row.input_top = [None, *(list(zip(v, i, strict=True)) for v, i in zip(values, ids, strict=True))]
 
 
-# ---- HTTP --------------------------------------------------------------------------------------------------------------
+# ---- HTTP
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pydantic_dataclass
@@ -1385,16 +1486,20 @@ class ContinueGenerationReqInput:
 def _validation_response(error: RequestValidationError) -> JSONResponse:
     text, errors = str(error), str(error.errors())
     message = f"{text} {errors}" if errors and errors != text else text
-    return JSONResponse({"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400}, status_code=400)
+    return JSONResponse(
+        {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400}, status_code=400
+    )
 
 
 def _http_error_response(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"object": "error", "message": message, "type": str(status), "param": None, "code": status}, status_code=status)
+    return JSONResponse(
+        {"object": "error", "message": message, "type": str(status), "param": None, "code": status}, status_code=status
+    )
 
 
 class _KeyCheck:
-    """ASGI middleware that refuses requests without the API key, with 401, before it reads their body. As in SGLang, paths that tell of
-    health alone are open, for those who watch over the server."""
+    """ASGI middleware that refuses requests without the API key, with 401, before it reads their body. As in SGLang,
+    paths that tell of health alone are open, for those who watch over the server."""
 
     def __init__(self, app: ASGIApp, key: str):
         self._app, self._key = app, key
@@ -1410,7 +1515,8 @@ class _KeyCheck:
 
 
 def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
-    """The HTTP side of an engine. ``settings`` is what /server_info adds to the live state. Handlers only wait, other threads work."""
+    """The HTTP side of an engine. ``settings`` is what /server_info adds to the live state. Handlers only wait, other
+    threads work."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     key = access.api_key()
     if key is not None:
@@ -1428,10 +1534,20 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         try:
             body = json.loads(raw)
         except ValueError as error:
-            detail = {"type": "json_invalid", "loc": ("body",), "msg": "JSON decode error", "input": {}, "ctx": {"error": str(error)}}
+            detail = {
+                "type": "json_invalid",
+                "loc": ("body",),
+                "msg": "JSON decode error",
+                "input": {},
+                "ctx": {"error": str(error)},
+            }
             raise RequestValidationError([detail]) from None
         return build_job(
-            body, tokenizer=engine.tokenizer, vocab_size=engine.vocab_size, context_length=engine.context_length, eos_ids=engine.eos_ids
+            body,
+            tokenizer=engine.tokenizer,
+            vocab_size=engine.vocab_size,
+            context_length=engine.context_length,
+            eos_ids=engine.eos_ids,
         )
 
     @app.api_route("/generate", methods=["POST", "PUT"])
@@ -1443,7 +1559,9 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         except ContractError as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         except ValidationError as error:  # pydantic's, a subclass of ValueError
-            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]) from None
+            raise RequestValidationError(
+                [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
+            ) from None
         except ValueError as error:
             return JSONResponse({"error": {"message": str(error)}}, status_code=400)
         done = asyncio.wrap_future(job.done)
@@ -1511,12 +1629,17 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
     @app.post("/update_weights_from_disk")
     async def update_weights_from_disk(obj: Annotated[UpdateWeightFromDiskReqInput, Body()]) -> JSONResponse:
         if obj.load_format not in (None, "auto", "safetensors", "pt"):
-            success, message = False, f"load_format={obj.load_format!r} is not supported by the embedded rollout server; use auto."
+            success, message = (
+                False,
+                f"load_format={obj.load_format!r} is not supported by the embedded rollout server; use auto.",
+            )
         else:
             if obj.abort_all_requests:
                 engine.abort(everything=True)
             success, message = await asyncio.wrap_future(engine.update(obj.model_path, obj.weight_version))
-        return JSONResponse({"success": success, "message": message, "num_paused_requests": 0}, status_code=200 if success else 400)
+        return JSONResponse(
+            {"success": success, "message": message, "num_paused_requests": 0}, status_code=200 if success else 400
+        )
 
     receiver = WeightReceiver(lambda: engine.model, engine.shapes)
 
@@ -1542,7 +1665,9 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         return await received(receiver.begin, said="Success")
 
     @app.post("/update_weights_from_distributed")
-    async def update_weights_from_distributed(obj: Annotated[UpdateWeightsFromDistributedReqInput, Body()]) -> JSONResponse:
+    async def update_weights_from_distributed(
+        obj: Annotated[UpdateWeightsFromDistributedReqInput, Body()],
+    ) -> JSONResponse:
         bucket = (obj.names, obj.dtypes, obj.shapes, obj.group_name, obj.load_format)
         return await received(receiver.receive, *bucket, said="Succeeded to update parameter online.")
 
@@ -1594,7 +1719,9 @@ def build_app(engine: Engine, settings: dict[str, Any]) -> FastAPI:
         alone |= {f"{kind}_size": 1 for kind in ("tp", "dp", "pp")} | {"size": 1}
         ranks = [{"checksums": checksums, "per_gpu_checksum": overall, "parallelism_info": [alone]}]
         engine_checksum = hashlib.sha256(overall.encode()).hexdigest()
-        return JSONResponse({"success": True, "message": "Success.", "ranks": ranks, "per_engine_checksum": engine_checksum})
+        return JSONResponse(
+            {"success": True, "message": "Success.", "ranks": ranks, "per_engine_checksum": engine_checksum}
+        )
 
     @app.post("/pause_generation")
     async def pause_generation(obj: Annotated[PauseGenerationReqInput, Body()]) -> JSONResponse:
@@ -1638,7 +1765,8 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket that does not listen yet, so that clients are refused until the server serves. Raises ServerError."""
+    """A bound TCP socket that does not listen yet, so that clients are refused until the server serves. Raises
+    ServerError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -1646,12 +1774,15 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another port or address") from error
+        raise ServerError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another port or address"
+        ) from error
     return sock
 
 
 def watch_parent(stop: Callable[[], None]) -> None:
-    """Call ``stop`` once standard input reaches its end or the parent process changes, and exit hard if that does not end the process."""
+    """Call ``stop`` once standard input reaches its end or the parent process changes, and exit hard if that does not
+    end the process."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -1726,13 +1857,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0: any free one")
-    parser.add_argument("--fd", type=int, help="file descriptor of a bound socket to listen on, instead of host and port")
+    parser.add_argument(
+        "--fd", type=int, help="file descriptor of a bound socket to listen on, instead of host and port"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
-    parser.add_argument("--max-batch-size", "--max-running-requests", type=int, default=256, help="sequences decoded at once")
-    parser.add_argument("--weight-version", default="default", help="version of the weights that the server starts with")
-    parser.add_argument("--deterministic", action="store_true", help="one request is one decoding batch, never merged with others")
-    parser.add_argument("--exit-with-parent", action="store_true", help="exit when standard input ends or the parent process dies")
+    parser.add_argument(
+        "--max-batch-size", "--max-running-requests", type=int, default=256, help="sequences decoded at once"
+    )
+    parser.add_argument(
+        "--weight-version", default="default", help="version of the weights that the server starts with"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="one request is one decoding batch, never merged with others"
+    )
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="exit when standard input ends or the parent process dies"
+    )
     args = parser.parse_args(argv)
     for name in ("threads", "max_batch_size"):
         if getattr(args, name) < 1:

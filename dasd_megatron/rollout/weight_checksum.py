@@ -1,4 +1,5 @@
-"""The checksums that SGLang 0.5.23 gives of its weights, computed from tensors on the host: one kind on the CPU, another on GPUs."""
+"""The checksums that SGLang 0.5.23 gives of its weights, computed from tensors on the host: one kind on the CPU,
+another on GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ _HALVES = ((_SEED, 0x27D4EB2D, 15), (((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFF
 
 
 def cpu_checksum(tensors: Sequence[torch.Tensor]) -> str:
-    """Of the bytes of these tensors one below another, on a server without a GPU: the head of their SHA-256, 16 hexadecimal digits."""
+    """Of the bytes of these tensors one below another, on a server without a GPU: the head of their SHA-256, 16
+    hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor_bytes(tensor))
@@ -26,7 +28,8 @@ def cpu_checksum(tensors: Sequence[torch.Tensor]) -> str:
 
 
 def gpu_checksum(tensors: Sequence[torch.Tensor]) -> str:
-    """The same on a GPU: two hashes of 32 bits of every tile of words with their positions, summed over tiles, and mixed."""
+    """The same on a GPU: two hashes of 32 bits of every tile of words with their positions, summed over tiles, and
+    mixed."""
     data = np.concatenate([np.frombuffer(tensor_bytes(tensor), dtype=np.uint8) for tensor in tensors])
     words = np.concatenate([data, np.zeros(-len(data) % 4, dtype=np.uint8)]).view(np.uint32)
     if not len(words):

@@ -1,7 +1,7 @@
 """The process group that carries weights from the trainer to rollout servers, and the flat buckets that travel over it.
 
-It is apart from the trainer's own groups: rank 0 is the trainer's first process, the others are the servers' processes, which join when
-``/init_weights_update_group`` asks them to. SGLang joins it in the same way.
+It is apart from the trainer's own groups: rank 0 is the trainer's first process, the others are the servers' processes,
+which join when ``/init_weights_update_group`` asks them to. SGLang joins it in the same way.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def join_weight_group(
 ) -> dist.ProcessGroup:
     """Become ``rank`` of the group ``name``; returns when all have come. Needs no default process group.
 
-    ``store``: rank 0's, which listens at ``address:port``; the others connect to it. Collectives fail after ``timeout_seconds`` too.
+    ``store``: rank 0's, which listens at ``address:port``; the others connect to it. Collectives fail after
+    ``timeout_seconds`` too.
 
     Raises:
         RuntimeError, ValueError: not all came in time, or nobody listens there.
@@ -35,7 +36,8 @@ def join_weight_group(
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if store is None:
         store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-    # new_group would make it a part of the default group. These two names are private to torch, and have kept their form since 2.6.
+    # new_group would make it a part of the default group. These two names are private to torch, and have kept their
+    # form since 2.6.
     group, _ = distributed_c10d._new_process_group_helper(
         world_size,
         rank,
@@ -49,7 +51,9 @@ def join_weight_group(
     return group
 
 
-def split_bucket(flat: torch.Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def split_bucket(
+    flat: torch.Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
     """The tensors of a bucket, views into ``flat`` [bytes] uint8, where they lie one behind another without gaps."""
     tensors, offset = [], 0
     for dtype, shape in zip(dtypes, shapes, strict=True):

@@ -1,8 +1,9 @@
-"""Buckets of weights for a server on the same machine: the bytes stay where they are, and what is sent says where that is.
+"""Buckets of weights for a server on the same machine: the bytes stay where they are, and what is sent says where that
+is.
 
-The text is what SGLang's ``/update_weights_from_tensor`` reads under ``load_format=flattened_bucket``: a pickle, in base64, of the bucket's
-memory and of the tensors in it. It is written without SGLang, of globals that its own unpickler allows. On the CPU the memory is a file in
-/dev/shm, on a GPU a CUDA IPC handle.
+The text is what SGLang's ``/update_weights_from_tensor`` reads under ``load_format=flattened_bucket``: a pickle, in
+base64, of the bucket's memory and of the tensors in it. It is written without SGLang, of globals that its own unpickler
+allows. On the CPU the memory is a file in /dev/shm, on a GPU a CUDA IPC handle.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class PayloadError(ValueError):
 
 
 class SharedBuffer:
-    """Memory of ``size`` bytes that unrelated processes can open: ``bytes`` [size] uint8. It is given back by :meth:`close`, or when this
-    process ends.
+    """Memory of ``size`` bytes that unrelated processes can open: ``bytes`` [size] uint8. It is given back by
+    :meth:`close`, or when this process ends.
 
     Raises:
         PayloadError: /dev/shm has no room.
@@ -45,8 +46,8 @@ class SharedBuffer:
         free = shutil.disk_usage(SHARED_MEMORY).free
         if size > free:
             raise PayloadError(
-                f"a bucket takes {size} bytes of shared memory and {SHARED_MEMORY} has {free} free: lower rollout.weight_bucket_bytes, or "
-                "mount a larger one (docker run --shm-size)"
+                f"a bucket takes {size} bytes of shared memory and {SHARED_MEMORY} has {free} free: lower "
+                "rollout.weight_bucket_bytes, or mount a larger one (docker run --shm-size)"
             )
         # torch's helper process removes the file when this process ends, however it does.
         storage = torch.UntypedStorage._new_using_filename_cpu(size)
@@ -80,14 +81,19 @@ def pack(flat: torch.Tensor, entries: Sequence[Entry]) -> str:
     for name, dtype, shape in entries:
         size = torch.Size(shape).numel() * dtype.itemsize
         # SGLang's own class has these attributes, and asks for no more.
-        metadata.append(SimpleNamespace(name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=start + size, numel=size))
+        metadata.append(
+            SimpleNamespace(
+                name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=start + size, numel=size
+            )
+        )
         start += size
     memory = _cuda_memory(flat) if flat.is_cuda else _shared_memory(flat)
     return base64.b64encode(pickle.dumps({"flattened_tensor": memory, "metadata": metadata})).decode()
 
 
 def _shared_memory(flat: torch.Tensor) -> _Call:
-    # By hand what reduce_tensor does under the sharing strategy file_system, which would have to be set for the whole process.
+    # By hand what reduce_tensor does under the sharing strategy file_system, which would have to be set for the whole
+    # process.
     storage = flat.untyped_storage()
     place = storage._share_filename_cpu_()
     # The receiver counts down once when it opens the file.
@@ -99,12 +105,14 @@ def _shared_memory(flat: torch.Tensor) -> _Call:
 
 def _cuda_memory(flat: torch.Tensor) -> _Call:
     function, arguments = reductions.reduce_tensor(flat)
-    # The seventh names the device by its number, which another process may count differently; SGLang takes the identity too.
+    # The seventh names the device by its number, which another process may count differently; SGLang takes the identity
+    # too.
     uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
     return _Call(function, *arguments[:6], uuid, *arguments[7:])
 
 
-# ---- Reading, from the network: nothing of a payload is ever called -----------------------------------------------------------
+# ---- Reading, from the network: nothing of a payload is ever called
+# -----------------------------------------------------------
 
 
 class _Record:
@@ -150,7 +158,8 @@ class _Reader(pickle.Unpickler):
 def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
     """The tensors of a payload, by name, views of the sender's memory: to be copied before it is told that they are.
 
-    data: the pickle. It is read without calling anything that it names: what it may name becomes records, and shared memory is opened
+    data: the pickle. It is read without calling anything that it names: what it may name becomes records, and shared
+    memory is opened
     only once these make a bucket.
 
     Raises:
@@ -171,7 +180,12 @@ def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
         tensors = [_tensor(vars(_checked(entry, reader.metadata)), size) for entry in metadata]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise PayloadError(f"not a bucket of tensors: {error}") from error
-    if dtype is not torch.uint8 or (offset, stride) != (0, 1) or not type(size) is type(stored) is int or not 0 < size <= stored:
+    if (
+        dtype is not torch.uint8
+        or (offset, stride) != (0, 1)
+        or not type(size) is type(stored) is int
+        or not 0 < size <= stored
+    ):
         raise PayloadError("not a bucket of tensors: its memory has to be bytes without gaps")
     memory = _open(manager, handle, stored)[:size]
     return [(name, memory[start:end].view(dtype).reshape(shape)) for name, dtype, shape, start, end in tensors]
@@ -186,7 +200,11 @@ def _checked(value: Any, kind: type) -> Any:
 def _tensor(fields: dict[str, Any], size: int) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
     name, dtype, start, end = (fields[key] for key in ("name", "dtype", "start_idx", "end_idx"))
     shape = tuple(fields["shape"])
-    whole = isinstance(name, str) and isinstance(dtype, torch.dtype) and all(type(number) is int for number in (*shape, start, end))
+    whole = (
+        isinstance(name, str)
+        and isinstance(dtype, torch.dtype)
+        and all(type(number) is int for number in (*shape, start, end))
+    )
     if not whole or min(shape, default=1) < 0 or not 0 <= start <= end <= size:
         raise ValueError(f"tensor {name!r} is not within the bucket")
     if end - start != torch.Size(shape).numel() * dtype.itemsize or start % dtype.itemsize:
@@ -195,7 +213,11 @@ def _tensor(fields: dict[str, Any], size: int) -> tuple[str, torch.dtype, tuple[
 
 
 def _open(manager: Any, handle: Any, size: int) -> torch.Tensor:
-    if not isinstance(manager, bytes) or not isinstance(handle, bytes) or not re.fullmatch(rb"/torch_[0-9A-Za-z_]+", handle):
+    if (
+        not isinstance(manager, bytes)
+        or not isinstance(handle, bytes)
+        or not re.fullmatch(rb"/torch_[0-9A-Za-z_]+", handle)
+    ):
         raise PayloadError("not a bucket of tensors: it names no shared memory of torch")
     path = SHARED_MEMORY / handle.decode().lstrip("/")
     with contextlib.suppress(OSError, ValueError):

@@ -24,8 +24,8 @@ class ReceiveError(RuntimeError):
 class WeightReceiver:
     """Groups that this server has joined, and the update that is under way.
 
-    Weights arrive in a copy of the served model, which takes its place when the update ends; until then the server goes on with the old
-    ones. Methods block and may be called from any thread, one at a time.
+    Weights arrive in a copy of the served model, which takes its place when the update ends; until then the server goes
+    on with the old ones. Methods block and may be called from any thread, one at a time.
 
     model: gives the served model, whose parameters may have been released; shapes: of its parameters.
     """
@@ -45,7 +45,13 @@ class WeightReceiver:
         with self._lock:
             try:
                 self._groups[name] = join_weight_group(
-                    address, port, rank=rank, world_size=world_size, name=name, backend=backend, timeout_seconds=JOIN_TIMEOUT_SECONDS
+                    address,
+                    port,
+                    rank=rank,
+                    world_size=world_size,
+                    name=name,
+                    backend=backend,
+                    timeout_seconds=JOIN_TIMEOUT_SECONDS,
                 )
             except (RuntimeError, ValueError) as error:
                 raise ReceiveError(f"Failed to initialize custom process group: {error}.") from error
@@ -69,15 +75,24 @@ class WeightReceiver:
         self._missing = set(self._shapes)
 
     def receive(
-        self, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group: str, load_format: str | None
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group: str,
+        load_format: str | None,
     ) -> None:
         """Take part in one broadcast of a bucket and copy its tensors into the model to come."""
         if self._next is None:
             raise ReceiveError("no weight update is open: call /begin_weight_update first")
         if group not in self._groups:
-            raise ReceiveError(f"Group {group} not in {list(self._groups)}. Please call `init_weights_update_group` first.")
+            raise ReceiveError(
+                f"Group {group} not in {list(self._groups)}. Please call `init_weights_update_group` first."
+            )
         if load_format != "flattened_bucket":
-            raise ReceiveError(f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is")
+            raise ReceiveError(
+                f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is"
+            )
         found = [getattr(torch, name) for name in dtypes]
         flat = torch.empty(bucket_bytes(found, shapes), dtype=torch.uint8)
         with self._lock, self._failing():
@@ -85,12 +100,16 @@ class WeightReceiver:
         self._load(zip(names, split_bucket(flat, found, shapes), strict=True))
 
     def load(self, payloads: Sequence[bytes], load_format: str | None) -> None:
-        """Copy a bucket out of the sender's memory into the model to come; ``payloads`` as :func:`weight_payload.unpack` reads them, one
-        for each process of the server, of which there is one."""
+        """Copy a bucket out of the sender's memory into the model to come; ``payloads`` as
+        :func:`weight_payload.unpack` reads them, one for each process of the server, of which there is one."""
         if self._next is None:
-            raise ReceiveError("update_weights_from_tensor must run between begin_weight_update() and end_weight_update()")
+            raise ReceiveError(
+                "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+            )
         if load_format != "flattened_bucket":
-            raise ReceiveError(f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is")
+            raise ReceiveError(
+                f"load_format={load_format!r} is not supported by the embedded rollout server; flattened_bucket is"
+            )
         if len(payloads) != 1:
             raise ReceiveError(f"{len(payloads)} payloads for the one process of the embedded rollout server")
         try:
@@ -127,5 +146,7 @@ class WeightReceiver:
             raise ReceiveError("no weight update is open: call /begin_weight_update first")
         if self._missing:
             names = ", ".join(sorted(self._missing)[:3])
-            raise ReceiveError(f"{len(self._missing)} parameters were not sent ({names}); the served weights are unchanged")
+            raise ReceiveError(
+                f"{len(self._missing)} parameters were not sent ({names}); the served weights are unchanged"
+            )
         return model

@@ -1,4 +1,5 @@
-"""Sequences to replicas and micro-batches, padded and sorted by length or packed end to end, with the way back to response tokens."""
+"""Sequences to replicas and micro-batches, padded and sorted by length or packed end to end, with the way back to
+response tokens."""
 
 from __future__ import annotations
 
@@ -13,24 +14,26 @@ import torch
 from dasd_megatron.rollout.samples import Sample
 
 FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""What the number of tokens in each rank's matrix products has to be a multiple of under each ``precision.fp8``: the blocks that share a
-scale, or the tensor cores' tiles."""
+"""What the number of tokens in each rank's matrix products has to be a multiple of under each ``precision.fp8``: the
+blocks that share a scale, or the tensor cores' tiles."""
 
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One forward pass: B sequences padded to S, or packed into one row (B = 1) one behind the other. Under context parallelism S counts
-    this rank's tokens of them alone, and the rest speaks of those. R is the number of response tokens, without the masked ones.
+    """One forward pass: B sequences padded to S, or packed into one row (B = 1) one behind the other. Under context
+    parallelism S counts this rank's tokens of them alone, and the rest speaks of those. R is the number of response
+    tokens, without the masked ones.
 
     Attributes:
-        tokens: [B, S] int64; padding is 0 and stands only after a sequence's last token, where a causal mask hides it, or in a sequence of
-            its own at the end of a pack.
+        tokens: [B, S] int64; padding is 0 and stands only after a sequence's last token, where a causal mask hides it,
+            or in a sequence of its own at the end of a pack.
         position_ids: [B, S] int64, counted from each sequence's begin.
         rows, columns: [R] int64; the logits at ``[rows[i], columns[i]]`` predict response token i.
         targets: [R] int64, the response tokens.
-        packed_index: [R] int64, place of each response token among all response tokens of the batch (again without the masked ones), in the
-            callers' order of sequences.
-        starts: where each sequence of a pack begins and the last one ends, padding included and over all context-parallel ranks,
+        packed_index: [R] int64, place of each response token among all response tokens of the batch (again without the
+            masked ones), in the callers' order of sequences.
+        starts: where each sequence of a pack begins and the last one ends, padding included and over all
+            context-parallel ranks,
             int32 [sequences + 1]; None without packing.
         longest: tokens of the longest sequence of a pack, padding included.
     """
@@ -46,10 +49,11 @@ class MicroBatch:
 
 
 def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Deal items to ``shares`` of equal count and nearly equal total length; returns each share's indices in ascending order.
+    """Deal items to ``shares`` of equal count and nearly equal total length; returns each share's indices in ascending
+    order.
 
-    The items go round by round, the longest first, in each round the longer to the share that has less so far. The totals then differ by no
-    more than two items of one round do, and so by less than the longest item.
+    The items go round by round, the longest first, in each round the longer to the share that has less so far. The
+    totals then differ by no more than two items of one round do, and so by less than the longest item.
 
     Raises:
         ValueError: ``shares`` does not divide the number of items.
@@ -79,8 +83,8 @@ class ReplicaShare(NamedTuple):
 
 
 def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:
-    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and nearly the same
-    number of tokens. A minibatch holds the same samples for any number of replicas."""
+    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and
+    nearly the same number of tokens. A minibatch holds the same samples for any number of replicas."""
     share = len(samples) // minibatches
     places: list[list[int]] = [[] for _ in range(replicas)]
     for start in range(0, len(samples), share):
@@ -105,26 +109,29 @@ def make_micro_batches(
     context_parallel: tuple[int, int] = (0, 1),
     same_count: Callable[[int], int] | None = None,
 ) -> list[MicroBatch]:
-    """Cut ``prompts[i] + responses[i]`` into micro-batches, those with the longest sequences first, so that a batch which does not fit in
-    memory fails at once.
+    """Cut ``prompts[i] + responses[i]`` into micro-batches, those with the longest sequences first, so that a batch
+    which does not fit in memory fails at once.
 
-    A micro-batch holds at most ``micro_batch_size`` sequences and ``micro_batch_tokens`` tokens, padding included, but at least one
-    sequence. Without ``packing`` it is made of neighbours in length and padded to its own longest sequence, rounded up to
-    ``pad_multiple``. With it, the longest sequences go to as many micro-batches and the others to those with the fewest tokens, so that all
-    hold nearly equally many, and the pack is filled up to ``pad_multiple`` with a sequence of padding that the bound does not count.
+    A micro-batch holds at most ``micro_batch_size`` sequences and ``micro_batch_tokens`` tokens, padding included, but
+    at least one sequence. Without ``packing`` it is made of neighbours in length and padded to its own longest
+    sequence, rounded up to
+    ``pad_multiple``. With it, the longest sequences go to as many micro-batches and the others to those with the fewest
+    tokens, so that all hold nearly equally many, and the pack is filled up to ``pad_multiple`` with a sequence of
+    padding that the bound does not count.
 
-    Their number is a multiple of ``count_multiple``, for which there must be at least as many sequences, and at least what ``same_count``
-    makes of what this replica needs; where there are too few sequences to round it up, it is rounded down and micro-batches exceed the
-    bounds.
+    Their number is a multiple of ``count_multiple``, for which there must be at least as many sequences, and at least
+    what ``same_count`` makes of what this replica needs; where there are too few sequences to round it up, it is
+    rounded down and micro-batches exceed the bounds.
 
     Args:
-        response_mask: for each response None, or 1 for the tokens that the policy sampled and 0 for others, like a tool's answer: those
+        response_mask: for each response None, or 1 for the tokens that the policy sampled and 0 for others, like a
+            tool's answer: those
             are inputs to what follows them, as the prompt is, and no response tokens.
         pad_multiple: a multiple of twice the number of context-parallel ranks, and of more under sequence parallelism.
-        context_parallel: this rank among those that share each sequence, and their number. Of a sequence cut into twice that many parts,
-            rank r holds parts r and 2 size - 1 - r: so all have as much to do under a causal mask.
-        same_count: from the number of micro-batches that this replica needs to that which all replicas take, of which none has fewer
-            sequences; a collective where there are several.
+        context_parallel: this rank among those that share each sequence, and their number. Of a sequence cut into twice
+            that many parts, rank r holds parts r and 2 size - 1 - r: so all have as much to do under a causal mask.
+        same_count: from the number of micro-batches that this replica needs to that which all replicas take, of which
+            none has fewer sequences; a collective where there are several.
 
     Raises:
         ValueError: a mask is of another length than its response.
@@ -192,8 +199,9 @@ def make_micro_batches(
 
 
 def sequence_parts(sizes: Sequence[int], rank: int, size: int) -> np.ndarray:
-    """Places of a row that context-parallel ``rank`` of ``size`` holds, where sequences of ``sizes`` tokens stand one behind the other,
-    each a multiple of ``2 * size``: of every sequence cut into that many parts the parts ``rank`` and ``2 * size - 1 - rank``."""
+    """Places of a row that context-parallel ``rank`` of ``size`` holds, where sequences of ``sizes`` tokens stand one
+    behind the other, each a multiple of ``2 * size``: of every sequence cut into that many parts the parts ``rank`` and
+    ``2 * size - 1 - rank``."""
     if size == 1:
         return np.arange(sum(sizes))
     held, start = [], 0
@@ -212,25 +220,37 @@ def _sampled_places(response: Sequence[int], mask: Sequence[int] | None) -> np.n
     return np.flatnonzero(mask)
 
 
-def _cut_neighbours(widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None) -> list[range]:
-    """Micro-batches of neighbours among sequences of these padded widths, the widest first: as few as the bounds allow, or ``count``."""
+def _cut_neighbours(
+    widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None
+) -> list[range]:
+    """Micro-batches of neighbours among sequences of these padded widths, the widest first: as few as the bounds allow,
+    or ``count``."""
     total = len(widths)
     bounds = [0]
     while bounds[-1] < total:
         begin = bounds[-1]
-        size = micro_batch_size if micro_batch_tokens is None else min(micro_batch_size, max(micro_batch_tokens // widths[begin], 1))
+        size = (
+            micro_batch_size
+            if micro_batch_tokens is None
+            else min(micro_batch_size, max(micro_batch_tokens // widths[begin], 1))
+        )
         bounds.append(min(begin + size, total))
     if count is not None and count < len(bounds) - 1:
         bounds = [total * index // count for index in range(count + 1)]
     while count is not None and len(bounds) - 1 < count:
         # Halve the one with the most tokens that can be halved.
-        begin, end = max(itertools.pairwise(bounds), key=lambda pair: (pair[1] - pair[0] > 1, (pair[1] - pair[0]) * widths[pair[0]]))
+        begin, end = max(
+            itertools.pairwise(bounds), key=lambda pair: (pair[1] - pair[0] > 1, (pair[1] - pair[0]) * widths[pair[0]])
+        )
         bounds = sorted([*bounds, (begin + end) // 2])
     return [range(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
-def _cut_packs(widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None) -> list[list[int]]:
-    """Packs of sequences of these widths, the widest first, with nearly equal totals: as few as the bounds allow, or ``count``."""
+def _cut_packs(
+    widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None
+) -> list[list[int]]:
+    """Packs of sequences of these widths, the widest first, with nearly equal totals: as few as the bounds allow, or
+    ``count``."""
     total = len(widths)
     least = -(-total // micro_batch_size)
     if micro_batch_tokens is not None:

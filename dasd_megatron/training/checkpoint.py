@@ -1,11 +1,11 @@
 """Checkpoints from which a killed run goes on with the numbers it would have had.
 
-A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, averaged teacher),
-``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json``
-(step, data position and prompts that were under way; the weight version is the step's), where there are any ``ready.jsonl`` and
-``refused.jsonl`` (rollouts collected for steps to come), and a manifest with the SHA-256 of every file. It is written under another name,
-fsynced and renamed when every rank is done, see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves the previous
-one in place.
+A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule,
+averaged teacher), ``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert``
+needs nothing else), ``trainer.json`` (step, data position and prompts that were under way; the weight version is the
+step's), where there are any ``ready.jsonl`` and ``refused.jsonl`` (rollouts collected for steps to come), and a
+manifest with the SHA-256 of every file. It is written under another name, fsynced and renamed when every rank is done,
+see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves the previous one in place.
 """
 
 from __future__ import annotations
@@ -65,7 +65,14 @@ from dasd_megatron.training.checkpoint_files import (
     set_aside,
 )
 from dasd_megatron.training.optimizer import OptimizerState
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, gather_world, is_lost_peer, on_selected_rank, true_on_any
+from dasd_megatron.training.parallel import (
+    PeerError,
+    broadcast_from_rank0,
+    gather_world,
+    is_lost_peer,
+    on_selected_rank,
+    true_on_any,
+)
 from dasd_megatron.training.snapshots import WeightSnapshot
 
 _ARCHITECTURE = (
@@ -92,8 +99,8 @@ _COLLECTED = ("ready", "refused")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank, unless ``on_all_ranks`` is
-    false: then this process has to end, since the others wait for it."""
+    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank, unless
+    ``on_all_ranks`` is false: then this process has to end, since the others wait for it."""
 
     on_all_ranks = True
 
@@ -102,8 +109,9 @@ class CheckpointError(RuntimeError):
 class TrainerState:
     """Where the run is: ``step`` finished steps, and the rollouts under way (on rank 0).
 
-    ``skipped``: how many of the last steps in a row were skipped; ``rollbacks``: how often the run went back to a checkpoint, the last time
-    to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were undone by it, and are not used again.
+    ``skipped``: how many of the last steps in a row were skipped; ``rollbacks``: how often the run went back to a
+    checkpoint, the last time to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were
+    undone by it, and are not used again.
     """
 
     step: int = 0
@@ -120,10 +128,11 @@ def architecture(hf_config: Any) -> dict[str, Any]:
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with its manifest. Collective:
-    each rank reads its share of the files.
+    """The checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with its
+    manifest. Collective: each rank reads its share of the files.
 
-    Of auto's, a damaged one is named in a warning and set aside, and the one before it is taken; None where there is none.
+    Of auto's, a damaged one is named in a warning and set aside, and the one before it is taken; None where there is
+    none.
 
     Raises:
         CheckpointError: the one at the path is damaged, or all are.
@@ -146,10 +155,16 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
             return path
         problems.append(problem)
         if rank0:
-            logger.warning("%s: this checkpoint is damaged and set aside as %s.damaged, the one before it is taken", problem, path.name)
+            logger.warning(
+                "%s: this checkpoint is damaged and set aside as %s.damaged, the one before it is taken",
+                problem,
+                path.name,
+            )
             set_aside(path)
     if problems:
-        raise CheckpointError(f"no checkpoint of {run_dir} is intact: {'; '.join(problems)}; restore one, or start a new run")
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} is intact: {'; '.join(problems)}; restore one, or start a new run"
+        )
     return None
 
 
@@ -173,7 +188,8 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
 
 
 def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
-    """Refuse (CheckpointError) a checkpoint, by the record of :func:`read_state`, whose tensors are not those of ``hf_config``'s model."""
+    """Refuse (CheckpointError) a checkpoint, by the record of :func:`read_state`, whose tensors are not those of
+    ``hf_config``'s model."""
     for name, value in architecture(hf_config).items():
         if record["architecture"][name] != value:
             raise CheckpointError(
@@ -182,9 +198,14 @@ def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> No
             )
 
 
-def _sharded_state(model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool
+) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    model_state = {f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)}
+    model_state = {
+        f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(model.chunks)
+    }
     state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading)}
     if average is not None:
         state["average"] = average.sharded_state_dict(model, model_state, "average.")
@@ -213,7 +234,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _last_line(error: BaseException) -> str:
-    """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last line."""
+    """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last
+    line."""
     if isinstance(error, PeerError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -221,11 +243,11 @@ def _last_line(error: BaseException) -> str:
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run. With ``checkpoint.async_save`` a process forked for each writes and hashes the files while training
-    goes on; it sees the memory as it was.
+    """Writes the checkpoints of a run. With ``checkpoint.async_save`` a process forked for each writes and hashes the
+    files while training goes on; it sees the memory as it was.
 
-    ``pending`` says, alike on every rank, whether a checkpoint has been begun and not finished; ``stalled`` counts the seconds that
-    training has waited.
+    ``pending`` says, alike on every rank, whether a checkpoint has been begun and not finished; ``stalled`` counts the
+    seconds that training has waited.
     """
 
     def __init__(
@@ -239,11 +261,17 @@ class CheckpointSaver:
         template_dir: Path,
         timeout_seconds: float,
     ) -> None:
-        self.run_dir, self.settings, self.template_dir, self.timeout_seconds = run_dir, settings, template_dir, timeout_seconds
+        self.run_dir, self.settings, self.template_dir, self.timeout_seconds = (
+            run_dir,
+            settings,
+            template_dir,
+            timeout_seconds,
+        )
         self.model, self.optimizer, self.average = model, optimizer, average
         self.stalled = 0.0
         self._begun: _Begun | None = None
-        # One for all checkpoints: their tensors are the same, and from the third on so is what the ranks have agreed to write.
+        # One for all checkpoints: their tensors are the same, and from the third on so is what the ranks have agreed to
+        # write.
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._validated = False
         self._removal: threading.Thread | None = None
@@ -272,8 +300,8 @@ class CheckpointSaver:
     def save(self, state: TrainerState) -> None:
         """Begin ``checkpoints/step_<n>``, after the one before it is finished. Collective over all ranks.
 
-        Config and tokenizer of the Hugging Face directory ``template_dir`` go into its folder ``hf``, so that it can be converted by
-        itself.
+        Config and tokenizer of the Hugging Face directory ``template_dir`` go into its folder ``hf``, so that it can be
+        converted by itself.
 
         Raises:
             CheckpointError: writing failed (a full disk, say); the previous checkpoint is untouched.
@@ -285,7 +313,8 @@ class CheckpointSaver:
         partial = broadcast_from_rank0(final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.partial"))
         rng = gather_world(_rng_state())
         failure = None
-        # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is killed.
+        # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is
+        # killed.
         filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
         begun = self._begun = _Begun(partial, final)
         try:
@@ -296,10 +325,16 @@ class CheckpointSaver:
             on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
             with self._ending_alone():
                 begun.request = dist_checkpointing.save(
-                    sharded, str(partial), self._strategy, async_sharded_save=True, validate_access_integrity=not self._validated
+                    sharded,
+                    str(partial),
+                    self._strategy,
+                    async_sharded_save=True,
+                    validate_access_integrity=not self._validated,
                 )
             self._validated = True
-            on_selected_rank(dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError))
+            on_selected_rank(
+                dist.get_rank() == 0, lambda: self._write_own_files(partial, state, rng), (OSError, RuntimeError)
+            )
         except (PeerError, CheckpointException) as error:
             failure = error
         self._raise_failure(failure)
@@ -311,8 +346,8 @@ class CheckpointSaver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that has been begun, if there is one, and make it the latest; older ones that are not to be kept are
-        removed. Collective over all ranks.
+        """Wait for the checkpoint that has been begun, if there is one, and make it the latest; older ones that are not
+        to be kept are removed. Collective over all ranks.
 
         Raises:
             CheckpointError: see :meth:`save`.
@@ -340,7 +375,9 @@ class CheckpointSaver:
             publish(begun.partial, begun.final, hashes)
             removed = prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
             # File systems take seconds for it, and training need not wait.
-            self._removal = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in removed], name="prune")
+            self._removal = threading.Thread(
+                target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in removed], name="prune"
+            )
             self._removal.start()
 
         try:
@@ -365,8 +402,8 @@ class CheckpointSaver:
 
     @contextlib.contextmanager
     def _ending_alone(self) -> Iterator[None]:
-        """Around what Megatron-Core writes on one rank while the others wait for it in collectives of its own: only the end of this process
-        ends theirs. What it raises on every rank passes."""
+        """Around what Megatron-Core writes on one rank while the others wait for it in collectives of its own: only the
+        end of this process ends theirs. What it raises on every rank passes."""
         try:
             yield
         except (OSError, RuntimeError) as failure:
@@ -412,10 +449,11 @@ class CheckpointSaver:
 
 
 def _in_storage_of_their_own(sharded: dict[str, Any]) -> None:
-    """Make tensors of ``sharded`` in host memory, parts of Megatron's buffers, end where their storage ends, in place and without a copy.
+    """Make tensors of ``sharded`` in host memory, parts of Megatron's buffers, end where their storage ends, in place
+    and without a copy.
 
-    Megatron-Core copies every other one while training waits, since all of a tensor's storage is written. The writing process has the
-    memory as it was, whatever training does to it.
+    Megatron-Core copies every other one while training waits, since all of a tensor's storage is written. The writing
+    process has the memory as it was, whatever training does to it.
     """
     apply_factories(sharded)
     for one in nested_values(sharded):
@@ -435,7 +473,8 @@ def _make_room(partial: Path, size: int) -> None:
     for old in partial.parent.glob("step_*.partial"):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
-    # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there fails on one rank alone.
+    # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there
+    # fails on one rank alone.
     free, reserve = shutil.disk_usage(partial).free, min(_RESERVE_BYTES, 2**17 + size // 50)
     if free >= size + reserve:
         # Written, since file systems of clusters lack fallocate, and it would be imitated with a write for every block.
@@ -443,7 +482,10 @@ def _make_room(partial: Path, size: int) -> None:
             for offset in range(0, reserve, 2**20):
                 file.write(bytes(min(2**20, reserve - offset)))
     else:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free")
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free",
+        )
 
 
 @dataclass
@@ -468,7 +510,8 @@ class _ResultFile:
 
 @dataclass
 class _Begun:
-    """A checkpoint on its way to the disk: where, what Megatron-Core asks this rank to do, and the process that does it."""
+    """A checkpoint on its way to the disk: where, what Megatron-Core asks this rank to do, and the process that does
+    it."""
 
     partial: Path
     final: Path
@@ -486,7 +529,9 @@ class _Begun:
         work = (self.request.async_fn, arguments, dict(self.request.async_fn_kwargs), self.partial, dist.get_rank())
         try:
             if background:
-                self.process = multiprocessing.get_context("fork").Process(target=_write_in_background, args=work, name="checkpoint")
+                self.process = multiprocessing.get_context("fork").Process(
+                    target=_write_in_background, args=work, name="checkpoint"
+                )
                 self.process.start()
             else:
                 _write_and_hash(*work)
@@ -547,18 +592,22 @@ def _end_with_children() -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _write_and_hash(write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int) -> None:
+def _write_and_hash(
+    write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int
+) -> None:
     """Megatron-Core's writing of one rank's files, fsynced, and then their hashes, in a file of their own."""
     write(*arguments, **keywords)
     hashes = hash_files(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
     (folder / _hashes_file(rank)).write_text(json.dumps(hashes))
 
 
-def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None) -> TrainerState:
+def load_checkpoint(
+    path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None
+) -> TrainerState:
     """Restore everything that :class:`CheckpointSaver` wrote, in place. Collective over all ranks.
 
-    The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a rank. Call
-    :func:`find_checkpoint` and :func:`check_architecture` first.
+    The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a
+    rank. Call :func:`find_checkpoint` and :func:`check_architecture` first.
     """
     state, record = read_state(path)
     for name in _COLLECTED:
@@ -573,7 +622,11 @@ def load_checkpoint(path: Path, model: ShardedModel, optimizer: OptimizerState, 
         unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
     optimizer.load_state_dict(loaded)
     if average is not None:
-        names = [(f"model{index}", name) for index, chunk in enumerate(model.chunks) for name, _ in unwrap_model(chunk).named_parameters()]
+        names = [
+            (f"model{index}", name)
+            for index, chunk in enumerate(model.chunks)
+            for name, _ in unwrap_model(chunk).named_parameters()
+        ]
         for tensor, (chunk_name, name) in zip(average.tensors, names, strict=True):
             tensor.copy_(loaded["average"][chunk_name][name])
     if record["world_size"] == dist.get_world_size():

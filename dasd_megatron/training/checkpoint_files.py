@@ -1,9 +1,10 @@
-"""The files of a run's checkpoints: which are whole, which is the newest, and which are to be removed. Knows no tensors.
+"""The files of a run's checkpoints: which are whole, which is the newest, and which are to be removed. Knows no
+tensors.
 
-``checkpoints/step_<n>`` appears by a rename when all in it is on disk, and ``checkpoints/latest`` then names it, by rename again. A
-manifest lists every file with its size and SHA-256. Names with a suffix are no checkpoints: ``.partial`` is being written, ``.replaced``
-makes room for another of the same step, ``.damaged`` is not what its manifest says, ``.hf`` is the model of that step as a Hugging Face
-directory.
+``checkpoints/step_<n>`` appears by a rename when all in it is on disk, and ``checkpoints/latest`` then names it, by
+rename again. A manifest lists every file with its size and SHA-256. Names with a suffix are no checkpoints:
+``.partial`` is being written, ``.replaced`` makes room for another of the same step, ``.damaged`` is not what its
+manifest says, ``.hf`` is the model of that step as a Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, fsync_path, fsync_tree, read_manifest
+from dasd_megatron.models.hf_weights import (
+    MANIFEST_FILE,
+    WeightsError,
+    file_sha256,
+    fsync_path,
+    fsync_tree,
+    read_manifest,
+)
 
 STATE_FILE = "trainer.json"
 
@@ -35,12 +43,14 @@ def step_of(path: Path) -> int:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Those that have been written to the end, earliest first; whether they are still what was written is not looked at."""
+    """Those that have been written to the end, earliest first; whether they are still what was written is not looked
+    at."""
     return sorted(path for path in checkpoints_folder(run_dir).glob("step_*") if path.suffix == "" and path.is_dir())
 
 
 def resumable(run_dir: Path) -> list[Path]:
-    """The checkpoints that a run may go on from, newest first: the one that ``latest`` names, and those of earlier steps."""
+    """The checkpoints that a run may go on from, newest first: the one that ``latest`` names, and those of earlier
+    steps."""
     pointer = checkpoints_folder(run_dir) / "latest"
     if not pointer.is_file():
         return []
@@ -60,7 +70,10 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
         WeightsError: it is not complete, or a file is missing or has another size.
     """
     if not (path / STATE_FILE).is_file():
-        raise WeightsError(f"{path} is not a complete checkpoint: it has no {STATE_FILE}; give a folder like RUN/checkpoints/step_000010")
+        raise WeightsError(
+            f"{path} is not a complete checkpoint: it has no {STATE_FILE}; give a folder like "
+            "RUN/checkpoints/step_000010"
+        )
     if not (path / MANIFEST_FILE).is_file():
         raise WeightsError(f"{path} has no {MANIFEST_FILE}")
     files = read_manifest(path / MANIFEST_FILE)["files"]
@@ -92,7 +105,8 @@ def set_aside(path: Path) -> None:
 
 
 def publish(partial: Path, final: Path, hashes: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of ``partial``, of whose files ``hashes`` are known, and make it the checkpoint ``final`` and the latest."""
+    """Write the manifest of ``partial``, of whose files ``hashes`` are known, and make it the checkpoint ``final`` and
+    the latest."""
     others = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     files = hashes | hash_files(partial, [name for name in others if name not in hashes])
     (partial / MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
@@ -116,8 +130,10 @@ def point_to(path: Path) -> None:
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Give up what is no longer needed: all but the newest ``keep_last`` checkpoints and those whose step ``keep_every`` divides, if not
-    0; and what interrupted saves have left. They no longer count then, and the folders that are returned can be removed."""
+    """Give up what is no longer needed: all but the newest ``keep_last`` checkpoints and those whose step
+    ``keep_every`` divides, if not
+    0; and what interrupted saves have left. They no longer count then, and the folders that are returned can be
+    removed."""
     complete = complete_checkpoints(run_dir)
     old = [path for path in complete[:-keep_last] if not keep_every or step_of(path) % keep_every]
     for path in [*old, *checkpoints_folder(run_dir).glob("step_*.replaced")]:
@@ -126,8 +142,10 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:
 
 
 def depart_from(run_dir: Path, path: Path) -> None:
-    """Remove the checkpoints and exports of ``run_dir`` that are later than ``path``, one of them, and make ``path`` the latest. When a
-    run goes on from an earlier checkpoint: what it departs from must not be resumed, counted or kept in place of its own."""
+    """Remove the checkpoints and exports of ``run_dir`` that are later than ``path``, one of them, and make ``path``
+    the latest. When a
+    run goes on from an earlier checkpoint: what it departs from must not be resumed, counted or kept in place of its
+    own."""
     folder = checkpoints_folder(run_dir)
     if path.resolve().parent != folder.resolve():
         return
@@ -138,7 +156,8 @@ def depart_from(run_dir: Path, path: Path) -> None:
 
 
 def recover_replaced(run_dir: Path) -> None:
-    """Put a checkpoint back that was moved aside for another of its step, where a crash came before that one took its place."""
+    """Put a checkpoint back that was moved aside for another of its step, where a crash came before that one took its
+    place."""
     for aside in checkpoints_folder(run_dir).glob("step_*.replaced"):
         with contextlib.suppress(OSError):  # the new one is there
             aside.rename(aside.with_suffix(""))

@@ -1,4 +1,5 @@
-"""`dasd train` without an outer torchrun: this node's processes, the other nodes, and signals on their way to the workers."""
+"""`dasd train` without an outer torchrun: this node's processes, the other nodes, and signals on their way to the
+workers."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a run and this one's place among them. ``processes``: on each; ``endpoint``: (host, port) of the first, where
+    """The machines of a run and this one's place among them. ``processes``: on each; ``endpoint``: (host, port) of the
+    first, where
     there are several."""
 
     processes: int
@@ -57,7 +59,8 @@ class Nodes:
 
 
 def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) -> Nodes:
-    """What torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID say; one node without them.
+    """What torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID say; one node without
+    them.
 
     Raises:
         ConfigError: they contradict each other or the configuration.
@@ -67,7 +70,9 @@ def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) 
         raise ConfigError(f"PET_NNODES={count}: write the number of nodes, at least 1")
     rank = _number(environment, "PET_NODE_RANK", 0 if count == 1 else None)
     if not 0 <= rank < count:
-        raise ConfigError(f"PET_NODE_RANK={rank} is not one of PET_NNODES={count} nodes: number them from 0 to {count - 1}")
+        raise ConfigError(
+            f"PET_NODE_RANK={rank} is not one of PET_NNODES={count} nodes: number them from 0 to {count - 1}"
+        )
     if world_size % count:
         raise ConfigError(
             f"the parallel sizes make {world_size} processes, which do not divide into PET_NNODES={count} nodes: "
@@ -76,24 +81,31 @@ def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) 
     processes = world_size // count
     if environment.get("PET_NPROC_PER_NODE", str(processes)) != str(processes):
         raise ConfigError(
-            f"PET_NPROC_PER_NODE={environment['PET_NPROC_PER_NODE']}, but the parallel sizes make {world_size} processes on {count} "
-            f"nodes: write {processes}, or leave it out"
+            f"PET_NPROC_PER_NODE={environment['PET_NPROC_PER_NODE']}, but the parallel sizes make {world_size} "
+            f"processes on {count} nodes: write {processes}, or leave it out"
         )
     if count == 1:
         return Nodes(processes)
     endpoint = environment.get("PET_RDZV_ENDPOINT", "")
     parts = re.fullmatch(r"\[?([^\[\]\s]+?)\]?:(\d+)", endpoint)
     if parts is None or not 0 < int(parts[2]) < 65536:
-        raise ConfigError(f"PET_RDZV_ENDPOINT={endpoint!r}: PET_NNODES={count} needs the first node's address, like node01:29500")
+        raise ConfigError(
+            f"PET_RDZV_ENDPOINT={endpoint!r}: PET_NNODES={count} needs the first node's address, like node01:29500"
+        )
     if config.run.dir is None:
-        raise ConfigError(f"run.dir is required with PET_NNODES={count}: write the same directory, on a shared file system, on every node")
+        raise ConfigError(
+            f"run.dir is required with PET_NNODES={count}: write the same directory, on a shared file system, on "
+            "every node"
+        )
     return Nodes(processes, count, rank, (parts[1], int(parts[2])), environment.get("PET_RDZV_ID", "dasd"))
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
     text = environment.get(name)
     if text is None and default is None:
-        raise ConfigError(f"{name} is required with PET_NNODES={environment['PET_NNODES']}: write this node's number, 0 on the first")
+        raise ConfigError(
+            f"{name} is required with PET_NNODES={environment['PET_NNODES']}: write this node's number, 0 on the first"
+        )
     if text is not None and not text.isdecimal():
         raise ConfigError(f"{name}={text!r}: write a whole number")
     return default if text is None else int(text)
@@ -102,7 +114,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None) -> i
 def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> int:
     """Run ``prepare`` on the first node, then this node's workers under torch's elastic agent; returns the exit status.
 
-    When one worker ends with an error the agent ends the node's others, so no rank waits for a dead one. SIGTERM, SIGUSR1 and SIGINT go
+    When one worker ends with an error the agent ends the node's others, so no rank waits for a dead one. SIGTERM,
+    SIGUSR1 and SIGINT go
     to the workers, which save and end with status 75.
 
     Raises:
@@ -121,8 +134,8 @@ def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]
 
 
 def _store_on_loopback() -> tuple[Any, tuple[str, int]]:
-    """The meeting point of one machine's processes, and its address. torch's own would listen on the network, where nobody is asked for a
-    key, and its agent unpickles what it finds there."""
+    """The meeting point of one machine's processes, and its address. torch's own would listen on the network, where
+    nobody is asked for a key, and its agent unpickles what it finds there."""
     import torch.distributed as dist
 
     with socket.socket() as listener:
@@ -131,7 +144,9 @@ def _store_on_loopback() -> tuple[Any, tuple[str, int]]:
         endpoint = listener.getsockname()
         limit = datetime.timedelta(seconds=_RENDEZVOUS_SECONDS)
         # By its port the agent finds that there is one in this process.
-        store = dist.TCPStore(*endpoint, 1, True, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach())
+        store = dist.TCPStore(
+            *endpoint, 1, True, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
+        )
     return store, endpoint
 
 
@@ -144,11 +159,17 @@ def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callabl
     deadline = time.monotonic() + limit
     first = nodes.rank == 0
     if not first:
-        _wait_until_open(host, port, deadline, f"{where}: node 0 was not there within backend.timeout_seconds={limit:g}")
+        _wait_until_open(
+            host, port, deadline, f"{where}: node 0 was not there within backend.timeout_seconds={limit:g}"
+        )
     try:
-        server = dist.TCPStore(host, port, nodes.count, first, datetime.timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True)
+        server = dist.TCPStore(
+            host, port, nodes.count, first, datetime.timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True
+        )
     except (RuntimeError, ValueError) as error:
-        raise LaunchError(f"{where} cannot be used ({first_line(error)}): write the first node's address and a free port") from error
+        raise LaunchError(
+            f"{where} cannot be used ({first_line(error)}): write the first node's address and a free port"
+        ) from error
     store = dist.PrefixStore(f"dasd/{nodes.run_id}", server)
     if first:
         _announce(store, root, nodes, prepare, deadline)
@@ -156,15 +177,22 @@ def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callabl
     try:
         verdict = _ask_first_node(store, nodes, deadline)
     except dist.DistError as error:
-        raise LaunchError(f"node 0 at {where} ended before it had prepared {root} ({first_line(error)}): look at its output") from error
+        raise LaunchError(
+            f"node 0 at {where} ended before it had prepared {root} ({first_line(error)}): look at its output"
+        ) from error
     if verdict is None:
-        raise LaunchError(f"node 0 at {where} did not prepare {root} within backend.timeout_seconds={limit:g}: look at its output")
+        raise LaunchError(
+            f"node 0 at {where} did not prepare {root} within backend.timeout_seconds={limit:g}: look at its output"
+        )
     if "error" in verdict:
         raise LaunchError(f"node 0: {verdict['error']}")
     patience = time.monotonic() + _SHARED_FILES_SECONDS
     while _digest(root) != verdict["config"]:
         if time.monotonic() > patience:
-            raise LaunchError(f"run.dir={root} is not the directory that node 0 prepared: give one on a file system that all nodes share")
+            raise LaunchError(
+                f"run.dir={root} is not the directory that node 0 prepared: give one on a file system that all nodes "
+                "share"
+            )
         time.sleep(_POLL_SECONDS)
     return server
 
@@ -188,7 +216,9 @@ def _announce(store: Any, root: Path, nodes: Nodes, prepare: Callable[[], None],
 def _ask_first_node(store: Any, nodes: Nodes, deadline: float) -> dict[str, str] | None:
     """What :func:`_announce` tells; None after the deadline."""
     if store.add(f"joined{nodes.rank}", 1) > 1:
-        raise LaunchError(f"PET_NODE_RANK={nodes.rank} has been given to two nodes: number them from 0 to {nodes.count - 1}")
+        raise LaunchError(
+            f"PET_NODE_RANK={nodes.rank} has been given to two nodes: number them from 0 to {nodes.count - 1}"
+        )
     store.set(f"node{nodes.rank}", json.dumps([nodes.count, nodes.processes]))
     if not _wait(store, ["verdict"], deadline):
         return None
@@ -201,18 +231,21 @@ def _check_all_joined(store: Any, nodes: Nodes, deadline: float) -> None:
     names = [f"node{rank}" for rank in range(1, nodes.count)]
     if not _wait(store, names, deadline):
         missing = [name.removeprefix("node") for name in names if not store.check([name])]
-        raise LaunchError(f"nodes {', '.join(missing)} of PET_NNODES={nodes.count} did not come within backend.timeout_seconds")
+        raise LaunchError(
+            f"nodes {', '.join(missing)} of PET_NNODES={nodes.count} did not come within backend.timeout_seconds"
+        )
     for rank, name in enumerate(names, start=1):
         count, processes = json.loads(store.get(name))
         if (count, processes) != (nodes.count, nodes.processes):
             raise LaunchError(
-                f"node {rank} was started for {count} nodes of {processes} processes, node 0 for {nodes.count} of {nodes.processes}: "
-                "start all nodes with the same PET_NNODES and the same overrides"
+                f"node {rank} was started for {count} nodes of {processes} processes, node 0 for {nodes.count} of "
+                f"{nodes.processes}: start all nodes with the same PET_NNODES and the same overrides"
             )
 
 
 def _wait(store: Any, names: list[str], deadline: float) -> bool:
-    """Whether the keys are there before the deadline. Asked again and again, since a wait inside the store cannot be told of a signal."""
+    """Whether the keys are there before the deadline. Asked again and again, since a wait inside the store cannot be
+    told of a signal."""
     while not store.check(names):
         if time.monotonic() > deadline:
             return False
@@ -247,8 +280,8 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     log_dir = os.environ.get("PET_LOG_DIR")
-    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch cannot be told; the
-    # forwarder gets its signals first all the same, since they are blocked in every other thread.
+    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch
+    # cannot be told; the forwarder gets its signals first all the same, since they are blocked in every other thread.
     wanted = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
     known = {one.name for one in dataclasses.fields(LaunchConfig)}
     launch_config = LaunchConfig(
@@ -273,7 +306,9 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(
-                f"dasd: error: the process of rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory?)", file=sys.stderr
+                f"dasd: error: the process of rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of "
+                "memory?)",
+                file=sys.stderr,
             )
         return max(1, abs(failure.exitcode))
     except SignalException as error:
@@ -285,19 +320,24 @@ def check_gpus(needed: int) -> None:
     """Refuse (ConfigError) more processes than this machine has GPUs."""
     # In a process of its own: the launcher must not hold a CUDA context beside its workers.
     probe = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     if int(probe.stdout) < needed:
         raise ConfigError(
-            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees {probe.stdout.strip()}; "
-            "lower them, start on more machines, or set backend.kind=cpu"
+            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees "
+            f"{probe.stdout.strip()}; lower them, start on more machines, or set backend.kind=cpu"
         )
 
 
 class _SignalForwarder(threading.Thread):
     """Waits for the signals, which are blocked in every other thread, and hands them to this node's workers.
 
-    ``launched``: set when the workers are about to be started; until then a signal ends this process at once, since nothing is lost.
+    ``launched``: set when the workers are about to be started; until then a signal ends this process at once, since
+    nothing is lost.
     """
 
     def __init__(self, grace_seconds: float) -> None:

@@ -32,10 +32,12 @@ def step_metrics(
     seconds: dict[str, float],
     config: Config,
 ) -> dict[str, float]:
-    """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: four all-reduces over replicas.
+    """Means over all replicas of what one step saw, by the names of ``metrics.jsonl``. Collective: four all-reduces
+    over replicas.
 
-    ``rollout/kl`` is the k3 estimate of KL(rollout policy || trainer's student), nats per token; updates are averaged over the step's
-    optimizer steps that were applied, seconds are this rank's. ``update/skipped`` counts the others, whose gradients were not finite.
+    ``rollout/kl`` is the k3 estimate of KL(rollout policy || trainer's student), nats per token; updates are averaged
+    over the step's optimizer steps that were applied, seconds are this rank's. ``update/skipped`` counts the others,
+    whose gradients were not finite.
     """
     log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
     pushed = (credit.omega < 0).double()
@@ -83,7 +85,8 @@ def step_metrics(
 
 
 def reward_metrics(share: ReplicaShare, seconds: dict[str, float], samples_per_group: int) -> dict[str, float]:
-    """What the rollouts alone say, by the names of ``metrics.jsonl``, over all replicas. Collective: two all-reduces over replicas."""
+    """What the rollouts alone say, by the names of ``metrics.jsonl``, over all replicas. Collective: two all-reduces
+    over replicas."""
     samples = share.samples
     rewards = torch.tensor(share.rewards, dtype=torch.float64).view(-1, samples_per_group)
     correct = rewards > 0
@@ -117,8 +120,9 @@ def reward_metrics(share: ReplicaShare, seconds: dict[str, float], samples_per_g
 
 
 def step_health(samples: Sequence[Sample], scores: ScoredRollouts, config: Config) -> dict[str, float]:
-    """Reasoning health of a step's rollouts on the ranks that have got them for their replica, rank 0 among these; nothing on the others,
-    which would compute the same. Collective over replicas: one gather of a few numbers a rollout."""
+    """Reasoning health of a step's rollouts on the ranks that have got them for their replica, rank 0 among these;
+    nothing on the others, which would compute the same. Collective over replicas: one gather of a few numbers a
+    rollout."""
     if not is_replica_source():
         return {}
     table = measure(

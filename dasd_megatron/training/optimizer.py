@@ -1,4 +1,5 @@
-"""Megatron's optimizer and learning-rate schedule, with torch's AdamW made resumable where Apex and Transformer Engine are missing."""
+"""Megatron's optimizer and learning-rate schedule, with torch's AdamW made resumable where Apex and Transformer Engine
+are missing."""
 
 from __future__ import annotations
 
@@ -34,10 +35,11 @@ class OptimizerState:
     settings: OptimizerSettings
 
     def step(self) -> tuple[float, float, bool]:
-        """Clip and apply the accumulated gradients and advance the schedule; returns (norm before clipping, rate, whether applied).
+        """Clip and apply the accumulated gradients and advance the schedule; returns (norm before clipping, rate,
+        whether applied).
 
-        Gradients that are not finite anywhere are not applied: weights, moments and schedule stay as they are. Megatron's own ``step``
-        would apply them, since it looks for infinities only when it scales the loss.
+        Gradients that are not finite anywhere are not applied: weights, moments and schedule stay as they are.
+        Megatron's own ``step`` would apply them, since it looks for infinities only when it scales the loss.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         with torch.no_grad():
@@ -55,8 +57,8 @@ class OptimizerState:
         return grad_norm, lr, True
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-        """Optimizer state for Megatron's dist checkpointing, for any other parallel layout to load. No collectives, and no copies: what is
-        loaded goes straight into the optimizer's tensors."""
+        """Optimizer state for Megatron's dist checkpointing, for any other parallel layout to load. No collectives, and
+        no copies: what is loaded goes straight into the optimizer's tensors."""
         (*others, optimizer) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         if others or not isinstance(optimizer, DistributedOptimizer):
             state = self.optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=is_loading)
@@ -65,13 +67,15 @@ class OptimizerState:
         return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore moments, steps and the place in the schedule. The rates themselves are the configuration's, which may have changed."""
+        """Restore moments, steps and the place in the schedule. The rates themselves are the configuration's, which may
+        have changed."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
         self.scheduler.load_state_dict(state["scheduler"])
         for inner in _torch_adam_optimizers(self.optimizer):
-            # DistributedOptimizer restores one step tensor for all parameters; AdamW would advance it once for each of them.
+            # DistributedOptimizer restores one step tensor for all parameters; AdamW would advance it once for each of
+            # them.
             for parameter_state in inner.optimizer.state.values():
                 parameter_state["step"] = parameter_state["step"].clone()
 
@@ -84,9 +88,9 @@ def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimiz
 def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
     """This rank's share of the float32 weights and moments, as rectangles of the parameters that they belong to.
 
-    Megatron's own format for any layout ("fully_reshardable", with the same names) gathers everything on the ranks' hosts first, while
-    training waits: three float32 copies of the whole model-parallel shard on each. With several buckets that end in padding, it also shifts
-    what follows (0.16.1 warns that a range exceeds the unpadded buffer).
+    Megatron's own format for any layout ("fully_reshardable", with the same names) gathers everything on the ranks'
+    hosts first, while training waits: three float32 copies of the whole model-parallel shard on each. With several
+    buckets that end in padding, it also shifts what follows (0.16.1 warns that a range exceeds the unpadded buffer).
     """
     if not optimizer.optimizer.state:
         # A fused Adam makes its moments in its first step, or here, and then not of zeros.
@@ -94,7 +98,11 @@ def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: d
         for state in optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
-    shardings = {sharding.data: sharding for sharding in nested_values(model_sharded_state_dict) if hasattr(sharding, "replica_id")}
+    shardings = {
+        sharding.data: sharding
+        for sharding in nested_values(model_sharded_state_dict)
+        if hasattr(sharding, "replica_id")
+    }
     pieces = []
     # Of the parameters that this rank has a share of.
     for parameter in optimizer.model_param_gbuf_map:
@@ -108,10 +116,14 @@ def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: d
 
 
 def _rectangles(
-    sharding: ShardedTensor | ShardedTensorFactory, parameter: torch.Tensor, values: torch.Tensor, start: int, prefix: str
+    sharding: ShardedTensor | ShardedTensorFactory,
+    parameter: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    prefix: str,
 ) -> Iterator[ShardedTensor]:
-    """``values``, which belong to the elements of ``parameter`` from ``start`` on in row-major order, as tensors of one or two axes placed
-    where ``sharding`` places the parameter."""
+    """``values``, which belong to the elements of ``parameter`` from ``start`` on in row-major order, as tensors of one
+    or two axes placed where ``sharding`` places the parameter."""
     parts = sharding.build() if isinstance(sharding, ShardedTensorFactory) else sharding
     for part in [parts] if isinstance(parts, ShardedTensor) else nested_values(parts):
         first = part.data.storage_offset() - parameter.storage_offset()
@@ -120,10 +132,16 @@ def _rectangles(
         while begin < end:
             row, column = divmod(begin, columns)
             # The rest of a row, whole rows, or the beginning of one.
-            count = (end - begin) // columns * columns if column == 0 and end - begin >= columns else min(columns - column, end - begin)
+            count = (
+                (end - begin) // columns * columns
+                if column == 0 and end - begin >= columns
+                else min(columns - column, end - begin)
+            )
             shape = (max(count // columns, 1), min(count, columns))[: part.data.ndim]
             place = part.global_offset[part.prepend_axis_num :]
-            offset = part.global_offset[: part.prepend_axis_num] + tuple(map(sum, zip(place, (row, column), strict=False)))
+            offset = part.global_offset[: part.prepend_axis_num] + tuple(
+                map(sum, zip(place, (row, column), strict=False))
+            )
             data = values[first + begin - start :][:count].view((1,) * part.prepend_axis_num + shape)
             yield replace(
                 part,
@@ -141,8 +159,9 @@ def _rectangles(
 
 
 def _allocate_moments(optimizer: DistributedOptimizer) -> None:
-    """Give every parameter its Adam state now: there is something to save and to load into before the first step, and torch's AdamW has its
-    ``step`` of each parameter, which DistributedOptimizer, made for fused Adams, fills in on loading only where it finds one."""
+    """Give every parameter its Adam state now: there is something to save and to load into before the first step, and
+    torch's AdamW has its ``step`` of each parameter, which DistributedOptimizer, made for fused Adams, fills in on
+    loading only where it finds one."""
     for group in optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.optimizer.state[parameter] = {
@@ -152,9 +171,11 @@ def _allocate_moments(optimizer: DistributedOptimizer) -> None:
             }
 
 
-def build_optimizer(settings: OptimizerSettings, model: ShardedModel, *, steps: int, updates_per_step: int) -> OptimizerState:
-    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with a schedule of ``steps`` training steps of
-    ``updates_per_step`` updates each."""
+def build_optimizer(
+    settings: OptimizerSettings, model: ShardedModel, *, steps: int, updates_per_step: int
+) -> OptimizerState:
+    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with a schedule of ``steps``
+    training steps of ``updates_per_step`` updates each."""
     warmup_updates = settings.warmup_steps * updates_per_step
     bf16 = model.config.params_dtype is torch.bfloat16
     config = OptimizerConfig(

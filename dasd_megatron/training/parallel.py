@@ -33,32 +33,35 @@ _GLOO = re.compile(r"gloo/|Timed out waiting|pair closure|Connection (closed|res
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a library raises it because a rank cannot be reached. NCCL's errors have classes of their own; gloo's are told by where they
-    say they come from."""
+    """Whether a library raises it because a rank cannot be reached. NCCL's errors have classes of their own; gloo's are
+    told by where they say they come from."""
     own = type(error).__module__.startswith("dasd_megatron.")
     return not own and (isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None)
 
 
 @contextlib.contextmanager
 def naming_lost_peers(timeout_seconds: float) -> Iterator[None]:
-    """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds``: of each collective."""
+    """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds``: of
+    each collective."""
     try:
         yield
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         raise LostPeerError(
-            f"the other processes could not be reached within backend.timeout_seconds={timeout_seconds:g}, or one has ended "
-            f"({first_line(error)}): look at its node and at the network between them, then continue with resume=auto"
+            f"the other processes could not be reached within backend.timeout_seconds={timeout_seconds:g}, or one has "
+            f"ended ({first_line(error)}): look at its node and at the network between them, then continue with "
+            "resume=auto"
         ) from error
 
 
 def initialize(config: Config) -> None:
-    """Start the process group from torchrun's environment and split it into TP x CP x PP x DP; seeds all generators from ``run.seed``.
+    """Start the process group from torchrun's environment and split it into TP x CP x PP x DP; seeds all generators
+    from ``run.seed``.
 
     Raises:
-        ConfigError: the number of processes is not the product of the parallel sizes, or the layout asks of Transformer Engine what it
-            cannot do, or needs it where it is not installed.
+        ConfigError: the number of processes is not the product of the parallel sizes, or the layout asks of Transformer
+            Engine what it cannot do, or needs it where it is not installed.
     """
     _check_transformer_engine(config)
     backend.current().init_process_group(config.backend.timeout_seconds)
@@ -71,13 +74,13 @@ def _check_transformer_engine(config: Config) -> None:
     transformer_engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
     if config.batch.packing and transformer_engine and config.precision.params_dtype == "fp32":
         raise ConfigError(
-            "batch.packing=true in fp32: Transformer Engine's attention takes packed sequences in half precision alone; write "
-            "precision=bf16, or backend.transformer_impl=local"
+            "batch.packing=true in fp32: Transformer Engine's attention takes packed sequences in half precision "
+            "alone; write precision=bf16, or backend.transformer_impl=local"
         )
     if parallel.context_parallel_size > 1 and not transformer_engine:
         raise ConfigError(
-            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine, which is not installed: install "
-            "it, or write 1"
+            f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine, which is not "
+            "installed: install it, or write 1"
         )
 
 
@@ -87,8 +90,9 @@ def split_world(config: Config) -> None:
     expected = parallel.world_size
     if dist.get_world_size() != expected:
         raise ConfigError(
-            f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; "
-            f"set parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} processes"
+            f"parallel: TP x CP x PP x DP = {expected}, but {dist.get_world_size()} processes run; set "
+            f"parallel.data_parallel_size={dist.get_world_size() // parallel.replica_size or 1} or start {expected} "
+            "processes"
         )
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
@@ -124,7 +128,8 @@ def broadcast_in_replica(value: T | None) -> T:
 
 
 def scatter_to_replicas(parts: list[T] | None) -> T:
-    """Global rank 0's Python objects ``parts``, one for each data-parallel replica, on every rank of that replica; None elsewhere."""
+    """Global rank 0's Python objects ``parts``, one for each data-parallel replica, on every rank of that replica; None
+    elsewhere."""
     box: list[Any] = [None]
     if is_replica_source():
         dist.scatter_object_list(box, parts, src=0, group=parallel_state.get_data_parallel_group())
@@ -160,7 +165,8 @@ def true_on_any(*flags: bool) -> list[bool]:
 
 
 def stop_if_requested() -> None:
-    """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of one number."""
+    """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of
+    one number."""
     if true_on_any(stopping.requested())[0]:
         raise StopRequested("a signal asked the run to stop")
 
@@ -169,7 +175,9 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> torch.Tensor:
     """Fill ``tensor`` with the last pipeline stage's values on every stage, in place."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
-            tensor, parallel_state.get_pipeline_model_parallel_last_rank(), group=parallel_state.get_pipeline_model_parallel_group()
+            tensor,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return tensor
 
@@ -195,8 +203,8 @@ def reduce_over_replicas(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dis
 
 
 def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T | None:
-    """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of them, and likewise
-    :class:`~dasd_megatron.stopping.StopRequested`.
+    """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of
+    them, and likewise :class:`~dasd_megatron.stopping.StopRequested`.
 
     Every rank must call it: a failure that stayed on one rank would leave the others waiting in their next collective.
     """

@@ -1,4 +1,5 @@
-"""Passes of the model over micro-batches through Megatron's pipeline schedules: scoring without gradient, and updates."""
+"""Passes of the model over micro-batches through Megatron's pipeline schedules: scoring without gradient, and
+updates."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
-from dasd_megatron.losses import TokenStats, kl_k3, linear_token_stats, policy_surrogate, routed_divergence, vocab_parallel_token_stats
+from dasd_megatron.losses import (
+    TokenStats,
+    kl_k3,
+    linear_token_stats,
+    policy_surrogate,
+    routed_divergence,
+    vocab_parallel_token_stats,
+)
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
@@ -29,8 +37,8 @@ class TokenScores(NamedTuple):
 
 
 class UpdateResult(NamedTuple):
-    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where the gradient norm was not
-    finite, and nothing was changed."""
+    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where the
+    gradient norm was not finite, and nothing was changed."""
 
     loss: float
     clip_share: float
@@ -47,8 +55,8 @@ class TeacherStates:
     """What the full-vocabulary divergence needs of the teacher; on the last pipeline stage.
 
     Attributes:
-        hidden: ``[N, h / TP]``, each tensor-parallel rank's part of what the teacher's LM head is applied to, for every packed token.
-        weight: ``[V_local, h]``, this rank's shard of the LM head that the teacher was scored with.
+        hidden: ``[N, h / TP]``, each tensor-parallel rank's part of what the teacher's LM head is applied to, for every
+        packed token. weight: ``[V_local, h]``, this rank's shard of the LM head that the teacher was scored with.
     """
 
     hidden: torch.Tensor
@@ -61,7 +69,8 @@ class TeacherStates:
 
 @dataclass
 class Distillation:
-    """The distributional objective of one update: direction ``omega`` [N] float32 and the teacher, None before the last stage."""
+    """The distributional objective of one update: direction ``omega`` [N] float32 and the teacher, None before the last
+    stage."""
 
     omega: torch.Tensor
     teacher: TeacherStates | None
@@ -78,7 +87,9 @@ def _token_stats(
 ) -> TokenStats:
     """Statistics of a micro-batch's response tokens from what the last stage put out; see :class:`ShardedModel`."""
     rows = output[micro_batch.rows, micro_batch.columns]
-    common = dict(group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature)
+    common = dict(
+        group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature
+    )
     if not model.fused_linear:
         # The rows are a copy of ours, so their gradient may take their place.
         return vocab_parallel_token_stats(rows, micro_batch.targets, inplace_backward=True, **common)
@@ -106,18 +117,27 @@ def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
     if micro_batch.starts is None:
         return None
     starts, longest = micro_batch.starts, micro_batch.longest
-    return PackedSeqParams("thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSeqParams(
+        "thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _run_schedule(
-    model: ShardedModel, micro_batches: list[MicroBatch], last_stage: Callable[..., Any], *, micro_batch_size: int, forward_only: bool
+    model: ShardedModel,
+    micro_batches: list[MicroBatch],
+    last_stage: Callable[..., Any],
+    *,
+    micro_batch_size: int,
+    forward_only: bool,
 ) -> list[Any]:
-    """Run all micro-batches forward (and backward); returns what ``last_stage(micro_batch, logits)`` reported, in order, on the last
-    pipeline stage, and nothing elsewhere."""
+    """Run all micro-batches forward (and backward); returns what ``last_stage(micro_batch, logits)`` reported, in
+    order, on the last pipeline stage, and nothing elsewhere."""
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro_batch = next(batches)
-        output = chunk(micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=_packed_seq_params(micro_batch))
+        output = chunk(
+            micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=_packed_seq_params(micro_batch)
+        )
         return output, partial(last_stage, micro_batch)
 
     iterators = [iter(micro_batches) for _ in model.chunks]
@@ -144,18 +164,21 @@ def score(
 ) -> TokenScores:
     """Log-prob of every response token and entropy of the distribution it was drawn from, at ``temperature``.
 
-    ``keep_hidden``, if given, receives on the last pipeline stage one tensor: the states that the LM head was applied to, ``[N, h / TP]``,
-    of which each tensor-parallel rank keeps its part.
+    ``keep_hidden``, if given, receives on the last pipeline stage one tensor: the states that the LM head was applied
+    to, ``[N, h / TP]``, of which each tensor-parallel rank keeps its part.
 
-    Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage; under context
-    parallelism two all-reduces, and one of what ``keep_hidden`` receives.
+    Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage;
+    under context parallelism two all-reduces, and one of what ``keep_hidden`` receives.
     """
     packed_index = torch.cat([batch.packed_index for batch in micro_batches])
     total = int(sum_over_sequence_parts(torch.tensor(len(packed_index), device=packed_index.device)))
 
     def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
         if keep_hidden is not None:
-            rank, parts = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+            rank, parts = (
+                parallel_state.get_tensor_model_parallel_rank(),
+                parallel_state.get_tensor_model_parallel_world_size(),
+            )
             width = output.shape[-1] // parts
             if not keep_hidden:
                 keep_hidden.append(output.new_zeros(total, width, dtype=model.config.params_dtype))
@@ -193,7 +216,8 @@ def update(
     With ``distillation`` the loss also has ``divergence_weight * omega * D(student, teacher)`` of every token.
 
     Args:
-        old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the last is the
+        old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the
+            last is the
             starting model's log-prob and only read when ``settings.kl_coef`` is not 0.
 
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
@@ -217,7 +241,9 @@ def update(
             kl = kl_k3(stats.log_prob, start_log_prob[index]).sum()
             loss = loss + settings.kl_coef * kl
         if distillation is not None:
-            term, capped = routed_divergence(stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap)
+            term, capped = routed_divergence(
+                stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap
+            )
             loss = loss + distillation.settings.divergence_weight * term.sum()
             # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.
             divergence = torch.where(torch.isinf(stats.divergence), 0.0, stats.divergence).sum()
@@ -232,13 +258,16 @@ def update(
 def supervised_update(
     model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], settings: PolicyLossConfig
 ) -> tuple[float, float, float]:
-    """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient norm, lr).
+    """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient
+    norm, lr).
 
     Raises:
         TrainingError: the gradient is not finite; nothing was changed.
     """
 
-    def negative_log_likelihood(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def negative_log_likelihood(
+        micro_batch: MicroBatch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         loss = -_token_stats(model, micro_batch, output, settings, 1.0).log_prob.sum()
         return loss, _count(micro_batch.packed_index), loss.detach()[None]
 
@@ -256,10 +285,17 @@ def _count(index: torch.Tensor) -> torch.Tensor:
 
 
 def _optimize(
-    model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], loss_function: Callable[..., Any], *, num_reported: int
+    model: ShardedModel,
+    optimizer: OptimizerState,
+    micro_batches: list[MicroBatch],
+    loss_function: Callable[..., Any],
+    *,
+    num_reported: int,
 ) -> tuple[torch.Tensor, float, float, bool]:
-    """Accumulate gradients over ``micro_batches`` and step; returns (means [num_reported] over the tokens of all replicas of the sums
-    that ``loss_function`` reported, float64; gradient norm; learning rate; whether the gradients were finite and applied)."""
+    """Accumulate gradients over ``micro_batches`` and step; returns (means [num_reported] over the tokens of all
+    replicas of the sums
+    that ``loss_function`` reported, float64; gradient norm; learning rate; whether the gradients were finite and
+    applied)."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.optimizer.zero_grad()

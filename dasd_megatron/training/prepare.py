@@ -1,4 +1,5 @@
-"""What happens before any process starts: the run directory, the problems, the first model, and every check that needs no GPU."""
+"""What happens before any process starts: the run directory, the problems, the first model, and every check that needs
+no GPU."""
 
 from __future__ import annotations
 
@@ -20,11 +21,26 @@ from typing import Any
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import dasd_megatron
-from dasd_megatron.config import UMASKS, Config, ConfigError, DataSourceConfig, first_line, read_config, save_config, stage_layers
+from dasd_megatron.config import (
+    UMASKS,
+    Config,
+    ConfigError,
+    DataSourceConfig,
+    first_line,
+    read_config,
+    save_config,
+    stage_layers,
+)
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
-from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, is_megatron_checkpoint, read_hf_config
+from dasd_megatron.models.hf_config import (
+    TIED_HEAD,
+    expected_tensors,
+    hf_folder,
+    is_megatron_checkpoint,
+    read_hf_config,
+)
 from dasd_megatron.models.hf_weights import HfWeights
 from dasd_megatron.plugins import load_function
 from dasd_megatron.rollout.access import AccessError, api_key
@@ -41,7 +57,8 @@ _PACKAGES = (
     "math-verify",
     "sglang",
 )
-# What a checkpoint's tensors, or the meaning of its data position, depend on. Everything else may change when a run goes on.
+# What a checkpoint's tensors, or the meaning of its data position, depend on. Everything else may change when a run
+# goes on.
 _FIXED_ON_RESUME = (
     "model", "data", "run.seed", "batch.groups", "warm_start", "precision.params_dtype", "optimizer.distributed", "teacher.weights",
 )  # fmt: skip
@@ -118,7 +135,8 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     """Check everything that can be checked without a model in memory and write the run directory's fixed parts.
 
     Raises:
-        ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError: with one line on what is wrong and what to do.
+        ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError: with one line on what is wrong
+        and what to do.
     """
     paths = RunPaths(root)
     check_key(config)
@@ -142,11 +160,15 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
             # Whoever made it may have kept it to himself.
             os.chmod(root, stat.S_IMODE(root.stat().st_mode) | (0o777 & ~UMASKS[config.run.readable_by]))
     except OSError as error:
-        raise ConfigError(f"run.dir={root} cannot be written ({error.strerror or error}): give a directory you can write to") from error
+        raise ConfigError(
+            f"run.dir={root} cannot be written ({error.strerror or error}): give a directory you can write to"
+        ) from error
     _claim(root)
 
     if config.model.path is None and config.model.architecture:
-        raise ConfigError("model.path is required with a preset: write model.path=DIRECTORY, with the weights of that model")
+        raise ConfigError(
+            "model.path is required with a preset: write model.path=DIRECTORY, with the weights of that model"
+        )
     if config.model.path is None and not (paths.start_model / "config.json").exists():
         from dasd_megatron.models.tiny import make_tiny_model
 
@@ -157,8 +179,8 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         # The context length is not part of the weights: releases of one model differ in it.
         if name != "max_position_embeddings" and getattr(hf_config, name, None) != expected:
             raise ConfigError(
-                f"model.path={config.model.path}: config.json has {name}={getattr(hf_config, name, None)}, the chosen preset {expected}: "
-                "choose the preset of that model, or model=hf"
+                f"model.path={config.model.path}: config.json has {name}={getattr(hf_config, name, None)}, the chosen "
+                f"preset {expected}: choose the preset of that model, or model=hf"
             )
     check_layout(config, hf_config)
     tokenizer = load_tokenizer(start_hf_files(config, paths))
@@ -173,7 +195,10 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     if config.warm_start.steps > 0:
         check_warm_start_lengths(config, hf_config, renderer, tokenizer, train)
     if config.batch.groups > len(train):
-        raise ConfigError(f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more problems")
+        raise ConfigError(
+            f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more "
+            "problems"
+        )
     for name, problems in {"train": train, "heldout": heldout}.items():
         # The problems of a run that goes on have just been found equal, and stay as they were written.
         if not (paths.config.exists() and paths.problems(name).exists()):
@@ -184,7 +209,8 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
 
 
 def _claim(root: Path) -> None:
-    """Keep other processes from working in the run directory until this one ends: they would remove each other's checkpoints.
+    """Keep other processes from working in the run directory until this one ends: they would remove each other's
+    checkpoints.
 
     A requeued job may come back before a file system has heard that its node is lost, and waits for that.
     """
@@ -206,11 +232,14 @@ def _claim(root: Path) -> None:
             if time.monotonic() >= deadline:
                 file.close()
                 raise ConfigError(
-                    f"run.dir={root} is in use by another process ({owner}): wait for it or stop it, or write another run.dir"
+                    f"run.dir={root} is in use by another process ({owner}): wait for it or stop it, or write another "
+                    "run.dir"
                 ) from error
             time.sleep(1.0)
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that no other run uses run.dir=%s", path, error.strerror, root)
+            logger.warning(
+                "%s cannot be locked (%s): see to it that no other run uses run.dir=%s", path, error.strerror, root
+            )
             break
     file.truncate(0)
     file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "slurm_job": job}))
@@ -219,10 +248,13 @@ def _claim(root: Path) -> None:
 
 
 def check_key(config: Config) -> None:
-    """Refuse (AccessError) an API key that cannot be one, that stands in the configuration, or that external servers do not take."""
+    """Refuse (AccessError) an API key that cannot be one, that stands in the configuration, or that external servers do
+    not take."""
     key = api_key()
     if key is not None and any(key in str(value) for value in _flatten(dataclasses.asdict(config)).values()):
-        raise AccessError("the API key in DASD_API_KEY stands in the configuration too, which is written into run.dir: leave it out")
+        raise AccessError(
+            "the API key in DASD_API_KEY stands in the configuration too, which is written into run.dir: leave it out"
+        )
     if config.rollout.engine == "external" and config.rollout.replay is None:
         check_access(config.rollout)
 
@@ -231,7 +263,8 @@ def require_hf_directory(config: Config) -> None:
     """Refuse (ConfigError) a ``model.path`` that a rollout server cannot be started from."""
     if config.model.path is not None and is_megatron_checkpoint(config.model.path):
         raise ConfigError(
-            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
+            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert "
+            "megatron-to-hf"
         )
 
 
@@ -262,13 +295,13 @@ def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
         if getattr(hf_config, name) % tensor:
             raise ConfigError(
-                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(hf_config, name)} ({where}): "
-                "write a divisor of it"
+                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(hf_config, name)} "
+                f"({where}): write a divisor of it"
             )
     if hf_config.num_attention_heads % hf_config.num_key_value_heads:
         raise ConfigError(
-            f"num_key_value_heads={hf_config.num_key_value_heads} does not divide num_attention_heads={hf_config.num_attention_heads} "
-            f"({where}): write a divisor of it"
+            f"num_key_value_heads={hf_config.num_key_value_heads} does not divide "
+            f"num_attention_heads={hf_config.num_attention_heads} ({where}): write a divisor of it"
         )
     layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
     stage_layers(parallel, hf_config.num_hidden_layers, f"{layers}={hf_config.num_hidden_layers} ({where})")
@@ -287,7 +320,8 @@ def check_warm_start_lengths(
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
 ) -> None:
-    """Refuse problems whose prompt, reference solution and end-of-sequence token do not fit into the model's positions."""
+    """Refuse problems whose prompt, reference solution and end-of-sequence token do not fit into the model's
+    positions."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"warm_start.steps={config.warm_start.steps} needs a tokenizer with an end-of-sequence token: "
@@ -300,18 +334,30 @@ def check_warm_start_lengths(
         if prompt + solution + 1 > limit:
             where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
             raise ConfigError(
-                f"warm_start.steps={config.warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a solution of {solution} "
-                f"tokens, with its end over max_position_embeddings={limit} ({where}): remove it from data.train, or write 0"
+                f"warm_start.steps={config.warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a "
+                f"solution of {solution} tokens, with its end over max_position_embeddings={limit} ({where}): remove "
+                "it from data.train, or write 0"
             )
 
 
 def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(tokenizer, config.data.template, config.teacher.template, config.teacher.privileged, config.teacher.hint_fraction)
+    return PromptRenderer(
+        tokenizer,
+        config.data.template,
+        config.teacher.template,
+        config.teacher.privileged,
+        config.teacher.hint_fraction,
+    )
 
 
-def check_prompt_lengths(config: Config, renderer: PromptRenderer, train: list[Problem], heldout: list[Problem]) -> None:
-    """Refuse problems whose prompt, and for training ones the privileged prompt, exceed ``rollout.max_prompt_tokens``."""
-    check_lengths(train, renderer, config.rollout.max_prompt_tokens, teacher=needs_teacher(config) or config.warm_start.steps > 0)
+def check_prompt_lengths(
+    config: Config, renderer: PromptRenderer, train: list[Problem], heldout: list[Problem]
+) -> None:
+    """Refuse problems whose prompt, and for training ones the privileged prompt, exceed
+    ``rollout.max_prompt_tokens``."""
+    check_lengths(
+        train, renderer, config.rollout.max_prompt_tokens, teacher=needs_teacher(config) or config.warm_start.steps > 0
+    )
     check_lengths(heldout, renderer, config.rollout.max_prompt_tokens, teacher=False)
 
 
@@ -333,7 +379,8 @@ def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
 
 
 def _continued_runs(config: Config, paths: RunPaths) -> list[RunPaths]:
-    """The runs that this one goes on from: the one in its directory, and the one that the checkpoint in ``resume`` belongs to."""
+    """The runs that this one goes on from: the one in its directory, and the one that the checkpoint in ``resume``
+    belongs to."""
     runs = [paths] if paths.config.exists() else []
     if config.resume not in ("none", "auto"):
         other = RunPaths(Path(config.resume).resolve().parent.parent)
@@ -343,7 +390,8 @@ def _continued_runs(config: Config, paths: RunPaths) -> list[RunPaths]:
 
 
 def _check_same_problems(run: RunPaths, loaded: dict[str, list[Problem]]) -> None:
-    """Refuse to go on with other problems than those the run began with: the data position would mean something else."""
+    """Refuse to go on with other problems than those the run began with: the data position would mean something
+    else."""
     for name, problems in loaded.items():
         path = run.problems(name)
         if not path.exists():
@@ -366,7 +414,8 @@ def _check_same_run(previous: Config, config: Config) -> None:
             continue
         if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
             raise ConfigError(
-                f"{name}={value} differs from {before.get(name)} in the run to resume: write {name}={before.get(name)}, or start a new run"
+                f"{name}={value} differs from {before.get(name)} in the run to resume: write "
+                f"{name}={before.get(name)}, or start a new run"
             )
         print(f"resuming with {name}={value} (was {before.get(name)})", flush=True)
 
@@ -396,7 +445,8 @@ def _environment(config: Config) -> dict:
 
 
 def _git_revision() -> str | None:
-    """The revision of this package's sources; None where they are no checkout, or lie inside another project's, or git does not work."""
+    """The revision of this package's sources; None where they are no checkout, or lie inside another project's, or git
+    does not work."""
     package = Path(dasd_megatron.__file__).resolve().parent
     try:
         top = _git(package, "rev-parse", "--show-toplevel")

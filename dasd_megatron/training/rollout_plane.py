@@ -1,6 +1,7 @@
 """The trainer's side of the rollout servers: start one, hand over weights, collect rollouts, survive a dead server.
 
-Global rank 0 talks to the servers, for all replicas; the others take part in what needs their weights, and get their rollouts.
+Global rank 0 talks to the servers, for all replicas; the others take part in what needs their weights, and get their
+rollouts.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class RolloutFailure(RuntimeError):
 
 
 class RolloutPlane:
-    """Owns the trainer's own server and the collector of rollouts, on global rank 0. Methods are collective over all ranks.
+    """Owns the trainer's own server and the collector of rollouts, on global rank 0. Methods are collective over all
+    ranks.
 
     state: where the order of problems and what was collected ahead go on; counts on rank 0.
     """
@@ -113,10 +115,11 @@ class RolloutPlane:
             self.server.stop()
 
     def sync_weights(self, model: ShardedModel, step: int, template_dir: Path) -> None:
-        """Make every server serve the policy after ``step`` steps; rollouts in flight are waited for, broken off or suspended meanwhile.
+        """Make every server serve the policy after ``step`` steps; rollouts in flight are waited for, broken off or
+        suspended meanwhile.
 
-        By ``rollout.weight_sync`` either from a directory ``weights/<version>``, of which older ones are removed, or over a process group.
-        A server of the trainer's own always starts from a directory.
+        By ``rollout.weight_sync`` either from a directory ``weights/<version>``, of which older ones are removed, or
+        over a process group. A server of the trainer's own always starts from a directory.
 
         Raises:
             RolloutFailure: no server took the weights.
@@ -151,7 +154,9 @@ class RolloutPlane:
     def _on_rank0_or_stop(self, work: Callable[[], T]) -> T | None:
         """``work`` on rank 0; what trying again cannot mend stops the run on every rank."""
         try:
-            return on_selected_rank(dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError, OSError))
+            return on_selected_rank(
+                dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError, OSError)
+            )
         except PeerError as error:
             raise RolloutFailure(str(error)) from error
 
@@ -160,7 +165,9 @@ class RolloutPlane:
 
         async def look() -> None:
             rollout = self.config.rollout
-            async with make_client(dataclasses.replace(rollout, request_timeout_seconds=10.0), self.urls, self.pool) as client:
+            async with make_client(
+                dataclasses.replace(rollout, request_timeout_seconds=10.0), self.urls, self.pool
+            ) as client:
                 # A trainer that ended in the middle of an update may have left them suspended.
                 await client.continue_generation()
                 # The others may come later: each step asks.
@@ -170,7 +177,8 @@ class RolloutPlane:
         asyncio.run(look())
 
     async def _of_this_model(self, urls: list[str]) -> list[str]:
-        """Those of ``urls`` that serve the model of the run by what they say; of others' servers each is asked until it has answered."""
+        """Those of ``urls`` that serve the model of the run by what they say; of others' servers each is asked until it
+        has answered."""
         if self.server is not None:
             return urls
         for url in urls:
@@ -186,7 +194,8 @@ class RolloutPlane:
         return [url for url in urls if url in self._looked_at]
 
     def _check_served(self, model: ShardedModel) -> None:
-        """After others' servers got weights for the first time: have they taken them, and do they compute the same with them?"""
+        """After others' servers got weights for the first time: have they taken them, and do they compute the same with
+        them?"""
         limit = self.config.rollout.max_log_prob_diff
         ids = self._probe_ids
         # Interleaved pipelining wants several.
@@ -203,7 +212,8 @@ class RolloutPlane:
         self._on_rank0_or_stop(lambda: asyncio.run(check()))
 
     def _release(self) -> None:
-        """The servers' memory is the trainer's until the next sync; every replica has its rollouts. For global rank 0."""
+        """The servers' memory is the trainer's until the next sync; every replica has its rollouts. For global rank
+        0."""
         for url in self.pool.with_status(Status.SERVING):
             if self._ask(url, lambda client: client.release_memory_occupation(["weights", "kv_cache"])):
                 self.released[url] = {"weights", "kv_cache"}
@@ -231,7 +241,9 @@ class RolloutPlane:
     def _verify(self, model: ShardedModel) -> None:
         if not self.config.rollout.verify_weights:
             return
-        error = verify_weights(model, self.config.rollout, self.pool.with_status(Status.SERVING), self.pool, self.weight_version)
+        error = verify_weights(
+            model, self.config.rollout, self.pool.with_status(Status.SERVING), self.pool, self.weight_version
+        )
 
         def report() -> None:
             if error is not None:
@@ -252,7 +264,9 @@ class RolloutPlane:
     def _serve_current(self) -> None:
         path = self.paths.weights / self.weight_version
         if self.config.rollout.engine != "external" and self.server is None:
-            self.server = LocalServer(path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log")
+            self.server = LocalServer(
+                path, self.weight_version, self.config.rollout, self.paths.root / "logs" / "rollout_server.log"
+            )
             self.server.start()
             self._serves_alone(self.weight_version)
         else:
@@ -272,19 +286,24 @@ class RolloutPlane:
     async def _update_weights(self, urls: list[str]) -> None:
         """From disk, in one try: one that fails is asked again by the next step, and does not hold up the others."""
         rollout, path = self.config.rollout, self.paths.weights / self.weight_version
-        limits = dataclasses.replace(rollout, request_timeout_seconds=rollout.weight_sync_timeout_seconds, max_retries=0)
+        limits = dataclasses.replace(
+            rollout, request_timeout_seconds=rollout.weight_sync_timeout_seconds, max_retries=0
+        )
         async with make_client(limits, urls, self.pool) as client:
             await client.update_weights_from_disk(str(path.absolute()), self.weight_version)
 
     def _send(self) -> None:
         """Send the policy over the process group, which is made the first time and after a failure.
 
-        A server that breaks it off is left out of the next try, as long as others are left; else PeerError on every rank.
+        A server that breaks it off is left out of the next try, as long as others are left; else PeerError on every
+        rank.
         """
         model, _ = self._policy
         while True:
             on_selected_rank(dist.get_rank() == 0, self._choose_receivers, (RolloutError,))
-            error = send_weights(model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes)
+            error = send_weights(
+                model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes
+            )
             again = dist.get_rank() == 0 and error is not None and self._leave_out(error)
             if not broadcast_from_rank0(again):
                 break
@@ -366,8 +385,8 @@ class RolloutPlane:
                 return self._raised_everywhere(result)
 
     def _restart(self) -> str | None:
-        """Start the trainer's own server again, from the newest weights on disk, or see which of others' servers are back; returns why
-        trying again is of no use, or None."""
+        """Start the trainer's own server again, from the newest weights on disk, or see which of others' servers are
+        back; returns why trying again is of no use, or None."""
         rollout = self.config.rollout
         if self.restarts >= rollout.max_restarts:
             return f"tried again rollout.max_restarts={rollout.max_restarts} times already"
@@ -394,14 +413,16 @@ class RolloutPlane:
         return self._with_restarts(lambda: work(self._client()))
 
     def start_over(self) -> None:
-        """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled again."""
+        """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled
+        again."""
         self._handed_out = None
         if self.collector is not None:
             self.collector.start_over()
 
     def rollouts(self, step: int, discarded: int) -> tuple[ReplicaShare, float, dict[str, float]]:
-        """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after the last of them was
-        sampled, and the step's metrics of collecting them; on every rank of the replica. ``discarded``: how many of the replayed steps
+        """Graded rollouts of this replica's share of the training step ``step``, the seconds that grading took after
+        the last of them was sampled, and the step's metrics of collecting them; on every rank of the replica.
+        ``discarded``: how many of the replayed steps
         are left out before it.
 
         Raises:
@@ -427,8 +448,8 @@ class RolloutPlane:
         return scatter_to_replicas([(part, batch.grading_seconds, metrics) for part in self._shares(samples)])
 
     def state(self, step: int) -> BufferState:
-        """Where to go on after ``step`` steps, to be saved; on global rank 0, elsewhere as it was given. The prompts of a step that was
-        begun and not finished are sampled again."""
+        """Where to go on after ``step`` steps, to be saved; on global rank 0, elsewhere as it was given. The prompts of
+        a step that was begun and not finished are sampled again."""
         if self.collector is None:
             return self._state
         state = self.collector.state()
@@ -443,8 +464,8 @@ class RolloutPlane:
         return replica_shares(samples, replicas=parallel.data_parallel_size, minibatches=batch.minibatches)
 
     def _raised_everywhere(self, result: T | PluginError | OSError) -> T:
-        """A function of the user's own that fails, and a disk, fail again however often servers are started anew: they stop the run on
-        every rank."""
+        """A function of the user's own that fails, and a disk, fail again however often servers are started anew: they
+        stop the run on every rank."""
 
         def check() -> T:
             if isinstance(result, (PluginError, OSError)):
@@ -465,7 +486,8 @@ class RolloutPlane:
 
 
 def _collection_metrics(batch: Batch, samples: list[Sample], step: int) -> dict[str, float]:
-    """What collecting the groups of a step took. ``step``: the training steps behind the weights that are about to be updated."""
+    """What collecting the groups of a step took. ``step``: the training steps behind the weights that are about to be
+    updated."""
     staleness = [step - version_step(sample.weight_version) for sample in samples]
     return {
         "rollout/staleness_mean": sum(staleness) / len(staleness),

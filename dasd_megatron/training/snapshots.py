@@ -14,14 +14,16 @@ from dasd_megatron.models.gpt import ShardedModel
 
 
 class WeightSnapshot:
-    """This rank's shard of every parameter, copied when made. An average is kept in float32, a frozen copy in the parameters' dtype."""
+    """This rank's shard of every parameter, copied when made. An average is kept in float32, a frozen copy in the
+    parameters' dtype."""
 
     def __init__(self, model: ShardedModel, *, dtype: torch.dtype | None = None) -> None:
         self.tensors = [parameter.detach().to(dtype or parameter.dtype, copy=True) for parameter in model.parameters()]
 
     @contextlib.contextmanager
     def applied(self, model: ShardedModel) -> Iterator[None]:
-        """The model computes with these weights inside the block. Live weights keep their storage, so DDP's buffers stay valid."""
+        """The model computes with these weights inside the block. Live weights keep their storage, so DDP's buffers
+        stay valid."""
         parameters = model.parameters()
         live = [parameter.data for parameter in parameters]
         for parameter, tensor in zip(parameters, self.tensors, strict=True):
@@ -39,9 +41,11 @@ class WeightSnapshot:
             tensor.lerp_(parameter.detach().to(tensor.dtype), 1.0 - decay)
 
     def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """The parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this snapshot's tensors in their
-        place and ``prefix`` before their keys."""
-        by_parameter = {id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)}
+        """The parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this snapshot's
+        tensors in their place and ``prefix`` before their keys."""
+        by_parameter = {
+            id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)
+        }
         replaced: dict[str, dict[str, Any]] = {}
         for chunk, values in model_state.items():
             replaced[chunk] = {}

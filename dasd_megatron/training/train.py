@@ -1,4 +1,5 @@
-"""The training loop: rollout, verify, score, route, update, sync. Every rank runs :func:`train`; only the first one reports."""
+"""The training loop: rollout, verify, score, route, update, sync. Every rank runs :func:`train`; only the first one
+reports."""
 
 from __future__ import annotations
 
@@ -49,9 +50,23 @@ from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.metrics import reward_metrics, step_health, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0, gather_replicas, gather_world, reduce_over_replicas, true_on_any
+from dasd_megatron.training.parallel import (
+    broadcast_from_rank0,
+    gather_replicas,
+    gather_world,
+    reduce_over_replicas,
+    true_on_any,
+)
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
-from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer, needs_teacher, run_problems, start_hf_files, start_path
+from dasd_megatron.training.prepare import (
+    RunPaths,
+    load_tokenizer,
+    make_renderer,
+    needs_teacher,
+    run_problems,
+    start_hf_files,
+    start_path,
+)
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
@@ -97,13 +112,16 @@ class Trainer:
 
 
 def train(config: Config, paths: RunPaths) -> None:
-    """Run or resume the training that ``paths`` was prepared for. Needs the backend selected and the parallel state initialised.
+    """Run or resume the training that ``paths`` was prepared for. Needs the backend selected and the parallel state
+    initialised.
 
     Raises:
-        RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been written.
+        RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been
+            written.
         StopRequested: a signal asked for it, and likewise; WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
-        TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a checkpoint did not help.
+        TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a
+            checkpoint did not help.
     """
     rank0 = dist.get_rank() == 0
     tokenizer = load_tokenizer(start_hf_files(config, paths))
@@ -124,8 +142,14 @@ def train(config: Config, paths: RunPaths) -> None:
         if rank0:
             if checkpoint is not None:
                 depart_from(paths.root, checkpoint)
-            truncate_after(paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0)
-            chosen = [name for name, wanted in (("wandb", config.logging.wandb != "none"), ("mlflow", config.logging.mlflow)) if wanted]
+            truncate_after(
+                paths.root, first_step if checkpoint is not None else -1, warm_start_step=None if warm_started else 0
+            )
+            chosen = [
+                name
+                for name, wanted in (("wandb", config.logging.wandb != "none"), ("mlflow", config.logging.mlflow))
+                if wanted
+            ]
             logger = stack.enter_context(
                 MetricsLogger(
                     paths.root,
@@ -166,7 +190,9 @@ def train(config: Config, paths: RunPaths) -> None:
         )
         grader = stack.enter_context(Grader(config.verify))
         plane = stack.enter_context(
-            RolloutPlane(config, paths, problems["train"], grader, renderer, tokenizer, model.vocab_size, state.rollouts)
+            RolloutPlane(
+                config, paths, problems["train"], grader, renderer, tokenizer, model.vocab_size, state.rollouts
+            )
         )
         trainer = Trainer(
             config, paths, tokenizer, renderer, grader, problems["heldout"],
@@ -178,9 +204,11 @@ def train(config: Config, paths: RunPaths) -> None:
             _conclude(trainer)
 
 
-def build_policy(config: Config, model_path: Path) -> tuple[ShardedModel, OptimizerState, WeightSnapshot | None, WeightSnapshot | None]:
-    """The policy with the weights in ``model_path``, its optimizer, and copies of the weights where they are needed: one as they are now,
-    and one to be averaged. Collective."""
+def build_policy(
+    config: Config, model_path: Path
+) -> tuple[ShardedModel, OptimizerState, WeightSnapshot | None, WeightSnapshot | None]:
+    """The policy with the weights in ``model_path``, its optimizer, and copies of the weights where they are needed:
+    one as they are now, and one to be averaged. Collective."""
     model = build_model(config, model_path)
     optimizer = build_optimizer(
         config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
@@ -211,14 +239,17 @@ def _run(trainer: Trainer) -> None:
         _evaluate_if_due(trainer)
         while state.step < config.run.steps:
             metrics = train_step(trainer)
-            # Both belong to the end of the step before this one; a step's own line is written as soon as the step is done.
+            # Both belong to the end of the step before this one; a step's own line is written as soon as the step is
+            # done.
             metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": saver.stalled}
             saver.stalled = 0.0
             action, reason = "warn", ""
             if watch is not None:
                 action, reason = _log_step(trainer, watch, metrics)
             state.skipped = state.skipped + 1 if metrics["update/skipped"] else 0
-            stop, writing, end, pause = true_on_any(stopping.requested(), saver.writing(), action == "stop", action == "pause")
+            stop, writing, end, pause = true_on_any(
+                stopping.requested(), saver.writing(), action == "stop", action == "pause"
+            )
             if saver.pending and not writing:
                 saver.finish()
             if stop:
@@ -243,19 +274,27 @@ def _run(trainer: Trainer) -> None:
         saver.finish()
     except WatchStopped as stop:
         _save_once(trainer)
-        raise WatchStopped(f"stopped after step {state.step}, which is saved; continue with resume=auto. {stop}") from stop
+        raise WatchStopped(
+            f"stopped after step {state.step}, which is saved; continue with resume=auto. {stop}"
+        ) from stop
     except StopRequested as stop:
         saved = _save_once(trainer)
-        raise StopRequested(f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto") from stop
+        raise StopRequested(
+            f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto"
+        ) from stop
     except RolloutFailure as failure:
         _save_once(trainer)
-        raise RolloutFailure(f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended") from failure
+        raise RolloutFailure(
+            f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended"
+        ) from failure
 
 
 def _save_once(trainer: Trainer) -> bool:
     """A checkpoint of the last finished step, unless there is one; whether there was a step to save."""
     trainer.saver.finish()
-    if trainer.state.step and not broadcast_from_rank0(checkpoint_path(trainer.paths.root, trainer.state.step).exists()):
+    if trainer.state.step and not broadcast_from_rank0(
+        checkpoint_path(trainer.paths.root, trainer.state.step).exists()
+    ):
         _save(trainer)
         trainer.saver.finish()
     return trainer.state.step > 0
@@ -296,13 +335,15 @@ def _pause(trainer: Trainer, reason: str) -> None:
         file.unlink(missing_ok=True)
     _save_once(trainer)
     trainer.display.warning(
-        f"paused after step {trainer.state.step}, which is saved ({reason}). To go on: touch {file.absolute()}. Otherwise the run ends in "
-        f"{limit} (watch.pause_timeout_seconds) with status {WatchStopped.exit_status}"
+        f"paused after step {trainer.state.step}, which is saved ({reason}). To go on: touch {file.absolute()}. "
+        f"Otherwise the run ends in {limit} (watch.pause_timeout_seconds) with status {WatchStopped.exit_status}"
     )
     deadline = time.monotonic() + settings.pause_timeout_seconds
     while True:
         time.sleep(_PAUSE_POLL_SECONDS)
-        stop, resumed, over = true_on_any(stopping.requested(), rank0 and file.exists(), rank0 and time.monotonic() > deadline)
+        stop, resumed, over = true_on_any(
+            stopping.requested(), rank0 and file.exists(), rank0 and time.monotonic() > deadline
+        )
         if stop:
             raise StopRequested("while paused")
         if resumed:
@@ -315,10 +356,11 @@ def _pause(trainer: Trainer, reason: str) -> None:
 
 
 def _roll_back(trainer: Trainer) -> None:
-    """Take weights, optimizer and generators from the last good checkpoint, and go on with problems that have not been drawn yet.
+    """Take weights, optimizer and generators from the last good checkpoint, and go on with problems that have not been
+    drawn yet.
 
-    Good is a checkpoint after a step that was not skipped, and that has not been gone back to already. The problems of the steps since then
-    are not drawn again, since they may be what broke the numbers.
+    Good is a checkpoint after a step that was not skipped, and that has not been gone back to already. The problems of
+    the steps since then are not drawn again, since they may be what broke the numbers.
 
     Raises:
         TrainingError: there is none, or ``loss.max_rollbacks`` are used up.
@@ -326,12 +368,14 @@ def _roll_back(trainer: Trainer) -> None:
     config, state, rank0 = trainer.config, trainer.state, dist.get_rank() == 0
     trainer.saver.finish()
     reason = (
-        f"step {state.step}: logits or gradients were not finite in {state.skipped} steps in a row, more than loss.max_skipped_steps="
-        f"{config.loss.max_skipped_steps}"
+        f"step {state.step}: logits or gradients were not finite in {state.skipped} steps in a row, more than "
+        f"loss.max_skipped_steps={config.loss.max_skipped_steps}"
     )
     advice = "continue from a checkpoint before them (resume=PATH) with a lower optimizer.lr"
     if state.rollbacks >= config.loss.max_rollbacks:
-        raise TrainingError(f"{reason}, after {state.rollbacks} of loss.max_rollbacks={config.loss.max_rollbacks}: {advice}")
+        raise TrainingError(
+            f"{reason}, after {state.rollbacks} of loss.max_rollbacks={config.loss.max_rollbacks}: {advice}"
+        )
     for path in broadcast_from_rank0(resumable(trainer.paths.root) if rank0 else None):
         if damage(path) is None:
             good, _ = read_state(path)
@@ -377,7 +421,8 @@ def _save(trainer: Trainer) -> None:
 
 
 def _evaluate(trainer: Trainer, label: str) -> None:
-    """Evaluate the weights that the servers hold, on rank 0; skipped where a resumed run has this evaluation already."""
+    """Evaluate the weights that the servers hold, on rank 0; skipped where a resumed run has this evaluation
+    already."""
     step = trainer.state.step
     done = trainer.logger is not None and any(
         row["label"] == label and row["step"] == step for row in read_metrics(trainer.paths.root / "evaluation.jsonl")
@@ -406,8 +451,9 @@ def _evaluate(trainer: Trainer, label: str) -> None:
 
 
 def train_step(trainer: Trainer) -> dict[str, Any]:
-    """One training step, counted in ``trainer.state`` when it is done; returns its metrics, all on rank 0 and most on every rank. If its
-    rollouts fail, nothing of it is applied. If its logits are not finite it is skipped: its prompts count as seen, and the weights stay."""
+    """One training step, counted in ``trainer.state`` when it is done; returns its metrics, all on rank 0 and most on
+    every rank. If its rollouts fail, nothing of it is applied. If its logits are not finite it is skipped: its prompts
+    count as seen, and the weights stay."""
     config, state = trainer.config, trainer.state
     timers, started = Timers(), time.perf_counter()
     with timers("rollout"):
@@ -452,8 +498,8 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
 
 
 def _compare_fp8(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> dict[str, float]:
-    """What FP8 does to the log-probs of a few rollouts, at the first step and then as often as configured: the same weights score them in
-    bf16. Nothing without FP8. Collective over all ranks."""
+    """What FP8 does to the log-probs of a few rollouts, at the first step and then as often as configured: the same
+    weights score them in bf16. Nothing without FP8. Collective over all ranks."""
     config, step = trainer.config, trainer.state.step
     every = config.precision.fp8_check_every
     if config.precision.fp8 == "none" or not every or (step != 1 and step % every):
@@ -468,9 +514,9 @@ def _compare_fp8(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts
     largest = reduce_over_replicas(gap.max(), dist.ReduceOp.MAX).item()
     if mean > config.precision.fp8_max_diff:
         trainer.display.warning(
-            f"step {step}: log-probs under precision.fp8={config.precision.fp8} differ from those of bf16 by {mean:.3g} nats a "
-            f"token, over precision.fp8_max_diff={config.precision.fp8_max_diff:g}: leave the outer layers in bf16 "
-            "(precision.bf16_first_layers, precision.bf16_last_layers), or choose another recipe"
+            f"step {step}: log-probs under precision.fp8={config.precision.fp8} differ from those of bf16 by "
+            f"{mean:.3g} nats a token, over precision.fp8_max_diff={config.precision.fp8_max_diff:g}: leave the outer "
+            "layers in bf16 (precision.bf16_first_layers, precision.bf16_last_layers), or choose another recipe"
         )
     return {"precision/fp8_log_prob_diff_mean": mean, "precision/fp8_log_prob_diff_max": largest}
 
@@ -492,13 +538,14 @@ def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
     if mean > limit:
         raise RolloutFailure(
             f"the servers' log-probs differ from the trainer's by {mean:.3g} nats a token, over "
-            f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were started with, or raise "
-            "the limit"
+            f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were "
+            "started with, or raise the limit"
         )
 
 
 def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts) -> bool:
-    """Whether any token's statistics are not finite on any replica; the first time in a run it is said where. Collective."""
+    """Whether any token's statistics are not finite on any replica; the first time in a run it is said where.
+    Collective."""
     found = [scores.student.log_prob, scores.student.entropy, scores.start_log_prob]
     # -inf is what a teacher says of a token that it rules out, and routing can take it.
     bad = torch.isnan(scores.teacher_log_prob) | (scores.teacher_log_prob == math.inf)
@@ -512,10 +559,12 @@ def _report_non_finite(trainer: Trainer, samples: list[Sample], scores: ScoredRo
         index = bisect.bisect_right(ends, token)
         # Counted from the response's end.
         position = samples[index].sampled[token - ends[index]]
-        broken = next((name for name, one in trainer.model.named_parameters() if not bool(torch.isfinite(one).all())), None)
+        broken = next(
+            (name for name, one in trainer.model.named_parameters() if not bool(torch.isfinite(one).all())), None
+        )
         place = (
-            f"rank {dist.get_rank()}: {int(bad.sum())} of {bad.numel()} tokens, first response token {position} of problem "
-            f"{samples[index].problem_id}, sample {samples[index].sample}; "
+            f"rank {dist.get_rank()}: {int(bad.sum())} of {bad.numel()} tokens, first response token {position} of "
+            f"problem {samples[index].problem_id}, sample {samples[index].sample}; "
             + (f"parameter {broken} is not finite here" if broken else "the parameters here are finite")
         )
     places = [one for one in gather_world(place) if one]
@@ -534,17 +583,18 @@ def _report_not_applied(trainer: Trainer, results: list[UpdateResult]) -> None:
     if norms and not trainer.reported_non_finite:
         trainer.reported_non_finite = True
         trainer.display.warning(
-            f"step {trainer.state.step}: {len(norms)} of {len(results)} updates are skipped, their gradient norm is {norms[0]}; "
-            "further ones are counted in update/skipped and not described"
+            f"step {trainer.state.step}: {len(norms)} of {len(results)} updates are skipped, their gradient norm is "
+            f"{norms[0]}; further ones are counted in update/skipped and not described"
         )
 
 
 @dataclass
 class ScoredRollouts:
-    """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the sampling temperature.
+    """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the
+    sampling temperature.
 
-    ``delta`` is teacher log-prob minus student log-prob, all zero for an algorithm without a teacher; ``start_log_prob`` is the starting
-    model's, None without a KL penalty. ``lengths`` is int64 [B].
+    ``delta`` is teacher log-prob minus student log-prob, all zero for an algorithm without a teacher;
+    ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B].
     """
 
     student: TokenScores
@@ -561,7 +611,8 @@ class ScoredRollouts:
 
 
 class Importance(NamedTuple):
-    """Truncated importance weights of this replica's response tokens, float32 [N], and which of them the cap has lowered, bool [N]."""
+    """Truncated importance weights of this replica's response tokens, float32 [N], and which of them the cap has
+    lowered, bool [N]."""
 
     weights: torch.Tensor
     cut: torch.Tensor
@@ -598,9 +649,12 @@ def _score(trainer: Trainer, samples: list[Sample]) -> ScoredRollouts:
         weights = {"live": None, "frozen": trainer.start, "ema": trainer.average}[config.teacher.weights]
         keep_hidden = [] if config.algorithm.objective == "distributional" else None
         with weights.applied(model) if weights is not None else contextlib.nullcontext():
-            teacher_log_prob = score(model, batches, config.loss, temperature=temperature, keep_hidden=keep_hidden).log_prob
+            teacher_log_prob = score(
+                model, batches, config.loss, temperature=temperature, keep_hidden=keep_hidden
+            ).log_prob
             if keep_hidden:
-                # The head that the teacher was scored with: the first update would change the live one, while a snapshot stays as it is.
+                # The head that the teacher was scored with: the first update would change the live one, while a
+                # snapshot stays as it is.
                 changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
                 head = model.head_weight().detach()
                 teacher = TeacherStates(keep_hidden[0], head.clone() if changes else head)
@@ -643,7 +697,9 @@ def _importance(config: Config, scores: ScoredRollouts) -> Importance | None:
     )
 
 
-def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, advantage: torch.Tensor, credit: Credit) -> list[UpdateResult]:
+def _update(
+    trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, advantage: torch.Tensor, credit: Credit
+) -> list[UpdateResult]:
     """All epochs of minibatches over one batch of rollouts; one result for each optimizer step."""
     config = trainer.config
     share = len(samples) // config.batch.minibatches
@@ -655,7 +711,11 @@ def _update(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, adv
             tokens = slice(bounds[first], bounds[first + share])
             distillation = None
             if config.algorithm.objective == "distributional":
-                teacher = None if scores.teacher is None else TeacherStates(scores.teacher.hidden[tokens], scores.teacher.weight)
+                teacher = (
+                    None
+                    if scores.teacher is None
+                    else TeacherStates(scores.teacher.hidden[tokens], scores.teacher.weight)
+                )
                 distillation = Distillation(credit.omega[tokens], teacher, config.algorithm)
             results.append(
                 update(
@@ -678,7 +738,9 @@ def _save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
     """The step's rollouts of all replicas, for replay; written by rank 0."""
     everyone = gather_replicas(samples)
     if trainer.logger is not None and trainer.config.rollout.replay is None:
-        ordered = sorted((sample for part in everyone for sample in part), key=lambda sample: (sample.group, sample.sample))
+        ordered = sorted(
+            (sample for part in everyone for sample in part), key=lambda sample: (sample.group, sample.sample)
+        )
         save_samples(rollouts_path(trainer.paths.rollouts, trainer.state.step), ordered)
 
 

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning on the training problems' reference solutions, so that reinforcement starts from a policy that can be right.
+"""Supervised fine-tuning on the training problems' reference solutions, so that reinforcement starts from a policy that
+can be right.
 
-A share of the examples shows the solution in the prompt, through the teacher's template: the self-teacher has to be able to use it.
+A share of the examples shows the solution in the prompt, through the teacher's template: the self-teacher has to be
+able to use it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def warm_start(
     tokenizer: PreTrainedTokenizerBase,
     report: Callable[[dict[str, float]], None],
 ) -> None:
-    """Fine-tune from the starting model and export the result to ``paths.warm_started_model``. Collective over all ranks.
+    """Fine-tune from the starting model and export the result to ``paths.warm_started_model``. Collective over all
+    ranks.
 
     Args:
         report: called after every step with step, loss (nats per response token), lr and grad_norm.
@@ -55,7 +58,9 @@ def warm_start(
         steps=settings.steps,
         updates_per_step=1,
     )
-    layout = micro_batch_layout(config) | {"micro_batch_size": settings.micro_batch_size or config.batch.micro_batch_size}
+    layout = micro_batch_layout(config) | {
+        "micro_batch_size": settings.micro_batch_size or config.batch.micro_batch_size
+    }
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
@@ -66,8 +71,15 @@ def warm_start(
         for offset, index in enumerate(indices):
             # Drawn per example and not alternated, so that a problem is seen both ways in different epochs.
             draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
-            prompts.append(renderer.teacher(problems[index]) if draw < settings.privileged_share else renderer.student(problems[index]))
-            responses.append(tokenizer.encode(problems[index].reference_solution, add_special_tokens=False) + [tokenizer.eos_token_id])
+            prompts.append(
+                renderer.teacher(problems[index])
+                if draw < settings.privileged_share
+                else renderer.student(problems[index])
+            )
+            responses.append(
+                tokenizer.encode(problems[index].reference_solution, add_special_tokens=False)
+                + [tokenizer.eos_token_id]
+            )
         micro_batches = make_micro_batches(prompts, responses, **layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         stop_if_requested()

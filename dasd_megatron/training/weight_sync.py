@@ -1,5 +1,5 @@
-"""The policy's weights to the rollout servers without a file between, bucket by bucket: over a process group, or on one machine from memory
-that trainer and servers share. And whether what the servers hold is what the trainer has."""
+"""The policy's weights to the rollout servers without a file between, bucket by bucket: over a process group, or on one
+machine from memory that trainer and servers share. And whether what the servers hold is what the trainer has."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ _LEAVE_SECONDS = 5.0
 
 
 class WeightSyncError(RuntimeError):
-    """The servers did not take the weights; what they serve now is unknown. ``url``: the server that it failed for, where that is known."""
+    """The servers did not take the weights; what they serve now is unknown. ``url``: the server that it failed for,
+    where that is known."""
 
     def __init__(self, what: str, url: str | None = None):
         super().__init__(f"weight sync: {what}")
@@ -51,7 +52,8 @@ class WeightSync(ABC):
 
     Every step has the limit ``rollout.weight_sync_timeout_seconds``.
 
-    urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size; pool: hears who serves the weights.
+    urls: addresses of the servers; sizes: processes of each that take part, its tensor-parallel size; pool: hears who
+    serves the weights.
     """
 
     def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
@@ -62,7 +64,9 @@ class WeightSync(ABC):
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
         # All servers have to be asked at once: each may wait for the others.
         in_flight = max(config.max_in_flight, len(self.urls))
-        limits = dataclasses.replace(config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight)
+        limits = dataclasses.replace(
+            config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight
+        )
         self._client = make_client(limits, self.urls, pool)
 
     def _run(self, work) -> concurrent.futures.Future:
@@ -75,7 +79,9 @@ class WeightSync(ABC):
             future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
         except (RolloutError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
             self.drop()
-            raise WeightSyncError(str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None) from error
+            raise WeightSyncError(
+                str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None
+            ) from error
 
     def begin(self) -> None:
         """Open the update on every server.
@@ -122,7 +128,8 @@ def make_sync(config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, in
 
 
 class DistributedSync(WeightSync):
-    """Over a process group of this process and all of the servers', made when it is first needed, and again after a failure."""
+    """Over a process group of this process and all of the servers', made when it is first needed, and again after a
+    failure."""
 
     def __init__(self, config: RolloutConfig, urls: Sequence[str], sizes: Mapping[str, int], pool: ServerPool):
         super().__init__(config, urls, sizes, pool)
@@ -159,7 +166,12 @@ class DistributedSync(WeightSync):
         # A server may still know groups of a trainer that is gone.
         name = f"weights-{uuid.uuid4().hex}"
         store = dist.TCPStore(
-            addresses[0], 0, world_size, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=limit)
+            addresses[0],
+            0,
+            world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=limit),
         )
         offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
         kind = "nccl" if self._device.type == "cuda" else "gloo"
@@ -194,7 +206,8 @@ class DistributedSync(WeightSync):
 
 
 class TensorSync(WeightSync):
-    """Out of memory that the servers, on the same machine, open: files in /dev/shm on the CPU, CUDA IPC handles on a GPU.
+    """Out of memory that the servers, on the same machine, open: files in /dev/shm on the CPU, CUDA IPC handles on a
+    GPU.
 
     Both buffers are there from the first bucket of a sync to its end or failure.
     """
@@ -219,7 +232,9 @@ class TensorSync(WeightSync):
 
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> concurrent.futures.Future:
         # A server answers once it has copied the bucket; on a GPU, torch waits for that where it lets the memory go.
-        return self._run(self._client.update_weights_from_tensor([[pack(flat, entries) for _ in range(size)] for size in self.sizes]))
+        return self._run(
+            self._client.update_weights_from_tensor([[pack(flat, entries) for _ in range(size)] for size in self.sizes])
+        )
 
     def end(self, version: str) -> None:
         self.drop()
@@ -236,7 +251,8 @@ class TensorSync(WeightSync):
 async def _both(request, collective):
     """The result of ``collective``, once ``request``, which asks the servers to take part in it, is answered too.
 
-    A refused request is raised at once: the collective would wait for servers that never come until it times out, and is left to.
+    A refused request is raised at once: the collective would wait for servers that never come until it times out, and
+    is left to.
     """
     tasks = [asyncio.ensure_future(request), asyncio.ensure_future(collective)]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -258,12 +274,14 @@ def _address_towards(url: str) -> str:
 
 
 @torch.no_grad()
-def send_weights(model: ShardedModel, sync: WeightSync | None, version: str, *, bucket_size: int) -> WeightSyncError | None:
+def send_weights(
+    model: ShardedModel, sync: WeightSync | None, version: str, *, bucket_size: int
+) -> WeightSyncError | None:
     """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
 
-    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks. While a bucket
-    travels, the next one is gathered; global rank 0 holds these two and one gathered tensor. A failure is kept until every tensor has gone
-    by, so that no other rank waits for rank 0.
+    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
+    While a bucket travels, the next one is gathered; global rank 0 holds these two and one gathered tensor. A failure
+    is kept until every tensor has gone by, so that no other rank waits for rank 0.
 
     Args:
         sync: on global rank 0; None elsewhere.
@@ -336,7 +354,8 @@ def send_weights(model: ShardedModel, sync: WeightSync | None, version: str, *, 
 
 
 def _chosen(names: Sequence[str], count: int, version: str) -> list[str]:
-    """``count`` of ``names``, evenly spread, from a start that moves with ``version``, so that in time every one has its turn."""
+    """``count`` of ``names``, evenly spread, from a start that moves with ``version``, so that in time every one has
+    its turn."""
     count = min(count, len(names))
     start = zlib.crc32(version.encode())
     return [names[(start + index * len(names) // count) % len(names)] for index in range(count)]
@@ -346,13 +365,15 @@ def _chosen(names: Sequence[str], count: int, version: str) -> list[str]:
 def verify_weights(
     model: ShardedModel, config: RolloutConfig, urls: Sequence[str], pool: ServerPool, version: str
 ) -> WeightSyncError | None:
-    """Compare ``rollout.verify_weights`` of the policy's parameters with what every server holds, by checksums of their bytes.
+    """Compare ``rollout.verify_weights`` of the policy's parameters with what every server holds, by checksums of their
+    bytes.
 
-    Collective over all ranks, as :func:`send_weights`, for the chosen parameters alone: other ones each time, the same on all ranks.
-    Servers have to hold them in ``rollout.dtype``, unquantised.
+    Collective over all ranks, as :func:`send_weights`, for the chosen parameters alone: other ones each time, the same
+    on all ranks. Servers have to hold them in ``rollout.dtype``, unquantised.
 
     Returns:
-        On global rank 0 the first difference, or what kept a server from answering; None where all agree, and elsewhere.
+        On global rank 0 the first difference, or what kept a server from answering; None where all agree, and
+        elsewhere.
     """
     plan = [entry.name for entry in model.bridge.export_plan(model.chunks)]
     chosen = _chosen(plan, config.verify_weights, version)
@@ -365,7 +386,12 @@ def verify_weights(
     if dist.get_rank() != 0:
         return None
     # Whatever the servers call it: they read no more than what is compared.
-    others = {name for hf_name in model.bridge.hf_shapes for name in (hf_name, _fused_name(hf_name)) if _fused_name(name) not in parts}
+    others = {
+        name
+        for hf_name in model.bridge.hf_shapes
+        for name in (hf_name, _fused_name(hf_name))
+        if _fused_name(name) not in parts
+    }
 
     if not urls:
         return WeightSyncError("no server serves the weights that are to be compared")
@@ -381,7 +407,9 @@ def verify_weights(
         return WeightSyncError(f"the servers' weights could not be compared: {error}", error.url)
     for url, ranks in zip(urls, answers, strict=True):
         if len(ranks) > 1:
-            return WeightSyncError(f"{url} shares its weights among {len(ranks)} processes: write rollout.verify_weights=0", url)
+            return WeightSyncError(
+                f"{url} shares its weights among {len(ranks)} processes: write rollout.verify_weights=0", url
+            )
         (served,) = ranks
         for name, wholes in _held(parts, served):
             if name not in served:
@@ -400,8 +428,11 @@ def _fused_name(name: str) -> str:
     return name
 
 
-def _held(parts: Mapping[str, list[tuple[str, torch.Tensor]]], served: Mapping[str, str]) -> Iterator[tuple[str, list[list[torch.Tensor]]]]:
-    """Names of what a server has to hold, and of which tensors it is made: each by itself where the server has that, and else fused.
+def _held(
+    parts: Mapping[str, list[tuple[str, torch.Tensor]]], served: Mapping[str, str]
+) -> Iterator[tuple[str, list[list[torch.Tensor]]]]:
+    """Names of what a server has to hold, and of which tensors it is made: each by itself where the server has that,
+    and else fused.
     There are two ways where SGLang pads with zeros: the vocabulary, and on the CPU the intermediate size."""
     for fused, tensors in parts.items():
         if all(name in served for name, _ in tensors):

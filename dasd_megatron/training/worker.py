@@ -1,4 +1,5 @@
-"""One process of a training run: ``torchrun ... -m dasd_megatron.training.worker RUN_DIR``. ``dasd train`` starts these."""
+"""One process of a training run: ``torchrun ... -m dasd_megatron.training.worker RUN_DIR``. ``dasd train`` starts
+these."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run(config: Config, root: Path, *, prepared: bool) -> None:
-    """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if need be.
+    """Train in this process as one rank of the group that torchrun's environment describes; rank 0 prepares ``root`` if
+    need be.
 
     Raises:
-        StopRequested: a signal asked for it; on every rank, once all have saved what there is and ended what they had started.
+        StopRequested: a signal asked for it; on every rank, once all have saved what there is and ended what they had
+            started.
     """
     stopping.listen(config.checkpoint.grace_seconds)
     _tie_forked_processes()
@@ -42,8 +45,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("dasd_megatron").setLevel(logging.INFO)
     backend.select(config.backend).check_precision(config.precision)
-    # Megatron-Core is imported from here on, after the backend has prepared torch. Collecting garbage meanwhile would find none and take a
-    # fifth of the start.
+    # Megatron-Core is imported from here on, after the backend has prepared torch. Collecting garbage meanwhile would
+    # find none and take a fifth of the start.
     gc.disable()
     import torch.distributed as dist
 
@@ -71,13 +74,14 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         raise
     finally:
         end_exchange()
-    # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent to end them.
+    # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent
+    # to end them.
     dist.destroy_process_group()
 
 
 def _end_with_launcher() -> None:
-    """Kill this process soon after `dasd train` is gone. The agent starts workers in sessions of their own, so a launcher that is killed
-    would leave them training, and writing into the run directory beside a resumed run."""
+    """Kill this process soon after `dasd train` is gone. The agent starts workers in sessions of their own, so a
+    launcher that is killed would leave them training, and writing into the run directory beside a resumed run."""
     # Not asked of the system here: it may be gone already.
     launcher = int(os.environ[LAUNCHER_PID])
 
@@ -90,7 +94,8 @@ def _end_with_launcher() -> None:
 
 
 def _tie_forked_processes() -> None:
-    """Let processes that are forked here, like those that write checkpoints, end with the one that forked them, and leave signals to it."""
+    """Let processes that are forked here, like those that write checkpoints, end with the one that forked them, and
+    leave signals to it."""
     libc = ctypes.CDLL(None)
 
     def in_child() -> None:

@@ -23,8 +23,37 @@ _E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[
 _QUANTITY = re.compile(r"(.*[0-9.])\s+((?:[^\W\d_]+/[^\W\d_]+|[^\W\d_]{2,}(?:\^\{?[23]\}?)?)(?:\s+[^\W\d_]+)*)")
 _QUANTITY_CHARS = 100
 _NO_UNITS = frozenset(
-    ("and", "or", "to", "of", "hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "trillion")
-    + ("trillions", "dozen", "pi", "sqrt", "times", "plus", "minus", "over", "mod", "squared", "cubed", "factorial", "half", "halves")
+    (
+        "and",
+        "or",
+        "to",
+        "of",
+        "hundred",
+        "hundreds",
+        "thousand",
+        "thousands",
+        "million",
+        "millions",
+        "billion",
+        "billions",
+        "trillion",
+    )
+    + (
+        "trillions",
+        "dozen",
+        "pi",
+        "sqrt",
+        "times",
+        "plus",
+        "minus",
+        "over",
+        "mod",
+        "squared",
+        "cubed",
+        "factorial",
+        "half",
+        "halves",
+    )
     + ("third", "thirds", "quarter", "quarters", "sin", "cos", "tan", "log", "ln", "exp")
 )
 _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})
@@ -33,10 +62,11 @@ _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff
 def extract_answer(response: str) -> str | None:
     r"""The final answer that ``response`` marks as such, or None.
 
-    Three marks count, the first that is present at all deciding: the last ``\boxed{...}`` with balanced braces; the rest of the line after
-    the last ``####``; the sentence after the last ``answer is`` or ``answer:``, any case, up to its end or the line's. A mark without an
-    answer behind it, such as a box that a length limit cut open, gives None rather than an earlier attempt. A response without a mark gives
-    None even where it ends in ``= 12``: the format is part of the task, and guessing at the last number would reward intermediate steps.
+    Three marks count, the first that is present at all deciding: the last ``\boxed{...}`` with balanced braces; the
+    rest of the line after the last ``####``; the sentence after the last ``answer is`` or ``answer:``, any case, up to
+    its end or the line's. A mark without an answer behind it, such as a box that a length limit cut open, gives None
+    rather than an earlier attempt. A response without a mark gives None even where it ends in ``= 12``: the format is
+    part of the task, and guessing at the last number would reward intermediate steps.
 
     The time is linear in the length of the response.
     """
@@ -56,12 +86,13 @@ def extract_answer(response: str) -> str | None:
 def compare_plain(predicted: str, expected: str) -> bool | None:
     """Whether two answers are equal, where text and numbers alone can tell; None where they cannot.
 
-    Equal text is equal; dollar signs, LaTeX spacing, a percent sign at the end and white space (but not between digits) aside. So are equal
-    plain numbers: an optional sign (``+``, ``-`` or a typographic minus), digits with or without commas or spaces at the thousands, an
-    optional decimal part, or one times a power of ten; ``12.0``, ``012`` and ``1.2e1`` are 12. Where a number is expected, words behind
-    another's digits are its unit. Where an integer or a power of ten is expected, another plain number is wrong, and so is arithmetic left
-    undone, like ``3+9``, for an integer: repeating the problem as its own answer must not pay. All else (fractions, LaTeX, text, decimals
-    that may be rounded, lists) is undecided.
+    Equal text is equal; dollar signs, LaTeX spacing, a percent sign at the end and white space (but not between digits)
+    aside. So are equal plain numbers: an optional sign (``+``, ``-`` or a typographic minus), digits with or without
+    commas or spaces at the thousands, an optional decimal part, or one times a power of ten; ``12.0``, ``012`` and
+    ``1.2e1`` are 12. Where a number is expected, words behind another's digits are its unit. Where an integer or a
+    power of ten is expected, another plain number is wrong, and so is arithmetic left undone, like ``3+9``, for an
+    integer: repeating the problem as its own answer must not pay. All else (fractions, LaTeX, text, decimals that may
+    be rounded, lists) is undecided.
     """
     if _compact(predicted) == _compact(expected):
         return True
@@ -73,20 +104,26 @@ def compare_plain(predicted: str, expected: str) -> bool | None:
     if predicted_number == expected_number:
         return True
     if predicted_number is not None:
-        exact = "." not in expected_number or _POWER_OF_TEN.fullmatch(_compact(expected)) or _POWER_OF_TEN.fullmatch(_compact(predicted))
+        exact = (
+            "." not in expected_number
+            or _POWER_OF_TEN.fullmatch(_compact(expected))
+            or _POWER_OF_TEN.fullmatch(_compact(predicted))
+        )
         return False if exact else None
     undone = "." not in expected_number and _UNEVALUATED.fullmatch(_OPERATORS.sub("*", _compact(predicted)))
     return False if undone else None
 
 
 def for_algebra(answer: str) -> str:
-    """``answer`` as math-verify understands it: it would read ``2e5`` as a product with Euler's number, and a percent sign as text."""
+    """``answer`` as math-verify understands it: it would read ``2e5`` as a product with Euler's number, and a percent
+    sign as text."""
     return _E_NOTATION.sub(r"\1\\times 10^{\2}", _without_percent(answer))
 
 
 def normalize_answer(answer: str) -> str:
-    """One spelling for answers that text and numbers alone show to be equal: of a plain number without leading or trailing zeros, else the
-    text without dollar signs, LaTeX spacing and white space, as :func:`compare_plain` compares them."""
+    """One spelling for answers that text and numbers alone show to be equal: of a plain number without leading or
+    trailing zeros, else the text without dollar signs, LaTeX spacing and white space, as :func:`compare_plain` compares
+    them."""
     return _plain_number(answer) or _compact(answer)
 
 
@@ -136,7 +173,8 @@ def _without_unit(answer: str) -> str:
 
 
 def _plain_number(answer: str) -> str | None:
-    """A number's one spelling without leading or trailing zeros; text, since Python refuses to make an int of thousands of digits."""
+    """A number's one spelling without leading or trailing zeros; text, since Python refuses to make an int of thousands
+    of digits."""
     spelled = _spelled(answer).strip()
     # A comma and white space separate two numbers.
     if re.search(r",\s", spelled):

@@ -35,7 +35,8 @@ class GraderError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The grade of one response. ``predicted_answer`` is None where the response marks none or one over the length cap."""
+    """The grade of one response. ``predicted_answer`` is None where the response marks none or one over the length
+    cap."""
 
     correct: bool
     predicted_answer: str | None
@@ -45,11 +46,13 @@ class Verdict:
 class Grader:
     """Grades responses; a context manager that owns ``config.workers`` processes.
 
-    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`). What that leaves open
-    goes to math-verify in a worker process: the first such answer starts the workers, about two seconds. With ``workers=0`` it is wrong.
+    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`).
+    What that leaves open goes to math-verify in a worker process: the first such answer starts the workers, about two
+    seconds. With ``workers=0`` it is wrong.
 
-    math-verify can take minutes and any amount of memory on a hostile answer, and its own timeouts need the main thread of a process. So
-    each comparison runs in a worker's main thread with those timeouts off, and the worker is killed after ``config.timeout_seconds``.
+    math-verify can take minutes and any amount of memory on a hostile answer, and its own timeouts need the main thread
+    of a process. So each comparison runs in a worker's main thread with those timeouts off, and the worker is killed
+    after ``config.timeout_seconds``.
 
     :meth:`grade` may be called from any thread; concurrent calls that need workers take turns.
     """
@@ -83,18 +86,23 @@ class Grader:
     def grade(self, responses: Sequence[str], expected_answers: Sequence[str]) -> list[Verdict]:
         """Grade each response against the expected answer at the same place.
 
-        An answer longer than ``config.max_answer_chars`` is wrong, ungraded. A comparison over its time limit is wrong with ``timed_out``
-        set; so is one whose worker died twice. Equal pairs of answers are compared once.
+        An answer longer than ``config.max_answer_chars`` is wrong, ungraded. A comparison over its time limit is wrong
+        with ``timed_out`` set; so is one whose worker died twice. Equal pairs of answers are compared once.
 
         Raises:
             ValueError: the two sequences differ in length.
             GraderError: workers are needed and cannot be started, or the grader is closed.
         """
         if len(responses) != len(expected_answers):
-            raise ValueError(f"{len(responses)} responses, but {len(expected_answers)} expected answers; give one for each")
+            raise ValueError(
+                f"{len(responses)} responses, but {len(expected_answers)} expected answers; give one for each"
+            )
         if self._closed:
             raise GraderError("the grader is closed; grade inside its with block")
-        pairs = [(self._capped(extract_answer(response)), expected) for response, expected in zip(responses, expected_answers, strict=True)]
+        pairs = [
+            (self._capped(extract_answer(response)), expected)
+            for response, expected in zip(responses, expected_answers, strict=True)
+        ]
         # True, False, or None for a comparison that did not end in time.
         results: dict[Pair, bool | None] = {}
         undecided: list[Pair] = []
@@ -111,7 +119,9 @@ class Grader:
             Verdict(correct=False, predicted_answer=None, timed_out=False)
             if predicted is None
             else Verdict(
-                correct=bool(results[predicted, expected]), predicted_answer=predicted, timed_out=results[predicted, expected] is None
+                correct=bool(results[predicted, expected]),
+                predicted_answer=predicted,
+                timed_out=results[predicted, expected] is None,
             )
             for predicted, expected in pairs
         ]
@@ -129,7 +139,10 @@ class Grader:
                     break
         for predicted, expected in left:
             logger.warning(
-                "the grading worker died %d times over answer %.80r (expected %.80r); it counts as timed out", _TRIES, predicted, expected
+                "the grading worker died %d times over answer %.80r (expected %.80r); it counts as timed out",
+                _TRIES,
+                predicted,
+                expected,
             )
         return results
 
@@ -137,7 +150,8 @@ class Grader:
         """Compare pairs, writing to ``results``; returns those whose worker died."""
         pool = self._running_pool()
         timeout = self.config.timeout_seconds
-        # Only a pool that has stopped working passes this; a hanging answer is ended by the pool itself, at ``timeout``.
+        # Only a pool that has stopped working passes this; a hanging answer is ended by the pool itself, at
+        # ``timeout``.
         deadline = time.monotonic() + STARTUP_TIMEOUT_SECONDS + 2 * timeout * len(pairs)
         try:
             futures = [pool.schedule(symbolically_equal, args=(*pair, timeout), timeout=timeout) for pair in pairs]
@@ -149,12 +163,16 @@ class Grader:
             try:
                 results[pair] = _result(pool, future, deadline)
             except FutureTimeoutError:
-                logger.info("grading answer %.80r (expected %.80r) took over %g s; it counts as timed out", *pair, timeout)
+                logger.info(
+                    "grading answer %.80r (expected %.80r) took over %g s; it counts as timed out", *pair, timeout
+                )
             except (pebble.ProcessExpired, BrokenProcessPool):
                 died.append(pair)
             # math-verify catches its own errors; one that escapes must cost one reward, not the run.
             except Exception:
-                logger.warning("math-verify failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True)
+                logger.warning(
+                    "math-verify failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True
+                )
                 results[pair] = False
         if time.monotonic() > deadline:
             self._stop_pool()
@@ -178,7 +196,10 @@ class Grader:
                 ) from error
             if not works:
                 self._stop_pool()
-                raise GraderError("math-verify does not find 1/2 equal to 0.5; install math-verify[antlr4_9_3] with its own antlr4 runtime")
+                raise GraderError(
+                    "math-verify does not find 1/2 equal to 0.5; install math-verify[antlr4_9_3] with its own antlr4 "
+                    "runtime"
+                )
         return self._pool
 
     def _stop_pool(self) -> None:
@@ -189,7 +210,8 @@ class Grader:
 
 
 def _result(pool: pebble.ProcessPool, future: Future[bool], deadline: float) -> bool:
-    """The future's result or error; :class:`BrokenProcessPool` when the pool has died, which leaves futures open, or at ``deadline``."""
+    """The future's result or error; :class:`BrokenProcessPool` when the pool has died, which leaves futures open, or at
+    ``deadline``."""
     while not wait([future], timeout=0.5).done:
         if not pool.active or time.monotonic() > deadline:
             raise BrokenProcessPool("the pool stopped working")
@@ -199,8 +221,8 @@ def _result(pool: pebble.ProcessPool, future: Future[bool], deadline: float) -> 
 class _WorkerProcess(SpawnProcess):
     """A spawned process that does not import its parent's main module.
 
-    multiprocessing lets a spawned child import it, for functions defined there. Under a trainer that import is torch and Megatron, seconds
-    and gigabytes in each worker, and there is no public switch.
+    multiprocessing lets a spawned child import it, for functions defined there. Under a trainer that import is torch
+    and Megatron, seconds and gigabytes in each worker, and there is no public switch.
     """
 
     _launch_lock = threading.Lock()

@@ -18,7 +18,8 @@ class RewardError(PluginError):
 
 
 def own_reward(function: Callable[[Sample], float], sample: Sample) -> float:
-    """``function``'s reward of a sample, a finite number; :class:`RewardError` names the function and the sample otherwise."""
+    """``function``'s reward of a sample, a finite number; :class:`RewardError` names the function and the sample
+    otherwise."""
     # A callable object, like a partial function, has no name.
     name = getattr(function, "__name__", repr(function))
     where = f"verify.reward: {function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"

@@ -25,7 +25,8 @@ class StepCheck(NamedTuple):
 
 
 def running_sums(problem: str) -> list[int] | None:
-    """The sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. Spaces do not count. None for other problems."""
+    """The sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. Spaces do not count. None for other
+    problems."""
     chain = _CHAIN.fullmatch("".join(problem.split()))
     if chain is None:
         return None
@@ -39,10 +40,11 @@ def running_sums(problem: str) -> list[int] | None:
 def chain_sum_steps(problem: str, response: str) -> StepCheck | None:
     """Check each running sum of a ``chain_sum`` problem; None for other problems, which replayed rollouts may have.
 
-    A line that is a number alone is a step, and so is each number behind ``=`` in other lines; lines with neither are none. The last line
-    that begins with ``####`` is the answer, the step behind which nothing counts. The answer is compared with the last sum and the others
-    with the sums at their places, so that a step which is left out makes those behind it wrong; in front of the answer it may stand once
-    more as a step. Steps beyond the expected ones do not lower
+    A line that is a number alone is a step, and so is each number behind ``=`` in other lines; lines with neither are
+    none. The last line that begins with ``####`` is the answer, the step behind which nothing counts. The answer is
+    compared with the last sum and the others with the sums at their places, so that a step which is left out makes
+    those behind it wrong; in front of the answer it may stand once more as a step. Steps beyond the expected ones do
+    not lower
     ``correct``, but the first of them is the first wrong step.
     """
     sums = running_sums(problem)
@@ -70,7 +72,8 @@ def chain_sum_steps(problem: str, response: str) -> StepCheck | None:
 
 
 def _steps_of(line: str) -> list[str]:
-    """The numbers that a line states, in their one spelling: text, since Python refuses to make an int of thousands of digits."""
+    """The numbers that a line states, in their one spelling: text, since Python refuses to make an int of thousands of
+    digits."""
     alone = _NUMBER_ALONE.fullmatch(line.removeprefix(_ANSWER).strip())
     return [_spelling(number) for number in ([alone[1]] if alone else _RESULT.findall(line))]
 

@@ -1,4 +1,5 @@
-"""What a grading worker runs: math-verify on one pair of answers. Imported in workers only, which must stay light: no torch."""
+"""What a grading worker runs: math-verify on one pair of answers. Imported in workers only, which must stay light: no
+torch."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _ORPHAN_GRACE_SECONDS = 5
 
 def prepare_worker() -> None:
     """Load math-verify and bound what an answer can do to the machine."""
-    # The pool stops a worker by SIGTERM. Its own Python handler would wait for the end of, say, a giant integer power; the default action
-    # does not.
+    # The pool stops a worker by SIGTERM. Its own Python handler would wait for the end of, say, a giant integer power;
+    # the default action does not.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     # math-verify warns once per process that its timeouts are off; the pool has its own.

@@ -1,12 +1,15 @@
-"""Every algorithm from one warm start, with several seeds, on two tasks; the results page with means, deviations, curves and paired tests.
+"""Every algorithm from one warm start, with several seeds, on two tasks; the results page with means, deviations,
+curves and paired tests.
 
-    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it was stopped
+    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it was
+    stopped
     python examples/compare_algorithms/compare.py --runs RUNS --seeds 1 2 --tasks countdown --methods grpo dasd
     python examples/compare_algorithms/compare.py --runs RUNS --only-results    # the page from what is there
 
-Runs are made two at a time (``--parallel``), one core each. Every run of a task begins from the same weights and is evaluated on the same
-problems with the same sampling seeds; ``run.seed`` decides the order of the problems and the rollouts. Methods are compared in pairs of
-runs with the same seed: the mean difference, its deviation over seeds, and p of a paired t test, two-sided and not corrected for the
+Runs are made two at a time (``--parallel``), one core each. Every run of a task begins from the same weights and is
+evaluated on the same problems with the same sampling seeds; ``run.seed`` decides the order of the problems and the
+rollouts. Methods are compared in pairs of runs with the same seed: the mean difference, its deviation over seeds, and p
+of a paired t test, two-sided and not corrected for the
 number of comparisons.
 
 Writes ``results.json`` and ``RESULTS.md`` with its pictures beside this script, or under ``--output``.
@@ -50,7 +53,8 @@ SAME_BETA = [
 ]  # fmt: skip
 """Pairs that differ in nothing but the direction."""
 LAST_STEPS = 5
-"""Entropy and length are means over so many steps at the end, and points of the curves over so many steps up to theirs."""
+"""Entropy and length are means over so many steps at the end, and points of the curves over so many steps up to
+theirs."""
 MEASURES = {
     "Avg@16": ("avg@16", 100, "%", 2),
     "Pass@16": ("pass@16", 100, "%", 2),
@@ -72,7 +76,11 @@ def train(folder: Path, *overrides: str) -> float:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".log"), "w") as log:
             result = subprocess.run(
-                [*command, f"run.dir={folder}", "resume=auto"], stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=7200
+                [*command, f"run.dir={folder}", "resume=auto"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=7200,
             )
         if result.returncode:
             raise SystemExit(f"{' '.join(overrides)} failed:\n{folder.with_suffix('.log').read_text()[-3000:]}")
@@ -83,7 +91,13 @@ def train(folder: Path, *overrides: str) -> float:
 def warm_start(runs: Path, task: str) -> Path:
     """The model that all runs of a task begin from."""
     folder = runs / task / "warm_start"
-    train(folder, f"experiment=compare_{task}", "run.steps=0", f"warm_start.steps={WARM_START_STEPS[task]}", "evaluation.after=false")
+    train(
+        folder,
+        f"experiment=compare_{task}",
+        "run.steps=0",
+        f"warm_start.steps={WARM_START_STEPS[task]}",
+        "evaluation.after=false",
+    )
     return folder / "model"
 
 
@@ -111,7 +125,11 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
         with lock:
             done += 1
             left = (time.perf_counter() - began) / done * (len(jobs) - done)
-            print(f"{done}/{len(jobs)} {task}, {method}, seed {seed}: {seconds:.0f} s; about {left / 60:.0f} minutes left", flush=True)
+            print(
+                f"{done}/{len(jobs)} {task}, {method}, seed {seed}: {seconds:.0f} s; about {left / 60:.0f} minutes "
+                "left",
+                flush=True,
+            )
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         try:
@@ -126,7 +144,8 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
 def read_run(folder: Path) -> dict[str, Any]:
     """What is compared of one run."""
     before, after = (
-        json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1]) for place in (folder.parents[1] / "warm_start", folder)
+        json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1])
+        for place in (folder.parents[1] / "warm_start", folder)
     )
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = steps[-LAST_STEPS:]
@@ -145,7 +164,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+def read_all(
+    runs: Path, tasks: list[str], methods: list[str], seeds: list[int]
+) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
     """Results by task, method and seed, of the runs that are complete."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for task in tasks:
@@ -157,9 +178,16 @@ def read_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int])
     return found
 
 
-def paired(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str) -> tuple[float, float, float] | None:
-    """(mean difference, its deviation, p of the paired t test) over the seeds that both have; None under two, or where one lacks it."""
-    differences = [ours[seed][key] - theirs[seed][key] for seed in sorted(ours.keys() & theirs.keys()) if ours[seed][key] is not None]
+def paired(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str
+) -> tuple[float, float, float] | None:
+    """(mean difference, its deviation, p of the paired t test) over the seeds that both have; None under two, or where
+    one lacks it."""
+    differences = [
+        ours[seed][key] - theirs[seed][key]
+        for seed in sorted(ours.keys() & theirs.keys())
+        if ours[seed][key] is not None
+    ]
     if len(differences) < 2:
         return None
     mean, deviation = statistics.mean(differences), statistics.stdev(differences)
@@ -169,7 +197,8 @@ def paired(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], k
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided p of Student's t of ``freedom`` degrees, by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """Two-sided p of Student's t of ``freedom`` degrees, by the finite sums of Abramowitz and Stegun, 26.7.3 and
+    26.7.4."""
     angle = math.atan2(abs(t), math.sqrt(freedom))
     cosine, sine = math.cos(angle), math.sin(angle)
     term, total = (1.0, 1.0) if freedom % 2 == 0 else (cosine, cosine)
@@ -186,20 +215,29 @@ def difference_row(methods: dict[str, dict[int, dict[str, Any]]], method: str, o
     cells = []
     for key, scale, _, decimals in list(MEASURES.values())[:3]:
         result = paired(methods[method], methods[other], key)
-        cells.append("" if result is None else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})")
+        cells.append(
+            ""
+            if result is None
+            else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})"
+        )
     return f"| {method} − {other} | " + " | ".join(cells) + " |"
 
 
 def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
-    lines = ["# Results", "", "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.", ""]
+    lines = [
+        "# Results",
+        "",
+        "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.",
+        "",
+    ]
     for task, methods in found.items():
         runs = [run for seeds in methods.values() for run in seeds.values()]
         first_entropy = statistics.mean(run["entropy curve"][0] for run in runs)
         lines += [
             f"## {task}", "",
-            f"Before: Avg@16 {runs[0]['avg@16 before']:.1%}, Pass@16 {runs[0]['pass@16 before']:.1%}, entropy of the first step "
-            f"{first_entropy:.3f} nats. {len(runs)} runs of {statistics.median(run['seconds'] for run in runs):.0f} s (median). "
-            "After, mean ± deviation over seeds:", "",
+            f"Before: Avg@16 {runs[0]['avg@16 before']:.1%}, Pass@16 {runs[0]['pass@16 before']:.1%}, entropy of the "
+            f"first step {first_entropy:.3f} nats. {len(runs)} runs of "
+            f"{statistics.median(run['seconds'] for run in runs):.0f} s (median). After, mean ± deviation over seeds:", "",
             "| method | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES),
         ]  # fmt: skip
         for method, seeds in methods.items():
@@ -215,7 +253,8 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
             if rows:
                 lines += [
                     "",
-                    f"{title}, seed by seed: difference ± deviation (p of a paired t test, not corrected for {len(rows)} comparisons)",
+                    f"{title}, seed by seed: difference ± deviation (p of a paired t test, not corrected for "
+                    f"{len(rows)} comparisons)",
                     "",
                     "| | Avg@16, points | Pass@16, points | entropy, nats |",
                     "|---|---|---|---|",
@@ -246,7 +285,10 @@ def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
     width, height, left, gap = 360, 240, 44, 60
     parts = []
     for place, (title, key) in enumerate(
-        ((f"accuracy of rollouts, mean of {LAST_STEPS} steps", "curve"), (f"entropy, nats, mean of {LAST_STEPS} steps", "entropy curve"))
+        (
+            (f"accuracy of rollouts, mean of {LAST_STEPS} steps", "curve"),
+            (f"entropy, nats, mean of {LAST_STEPS} steps", "entropy curve"),
+        )
     ):
         curves = {}
         for method, seeds in methods.items():
@@ -255,9 +297,14 @@ def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
             curves[method] = [statistics.mean(means[max(0, step + 1 - LAST_STEPS) : step + 1]) for step in range(steps)]
         top = max(max(curve) for curve in curves.values()) or 1.0
         x0 = left + place * (width + gap)
-        parts.append(f'<text x="{x0}" y="16">{title}</text><path d="M{x0} 28V{28 + height}H{x0 + width}" fill="none" stroke="#888"/>')
+        parts.append(
+            f'<text x="{x0}" y="16">{title}</text><path d="M{x0} 28V{28 + height}H{x0 + width}" fill="none" '
+            'stroke="#888"/>'
+        )
         for share in (0.0, 0.5, 1.0):
-            parts.append(f'<text x="{x0 - 6}" y="{28 + height * (1 - share) + 4:.0f}" text-anchor="end">{top * share:.2g}</text>')
+            parts.append(
+                f'<text x="{x0 - 6}" y="{28 + height * (1 - share) + 4:.0f}" text-anchor="end">{top * share:.2g}</text>'
+            )
         for colour, curve in zip(_COLOURS * 2, curves.values(), strict=False):
             points = " ".join(
                 f"{x0 + width * step / max(len(curve) - 1, 1):.1f},{28 + height * (1 - value / top):.1f}"
@@ -266,17 +313,21 @@ def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
             parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
     for index, (colour, method) in enumerate(zip(_COLOURS * 2, methods, strict=False)):
         x, y = left + (index % 3) * 270, 28 + height + 28 + (index // 3) * 20
-        parts.append(f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-width="3"/><text x="{x + 26}" y="{y}">{method}</text>')
+        parts.append(
+            f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-width="3"/><text x="{x + 26}" y="{y}">{method}</text>'
+        )
     total_width, total_height = left + 2 * width + gap + 16, 28 + height + 36 + 20 * math.ceil(len(methods) / 3)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" font-size="12">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder of the runs; what is complete in it is not run again")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder of the runs; what is complete in it is not run again"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

@@ -5,7 +5,8 @@ from dasd_megatron.rollout.collector import Generate, RolloutRequest
 
 
 async def finish_once_more(request: RolloutRequest, generate: Generate) -> list[Completion]:
-    """One response for each of ``sampling_params``; those cut short by the length limit are drawn once more, with other seeds.
+    """One response for each of ``sampling_params``; those cut short by the length limit are drawn once more, with other
+    seeds.
 
     The policy is then trained on what it says when it comes to an end: a bias, which one may want.
     """

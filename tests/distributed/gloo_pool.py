@@ -1,4 +1,5 @@
-"""A group of gloo processes that stays up between the examples of a property test, and runs one check in all of them at a time."""
+"""A group of gloo processes that stays up between the examples of a property test, and runs one check in all of them at
+a time."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
 
 
 class GlooPool:
-    """``run`` calls ``module.name(rank, world_size, case, message)`` in every process; after a failure the next call gets a new group."""
+    """``run`` calls ``module.name(rank, world_size, case, message)`` in every process; after a failure the next call
+    gets a new group."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -45,7 +47,9 @@ class GlooPool:
     def __enter__(self) -> GlooPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
     def _start(self) -> None:

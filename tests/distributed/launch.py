@@ -14,9 +14,14 @@ WORKERS = Path(__file__).parent / "workers"
 
 
 def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> str:
-    """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON and return the output; raises with it on failure or
-    time-out."""
-    return _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)], worker, arguments, timeout)
+    """Run ``workers/<worker>.py`` in ``nproc`` processes with ``arguments`` as JSON and return the output; raises with
+    it on failure or time-out."""
+    return _run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)],
+        worker,
+        arguments,
+        timeout,
+    )
 
 
 def run_alone(worker: str, arguments: Any, timeout: float = 240) -> str:
@@ -26,7 +31,12 @@ def run_alone(worker: str, arguments: Any, timeout: float = 240) -> str:
 
 def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> str:
     command = [*launcher, str(WORKERS / f"{worker}.py"), json.dumps(arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -1,5 +1,5 @@
-"""Models of every family equal transformers' in every parallel layout, from Hugging Face directories and from converted checkpoints, and
-come back bit for bit."""
+"""Models of every family equal transformers' in every parallel layout, from Hugging Face directories and from converted
+checkpoints, and come back bit for bit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random model of each family, and a checkpoint made of each, in chunks for two tensor-parallel ranks."""
+    """A folder with a random model of each family, and a checkpoint made of each, in chunks for two tensor-parallel
+    ranks."""
     folder = tmp_path_factory.mktemp("models")
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}")
@@ -112,6 +113,9 @@ def test_every_family_matches_transformers_and_comes_back(layout: str, models: P
     torchrun("model_matches_hf", nproc, {"models": entries, "seed": seed, "overrides": overrides, "tolerance": 2e-5})
     run_alone("convert_models", [("megatron_to_hf", entry["save"], entry["save"] + ".hf", {}) for entry in entries])
     for entry in entries:
-        before, after = load_file(Path(entry["path"]) / "model.safetensors"), load_file(Path(entry["save"] + ".hf") / "model.safetensors")
+        before, after = (
+            load_file(Path(entry["path"]) / "model.safetensors"),
+            load_file(Path(entry["save"] + ".hf") / "model.safetensors"),
+        )
         assert before.keys() == after.keys()
         assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

@@ -1,4 +1,5 @@
-"""What the distributed optimizer saves is what Megatron's own format gathers, and any other layout loads it to the bit."""
+"""What the distributed optimizer saves is what Megatron's own format gathers, and any other layout loads it to the
+bit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after six updates on the same
-rollouts, for both objectives; and dropout does not depend on recomputation or tensor parallelism. ``benchmarks/parity.py`` measures it."""
+"""Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after six
+updates on the same rollouts, for both objectives; and dropout does not depend on recomputation or tensor parallelism.
+``benchmarks/parity.py`` measures it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,12 @@ CASES = [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("parity") / "parity.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     process = subprocess.Popen(
         [sys.executable, str(PARITY), "--output", str(path)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -56,7 +62,8 @@ def test_a_layout_trains_as_one_process_does(results: dict[str, Any], objective:
 
 @pytest.mark.parametrize("case", DROPOUT)
 def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
-    """With recomputation as without, bit for bit; under TP as in one process. That ranks agree on what they share is checked inside."""
+    """With recomputation as without, bit for bit; under TP as in one process. That ranks agree on what they share is
+    checked inside."""
     found = results["dropout"][case]
     assert found["weights moved"] > 5e-4
     if "TP" not in case or "SP" in case:

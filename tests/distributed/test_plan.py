@@ -1,4 +1,5 @@
-"""``dasd plan`` counts what Megatron-Core allocates: to the byte for weights, gradients and optimizer, within 20% for activations."""
+"""``dasd plan`` counts what Megatron-Core allocates: to the byte for weights, gradients and optimizer, within 20% for
+activations."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ SMALL = {
     "single-bf16": ("qwen3-tied", 1, [TP + "1", "precision=bf16"]),
     "tp2-sp": ("qwen2-untied", *LAYOUTS["tp2-sp"]),
     "dp2": ("qwen3-untied", 2, [TP + "1", DP + "2"]),
-    "pp2-dp2-uneven-overlap": ("qwen3-untied", 4, [TP + "1", PP + "2", DP + "2", "parallel.first_pipeline_num_layers=5", *OVERLAP]),
+    "pp2-dp2-uneven-overlap": (
+        "qwen3-untied",
+        4,
+        [TP + "1", PP + "2", DP + "2", "parallel.first_pipeline_num_layers=5", *OVERLAP],
+    ),
     "dp2-bf16": ("llama3-tied", 2, [TP + "1", DP + "2", "precision=bf16"]),
     "dp2-replicated": ("qwen2-tied", 2, [TP + "1", DP + "2", "optimizer.distributed=false"]),
     "pp2-dp2-tied": ("qwen3-tied", 4, [TP + "1", PP + "2", DP + "2"]),

@@ -1,4 +1,5 @@
-"""Token statistics and credit over gloo groups of 1, 2 and 4: features one by one, and properties over random shapes and settings."""
+"""Token statistics and credit over gloo groups of 1, 2 and 4: features one by one, and properties over random shapes
+and settings."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ SEED = st.integers(0, 2**31 - 1)
 )
 def test_any_shard_of_logits(pool: GlooPool, data: st.DataObject, width: int, **case: object) -> None:
     vocab_size = data.draw(st.integers(1, width * pool.world_size))
-    pool.run(CHECKS, "check_case", case | {"width": width, "vocab_size": vocab_size, "masked": False, "dtype": torch.float64})
+    pool.run(
+        CHECKS, "check_case", case | {"width": width, "vocab_size": vocab_size, "masked": False, "dtype": torch.float64}
+    )
 
 
 @PROPERTY

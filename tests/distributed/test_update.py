@@ -1,5 +1,5 @@
-"""The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and divergences; and
-tokens that the policy did not sample are context in it."""
+"""The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and
+divergences; and tokens that the policy did not sample are context in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_loss_and_divergence_equal_the_formulas(case: str, tmp_path: Path) -> No
     torchrun("update_matches_dense", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
 
 
-@pytest.mark.parametrize(("processes", "overrides"), [(1, []), (2, [TP2, "parallel.sequence_parallel=true"]), (2, [PP2, VPP2])])
+@pytest.mark.parametrize(
+    ("processes", "overrides"), [(1, []), (2, [TP2, "parallel.sequence_parallel=true"]), (2, [PP2, VPP2])]
+)
 def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: list[str], tmp_path: Path) -> None:
     seed = save_model("qwen3-tied", tmp_path / "model")
     overrides = ["parallel=single", "batch.micro_batch_size=3", *overrides]
@@ -46,7 +48,14 @@ def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: lis
 
 
 def test_packed_sequences_update_as_padded_ones(tmp_path: Path) -> None:
-    """In half precision; ``tests/gpu/test_packing.py`` runs the same with Transformer Engine, and test_parity.py in float32 in layouts."""
+    """In half precision; ``tests/gpu/test_packing.py`` runs the same with Transformer Engine, and test_parity.py in
+    float32 in layouts."""
     seed = save_model("qwen3-tied", tmp_path / "model")
     overrides = [*OBJECTIVE, "precision=bf16"]
-    print(torchrun("packing_matches_padded", 1, {"path": str(tmp_path / "model"), "seed": seed, "longest": 80, "overrides": overrides}))
+    print(
+        torchrun(
+            "packing_matches_padded",
+            1,
+            {"path": str(tmp_path / "model"), "seed": seed, "longest": 80, "overrides": overrides},
+        )
+    )

@@ -1,4 +1,5 @@
-"""What servers hold after a weight sync is the policy's, tensor for tensor, in every layout and for both ways without a file."""
+"""What servers hold after a weight sync is the policy's, tensor for tensor, in every layout and for both ways without a
+file."""
 
 from __future__ import annotations
 
@@ -13,15 +14,26 @@ from dasd_megatron.models.tiny import make_tiny_model
 
 pytestmark = pytest.mark.distributed
 
-TINY = TinyModelConfig(hidden_size=32, num_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48)
-# Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one of their own.
-SMALL_BUCKETS = ["rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=30", "rollout.verify_weights=99"]
+TINY = TinyModelConfig(
+    hidden_size=32, num_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48
+)
+# Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one
+# of their own.
+SMALL_BUCKETS = [
+    "rollout.weight_bucket_bytes=5001",
+    "rollout.weight_sync_timeout_seconds=30",
+    "rollout.verify_weights=99",
+]
 TP2_PP2 = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
 
 
 @pytest.mark.parametrize("way", ["tensor", "distributed"])
-@pytest.mark.parametrize(("engine", "layout", "processes"), [("embedded", TP2_PP2, 4), ("sglang", ["parallel=single"], 1)])
-def test_the_server_holds_what_the_policy_is(way: str, engine: str, layout: list[str], processes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "layout", "processes"), [("embedded", TP2_PP2, 4), ("sglang", ["parallel=single"], 1)]
+)
+def test_the_server_holds_what_the_policy_is(
+    way: str, engine: str, layout: list[str], processes: int, tmp_path: Path
+) -> None:
     overrides = [*SMALL_BUCKETS, *layout]
     if engine == "sglang":
         overrides += ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}"]

@@ -1,4 +1,5 @@
-"""What every process of a group checks: agreement with one process, bit-equal ranks, collectives counted. Run through ``gloo_pool``."""
+"""What every process of a group checks: agreement with one process, bit-equal ranks, collectives counted. Run through
+``gloo_pool``."""
 
 from __future__ import annotations
 
@@ -58,8 +59,12 @@ def check_case(rank: int, world_size: int, case: dict, message: str) -> None:
     """One group of processes against one process on the whole vocabulary, which the unit tests hold against float64."""
     generator = torch.Generator().manual_seed(case["seed"])
     width, tokens, vocab_size = case["width"], case["tokens"], case["vocab_size"]
-    logits, teacher = torch.randn(2, tokens, width * world_size, generator=generator, dtype=torch.float64) * case["scale"] + case["shift"]
-    # One shard of the teacher so far below the others that its share of the mass underflows, while the student's does not.
+    logits, teacher = (
+        torch.randn(2, tokens, width * world_size, generator=generator, dtype=torch.float64) * case["scale"]
+        + case["shift"]
+    )
+    # One shard of the teacher so far below the others that its share of the mass underflows, while the student's does
+    # not.
     teacher[:, :width] -= case["gap"]
     if case["masked"]:
         logits[:, 1:3], teacher[:, 1:3] = -math.inf, -math.inf
@@ -75,10 +80,14 @@ def check_case(rank: int, world_size: int, case: dict, message: str) -> None:
         targets[(targets < 3) | (torch.arange(tokens) == 0)] = vocab_size - 1
     weights = torch.randn(3, tokens, generator=generator)
     divergence = case["divergence"]
-    extra = dict(divergence=divergence or "reverse_kl", vocab_size=vocab_size, temperature=case["temperature"], jsd_weight=0.3)
+    extra = dict(
+        divergence=divergence or "reverse_kl", vocab_size=vocab_size, temperature=case["temperature"], jsd_weight=0.3
+    )
 
     whole = logits.clone().requires_grad_()
-    expected = vocab_parallel_token_stats(whole, targets, teacher_logits=None if divergence is None else teacher, **extra)
+    expected = vocab_parallel_token_stats(
+        whole, targets, teacher_logits=None if divergence is None else teacher, **extra
+    )
     backward_of_all(expected, weights)
 
     columns = slice(rank * width, (rank + 1) * width)
@@ -118,15 +127,20 @@ def check_case(rank: int, world_size: int, case: dict, message: str) -> None:
 
 
 def check_linear_case(rank: int, world_size: int, case: dict, message: str) -> None:
-    """linear_token_stats on the group's shards against one process with the whole head; the gradient of hidden reduced here or by us."""
+    """linear_token_stats on the group's shards against one process with the whole head; the gradient of hidden reduced
+    here or by us."""
     generator = torch.Generator().manual_seed(case["seed"])
     width, tokens, vocab_size, hidden_size = case["width"], case["tokens"], case["vocab_size"], case["hidden_size"]
-    hidden, teacher_hidden = torch.randn(2, tokens, hidden_size, generator=generator, dtype=torch.float64) * case["scale"]
+    hidden, teacher_hidden = (
+        torch.randn(2, tokens, hidden_size, generator=generator, dtype=torch.float64) * case["scale"]
+    )
     head, teacher_head = torch.randn(2, width * world_size, hidden_size, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
     weights = torch.randn(3, tokens, generator=generator, dtype=torch.float64)
     divergence = case["divergence"]
-    common = dict(vocab_size=vocab_size, temperature=case["temperature"], jsd_weight=0.3, divergence=divergence or "reverse_kl")
+    common = dict(
+        vocab_size=vocab_size, temperature=case["temperature"], jsd_weight=0.3, divergence=divergence or "reverse_kl"
+    )
 
     whole = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
     teacher = {} if divergence is None else dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_head)
@@ -145,19 +159,29 @@ def check_linear_case(rank: int, world_size: int, case: dict, message: str) -> N
     with counted() as backward_calls:
         backward_of_all(stats, weights)
     alone = world_size == 1
-    assert forward_calls.total() == (0 if alone or tokens == 0 else 2 if divergence == "jsd" else 1), f"{message}: {forward_calls}"
-    assert backward_calls == Counter({"all_reduce": 1} if case["reduces"] and not alone else {}), f"{message}: {backward_calls}"
+    assert forward_calls.total() == (0 if alone or tokens == 0 else 2 if divergence == "jsd" else 1), (
+        f"{message}: {forward_calls}"
+    )
+    assert backward_calls == Counter({"all_reduce": 1} if case["reduces"] and not alone else {}), (
+        f"{message}: {backward_calls}"
+    )
     for name, got, want in zip(TokenStats._fields, stats, expected, strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{message} {name}: {m}")
+            torch.testing.assert_close(
+                got, want, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{message} {name}: {m}"
+            )
             if tokens:
                 assert_equal_on_all_ranks(got.detach(), f"{message} {name}")
     gradient = own[0].grad.clone()
     if not case["reduces"]:
         dist.all_reduce(gradient)
-    torch.testing.assert_close(gradient, whole[0].grad, rtol=1e-8, atol=1e-9, msg=lambda m: f"{message} gradient of hidden: {m}")
-    torch.testing.assert_close(own[1].grad, whole[1].grad[rows], rtol=1e-8, atol=1e-9, msg=lambda m: f"{message} gradient of weight: {m}")
+    torch.testing.assert_close(
+        gradient, whole[0].grad, rtol=1e-8, atol=1e-9, msg=lambda m: f"{message} gradient of hidden: {m}"
+    )
+    torch.testing.assert_close(
+        own[1].grad, whole[1].grad[rows], rtol=1e-8, atol=1e-9, msg=lambda m: f"{message} gradient of weight: {m}"
+    )
 
 
 def check_features(rank: int, world_size: int, case: dict, message: str) -> None:
@@ -197,20 +221,31 @@ def check_target_refused_everywhere(rank: int, world_size: int, case: dict, mess
 
 
 def check_context_parallel(rank: int, world_size: int, case: dict, message: str) -> None:
-    """Credit of sharded tokens is bit-equal to that of whole rollouts for any split, an empty shard included, with one collective."""
+    """Credit of sharded tokens is bit-equal to that of whole rollouts for any split, an empty shard included, with one
+    collective."""
     generator = torch.Generator().manual_seed(case["seed"])
     lengths = torch.tensor([5, 0, 1, 17, 8])
     total = int(lengths.sum())
     entropy, delta = torch.rand(total, generator=generator) * 3, torch.randn(total, generator=generator)
     delta[4] = -math.inf
     whole = direction_adaptive_credit(entropy, delta, lengths, beta=0.3, scale_floor=0.2)
-    owners = (torch.arange(total) % world_size, torch.randint(0, world_size, (total,), generator=generator), torch.zeros(total).long())
+    owners = (
+        torch.arange(total) % world_size,
+        torch.randint(0, world_size, (total,), generator=generator),
+        torch.zeros(total).long(),
+    )
     for owner in owners:
         positions = (owner == rank).nonzero()[:, 0]
         positions = positions[torch.randperm(len(positions))]
         with counted() as calls:
             credit = context_parallel_credit(
-                entropy[positions], delta[positions], lengths, positions, group=dist.group.WORLD, beta=0.3, scale_floor=0.2
+                entropy[positions],
+                delta[positions],
+                lengths,
+                positions,
+                group=dist.group.WORLD,
+                beta=0.3,
+                scale_floor=0.2,
             )
         assert calls == Counter({"all_reduce": 1} if world_size > 1 else {}), calls
         for name in ("omega", "delta_bar", "advantage_term"):

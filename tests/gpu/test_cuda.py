@@ -1,4 +1,5 @@
-"""The CUDA backend on one GPU: the sharded model against transformers, token statistics against float64, and a short run.
+"""The CUDA backend on one GPU: the sharded model against transformers, token statistics against float64, and a short
+run.
 
 `make test-gpu` runs these; without a GPU they skip and say so.
 """
@@ -25,7 +26,9 @@ IMPLEMENTATIONS = [
     "local",
     pytest.param(
         "transformer_engine",
-        marks=pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="transformer-engine is not installed"),
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("transformer_engine") is None, reason="transformer-engine is not installed"
+        ),
     ),
 ]
 
@@ -42,7 +45,9 @@ def test_token_stats_match_float64(dtype: torch.dtype) -> None:
     (log_prob.sum() + entropy.sum()).backward()
     torch.testing.assert_close(stats.log_prob.double(), log_prob.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.entropy.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits.grad.double(), dense.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits.grad.double(), dense.grad, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -61,5 +66,12 @@ def test_model_matches_transformers(implementation: str, tmp_path: Path) -> None
 
 
 def test_short_run(tmp_path: Path) -> None:
-    train(*NO_EVALUATION, "backend.kind=cuda", "precision=bf16", "run.steps=3", "warm_start.steps=3", f"run.dir={tmp_path / 'run'}")
+    train(
+        *NO_EVALUATION,
+        "backend.kind=cuda",
+        "precision=bf16",
+        "run.steps=3",
+        "warm_start.steps=3",
+        f"run.dir={tmp_path / 'run'}",
+    )
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]

@@ -1,4 +1,5 @@
-"""FP8 layers by Transformer Engine on one GPU: next to bf16 in score and update, exported as what they compute with, and in a run."""
+"""FP8 layers by Transformer Engine on one GPU: next to bf16 in score and update, exported as what they compute with,
+and in a run."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from small_models import save_qwen3
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
-    pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason="transformer-engine is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("transformer_engine") is None, reason="transformer-engine is not installed"
+    ),
 ]
 
 CUDA = ["parallel=single", "backend.kind=cuda", "precision=bf16"]
@@ -41,11 +44,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_update_is_near_that_of_bf16(recipe: str, model: Path, tmp_path: Path) -> None:
-    torchrun("fp8_near_bf16", 1, {"path": str(model), "export": str(tmp_path / "export"), "bf16": CUDA, "fp8": [*CUDA, *RECIPES[recipe]]})
+    torchrun(
+        "fp8_near_bf16",
+        1,
+        {"path": str(model), "export": str(tmp_path / "export"), "bf16": CUDA, "fp8": [*CUDA, *RECIPES[recipe]]},
+    )
 
 
 def test_a_run_compares_with_bf16(tmp_path: Path) -> None:
-    run = ["backend.kind=cuda", "precision=bf16", "precision.fp8=tensorwise", "precision.fp8_check_every=2", "run.steps=4"]
+    run = [
+        "backend.kind=cuda",
+        "precision=bf16",
+        "precision.fp8=tensorwise",
+        "precision.fp8_check_every=2",
+        "run.steps=4",
+    ]
     train(*NO_EVALUATION, *run, "checkpoint.every=2", f"run.dir={tmp_path / 'run'}")
     gaps = [row.get("precision/fp8_log_prob_diff_mean") for row in rows(tmp_path / "run" / "metrics.jsonl")]
     assert [gap is not None for gap in gaps] == [True, True, False, True]

@@ -1,5 +1,5 @@
-"""Packed sequences on one GPU equal padded ones: Transformer Engine's thd attention in bf16, local layers in fp32 and bf16, both
-objectives, and with recomputation.
+"""Packed sequences on one GPU equal padded ones: Transformer Engine's thd attention in bf16, local layers in fp32 and
+bf16, both objectives, and with recomputation.
 
 `make test-gpu` runs these; `pytest -m gpu tests/gpu/test_packing.py -s` also shows the differences and the times.
 """
@@ -22,11 +22,19 @@ pytestmark = [
 TRANSFORMER_ENGINE = ["backend.transformer_impl=transformer_engine", "precision=bf16"]
 CASES = {
     "local-fp32": ["backend.transformer_impl=local", "precision=fp32"],
-    "local-bf16-distributional": ["backend.transformer_impl=local", "precision=bf16", "algorithm.objective=distributional"],
+    "local-bf16-distributional": [
+        "backend.transformer_impl=local",
+        "precision=bf16",
+        "algorithm.objective=distributional",
+    ],
     "te-bf16": TRANSFORMER_ENGINE,
     "te-bf16-distributional": [*TRANSFORMER_ENGINE, "algorithm.objective=distributional"],
     "te-bf16-recompute-full": [*TRANSFORMER_ENGINE, "precision.recompute=full"],
-    "te-bf16-recompute-selective": [*TRANSFORMER_ENGINE, "precision.recompute=selective", "precision.recompute_modules=[core_attn,mlp]"],
+    "te-bf16-recompute-selective": [
+        *TRANSFORMER_ENGINE,
+        "precision.recompute=selective",
+        "precision.recompute_modules=[core_attn,mlp]",
+    ],
 }
 
 

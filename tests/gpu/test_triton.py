@@ -31,8 +31,13 @@ pytestmark = [
 ]
 
 VOCABULARY, WIDTH = 151_669, 151_936
-# Columns of the vocabulary, padding and elements between the rows: every access by whole vectors, rows on odd addresses.
-LAYOUTS = {"aligned": (151_936, 0, 0), "padded": (VOCABULARY, WIDTH - VOCABULARY, 0), "odd rows": (VOCABULARY, WIDTH - VOCABULARY, 3)}
+# Columns of the vocabulary, padding and elements between the rows: every access by whole vectors, rows on odd
+# addresses.
+LAYOUTS = {
+    "aligned": (151_936, 0, 0),
+    "padded": (VOCABULARY, WIDTH - VOCABULARY, 0),
+    "odd rows": (VOCABULARY, WIDTH - VOCABULARY, 3),
+}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -41,7 +46,9 @@ def generator() -> torch.Generator:
     return torch.Generator("cuda").manual_seed(torch.seed() % 2**31)
 
 
-def wide_case(generator: torch.Generator, tokens: int, layout: str = "padded", dtype: torch.dtype = torch.bfloat16, **options) -> Case:
+def wide_case(
+    generator: torch.Generator, tokens: int, layout: str = "padded", dtype: torch.dtype = torch.bfloat16, **options
+) -> Case:
     columns, padding, gap = LAYOUTS[layout]
     return make_case(generator, tokens, columns, padding=padding, gap=gap, dtype=dtype, **options)
 
@@ -61,7 +68,9 @@ def test_partials(generator: torch.Generator, divergence: str | None, layout: st
 def test_mixture_sums(generator: torch.Generator, layout: str, dtype: torch.dtype) -> None:
     for tokens in (1, 40, 513):
         case = wide_case(generator, tokens, layout, dtype, temperature=0.7)
-        check_mixture_sums(kernels, case, normalisers(case, generator), 0.3, f"seed {generator.initial_seed()} {tokens}")
+        check_mixture_sums(
+            kernels, case, normalisers(case, generator), 0.3, f"seed {generator.initial_seed()} {tokens}"
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,14 +82,20 @@ def test_backward(generator: torch.Generator, inplace: bool, layout: str, dtype:
             case = wide_case(generator, 24, layout, dtype, temperature=0.7)
             norm = normalisers(case, generator)
             message = f"seed {generator.initial_seed()}"
-            check_backward(kernels, case, norm, names, generator, mixture_weight=weight, inplace=inplace, message=message)
+            check_backward(
+                kernels, case, norm, names, generator, mixture_weight=weight, inplace=inplace, message=message
+            )
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
 @pytest.mark.parametrize("columns", [0, 1, 2, 3, 7, 8, 9, 100, 2047, 2048, 2049, 8193, 18_992])
 def test_sizes(generator: torch.Generator, columns: int, tokens: int) -> None:
     """Nothing, the sizes of tiles and one more or less, and the arguments equal to 1 that Triton compiles in."""
-    for dtype, padding, gap in ((torch.bfloat16, 8, 0), (torch.float32, 1, 0), (torch.bfloat16, 0 if columns else 1, 0)):
+    for dtype, padding, gap in (
+        (torch.bfloat16, 8, 0),
+        (torch.float32, 1, 0),
+        (torch.bfloat16, 0 if columns else 1, 0),
+    ):
         case = make_case(generator, tokens, columns, padding=padding, gap=gap, dtype=dtype)
         message = f"seed {generator.initial_seed()} {dtype} {padding}"
         for divergence in (None, *DIVERGENCES):
@@ -88,7 +103,9 @@ def test_sizes(generator: torch.Generator, columns: int, tokens: int) -> None:
         norm = normalisers(case, generator)
         check_mixture_sums(kernels, case, norm, 0.3, message)
         check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, message=message)
-        check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, mixture_weight=0.3, inplace=True, message=message)
+        check_backward(
+            kernels, case, norm, COEFFICIENTS[-1], generator, mixture_weight=0.3, inplace=True, message=message
+        )
 
 
 def test_dtypes_may_differ(generator: torch.Generator) -> None:
@@ -103,7 +120,8 @@ def test_dtypes_may_differ(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masks_nan_and_huge_logits(generator: torch.Generator, divergence: str) -> None:
-    """Rows with columns or everything at -inf, with a NaN, far from zero and far apart; some of them split among programs."""
+    """Rows with columns or everything at -inf, with a NaN, far from zero and far apart; some of them split among
+    programs."""
     for tokens in (9, 600):
         case = wide_case(generator, tokens, dtype=torch.float32)
         logits, teacher = case.logits, case.teacher
@@ -123,7 +141,9 @@ def test_masks_nan_and_huge_logits(generator: torch.Generator, divergence: str) 
         assert divergence == "jsd" or got[CROSS, 6] < -1e30, message
         norm = normalisers(whole, generator)
         check_mixture_sums(kernels, whole, norm, 0.3, message)
-        names, weight = (("linear", "cross"), 0.3) if divergence == "jsd" else (("linear", "teacher_share", "one_hot"), None)
+        names, weight = (
+            (("linear", "cross"), 0.3) if divergence == "jsd" else (("linear", "teacher_share", "one_hot"), None)
+        )
         check_backward(kernels, whole, norm, names, generator, mixture_weight=weight, message=message)
         every = kernels.local_partials(logits, teacher, case.targets, divergence=divergence, **case.place)
         assert every[MAX].isnan().nonzero().tolist() == [[3]], message
@@ -156,7 +176,9 @@ def test_more_than_2_to_the_31_elements(generator: torch.Generator) -> None:
     def below_zeros(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
 
-    case = last._replace(logits=below_zeros(last.logits), teacher=below_zeros(last.teacher), targets=below_zeros(last.targets))
+    case = last._replace(
+        logits=below_zeros(last.logits), teacher=below_zeros(last.teacher), targets=below_zeros(last.targets)
+    )
     alone = check_partials(kernels, last, "reverse_kl", f"seed {generator.initial_seed()}")
     among = kernels.local_partials(case.logits, case.teacher, case.targets, divergence="reverse_kl", **case.place)
     torch.testing.assert_close(among[:, rows:], alone, rtol=1e-5, atol=0.0)
@@ -181,7 +203,9 @@ def test_more_than_2_to_the_31_elements(generator: torch.Generator) -> None:
 def test_linear_token_stats(generator: torch.Generator, divergence: str | None, dtype: torch.dtype) -> None:
     """Several blocks of tokens and columns, with padding, against the definitions in float64; and no tokens at all."""
     shapes = ((300, 64), (20_100, 64), (300, 96), (20_100, 96))
-    hidden, head, teacher_hidden, teacher_head = (torch.randn(shape, generator=generator, device="cuda").to(dtype) / 4 for shape in shapes)
+    hidden, head, teacher_hidden, teacher_head = (
+        torch.randn(shape, generator=generator, device="cuda").to(dtype) / 4 for shape in shapes
+    )
     extra = {} if divergence is None else dict(teacher_weight=teacher_head, divergence=divergence)
     for tokens in (300, 0):
         targets = torch.randint(0, 20_000, (tokens,), generator=generator, device="cuda")
@@ -190,16 +214,27 @@ def test_linear_token_stats(generator: torch.Generator, divergence: str | None, 
         if divergence is not None:
             extra["teacher_hidden"] = teacher_hidden[:tokens]
         stats = linear_token_stats(
-            *own, targets, vocab_size=20_000, temperature=0.7, chunk_size=128, vocab_chunk_size=4096, jsd_weight=0.3, **extra
+            *own,
+            targets,
+            vocab_size=20_000,
+            temperature=0.7,
+            chunk_size=128,
+            vocab_chunk_size=4096,
+            jsd_weight=0.3,
+            **extra,
         )
         weighted_sum(stats, weights).backward()
         exact = [one.detach().double().requires_grad_() for one in own]
         teacher_logits = None if divergence is None else teacher_hidden[:tokens].double() @ teacher_head.double().t()
-        reference = dense(exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", 0.7, 20_000, 0.3)
+        reference = dense(
+            exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", 0.7, 20_000, 0.3
+        )
         weighted_sum(reference, weights.double()).backward()
         for got, want in zip(stats, reference, strict=True):
             if want is not None:
                 torch.testing.assert_close(got.double(), want.detach(), rtol=1e-4, atol=1e-4)
         for got, want in zip(own, exact, strict=True):
             bound = (2e-2 if dtype == torch.bfloat16 else 1e-3) * want.grad.abs().amax() if tokens else 0.0
-            assert not tokens or (got.grad.double() - want.grad).abs().max() <= bound, f"seed {generator.initial_seed()}"
+            assert not tokens or (got.grad.double() - want.grad).abs().max() <= bound, (
+                f"seed {generator.initial_seed()}"
+            )

@@ -1,4 +1,5 @@
-"""A headless Chromium, driven over its DevTools protocol: what a test needs to look at a page, without a package of its own."""
+"""A headless Chromium, driven over its DevTools protocol: what a test needs to look at a page, without a package of its
+own."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One tab. ``faults`` collects what its console, its script and its log complained about; ``requests`` all that it asked for."""
+    """One tab. ``faults`` collects what its console, its script and its log complained about; ``requests`` all that it
+    asked for."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._answers, self._number = socket, {}, 0
@@ -57,7 +59,13 @@ class Page:
         return found["result"]
 
     async def open(self, path: Path, *, width: int, height: int = 900, phone: bool = False, dark: bool = False) -> None:
-        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        await self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
         scheme = "dark" if dark else "light"
         await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._loaded.clear()
@@ -82,8 +90,20 @@ class Page:
 async def browser_page(browser: str, folder: Path) -> AsyncIterator[Page]:
     """Start ``browser`` with its profile in ``folder`` and give its first tab; it is ended afterwards."""
     # As root it has no sandbox; in containers /dev/shm is small.
-    flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}", "--remote-debugging-port=0"]
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--no-first-run",
+        "--hide-scrollbars",
+    ]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={folder}",
+        "--remote-debugging-port=0",
+    ]
     quiet = asyncio.subprocess.DEVNULL
     process = await asyncio.create_subprocess_exec(
         browser, *flags, "about:blank", stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True

@@ -1,7 +1,8 @@
 """Several hosts on one machine: network namespaces on a bridge, whose links can be cut and restored.
 
-All of it, the processes on the hosts too, lives in a PID namespace whose first process ends with standard input, so that nothing outlives
-the test, however that ends; the bridge is in a network namespace of its own, and nothing of this machine's network changes.
+All of it, the processes on the hosts too, lives in a PID namespace whose first process ends with standard input, so
+that nothing outlives the test, however that ends; the bridge is in a network namespace of its own, and nothing of this
+machine's network changes.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ class Hosts:
     def run(self, host: str, *command: str) -> str:
         """What a command on a host prints."""
         return subprocess.run(
-            [*self._inside, "ip", "netns", "exec", host, *command], capture_output=True, text=True, timeout=60, check=True
+            [*self._inside, "ip", "netns", "exec", host, *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
         ).stdout
 
     def cut(self, host: str) -> None:
@@ -82,7 +87,9 @@ def hosts(*names: str) -> Iterator[Hosts]:
     """Hosts of these names, all linked; the test is skipped where they cannot be had."""
     missing = [program for program in ("unshare", "nsenter", "ip") if shutil.which(program) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here, for hosts in network namespaces: apt-get install util-linux iproute2")
+        pytest.skip(
+            f"no {', '.join(missing)} here, for hosts in network namespaces: apt-get install util-linux iproute2"
+        )
     if os.geteuid() != 0:
         pytest.skip("hosts in network namespaces need root")
     addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, start=10)}
@@ -107,7 +114,8 @@ def hosts(*names: str) -> Iterator[Hosts]:
 
 
 def wait_until(what: str, condition, seconds: float, *alive: subprocess.Popen, log: Path | None = None) -> None:
-    """Return once ``condition()`` is true; fails after ``seconds``, and when a process that is needed for it has ended."""
+    """Return once ``condition()`` is true; fails after ``seconds``, and when a process that is needed for it has
+    ended."""
     deadline = time.monotonic() + seconds
     while not condition():
         ended = [process.args for process in alive if process.poll() is not None]

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-# Seconds, not minutes: 30k parameters, two groups of four short responses. Rewards are rare at this size, but the teacher term always acts.
+# Seconds, not minutes: 30k parameters, two groups of four short responses. Rewards are rare at this size, but the
+# teacher term always acts.
 SMALL = [
     "experiment=quickstart",
     "parallel=single",
@@ -72,7 +73,8 @@ def start(*overrides: str, environment: Mapping[str, str] | None = None) -> subp
 
 
 def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    """SIGKILL for the launcher and all its descendants at once, as a node that goes down; returns when all are gone. At SIGABRT each
+    """SIGKILL for the launcher and all its descendants at once, as a node that goes down; returns when all are gone. At
+    SIGABRT each
     writes the stack of all its threads first."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
@@ -83,7 +85,8 @@ def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
-    """Exit status and output; a run that outlives ``timeout`` seconds is killed and fails the test, which shows where each process was."""
+    """Exit status and output; a run that outlives ``timeout`` seconds is killed and fails the test, which shows where
+    each process was."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -121,5 +124,6 @@ def wait_for_steps(process: subprocess.Popen, run: Path, count: int, timeout: fl
 
 
 def reproducible(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file without wall-clock values, and without the count of rollouts that servers had to be asked for again."""
+    """Lines of a metrics file without wall-clock values, and without the count of rollouts that servers had to be asked
+    for again."""
     return [{key: value for key, value in row.items() if not key.startswith(_NOT_REPRODUCIBLE)} for row in rows(path)]

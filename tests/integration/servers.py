@@ -30,17 +30,30 @@ def sglang_python() -> str:
 
 
 def router_python() -> str:
-    """The interpreter of SGLang's environment where that has sglang-router too; a test that needs it is skipped where it has not."""
+    """The interpreter of SGLang's environment where that has sglang-router too; a test that needs it is skipped where
+    it has not."""
     python = sglang_python()
     if subprocess.run([python, "-c", "import sglang_router"], capture_output=True, timeout=60).returncode:
-        pytest.skip(f"no sglang-router: {python} does not have it (make sglang-cpu installs it; SGLANG_PYTHON names another)")
+        pytest.skip(
+            f"no sglang-router: {python} does not have it (make sglang-cpu installs it; SGLANG_PYTHON names another)"
+        )
     return python
 
 
 @contextlib.contextmanager
 def routing(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """``dasd router`` at a free port, once it is ready; its address."""
-    command = [sys.executable, "-m", "dasd_megatron.cli", "router", "--python", router_python(), "--port", "0", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "dasd_megatron.cli",
+        "router",
+        "--python",
+        router_python(),
+        "--port",
+        "0",
+        *arguments,
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -55,7 +68,8 @@ def routing(log: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]
 
 
 class FaultyProxy:
-    """In front of a real server; ``fault(path, count)`` says what to do with the count-th request of that path: "500", "garbage",
+    """In front of a real server; ``fault(path, count)`` says what to do with the count-th request of that path: "500",
+    "garbage",
     "short" (a row is missing), "shift" (other log-probs), "hang", or None to pass it on."""
 
     def __init__(self, upstream: str, fault: Callable[[str, int], str | None]) -> None:

@@ -1,7 +1,8 @@
-"""A real Slurm with four nodes on this machine, for tests: munge, slurmctld and one slurmd for each node, which has its own host name and
-eight GPUs in name.
+"""A real Slurm with four nodes on this machine, for tests: munge, slurmctld and one slurmd for each node, which has its
+own host name and eight GPUs in name.
 
-All of it lives in a PID namespace whose first process ends with standard input, so that nothing outlives the test, however that ends.
+All of it lives in a PID namespace whose first process ends with standard input, so that nothing outlives the test,
+however that ends.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ GresTypes=gpu
 PartitionName=main Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=n[1-{count}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-_NODE = "NodeName=n{index} NodeHostname=n{index} NodeAddr=127.0.0.{index} Port={port} CPUs=8 RealMemory=8000 Gres=gpu:8 State=UNKNOWN"
+_NODE = (
+    "NodeName=n{index} NodeHostname=n{index} NodeAddr=127.0.0.{index} Port={port} CPUs=8 RealMemory=8000 Gres=gpu:8 "
+    "State=UNKNOWN"
+)
 
 # Run by the namespace's first process; the end of its standard input is the end of the cluster.
 _START = r"""
@@ -92,7 +96,9 @@ class SlurmCluster:
 
     def command(self, *arguments: str, **environment: str) -> str:
         """Standard output of one of Slurm's commands; a failure is shown."""
-        done = subprocess.run(arguments, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            arguments, env={**self.environment, **environment}, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -104,12 +110,16 @@ class SlurmCluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", str(job))))
 
     def processes(self, job: int) -> list[psutil.Process]:
-        """All processes that carry the job's number in their environment: batch shell, steps and whatever they have started."""
+        """All processes that carry the job's number in their environment: batch shell, steps and whatever they have
+        started."""
         return [process for process in psutil.process_iter() if _carries(process, f"SLURM_JOB_ID={job}")]
 
     def log(self) -> str:
         """The ends of the daemons' logs."""
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in sorted((self.root / "log").iterdir()))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-2000:]}"
+            for path in sorted((self.root / "log").iterdir())
+        )
 
 
 def _carries(process: psutil.Process, variable: str) -> bool:
@@ -135,7 +145,8 @@ def require_slurm() -> None:
 
 @contextlib.contextmanager
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """Start a cluster of four idle nodes n1 to n4, partitions ``main`` and, before whose jobs those of main have to give way, ``high``."""
+    """Start a cluster of four idle nodes n1 to n4, partitions ``main`` and, before whose jobs those of main have to
+    give way, ``high``."""
     require_slurm()
     # munge's socket has a path of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="dasd-slurm-", dir="/tmp") as folder:
@@ -144,7 +155,9 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         cluster = SlurmCluster(root)
         environment = {**cluster.environment, "ROOT": folder, "COUNT": str(NODES)}
         with (root / "log" / "start.out").open("wb") as log:
-            process = subprocess.Popen([*_SPACE, "bash", "-c", _START], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                [*_SPACE, "bash", "-c", _START], env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
         try:
             _wait_until_idle(cluster, process)
             yield cluster
@@ -190,7 +203,11 @@ def _wait_until_idle(cluster: SlurmCluster, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(
-            ["sinfo", "-h", "-p", "main", "-o", "%T %D"], env=cluster.environment, capture_output=True, text=True, timeout=60
+            ["sinfo", "-h", "-p", "main", "-o", "%T %D"],
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         if done.stdout.split() == ["idle", str(NODES)]:
             return

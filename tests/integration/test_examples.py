@@ -1,4 +1,5 @@
-"""The examples: configurations on the real SmolLM2-135M-Instruct, and functions of the user's on a tiny model; one short step of each."""
+"""The examples: configurations on the real SmolLM2-135M-Instruct, and functions of the user's on a tiny model; one
+short step of each."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "smollm2_arithmetic"
 CPU = ["backend.kind=cpu", "backend.threads=1", "rollout=embedded", "rollout.threads=1", "rollout.dtype=bfloat16"]
-SHORT = ["run.steps=1", "batch.groups=2", "batch.samples_per_group=2", "rollout.max_new_tokens=8", "evaluation=none", "verify.workers=0"]
+SHORT = [
+    "run.steps=1",
+    "batch.groups=2",
+    "batch.samples_per_group=2",
+    "rollout.max_new_tokens=8",
+    "evaluation=none",
+    "verify.workers=0",
+]
 
 
 def dasd(*arguments: object) -> str:
@@ -47,7 +55,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gsm8k(folder: Path, name: str, terms: range) -> Path:
     """A file as GSM8K's own, with calculations marked in the worked solution."""
     path = folder / name
-    question, answer = "Ann has {n} apples and buys 2 more. How many has she?", "She has {n}+2=<<{n}+2={sum}>>{sum}.\n#### {sum}"
+    question, answer = (
+        "Ann has {n} apples and buys 2 more. How many has she?",
+        "She has {n}+2=<<{n}+2={sum}>>{sum}.\n#### {sum}",
+    )
     rows = [{"question": question.format(n=n), "answer": answer.format(n=n, sum=n + 2)} for n in terms]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -66,14 +77,16 @@ def test_one_step(experiment: str, checkpoint: Path, tmp_path: Path) -> None:
     dasd("train", "--config-dir", EXAMPLE, *arguments)
     metrics = json.loads((run / "metrics.jsonl").read_text())
     assert metrics["step"] == 1
-    # The rollouts came from the converted weights, through the chat template, and the teacher's solution changed what it expects.
+    # The rollouts came from the converted weights, through the chat template, and the teacher's solution changed what
+    # it expects.
     assert metrics["rollout/log_prob_diff_mean"] < 0.1
     inspected = json.loads((run / "inspect" / "step_000001.json").read_text())
     assert any(abs(gap) > 0.01 for gap in inspected[0]["delta"])
 
 
 def test_functions_of_ones_own_and_rollouts_without_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The custom examples as their READMEs start them, on rollouts that ``dasd rollout`` makes and on ones that training makes."""
+    """The custom examples as their READMEs start them, on rollouts that ``dasd rollout`` makes and on ones that
+    training makes."""
     folders = [ROOT / "examples" / name for name in ("custom_reward", "custom_rollout", "custom_filter")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     own = [
@@ -90,7 +103,8 @@ def test_functions_of_ones_own_and_rollouts_without_a_trainer(tmp_path: Path, mo
     replay = f"rollout.replay={tmp_path / 'alone' / 'rollouts'}"
     dasd("train", *SMALL, "evaluation=none", "run.steps=2", replay, f"run.dir={tmp_path / 'replayed'}")
     losses = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["update/loss"] for name in ("together", "replayed")
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["update/loss"]
+        for name in ("together", "replayed")
     ]
     assert losses[0] == losses[1]
 
@@ -103,7 +117,9 @@ def test_the_sums_of_the_two_sets_differ_and_are_few() -> None:
 
 
 def test_prompts_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "examples" / "custom_template"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT / "examples" / "custom_template"), os.environ.get("PYTHONPATH", "")])
+    )
     run = tmp_path / "run"
     train(
         *NO_EVALUATION, "run.steps=1", "parallel=tp2", "data.template=templates:student", "teacher.template=templates:teacher",

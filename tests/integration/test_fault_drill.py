@@ -1,7 +1,9 @@
-"""Two servers under a run, and the run itself: killed, frozen, answering errors and garbage, gone in the middle of a request or an update.
+"""Two servers under a run, and the run itself: killed, frozen, answering errors and garbage, gone in the middle of a
+request or an update.
 
-Every prompt is trained on once, under weights no older than allowed, or is still kept for a later step. The embedded server gives equal
-rollouts for equal seeds whichever of two serves them, so there the metrics have to be those of an undisturbed run to the bit.
+Every prompt is trained on once, under weights no older than allowed, or is still kept for a later step. The embedded
+server gives equal rollouts for equal seeds whichever of two serves them, so there the metrics have to be those of an
+undisturbed run to the bit.
 """
 
 from __future__ import annotations
@@ -113,7 +115,9 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Plac
         sglang = [f"rollout.sglang.python={sglang_python()}", "rollout.sglang.max_total_tokens=8192"]
         rollout = load_config([*SMALL, "rollout=sglang_cpu", *sglang]).rollout
     with ExitStack() as stack:
-        found = [Place(LocalServer(tmp_path / "model", "first", rollout, tmp_path / f"log{index}"), {}) for index in range(2)]
+        found = [
+            Place(LocalServer(tmp_path / "model", "first", rollout, tmp_path / f"log{index}"), {}) for index in range(2)
+        ]
         starts = [threading.Thread(target=place.server.start) for place in found]
         for place, thread in zip(found, starts, strict=True):
             stack.callback(place.server.stop)
@@ -126,7 +130,12 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Plac
         yield found
 
 
-AHEAD = ["rollout.max_staleness=1", "rollout.unfinished=retract", "rollout.over_sampling=1.25", "loss.importance_sampling=token"]
+AHEAD = [
+    "rollout.max_staleness=1",
+    "rollout.unfinished=retract",
+    "rollout.over_sampling=1.25",
+    "loss.importance_sampling=token",
+]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +213,8 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     assert "resumed from" in resumed
     assert drill.worst < 30
 
-    # Every prompt was trained on once or is kept; each sample under weights of its step, or as much older as is allowed.
+    # Every prompt was trained on once or is kept; each sample under weights of its step, or as much older as is
+    # allowed.
     staleness = 1 if more else 0
     trained: list[int] = []
     for step in range(1, last + 1):
@@ -225,6 +235,10 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     # A plain line for what happened, and those that were away served again.
     for place in places:
         assert re.search(rf"rollout server {place.proxy.url}: \w+ -> (suspect|dead) \(", drill.text), drill.text[-6000:]
-        assert re.search(rf"rollout server {place.proxy.url}: (dead|suspect) -> (stale|serving) \(", drill.text), drill.text[-6000:]
+        assert re.search(rf"rollout server {place.proxy.url}: (dead|suspect) -> (stale|serving) \(", drill.text), (
+            drill.text[-6000:]
+        )
     for reason in ("answered 500: injected", "answered what is not JSON"):
-        assert re.search(rf"rollout server {second.proxy.url}: serving -> suspect \(.*{reason}", drill.text), drill.text[-6000:]
+        assert re.search(rf"rollout server {second.proxy.url}: serving -> suspect \(.*{reason}", drill.text), (
+            drill.text[-6000:]
+        )

@@ -1,4 +1,5 @@
-"""Rollout servers that die, hang, answer 500 or garbage; disks that fill up; input that is wrong. Nothing hangs, is lost or comes twice."""
+"""Rollout servers that die, hang, answer 500 or garbage; disks that fill up; input that is wrong. Nothing hangs, is
+lost or comes twice."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def external(url: str) -> list[str]:
 
 
 def test_passing_faults_change_nothing(server: str, healthy: Path, tmp_path: Path) -> None:
-    """Requests for rollouts go wrong in every way, one by one and in a row; the run's metrics are those of an undisturbed one."""
+    """Requests for rollouts go wrong in every way, one by one and in a row; the run's metrics are those of an
+    undisturbed one."""
     faults = {3: "500", 5: "garbage", 7: "short", 9: "hang", 11: "hang", 12: "garbage", 13: "500"}
     met: list[str] = []
 
@@ -88,7 +90,8 @@ def stopped_after_step_3(fault: str, server: str, run: Path) -> tuple[str, str]:
 
 
 def test_lasting_fault_stops_the_run_with_a_usable_checkpoint(server: str, healthy: Path, tmp_path: Path) -> None:
-    """From step 4 on every request fails: one line says so, steps 1 to 3 are saved, and a healthy server finishes the run."""
+    """From step 4 on every request fails: one line says so, steps 1 to 3 are saved, and a healthy server finishes the
+    run."""
     run = tmp_path / "run"
     url, output = stopped_after_step_3("500", server, run)
     assert url in output and "resume=auto" in output, output[-4000:]
@@ -116,9 +119,14 @@ def test_weight_update_that_hangs_stops_the_run(server: str, tmp_path: Path) -> 
     assert time.monotonic() - started < 120
 
 
-def test_weight_update_that_fails_after_a_step_loses_and_repeats_nothing(server: str, healthy: Path, tmp_path: Path) -> None:
-    """The update after step 3 fails for good: step 3 has been done, so its checkpoint is of step 3, and the rest follows from there."""
-    proxy = FaultyProxy(server, lambda path, count: "500" if path == "/update_weights_from_disk" and count > 3 else None)
+def test_weight_update_that_fails_after_a_step_loses_and_repeats_nothing(
+    server: str, healthy: Path, tmp_path: Path
+) -> None:
+    """The update after step 3 fails for good: step 3 has been done, so its checkpoint is of step 3, and the rest
+    follows from there."""
+    proxy = FaultyProxy(
+        server, lambda path, count: "500" if path == "/update_weights_from_disk" and count > 3 else None
+    )
     run = tmp_path / "run"
     try:
         status, output = finish(start(*OVERRIDES, *external(proxy.url), f"run.dir={run}"))
@@ -153,7 +161,8 @@ def test_killed_embedded_server_is_restarted_and_nothing_changes(healthy: Path, 
 
 
 def test_everything_ends_with_its_launcher(tmp_path: Path) -> None:
-    """Only the launcher is killed, in the middle of a long run: its workers and their server must not go on without it."""
+    """Only the launcher is killed, in the middle of a long run: its workers and their server must not go on without
+    it."""
     process = start(*OVERRIDES, "run.steps=5000", "checkpoint.every=0", f"run.dir={tmp_path / 'run'}")
     wait_for_steps(process, tmp_path / "run", 1)
     assert _embedded_server(process) is not None
@@ -191,7 +200,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A run directory whose checkpoints lie on a disk that holds one of them and not two."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small tmpfs needs root: {mounted.stderr.strip()}")
     yield folder
@@ -210,7 +221,8 @@ def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Pat
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
 
 
-# Rank 0 writes these while the other ranks wait for it. At the second checkpoint of a process a folder stands where one of them belongs.
+# Rank 0 writes these while the other ranks wait for it. At the second checkpoint of a process a folder stands where one
+# of them belongs.
 IN_THE_WAY = """
 import os, sys
 checkpoints = 0
@@ -238,7 +250,9 @@ def test_a_checkpoint_that_fails_on_rank_0_alone_ends_the_run_at_once(name: str,
     process = start(*OVERRIDES, "parallel=tp2", f"run.dir={run}", environment={"PYTHONPATH": path, "IN_THE_WAY": name})
     wait_for_steps(process, run, 4)
     status, output = finish(process, timeout=60)
-    assert status == 1 and output.count("previous checkpoint is untouched") == 1 and "Traceback" not in output, output[-6000:]
+    assert status == 1 and output.count("previous checkpoint is untouched") == 1 and "Traceback" not in output, output[
+        -6000:
+    ]
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
@@ -256,7 +270,11 @@ def test_bad_problem_sets_are_refused(tmp_path: Path) -> None:
     heldout.write_text(json.dumps({**good, "problem": "2 + 2 ="}) + "\n")
     common = ["data=jsonl", f"data.heldout.path={heldout}", "batch.groups=1", f"run.dir={tmp_path / 'run'}"]
     cases = {
-        "missing": (json.dumps(good) + "\n" + json.dumps({"problem": "1 + 2 ="}), "missing.jsonl line 2", "expected_answer"),
+        "missing": (
+            json.dumps(good) + "\n" + json.dumps({"problem": "1 + 2 ="}),
+            "missing.jsonl line 2",
+            "expected_answer",
+        ),
         "empty": ("", "empty.jsonl", "empty"),
         "broken": (json.dumps(good) + "\n{oops", "broken.jsonl line 2", "JSON"),
         "long": (json.dumps({**good, "problem": "1 + " * 40 + "1 ="}), "rollout.max_prompt_tokens", "64"),
@@ -271,7 +289,12 @@ def test_bad_problem_sets_are_refused(tmp_path: Path) -> None:
 
 
 def _without_generator() -> list[str]:
-    return ["data.train.generator=null", "data.heldout.generator=null", "data.train.size=null", "data.heldout.size=null"]
+    return [
+        "data.train.generator=null",
+        "data.heldout.generator=null",
+        "data.train.size=null",
+        "data.heldout.size=null",
+    ]
 
 
 def test_bad_surroundings_are_refused(tmp_path: Path) -> None:

@@ -47,18 +47,35 @@ def rows(run: Path) -> list[dict]:
 def start_training(net: Hosts, run: Path, folder: Path, name: str) -> dict[str, subprocess.Popen]:
     servers = ",".join(f"http://{net.addresses[host]}:{PORT}" for host in ("serve0", "serve1"))
     external = ["rollout=external", f"rollout.servers=[{servers}]", "rollout.weight_sync=distributed"]
-    command = [sys.executable, "-m", "dasd_megatron.cli", "train", *SMALL, *RUN, *LIMITS, *external, f"run.dir={run}", "resume=auto"]
+    command = [
+        sys.executable,
+        "-m",
+        "dasd_megatron.cli",
+        "train",
+        *SMALL,
+        *RUN,
+        *LIMITS,
+        *external,
+        f"run.dir={run}",
+        "resume=auto",
+    ]
     place = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"{net.addresses['train0']}:29500", "PET_RDZV_ID": name}
     return {
-        f"train{rank}": net.start(f"train{rank}", command, folder / f"{name}.{rank}.log", PET_NODE_RANK=str(rank), **place)
+        f"train{rank}": net.start(
+            f"train{rank}", command, folder / f"{name}.{rank}.log", PET_NODE_RANK=str(rank), **place
+        )
         for rank in range(2)
     }
 
 
 def held_version(net: Hosts, host: str, key: str) -> str:
     """The weights that a server holds, asked on its own host."""
-    script = "import httpx, sys; print(httpx.get(sys.argv[1], headers={'Authorization': sys.argv[2]}, trust_env=False).text)"
-    answer = net.run(host, sys.executable, "-c", script, f"http://{net.addresses[host]}:{PORT}/model_info", f"Bearer {key}")
+    script = (
+        "import httpx, sys; print(httpx.get(sys.argv[1], headers={'Authorization': sys.argv[2]}, trust_env=False).text)"
+    )
+    answer = net.run(
+        host, sys.executable, "-c", script, f"http://{net.addresses[host]}:{PORT}/model_info", f"Bearer {key}"
+    )
     return json.loads(answer)["weight_version"]
 
 
@@ -71,7 +88,15 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run, log = tmp_path / "run", tmp_path / "first.0.log"
     with hosts("train0", "train1", "serve0", "serve1") as net:
         for host in ("serve0", "serve1"):
-            command = [sys.executable, "-m", "dasd_megatron.cli", "serve", "--model-path", str(model), "--deterministic"]
+            command = [
+                sys.executable,
+                "-m",
+                "dasd_megatron.cli",
+                "serve",
+                "--model-path",
+                str(model),
+                "--deterministic",
+            ]
             net.start(host, [*command, "--host", net.addresses[host], "--port", str(PORT)], tmp_path / f"{host}.log")
         trainers = start_training(net, run, tmp_path, "first")
 
@@ -116,7 +141,11 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert status == 0, output[-4000:]
     assert len(rows(run)) == STEPS
     assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "undisturbed" / "metrics.jsonl")
-    assert not [path for path in Path("/proc").glob("[0-9]*/environ") if os.access(path, os.R_OK) and key.encode() in _read(path)]
+    assert not [
+        path
+        for path in Path("/proc").glob("[0-9]*/environ")
+        if os.access(path, os.R_OK) and key.encode() in _read(path)
+    ]
 
 
 def _read(path: Path) -> bytes:

@@ -1,4 +1,5 @@
-"""Saved rollouts with tokens that the policy did not sample train as if these were a part of the prompt, and count nowhere."""
+"""Saved rollouts with tokens that the policy did not sample train as if these were a part of the prompt, and count
+nowhere."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def replay(recorded: Path, run: Path, change: Callable[[Sample], None] | None, *
     if change is not None:
         source = run.with_name(run.name + "-rollouts")
         for step in (1, 2):
-            samples = copy.deepcopy(load_samples(rollouts_path(recorded / "rollouts", step), groups=4, samples_per_group=4))
+            samples = copy.deepcopy(
+                load_samples(rollouts_path(recorded / "rollouts", step), groups=4, samples_per_group=4)
+            )
             for sample in samples:
                 change(sample)
             save_samples(rollouts_path(source, step), samples)
@@ -76,7 +79,9 @@ def insert_answer(sample: Sample) -> None:
 def assert_same(found: list[dict], expected: list[dict]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.pop("weight_version") == other["weight_version"]
-        assert one == pytest.approx({name: value for name, value in other.items() if name != "weight_version"}, rel=1e-4, abs=1e-5)
+        assert one == pytest.approx(
+            {name: value for name, value in other.items() if name != "weight_version"}, rel=1e-4, abs=1e-5
+        )
 
 
 def test_context_changes_no_metric(recorded: Path, tmp_path: Path) -> None:
@@ -90,7 +95,9 @@ def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_
     samples = load_samples(rollouts_path(tmp_path / "single-rollouts", 1), groups=4, samples_per_group=4)
     assert found[0]["response/length_mean"] == sum(sum(sample.response_mask) for sample in samples) / len(samples)
     # The tokens behind the answer are other than what was recorded for them.
-    assert found[0]["rollout/log_prob_diff_mean"] > 100 * rows(recorded / "metrics.jsonl")[0]["rollout/log_prob_diff_mean"]
+    assert (
+        found[0]["rollout/log_prob_diff_mean"] > 100 * rows(recorded / "metrics.jsonl")[0]["rollout/log_prob_diff_mean"]
+    )
     inspected = json.loads((tmp_path / "single" / "inspect" / "step_000001.json").read_text())
     assert inspected
     for record, sample in zip(inspected, samples, strict=False):

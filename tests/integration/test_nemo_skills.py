@@ -1,4 +1,5 @@
-"""Real NeMo-Skills, in the environment whose interpreter NEMO_SKILLS_PYTHON names; docs/evaluation.md says how it is made."""
+"""Real NeMo-Skills, in the environment whose interpreter NEMO_SKILLS_PYTHON names; docs/evaluation.md says how it is
+made."""
 
 from __future__ import annotations
 
@@ -94,8 +95,18 @@ def test_ns_eval_asks_real_sglang(python: str, tmp_path: Path) -> None:
         f"model.path={model}",
         f"evaluation.benchmarks=[{tmp_path / 'sums.jsonl'}]",
     ]
-    command += [f"run.dir={tmp_path / 'run'}", "evaluation.samples=2", "rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}"]
-    command += ["rollout.max_new_tokens=16", "rollout.max_prompt_tokens=200", "rollout.sglang.max_total_tokens=4096", "rollout.threads=1"]
+    command += [
+        f"run.dir={tmp_path / 'run'}",
+        "evaluation.samples=2",
+        "rollout=sglang_cpu",
+        f"rollout.sglang.python={sglang_python()}",
+    ]
+    command += [
+        "rollout.max_new_tokens=16",
+        "rollout.max_prompt_tokens=200",
+        "rollout.sglang.max_total_tokens=4096",
+        "rollout.threads=1",
+    ]
     command += ["evaluation.nemo_skills=eval", f"evaluation.nemo_skills_python={python}", "verify.workers=0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr

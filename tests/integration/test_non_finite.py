@@ -1,4 +1,5 @@
-"""Logits or gradients that are not finite: the step is skipped and counted, the weights stay, and a run of nothing else stops."""
+"""Logits or gradients that are not finite: the step is skipped and counted, the weights stay, and a run of nothing else
+stops."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
-    """A model whose embedding of one character is NaN, rollouts that it can be trained on for four steps, and that character's token.
+    """A model whose embedding of one character is NaN, rollouts that it can be trained on for four steps, and that
+    character's token.
 
     The head is another tensor, so that only a prompt that holds the character has NaN logits.
     """
@@ -49,7 +51,8 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]
 
 
 def replay(source: Path, target: Path, token: int, steps: tuple[int, ...]) -> Path:
-    """A copy of saved rollouts in which one prompt of each of ``steps`` begins with ``token``, and which hold it nowhere else."""
+    """A copy of saved rollouts in which one prompt of each of ``steps`` begins with ``token``, and which hold it
+    nowhere else."""
     target.mkdir()
     for path in source.glob("*.jsonl"):
         records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -84,17 +87,30 @@ def test_a_step_with_nan_logits_is_skipped_described_and_counted(
     assert all(torch.equal(tensor.nan_to_num(9.0), one[name].nan_to_num(9.0)) for name, tensor in skipped.items())
 
 
-def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
-    """Steps 3 and 4 are bad, so the run goes back to step 2 and on with what comes after them, as if they had never been; the second time
-    there is nothing to go back to, and it stops. A step that a skipped one follows is no good checkpoint."""
+def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(
+    poisoned: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    """Steps 3 and 4 are bad, so the run goes back to step 2 and on with what comes after them, as if they had never
+    been; the second time there is nothing to go back to, and it stops. A step that a skipped one follows is no good
+    checkpoint."""
     model, rollouts, token = poisoned
-    common = [*NO_EVALUATION, "model=hf", f"model.path={model}", "loss.max_skipped_steps=1", "checkpoint.every=1", "checkpoint.keep_last=3"]
+    common = [
+        *NO_EVALUATION,
+        "model=hf",
+        f"model.path={model}",
+        "loss.max_skipped_steps=1",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=3",
+    ]
     sound = replay(rollouts, tmp_path / "sound", token, ())
     for source, target in ((1, 5), (2, 6)):
         shutil.copy(rollouts_path(sound, source), rollouts_path(sound, target))
     bad = replay(sound, tmp_path / "bad", token, (3, 4))
     output = train(*common, "run.steps=4", f"rollout.replay={bad}", f"run.dir={tmp_path / 'run'}")
-    assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1: back to" in output and "step_000002" in output, output
+    assert (
+        "not finite in 2 steps in a row, more than loss.max_skipped_steps=1: back to" in output
+        and "step_000002" in output
+    ), output
     for step, source in ((3, 5), (4, 6)):
         shutil.copy(rollouts_path(sound, source), rollouts_path(sound, step))
     train(*common, "run.steps=4", f"rollout.replay={sound}", f"run.dir={tmp_path / 'without'}")
@@ -102,7 +118,8 @@ def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(poisoned: tuple[
     assert [row["update/skipped"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [0, 0, 0, 0]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_000004" / "trainer.json").read_text())
     assert (state["rollbacks"], state["discarded"], state["rolled_back_to"], state["skipped"]) == (1, 2, 2, 0)
-    # What comes after is bad again: the count of rollbacks has survived the end of the run, and so has that of skipped steps.
+    # What comes after is bad again: the count of rollbacks has survived the end of the run, and so has that of skipped
+    # steps.
     more = replay(sound, tmp_path / "more", token, (5, 6))
     for step, source in ((7, 5), (8, 6)):
         shutil.copy(rollouts_path(more, source), rollouts_path(more, step))
@@ -111,11 +128,14 @@ def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(poisoned: tuple[
     assert json.loads((tmp_path / "run" / "checkpoints" / "step_000005" / "trainer.json").read_text())["skipped"] == 1
     status, output = finish(start(*common, "run.steps=8", *resumed))
     assert status == 1 and "Traceback" not in output, output
-    assert "not finite in 2 steps in a row, more than loss.max_skipped_steps=1, after 1 of loss.max_rollbacks=1" in output, output
+    assert (
+        "not finite in 2 steps in a row, more than loss.max_skipped_steps=1, after 1 of loss.max_rollbacks=1" in output
+    ), output
 
 
 def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
-    """The prompts of steps 3 and 4 break the gradients; what is sampled after them is from the weights of step 2, with other prompts."""
+    """The prompts of steps 3 and 4 break the gradients; what is sampled after them is from the weights of step 2, with
+    other prompts."""
     output = train(
         *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
         "verify.reward=broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
@@ -127,7 +147,10 @@ def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
     # What had been sampled ahead, from the weights after step 3 or 4, is not used.
     assert found[2]["weight_version"] == "step_000002" and found[2]["rollout/staleness_max"] == 0
     assert found[2]["rollout/log_prob_diff_max"] < 1e-3
-    positions = [{sample.position for sample in read_samples(rollouts_path(tmp_path / "run" / "rollouts", step))} for step in (1, 2, 3, 4)]
+    positions = [
+        {sample.position for sample in read_samples(rollouts_path(tmp_path / "run" / "rollouts", step))}
+        for step in (1, 2, 3, 4)
+    ]
     assert positions[0] | positions[1] == set(range(8))
     assert positions[2] | positions[3] == set(range(16, 24))
 
@@ -144,11 +167,15 @@ def test_a_reward_that_fails_in_an_evaluation_costs_no_step(tmp_path: Path) -> N
     broken = ["evaluation.every=2", "verify.reward=broken_reward:fails_in_the_evaluation"]
     environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     status, output = finish(start(*common, *broken, environment=environment), timeout=120)
-    assert status == 1 and "Traceback" not in output and "out of order" in output and "after step 2" in output, output[-4000:]
+    assert status == 1 and "Traceback" not in output and "out of order" in output and "after step 2" in output, output[
+        -4000:
+    ]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step_000002"
 
 
-def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(
+    poisoned: tuple[Path, Path, int], tmp_path: Path
+) -> None:
     model, rollouts, token = poisoned
     folder = replay(rollouts, tmp_path / "replay", token, (2, 3))
     status, output = finish(
@@ -162,13 +189,17 @@ def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(poisoned: t
     assert "there is no checkpoint before them" in output
 
 
-def test_a_warm_start_from_weights_that_are_not_finite_stops_at_once(poisoned: tuple[Path, Path, int], tmp_path: Path) -> None:
+def test_a_warm_start_from_weights_that_are_not_finite_stops_at_once(
+    poisoned: tuple[Path, Path, int], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(poisoned[0].parent / "sound", broken)
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    status, output = finish(start(*NO_EVALUATION, "model=hf", f"model.path={broken}", "warm_start.steps=3", f"run.dir={tmp_path / 'run'}"))
+    status, output = finish(
+        start(*NO_EVALUATION, "model=hf", f"model.path={broken}", "warm_start.steps=3", f"run.dir={tmp_path / 'run'}")
+    )
     assert status != 0
     assert "warm start: loss nan" in output and "lower warm_start.lr" in output and "Traceback" not in output
 

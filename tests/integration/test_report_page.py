@@ -48,7 +48,9 @@ def make_run(path: Path, name: str, seed: int) -> Path:
     noise = random.Random(seed)
     for folder in ("rollouts", "inspect"):
         (path / folder).mkdir(parents=True)
-    (path / "config.yaml").write_text(f"run: {{name: {name}, seed: {seed}, steps: {STEPS}}}\nalgorithm: {{name: dasd, beta: 0.{seed}}}\n")
+    (path / "config.yaml").write_text(
+        f"run: {{name: {name}, seed: {seed}, steps: {STEPS}}}\nalgorithm: {{name: dasd, beta: 0.{seed}}}\n"
+    )
     (path / "environment.json").write_text("{}")
     rows = []
     for step in range(1, STEPS + 1):
@@ -63,7 +65,10 @@ def make_run(path: Path, name: str, seed: int) -> Path:
                 "update/grad_norm": noise.expovariate(1.0),
                 "rollout/kl": noise.expovariate(1e5),
                 "throughput/tokens_per_second": 1000.0 + 100 * noise.random(),
-                **{f"seconds/{phase}": noise.random() for phase in ("rollout", "verify", "score", "update", "sync", "checkpoint")},
+                **{
+                    f"seconds/{phase}": noise.random()
+                    for phase in ("rollout", "verify", "score", "update", "sync", "checkpoint")
+                },
                 "seconds/total": 4.0,
             }
         )
@@ -77,12 +82,23 @@ def make_run(path: Path, name: str, seed: int) -> Path:
                 "text": "".join(words),
                 "reward": reward,
             }
-            samples.append(sample | {"group": place // SAMPLES, "expected_answer": "7", "predicted_answer": "7", "finish_reason": "stop"})
+            samples.append(
+                sample
+                | {"group": place // SAMPLES, "expected_answer": "7", "predicted_answer": "7", "finish_reason": "stop"}
+            )
             numbers = {one: [noise.gauss(0, 1) for _ in words] for one in ("delta", "omega", "token_advantage")}
             numbers |= {one: [-noise.random() for _ in words] for one in ("student_log_prob", "teacher_log_prob")}
-            numbers |= {"entropy": [noise.random() for _ in words], "tokens": words, "advantage": 0.5, "tau": 0.8, "sigma": 0.1}
+            numbers |= {
+                "entropy": [noise.random() for _ in words],
+                "tokens": words,
+                "advantage": 0.5,
+                "tau": 0.8,
+                "sigma": 0.1,
+            }
             inspected.append(sample | numbers)
-        (path / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        (path / "rollouts" / f"step_{step:06d}.jsonl").write_text(
+            "".join(json.dumps(sample) + "\n" for sample in samples)
+        )
         (path / "inspect" / f"step_{step:06d}.json").write_text(json.dumps(inspected[:4]))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for label, step in (("before", 0), ("after", STEPS)):
@@ -109,14 +125,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 async def looked_at(page: Page, path: Path, view: dict[str, Any], picture: str, dark: bool = False) -> None:
-    """Open it; nothing may be asked for or complained about, nothing may stick out of the window or be drawn over each other."""
+    """Open it; nothing may be asked for or complained about, nothing may stick out of the window or be drawn over each
+    other."""
     page.requests.clear()
     await page.open(path, dark=dark, **view)
     assert [request for request in page.requests if request != path.absolute().as_uri()] == []
-    assert await page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [view["width"]] * 2
-    letters = "[...document.querySelectorAll('svg text')].filter((one) => one.textContent && one.getBoundingClientRect()"
+    assert (
+        await page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [view["width"]] * 2
+    )
+    letters = (
+        "[...document.querySelectorAll('svg text')].filter((one) => one.textContent && one.getBoundingClientRect()"
+    )
     assert await page.evaluate(f"{letters}.height < 8).length") == 0, "letters too small to read"
-    assert await page.evaluate(f"{letters}.left < 0 || one.getBoundingClientRect().right > innerWidth).length") == 0, "labels cut off"
+    assert await page.evaluate(f"{letters}.left < 0 || one.getBoundingClientRect().right > innerWidth).length") == 0, (
+        "labels cut off"
+    )
     overlaps = """[...document.querySelectorAll('svg[data-chart]')].filter((svg) => {
         const boxes = [...svg.querySelectorAll('text')].map((text) => text.getBoundingClientRect());
         return boxes.some((a, i) => boxes.slice(i + 1).some((b) => 
@@ -164,7 +187,11 @@ async def press(page: Page, selector: str) -> None:
 
 
 async def colours(page: Page) -> set[str]:
-    return set(await page.evaluate("[...document.querySelectorAll('.tokens i')].map((one) => getComputedStyle(one).backgroundColor)"))
+    return set(
+        await page.evaluate(
+            "[...document.querySelectorAll('.tokens i')].map((one) => getComputedStyle(one).backgroundColor)"
+        )
+    )
 
 
 async def test_the_page_of_a_long_run(pages: dict[str, Path], tmp_path: Path) -> None:
@@ -190,7 +217,9 @@ async def test_the_page_of_a_long_run(pages: dict[str, Path], tmp_path: Path) ->
             assert "No rollout matches." in await page.evaluate("document.getElementById('rollouts').textContent")
             await enter(page, "#rollouts-picker input", 0, "")
             await enter(page, "#rollouts-picker select", 0, "no")
-            assert await page.evaluate("[...document.querySelectorAll('.heat')].every((one) => one.textContent.includes('✗ rejected'))")
+            assert await page.evaluate(
+                "[...document.querySelectorAll('.heat')].every((one) => one.textContent.includes('✗ rejected'))"
+            )
 
             # The switch between the four quantities.
             palettes = []
@@ -201,7 +230,10 @@ async def test_the_page_of_a_long_run(pages: dict[str, Path], tmp_path: Path) ->
             assert not palettes[1] & palettes[0] - {"rgba(0, 0, 0, 0)"}, "entropy has a colour of its own"
 
             # Groups: best and worst, and their samples.
-            right = "[...document.querySelectorAll('#groups-table tbody tr:not([hidden])')].map((one) => one.cells[3].textContent)"
+            right = (
+                "[...document.querySelectorAll('#groups-table tbody tr:not([hidden])')].map((one) => "
+                "one.cells[3].textContent)"
+            )
             assert set(await page.evaluate(right)) == {"5 of 5"}
             await press(page, "#groups-picker [data-choice='worst']")
             assert set(await page.evaluate(right)) == {"0 of 5"}
@@ -215,7 +247,9 @@ async def test_the_page_of_a_long_run(pages: dict[str, Path], tmp_path: Path) ->
             assert "training step" in await page.evaluate("document.getElementById('tip').textContent")
             await press(page, ".about")
             assert "Healthy:" in await page.evaluate("document.getElementById('tip').textContent")
-            edges = await page.evaluate("(({left, right}) => [left, right])(document.getElementById('tip').getBoundingClientRect())")
+            edges = await page.evaluate(
+                "(({left, right}) => [left, right])(document.getElementById('tip').getBoundingClientRect())"
+            )
             assert edges[0] >= 0 and edges[1] <= view["width"]
         await looked_at(page, pages["one"], DESKTOP, "one", dark=True)
         assert page.faults == []
@@ -231,11 +265,15 @@ async def test_the_page_of_two_runs(pages: dict[str, Path], tmp_path: Path) -> N
             stroke = "[...svg.querySelectorAll('.curve')].map((one) => getComputedStyle(one).stroke).join(' ')"
             strokes = f"[...document.querySelectorAll('#training svg')].map((svg) => {stroke})"
             kinds = set(await page.evaluate(strokes))
-            assert len(kinds) == 1 and len(set(kinds.pop().split(") "))) == 2, "each run has one colour in all charts, and its own"
+            assert len(kinds) == 1 and len(set(kinds.pop().split(") "))) == 2, (
+                "each run has one colour in all charts, and its own"
+            )
             fields = "[...document.querySelectorAll('#differences tbody td:first-child')].map((one) => one.textContent)"
             assert await page.evaluate(fields) == ["algorithm.beta", "run.name", "run.seed"]
             await enter(page, "#rollouts-picker select", 1, "1")
-            assert await page.evaluate("[...document.querySelectorAll('.heat h3')].every((one) => one.textContent.startsWith('second,'))")
+            assert await page.evaluate(
+                "[...document.querySelectorAll('.heat h3')].every((one) => one.textContent.startsWith('second,'))"
+            )
         assert page.faults == []
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.integration
 
-# Everything that a checkpoint has to carry: optimizer and schedule over several updates a step, an averaged teacher, the starting model
+# Everything that a checkpoint has to carry: optimizer and schedule over several updates a step, an averaged teacher,
+# the starting model
 # for the KL penalty, two ranks, and data that is reshuffled in the middle of the run (40 problems, 4 a step, 14 steps).
 OVERRIDES = [
     "parallel=tp2",
@@ -63,7 +64,8 @@ def test_killed_and_resumed_run_has_the_same_metrics(uninterrupted: Path, tmp_pa
 
 
 def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
-    """The checkpoint reshards: two replicas continue what two tensor-parallel ranks began, with the same losses up to rounding."""
+    """The checkpoint reshards: two replicas continue what two tensor-parallel ranks began, with the same losses up to
+    rounding."""
     train(
         *OVERRIDES, "parallel=single", "parallel.data_parallel_size=2", "evaluation=none", f"run.dir={tmp_path / 'run'}",
         f"resume={uninterrupted / 'checkpoints' / 'step_000012'}", f"rollout.replay={uninterrupted / 'rollouts'}",
@@ -87,14 +89,18 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: 
         file.seek(-1, 1)
         file.write(bytes([byte[0] ^ 1]))
     status, output = finish(start(*OVERRIDES, f"run.dir={run}", f"resume={newest}"))
-    assert status == 1 and f"{weights} is not what dasd_manifest.json lists" in output and "Traceback" not in output, output[-3000:]
+    assert status == 1 and f"{weights} is not what dasd_manifest.json lists" in output and "Traceback" not in output, (
+        output[-3000:]
+    )
     output = train(*OVERRIDES, f"run.dir={run}", "resume=auto")
     assert f"{weights} is not what dasd_manifest.json lists" in output and "step_000012 at step 12" in output, output
     assert reproducible(run / "metrics.jsonl") == reproducible(uninterrupted / "metrics.jsonl")
     assert (run / "checkpoints" / "step_000014.damaged").is_dir()
 
 
-def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_and_takes_the_new_rate(uninterrupted: Path, tmp_path: Path) -> None:
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_and_takes_the_new_rate(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     checkpoints = run / "checkpoints"
@@ -114,7 +120,9 @@ def test_export_beside_a_checkpoint_is_what_the_checkpoint_converts_to(uninterru
     convert = [sys.executable, "-m", "dasd_megatron.cli", "convert", "megatron-to-hf"]
     convert += ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "converted")]
     subprocess.run(convert, check=True, capture_output=True, timeout=240)
-    exported, converted = (load_file(path / "model.safetensors") for path in (checkpoint.with_suffix(".hf"), tmp_path / "converted"))
+    exported, converted = (
+        load_file(path / "model.safetensors") for path in (checkpoint.with_suffix(".hf"), tmp_path / "converted")
+    )
     assert exported.keys() == converted.keys()
     assert all(torch.equal(tensor, converted[name]) for name, tensor in exported.items())
 
@@ -132,9 +140,15 @@ def test_a_run_is_not_overwritten_and_not_changed_on_resume(uninterrupted: Path)
 def test_checkpoint_of_another_shape_is_refused(uninterrupted: Path, tmp_path: Path) -> None:
     overrides = [*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'other'}"]
     status, output = finish(start(*overrides, f"resume={uninterrupted / 'checkpoints' / 'step_000012'}"))
-    assert status == 1 and "model.tiny.hidden_size=64" in output and len(output.strip().splitlines()) == 1, output[-3000:]
+    assert status == 1 and "model.tiny.hidden_size=64" in output and len(output.strip().splitlines()) == 1, output[
+        -3000:
+    ]
     # A checkpoint that was moved away from its run says itself what it is.
     checkpoint = tmp_path / "alone" / "step_000012"
     shutil.copytree(uninterrupted / "checkpoints" / "step_000012", checkpoint)
-    status, output = finish(start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}"))
-    assert status == 1 and "hidden_size=32" in output and "this model has 64" in output and "Traceback" not in output, output[-3000:]
+    status, output = finish(
+        start(*OVERRIDES, "model.tiny.hidden_size=64", f"run.dir={tmp_path / 'run'}", f"resume={checkpoint}")
+    )
+    assert status == 1 and "hidden_size=32" in output and "this model has 64" in output and "Traceback" not in output, (
+        output[-3000:]
+    )

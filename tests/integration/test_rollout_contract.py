@@ -1,7 +1,8 @@
-"""What a rollout server owes the trainer, over HTTP: endpoints, answer shapes, error bodies, log-probs, versions, aborts, pauses, updates.
+"""What a rollout server owes the trainer, over HTTP: endpoints, answer shapes, error bodies, log-probs, versions,
+aborts, pauses, updates.
 
-Tests that take the fixture ``target`` run against the embedded server and against real SGLang; those that take ``embedded_target`` or start
-their own process are about the embedded server alone.
+Tests that take the fixture ``target`` run against the embedded server and against real SGLang; those that take
+``embedded_target`` or start their own process are about the embedded server alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 
 pytestmark = pytest.mark.integration
 
-TINY = TinyModelConfig(hidden_size=64, num_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128)
+TINY = TinyModelConfig(
+    hidden_size=64, num_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128
+)
 CONTEXT = TINY.max_position_embeddings
 PROMPTS = [[4, 40, 41, 42], [10, 20, 30, 40, 50, 60, 70, 80, 90, 11, 21], [33], [7, 8, 9, 10, 11, 12, 13]]
 END = 1
@@ -91,7 +94,10 @@ def models(tmp_path_factory):
     paths = {name: str(make_tiny_model(root / name, TINY, seed)) for name, seed in (("a", 0), ("b", 1))}
     wider = TinyModelConfig(**{**vars(TINY), "intermediate_size": 192})
     deeper = TinyModelConfig(**{**vars(TINY), "num_layers": 3})
-    paths |= {"wider": str(make_tiny_model(root / "wider", wider, 0)), "deeper": str(make_tiny_model(root / "deeper", deeper, 0))}
+    paths |= {
+        "wider": str(make_tiny_model(root / "wider", wider, 0)),
+        "deeper": str(make_tiny_model(root / "deeper", deeper, 0)),
+    }
     for name in ("no_config_wider", "no_config_deeper"):  # only the tensors can tell
         paths[name] = str(make_tiny_model(root / name, wider if "wider" in name else deeper, 0))
         (root / name / "config.json").unlink()
@@ -172,7 +178,13 @@ def output_log_probs(answer):
 
 def outcome(answer):
     meta = answer["meta_info"]
-    return answer["text"], answer["output_ids"], meta["output_token_logprobs"], meta["finish_reason"], meta["weight_version"]
+    return (
+        answer["text"],
+        answer["output_ids"],
+        meta["output_token_logprobs"],
+        meta["finish_reason"],
+        meta["weight_version"],
+    )
 
 
 def seeded(count, **params):
@@ -204,7 +216,9 @@ def test_server_info(target, path):
 
 
 def test_a_single_request_is_answered_by_an_object(target):
-    answer = target.generate(input_ids=PROMPTS[0], sampling_params={"max_new_tokens": 5, "temperature": 0}, return_logprob=True, rid="mine")
+    answer = target.generate(
+        input_ids=PROMPTS[0], sampling_params={"max_new_tokens": 5, "temperature": 0}, return_logprob=True, rid="mine"
+    )
     assert set(answer) >= {"text", "output_ids", "meta_info"}
     meta = answer["meta_info"]
     assert meta["id"] == "mine"
@@ -218,7 +232,10 @@ def test_a_single_request_is_answered_by_an_object(target):
 
 
 def test_log_probs_come_only_when_asked_for(target):
-    assert "output_token_logprobs" not in target.generate(input_ids=[5], sampling_params={"max_new_tokens": 1})["meta_info"]
+    assert (
+        "output_token_logprobs"
+        not in target.generate(input_ids=[5], sampling_params={"max_new_tokens": 1})["meta_info"]
+    )
 
 
 def test_a_batch_is_answered_by_a_list_even_of_one(target):
@@ -227,7 +244,10 @@ def test_a_batch_is_answered_by_a_list_even_of_one(target):
     answers = target.generate(input_ids=PROMPTS, sampling_params=params, rid=["a", "b", "c", "d"])
     assert [a["meta_info"]["id"] for a in answers] == ["a", "b", "c", "d"]
     assert [a["meta_info"]["prompt_tokens"] for a in answers] == [len(p) for p in PROMPTS]
-    assert [a["meta_info"]["id"] for a in target.generate(input_ids=PROMPTS[:2], sampling_params=params, rid="r")] == ["r_0", "r_1"]
+    assert [a["meta_info"]["id"] for a in target.generate(input_ids=PROMPTS[:2], sampling_params=params, rid="r")] == [
+        "r_0",
+        "r_1",
+    ]
 
 
 def test_text_prompts_are_tokenized(target, reference):
@@ -265,13 +285,19 @@ def test_unknown_top_level_fields_are_ignored(target):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_output_log_probs_are_the_models_after_temperature_before_the_cuts(target, reference, temperature, cut):
     params = seeded(len(PROMPTS), max_new_tokens=24, temperature=temperature, **cut)
-    for prompt, answer in zip(PROMPTS, target.generate(input_ids=PROMPTS, sampling_params=params, return_logprob=True), strict=True):
+    for prompt, answer in zip(
+        PROMPTS, target.generate(input_ids=PROMPTS, sampling_params=params, return_logprob=True), strict=True
+    ):
         expected = forward_log_probs(reference[0], prompt + answer["output_ids"], temperature)[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
 
 
 def test_greedy_is_the_argmax_of_a_ragged_batch(target, reference):
-    answers = target.generate(input_ids=PROMPTS, sampling_params={"temperature": 0, "max_new_tokens": 20, "ignore_eos": True})
+    answers = target.generate(
+        input_ids=PROMPTS, sampling_params={"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+    )
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         with torch.inference_mode():
             logits = reference[0](torch.tensor([prompt + answer["output_ids"]])).logits[0]
@@ -285,9 +311,14 @@ def test_prompt_log_probs_are_raw(target, reference):
         assert [t[1] for t in triples] == prompt
         assert triples[0][0] is None
         torch.testing.assert_close(
-            torch.tensor([t[0] for t in triples[1:]], dtype=torch.float64), forward_log_probs(reference[0], prompt), atol=1e-4, rtol=0
+            torch.tensor([t[0] for t in triples[1:]], dtype=torch.float64),
+            forward_log_probs(reference[0], prompt),
+            atol=1e-4,
+            rtol=0,
         )
-    late = target.generate(**{**body, "input_ids": PROMPTS[1]}, logprob_start_len=8)["meta_info"]["input_token_logprobs"]
+    late = target.generate(**{**body, "input_ids": PROMPTS[1]}, logprob_start_len=8)["meta_info"][
+        "input_token_logprobs"
+    ]
     assert [t[1] for t in late] == PROMPTS[1][8:] and late[0][0] is None
 
 
@@ -325,7 +356,9 @@ def test_rows_of_unequal_length_do_not_disturb_each_other(target, reference):
     ):
         assert len(answer["output_ids"]) == one["max_new_tokens"]
         expected = forward_log_probs(reference[0], prompt + answer["output_ids"])[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
 
 
 def test_the_same_request_gives_the_same_bits(target):
@@ -337,7 +370,10 @@ def test_the_same_request_gives_the_same_bits(target):
 
 def test_requests_without_a_seed_differ(embedded_target):
     params = {"max_new_tokens": 16, "ignore_eos": True}
-    assert len({tuple(embedded_target.generate(input_ids=[5, 6], sampling_params=params)["output_ids"]) for _ in range(3)}) == 3
+    assert (
+        len({tuple(embedded_target.generate(input_ids=[5, 6], sampling_params=params)["output_ids"]) for _ in range(3)})
+        == 3
+    )
 
 
 def test_first_tokens_follow_the_models_distribution(target, reference):
@@ -355,13 +391,21 @@ def test_first_tokens_follow_the_models_distribution(target, reference):
 @pytest.fixture(scope="module")
 def greedy(target):
     """A greedy continuation of 24 tokens, to choose stops from."""
-    answer = target.generate(input_ids=PROMPTS[1], sampling_params={"temperature": 0, "max_new_tokens": 24, "ignore_eos": True})
+    answer = target.generate(
+        input_ids=PROMPTS[1], sampling_params={"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    )
     return answer["output_ids"], answer["text"]
 
 
 def stopped(target, **params):
-    answer = target.generate(input_ids=PROMPTS[1], sampling_params={"temperature": 0, "max_new_tokens": 24, **params}, return_logprob=True)
-    assert len(answer["meta_info"]["output_token_logprobs"]) == len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
+    answer = target.generate(
+        input_ids=PROMPTS[1], sampling_params={"temperature": 0, "max_new_tokens": 24, **params}, return_logprob=True
+    )
+    assert (
+        len(answer["meta_info"]["output_token_logprobs"])
+        == len(answer["output_ids"])
+        == answer["meta_info"]["completion_tokens"]
+    )
     return answer
 
 
@@ -445,18 +489,43 @@ REFUSED = {
     "prompt and response too long": (
         {"input_ids": [5] * 200, "sampling_params": {"max_new_tokens": 100}},
         ERROR_MESSAGE,
-        f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. You requested a total of 300 tokens",
+        f"Requested token count exceeds the model's maximum context length of {CONTEXT} tokens. You requested a total "
+        "of 300 tokens",
     ),
-    "logprob_start_len": ({"return_logprob": True, "logprob_start_len": 5}, ERROR_MESSAGE, "is higher than the number of input tokens"),
-    "negative temperature": ({"sampling_params": {"temperature": -1}}, ERROR_MESSAGE, "temperature must be a non-negative finite number"),
+    "logprob_start_len": (
+        {"return_logprob": True, "logprob_start_len": 5},
+        ERROR_MESSAGE,
+        "is higher than the number of input tokens",
+    ),
+    "negative temperature": (
+        {"sampling_params": {"temperature": -1}},
+        ERROR_MESSAGE,
+        "temperature must be a non-negative finite number",
+    ),
     "top_p 0": ({"sampling_params": {"top_p": 0.0}}, ERROR_MESSAGE, "top_p must be in (0, 1], got 0.0."),
     "top_p above 1": ({"sampling_params": {"top_p": 1.5}}, ERROR_MESSAGE, "top_p must be in (0, 1], got 1.5."),
     "top_k 0": ({"sampling_params": {"top_k": 0}}, ERROR_MESSAGE, "top_k must be -1 (disable) or at least 1, got 0."),
-    "top_k -2": ({"sampling_params": {"top_k": -2}}, ERROR_MESSAGE, "top_k must be -1 (disable) or at least 1, got -2."),
+    "top_k -2": (
+        {"sampling_params": {"top_k": -2}},
+        ERROR_MESSAGE,
+        "top_k must be -1 (disable) or at least 1, got -2.",
+    ),
     "negative max_new_tokens": ({"sampling_params": {"max_new_tokens": -1}}, ERROR_MESSAGE, "max_new_tokens"),
-    "min over max": ({"sampling_params": {"min_new_tokens": 9, "max_new_tokens": 5}}, ERROR_MESSAGE, "[0, max_new_tokens(5)], got 9."),
-    "seed out of range": ({"sampling_params": {"sampling_seed": 2**63}}, ERROR_MESSAGE, "sampling_seed must be in [-2**63, 2**63 - 1]"),
-    "too many stops": ({"sampling_params": {"stop": ["x"] * 33}}, ERROR_MESSAGE, "at most 32 stop strings are allowed, got 33"),
+    "min over max": (
+        {"sampling_params": {"min_new_tokens": 9, "max_new_tokens": 5}},
+        ERROR_MESSAGE,
+        "[0, max_new_tokens(5)], got 9.",
+    ),
+    "seed out of range": (
+        {"sampling_params": {"sampling_seed": 2**63}},
+        ERROR_MESSAGE,
+        "sampling_seed must be in [-2**63, 2**63 - 1]",
+    ),
+    "too many stops": (
+        {"sampling_params": {"stop": ["x"] * 33}},
+        ERROR_MESSAGE,
+        "at most 32 stop strings are allowed, got 33",
+    ),
     "unequal n": (
         {"input_ids": [[5], [6]], "sampling_params": [{"n": 1}, {"n": 2}]},
         ERROR_MESSAGE,
@@ -474,7 +543,11 @@ REFUSED = {
         ERROR_STRING,
         "unknown field `seed`, expected one of `max_new_tokens`",
     ),
-    "temperature as text": ({"sampling_params": {"temperature": "hot"}}, ERROR_STRING, 'invalid type: string "hot", expected f64'),
+    "temperature as text": (
+        {"sampling_params": {"temperature": "hot"}},
+        ERROR_STRING,
+        'invalid type: string "hot", expected f64',
+    ),
     "float max_new_tokens": (
         {"sampling_params": {"max_new_tokens": 1.5}},
         ERROR_STRING,
@@ -489,10 +562,18 @@ REFUSED = {
 EMBEDDED_REFUSED = {
     "empty prompt in a batch": ({"input_ids": [[5], []]}, ERROR_MESSAGE, "The prompt is empty"),
     "empty text": ({"input_ids": None, "text": ""}, ERROR_MESSAGE, "The prompt is empty"),
-    "token past the vocabulary": ({"input_ids": [5, 100]}, ERROR_MESSAGE, "out-of-vocabulary token id 100; valid range is [0, 100)"),
+    "token past the vocabulary": (
+        {"input_ids": [5, 100]},
+        ERROR_MESSAGE,
+        "out-of-vocabulary token id 100; valid range is [0, 100)",
+    ),
     "negative token": ({"input_ids": [-1]}, ERROR_MESSAGE, "out-of-vocabulary token id -1"),
     "n 0": ({"sampling_params": {"n": 0}}, ERROR_MESSAGE, "n must be at least 1"),
-    "sampling_params of another length": ({"input_ids": [[5], [6]], "sampling_params": [{}]}, ERROR_MESSAGE, "length of sampling_params"),
+    "sampling_params of another length": (
+        {"input_ids": [[5], [6]], "sampling_params": [{}]},
+        ERROR_MESSAGE,
+        "length of sampling_params",
+    ),
     "an unsupported field": ({"stream": True}, ERROR_MESSAGE, "stream is not supported"),
     "an unsupported parameter": ({"sampling_params": {"min_p": 0.1}}, ERROR_MESSAGE, "min_p=0.1 is not supported"),
 }
@@ -541,7 +622,11 @@ def test_neutral_values_of_unsupported_parameters_pass(embedded_target):
 @pytest.mark.parametrize("path", ["/generate", "/update_weights_from_disk", "/pause_generation", "/abort_request"])
 def test_a_body_that_is_not_json_is_refused(target, path):
     response = httpx.post(
-        target.url + path, content=b"{not json", headers={"content-type": "application/json"}, timeout=10, trust_env=False
+        target.url + path,
+        content=b"{not json",
+        headers={"content-type": "application/json"},
+        timeout=10,
+        trust_env=False,
     )
     assert response.status_code == 400
     assert response.json()["type"] == "Bad Request"
@@ -579,12 +664,17 @@ class Background:
 
 
 def long_request(target, rows=64, **changes):
-    body = {"input_ids": [[5, 6]] * rows, "sampling_params": [{**LONG, "sampling_seed": i} for i in range(rows)], "return_logprob": True}
+    body = {
+        "input_ids": [[5, 6]] * rows,
+        "sampling_params": [{**LONG, "sampling_seed": i} for i in range(rows)],
+        "return_logprob": True,
+    }
     return Background(target, **{**body, **changes})
 
 
 def busy_request(target, **kwargs):
-    """A long request that is being worked on. On a machine that has much else to do one may be through before that is seen."""
+    """A long request that is being worked on. On a machine that has much else to do one may be through before that is
+    seen."""
     for _ in range(5):
         running = long_request(target, **kwargs)
         while not running.future.done():
@@ -637,12 +727,18 @@ def test_abort_of_an_unknown_id_is_fine(target):
 
 def test_pause_aborts_and_holds_new_requests(target):
     running = busy_request(target)
-    assert target.post("/pause_generation", {"mode": "abort"}).json() == {"message": "Generation paused successfully.", "status": "ok"}
+    assert target.post("/pause_generation", {"mode": "abort"}).json() == {
+        "message": "Generation paused successfully.",
+        "status": "ok",
+    }
     assert {a["meta_info"]["finish_reason"]["type"] for a in running.answer()} == {"abort"}
     held = long_request(target, rows=2)
     time.sleep(0.5)
     assert not held.future.done()
-    assert target.post("/continue_generation", {}).json() == {"message": "Generation continued successfully.", "status": "ok"}
+    assert target.post("/continue_generation", {}).json() == {
+        "message": "Generation continued successfully.",
+        "status": "ok",
+    }
     assert {len(a["output_ids"]) for a in held.answer()} == {240}
 
 
@@ -661,7 +757,9 @@ def test_a_suspended_request_goes_on_where_it_was(target, reference, mode):
         assert sum(same) > len(same) / 2
         for answer in answers:
             expected = forward_log_probs(reference[0], [5, 6, *answer["output_ids"]])[1:]
-            torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+            )
     else:
         assert list(map(outcome, answers)) == list(map(outcome, undisturbed))
 
@@ -710,7 +808,10 @@ def test_a_client_that_hangs_up_frees_the_server(embedded_target):
 def test_ids_in_use_are_refused(embedded_target):
     running = busy_request(embedded_target, rows=1, rid=["twice"])
     response = embedded_target.post("/generate", {"input_ids": [5], "rid": "twice"})
-    assert (response.status_code, response.json()) == (400, {"error": {"message": "Duplicate request ID detected: twice"}})
+    assert (response.status_code, response.json()) == (
+        400,
+        {"error": {"message": "Duplicate request ID detected: twice"}},
+    )
     running.answer()
 
 
@@ -735,15 +836,23 @@ def test_update_changes_weights_and_version(changing, models):
     for prompt, answer in zip(PROMPTS, after, strict=True):
         assert answer["meta_info"]["weight_version"] == "v2"
         expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
-    # Without a version the old one stays, as in SGLang; back on the first weights, the first answers come back to the bit.
-    assert changing.post("/update_weights_from_disk", {"model_path": models["a"]}).json()["message"] == "Succeeded to update model weights."
+        torch.testing.assert_close(
+            torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
+    # Without a version the old one stays, as in SGLang; back on the first weights, the first answers come back to the
+    # bit.
+    assert (
+        changing.post("/update_weights_from_disk", {"model_path": models["a"]}).json()["message"]
+        == "Succeeded to update model weights."
+    )
     again = changing.generate(**body)
     assert {a["meta_info"]["weight_version"] for a in again} == {"v2"}
     assert [outcome(a)[:4] for a in again] == [outcome(a)[:4] for a in before]
 
 
-@pytest.mark.parametrize("name", ["wider", "deeper", "no_config_wider", "no_config_deeper", "rope", "torn", "empty", "absent"])
+@pytest.mark.parametrize(
+    "name", ["wider", "deeper", "no_config_wider", "no_config_deeper", "rope", "torn", "empty", "absent"]
+)
 def test_a_refused_update_leaves_the_served_weights_alone(embedded_target, models, name):
     body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
     before = embedded_target.generate(**body)
@@ -758,32 +867,43 @@ def test_a_refused_update_leaves_the_served_weights_alone(embedded_target, model
 
 def test_an_update_waits_for_running_requests_and_passes_no_one(embedded, models):
     running, queued = request_behind(embedded, 2)
-    assert embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code == 200
+    assert (
+        embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code
+        == 200
+    )
     assert running.future.done()
     assert {a["meta_info"]["weight_version"] for a in running.answer() + queued.answer()} == {"v1"}
     assert {len(a["output_ids"]) for a in running.answer()} == {240}
-    assert embedded.generate(input_ids=[5], sampling_params={"max_new_tokens": 1})["meta_info"]["weight_version"] == "v2"
+    assert (
+        embedded.generate(input_ids=[5], sampling_params={"max_new_tokens": 1})["meta_info"]["weight_version"] == "v2"
+    )
 
 
 def test_an_update_can_abort_what_runs(embedded, models):
     running = busy_request(embedded)
     body = {"model_path": models["b"], "weight_version": "v2", "abort_all_requests": True}
     assert embedded.post("/update_weights_from_disk", body).status_code == 200
-    assert {(a["meta_info"]["finish_reason"]["type"], a["meta_info"]["weight_version"]) for a in running.answer()} == {("abort", "v1")}
+    assert {(a["meta_info"]["finish_reason"]["type"], a["meta_info"]["weight_version"]) for a in running.answer()} == {
+        ("abort", "v1")
+    }
 
 
 def test_an_update_during_a_pause_serves_held_requests_under_the_new_version(embedded, models):
     embedded.post("/pause_generation", {})
     held = long_request(embedded, rows=2)
     embedded.wait_for("num_waiting_reqs", 2)
-    assert embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code == 200
+    assert (
+        embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code
+        == 200
+    )
     assert not held.future.done()
     embedded.post("/continue_generation", {})
     assert {a["meta_info"]["weight_version"] for a in held.answer()} == {"v2"}
 
 
 def group_of(target, name):
-    """This process as the trainer: rank 0 of a weight group with the server; the client that asked it to join, and the group."""
+    """This process as the trainer: rank 0 of a weight group with the server; the client that asked it to join, and the
+    group."""
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     options = {"rank": 0, "world_size": 2, "name": name, "backend": "gloo", "timeout_seconds": 30.0, "store": store}
     common = {"world_size": 2, "group_name": name, "backend": "gloo"}
@@ -832,14 +952,18 @@ def test_an_update_over_a_process_group(changing, models):
     for prompt, answer in zip(PROMPTS, changing.generate(**body), strict=True):
         assert answer["meta_info"]["weight_version"] == "v2"
         expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
     assert changing.post("/destroy_weights_update_group", {"group_name": name}).json()["success"] is True
     assert changing.post("/destroy_weights_update_group", {"group_name": name}).status_code == 400
 
 
 @pytest.mark.parametrize("way", ["disk", "process group"])
 def test_retracted_sequences_go_on_under_the_new_weights(changing, models, reference, way):
-    undisturbed = changing.generate(input_ids=[[5, 6]] * 8, sampling_params=[{**LONG, "sampling_seed": i} for i in range(8)])
+    undisturbed = changing.generate(
+        input_ids=[[5, 6]] * 8, sampling_params=[{**LONG, "sampling_seed": i} for i in range(8)]
+    )
     running = busy_request(changing, rows=8)
     time.sleep(0.3)
     changing.post("/pause_generation", {"mode": "retract"})
@@ -863,7 +987,11 @@ def test_retracted_sequences_go_on_under_the_new_weights(changing, models, refer
         first, second = meta["weight_versions"]
         split = first["end"]
         assert 0 < split < 240
-        assert first == {"version": "v1", "start": 0, "end": split} and second == {"version": "v2", "start": split, "end": 240}
+        assert first == {"version": "v1", "start": 0, "end": split} and second == {
+            "version": "v2",
+            "start": split,
+            "end": 240,
+        }
         assert ids[:split] == before["output_ids"][:split] and ids != before["output_ids"]
         found = torch.tensor(output_log_probs(answer), dtype=torch.float64)
         for model, tokens in ((reference[0], slice(0, split)), (new, slice(split, 240))):
@@ -873,7 +1001,13 @@ def test_retracted_sequences_go_on_under_the_new_weights(changing, models, refer
 
 
 def test_an_update_out_of_turn_is_refused(target):
-    bucket = {"names": ["x"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody", "load_format": "flattened_bucket"}
+    bucket = {
+        "names": ["x"],
+        "dtypes": ["float32"],
+        "shapes": [[1]],
+        "group_name": "nobody",
+        "load_format": "flattened_bucket",
+    }
     for path, body in (("/update_weights_from_distributed", bucket), ("/end_weight_update", {})):
         answer = target.post(path, body)
         assert answer.status_code == 400 and answer.json()["success"] is False, answer.text
@@ -913,7 +1047,13 @@ def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedde
     # A trainer that is gone in the middle of a broadcast.
     embedded.post("/begin_weight_update", {})
     with ThreadPoolExecutor(1) as pool:
-        bucket = {"names": [name], "dtypes": ["float32"], "shapes": [[64]], "group_name": "short", "load_format": "flattened_bucket"}
+        bucket = {
+            "names": [name],
+            "dtypes": ["float32"],
+            "shapes": [[64]],
+            "group_name": "short",
+            "load_format": "flattened_bucket",
+        }
         announced = pool.submit(embedded.post, "/update_weights_from_distributed", bucket)
         time.sleep(0.5)
         dist.destroy_process_group(group)
@@ -968,7 +1108,9 @@ def test_an_update_out_of_shared_memory(changing, models):
     for prompt, answer in zip(PROMPTS, changing.generate(**body), strict=True):
         assert answer["meta_info"]["weight_version"] == "v2"
         expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
-        torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
     after = checksums(changing)
     assert before.keys() == after.keys()
     # Norms of fresh models are all ones.
@@ -989,7 +1131,9 @@ def test_checksums_are_those_of_the_bytes(target, models):
 
 def test_shared_memory_out_of_turn_or_unreadable_is_refused(target):
     text = base64.b64encode(pickle.dumps(1)).decode()
-    answer = target.post("/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"})
+    answer = target.post(
+        "/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"}
+    )
     message = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
     assert (answer.status_code, answer.json()) == (400, {"success": False, "message": message})
     answer = target.post("/update_weights_from_tensor", {"serialized_named_tensors": ["no base64!"]})
@@ -1010,7 +1154,9 @@ def test_a_malicious_payload_is_refused_and_changes_nothing(embedded, tmp_path):
     embedded.post("/begin_weight_update", {})
     for content in (Touch(tmp_path / "made"), {"flattened_tensor": Touch(tmp_path / "made"), "metadata": []}):
         text = base64.b64encode(pickle.dumps(content)).decode()
-        answer = embedded.post("/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"})
+        answer = embedded.post(
+            "/update_weights_from_tensor", {"serialized_named_tensors": [text], "load_format": "flattened_bucket"}
+        )
         assert answer.status_code == 400 and answer.json()["success"] is False
         assert "Blocked unsafe global" in answer.json()["message"]
     assert by_tensor(embedded, {"model.norm.weight": torch.zeros(3)}).status_code == 400
@@ -1050,7 +1196,10 @@ def test_released_weights_have_to_be_sent_again(embedded, models):
     assert by_tensor(embedded, tensors).status_code == 200
     assert embedded.post("/end_weight_update", {}).status_code == 200
     assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
-    assert "unknown memory tag 'disk'" in embedded.post("/release_memory_occupation", {"tags": ["disk"]}).json()["error"]["message"]
+    assert (
+        "unknown memory tag 'disk'"
+        in embedded.post("/release_memory_occupation", {"tags": ["disk"]}).json()["error"]["message"]
+    )
 
 
 def test_memory_is_not_released_under_running_requests(embedded):
@@ -1058,7 +1207,9 @@ def test_memory_is_not_released_under_running_requests(embedded):
     embedded.wait_busy()
     answer = embedded.post("/release_memory_occupation", {"tags": ["kv_cache"]})
     assert answer.status_code == 400
-    assert answer.json() == {"error": {"message": "release_memory_occupation should be called only when server is idle."}}
+    assert answer.json() == {
+        "error": {"message": "release_memory_occupation should be called only when server is idle."}
+    }
     embedded.post("/abort_request", {"abort_all": True})
     running.answer()
 
@@ -1081,8 +1232,12 @@ async def test_the_client_samples_updates_and_waits(changing, models):
     async with RolloutClient([changing.url], **options) as client:
         await client.wait_until_healthy(10)
         prompts = PROMPTS * 5
-        completions = await client.generate(prompts, seeded(20, max_new_tokens=12), weight_version="v1", rows_per_request=6)
-        direct = changing.generate(input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True)
+        completions = await client.generate(
+            prompts, seeded(20, max_new_tokens=12), weight_version="v1", rows_per_request=6
+        )
+        direct = changing.generate(
+            input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True
+        )
         assert [c.output_ids for c in completions[:6]] == [a["output_ids"] for a in direct]
         # What SGLang decodes together, and with it the last bits, depends on when requests come.
         near = (lambda values: pytest.approx(values, abs=1e-5)) if changing.kind == "sglang" else list
@@ -1092,7 +1247,9 @@ async def test_the_client_samples_updates_and_waits(changing, models):
         await client.update_weights_from_disk(models["b"], "v2")
         await client.continue_generation()
         await client.flush_cache()
-        completions = await client.generate(prompts, seeded(20, max_new_tokens=12), weight_version="v2", rows_per_request=20)
+        completions = await client.generate(
+            prompts, seeded(20, max_new_tokens=12), weight_version="v2", rows_per_request=20
+        )
         assert {c.weight_version for c in completions} == {"v2"}
         assert (await client.model_info())[0]["weight_version"] == "v2"
         info = (await client.server_info())[0]
@@ -1122,7 +1279,9 @@ def test_concurrent_requests_are_decoded_together_without_deterministic(models, 
         for prompt, one_params, answer in zip(prompts, params, answers, strict=True):
             assert len(answer["output_ids"]) == one_params["max_new_tokens"]
             expected = forward_log_probs(reference[0], prompt + answer["output_ids"])[len(prompt) - 1 :]
-            torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+            )
 
 
 def test_deterministic_requests_are_not_merged(embedded_target):
@@ -1154,7 +1313,9 @@ def test_another_architecture_with_learned_positions(tmp_path):
         answers = target.generate(input_ids=PROMPTS, sampling_params=params, return_logprob=True)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             expected = forward_log_probs(model, prompt + answer["output_ids"])[len(prompt) - 1 :]
-            torch.testing.assert_close(torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(output_log_probs(answer), dtype=torch.float64), expected, atol=1e-4, rtol=0
+            )
 
 
 def test_requests_in_flight_at_shutdown_are_answered(models, tmp_path):
@@ -1214,7 +1375,9 @@ def test_a_taken_port_is_named_before_anything_starts(models, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         server = LocalServer(models["a"], "v1", rollout(port=port), tmp_path / "log")
-        with pytest.raises(PortInUseError, match=rf"^rollout\.port: cannot listen on 127\.0\.0\.1:{port}: .*rollout\.port=0"):
+        with pytest.raises(
+            PortInUseError, match=rf"^rollout\.port: cannot listen on 127\.0\.0\.1:{port}: .*rollout\.port=0"
+        ):
             server.start()
         assert not (tmp_path / "log").exists() and not server.alive()
 

@@ -1,4 +1,5 @@
-"""The batch scripts on a real Slurm of four nodes: with the real programs on the CPU, and the big ones with stand-ins for `dasd`."""
+"""The batch scripts on a real Slurm of four nodes: with the real programs on the CPU, and the big ones with stand-ins
+for `dasd`."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 PORTS = 8
 
-# `python -m dasd_megatron.cli COMMAND ...`: servers that answer everything, and a trainer that does what STUB says on each node. All of
-# them leave a line about their surroundings.
+# `python -m dasd_megatron.cli COMMAND ...`: servers that answer everything, and a trainer that does what STUB says on
+# each node. All of them leave a line about their surroundings.
 _STUB = """#!{python} -S
 import http.server, json, os, sys, time
 command, arguments = sys.argv[3], sys.argv[4:]
@@ -56,7 +57,9 @@ def free_block() -> int:
 def wait_for(what: str, done: Callable[[], object], log: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds:g} s:\n{log.read_text() if log.exists() else 'no log'}"
+        assert time.monotonic() < deadline, (
+            f"{what} did not happen within {seconds:g} s:\n{log.read_text() if log.exists() else 'no log'}"
+        )
         time.sleep(0.2)
 
 
@@ -68,7 +71,9 @@ def finish(cluster: SlurmCluster, job: int, log: Path, seconds: float) -> str:
     return cluster.job(job)["JobState"]
 
 
-def start(cluster: SlurmCluster, folder: Path, script: str, *overrides: str, options: tuple[str, ...] = (), **environment: str) -> int:
+def start(
+    cluster: SlurmCluster, folder: Path, script: str, *overrides: str, options: tuple[str, ...] = (), **environment: str
+) -> int:
     port = free_block()
     settings = {
         "DASD_ROOT": str(ROOT),
@@ -91,11 +96,15 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     log, run, steps = tmp_path / "job.log", tmp_path / "run", 16
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", f"run.steps={steps}")
     wait_for("the second step", lambda: len(rows(run / "metrics.jsonl")) >= 2, log, 300)
-    server = next(one for one in cluster.processes(job) if one.name() != "srun" and {"serve", "embedded"} <= set(one.cmdline()))
+    server = next(
+        one for one in cluster.processes(job) if one.name() != "srun" and {"serve", "embedded"} <= set(one.cmdline())
+    )
     key = server.environ()["DASD_API_KEY"]
     assert not any(key in word for one in cluster.processes(job) for word in one.cmdline())
     server.kill()
-    wait_for("a restart of the server", lambda: "on n3 ended with status 137; started again" in log.read_text(), log, 60)
+    wait_for(
+        "a restart of the server", lambda: "on n3 ended with status 137; started again" in log.read_text(), log, 60
+    )
     urgent = cluster.submit("--partition=high", "--nodelist=n1", f"--output={tmp_path}/urgent.log", "--wrap", "true")
     wait_for("a second start", lambda: f"job {job}, start 2" in log.read_text(), log, 100)
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
@@ -154,7 +163,8 @@ def option(line: dict, name: str) -> str:
 
 
 def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
-    """Two nodes of two servers and a router, two nodes that train, with the script's own #SBATCH lines but for the number of nodes."""
+    """Two nodes of two servers and a router, two nodes that train, with the script's own #SBATCH lines but for the
+    number of nodes."""
     for name in ("TRAIN", "HELDOUT"):
         stub[f"DASD_{name}_DATA"] = str(tmp_path / f"{name}.jsonl")
         (tmp_path / f"{name}.jsonl").touch()
@@ -163,19 +173,27 @@ def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str,
     assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
     servers = {option(line, "--port"): line for line in said(tmp_path, "serve")}
     first = min(map(int, servers))
-    places = [(servers[str(first + index)]["SLURMD_NODENAME"], servers[str(first + index)]["CUDA_VISIBLE_DEVICES"]) for index in range(4)]
+    places = [
+        (servers[str(first + index)]["SLURMD_NODENAME"], servers[str(first + index)]["CUDA_VISIBLE_DEVICES"])
+        for index in range(4)
+    ]
     assert places == [("n3", "0,1,2,3"), ("n3", "4,5,6,7"), ("n4", "0,1,2,3"), ("n4", "4,5,6,7")]
     (router,) = said(tmp_path, "router")
     assert [word for word in router["arguments"] if word.startswith("http")] == [
         f"http://{node}:{first + index}" for index, (node, _) in enumerate(places)
     ]
     trainers = {line["SLURMD_NODENAME"]: line for line in said(tmp_path, "train")}
-    assert {node: (line["PET_NODE_RANK"], line["PET_NNODES"]) for node, line in trainers.items()} == {"n1": ("0", "2"), "n2": ("1", "2")}
+    assert {node: (line["PET_NODE_RANK"], line["PET_NNODES"]) for node, line in trainers.items()} == {
+        "n1": ("0", "2"),
+        "n2": ("1", "2"),
+    }
     assert {line["PET_RDZV_ENDPOINT"].split(":")[0] for line in trainers.values()} == {"n1"}
     for line in trainers.values():
         # What a container with PyTorch says of each node is not taken for torchrun's.
         assert line["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7" and line["RANK"] is line["WORLD_SIZE"] is None
-        assert {f"rollout.router=http://n3:{option(router, '--port')}", "experiment=dasd_32b", "resume=auto"} <= set(line["arguments"])
+        assert {f"rollout.router=http://n3:{option(router, '--port')}", "experiment=dasd_32b", "resume=auto"} <= set(
+            line["arguments"]
+        )
         assert line["arguments"][-1] == "optimizer.lr=2e-6"
 
 
@@ -187,9 +205,15 @@ def test_a_trainer_that_fails_ends_the_job(cluster: SlurmCluster, tmp_path: Path
     assert "training failed" in (tmp_path / "job.log").read_text() and cluster.job(job)["Restarts"] == "0"
 
 
-def test_a_trainer_that_asks_for_it_is_started_again(cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]) -> None:
-    """With status 75 on both nodes, one of which needs some time after the other, and without a signal to the batch shell."""
-    act = "first = 'SLURM_RESTART_COUNT' not in os.environ; time.sleep(first * int(os.environ['PET_NODE_RANK'])); sys.exit(75 * first)"
+def test_a_trainer_that_asks_for_it_is_started_again(
+    cluster: SlurmCluster, tmp_path: Path, stub: dict[str, str]
+) -> None:
+    """With status 75 on both nodes, one of which needs some time after the other, and without a signal to the batch
+    shell."""
+    act = (
+        "first = 'SLURM_RESTART_COUNT' not in os.environ; time.sleep(first * int(os.environ['PET_NODE_RANK'])); "
+        "sys.exit(75 * first)"
+    )
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", STUB=act, **stub)
     assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
     assert cluster.job(job)["Restarts"] == "1" and len(said(tmp_path, "train")) == 4
@@ -199,7 +223,9 @@ def test_a_trainer_that_asks_for_it_is_started_again(cluster: SlurmCluster, tmp_
     ("override", "message"),
     [("optimizer.lrr=1", "optimizer.lrr"), ("data.train.path=/no/where.jsonl", "/no/where.jsonl is not there")],
 )
-def test_what_cannot_be_run_is_known_before_servers_start(cluster: SlurmCluster, tmp_path: Path, override: str, message: str) -> None:
+def test_what_cannot_be_run_is_known_before_servers_start(
+    cluster: SlurmCluster, tmp_path: Path, override: str, message: str
+) -> None:
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", override)
     assert finish(cluster, job, tmp_path / "job.log", 100) == "FAILED"
     assert message in (tmp_path / "job.log").read_text()

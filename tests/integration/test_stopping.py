@@ -1,4 +1,5 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C lead to a checkpoint and exit status 75 on every node, also while rollouts are waited for."""
+"""SIGTERM, SIGUSR1 and Ctrl-C lead to a checkpoint and exit status 75 on every node, also while rollouts are waited
+for."""
 
 from __future__ import annotations
 
@@ -69,10 +70,17 @@ def test_nodes_that_differ_are_refused_on_both(tmp_path: Path) -> None:
     port = free_port()
     common = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"localhost:{port}"}
     first = start(*OVERRIDES, f"run.dir={tmp_path / 'run'}", environment={**common, "PET_NODE_RANK": "0"})
-    other = start(*OVERRIDES, "parallel.data_parallel_size=4", f"run.dir={tmp_path / 'run'}", environment={**common, "PET_NODE_RANK": "1"})
+    other = start(
+        *OVERRIDES,
+        "parallel.data_parallel_size=4",
+        f"run.dir={tmp_path / 'run'}",
+        environment={**common, "PET_NODE_RANK": "1"},
+    )
     for process in (first, other):
         status, output = finish(process, timeout=60)
-        assert status == 1 and "node 1 was started for 2 nodes of 2 processes" in output and "Traceback" not in output, output
+        assert (
+            status == 1 and "node 1 was started for 2 nodes of 2 processes" in output and "Traceback" not in output
+        ), output
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

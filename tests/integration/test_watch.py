@@ -29,16 +29,31 @@ def test_pause_continue_time_out_and_stop(tmp_path: Path) -> None:
     (run / "watch.continue").touch()
     status, output = finish(process)
     assert status == 76, output[-6000:]
-    assert f"paused after step 2, which is saved (rewards_all_wrong). To go on: touch {run / 'watch.continue'}" in output
+    assert (
+        f"paused after step 2, which is saved (rewards_all_wrong). To go on: touch {run / 'watch.continue'}" in output
+    )
     assert "on with step 3" in output and "WARNING: step 2, rewards_all_wrong: " in output
-    assert "stopped after step 4, which is saved; continue with resume=auto. watch.action=pause: rewards_all_wrong" in output
-    assert "Traceback" not in output and latest.read_text().strip() == "step_000004" and not (run / "watch.continue").exists()
+    assert (
+        "stopped after step 4, which is saved; continue with resume=auto. watch.action=pause: rewards_all_wrong"
+        in output
+    )
+    assert (
+        "Traceback" not in output
+        and latest.read_text().strip() == "step_000004"
+        and not (run / "watch.continue").exists()
+    )
 
     status, output = finish(start(*OVERRIDES, "watch.action=stop", f"run.dir={run}", "resume=auto"))
     assert status == 76, output[-6000:]
-    assert "stopped after step 6, which is saved; continue with resume=auto. watch.action=stop: rewards_all_wrong" in output
+    assert (
+        "stopped after step 6, which is saved; continue with resume=auto. watch.action=stop: rewards_all_wrong"
+        in output
+    )
     assert "Traceback" not in output and latest.read_text().strip() == "step_000006"
-    metrics, warnings = rows(run / "metrics.jsonl"), [row for row in rows(run / "watch.jsonl") if row["condition"] == "rewards_all_wrong"]
+    metrics, warnings = (
+        rows(run / "metrics.jsonl"),
+        [row for row in rows(run / "watch.jsonl") if row["condition"] == "rewards_all_wrong"],
+    )
     assert [(row["step"], row["action"]) for row in warnings] == [(2, "pause"), (4, "pause"), (6, "stop")]
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     assert [row["watch/warnings"] > 0 for row in metrics] == [False, True, False, True, False, True]

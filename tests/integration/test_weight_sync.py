@@ -1,5 +1,5 @@
-"""Weights over a process group and out of shared memory: the runs that they make, to the bit those of weights from disk; and what happens
-when a server is gone."""
+"""Weights over a process group and out of shared memory: the runs that they make, to the bit those of weights from
+disk; and what happens when a server is gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from dasd_megatron.rollout.launch import LocalServer
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 RUN = [*NO_EVALUATION, "run.steps=5", "checkpoint.every=0", "rollout.backoff_seconds=0.05", "rollout.max_retries=1"]
-# Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one of their own.
+# Far smaller than the model, and no multiple of anything: tensors of all sizes end and begin buckets, and some have one
+# of their own.
 BUCKETS = ["rollout.weight_bucket_bytes=5001", "rollout.weight_sync_timeout_seconds=20"]
 DISTRIBUTED = ["rollout.weight_sync=distributed", *BUCKETS]
 TENSOR = ["rollout.weight_sync=tensor", *BUCKETS]
@@ -67,7 +68,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", ["distributed", "tensor"])
 def test_a_server_that_goes_is_replaced_and_nothing_changes(way: str, undisturbed: Path, tmp_path: Path) -> None:
-    """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the current ones."""
+    """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the
+    current ones."""
     run = tmp_path / "run"
     limits = ["rollout.request_timeout_seconds=5", "rollout.weight_sync_timeout_seconds=5"]
     process = start(*RUN, *(DISTRIBUTED if way == "distributed" else TENSOR), *limits, "run.steps=16", f"run.dir={run}")
@@ -94,7 +96,12 @@ def test_servers_of_others_give_their_memory_back_for_every_update(tmp_path: Pat
             proxy.close()
     wanted = ("/generate", "/release_memory_occupation", "/resume_memory_occupation", "/update_weights_from_disk")
     order = [path for path in asked if path in wanted]
-    step = ["/generate"] * 2 + ["/release_memory_occupation", "/resume_memory_occupation", wanted[3], "/resume_memory_occupation"]
+    step = ["/generate"] * 2 + [
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        wanted[3],
+        "/resume_memory_occupation",
+    ]
     assert order == [wanted[3], "/generate", *step * 3]
 
 

@@ -37,14 +37,19 @@ def test_every_method_is_a_configuration(compare: ModuleType) -> None:
 
 
 # Tables of Student's t at 5%, two-sided.
-@pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (20, 2.08596)])
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (20, 2.08596)]
+)
 def test_p_of_students_t(compare: ModuleType, freedom: int, t: float) -> None:
     assert compare.student_p(t, freedom) == compare.student_p(-t, freedom) == pytest.approx(0.05, abs=1e-5)
     assert compare.student_p(0.0, freedom) == pytest.approx(1.0)
 
 
 def test_pairs_are_of_one_seed(compare: ModuleType) -> None:
-    ours, theirs = ({seed: {"x": value} for seed, value in values} for values in ([(1, 2.0), (2, 5.0), (3, 9.0)], [(3, 8.0), (2, 3.0)]))
+    ours, theirs = (
+        {seed: {"x": value} for seed, value in values}
+        for values in ([(1, 2.0), (2, 5.0), (3, 9.0)], [(3, 8.0), (2, 3.0)])
+    )
     mean, deviation, p = compare.paired(ours, theirs, "x")
     assert (mean, deviation) == (1.5, pytest.approx(0.5**0.5)) and p == pytest.approx(compare.student_p(3.0, 1))
     assert compare.paired(ours, {1: {"x": 0.0}}, "x") is None
@@ -55,19 +60,25 @@ def write_run(folder: Path, draw: random.Random) -> dict[str, float]:
     after = {"avg@16": draw.random(), "pass@16": draw.random()}
     health = {"health/distinct_correct_paths": 3.0, "health/step_accuracy": 0.5}
     (folder / "evaluation.jsonl").write_text(json.dumps({"label": "after", **after, **health}) + "\n")
-    steps = [{"reward/accuracy": draw.random(), "entropy/mean": draw.random(), "response/length_mean": 9.0} for _ in range(8)]
+    steps = [
+        {"reward/accuracy": draw.random(), "entropy/mean": draw.random(), "response/length_mean": 9.0} for _ in range(8)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (folder / "seconds").write_text("12.5")
     return after
 
 
-def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_has_means_and_deviations(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}")
     draw = random.Random(seed)
     runs = tmp_path / "runs"
     (runs / "countdown" / "warm_start").mkdir(parents=True)
-    (runs / "countdown" / "warm_start" / "evaluation.jsonl").write_text('{"label": "before", "avg@16": 0.4, "pass@16": 0.9}\n')
+    (runs / "countdown" / "warm_start" / "evaluation.jsonl").write_text(
+        '{"label": "before", "avg@16": 0.4, "pass@16": 0.9}\n'
+    )
     made = {
         method: [write_run(runs / "countdown" / compare.slug(method) / f"seed{number}", draw) for number in (1, 2, 10)]
         for method in ("grpo", "opsd, beta 0.1", "dasd, beta 0.1")
@@ -82,7 +93,10 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
     text = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "rlsd" not in text and "## chain_sum" not in text and "Avg@16 40.0%, Pass@16 90.0%" in text
     for other in ("grpo", "opsd, beta 0.1"):
-        differences = [100 * (one["pass@16"] - two["pass@16"]) for one, two in zip(made["dasd, beta 0.1"], made[other], strict=True)]
+        differences = [
+            100 * (one["pass@16"] - two["pass@16"])
+            for one, two in zip(made["dasd, beta 0.1"], made[other], strict=True)
+        ]
         mean, deviation = statistics.mean(differences), statistics.stdev(differences)
         assert f"| dasd, beta 0.1 − {other} | " in text and f"| {mean:+.2f} ± {deviation:.2f} (" in text
     for method, results in made.items():
@@ -92,7 +106,9 @@ def test_the_page_has_means_and_deviations(compare: ModuleType, tmp_path: Path, 
     ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())
 
 
-def test_a_run_that_fails_lets_no_other_begin(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_lets_no_other_begin(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun = []
 
     def train(folder: Path, *_: str) -> float:
@@ -115,5 +131,7 @@ def test_the_published_page_is_made_of_the_published_numbers(compare: ModuleType
     for task, methods in found.items():
         assert (EXAMPLE / f"{task}.svg").read_text() == compare.picture(methods)
         assert sorted(methods) == sorted(compare.METHODS)
-        assert all(len(seeds) >= 5 and all(len(run["curve"]) == 30 for run in seeds.values()) for seeds in methods.values())
+        assert all(
+            len(seeds) >= 5 and all(len(run["curve"]) == 30 for run in seeds.values()) for seeds in methods.values()
+        )
     assert sorted(found) == sorted(compare.TASKS)

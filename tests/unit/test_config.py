@@ -10,7 +10,16 @@ import re
 import pytest
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, ParallelConfig, known_fields, load_config, read_config, save_config, stage_layers
+from dasd_megatron.config import (
+    Config,
+    ConfigError,
+    ParallelConfig,
+    known_fields,
+    load_config,
+    read_config,
+    save_config,
+    stage_layers,
+)
 
 QUICK = "experiment=quickstart"
 GPU = ["backend.kind=cuda", "precision=bf16"]
@@ -67,7 +76,10 @@ REFUSED = [
     (["rollout.release_memory=true", "rollout.max_staleness=1"], ["rollout.release_memory", "rollout.max_staleness=1"]),
     (["loss.importance_sampling=sentence"], ["loss.importance_sampling", "sequence"]),
     (["loss.importance_cap=0"], ["loss.importance_cap"]),
-    (["rollout.weight_sync=distributed", "rollout.weight_sync_timeout_seconds=450"], ["backend.timeout_seconds", "450"]),
+    (
+        ["rollout.weight_sync=distributed", "rollout.weight_sync_timeout_seconds=450"],
+        ["backend.timeout_seconds", "450"],
+    ),
     (["rollout.engine=external", "rollout.servers=[http://a:1,http://a:1]"], ["rollout.servers", "twice"]),
     (["rollout.weight_sync=distributed", "backend.kind=cuda"], ["rollout.weight_sync", "NCCL"]),
     (
@@ -81,32 +93,65 @@ REFUSED = [
         ["rollout.weight_sync=tensor", "rollout.sglang.backend=cuda"],
     ),
     (
-        ["rollout.engine=sglang", "rollout.weight_sync=tensor", "rollout.sglang.backend=cpu", "rollout.sglang.data_parallel_size=2"],
+        [
+            "rollout.engine=sglang",
+            "rollout.weight_sync=tensor",
+            "rollout.sglang.backend=cpu",
+            "rollout.sglang.data_parallel_size=2",
+        ],
         ["rollout.sglang.data_parallel_size=2"],
     ),
     (
-        ["rollout.engine=external", "rollout.weight_sync=tensor", "rollout.servers=[http://127.0.0.1:1,http://10.0.0.1:1]"],
+        [
+            "rollout.engine=external",
+            "rollout.weight_sync=tensor",
+            "rollout.servers=[http://127.0.0.1:1,http://10.0.0.1:1]",
+        ],
         ["rollout.weight_sync=tensor", "http://10.0.0.1:1", "distributed"],
     ),
-    (["rollout.engine=external", "rollout.release_memory=true", "rollout.servers=[http://a:1]"], ["rollout.release_memory", "http://a:1"]),
+    (
+        ["rollout.engine=external", "rollout.release_memory=true", "rollout.servers=[http://a:1]"],
+        ["rollout.release_memory", "http://a:1"],
+    ),
     (["rollout.verify_weights=-1"], ["rollout.verify_weights=-1", "at least 0"]),
-    (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"], ["rollout.verify_weights", "write 0"]),
-    (["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.quantization=fp8"], ["rollout.verify_weights", "quantization"]),
+    (
+        ["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"],
+        ["rollout.verify_weights", "write 0"],
+    ),
+    (
+        ["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.quantization=fp8"],
+        ["rollout.verify_weights", "quantization"],
+    ),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
     (["rollout=external", "rollout.servers=[http://me:secret@a:1]"], ["rollout.servers", "config.yaml"]),
-    (["rollout=sglang_cpu", "rollout.sglang.arguments=[--api-key,secret]"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
-    (["rollout=sglang_cpu", "rollout.sglang.arguments=['--admin-api-key=secret']"], ["rollout.sglang.arguments", "DASD_API_KEY"]),
+    (
+        ["rollout=sglang_cpu", "rollout.sglang.arguments=[--api-key,secret]"],
+        ["rollout.sglang.arguments", "DASD_API_KEY"],
+    ),
+    (
+        ["rollout=sglang_cpu", "rollout.sglang.arguments=['--admin-api-key=secret']"],
+        ["rollout.sglang.arguments", "DASD_API_KEY"],
+    ),
     (["run.readable_by=everybody"], ["run.readable_by", "owner"]),
     (["model=hf"], ["model.path is required"]),
     (["rollout.engine=external", "rollout.servers=[a:1]"], ["a:1", "http://"]),
     (["rollout=external", "rollout.nodes=a"], ["rollout.port=0", "rollout.port=30000"]),
-    (["rollout=external", "rollout.nodes=a", "rollout.port=65530", "rollout.servers_per_node=7"], ["rollout.port=65530", "7 ports"]),
+    (
+        ["rollout=external", "rollout.nodes=a", "rollout.port=65530", "rollout.servers_per_node=7"],
+        ["rollout.port=65530", "7 ports"],
+    ),
     (["rollout=external", "rollout.nodes='-v'", "rollout.port=30000"], ["rollout.nodes='-v'", "gpu[01-04,07]"]),
     (["rollout=external", "rollout.nodes=''"], ["rollout.nodes"]),
     (["rollout=external", "rollout.nodes=${oc.env:NOT_SET}", "rollout.port=30000"], ["rollout.nodes", "NOT_SET"]),
-    (["rollout=external", "rollout.servers=[http://a:1]", "rollout.servers_per_node=2"], ["rollout.servers_per_node=2", "rollout.nodes"]),
+    (
+        ["rollout=external", "rollout.servers=[http://a:1]", "rollout.servers_per_node=2"],
+        ["rollout.servers_per_node=2", "rollout.nodes"],
+    ),
     (["rollout=external", "rollout.router=a:1"], ["rollout.router", "a:1", "http://"]),
-    (["rollout=external", "rollout.router=http://a:1", "rollout.servers=[http://b:1]"], ["rollout.servers and rollout.router"]),
+    (
+        ["rollout=external", "rollout.router=http://a:1", "rollout.servers=[http://b:1]"],
+        ["rollout.servers and rollout.router"],
+    ),
     (["rollout.router=http://a:1"], ["rollout.router", "rollout.engine=external"]),
     (["rollout.top_k=0"], ["rollout.top_k=0", "-1"]),
     (["backend.timeout_seconds=10"], ["backend.timeout_seconds", "rollout.step_timeout_seconds"]),
@@ -115,7 +160,10 @@ REFUSED = [
     ([*GPU, "backend.transformer_impl=local", "precision.fp8=delayed"], ["precision.fp8=delayed", "transformer_impl"]),
     ([*GPU, "precision=fp32", "precision.fp8=delayed"], ["precision.fp8=delayed", "params_dtype=bf16"]),
     (["precision.bf16_last_layers=1"], ["bf16_last_layers", "precision.fp8=none"]),
-    ([*GPU, "precision.fp8=delayed", "precision.bf16_first_layers=1"], ["precision.fp8=delayed", "bf16_first_layers", "tensorwise"]),
+    (
+        [*GPU, "precision.fp8=delayed", "precision.bf16_first_layers=1"],
+        ["precision.fp8=delayed", "bf16_first_layers", "tensorwise"],
+    ),
     (["evaluation.ks=[1,32]"], ["evaluation.ks", "32", "evaluation.samples=16"]),
     (["rollout.max_new_tokens=500"], ["rollout.max_new_tokens", "max_position_embeddings"]),
     (["model.path=/nowhere"], ["model.path=/nowhere"]),
@@ -136,7 +184,10 @@ REFUSED = [
     (["model.tiny.num_layers=0"], ["model.tiny.num_layers=0", "at least 1"]),
     (["algorithm=rlsd", "algorithm.verifier_weight=0"], ["rlsd", "algorithm.verifier_weight"]),
     *(
-        ([f"algorithm={name}", "algorithm.verifier_weight=0", "algorithm.beta=0"], [name, "algorithm.verifier_weight", "algorithm.beta"])
+        (
+            [f"algorithm={name}", "algorithm.verifier_weight=0", "algorithm.beta=0"],
+            [name, "algorithm.verifier_weight", "algorithm.beta"],
+        )
         for name in ("opsd", "dasd", "reversed")
     ),
     (
@@ -162,8 +213,12 @@ def test_refusals_name_the_field_and_the_fix(overrides: list[str], named: list[s
         assert part in message
 
 
-@pytest.mark.parametrize(("override", "module"), [("logging.wandb=offline", "wandb"), ("logging.mlflow=true", "mlflow")])
-def test_loggers_that_are_not_installed_are_refused(override: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("override", "module"), [("logging.wandb=offline", "wandb"), ("logging.mlflow=true", "mlflow")]
+)
+def test_loggers_that_are_not_installed_are_refused(
+    override: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == module else find(name, *rest))
     with pytest.raises(ConfigError, match=rf"{override}, but {module} is not installed: pip install .*\[{module}\]"):
@@ -193,7 +248,13 @@ def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path)
     checkpoint.mkdir()
     rollouts.mkdir()
     data.touch()
-    overrides = [QUICK, "evaluation=none", f"resume={checkpoint}", f"rollout.replay={rollouts}", "data.train.generator=null"]
+    overrides = [
+        QUICK,
+        "evaluation=none",
+        f"resume={checkpoint}",
+        f"rollout.replay={rollouts}",
+        "data.train.generator=null",
+    ]
     config = load_config([*overrides, f"data.train.path={data}"])
     save_config(config, tmp_path / "config.yaml")
     checkpoint.rmdir()
@@ -207,7 +268,9 @@ def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path)
 def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "o'er, there=1"
     (folder / "experiment").mkdir(parents=True)
-    (folder / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - quickstart\nrun:\n  name: mine\n  steps: 7\n")
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\nrun:\n  name: mine\n  steps: 7\n"
+    )
     config = load_config(["experiment=mine", "run.steps=8"], folder)
     assert (config.run.name, config.run.steps, config.warm_start.steps) == ("mine", 8, 400)
     assert load_config([QUICK], folder).run.name == "quickstart"
@@ -219,7 +282,12 @@ def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("server", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"])
 def test_servers_of_this_machine_can_share_memory(server: str) -> None:
-    overrides = ["rollout.engine=external", "rollout.weight_sync=tensor", "rollout.release_memory=true", f"rollout.servers=['{server}']"]
+    overrides = [
+        "rollout.engine=external",
+        "rollout.weight_sync=tensor",
+        "rollout.release_memory=true",
+        f"rollout.servers=['{server}']",
+    ]
     assert load_config([QUICK, *overrides]).rollout.servers == [server]
 
 
@@ -261,7 +329,11 @@ def test_layers_of_pipeline_stages(fields: dict[str, int], layers: int, expected
         ({"first_pipeline_num_layers": 2}, 9, ["first_pipeline_num_layers=2", "7 layers", "3 other"]),
         ({"first_pipeline_num_layers": 8}, 8, ["0 layers"]),
         ({"first_pipeline_num_layers": 9}, 8, ["-1 layers"]),
-        ({"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 2}, 8, ["1 layers", "0 other"]),
+        (
+            {"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 2},
+            8,
+            ["1 layers", "0 other"],
+        ),
         ({"first_pipeline_num_layers": 3, "virtual_pipeline_model_parallel_size": 2}, 9, ["virtual", "3 layers"]),
     ],
 )

@@ -1,4 +1,5 @@
-"""What the documentation tells people to type exists: commands, targets, scripts, fields; and the site builds without a warning."""
+"""What the documentation tells people to type exists: commands, targets, scripts, fields; and the site builds without a
+warning."""
 
 from __future__ import annotations
 
@@ -57,10 +58,20 @@ def test_what_people_are_told_to_type_exists(page: Path) -> None:
     text = page.read_text()
     assert [(words, what) for words in words_of(text) if (what := wrong(words))] == []
     # Fields that are spoken of: `rollout.max_staleness`, `batch.packing=true`.
-    spoken = {match for match in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text) if match.split(".")[0] in SECTIONS}
-    files = {name for name in spoken if name.endswith((".py", ".md", ".json", ".jsonl", ".sh", ".yaml", ".pt", ".log", ".html", ".jinja"))}
+    spoken = {
+        match
+        for match in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text)
+        if match.split(".")[0] in SECTIONS
+    }
+    files = {
+        name
+        for name in spoken
+        if name.endswith((".py", ".md", ".json", ".jsonl", ".sh", ".yaml", ".pt", ".log", ".html", ".jinja"))
+    }
     unknown = {
-        name for name in spoken - files - {CONTINUE} if name not in FIELDS and not any(field.startswith(name + ".") for field in FIELDS)
+        name
+        for name in spoken - files - {CONTINUE}
+        if name not in FIELDS and not any(field.startswith(name + ".") for field in FIELDS)
     }
     assert unknown == set()
 
@@ -68,7 +79,11 @@ def test_what_people_are_told_to_type_exists(page: Path) -> None:
 def test_commands_are_found_and_mistakes_noticed() -> None:
     page = "    make quickstart     # a comment\n    dasd train experiment=quickstart \\\n        run.dri=X\n"
     page += "\n```bash\nDASD_X=1 make nothing\n```\n"
-    assert words_of(page) == [["make", "quickstart"], ["dasd", "train", "experiment=quickstart", "run.dri=X"], ["make", "nothing"]]
+    assert words_of(page) == [
+        ["make", "quickstart"],
+        ["dasd", "train", "experiment=quickstart", "run.dri=X"],
+        ["make", "nothing"],
+    ]
     assert [wrong(words) for words in words_of(page)] == [None, "run.dri=X", "nothing"]
 
 

@@ -24,8 +24,16 @@ SIZES = {"7b": (1, 1, 8, 1), "32b": (4, 2, 2, 4), "70b": (16, 4, 1, 8)}
 
 
 def shell_scripts() -> list[Path]:
-    found = [path for folder in ("slurm", "docker", ".ci", "tools", "examples", "benchmarks") for path in (ROOT / folder).rglob("*")]
-    return [path for path in found if path.is_file() and (path.suffix == ".sh" or path.read_bytes().startswith(b"#!/usr/bin/env bash"))]
+    found = [
+        path
+        for folder in ("slurm", "docker", ".ci", "tools", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    return [
+        path
+        for path in found
+        if path.is_file() and (path.suffix == ".sh" or path.read_bytes().startswith(b"#!/usr/bin/env bash"))
+    ]
 
 
 def program(name: str) -> str:
@@ -98,7 +106,11 @@ def overrides_of(command: list[str]) -> list[str]:
 
 CONTAINERS = {
     "none": ([], f"{ROOT}/.venv/bin/python", f"{ROOT}/.venv-sglang/bin/python"),
-    "pyxis": (["--container-image=image", f"--container-workdir={ROOT}"], "/opt/dasd/bin/python", "/opt/sglang/bin/python"),
+    "pyxis": (
+        ["--container-image=image", f"--container-workdir={ROOT}"],
+        "/opt/dasd/bin/python",
+        "/opt/sglang/bin/python",
+    ),
     "apptainer": (["apptainer", "exec", "--nv", "--bind", "image"], "/opt/dasd/bin/python", "/opt/sglang/bin/python"),
 }
 
@@ -106,11 +118,17 @@ CONTAINERS = {
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("size", SIZES)
 def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
-    """From any directory, without Slurm: the steps, their nodes, GPUs and addresses, and overrides that `dasd train` takes."""
+    """From any directory, without Slurm: the steps, their nodes, GPUs and addresses, and overrides that `dasd train`
+    takes."""
     train_nodes, rollout_nodes, per_node, tensor_parallel = SIZES[size]
     words, python, sglang = CONTAINERS[container]
     text, commands = dry_run(
-        f"train_dasd_{size}.sh", "optimizer.lr=2e-6", "run.name=a b", cwd=tmp_path, DASD_CONTAINER=container, DASD_IMAGE="image"
+        f"train_dasd_{size}.sh",
+        "optimizer.lr=2e-6",
+        "run.name=a b",
+        cwd=tmp_path,
+        DASD_CONTAINER=container,
+        DASD_IMAGE="image",
     )
     submit, check, *servers, train, requeue = commands
     nodes = train_nodes + rollout_nodes
@@ -124,13 +142,22 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
         devices = range(slot * tensor_parallel, (slot + 1) * tensor_parallel)
         assert server[0] == "srun" and option(server, "--nodelist") == names[train_nodes + index // per_node]
         assert option(server, "CUDA_VISIBLE_DEVICES") == ",".join(map(str, devices))
-        assert server[server.index("--tp-size") + 1] == str(tensor_parallel) and server[server.index("--python") + 1] == sglang
+        assert (
+            server[server.index("--tp-size") + 1] == str(tensor_parallel)
+            and server[server.index("--python") + 1] == sglang
+        )
         assert server.index(python) > max([server.index(word) for word in words], default=0)
-        assert "--overlap" in server and option(server, "--open-mode") == "append" and "/logs/server." in option(server, "--output")
+        assert (
+            "--overlap" in server
+            and option(server, "--open-mode") == "append"
+            and "/logs/server." in option(server, "--output")
+        )
         urls.append(f"http://{option(server, '--nodelist')}:{server[server.index('--port') + 1]}")
     assert len(set(urls)) == len(urls) == rollout_nodes * per_node
     assert f"{urls[-1]}/health" in text
-    assert option(train, "--nodelist").split(",") == names[:train_nodes] and option(train, "--ntasks") == str(train_nodes)
+    assert option(train, "--nodelist").split(",") == names[:train_nodes] and option(train, "--ntasks") == str(
+        train_nodes
+    )
     # A node that has saved and ended first must not take the others with it before they have.
     assert option(train, "--kill-on-bad-exit") == "0" and option(train, "--wait") == "60"
     assert option(train, "PET_NNODES") == str(train_nodes) and option(train, "PET_RDZV_ENDPOINT") == "node01:29500"
@@ -140,7 +167,11 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     assert [word for word in given if not word.startswith("rollout.servers")] == [
         word for word in check[check.index("--gpus-per-node") + 2 :] if not word.startswith("rollout.servers")
     ]
-    assert f"rollout.servers=[{','.join(urls)}]" in given and "resume=auto" in given and given[-2:] == ["optimizer.lr=2e-6", "run.name=a b"]
+    assert (
+        f"rollout.servers=[{','.join(urls)}]" in given
+        and "resume=auto" in given
+        and given[-2:] == ["optimizer.lr=2e-6", "run.name=a b"]
+    )
     if container != "none":
         return
     # Hydra takes them, and the processes fill the nodes. The paths are not there.
@@ -152,7 +183,9 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
     step = make_plan(config, Architecture.of(model_of(config)), gpus_per_node=8, transformer_engine=True).seconds
     assert step + 600 < config.checkpoint.grace_seconds < int(signal[1])
-    processes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    processes = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
+    )
     assert processes == 8 * train_nodes
 
 
@@ -176,14 +209,21 @@ def test_colocated(size: str) -> None:
     assert alone == ("rollout.weight_sync=tensor" in given) == ("rollout.release_memory=true" in given)
     for server in servers:
         assert server[server.index("--host") + 1] == ("127.0.0.1" if alone else "0.0.0.0")
-        assert server[server.index("--") + 1 :] == (["--enable-memory-saver"] if alone else ["--mem-fraction-static", "0.4"])
+        assert server[server.index("--") + 1 :] == (
+            ["--enable-memory-saver"] if alone else ["--mem-fraction-static", "0.4"]
+        )
     known = [word for word in given if not word.startswith(("model.path", "data."))]
     sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
     load_config([*known, *sources])
 
 
 def test_router_and_settings_of_the_environment() -> None:
-    layout = {"DASD_ROUTER": "1", "DASD_ROLLOUT_NODES": "1", "DASD_SERVER_TP": "8", "DASD_SERVER_ARGS": "--quantization fp8"}
+    layout = {
+        "DASD_ROUTER": "1",
+        "DASD_ROLLOUT_NODES": "1",
+        "DASD_SERVER_TP": "8",
+        "DASD_SERVER_ARGS": "--quantization fp8",
+    }
     text, (submit, _, server, router, train, _) = dry_run("train_dasd_32b.sh", **layout)
     assert submit[1] == "--nodes=5" and server[-3:] == ["--", "--quantization", "fp8"]
     assert router[router.index("--servers") + 1] == "http://node05:30000" and option(router, "--nodelist") == "node05"
@@ -193,7 +233,10 @@ def test_router_and_settings_of_the_environment() -> None:
 
 def test_tiny_evaluation_and_conversion() -> None:
     _, (_, model, _, *servers, train, _) = dry_run("train_dasd_tiny.sh", "run.steps=3")
-    assert "make_tiny_model" in model[-1] and [option(server, "--nodelist") for server in servers] == ["node03", "node03"]
+    assert "make_tiny_model" in model[-1] and [option(server, "--nodelist") for server in servers] == [
+        "node03",
+        "node03",
+    ]
     assert all(server[server.index("--engine") + 1] == "embedded" for server in servers)
     given = overrides_of(train)
     assert load_config([word for word in given if not word.startswith("model.path")]).run.steps == 3
@@ -203,7 +246,9 @@ def test_tiny_evaluation_and_conversion() -> None:
     assert len(servers) == 8 and {option(step, "--nodelist") for step in [*servers, evaluate]} == {"node01"}
     assert "model.path=/models/mine" in evaluate and evaluate[-1] == "evaluation.samples=8"
     _, (_, convert) = dry_run("convert.sh", "hf-to-megatron", "--hf-path", "a b")
-    assert convert[-4:] == ["convert", "hf-to-megatron", "--hf-path", "a b"] and not any("CUDA" in word for word in convert)
+    assert convert[-4:] == ["convert", "hf-to-megatron", "--hf-path", "a b"] and not any(
+        "CUDA" in word for word in convert
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,7 +256,10 @@ def test_tiny_evaluation_and_conversion() -> None:
     [
         ({"DASD_CONTAINER": "docker"}, "DASD_CONTAINER=docker: write one of none pyxis apptainer"),
         ({"DASD_CONTAINER": "pyxis"}, "DASD_CONTAINER=pyxis needs DASD_IMAGE"),
-        ({"DASD_SERVER_TP": "4", "DASD_SERVERS_PER_NODE": "3"}, "3 servers of DASD_SERVER_TP=4 GPUs do not fit on DASD_GPUS_PER_NODE=8"),
+        (
+            {"DASD_SERVER_TP": "4", "DASD_SERVERS_PER_NODE": "3"},
+            "3 servers of DASD_SERVER_TP=4 GPUs do not fit on DASD_GPUS_PER_NODE=8",
+        ),
         ({"DASD_ROLLOUT_NODES": "two"}, "DASD_ROLLOUT_NODES=two: write a whole number"),
         ({"DASD_ROLLOUT_NODES": "0"}, "there is no rollout server"),
     ],
@@ -219,7 +267,11 @@ def test_tiny_evaluation_and_conversion() -> None:
 def test_settings_that_cannot_be_meant(settings: dict[str, str], message: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "DASD_"))}
     done = subprocess.run(
-        ["bash", "slurm/train_dasd_32b.sh"], cwd=ROOT, env={**environment, "DRY_RUN": "1", **settings}, capture_output=True, text=True
+        ["bash", "slurm/train_dasd_32b.sh"],
+        cwd=ROOT,
+        env={**environment, "DRY_RUN": "1", **settings},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
@@ -235,16 +287,30 @@ def test_env_names_every_setting() -> None:
 def test_what_lies_elsewhere_is_mounted_too(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "train.jsonl").touch()
-    settings = {"DASD_CONTAINER": "pyxis", "DASD_IMAGE": "image", "DASD_ROOT": str(ROOT), "DASD_RUN_DIR": "/elsewhere/run"}
-    settings |= {"DASD_MODEL": str(tmp_path / "model"), "DASD_TRAIN_DATA": str(tmp_path / "train.jsonl"), "DASD_HELDOUT_DATA": "/no/file"}
+    settings = {
+        "DASD_CONTAINER": "pyxis",
+        "DASD_IMAGE": "image",
+        "DASD_ROOT": str(ROOT),
+        "DASD_RUN_DIR": "/elsewhere/run",
+    }
+    settings |= {
+        "DASD_MODEL": str(tmp_path / "model"),
+        "DASD_TRAIN_DATA": str(tmp_path / "train.jsonl"),
+        "DASD_HELDOUT_DATA": "/no/file",
+    }
     _, (_, *steps, _) = dry_run("train_dasd_32b.sh", **settings)
     mounts = {option(step, "--container-mounts") for step in steps}
     assert len(mounts) == 1
     places = [mount.split(":")[0] for mount in mounts.pop().split(",")]
-    assert places[-3:] == ["/elsewhere/run", str(tmp_path / "model"), str(tmp_path / "train.jsonl")] and "/no/file" not in places
+    assert (
+        places[-3:] == ["/elsewhere/run", str(tmp_path / "model"), str(tmp_path / "train.jsonl")]
+        and "/no/file" not in places
+    )
     settings["DASD_RUN_DIR"] = str(ROOT / "runs" / "mine")
     _, (_, step, *_) = dry_run("train_dasd_32b.sh", **settings)
-    assert settings["DASD_RUN_DIR"] not in [mount.split(":")[0] for mount in option(step, "--container-mounts").split(",")]
+    assert settings["DASD_RUN_DIR"] not in [
+        mount.split(":")[0] for mount in option(step, "--container-mounts").split(",")
+    ]
 
 
 @pytest.mark.parametrize(("gigabytes", "gpus"), [(15, "1"), (65, "2"), (141, "4"), (900, "8")])
@@ -257,9 +323,12 @@ def test_a_server_of_an_evaluation_holds_its_model(gigabytes: int, gpus: str, tm
 
 
 @pytest.mark.parametrize(
-    ("squeue", "scontrol", "said", "tries"), [("false", "true", "requeued", 1), ("echo RUNNING", "flaky", "again in 10 s", 2)]
+    ("squeue", "scontrol", "said", "tries"),
+    [("false", "true", "requeued", 1), ("echo RUNNING", "flaky", "again in 10 s", 2)],
 )
-def test_a_controller_that_does_not_answer_is_asked_again(squeue: str, scontrol: str, said: str, tries: int, tmp_path: Path) -> None:
+def test_a_controller_that_does_not_answer_is_asked_again(
+    squeue: str, scontrol: str, said: str, tries: int, tmp_path: Path
+) -> None:
     commands = f"""
         source slurm/common.sh
         JOB_ID=7
@@ -268,6 +337,8 @@ def test_a_controller_that_does_not_answer_is_asked_again(squeue: str, scontrol:
         sleep() {{ :; }}
         end_job 75
     """
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 75 and said in done.stdout, done.stderr
     assert (tmp_path / "tries").read_text().count("x") == tries

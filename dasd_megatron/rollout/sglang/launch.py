@@ -1,9 +1,10 @@
 """Start SGLang as ``sglang.launch_server`` does: ``python launch.py cuda|cpu ARGUMENTS``, in SGLang's own environment.
 
-The server ends when standard input does, so with the process that started it. On ``cpu``, modules that SGLang imports there but does not
-need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. The API key comes from DASD_API_KEY, since
-everybody on the machine can read a command line; SGLang writes its settings into its log, and the key is blotted out of that. Nothing of
-this package is imported, since SGLang's environment does not have it.
+The server ends when standard input does, so with the process that started it. On ``cpu``, modules that SGLang imports
+there but does not need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. The
+API key comes from DASD_API_KEY, since everybody on the machine can read a command line; SGLang writes its settings into
+its log, and the key is blotted out of that. Nothing of this package is imported, since SGLang's environment does not
+have it.
 """
 
 import logging
@@ -27,7 +28,8 @@ def prepare_cpu() -> None:
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
-    # sampling_seed is heeded under --enable-deterministic-inference alone. Its matrix products are Triton kernels; PyTorch's own, which
+    # sampling_seed is heeded under --enable-deterministic-inference alone. Its matrix products are Triton kernels;
+    # PyTorch's own, which
     # run here, give the same bits for the same batch, so equal seeds give equal draws as long as the batches are equal.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
@@ -47,7 +49,8 @@ def keep_out_of_logs(secret: str) -> None:
     logging.setLogRecordFactory(without_secret)
 
 
-# Here, and not in main: the processes that SGLang spawns need it too, and they import this file again, under another name.
+# Here, and not in main: the processes that SGLang spawns need it too, and they import this file again, under another
+# name.
 if sys.argv[1:2] == ["cpu"]:
     prepare_cpu()
 API_KEY = os.environ.get("DASD_API_KEY")

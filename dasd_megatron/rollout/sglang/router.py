@@ -1,7 +1,9 @@
-"""Start sglang-router as ``python -m sglang_router.launch_router`` does: ``python router.py ARGUMENTS``, in its own environment.
+"""Start sglang-router as ``python -m sglang_router.launch_router`` does: ``python router.py ARGUMENTS``, in its own
+environment.
 
-It ends with the process that started it. The API key of its servers, and its own, is that of DASD_API_KEY: everybody on the machine can
-read a command line. Nothing of this package is imported, since the router's environment does not have it.
+It ends with the process that started it. The API key of its servers, and its own, is that of DASD_API_KEY: everybody on
+the machine can read a command line. Nothing of this package is imported, since the router's environment does not have
+it.
 """
 
 import ctypes
@@ -18,7 +20,10 @@ def main() -> None:
     try:
         from sglang_router.launch_router import launch_router, parse_router_args
     except ImportError as error:
-        sys.exit(f"{sys.executable} has no sglang-router ({error}); name the interpreter of an environment that has it with --python")
+        sys.exit(
+            f"{sys.executable} has no sglang-router ({error}); name the interpreter of an environment that has it "
+            "with --python"
+        )
     key = os.environ.get("DASD_API_KEY")
     launch_router(parse_router_args(sys.argv[1:] + ([] if key is None else ["--api-key", key])))
 

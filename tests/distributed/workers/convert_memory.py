@@ -1,4 +1,5 @@
-"""Anonymous memory that conversions in both directions need beyond what the process has before them; prints the two peaks in bytes."""
+"""Anonymous memory that conversions in both directions need beyond what the process has before them; prints the two
+peaks in bytes."""
 
 import json
 import re

@@ -7,7 +7,13 @@ from dasd_megatron import backend
 from dasd_megatron.config import load_config
 
 arguments = json.loads(sys.argv[1])
-QUICK = ["experiment=quickstart", f"model.path={arguments['path']}", "optimizer.lr=1e-3", "optimizer.adam_eps=1e-8", "run.steps=50"]
+QUICK = [
+    "experiment=quickstart",
+    f"model.path={arguments['path']}",
+    "optimizer.lr=1e-3",
+    "optimizer.adam_eps=1e-8",
+    "run.steps=50",
+]
 configs = {name: load_config([*QUICK, *arguments[name]]) for name in ("bf16", "fp8")}
 backend.select(configs["fp8"].backend).check_precision(configs["fp8"].precision)
 
@@ -29,7 +35,10 @@ parallel.initialize(configs["fp8"])
 generator = torch.Generator().manual_seed(torch.seed() % 2**31)
 print("seed", generator.initial_seed())
 prompts, responses = (
-    [torch.randint(0, 100, (int(torch.randint(5, 60, (1,), generator=generator)),), generator=generator).tolist() for _ in range(12)]
+    [
+        torch.randint(0, 100, (int(torch.randint(5, 60, (1,), generator=generator)),), generator=generator).tolist()
+        for _ in range(12)
+    ]
     for _ in range(2)
 )
 found = {}

@@ -1,5 +1,6 @@
-"""Tokens that the policy did not sample are context: an update on masked responses has the gradient of one in which every sampled token is
-a response of its own behind all that came before it, and masked tokens that no sampled one follows do not act at all."""
+"""Tokens that the policy did not sample are context: an update on masked responses has the gradient of one in which
+every sampled token is a response of its own behind all that came before it, and masked tokens that no sampled one
+follows do not act at all."""
 
 import json
 import sys
@@ -45,7 +46,9 @@ old_noise = 0.05 * torch.randn(len(sampled), generator=generator)
 Tokens = list[list[int]]
 
 
-def updated(prompts: Tokens, responses: Tokens, masks: Tokens | None) -> tuple[torch.Tensor, torch.Tensor, UpdateResult]:
+def updated(
+    prompts: Tokens, responses: Tokens, masks: Tokens | None
+) -> tuple[torch.Tensor, torch.Tensor, UpdateResult]:
     """Log-probs, the gradient of the whole model on this rank, and what was reported."""
     batches = make_micro_batches(prompts, responses, response_mask=masks, **micro_batch_layout(config))
     log_prob = score(model, batches, config.loss, temperature=0.7).log_prob
@@ -58,12 +61,17 @@ def updated(prompts: Tokens, responses: Tokens, masks: Tokens | None) -> tuple[t
 
 log_prob, gradient, result = updated(prompts, responses, masks)
 alone_log_prob, alone_gradient, alone_result = updated(
-    [prompts[row] + responses[row][:place] for row, place in sampled], [[responses[row][place]] for row, place in sampled], None
+    [prompts[row] + responses[row][:place] for row, place in sampled],
+    [[responses[row][place]] for row, place in sampled],
+    None,
 )
 assert len(log_prob) == len(sampled) and result.grad_norm > 1e-3
 torch.testing.assert_close(log_prob, alone_log_prob, rtol=1e-5, atol=1e-5)
 torch.testing.assert_close(gradient, alone_gradient, rtol=1e-4, atol=1e-4 * float(alone_gradient.abs().max()))
-assert abs(result.loss - alone_result.loss) < 1e-5 and abs(result.grad_norm - alone_result.grad_norm) < 1e-4 * result.grad_norm
+assert (
+    abs(result.loss - alone_result.loss) < 1e-5
+    and abs(result.grad_norm - alone_result.grad_norm) < 1e-4 * result.grad_norm
+)
 
 others = [response[:-2] + [(token + 1) % model.vocab_size for token in response[-2:]] for response in responses]
 _, other_gradient, _ = updated(prompts, others, masks)

@@ -1,6 +1,8 @@
-"""Log-probs and entropies of sharded models against transformers, a bit-exact export, and a checkpoint, in one layout for all models.
+"""Log-probs and entropies of sharded models against transformers, a bit-exact export, and a checkpoint, in one layout
+for all models.
 
-Each model is an object with ``path`` (Hugging Face directory), ``load`` (what the weights come from), ``export`` and ``save``.
+Each model is an object with ``path`` (Hugging Face directory), ``load`` (what the weights come from), ``export`` and
+``save``.
 """
 
 import json
@@ -52,8 +54,12 @@ def check(path: Path, load: Path, export: Path, save: Path, seed: int) -> None:
             expected = log_probs.gather(1, torch.tensor(response)[:, None])[:, 0]
             entropy = -(log_probs.exp() * log_probs).sum(-1)
             part = slice(start, start + len(response))
-            torch.testing.assert_close(scores.log_prob[part].cpu().double(), expected, rtol=1e-5, atol=arguments["tolerance"])
-            torch.testing.assert_close(scores.entropy[part].cpu().double(), entropy, rtol=1e-5, atol=arguments["tolerance"])
+            torch.testing.assert_close(
+                scores.log_prob[part].cpu().double(), expected, rtol=1e-5, atol=arguments["tolerance"]
+            )
+            torch.testing.assert_close(
+                scores.entropy[part].cpu().double(), entropy, rtol=1e-5, atol=arguments["tolerance"]
+            )
             start += len(response)
     assert start == len(scores.log_prob)
 

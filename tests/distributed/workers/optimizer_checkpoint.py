@@ -1,4 +1,5 @@
-"""The distributed optimizer's checkpoint: as it is saved, against Megatron's format that gathers, and as another layout loads it."""
+"""The distributed optimizer's checkpoint: as it is saved, against Megatron's format that gathers, and as another layout
+loads it."""
 
 import json
 import sys
@@ -31,13 +32,18 @@ parallel.initialize(config)
 
 def model_state(model: ShardedModel) -> dict:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(model.chunks)}
+    return {
+        f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(model.chunks)
+    }
 
 
 def update(model: ShardedModel, state: OptimizerState, seed: int) -> None:
     rank = parallel_state.get_tensor_model_parallel_rank()
     for index, parameter in enumerate(model.parameters()):
-        generator = torch.Generator().manual_seed(seed + 1000 * index + (rank if getattr(parameter, "tensor_model_parallel", False) else 0))
+        generator = torch.Generator().manual_seed(
+            seed + 1000 * index + (rank if getattr(parameter, "tensor_model_parallel", False) else 0)
+        )
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
     state.step()
 
@@ -65,7 +71,9 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def check_in_place(model: ShardedModel, state: OptimizerState, found: dict[str, torch.Tensor]) -> None:
     """Every element that this rank has is that of the whole tensors."""
     (optimizer,) = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
-    shardings = {sharding.data: sharding for sharding in nested_values(model_state(model)) if hasattr(sharding, "replica_id")}
+    shardings = {
+        sharding.data: sharding for sharding in nested_values(model_state(model)) if hasattr(sharding, "replica_id")
+    }
     for parameter in model.parameters():
         if parameter not in optimizer.model_param_gbuf_map:
             continue
@@ -78,7 +86,9 @@ def check_in_place(model: ShardedModel, state: OptimizerState, found: dict[str, 
         for name in ("exp_avg", "exp_avg_sq", "param")[: 2 if parameter.dtype == torch.float32 else 3]:
             parts = shardings[parameter]
             parts = [parts] if isinstance(parts, ShardedTensor) else nested_values(parts.build())
-            whole = torch.cat([found[f"optimizer.state.{name}.{part.key}"][part.global_slice()].flatten() for part in parts])
+            whole = torch.cat(
+                [found[f"optimizer.state.{name}.{part.key}"][part.global_slice()].flatten() for part in parts]
+            )
             assert torch.equal(whole[window.start : window.end], states[name]), (name, shardings[parameter].key)
 
 
@@ -97,7 +107,9 @@ for precision in ("fp32", "bf16"):
         state.load_state_dict(loaded)
         save(again, state.sharded_state_dict(model_state(model), is_loading=False))
         found, expected = tensors(again), tensors(ours)
-        assert found.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert found.keys() == expected.keys() and all(
+            torch.equal(value, expected[name]) for name, value in found.items()
+        )
     else:
         for seed in (0, 1):
             update(model, state, arguments["seed"] + seed)
@@ -109,7 +121,9 @@ for precision in ("fp32", "bf16"):
         found, expected = tensors(ours), tensors(folder / precision / "megatron")
         assert all(float(value.abs().max()) > 0 for value in found.values())
         # The weights of a float32 model are not kept twice.
-        left_out = {name for name in expected if name.startswith("optimizer.state.param.")} if precision == "fp32" else set()
+        left_out = (
+            {name for name in expected if name.startswith("optimizer.state.param.")} if precision == "fp32" else set()
+        )
         assert found.keys() == expected.keys() - left_out, found.keys() ^ expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
     check_in_place(model, state, dist_checkpointing.load_plain_tensors(str(ours)))

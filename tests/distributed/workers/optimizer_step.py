@@ -7,7 +7,9 @@ from dasd_megatron import backend
 from dasd_megatron.config import load_config
 
 arguments = json.loads(sys.argv[1])
-config = load_config(["experiment=quickstart", "parallel=single", f"model.path={arguments['path']}", *arguments["overrides"]])
+config = load_config(
+    ["experiment=quickstart", "parallel=single", f"model.path={arguments['path']}", *arguments["overrides"]]
+)
 backend.select(config.backend)
 
 import torch  # noqa: E402

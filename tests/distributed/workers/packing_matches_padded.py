@@ -1,6 +1,8 @@
-"""Packed micro-batches against padded ones of the same sequences: scores, one update's loss and gradient, and their time.
+"""Packed micro-batches against padded ones of the same sequences: scores, one update's loss and gradient, and their
+time.
 
-Both are held against transformers in float64, so that what half precision costs is known: the packed ones may be no further from it.
+Both are held against transformers in float64, so that what half precision costs is known: the packed ones may be no
+further from it.
 """
 
 import json
@@ -48,7 +50,9 @@ def tokens(low: int, high: int) -> list[int]:
 
 
 longest = arguments["longest"]
-prompts, teacher_prompts, responses = ([tokens(low, high) for _ in range(13)] for low, high in ((1, 20), (8, 40), (1, longest)))
+prompts, teacher_prompts, responses = (
+    [tokens(low, high) for _ in range(13)] for low, high in ((1, 20), (8, 40), (1, longest))
+)
 layout = micro_batch_layout(config) | {"micro_batch_size": 5, "micro_batch_tokens": 5 * longest}
 
 
@@ -76,7 +80,9 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
     assert all((batch.starts is not None) == packing for batch in batches)
     student = score(model, batches, config.loss, temperature=1.0)
     score(model, batches_of(teacher_prompts, packing), config.loss, temperature=1.0, keep_hidden=kept)
-    distillation = Distillation(omega.clamp(-1, 1), TeacherStates(kept[0], model.head_weight().detach()), config.algorithm)
+    distillation = Distillation(
+        omega.clamp(-1, 1), TeacherStates(kept[0], model.head_weight().detach()), config.algorithm
+    )
     result = update(
         model, optimizer, batches, old_log_prob=expected.log_prob.float() + 0.05 * noise, advantage=advantage, start_log_prob=None,
         distillation=distillation if config.algorithm.objective == "distributional" else None, settings=config.loss, temperature=1.0,
@@ -92,13 +98,21 @@ for name, one, other, exact in zip(("log_prob", "entropy"), padded, packed, expe
     assert errors[1] <= 1.25 * errors[0] + 1e-6, (name, errors)
     torch.testing.assert_close(one, other, rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5)
 gap = float((packed_gradient - padded_gradient).norm() / padded_gradient.norm())
-print(f"loss: padded {padded_result.loss:.6f}, packed {packed_result.loss:.6f}; gradients differ by {gap:.2e} of their norm", flush=True)
+print(
+    f"loss: padded {padded_result.loss:.6f}, packed {packed_result.loss:.6f}; gradients differ by {gap:.2e} of their "
+    "norm",
+    flush=True,
+)
 assert gap < (0.05 if half else 1e-4) and padded_result.grad_norm > 1e-3
 assert abs(packed_result.loss - padded_result.loss) < (0.02 if half else 1e-5)
 assert abs(packed_result.grad_norm / padded_result.grad_norm - 1) < (0.02 if half else 1e-4)
 # A token of one sequence does not act on another: the first sequence alone has the same scores as in the pack.
-alone = score(model, make_micro_batches(prompts[:1], responses[:1], **(layout | {"packing": True})), config.loss, temperature=1.0)
-torch.testing.assert_close(alone.log_prob, packed.log_prob[: len(responses[0])], rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5)
+alone = score(
+    model, make_micro_batches(prompts[:1], responses[:1], **(layout | {"packing": True})), config.loss, temperature=1.0
+)
+torch.testing.assert_close(
+    alone.log_prob, packed.log_prob[: len(responses[0])], rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5
+)
 for packing in (False, True):
     started = time.perf_counter()
     for _ in range(3):

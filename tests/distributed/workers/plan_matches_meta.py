@@ -1,4 +1,5 @@
-"""Parameters of single ranks of large models, on the meta device in a fake process group of the full world, against the plan's."""
+"""Parameters of single ranks of large models, on the meta device in a fake process group of the full world, against the
+plan's."""
 
 import json
 import sys
@@ -27,7 +28,10 @@ for overrides, rank, published in cases:
     arch = Architecture.of(hf_config)
     found = [[(p.numel(), bool(getattr(p, "shared_embedding", False))) for p in chunk.parameters()] for chunk in chunks]
     predicted = chunk_parameters(arch, config, stage)
-    assert [[size for size, _ in chunk] for chunk in predicted] == [[size for size, _ in chunk] for chunk in found], (overrides, rank)
+    assert [[size for size, _ in chunk] for chunk in predicted] == [[size for size, _ in chunk] for chunk in found], (
+        overrides,
+        rank,
+    )
     assert predicted == found, (overrides, rank, [p for p in zip(predicted, found, strict=True)])
     if published is not None:
         assert total_parameters(arch) == published, (overrides, total_parameters(arch))

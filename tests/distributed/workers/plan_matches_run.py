@@ -1,4 +1,5 @@
-"""Bytes of parameters, gradients, optimizer state and activations of a real small model in one layout, against the plan's."""
+"""Bytes of parameters, gradients, optimizer state and activations of a real small model in one layout, against the
+plan's."""
 
 import json
 import sys
@@ -28,7 +29,9 @@ arch = Architecture.of(read_hf_config(arguments["path"]))
 plan = training_state(arch, config, stage, replica)
 
 storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-gradients = sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for chunk in model.chunks for buffer in chunk.buffers)
+gradients = sum(
+    buffer.grad_data.numel() * buffer.grad_data.element_size() for chunk in model.chunks for buffer in chunk.buffers
+)
 
 
 def tensors_of(state):

@@ -1,4 +1,5 @@
-"""Pickles that run code, planted in every file of a distributed checkpoint: the loaders would run them, :func:`read_metadata` does not."""
+"""Pickles that run code, planted in every file of a distributed checkpoint: the loaders would run them,
+:func:`read_metadata` does not."""
 
 import io
 import json
@@ -67,7 +68,9 @@ def plant_rng(path: Path, metadata: Metadata) -> None:
 
 def plant_object(path: Path, metadata: Metadata) -> None:
     """In place of an object, behind the file's end."""
-    index = next(i for i in metadata.storage_data if isinstance(metadata.state_dict_metadata[i.fqn], BytesStorageMetadata))
+    index = next(
+        i for i in metadata.storage_data if isinstance(metadata.state_dict_metadata[i.fqn], BytesStorageMetadata)
+    )
     _append(path, index, metadata)
 
 
@@ -107,7 +110,9 @@ def main() -> None:
     torch.save([{"torch": torch.get_rng_state()}], sound / "rng.pt")
     metadata = read_metadata(sound)
     assert metadata.state_dict_metadata == FileSystemReader(sound).read_metadata().state_dict_metadata
-    assert any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()), "no object in the checkpoint"
+    assert any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()), (
+        "no object in the checkpoint"
+    )
 
     dangerous = []
     for plant in (plant_metadata, plant_metadata_inside, plant_common, plant_rng, plant_object, plant_tensor):

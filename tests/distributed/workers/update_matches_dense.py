@@ -1,7 +1,8 @@
-"""Scoring and one update of the distributional objective against the formulas, computed densely by transformers from the same weights.
+"""Scoring and one update of the distributional objective against the formulas, computed densely by transformers from
+the same weights.
 
-The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions. Most responses have tokens
-that the policy did not sample, of which the formulas know nothing either.
+The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions. Most
+responses have tokens that the policy did not sample, of which the formulas know nothing either.
 """
 
 import json
@@ -11,7 +12,9 @@ from dasd_megatron import backend
 from dasd_megatron.config import load_config
 
 arguments = json.loads(sys.argv[1])
-config = load_config(["experiment=quickstart", "batch.groups=16", f"model.path={arguments['path']}", *arguments["overrides"]])
+config = load_config(
+    ["experiment=quickstart", "batch.groups=16", f"model.path={arguments['path']}", *arguments["overrides"]]
+)
 backend.select(config.backend)
 
 import torch  # noqa: E402
@@ -38,13 +41,18 @@ def tokens(low: int, high: int) -> list[int]:
     return torch.randint(0, model.vocab_size, (length,), generator=generator).tolist()
 
 
-prompts, teacher_prompts, responses = ([tokens(low, high) for _ in range(7)] for low, high in ((1, 12), (8, 20), (1, 15)))
-masks: list[list[int] | None] = [torch.randint(0, 2, (len(response),), generator=generator).tolist() for response in responses]
+prompts, teacher_prompts, responses = (
+    [tokens(low, high) for _ in range(7)] for low, high in ((1, 12), (8, 20), (1, 15))
+)
+masks: list[list[int] | None] = [
+    torch.randint(0, 2, (len(response),), generator=generator).tolist() for response in responses
+]
 masks[0] = None
 for mask in masks[1:]:
     mask[int(torch.randint(0, len(mask), (1,), generator=generator))] = 1
 batches, teacher_batches = (
-    make_micro_batches(one, responses, response_mask=masks, **micro_batch_layout(config)) for one in (prompts, teacher_prompts)
+    make_micro_batches(one, responses, response_mask=masks, **micro_batch_layout(config))
+    for one in (prompts, teacher_prompts)
 )
 student = score(model, batches, config.loss, temperature=temperature)
 kept: list[torch.Tensor] = []
@@ -83,7 +91,9 @@ divergence = {
 cap = 0.99 * float(divergence[omega < 0].median())
 config.algorithm.divergence_cap = cap
 ratio = (log_prob - old_log_prob).exp()
-surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high) * advantage)
+surrogate = -torch.minimum(
+    ratio * advantage, ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high) * advantage
+)
 term = torch.where(omega < 0, omega * divergence.clamp(max=cap), omega * divergence)
 expected_loss = (surrogate + config.algorithm.divergence_weight * term).mean()
 expected_loss.backward()
@@ -92,7 +102,11 @@ tolerance = dict(rel=0.05, abs=0.02) if half else dict(rel=1e-5, abs=1e-5)
 
 
 def assert_near(found: float, expected: torch.Tensor, name: str) -> None:
-    assert abs(found - float(expected)) <= tolerance["rel"] * abs(float(expected)) + tolerance["abs"], (name, found, float(expected))
+    assert abs(found - float(expected)) <= tolerance["rel"] * abs(float(expected)) + tolerance["abs"], (
+        name,
+        found,
+        float(expected),
+    )
 
 
 for name, found, expected in (
@@ -112,7 +126,10 @@ assert_near(result.divergence, divergence.mean(), "divergence")
 capped = ((omega < 0) & (divergence >= cap)).double().mean()
 assert abs(result.capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (result.capped_share, float(capped))
 # The whole gradient is that of the sampled tokens.
-assert abs(result.grad_norm - expected_norm) <= (0.05 if half else 1e-4) * expected_norm, (result.grad_norm, expected_norm)
+assert abs(result.grad_norm - expected_norm) <= (0.05 if half else 1e-4) * expected_norm, (
+    result.grad_norm,
+    expected_norm,
+)
 assert result.applied and result.grad_norm > 0
 assert any(not torch.equal(old, parameter) for old, parameter in zip(before, model.parameters(), strict=True))
 dist.barrier()

@@ -1,4 +1,5 @@
-"""One rollout server, the policy sent to it as ``rollout.weight_sync`` says, and what it holds compared with the policy."""
+"""One rollout server, the policy sent to it as ``rollout.weight_sync`` says, and what it holds compared with the
+policy."""
 
 import contextlib
 import json
@@ -10,7 +11,9 @@ from dasd_megatron import backend
 from dasd_megatron.config import load_config
 
 arguments = json.loads(sys.argv[1])
-config = load_config(["experiment=quickstart", f"model.path={arguments['path']}", "rollout.threads=1", *arguments["overrides"]])
+config = load_config(
+    ["experiment=quickstart", f"model.path={arguments['path']}", "rollout.threads=1", *arguments["overrides"]]
+)
 backend.select(config.backend)
 
 import httpx  # noqa: E402

@@ -64,7 +64,10 @@ def test_equal_rewards_give_exactly_zero(normalize_std: bool) -> None:
     ("arguments", "message"),
     [
         ({}, "either samples_per_group or group_ids"),
-        ({"samples_per_group": 2, "group_ids": torch.zeros(4, dtype=torch.int64)}, "either samples_per_group or group_ids"),
+        (
+            {"samples_per_group": 2, "group_ids": torch.zeros(4, dtype=torch.int64)},
+            "either samples_per_group or group_ids",
+        ),
         ({"samples_per_group": 3}, "do not split"),
         ({"group_ids": torch.zeros(3, dtype=torch.int64)}, "group_ids is"),
         ({"group_ids": torch.zeros(4)}, "group_ids is torch.float32"),

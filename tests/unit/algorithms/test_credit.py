@@ -21,7 +21,15 @@ from dasd_megatron.algorithms import (
 
 
 def loop_credit(
-    entropy: Tensor, delta: Tensor, lengths: list[int], rho=0.2, quantile_side="upper", beta=1.0, scale_floor=0.0, eps=1e-6, gate=True
+    entropy: Tensor,
+    delta: Tensor,
+    lengths: list[int],
+    rho=0.2,
+    quantile_side="upper",
+    beta=1.0,
+    scale_floor=0.0,
+    eps=1e-6,
+    gate=True,
 ) -> Credit:
     parts: list[list[Tensor]] = [[], [], [], [], []]
     for h, d in zip(entropy.double().split(lengths), delta.double().split(lengths), strict=True):
@@ -36,14 +44,18 @@ def loop_credit(
         omega = torch.tanh((tau - h) / max(sigma.item(), eps))
         if gate:
             omega = omega * torch.sigmoid(delta_bar.abs() - 1)
-        for part, value in zip(parts, (omega, delta_bar, tau[None], sigma[None], beta * omega * delta_bar), strict=True):
+        for part, value in zip(
+            parts, (omega, delta_bar, tau[None], sigma[None], beta * omega * delta_bar), strict=True
+        ):
             part.append(value)
     return Credit(*(torch.cat(part) if part else torch.zeros(0).double() for part in parts))
 
 
 def assert_same(got: Credit, want: Credit, rtol: float, atol: float) -> None:
     for name, a, b in zip(Credit._fields, got, want, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a.double(), b.double(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @given(
@@ -87,14 +99,17 @@ def test_slightly_negative_entropies_sort_below_zero() -> None:
 def test_the_sides_push_what_they_say() -> None:
     entropy = torch.arange(10.0)
     credit = {
-        side: direction_adaptive_credit(entropy, torch.ones(10), torch.tensor([10]), quantile_side=side) for side in ("upper", "lower")
+        side: direction_adaptive_credit(entropy, torch.ones(10), torch.tensor([10]), quantile_side=side)
+        for side in ("upper", "lower")
     }
     assert (credit["upper"].omega < 0).tolist() == [False] * 8 + [True] * 2
     assert (credit["lower"].omega < 0).tolist() == [False] * 2 + [True] * 8
 
 
 def test_one_token_and_constant_entropy_add_nothing() -> None:
-    credit = direction_adaptive_credit(torch.tensor([1.7, 0.3, 0.3, 0.3]), torch.tensor([2.0, 1.0, -4.0, 0.5]), torch.tensor([1, 3]))
+    credit = direction_adaptive_credit(
+        torch.tensor([1.7, 0.3, 0.3, 0.3]), torch.tensor([2.0, 1.0, -4.0, 0.5]), torch.tensor([1, 3])
+    )
     assert credit.omega.tolist() == [0.0] * 4 and credit.advantage_term.abs().sum() == 0
     torch.testing.assert_close(credit.tau, torch.tensor([1.7, 0.3]))
     torch.testing.assert_close(credit.sigma, torch.zeros(2))
@@ -103,7 +118,11 @@ def test_one_token_and_constant_entropy_add_nothing() -> None:
 
 def test_all_gaps_zero() -> None:
     credit = direction_adaptive_credit(torch.rand(5), torch.zeros(5), torch.tensor([5]))
-    assert credit.delta_bar.tolist() == [0.0] * 5 and credit.advantage_term.abs().sum() == 0 and torch.isfinite(credit.omega).all()
+    assert (
+        credit.delta_bar.tolist() == [0.0] * 5
+        and credit.advantage_term.abs().sum() == 0
+        and torch.isfinite(credit.omega).all()
+    )
 
 
 def test_the_scale_floor_keeps_noise_small() -> None:
@@ -147,10 +166,14 @@ def test_rollouts_do_not_see_each_other() -> None:
     order = [3, 1, 4, 0, 2]
     entropies, deltas = entropy.split(lengths), delta.split(lengths)
     permuted = direction_adaptive_credit(
-        torch.cat([entropies[i] for i in order]), torch.cat([deltas[i] for i in order]), torch.tensor([lengths[i] for i in order])
+        torch.cat([entropies[i] for i in order]),
+        torch.cat([deltas[i] for i in order]),
+        torch.tensor([lengths[i] for i in order]),
     )
     for name in ("omega", "delta_bar", "advantage_term"):
-        assert torch.equal(getattr(permuted, name), torch.cat([getattr(together, name).split(lengths)[i] for i in order])), name
+        assert torch.equal(
+            getattr(permuted, name), torch.cat([getattr(together, name).split(lengths)[i] for i in order])
+        ), name
     assert torch.equal(permuted.tau, together.tau[order]) and torch.equal(permuted.sigma, together.sigma[order])
 
 
@@ -159,7 +182,10 @@ def test_a_long_rollout_keeps_its_precision() -> None:
     lengths = [200_000, 100_000]
     # torch.quantile refuses more than 16 million elements, and is exact here in float64.
     assert_same(
-        direction_adaptive_credit(entropy, delta, torch.tensor(lengths)), loop_credit(entropy, delta, lengths), rtol=2e-6, atol=2e-6
+        direction_adaptive_credit(entropy, delta, torch.tensor(lengths)),
+        loop_credit(entropy, delta, lengths),
+        rtol=2e-6,
+        atol=2e-6,
     )
 
 
@@ -189,7 +215,9 @@ def test_numbers_that_are_none_are_named(bad: tuple[str, float]) -> None:
 def test_refusals(change: dict, message: str) -> None:
     arguments = {"entropy": torch.rand(4), "delta": torch.rand(4), "lengths": torch.tensor([4])} | change
     with pytest.raises(ValueError, match=message):
-        direction_adaptive_credit(arguments.pop("entropy"), arguments.pop("delta"), arguments.pop("lengths"), **arguments)
+        direction_adaptive_credit(
+            arguments.pop("entropy"), arguments.pop("delta"), arguments.pop("lengths"), **arguments
+        )
 
 
 def test_the_form_for_shards_agrees_on_one_process() -> None:

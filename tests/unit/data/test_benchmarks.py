@@ -15,9 +15,15 @@ DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared
 
 # As each source spells its lines; the last value is the answer that comes out.
 LINES = {
-    "aime25": ({"id": "aime25-0", "problem": "P", "expected_answer": "70", "reference_solution": r"so \boxed{70}"}, "70"),
+    "aime25": (
+        {"id": "aime25-0", "problem": "P", "expected_answer": "70", "reference_solution": r"so \boxed{70}"},
+        "70",
+    ),
     "amc23": ({"id": 0, "question": "P", "answer": 27.0, "url": "https://x"}, "27"),
-    "math-500": ({"problem": "P", "solution": r"so \boxed{\frac{1}{2}}", "answer": r"\frac{1}{2}", "unique_id": "a"}, r"\frac{1}{2}"),
+    "math-500": (
+        {"problem": "P", "solution": r"so \boxed{\frac{1}{2}}", "answer": r"\frac{1}{2}", "unique_id": "a"},
+        r"\frac{1}{2}",
+    ),
     "minerva_math": ({"problem": "P", "solution": r"the answer is \boxed{1e-3}", "type": "astronomy"}, "1e-3"),
     "olympiadbench": ({"id": 7, "question": "P", "solution": ["one", "two"], "final_answer": ["$2,4$"]}, "2,4"),
     "hmmt_feb25": ({"problem_idx": 1, "problem": "P", "answer": "103", "problem_type": ["Algebra"]}, "103"),
@@ -59,7 +65,11 @@ def test_folders_of_other_names_files_and_sizes(tmp_path: Path) -> None:
         (["math-500", "math500"], None, "two that are called math-500"),
         (["math500"], 9, "holds 1 problems, but evaluation.size asks for 9"),
         (["gsm8k"], None, r"gsm8k/test.jsonl line 2: no answer \(fields: 'problem'\)"),
-        (["nowhere.jsonl"], None, "nowhere.jsonl does not exist; evaluation.benchmarks names nowhere.jsonl, which has to be a JSONL file"),
+        (
+            ["nowhere.jsonl"],
+            None,
+            "nowhere.jsonl does not exist; evaluation.benchmarks names nowhere.jsonl, which has to be a JSONL file",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(entries: list[str], size: int | None, message: str, tmp_path: Path) -> None:
@@ -70,7 +80,8 @@ def test_what_cannot_be_read_is_named(entries: list[str], size: int | None, mess
 
 
 @pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"no benchmark files in {DATA}; set DASD_TEST_DATA to a folder with gsm8k, math500 and aime24"
+    not DATA.is_dir(),
+    reason=f"no benchmark files in {DATA}; set DASD_TEST_DATA to a folder with gsm8k, math500 and aime24",
 )
 def test_real_files() -> None:
     found = benchmark_problems(["gsm8k", "math500", "aime24"], DATA, None)

@@ -18,7 +18,9 @@ def chain_sum(size, seed=0, **arguments):
 
 
 def test_solutions_add_up_and_end_in_the_answer():
-    problems = generate_problems(chain_sum(300, min_terms=1, max_terms=5, min_digits=1, max_digits=3, allow_negation=True))
+    problems = generate_problems(
+        chain_sum(300, min_terms=1, max_terms=5, min_digits=1, max_digits=3, allow_negation=True)
+    )
     for problem in problems:
         expression = problem.problem.removesuffix("=")
         # The expression has digits and signs only.
@@ -78,7 +80,9 @@ def test_countdown_solutions_are_right_by_their_own_reward_and_use_given_numbers
         *steps, answer = problem.reference_solution.splitlines()
         assert len(steps) == 3 and answer.startswith("#### ")
         assert all(eval(left) == int(right) for left, right in (step.split("=") for step in steps))
-        assert eval(answer.removeprefix("#### ")) == int(problem.expected_answer) == int(problem.problem.split(" = ")[1])
+        assert (
+            eval(answer.removeprefix("#### ")) == int(problem.expected_answer) == int(problem.problem.split(" = ")[1])
+        )
         assert uses_all_numbers(SimpleNamespace(problem=problem.problem, text=problem.reference_solution)) == 1.0
     with pytest.raises(DataError, match="operators"):
         generate_problems(DataSourceConfig(generator="countdown", generator_args={"min_target": 1}, size=50, seed=1))
@@ -101,8 +105,14 @@ def test_word_problems_end_in_their_answer():
         (DataSourceConfig(size=1), "generator is None"),
         (DataSourceConfig(generator="chain_sum"), r"data\.train\.size is None"),
         (chain_sum(0), r"data\.train\.size is 0"),
-        (chain_sum(5, terms=3), "takes no 'terms'; known: min_terms, max_terms, min_digits, max_digits, allow_negation"),
-        (DataSourceConfig(generator="chain_sum", size=5, generator_args={"seed": 3}), r"'seed'; it stands in data\.train\.seed"),
+        (
+            chain_sum(5, terms=3),
+            "takes no 'terms'; known: min_terms, max_terms, min_digits, max_digits, allow_negation",
+        ),
+        (
+            DataSourceConfig(generator="chain_sum", size=5, generator_args={"seed": 3}),
+            r"'seed'; it stands in data\.train\.seed",
+        ),
         (chain_sum(5, min_terms=4, max_terms=2), "max_terms must be >= min_terms"),
         (chain_sum(5, min_terms="2"), "min_terms is '2'; it must be an integer"),
         (chain_sum(5, allow_negation=1), "allow_negation is 1; it must be true or false"),

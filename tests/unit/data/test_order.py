@@ -48,7 +48,9 @@ def test_indices_are_plain_integers():
     assert all(type(index) is int for index in DataOrder(4, 0).indices(0, 9))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((0, 1), "num_problems"), ((-1, 1), "num_problems"), ((1, -1), "seed")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((0, 1), "num_problems"), ((-1, 1), "num_problems"), ((1, -1), "seed")]
+)
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DataOrder(*arguments)

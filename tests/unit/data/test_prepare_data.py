@@ -38,11 +38,15 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def heldout(tmp_path: Path) -> Path:
     path = tmp_path / "eval.jsonl"
-    path.write_text(json.dumps({"problem": "an eval problem verbatim"}) + "\n" + json.dumps({"problem": f"Suppose {LONG}?"}) + "\n")
+    path.write_text(
+        json.dumps({"problem": "an eval problem verbatim"}) + "\n" + json.dumps({"problem": f"Suppose {LONG}?"}) + "\n"
+    )
     return path
 
 
-def test_every_row_is_kept_or_dropped_for_a_reason(source: Path, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_every_row_is_kept_or_dropped_for_a_reason(
+    source: Path, heldout: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     tokenizer = make_tiny_model(tmp_path / "model", TinyModelConfig(hidden_size=16, num_layers=1), 1)
     output = tmp_path / "out" / "train.jsonl"
     limits = ["--tokenizer", str(tokenizer), "--max-solution-tokens", "50"]
@@ -124,7 +128,9 @@ def test_other_signs_are_another_problem_and_unspaced_scripts_have_words(tmp_pat
     rows = ["What is 2-3?", "What is 2*3?", "What is 2+3", f"{repeated}有多少水果"]
     source, heldout, output = (tmp_path / f"{name}.jsonl" for name in ("source", "eval", "out"))
     source.write_text("".join(json.dumps({"problem": row, "expected_answer": "1"}) + "\n" for row in rows))
-    heldout.write_text("".join(json.dumps({"problem": text}) + "\n" for text in ("What is 2+3?", f"已知{repeated}几个")))
+    heldout.write_text(
+        "".join(json.dumps({"problem": text}) + "\n" for text in ("What is 2+3?", f"已知{repeated}几个"))
+    )
     main(["--input", str(source), "--output", str(output), "--allow-missing-solution", "--contamination", str(heldout)])
     assert [json.loads(line)["problem"] for line in output.read_text().splitlines()] == rows[:2]
 

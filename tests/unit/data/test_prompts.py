@@ -15,7 +15,8 @@ from dasd_megatron.verify.answers import compare_plain, extract_answer
 
 DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"no benchmark files in {DATA}; set DASD_TEST_DATA to a folder with gsm8k, math500 and aime24"
+    not DATA.is_dir(),
+    reason=f"no benchmark files in {DATA}; set DASD_TEST_DATA to a folder with gsm8k, math500 and aime24",
 )
 
 GOOD = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "1+1=2\n#### 2"}
@@ -44,7 +45,10 @@ def test_a_plain_file(write):
 def test_byte_order_mark_blank_lines_and_line_ends_are_tolerated(write):
     record = json.dumps({**GOOD, "problem": "a\u2028b"}, ensure_ascii=False)
     source = write(f"\ufeff{record}\r\n\r\n  \n{record}".encode())
-    assert [(problem.id, problem.problem) for problem in load_problems(source, "train")] == [("set-0", "a\u2028b"), ("set-3", "a\u2028b")]
+    assert [(problem.id, problem.problem) for problem in load_problems(source, "train")] == [
+        ("set-0", "a\u2028b"),
+        ("set-3", "a\u2028b"),
+    ]
 
 
 def test_size_takes_the_head_and_reads_no_further(write):
@@ -62,10 +66,14 @@ def test_answers_become_text(write, value, text):
 def test_gsm8k_style(write, answer_field):
     record = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all <<48+24=72>>1,072.\n#### 1,072\n"}
     source = write(lines(record), problem_field="question", solution_field="answer", answer_field=answer_field)
-    assert load_problems(source, "train") == [Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")]
+    assert load_problems(source, "train") == [
+        Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")
+    ]
     source.solution_field = "reference_solution"
     source.answer_field = "answer"
-    assert load_problems(source, "train") == [Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")]
+    assert load_problems(source, "train") == [
+        Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")
+    ]
 
 
 def test_an_answer_field_wins_over_the_solution(write):
@@ -78,7 +86,8 @@ def test_a_solution_may_be_missing_only_on_request(write):
         source = write(lines({"problem": "1", "expected_answer": "2", **solution}))
         assert load_problems(source, "heldout", needs_solution=False)[0].reference_solution == ""
         with pytest.raises(
-            DataError, match=r"set.jsonl line 1: no reference solution: field 'reference_solution'.*data.heldout.solution_field"
+            DataError,
+            match=r"set.jsonl line 1: no reference solution: field 'reference_solution'.*data.heldout.solution_field",
         ):
             load_problems(source, "heldout")
 
@@ -99,7 +108,10 @@ def test_a_solution_may_be_missing_only_on_request(write):
         (lines({**GOOD, "problem": " \n"}), "line 1: field 'problem' is empty"),
         (lines({**GOOD, "problem": "\ud800"}), "line 1: field 'problem' holds half of a surrogate pair at character 0"),
         (lines({**GOOD, "reference_solution": ["a"]}), r"field 'reference_solution' is \[\"a\"\], not a string"),
-        (lines({"problem": "1", "reference_solution": "two"}), r"line 1: no answer: field 'expected_answer'.*set data.train.answer_field"),
+        (
+            lines({"problem": "1", "reference_solution": "two"}),
+            r"line 1: no answer: field 'expected_answer'.*set data.train.answer_field",
+        ),
         (lines({**GOOD, "expected_answer": " ", "reference_solution": "x"}), "line 1: no answer"),
         (lines({"problem": "1", "reference_solution": "#### "}), "line 1: no answer"),
         (lines({**GOOD, "expected_answer": True}), "field 'expected_answer' is true; an answer must be"),
@@ -140,7 +152,10 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8"), min_size=1, max_size=20).m
 @settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, TEXT, st.just("") | TEXT), min_size=1, max_size=5))
 def test_written_problems_read_back_the_same(tmp_path_factory, rows):
-    problems = [Problem(f"p{i}", problem, f"{answer}.", solution.replace("<<", "")) for i, (problem, answer, solution) in enumerate(rows)]
+    problems = [
+        Problem(f"p{i}", problem, f"{answer}.", solution.replace("<<", ""))
+        for i, (problem, answer, solution) in enumerate(rows)
+    ]
     path = tmp_path_factory.mktemp("problems") / "new" / "set.jsonl"
     write_problems(path, problems)
     assert load_problems(DataSourceConfig(path=str(path)), "train", needs_solution=False) == problems
@@ -169,7 +184,9 @@ def test_check_disjoint_compares_normalized_text():
 @needs_data
 @pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
 def test_gsm8k(split, count):
-    source = DataSourceConfig(path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer")
+    source = DataSourceConfig(
+        path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer"
+    )
     problems = load_problems(source, "train")
     assert len(problems) == count
     for problem in problems:
@@ -181,10 +198,14 @@ def test_gsm8k(split, count):
 
 @needs_data
 def test_math500():
-    source = DataSourceConfig(path=str(DATA / "math500" / "test.jsonl"), answer_field="answer", solution_field="solution")
+    source = DataSourceConfig(
+        path=str(DATA / "math500" / "test.jsonl"), answer_field="answer", solution_field="solution"
+    )
     problems = load_problems(source, "heldout")
     assert len(problems) == 500
-    verdicts = Counter(compare_plain(extract_answer(problem.reference_solution), problem.expected_answer) for problem in problems)
+    verdicts = Counter(
+        compare_plain(extract_answer(problem.reference_solution), problem.expected_answer) for problem in problems
+    )
     assert verdicts == {True: 500}
 
 
@@ -199,7 +220,10 @@ def test_aime24():
 def test_gsm8k_splits_are_disjoint():
     train, test = (
         load_problems(
-            DataSourceConfig(path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer"), split
+            DataSourceConfig(
+                path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer"
+            ),
+            split,
         )
         for split in ("train", "test")
     )

@@ -22,12 +22,20 @@ def tokenizer():
 
 
 def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
-    """Splits at spaces and newlines; adds <s> before and </s> behind every text, as Llama-style tokenizers can be set to."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "4", "-", "1", "=", "3", "Solution:", "user:", "bot:"])}
+    """Splits at spaces and newlines; adds <s> before and </s> behind every text, as Llama-style tokenizers can be set
+    to."""
+    vocabulary = {
+        token: i
+        for i, token in enumerate(["<s>", "</s>", "<unk>", "4", "-", "1", "=", "3", "Solution:", "user:", "bot:"])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
 
 
 def test_chat_template_and_generation_prompt(tokenizer):
@@ -51,7 +59,8 @@ def test_the_newline_of_a_plain_prompt_is_encoded():
 
 def test_a_chat_template_that_writes_the_first_token_gets_no_second():
     template = (
-        "{{ bos_token }} {% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %} bot:{% endif %}"
+        "{{ bos_token }} {% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt "
+        "%} bot:{% endif %}"
     )
     tokenizer = word_tokenizer(template)
     tokens = tokenizer.convert_ids_to_tokens(PromptRenderer(tokenizer).student(PROBLEM))
@@ -125,7 +134,10 @@ def test_template_syntax_in_a_problem_is_text(tokenizer):
         ("{{ problem }}{% if false %}{{ privileged }}{% endif %}", r"does not show \{\{ privileged \}\}"),
         ("{{ problem }}{# {{ privileged }} #}", r"does not show \{\{ privileged \}\}"),
         ("{{ problem }}\n{{ privileged", r"line 2: .*fix the template"),
-        ("{{ problem }}{{ privileged }}{{ solution }}", r"uses the unknown variable \{\{ solution \}\}; only .*problem.* and .*privileged"),
+        (
+            "{{ problem }}{{ privileged }}{{ solution }}",
+            r"uses the unknown variable \{\{ solution \}\}; only .*problem.* and .*privileged",
+        ),
         ("{{ problem }}{{ privileged.text }}", "fails to render: UndefinedError"),
         ("{{ problem }}{{ privileged }}{{ 1 // 0 }}", "fails to render: ZeroDivisionError"),
         ("{{ problem }}{{ privileged }}{{ ''.__class__.__mro__ }}", "fails to render: SecurityError"),
@@ -143,7 +155,9 @@ def test_bad_teacher_templates_are_refused(tokenizer, tmp_path, source, message)
 def test_a_student_template_may_not_show_privileged_information(tokenizer, tmp_path):
     path = tmp_path / "leak.jinja"
     path.write_text("{{ problem }} {{ privileged }}")
-    with pytest.raises(TemplateError, match=r"data\.template: .*unknown variable \{\{ privileged \}\}; only \{\{ problem \}\}"):
+    with pytest.raises(
+        TemplateError, match=r"data\.template: .*unknown variable \{\{ privileged \}\}; only \{\{ problem \}\}"
+    ):
         PromptRenderer(tokenizer, path)
 
 
@@ -178,7 +192,8 @@ def test_check_lengths(tokenizer):
     short = Problem("p0", "1 =", "1", "1")
     check_lengths([short, PROBLEM], renderer, teacher)
     with pytest.raises(
-        DataError, match=rf"'p1': the teacher's prompt is {teacher} tokens long, over rollout\.max_prompt_tokens={teacher - 1}"
+        DataError,
+        match=rf"'p1': the teacher's prompt is {teacher} tokens long, over rollout\.max_prompt_tokens={teacher - 1}",
     ):
         check_lengths([short, PROBLEM], renderer, teacher - 1)
     with pytest.raises(DataError, match=f"'p1': the student's prompt is {student} tokens long"):
@@ -188,7 +203,9 @@ def test_check_lengths(tokenizer):
 
 @pytest.mark.parametrize("make", [character_tokenizer, word_tokenizer])
 def test_text_without_a_token_is_refused(make):
-    with pytest.raises(DataError, match="'p4': the student's prompt has '\u2019', for which the tokenizer has no token"):
+    with pytest.raises(
+        DataError, match="'p4': the student's prompt has '\u2019', for which the tokenizer has no token"
+    ):
         check_lengths([Problem("p4", "4 - \u2019 =", "3", "3")], PromptRenderer(make()), 100)
 
 
@@ -263,7 +280,10 @@ def test_a_function_of_text_needs_no_chat_template(mine):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("fails", r"IndexError: string index out of range; mend the function, which is called with \(problem, privileged\)"),
+        (
+            "fails",
+            r"IndexError: string index out of range; mend the function, which is called with \(problem, privileged\)",
+        ),
         ("needs_more", r"TypeError: .*'hint'; mend the function, which is called with \(problem, privileged\)"),
         ("nothing", "gave None; return text, or chat messages"),
         ("empty", "gave an empty text; return text"),
@@ -285,9 +305,13 @@ def test_functions_that_fail_are_named_before_the_run(tokenizer, mine, name, sai
 
 def test_messages_that_the_chat_template_refuses(mine):
     template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ m.content }}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}{{ "
+        "m.content }}{% endfor %}"
     )
-    with pytest.raises(TemplateError, match=r"data\.template=mine:chat on problem 'p1'.*\(system, user\): no system turn; return messages"):
+    with pytest.raises(
+        TemplateError,
+        match=r"data\.template=mine:chat on problem 'p1'.*\(system, user\): no system turn; return messages",
+    ):
         PromptRenderer(word_tokenizer(template), "mine:chat").student(PROBLEM)
 
 

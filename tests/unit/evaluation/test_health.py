@@ -42,7 +42,10 @@ def packed(rows: list[list]) -> tuple[list, list[int]]:
 
 def test_profile(draw):
     for _ in range(50):
-        rows = [[draw.random() for _ in range(draw.choice([1, 2, 9, 10, 11, draw.randint(1, 200)]))] for _ in range(draw.randint(1, 12))]
+        rows = [
+            [draw.random() for _ in range(draw.choice([1, 2, 9, 10, 11, draw.randint(1, 200)]))]
+            for _ in range(draw.randint(1, 12))
+        ]
         edges = sorted(draw.sample(range(1, 150), draw.randint(0, 5)))
         found = health.token_profile(*packed(rows), edges)
         for index, row in enumerate(rows):
@@ -73,7 +76,10 @@ def slow_repetition(row: list[int], n: int) -> tuple[float, int]:
 def test_repetition(draw):
     for _ in range(60):
         n = draw.randint(1, 6)
-        rows = [[draw.randrange(draw.choice([2, 4, 1000])) for _ in range(draw.randint(1, 80))] for _ in range(draw.randint(1, 6))]
+        rows = [
+            [draw.randrange(draw.choice([2, 4, 1000])) for _ in range(draw.randint(1, 80))]
+            for _ in range(draw.randint(1, 6))
+        ]
         rows[0] += rows[0][-draw.randint(1, 9) :] * draw.randint(1, 5)
         share, run = health.repetition(*packed(rows), n)
         expected = [slow_repetition(row, n) for row in rows]
@@ -86,7 +92,24 @@ def test_a_loop_is_one_long_run():
     assert run.tolist() == [117] and share[0] == pytest.approx(114 / 167)
 
 
-WORDS = ["wait", "Wait", "waiting", "await", "let", "me", "check", "CHECK", "that's", "that", "s", "hmm", "5", "x", "wait_", "Let\u2019s"]
+WORDS = [
+    "wait",
+    "Wait",
+    "waiting",
+    "await",
+    "let",
+    "me",
+    "check",
+    "CHECK",
+    "that's",
+    "that",
+    "s",
+    "hmm",
+    "5",
+    "x",
+    "wait_",
+    "Let\u2019s",
+]
 PHRASES = ["wait", "let me check", "let me", "hmm", "that's", "me check that's"]
 
 
@@ -94,14 +117,19 @@ def slow_count(text: str, phrases: list[str]) -> int:
     words = re.sub(r"[^\w' ]", " ", text.lower().replace("\u2019", "'")).split()
     count = place = 0
     while place < len(words):
-        fits = [len(phrase.split()) for phrase in phrases if words[place : place + len(phrase.split())] == phrase.split()]
+        fits = [
+            len(phrase.split()) for phrase in phrases if words[place : place + len(phrase.split())] == phrase.split()
+        ]
         count += bool(fits)
         place += max(fits, default=1)
     return count
 
 
 def test_phrases(draw):
-    texts = ["".join(draw.choice(WORDS) + draw.choice([" ", ", ", "\n", "... ", " **", "\u2014"]) for _ in range(100)) for _ in range(60)]
+    texts = [
+        "".join(draw.choice(WORDS) + draw.choice([" ", ", ", "\n", "... ", " **", "\u2014"]) for _ in range(100))
+        for _ in range(60)
+    ]
     found = health.phrase_counts(texts, PHRASES).tolist()
     assert found == [slow_count(text, PHRASES) for text in texts] and sum(found) > 0
     assert health.phrase_counts(["Wait, waiting: 'wait' and LET ME\n check!", ""], PHRASES).tolist() == [3, 0]
@@ -156,7 +184,13 @@ def test_self_correction_against_all_pairs(draw):
 
 
 def test_adversarial_texts_take_no_time():
-    texts = ["=" * 200_000, "wait " + "1" * 200_000 + "=1 a=2", "wait " + "a+" * 100_000 + "=1 b=2", "wait = " * 30_000, "'" * 200_000]
+    texts = [
+        "=" * 200_000,
+        "wait " + "1" * 200_000 + "=1 a=2",
+        "wait " + "a+" * 100_000 + "=1 b=2",
+        "wait = " * 30_000,
+        "'" * 200_000,
+    ]
     started = time.perf_counter()
     health.self_corrections(texts, ["wait"])
     health.phrase_counts(texts, ["wait", "let me check"])
@@ -168,7 +202,9 @@ def test_distinct_per_group(draw):
         group = [draw.randrange(4) for _ in range(draw.randint(1, 30))]
         value = [draw.randrange(5) for _ in group]
         counts = [draw.random() < 0.6 for _ in group]
-        expected = sum(len({v for g, v, c in zip(group, value, counts, strict=True) if g == one and c}) for one in set(group))
+        expected = sum(
+            len({v for g, v, c in zip(group, value, counts, strict=True) if g == one and c}) for one in set(group)
+        )
         assert health.distinct_per_group(group, value, counts) == pytest.approx(expected / len(set(group)))
     assert health.distinct_per_group([1, 1, 2], [5, 5, 5]) == 1.0
 
@@ -199,7 +235,10 @@ def test_calibration(draw):
             assert found.count[place] == len(members)
             if members:
                 mean, accuracy = (sum(one) / len(members) for one in zip(*members, strict=True))
-                assert (found.confidence[place], found.accuracy[place]) == (pytest.approx(mean), pytest.approx(accuracy))
+                assert (found.confidence[place], found.accuracy[place]) == (
+                    pytest.approx(mean),
+                    pytest.approx(accuracy),
+                )
                 error += len(members) / len(confidence) * abs(accuracy - mean)
         assert found.error == pytest.approx(error)
 
@@ -233,7 +272,9 @@ def test_the_metrics_of_samples(draw):
     lengths = [len(sample.sampled) for sample in samples]
     right = [sample.reward > 0 for sample in samples]
 
-    assert metrics["health/length_p50"] == np.median(lengths) and metrics["health/length_p90"] == pytest.approx(np.quantile(lengths, 0.9))
+    assert metrics["health/length_p50"] == np.median(lengths) and metrics["health/length_p90"] == pytest.approx(
+        np.quantile(lengths, 0.9)
+    )
     for place in range(10):
         values = [
             value
@@ -250,13 +291,21 @@ def test_the_metrics_of_samples(draw):
     assert metrics["health/repetition"] == pytest.approx(np.mean([share for share, _ in repeated]))
     assert metrics["health/repeated_run_mean"] == pytest.approx(np.mean([run for _, run in repeated]))
     assert metrics["health/repeated_run_max"] == max(run for _, run in repeated)
-    assert metrics["health/correction_phrase_share"] == pytest.approx(np.mean(["wait" in sample.text.lower() for sample in samples]))
-    assert metrics["health/self_correction_share"] == pytest.approx(np.mean(["Hmm" in sample.text for sample in samples]))
+    assert metrics["health/correction_phrase_share"] == pytest.approx(
+        np.mean(["wait" in sample.text.lower() for sample in samples])
+    )
+    assert metrics["health/self_correction_share"] == pytest.approx(
+        np.mean(["Hmm" in sample.text for sample in samples])
+    )
     groups = [[sample for sample in samples if sample.group == group] for group in range(40)]
     # -4.0 is -4.
-    answers = [{sample.predicted_answer.removesuffix(".0") for sample in group if sample.predicted_answer} for group in groups]
+    answers = [
+        {sample.predicted_answer.removesuffix(".0") for sample in group if sample.predicted_answer} for group in groups
+    ]
     assert metrics["health/distinct_answers"] == pytest.approx(np.mean([len(one) for one in answers]))
-    assert metrics["health/distinct_paths"] == pytest.approx(np.mean([len({sample.text for sample in group}) for group in groups]))
+    assert metrics["health/distinct_paths"] == pytest.approx(
+        np.mean([len({sample.text for sample in group}) for group in groups])
+    )
     correct = [len({sample.text for sample in group if sample.reward}) for group in groups]
     assert metrics["health/distinct_correct_paths"] == pytest.approx(np.mean(correct))
     means = [np.mean(entropies[own]) for own in tokens]
@@ -265,7 +314,9 @@ def test_the_metrics_of_samples(draw):
     assert metrics["health/calibration_error"] == pytest.approx(health.calibration(confidence, right).error)
     checks = [chain_sum_steps(sample.problem, sample.text) for sample in samples]
     assert metrics["health/step_accuracy"] == pytest.approx(np.mean([check.correct / 2 for check in checks]))
-    assert metrics["health/first_wrong_step"] == pytest.approx(np.mean([check.first_wrong for check in checks if check.first_wrong]))
+    assert metrics["health/first_wrong_step"] == pytest.approx(
+        np.mean([check.first_wrong for check in checks if check.first_wrong])
+    )
     rows = health.health_tables(table)["calibration"]
     assert sum(row["responses"] for row in rows) == 200 and json.loads(json.dumps(rows)) == rows
 
@@ -299,5 +350,8 @@ def test_one_short_response():
     metrics = health.health_metrics(health.measure([make_sample(0, 0, [3], "")], settings, entropy=[0.25]), settings)
     assert metrics["health/entropy_decile_1"] == metrics["health/entropy_from_0"] == 0.25
     assert not {"health/entropy_decile_2", "health/entropy_from_16", "health/entropy_auroc"} & metrics.keys()
-    assert metrics["health/repetition"] == metrics["health/distinct_answers"] == 0 and metrics["health/distinct_paths"] == 1
+    assert (
+        metrics["health/repetition"] == metrics["health/distinct_answers"] == 0
+        and metrics["health/distinct_paths"] == 1
+    )
     assert all(math.isfinite(value) for value in metrics.values())

@@ -69,7 +69,9 @@ def test_maj_at_k_agrees_with_counting_by_hand_in_any_order_of_samples(samples):
     tied = {vote for vote in votes if votes.count(vote) == most}
     expected = sum(correct for _, correct in tied) / len(tied) if tied else 0.0
     for order in list(permutations(samples))[:24]:
-        assert maj_at_k([[answer for answer, _ in order]], [[correct for _, correct in order]], len(samples)) == expected
+        assert (
+            maj_at_k([[answer for answer, _ in order]], [[correct for _, correct in order]], len(samples)) == expected
+        )
 
 
 def test_maj_at_k_averages_problems():
@@ -113,7 +115,11 @@ def test_answers_of_another_shape_are_refused(answers):
         maj_at_k(answers, [[True, True], [True]], 1)
 
 
-@given(st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(st.sampled_from(["1", "2", None]), min_size=n, max_size=n), min_size=1)))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(st.sampled_from(["1", "2", None]), min_size=n, max_size=n), min_size=1)
+    )
+)
 def test_scores_of_problems_have_the_metrics_as_their_means(answers):
     outcomes = [[answer == "1" for answer in row] for row in answers]
     n = len(answers[0])

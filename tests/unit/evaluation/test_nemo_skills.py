@@ -1,4 +1,5 @@
-"""NeMo-Skills' files are read and looked at; its commands are driven, here with a small stand-in for it that can fail in its ways."""
+"""NeMo-Skills' files are read and looked at; its commands are driven, here with a small stand-in for it that can fail
+in its ways."""
 
 from __future__ import annotations
 
@@ -101,7 +102,8 @@ def config(tmp_path: Path) -> Config:
 
 
 def put(folder: Path, *columns: list[str | None], wrong: tuple[int, ...] = ()) -> list[list[dict]]:
-    """Responses with these answers, one column a file, in NeMo-Skills' layout; those of the problems ``wrong`` called so, right or not."""
+    """Responses with these answers, one column a file, in NeMo-Skills' layout; those of the problems ``wrong`` called
+    so, right or not."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [
         [
@@ -123,19 +125,26 @@ def display() -> ProgressDisplay:
 
 def test_files_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
     put(tmp_path, *([str(sample)] * 4 for sample in range(11)))
-    assert [record["predicted_answer"] for record in read_graded(tmp_path)[0]] == ["0", "1", "10", *map(str, range(2, 10))]
+    assert [record["predicted_answer"] for record in read_graded(tmp_path)[0]] == [
+        "0",
+        "1",
+        "10",
+        *map(str, range(2, 10)),
+    ]
 
 
-def test_grading_is_compared_and_differences_are_listed(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grading_is_compared_and_differences_are_listed(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     records = put(run / "sums", ["1", "2", "3", "9"], ["1", None, "3", "4"], wrong=(2,))
     compare_grading(config.evaluation, run, {"sums": records}, display())
     output = capsys.readouterr().out
     assert "2 different verdicts" in output and "right in the second alone" in output
     found = [json.loads(line) for line in (run / "nemo_skills" / "differences.jsonl").read_text().splitlines()]
-    assert [(one["problem"], one["first"]["symbolic_correct"], one["second"]["symbolic_correct"]) for one in found] == 2 * [
-        ("2+1 =", False, True)
-    ]
+    assert [
+        (one["problem"], one["first"]["symbolic_correct"], one["second"]["symbolic_correct"]) for one in found
+    ] == 2 * [("2+1 =", False, True)]
     assert read_graded(run / "sums") == records, "our own files are not touched"
 
 
@@ -172,9 +181,16 @@ def test_an_interpreter_that_is_none(config: Config, tmp_path: Path) -> None:
         compare_grading(config.evaluation, tmp_path / "run", {"sums": records}, display())
 
 
-@pytest.mark.parametrize(("fault", "message"), [("", None), ("files", "has 1 files of responses and not 2"), ("crash", "has no output-rs")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("", None), ("files", "has 1 files of responses and not 2"), ("crash", "has no output-rs")]
+)
 def test_ns_eval(
-    fault: str, message: str | None, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fault: str,
+    message: str | None,
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
     arguments = (config, tmp_path, {"sums": PROBLEMS}, ["http://server"], tmp_path / "model", display())

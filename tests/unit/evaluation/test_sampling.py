@@ -55,7 +55,9 @@ class Engine:
 
 @pytest.fixture
 def config() -> Config:
-    config = load_config(["experiment=quickstart", "evaluation.samples=3", "evaluation.ks=[1]", "evaluation.samples_per_request=4"])
+    config = load_config(
+        ["experiment=quickstart", "evaluation.samples=3", "evaluation.ks=[1]", "evaluation.samples_per_request=4"]
+    )
     return config
 
 
@@ -75,9 +77,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_resumed_twice_is_as_never_stopped(config: Config, tmp_path: Path) -> None:
     whole = Engine()
     records = draw(config, tmp_path / "whole", whole)
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["output-rs0.jsonl", "output-rs1.jsonl", "output-rs2.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        "output-rs0.jsonl",
+        "output-rs1.jsonl",
+        "output-rs2.jsonl",
+    ]
     assert len({seed for seeds in whole.requests for seed in seeds}) == 21
-    assert list(records[0][0])[:5] == ["problem", "expected_answer", "generation", "predicted_answer", "symbolic_correct"]
+    assert list(records[0][0])[:5] == [
+        "problem",
+        "expected_answer",
+        "generation",
+        "predicted_answer",
+        "symbolic_correct",
+    ]
 
     folder = tmp_path / "stopped"
     for last in (2, 3):
@@ -128,7 +140,9 @@ def test_a_policy_that_has_collapsed_is_no_fault_of_the_server(config: Config, t
 
 
 def test_samples_that_are_all_the_same_are_refused(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="all 3 samples of each problem are the same, so the server heeds no seed"):
+    with pytest.raises(
+        EvaluationError, match="all 3 samples of each problem are the same, so the server heeds no seed"
+    ):
         draw(config, tmp_path / "sampled", Engine(same=True))
     assert not list((tmp_path / "sampled").glob("output*"))
     greedy = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, temperature=0.0))
@@ -139,7 +153,10 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "gsm8k"
     check_settings(folder, {"evaluation.temperature": 1.0, "run.seed": 1})
     check_settings(folder, {"run.seed": 1, "evaluation.temperature": 1.0})
-    with pytest.raises(EvaluationError, match=r"other settings \(evaluation.temperature was 1.0 and is 0.6\): remove it, or give another"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"other settings \(evaluation.temperature was 1.0 and is 0.6\): remove it, or give another",
+    ):
         check_settings(folder, {"evaluation.temperature": 0.6, "run.seed": 1})
     (folder / "settings.json").unlink()
     (folder / "output-rs0.jsonl").write_text("")
@@ -167,12 +184,18 @@ def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: p
     ours = metrics["gsm8k"][OURS]
     flat = [record for row in records for record in row]
     assert ours["avg@3"] == pytest.approx(sum(record["symbolic_correct"] for record in flat) / 21)
-    assert ours["no_answer_share"] == ours["truncated_share"] == sum(record["predicted_answer"] is None for record in flat) / 21
+    assert (
+        ours["no_answer_share"]
+        == ours["truncated_share"]
+        == sum(record["predicted_answer"] is None for record in flat) / 21
+    )
     assert metrics["gsm8k"]["pass@1[avg-of-3]"]["symbolic_correct"] == pytest.approx(100 * ours["avg@3"])
     assert set(metrics["gsm8k"]) == {"pass@1", *(f"{kind}@{k}" for kind in ("pass", "majority") for k in (2, 3)), *(f"pass@1[avg-of-{k}]" for k in (2, 3)), OURS}  # fmt: skip # noqa: E501
     # Through the files' JSON, as what was measured on the samples themselves.
     assert ours["health/length_p50"] == sorted(record["num_generated_tokens"] for record in flat)[10]
-    assert ours["health/distinct_paths"] == pytest.approx(sum(len({record["generation"] for record in row}) for row in records) / 7)
+    assert ours["health/distinct_paths"] == pytest.approx(
+        sum(len({record["generation"] for record in row}) for row in records) / 7
+    )
     # The steps of sums are checked, and none of these responses has one.
     assert ours["health/step_accuracy"] == 0.0
     table = json.loads((tmp_path / "gsm8k" / "health.json").read_text())["calibration"]
@@ -195,9 +218,22 @@ def test_a_model_is_needed(config: Config) -> None:
 
 
 def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> None:
-    config = load_config(["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[gsm8k]", "evaluation.samples=4"])
-    assert (config.rollout.engine, config.evaluation.temperature, config.data.template) == ("embedded", 0.6, "student_math.jinja")
+    config = load_config(
+        ["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[gsm8k]", "evaluation.samples=4"]
+    )
+    assert (config.rollout.engine, config.evaluation.temperature, config.data.template) == (
+        "embedded",
+        0.6,
+        "student_math.jinja",
+    )
     with pytest.raises(ConfigError, match="evaluation.nemo_skills=grade runs in an environment of its own"):
-        load_config(["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[a]", "evaluation.nemo_skills=grade"])
+        load_config(
+            [
+                "experiment=evaluate",
+                f"model.path={tmp_path}",
+                "evaluation.benchmarks=[a]",
+                "evaluation.nemo_skills=grade",
+            ]
+        )
     with pytest.raises(ConfigError, match="data.train: give either .*needs neither with evaluation.benchmarks"):
         load_config(["experiment=evaluate", f"model.path={tmp_path}"])

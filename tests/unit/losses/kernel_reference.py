@@ -41,8 +41,9 @@ _OUTPUT_SMALLEST = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25, torch.fl
 def interpreted_kernels() -> Iterator[ModuleType]:
     """A copy of the kernel module that runs on the CPU, through Triton's interpreter.
 
-    Whether a kernel is interpreted is settled when it is decorated, hence a copy. Triton's own ``sum`` and ``max`` were decorated when
-    Triton was first imported, by whatever test came first, so they are replaced by the reductions they stand for.
+    Whether a kernel is interpreted is settled when it is decorated, hence a copy. Triton's own ``sum`` and ``max`` were
+    decorated when Triton was first imported, by whatever test came first, so they are replaced by the reductions they
+    stand for.
     """
     import triton.language as tl
 
@@ -68,7 +69,11 @@ class Case(NamedTuple):
 
     @property
     def place(self) -> dict[str, float]:
-        return {"columns": self.columns, "first_column": self.first_column, "inverse_temperature": 1.0 / self.temperature}
+        return {
+            "columns": self.columns,
+            "first_column": self.first_column,
+            "inverse_temperature": 1.0 / self.temperature,
+        }
 
     def local_targets(self) -> tuple[Tensor, Tensor]:
         """This shard's column of each target, and whether it is one of this shard's."""
@@ -91,14 +96,18 @@ def make_case(
     temperature: float = 1.0,
     first_column: int = 1000,
 ) -> Case:
-    """Rows lie ``gap`` elements apart, the teacher's twice that. The padding columns and the gaps hold NaN, which nothing may read."""
+    """Rows lie ``gap`` elements apart, the teacher's twice that. The padding columns and the gaps hold NaN, which
+    nothing may read."""
     device = generator.device
     sides = []
     for kind, between in ((dtype, gap), (teacher_dtype or dtype, 2 * gap)):
         memory = torch.full((tokens, columns + padding + between), math.nan, dtype=kind, device=device)
-        memory[:, :columns] = (torch.randn(tokens, columns, generator=generator, device=device) * scale + level).to(kind)
+        memory[:, :columns] = (torch.randn(tokens, columns, generator=generator, device=device) * scale + level).to(
+            kind
+        )
         sides.append(memory[:, : columns + padding])
-    # Some targets belong to the neighbouring shards, some lie in the padding, and where there is room the first two at this shard's ends.
+    # Some targets belong to the neighbouring shards, some lie in the padding, and where there is room the first two at
+    # this shard's ends.
     low, high = max(first_column - columns // 4 - 1, 0), first_column + columns + padding + columns // 4 + 1
     targets = torch.randint(low, high, (tokens,), generator=generator, device=device)
     targets[:1], targets[1:2] = first_column, first_column + columns - 1
@@ -165,7 +174,9 @@ def reference_partials(case: Case, divergence: str | None) -> tuple[Tensor, Tens
 
 def check_partials(kernels: ModuleType, case: Case, divergence: str | None, message: str = "") -> Tensor:
     teacher = None if divergence is None else case.teacher
-    got = kernels.local_partials(case.logits, teacher, case.targets, divergence=divergence or "reverse_kl", **case.place)
+    got = kernels.local_partials(
+        case.logits, teacher, case.targets, divergence=divergence or "reverse_kl", **case.place
+    )
     want, bound = reference_partials(case, divergence)
     assert got.dtype == torch.float32 and got.shape == want.shape, f"{message}: {got.dtype} {tuple(got.shape)}"
     _assert_within(got, want, bound, f"{message} partials {divergence}")
@@ -208,7 +219,12 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
 
 def check_mixture_sums(kernels: ModuleType, case: Case, norm: Normalisers, weight: float, message: str = "") -> Tensor:
     got = kernels.mixture_sums(
-        case.logits, case.teacher, *norm, columns=case.columns, inverse_temperature=1.0 / case.temperature, weight=weight
+        case.logits,
+        case.teacher,
+        *norm,
+        columns=case.columns,
+        inverse_temperature=1.0 / case.temperature,
+        weight=weight,
     )
     log_p, log_q = _log_probs(case, norm)
     log_m = _log_mixture(log_p, log_q, weight)
@@ -219,9 +235,12 @@ def check_mixture_sums(kernels: ModuleType, case: Case, norm: Normalisers, weigh
         exponents = _weighted(part, log_part).abs()
         want.append(terms.sum(-1))
         bound.append(
-            _ROUNDING * (terms.abs() + part).sum(-1) + _EXPONENT_ROUNDING * (exponents + _weighted(terms.abs(), log_part.abs())).sum(-1)
+            _ROUNDING * (terms.abs() + part).sum(-1)
+            + _EXPONENT_ROUNDING * (exponents + _weighted(terms.abs(), log_part.abs())).sum(-1)
         )
-    assert got.dtype == torch.float32 and got.shape == (2, len(case.targets)), f"{message}: {got.dtype} {tuple(got.shape)}"
+    assert got.dtype == torch.float32 and got.shape == (2, len(case.targets)), (
+        f"{message}: {got.dtype} {tuple(got.shape)}"
+    )
     _assert_within(got, torch.stack(want), torch.stack(bound), f"{message} mixture sums")
     return got
 
@@ -239,7 +258,9 @@ def check_backward(
 ) -> None:
     """Against the formula, with random coefficients for ``names``. In place the case's logits are lost."""
     tokens = len(case.targets)
-    coefficients = {name: torch.randn(tokens, generator=generator, device=generator.device) for name in ("constant", *names)}
+    coefficients = {
+        name: torch.randn(tokens, generator=generator, device=generator.device) for name in ("constant", *names)
+    }
     reads_teacher = "cross" in names or "teacher_share" in names
     log_p, log_q = _log_probs(case, norm)
     wide = {name: value.double()[:, None] for name, value in coefficients.items()}
@@ -248,7 +269,11 @@ def check_backward(
     if "linear" in names:
         terms.append(_weighted(p, wide["linear"] * log_p))
     if "cross" in names:
-        terms.append(_weighted(p, -wide["cross"] * (log_q if mixture_weight is None else _log_mixture(log_p, log_q, mixture_weight))))
+        terms.append(
+            _weighted(
+                p, -wide["cross"] * (log_q if mixture_weight is None else _log_mixture(log_p, log_q, mixture_weight))
+            )
+        )
     exponents = log_p
     if "teacher_share" in names:
         terms.append(-wide["teacher_share"] * q)
@@ -267,10 +292,14 @@ def check_backward(
 
     if inplace:
         out = case.logits
-        beyond = out.as_strided((tokens, out.stride(0)), (out.stride(0), 1))[:, out.shape[1] :] if tokens else out[:, :0]
+        beyond = (
+            out.as_strided((tokens, out.stride(0)), (out.stride(0), 1))[:, out.shape[1] :] if tokens else out[:, :0]
+        )
     else:
         # Rows further apart than the logits', with what must stay untouched between them.
-        memory = torch.full((tokens, case.logits.shape[1] + 11), math.nan, dtype=case.logits.dtype, device=case.logits.device)
+        memory = torch.full(
+            (tokens, case.logits.shape[1] + 11), math.nan, dtype=case.logits.dtype, device=case.logits.device
+        )
         out, beyond = memory[:, : case.logits.shape[1]], memory[:, case.logits.shape[1] :]
     kernels.backward(
         case.logits,
@@ -301,6 +330,6 @@ def _assert_within(got: Tensor, want: Tensor, bound: Tensor, message: str) -> No
         numbers = f"{got[place].item()} instead of {want[place].item()} +- {bound[place].item():.1e}"
         worst = ((got - want).abs() / (bound + 1e-37))[~good].max().item()
         raise AssertionError(
-            f"{message}: {int((~good).sum())} of {good.numel()} wrong, at worst by {worst:.2f} times the bound, the first at {place}: "
-            f"{numbers}"
+            f"{message}: {int((~good).sum())} of {good.numel()} wrong, at worst by {worst:.2f} times the bound, the "
+            f"first at {place}: {numbers}"
         )

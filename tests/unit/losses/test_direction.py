@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms import direction_adaptive_credit, token_advantages
-from dasd_megatron.losses import DIVERGENCES, linear_token_stats, policy_surrogate, routed_divergence, vocab_parallel_token_stats
+from dasd_megatron.losses import (
+    DIVERGENCES,
+    linear_token_stats,
+    policy_surrogate,
+    routed_divergence,
+    vocab_parallel_token_stats,
+)
 
 STEP = 1e-2
 SETTINGS = dict(rho=0.2, quantile_side="upper", scale_floor=0.0)
@@ -15,7 +21,8 @@ SETTINGS = dict(rho=0.2, quantile_side="upper", scale_floor=0.0)
 
 @pytest.fixture
 def rollouts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits of student and teacher ``[T, V]`` with entropies from sharp to flat, sampled tokens, and lengths of three rollouts."""
+    """Logits of student and teacher ``[T, V]`` with entropies from sharp to flat, sampled tokens, and lengths of three
+    rollouts."""
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     print(f"seed {seed}")
@@ -40,7 +47,9 @@ def test_distributional_moves_toward_the_teacher_exactly_where_omega_is_positive
     cap = float(stats.divergence.detach()[omega < 0].median())
     term, capped = routed_divergence(stats.divergence, omega, cap=cap)
     term.sum().backward()
-    after = vocab_parallel_token_stats(student - STEP * own.grad, targets, teacher_logits=teacher, divergence=divergence).divergence
+    after = vocab_parallel_token_stats(
+        student - STEP * own.grad, targets, teacher_logits=teacher, divergence=divergence
+    ).divergence
     change = after - stats.divergence.detach()
     pushed = (omega < 0) & ~capped
     assert (change[omega > 0] < 0).all() and (change[pushed] > 0).all() and pushed.any()
@@ -48,7 +57,9 @@ def test_distributional_moves_toward_the_teacher_exactly_where_omega_is_positive
     assert capped.any() and (own.grad[capped] == 0).all() and (own.grad[omega == 0] == 0).all() and (omega == 0).any()
 
 
-def test_sampled_raises_the_log_prob_exactly_where_the_term_is_positive(rollouts: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def test_sampled_raises_the_log_prob_exactly_where_the_term_is_positive(
+    rollouts: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     student, teacher, targets, lengths = rollouts
     own = student.clone().requires_grad_()
     stats = vocab_parallel_token_stats(own, targets, teacher_logits=teacher)

@@ -23,27 +23,49 @@ def seed() -> int:
     return value
 
 
-def make(tokens: int, hidden: int, vocabulary: int, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+def make(
+    tokens: int, hidden: int, vocabulary: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, ...]:
     """Student hidden, head, teacher hidden, teacher head."""
     shapes = ((tokens, hidden), (vocabulary, hidden), (tokens, hidden + 3), (vocabulary, hidden + 3))
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
 def run_both(
-    inputs: tuple[Tensor, ...], targets: Tensor, divergence: str | None, weights: Tensor, vocab_size: int, weight: float, **extra: object
+    inputs: tuple[Tensor, ...],
+    targets: Tensor,
+    divergence: str | None,
+    weights: Tensor,
+    vocab_size: int,
+    weight: float,
+    **extra: object,
 ) -> tuple[tuple[TokenStats, Tensor, Tensor], tuple[TokenStats, Tensor, Tensor]]:
-    """(statistics, gradient of hidden, gradient of weight) of the function under test, and by the definitions in float64."""
+    """(statistics, gradient of hidden, gradient of weight) of the function under test, and by the definitions in
+    float64."""
     hidden, head, teacher_hidden, teacher_head = inputs
     temperature = extra.pop("temperature", 1.0)
     own = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-    teacher = {} if divergence is None else dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_head, divergence=divergence)
+    teacher = (
+        {}
+        if divergence is None
+        else dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_head, divergence=divergence)
+    )
     stats = linear_token_stats(
-        own[0] * 1, own[1], targets, vocab_size=vocab_size, temperature=temperature, jsd_weight=weight, **teacher, **extra
+        own[0] * 1,
+        own[1],
+        targets,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        jsd_weight=weight,
+        **teacher,
+        **extra,
     )
     weighted_sum(stats, weights).backward()
     exact = [hidden.double().requires_grad_(), head.double().requires_grad_()]
     teacher_logits = None if divergence is None else teacher_hidden.double() @ teacher_head.double().t()
-    reference = dense(exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", temperature, vocab_size, weight)
+    reference = dense(
+        exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", temperature, vocab_size, weight
+    )
     weighted_sum(reference, weights.double()).backward()
     return (stats, own[0].grad, own[1].grad), (reference, exact[0].grad, exact[1].grad)
 
@@ -52,11 +74,15 @@ def assert_close(found: tuple, expected: tuple, rtol: float, atol: float, messag
     for name, got, want in zip(TokenStats._fields, found[0], expected[0], strict=True):
         assert (got is None) == (want is None)
         if want is not None:
-            torch.testing.assert_close(got.double(), want.detach(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{message} {n}: {m}")
+            torch.testing.assert_close(
+                got.double(), want.detach(), rtol=rtol, atol=atol, msg=lambda m, n=name: f"{message} {n}: {m}"
+            )
     for name, got, want in (("hidden", found[1], expected[1]), ("weight", found[2], expected[2])):
         scale = want.abs().max() if want.numel() else 0.0
         error = (got.double() - want).abs().max() if want.numel() else 0.0
-        assert error <= rtol * scale + atol, f"{message} gradient of {name}: off by {error:.2e}, its largest entry is {scale:.2e}"
+        assert error <= rtol * scale + atol, (
+            f"{message} gradient of {name}: off by {error:.2e}, its largest entry is {scale:.2e}"
+        )
 
 
 @settings(max_examples=100, deadline=None)
@@ -104,7 +130,9 @@ def test_half_precision_keeps_exact_statistics(seed: int, divergence: str | None
     """Logits are never rounded to half precision, so statistics are float32's; only the gradient is rounded."""
     inputs = make(17, 16, 700, torch.Generator().manual_seed(seed), dtype)
     targets = torch.randint(0, 700, (17,))
-    found, expected = run_both(inputs, targets, divergence, torch.randn(3, 17), 700, 0.5, chunk_size=5, vocab_chunk_size=300)
+    found, expected = run_both(
+        inputs, targets, divergence, torch.randn(3, 17), 700, 0.5, chunk_size=5, vocab_chunk_size=300
+    )
     assert_close((found[0], *expected[1:]), expected, 1e-5, 5e-6, f"seed {seed}")
     assert_close((expected[0], *found[1:]), expected, 1e-2, 1e-3, f"seed {seed}")
     assert found[1].dtype == found[2].dtype == dtype
@@ -187,7 +215,10 @@ def test_agrees_with_the_materialised_path_where_logits_are_infinite(seed: int) 
         ({"targets": torch.tensor([0, 20, 1])}, r"targets\[1\] is 20, outside the vocabulary of 20"),
         ({"teacher_weight": torch.randn(20, 8)}, "without teacher_hidden"),
         ({"teacher_hidden": torch.randn(2, 8)}, "teacher_hidden of 2 tokens"),
-        ({"teacher_hidden": torch.randn(3, 8), "teacher_weight": torch.randn(24, 8)}, "teacher_weight has 24 rows and weight 20"),
+        (
+            {"teacher_hidden": torch.randn(3, 8), "teacher_weight": torch.randn(24, 8)},
+            "teacher_weight has 24 rows and weight 20",
+        ),
         ({"teacher_hidden": torch.randn(3, 5)}, "teacher_hidden is"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"vocab_chunk_size": -1}, "vocab_chunk_size is -1"),
@@ -198,7 +229,11 @@ def test_agrees_with_the_materialised_path_where_logits_are_infinite(seed: int) 
     ],
 )
 def test_refusals(change: dict, message: str) -> None:
-    arguments = {"hidden": torch.randn(3, 8), "weight": torch.randn(20, 8), "targets": torch.zeros(3, dtype=torch.int64)} | change
+    arguments = {
+        "hidden": torch.randn(3, 8),
+        "weight": torch.randn(20, 8),
+        "targets": torch.zeros(3, dtype=torch.int64),
+    } | change
     with pytest.raises(ValueError, match=message):
         linear_token_stats(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
 
@@ -223,7 +258,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_memory_does_not_grow_with_tokens_times_vocabulary(divergence: str) -> None:
     """The peak of a process of its own: 2,048 x 50,000 logits would be 410 MB."""
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY, divergence], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3], check=True
+        [sys.executable, "-c", _MEMORY, divergence],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[3],
+        check=True,
     )
     # Two blocks of 4 MB, a gradient of the head of 6 MB, and the allocator's slack.
     assert int(done.stdout) < 60e6, done.stdout

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from dasd_megatron.losses import importance_weights, kl_k3, policy_surrogate, routed_divergence
 
 
-def plain_surrogate(log_prob: float, old: float, advantage: float, low: float, high: float, dual: float | None) -> float:
+def plain_surrogate(
+    log_prob: float, old: float, advantage: float, low: float, high: float, dual: float | None
+) -> float:
     ratio = math.exp(log_prob - old)
     objective = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
     if dual is not None and advantage < 0:
@@ -48,7 +50,8 @@ def test_surrogate_gradient_by_finite_differences() -> None:
     log_prob = (old + torch.linspace(-0.6, 0.6, 64, dtype=torch.float64)).requires_grad_()
     for dual in (None, 1.5):
         assert torch.autograd.gradcheck(
-            lambda x, dual=dual: policy_surrogate(x, old, advantage, clip_low=0.2, clip_high=0.28, dual_clip=dual)[0], log_prob
+            lambda x, dual=dual: policy_surrogate(x, old, advantage, clip_low=0.2, clip_high=0.28, dual_clip=dual)[0],
+            log_prob,
         )
 
 
@@ -146,14 +149,20 @@ def test_routed_divergence_refusals() -> None:
         routed_divergence(torch.zeros(2), torch.zeros(2), cap=-1.0)
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), cap=st.floats(0.1, 5.0), seed=st.integers(0, 2**31 - 1))
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), cap=st.floats(0.1, 5.0), seed=st.integers(0, 2**31 - 1)
+)
 @settings(max_examples=60, deadline=None)
 def test_importance_weights_are_the_plain_formulas(lengths: list[int], cap: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     trainer, engine = torch.randn(2, sum(lengths), generator=generator, dtype=torch.float64)
     rollouts = list(zip(trainer.split(lengths), engine.split(lengths), strict=True))
     token = [math.exp(p - m) for ps, ms in rollouts for p, m in zip(ps.tolist(), ms.tolist(), strict=True)]
-    sequence = [math.prod(math.exp(p - m) for p, m in zip(ps.tolist(), ms.tolist(), strict=True)) for ps, ms in rollouts for _ in ps]
+    sequence = [
+        math.prod(math.exp(p - m) for p, m in zip(ps.tolist(), ms.tolist(), strict=True))
+        for ps, ms in rollouts
+        for _ in ps
+    ]
     for level, ratios in (("token", token), ("sequence", sequence)):
         weights, cut = importance_weights(trainer, engine, torch.tensor(lengths), level=level, cap=cap)
         torch.testing.assert_close(weights, torch.tensor([min(ratio, cap) for ratio in ratios], dtype=torch.float64))
@@ -169,12 +178,15 @@ def test_importance_weights_correct_the_expectation() -> None:
     engine, trainer = torch.randn(2, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
     value = torch.randn(7, generator=generator, dtype=torch.float64)
     drawn = torch.multinomial(engine.exp(), 200_000, replacement=True, generator=generator)
-    weights, _ = importance_weights(trainer[drawn], engine[drawn], torch.ones(len(drawn), dtype=torch.int64), level="token", cap=1e9)
+    weights, _ = importance_weights(
+        trainer[drawn], engine[drawn], torch.ones(len(drawn), dtype=torch.int64), level="token", cap=1e9
+    )
     assert abs((weights * value[drawn]).mean() - (trainer.exp() * value).sum()) < 0.02
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"level": "word"}, "level"), ({"cap": 0.0}, "cap"), ({"lengths": torch.tensor([2])}, "lengths sum to 2")]
+    ("changes", "named"),
+    [({"level": "word"}, "level"), ({"cap": 0.0}, "cap"), ({"lengths": torch.tensor([2])}, "lengths sum to 2")],
 )
 def test_importance_weights_refuse(changes: dict, named: str) -> None:
     arguments = {"lengths": torch.tensor([1, 2]), "level": "token", "cap": 2.0} | changes

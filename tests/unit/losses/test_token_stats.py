@@ -52,15 +52,22 @@ def assert_matches_dense(
             assert got is None
             continue
         assert got.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(got.double(), want.detach(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{message} {name}: {m}")
-    # Element by element for the rounding of the output's dtype; beyond that relative to the token's largest entry, and to the size of the
-    # divergence, which the gradient of the reverse KL contains as one of two terms that nearly cancel.
+        torch.testing.assert_close(
+            got.double(), want.detach(), rtol=rtol, atol=atol, msg=lambda m, name=name: f"{message} {name}: {m}"
+        )
+    # Element by element for the rounding of the output's dtype; beyond that relative to the token's largest entry, and
+    # to the size of the divergence, which the gradient of the reverse KL contains as one of two terms that nearly
+    # cancel.
     want = reference_logits.grad
-    bound = want.abs() * {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(logits.dtype, rtol) + rtol * want.abs().amax(-1, keepdim=True)
+    bound = want.abs() * {torch.bfloat16: 8e-3, torch.float16: 1e-3}.get(logits.dtype, rtol) + rtol * want.abs().amax(
+        -1, keepdim=True
+    )
     if reference.divergence is not None:
         bound = bound + 3e-7 * reference.divergence.detach()[:, None]
     error = (own.grad.double() - want).abs()
-    assert (error <= bound + 1e-7).all(), f"{message} gradient: off by {error.max():.2e}, {(error / bound).max():.2f} of the bound"
+    assert (error <= bound + 1e-7).all(), (
+        f"{message} gradient: off by {error.max():.2e}, {(error / bound).max():.2f} of the bound"
+    )
     assert own.grad.dtype == logits.dtype
     assert torch.equal(own.detach(), before), f"{message}: the caller's logits changed"
 
@@ -88,7 +95,9 @@ def test_large_vocabulary_keeps_precision(seed: int, divergence: str) -> None:
     """PyTorch's softmax alone is off by 1e-5 at this width."""
     logits, teacher = torch.randn(2, 3, 151_936) * 3
     targets = torch.randint(0, 151_936, (3,))
-    assert_matches_dense(logits, targets, teacher, divergence=divergence, temperature=0.7, rtol=2e-6, atol=1e-6, message=f"seed {seed}")
+    assert_matches_dense(
+        logits, targets, teacher, divergence=divergence, temperature=0.7, rtol=2e-6, atol=1e-6, message=f"seed {seed}"
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -110,7 +119,14 @@ def test_gradcheck(seed: int, divergence: str, chunk_size: int | None) -> None:
 
     def function(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         stats = vocab_parallel_token_stats(
-            z, targets, teacher_logits=teacher, divergence=divergence, vocab_size=9, temperature=1.3, chunk_size=chunk_size, jsd_weight=0.2
+            z,
+            targets,
+            teacher_logits=teacher,
+            divergence=divergence,
+            vocab_size=9,
+            temperature=1.3,
+            chunk_size=chunk_size,
+            jsd_weight=0.2,
         )
         return stats.log_prob, stats.entropy, stats.divergence
 
@@ -130,7 +146,9 @@ def test_gradcheck(seed: int, divergence: str, chunk_size: int | None) -> None:
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=120, deadline=None)
-def test_property_matches_dense(data, tokens, width, temperature, divergence, weight, scale, chunk_size, inplace, seed) -> None:
+def test_property_matches_dense(
+    data, tokens, width, temperature, divergence, weight, scale, chunk_size, inplace, seed
+) -> None:
     vocab_size = data.draw(st.integers(1, width))
     generator = torch.Generator().manual_seed(seed)
     logits, teacher = torch.randn(2, tokens, width, generator=generator, dtype=torch.float64) * scale
@@ -148,7 +166,13 @@ def test_property_matches_dense(data, tokens, width, temperature, divergence, we
     weighted_sum(stats, weights).backward()
     reference_logits.requires_grad_()
     reference = dense(
-        reference_logits, targets, None if divergence is None else teacher, divergence or "reverse_kl", temperature, vocab_size, weight
+        reference_logits,
+        targets,
+        None if divergence is None else teacher,
+        divergence or "reverse_kl",
+        temperature,
+        vocab_size,
+        weight,
     )
     weighted_sum(reference, weights).backward()
     for got, want in zip(stats, reference, strict=True):
@@ -171,12 +195,15 @@ def test_each_output_alone_has_its_own_gradient(seed: int) -> None:
             stats = vocab_parallel_token_stats(own, targets, teacher_logits=teacher, divergence=divergence)
             getattr(stats, name).sum().backward()
             getattr(dense(reference_logits, targets, teacher, divergence, 1.0, 23, 0.5), name).sum().backward()
-            torch.testing.assert_close(own.grad, reference_logits.grad, msg=lambda m, n=name, d=divergence: f"seed {seed} {d} {n}: {m}")
+            torch.testing.assert_close(
+                own.grad, reference_logits.grad, msg=lambda m, n=name, d=divergence: f"seed {seed} {d} {n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masked_columns(seed: int, divergence: str) -> None:
-    """The same columns at -inf, or at the most negative finite number, in student and teacher; whole groups of columns too."""
+    """The same columns at -inf, or at the most negative finite number, in student and teacher; whole groups of columns
+    too."""
     for mask in (-math.inf, torch.finfo(torch.float32).min):
         logits, teacher = torch.randn(2, 6, 50) * 2
         logits[:, 10:30], teacher[:, 10:30] = mask, mask
@@ -201,7 +228,9 @@ def test_student_masked_alone(seed: int) -> None:
     logits[:, 3] = -math.inf
     targets = torch.randint(4, 20, (4,))
     for divergence in ("reverse_kl", "jsd"):
-        assert_matches_dense(logits, targets, teacher, divergence=divergence, rtol=1e-5, atol=1e-6, message=f"seed {seed}")
+        assert_matches_dense(
+            logits, targets, teacher, divergence=divergence, rtol=1e-5, atol=1e-6, message=f"seed {seed}"
+        )
     own = logits.clone().requires_grad_()
     stats = vocab_parallel_token_stats(own, targets, teacher_logits=teacher, divergence="forward_kl")
     assert (stats.divergence == math.inf).all()
@@ -210,12 +239,15 @@ def test_student_masked_alone(seed: int) -> None:
 
 
 def test_teacher_masked_alone(seed: int) -> None:
-    """What only the teacher rules out: an infinite reverse KL without gradient for that token, and nothing for its neighbours."""
+    """What only the teacher rules out: an infinite reverse KL without gradient for that token, and nothing for its
+    neighbours."""
     logits, teacher = torch.randn(2, 4, 20)
     teacher[1, 3] = -math.inf
     targets = torch.tensor([3, 3, 3, 3])
     for divergence in ("forward_kl", "jsd"):
-        assert_matches_dense(logits, targets, teacher, divergence=divergence, rtol=1e-5, atol=1e-6, message=f"seed {seed}")
+        assert_matches_dense(
+            logits, targets, teacher, divergence=divergence, rtol=1e-5, atol=1e-6, message=f"seed {seed}"
+        )
     own, reference_logits = logits.clone().requires_grad_(), logits.double().requires_grad_()
     stats = vocab_parallel_token_stats(own, targets, teacher_logits=teacher)
     assert stats.divergence[1] == math.inf and stats.teacher_log_prob[1] == -math.inf
@@ -285,7 +317,9 @@ def test_inplace_backward_writes_into_the_logits_and_only_then(seed: int) -> Non
         leaf.grad = None
         logits = leaf * 1
         before = logits.detach().clone()
-        stats = vocab_parallel_token_stats(logits, targets, teacher_logits=teacher, vocab_size=38, inplace_backward=inplace)
+        stats = vocab_parallel_token_stats(
+            logits, targets, teacher_logits=teacher, vocab_size=38, inplace_backward=inplace
+        )
         assert torch.equal(logits.detach(), before)
         weighted_sum(stats, torch.ones(3, 6)).backward(retain_graph=inplace)
         grads[inplace] = leaf.grad.clone()
@@ -309,7 +343,13 @@ def test_non_contiguous_logits(seed: int) -> None:
     targets = torch.randint(0, 30, (8,))
     assert_matches_dense(whole.t(), targets, torch.randn(30, 8).t(), rtol=1e-5, atol=1e-6, message=f"seed {seed}")
     assert_matches_dense(
-        torch.randn(8, 60)[:, ::2], targets, torch.randn(8, 30), inplace_backward=True, rtol=1e-5, atol=1e-6, message=f"seed {seed}"
+        torch.randn(8, 60)[:, ::2],
+        targets,
+        torch.randn(8, 30),
+        inplace_backward=True,
+        rtol=1e-5,
+        atol=1e-6,
+        message=f"seed {seed}",
     )
 
 

@@ -89,7 +89,14 @@ def test_backward(kernels: ModuleType, generator: torch.Generator, dtype: torch.
             case = make_case(generator, 3, 1237, dtype=dtype, temperature=0.7)
             norm = normalisers(case, generator)
             check_backward(
-                kernels, case, norm, names, generator, mixture_weight=weight, inplace=inplace, message=described(generator, dtype)
+                kernels,
+                case,
+                norm,
+                names,
+                generator,
+                mixture_weight=weight,
+                inplace=inplace,
+                message=described(generator, dtype),
             )
 
 
@@ -123,7 +130,22 @@ def test_dtypes_may_differ(kernels: ModuleType, generator: torch.Generator) -> N
 )
 @settings(max_examples=100, deadline=None)
 def test_property_matches_float64(
-    kernels, tokens, columns, padding, gap, dtype, divergence, names, temperature, weight, scale, level, masked, first_column, inplace, seed
+    kernels,
+    tokens,
+    columns,
+    padding,
+    gap,
+    dtype,
+    divergence,
+    names,
+    temperature,
+    weight,
+    scale,
+    level,
+    masked,
+    first_column,
+    inplace,
+    seed,
 ) -> None:
     """Any shape, several tiles and programs a row, with columns that the student, the teacher or both rule out."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,13 +160,18 @@ def test_property_matches_float64(
     norm = normalisers(case, generator)
     check_mixture_sums(kernels, case, norm, weight)
     names = tuple(name for name in names if name != "cross" or not (case.teacher[:, :columns] == -math.inf).any())
-    check_backward(kernels, case, norm, names, generator, mixture_weight=weight if divergence == "jsd" else None, inplace=inplace)
+    check_backward(
+        kernels, case, norm, names, generator, mixture_weight=weight if divergence == "jsd" else None, inplace=inplace
+    )
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
-def test_split_rows(kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, divergence: str | None) -> None:
-    """One program per row and one per tile, the largest logits in the first, a middle or the last tile, or several programs empty."""
+def test_split_rows(
+    kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, divergence: str | None
+) -> None:
+    """One program per row and one per tile, the largest logits in the first, a middle or the last tile, or several
+    programs empty."""
     case = make_case(generator, 5, 250, temperature=0.7)
     case.logits[0, 3], case.logits[1, 120], case.logits[2, 249] = 50.0, 40.0, 30.0
     case.teacher[0, 200], case.teacher[1, 7], case.teacher[2, 130] = 50.0, 40.0, 30.0
@@ -164,14 +191,22 @@ def test_number_of_programs(kernels: ModuleType) -> None:
     for tokens in (1, 7, 64, 511, 512, 70_000):
         for columns in (0, 1, 2048, 2049, 18_992, 151_936, 262_144):
             splits, chunk = kernels._splits(tokens, columns, 2048)
-            assert chunk % 2048 == 0 and chunk * splits >= columns > chunk * (splits - 1) - (columns == 0), (tokens, columns)
-            assert splits == 1 or tokens < 512 and chunk >= 4 * 2048 and (splits - 1) * tokens <= 1024, (tokens, columns)
+            assert chunk % 2048 == 0 and chunk * splits >= columns > chunk * (splits - 1) - (columns == 0), (
+                tokens,
+                columns,
+            )
+            assert splits == 1 or tokens < 512 and chunk >= 4 * 2048 and (splits - 1) * tokens <= 1024, (
+                tokens,
+                columns,
+            )
     assert kernels._splits(64, 151_936, 2048)[0] > 8 and kernels._splits(512, 151_936, 2048)[0] == 1
 
 
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
 @pytest.mark.parametrize("scale", [0.001, 3.0])
-def test_wide_rows_keep_precision(kernels: ModuleType, generator: torch.Generator, divergence: str | None, scale: float) -> None:
+def test_wide_rows_keep_precision(
+    kernels: ModuleType, generator: torch.Generator, divergence: str | None, scale: float
+) -> None:
     """Sums of many terms of one size: added one by one in float32 they would lose three digits."""
     case = make_case(generator, 1, 50_001, scale=scale)
     check_partials(kernels, case, divergence, described(generator))
@@ -180,7 +215,8 @@ def test_wide_rows_keep_precision(kernels: ModuleType, generator: torch.Generato
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_rising_maxima(kernels: ModuleType, generator: torch.Generator, divergence: str) -> None:
-    """Every tile moves the maxima of what was summed before, the teacher's by another step or in the other direction."""
+    """Every tile moves the maxima of what was summed before, the teacher's by another step or in the other
+    direction."""
     for up, teacher_up in ((0.1, 0.04), (0.3, -0.1), (-0.1, 0.2), (5.0, 300.0)):
         case = make_case(generator, 2, 230, temperature=0.8)
         slope = torch.arange(230)
@@ -218,7 +254,15 @@ def test_masked_columns(kernels: ModuleType, generator: torch.Generator, diverge
     assert got[3, 0] == case.logits[0, 0] and (got[CROSS] > -1e3).all(), message
     norm = normalisers(case, generator)
     check_mixture_sums(kernels, case, norm, 0.3, message)
-    check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, mixture_weight=0.3 if divergence == "jsd" else None, message=message)
+    check_backward(
+        kernels,
+        case,
+        norm,
+        COEFFICIENTS[-1],
+        generator,
+        mixture_weight=0.3 if divergence == "jsd" else None,
+        message=message,
+    )
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -237,24 +281,39 @@ def test_one_side_masked_alone(kernels: ModuleType, generator: torch.Generator) 
         assert (cross[3:] > -100.0).all() and not cross.isnan().any(), described(generator)
         norm = normalisers(case, generator)
         check_mixture_sums(kernels, case, norm, 0.3, described(generator))
-        check_backward(kernels, case, norm, ("linear", "cross"), generator, mixture_weight=0.3, message=described(generator))
+        check_backward(
+            kernels, case, norm, ("linear", "cross"), generator, mixture_weight=0.3, message=described(generator)
+        )
         check_backward(kernels, case, norm, ("teacher_share", "one_hot"), generator, message=described(generator))
 
 
 def test_no_gradient_where_the_coefficient_is_zero(kernels: ModuleType, generator: torch.Generator) -> None:
-    """The reverse KL of a token whose teacher rules out what the student holds likely is switched off by its coefficient."""
+    """The reverse KL of a token whose teacher rules out what the student holds likely is switched off by its
+    coefficient."""
     case = make_case(generator, 2, 90)
     case.teacher[:, 10:20] = -math.inf
     norm = normalisers(case, generator)
     zero = torch.zeros(2)
     out = torch.empty_like(case.logits)
-    kernels.backward(case.logits, case.teacher, out, case.targets, constant=zero, linear=zero, cross=zero, **norm._asdict(), **case.place)
+    kernels.backward(
+        case.logits,
+        case.teacher,
+        out,
+        case.targets,
+        constant=zero,
+        linear=zero,
+        cross=zero,
+        **norm._asdict(),
+        **case.place,
+    )
     assert (out == 0).all(), described(generator)
 
 
 @pytest.mark.parametrize("few_rows", [512, 0], ids=["split", "whole"])
 @pytest.mark.usefixtures("small_tiles")
-def test_rows_without_mass(kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, few_rows: int) -> None:
+def test_rows_without_mass(
+    kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, few_rows: int
+) -> None:
     """A row that is -inf throughout, in the student, the teacher or both, among others that are not."""
     monkeypatch.setattr(kernels, "_FEW_ROWS", few_rows)
     case = make_case(generator, 4, 200)
@@ -270,8 +329,11 @@ def test_rows_without_mass(kernels: ModuleType, generator: torch.Generator, monk
 
 @pytest.mark.parametrize("few_rows", [512, 0], ids=["split", "whole"])
 @pytest.mark.usefixtures("small_tiles")
-def test_nan_stays_in_its_row(kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, few_rows: int) -> None:
-    """The first value of a lane, one among others, a whole row; the student's statistics do not learn of the teacher's NaN."""
+def test_nan_stays_in_its_row(
+    kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, few_rows: int
+) -> None:
+    """The first value of a lane, one among others, a whole row; the student's statistics do not learn of the teacher's
+    NaN."""
     monkeypatch.setattr(kernels, "_FEW_ROWS", few_rows)
     case = make_case(generator, 5, 200)
     case.logits[0, 0], case.logits[1, 133], case.logits[2, :200], case.teacher[3, 70] = (math.nan,) * 4
@@ -280,14 +342,23 @@ def test_nan_stays_in_its_row(kernels: ModuleType, generator: torch.Generator, m
     for divergence in ("reverse_kl", "forward_kl"):
         got = kernels.local_partials(case.logits, case.teacher, case.targets, divergence=divergence, **case.place)
         assert got[[MAX, Z, MEAN]].isnan().tolist() == [[True, True, True, False, False]] * 3, described(generator)
-        assert got[[TEACHER_MAX, TEACHER_MAX + 1]].isnan().tolist() == [[False, False, False, True, False]] * 2, described(generator)
+        assert got[[TEACHER_MAX, TEACHER_MAX + 1]].isnan().tolist() == [[False, False, False, True, False]] * 2, (
+            described(generator)
+        )
         want, bound = reference_partials(case, divergence)
         assert ((got[:, 4] - want[:, 4]).abs() <= bound[:, 4]).all(), described(generator)
     norm = normalisers(case, generator)
     sums = kernels.mixture_sums(case.logits, case.teacher, *norm, columns=200, inverse_temperature=1.0, weight=0.3)
     out = torch.empty_like(case.logits)
     kernels.backward(
-        case.logits, case.teacher, out, case.targets, constant=norm.p_log_z, cross=norm.p_log_z, **norm._asdict(), **case.place
+        case.logits,
+        case.teacher,
+        out,
+        case.targets,
+        constant=norm.p_log_z,
+        cross=norm.p_log_z,
+        **norm._asdict(),
+        **case.place,
     )
     assert sums.isnan().tolist() == [[True, True, True, True, False]] * 2, described(generator)
     assert out.isnan().any(1).tolist() == [True, True, True, True, False], described(generator)
@@ -307,7 +378,9 @@ def test_smallest_shapes(kernels: ModuleType, generator: torch.Generator, tokens
         norm = normalisers(case, generator)
         check_mixture_sums(kernels, case, norm, 0.3, described(generator))
         for inplace in (False, True):
-            check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, inplace=inplace, message=described(generator))
+            check_backward(
+                kernels, case, norm, COEFFICIENTS[-1], generator, inplace=inplace, message=described(generator)
+            )
 
 
 def test_mixture_of_nearly_equal_distributions(kernels: ModuleType, generator: torch.Generator) -> None:
@@ -338,7 +411,10 @@ def test_shards_combine_to_the_whole(kernels: ModuleType, generator: torch.Gener
     """Two shards' sums, finished about common maxima, are those of one wide shard; targets are found by exactly one."""
     case = make_case(generator, 3, 120, padding=0, first_column=0)._replace(targets=torch.tensor([59, 60, 119]))
     halves = [
-        case._replace(logits=case.logits[:, i : i + 60], teacher=case.teacher[:, i : i + 60], columns=60, first_column=i) for i in (0, 60)
+        case._replace(
+            logits=case.logits[:, i : i + 60], teacher=case.teacher[:, i : i + 60], columns=60, first_column=i
+        )
+        for i in (0, 60)
     ]
     whole, *parts = (check_partials(kernels, shard, "reverse_kl", described(generator)) for shard in (case, *halves))
     assert torch.equal(parts[0][TARGET] + parts[1][TARGET], whole[TARGET]) and parts[0][TARGET].count_nonzero() == 1
@@ -359,14 +435,27 @@ def test_coefficients_need_not_be_contiguous(kernels: ModuleType, generator: tor
     check_backward(kernels, case, norm, COEFFICIENTS[-1], generator, message=described(generator))
     outs = [torch.empty_like(case.logits) for _ in range(2)]
     for out, constant in zip(outs, (torch.full((3,), 2.0), torch.tensor(2.0).expand(3)), strict=True):
-        kernels.backward(case.logits, None, out, case.targets, p_max=norm.p_max, p_log_z=norm.p_log_z, constant=constant, **case.place)
+        kernels.backward(
+            case.logits,
+            None,
+            out,
+            case.targets,
+            p_max=norm.p_max,
+            p_log_z=norm.p_log_z,
+            constant=constant,
+            **case.place,
+        )
     assert torch.equal(*outs), described(generator)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
 def test_public_functions_agree_with_the_pytorch_kernels(
-    kernels: ModuleType, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, divergence: str | None, dtype: torch.dtype
+    kernels: ModuleType,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    divergence: str | None,
+    dtype: torch.dtype,
 ) -> None:
     """Statistics and gradients of both functions, through the same collective-free path that a GPU takes."""
     monkeypatch.setitem(sys.modules, "dasd_megatron.losses.triton_kernels", kernels)
@@ -401,7 +490,9 @@ def test_public_functions_agree_with_the_pytorch_kernels(
         assert (got - want).abs().max() <= bound, described(generator, got, want)
 
 
-def test_autograd_notices_that_the_logits_were_overwritten(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autograd_notices_that_the_logits_were_overwritten(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "dasd_megatron.losses.triton_kernels", kernels)
     monkeypatch.setattr(dasd_megatron.losses, "triton_kernels", kernels, raising=False)
     logits = torch.randn(2, 8, requires_grad=True) * 1

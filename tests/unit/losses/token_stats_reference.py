@@ -9,7 +9,13 @@ from dasd_megatron.losses import TokenStats
 
 
 def dense(
-    logits: Tensor, targets: Tensor, teacher: Tensor | None, divergence: str, temperature: float, vocab_size: int, weight: float
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Tensor | None,
+    divergence: str,
+    temperature: float,
+    vocab_size: int,
+    weight: float,
 ) -> TokenStats:
     """The definitions, with autograd, in the dtype of ``logits``; columns of zero probability contribute zero."""
 

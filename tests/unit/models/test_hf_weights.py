@@ -32,7 +32,9 @@ def template(tmp_path: Path) -> Path:
     return path
 
 
-def write(tensors: dict[str, torch.Tensor], path: Path, template: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
+def write(
+    tensors: dict[str, torch.Tensor], path: Path, template: Path, dtype: torch.dtype = torch.float32, **options
+) -> Path:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     writer = HfDirectoryWriter(path, shapes, dtype, template_dir=template, **options)
     for name in reversed(tensors):
@@ -54,7 +56,10 @@ def test_files_are_safetensors_with_the_tensors_in_them(tensors, tmp_path, templ
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == dtype and torch.equal(loaded[name], tensor.to(dtype))
-    assert json.loads((path / "config.json").read_text()) == {"model_type": "qwen3", "torch_dtype": str(dtype).removeprefix("torch.")}
+    assert json.loads((path / "config.json").read_text()) == {
+        "model_type": "qwen3",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     with safe_open(path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert not (path / INDEX_FILE).exists() and not list(tmp_path.glob("*.partial"))
@@ -69,7 +74,9 @@ def test_shards_and_index_as_transformers_writes_them(tensors, sharded):
     for name in files:
         loaded = load_file(sharded / name)
         assert sum(4 * tensor.numel() for tensor in loaded.values()) <= 200 or len(loaded) == 1
-        assert all(index["weight_map"][key] == name and torch.equal(value, tensors[key]) for key, value in loaded.items())
+        assert all(
+            index["weight_map"][key] == name and torch.equal(value, tensors[key]) for key, value in loaded.items()
+        )
     with HfWeights(sharded) as weights:
         assert weights.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in tensors.items())
@@ -100,7 +107,9 @@ def test_a_killed_job_keeps_what_is_intact(tensors, tmp_path, template):
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def begin(job: str) -> HfDirectoryWriter:
-        return HfDirectoryWriter(tmp_path / "model", shapes, torch.float32, template_dir=template, job={"source": job}, max_shard_bytes=200)
+        return HfDirectoryWriter(
+            tmp_path / "model", shapes, torch.float32, template_dir=template, job={"source": job}, max_shard_bytes=200
+        )
 
     killed = begin("a")
     for name in NAMES[:4]:
@@ -213,6 +222,9 @@ def test_quantised_weights_and_two_sets_of_weights_are_refused(tensors, sharded,
 
 def test_buffers_of_old_llama_files_are_passed_over(tensors, tmp_path):
     (tmp_path / "old").mkdir()
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}, tmp_path / "old" / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)},
+        tmp_path / "old" / "model.safetensors",
+    )
     with HfWeights(tmp_path / "old") as weights:
         assert weights.shapes.keys() == tensors.keys()

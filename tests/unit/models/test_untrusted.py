@@ -17,7 +17,9 @@ from dasd_megatron.rollout.server import ModelDirectoryError, load_model
 from dasd_megatron.rollout.server import load_tokenizer as load_server_tokenizer
 from dasd_megatron.training.prepare import load_tokenizer
 
-TINY = TinyModelConfig(hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+TINY = TinyModelConfig(
+    hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
+)
 
 
 class Evil:
@@ -73,7 +75,15 @@ def test_weights_that_are_sound_pickles_are_refused_too(model: Path) -> None:
 
 
 def test_pickles_beside_the_model_are_left_alone(model: Path, mark: Path) -> None:
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tokenizer.pkl", "vocab.pkl"):
+    for name in (
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "tokenizer.pkl",
+        "vocab.pkl",
+    ):
         torch.save(Evil(mark), model / name)
     read_everything(model)
     assert not mark.exists()

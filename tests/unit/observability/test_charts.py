@@ -10,7 +10,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.observability.charts import MAX_POINTS, Series, compact, line_chart, moving_mean, nice_ticks, percent, stacked_chart
+from dasd_megatron.observability.charts import (
+    MAX_POINTS,
+    Series,
+    compact,
+    line_chart,
+    moving_mean,
+    nice_ticks,
+    percent,
+    stacked_chart,
+)
 
 values = st.lists(st.one_of(st.none(), st.floats()), min_size=1, max_size=12)
 
@@ -117,7 +126,8 @@ def test_a_stack_piles_up_to_the_total():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.03121, "0.0312"), (12.53, "12.5"), (4123.4, "4,123"), (1.2e-5, "1.20e-05"), (-0.5, "-0.5")]
+    ("value", "text"),
+    [(0, "0"), (0.03121, "0.0312"), (12.53, "12.5"), (4123.4, "4,123"), (1.2e-5, "1.20e-05"), (-0.5, "-0.5")],
 )
 def test_numbers_are_short(value, text):
     assert compact(value) == text

@@ -80,21 +80,29 @@ def test_where_the_tests_run_the_cpu_path_runs(real):
 
 def test_it_loads_nothing_heavy_into_its_own_process():
     code = (
-        "import sys; from dasd_megatron.observability import doctor; doctor._packages(); doctor._optional(); doctor._machine();"
-        "print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in sys.modules])"
+        "import sys; from dasd_megatron.observability import doctor; doctor._packages(); doctor._optional(); "
+        "doctor._machine();print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in "
+        "sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "[]"
 
 
 def test_printing_gives_the_exit_status_and_plain_text(monkeypatch, real):
-    broken = [Check("CPU backend", "gloo all-reduce", "RuntimeError: no route", FAIL, "set GLOO_SOCKET_IFNAME=lo"), *real[:3]]
+    broken = [
+        Check("CPU backend", "gloo all-reduce", "RuntimeError: no route", FAIL, "set GLOO_SOCKET_IFNAME=lo"),
+        *real[:3],
+    ]
     monkeypatch.setattr(doctor, "doctor_report", lambda: broken)
     monkeypatch.setenv("FORCE_COLOR", "1")
     stream = io.StringIO()
     assert print_doctor(stream) == 1
     text = stream.getvalue()
-    assert "The CPU path cannot run here: gloo all-reduce." in text and "→ set GLOO_SOCKET_IFNAME=lo" in text and "\x1b" not in text
+    assert (
+        "The CPU path cannot run here: gloo all-reduce." in text
+        and "→ set GLOO_SOCKET_IFNAME=lo" in text
+        and "\x1b" not in text
+    )
     monkeypatch.setattr(doctor, "doctor_report", lambda: [Check("Machine", "cores", "1", WARN, "more")])
     stream = io.StringIO()
     assert print_doctor(stream) == 0
@@ -127,8 +135,16 @@ def test_a_broken_torch_is_a_row_and_not_a_traceback():
 @pytest.mark.parametrize(
     ("program", "name", "words"),
     [
-        ('import os; print(\'DASD-PROBE {"name": "torch", "ok": 1}\', flush=True); os._exit(9)', "gloo", "died with status 9"),
-        ('import time; print(\'DASD-PROBE {"name": "torch", "ok": 1}\', flush=True); time.sleep(60)', "gloo", "no answer within"),
+        (
+            'import os; print(\'DASD-PROBE {"name": "torch", "ok": 1}\', flush=True); os._exit(9)',
+            "gloo",
+            "died with status 9",
+        ),
+        (
+            'import time; print(\'DASD-PROBE {"name": "torch", "ok": 1}\', flush=True); time.sleep(60)',
+            "gloo",
+            "no answer within",
+        ),
     ],
 )
 def test_a_probe_that_dies_or_hangs_keeps_what_it_said(monkeypatch, program, name, words):
@@ -152,7 +168,9 @@ def test_cuda_rows(monkeypatch):
     assert row(checks, "devices").status == WARN and "CUDA_VISIBLE_DEVICES" in row(checks, "devices").hint
     checks = doctor._cuda_backend(HEALTHY)
     assert row(checks, "torch build").status == WARN and "CUDA build of torch" in row(checks, "torch build").hint
-    checks = doctor._cuda_backend({**HEALTHY, "torch": CUDA_TORCH, "cuda": {"error": "RuntimeError: CUDA driver too old"}})
+    checks = doctor._cuda_backend(
+        {**HEALTHY, "torch": CUDA_TORCH, "cuda": {"error": "RuntimeError: CUDA driver too old"}}
+    )
     assert row(checks, "devices").status == WARN
     monkeypatch.setattr(doctor, "_nvidia_driver", lambda: None)
     assert {check.status for check in doctor._cuda_backend(HEALTHY)} == {INFO}

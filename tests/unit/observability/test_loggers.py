@@ -42,7 +42,11 @@ def test_steps_round_trip_bit_for_bit(tmp_path):
             )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [bits(row["x"]) for row in rows] == [bits(value) for value in values]
-    assert rows[0]["np"] == float(np.float32(0.1)) and rows[0]["t"] == torch.tensor(0.1).item() and rows[0]["weight_version"] == "7"
+    assert (
+        rows[0]["np"] == float(np.float32(0.1))
+        and rows[0]["t"] == torch.tensor(0.1).item()
+        and rows[0]["weight_version"] == "7"
+    )
     assert all(row["time"] > 1e9 for row in rows)
 
 
@@ -73,7 +77,8 @@ def test_other_kinds_of_line_go_to_their_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "kind"), [({"x": 1.0}, RunDirectoryError), ({"step": 1.5}, RunDirectoryError), ({"step": 1, "x": [1, 2]}, TypeError)]
+    ("metrics", "kind"),
+    [({"x": 1.0}, RunDirectoryError), ({"step": 1.5}, RunDirectoryError), ({"step": 1, "x": [1, 2]}, TypeError)],
 )
 def test_a_line_that_cannot_be_logged_is_refused_and_leaves_no_trace(tmp_path, metrics, kind):
     with MetricsLogger(tmp_path, tensorboard=False) as logger, pytest.raises(kind):
@@ -84,7 +89,10 @@ def test_a_line_that_cannot_be_logged_is_refused_and_leaves_no_trace(tmp_path, m
 def test_a_step_is_never_logged_twice(tmp_path):
     with MetricsLogger(tmp_path, tensorboard=False) as logger:
         logger.log_step({"step": 3})
-    with MetricsLogger(tmp_path, tensorboard=False) as logger, pytest.raises(RunDirectoryError, match="already holds step 3"):
+    with (
+        MetricsLogger(tmp_path, tensorboard=False) as logger,
+        pytest.raises(RunDirectoryError, match="already holds step 3"),
+    ):
         logger.log_step({"step": 3})
     truncate_after(tmp_path, 2)
     with MetricsLogger(tmp_path, tensorboard=False, resume_step=2) as logger:
@@ -92,7 +100,9 @@ def test_a_step_is_never_logged_twice(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
 
 
-@pytest.mark.parametrize("half", ['{"step": 4, "x": 0.1', '{"step": 4, "x"', "{", "\0\0\0\0", '"text"', '{"step": 4, "x": "caf\ufffd'])
+@pytest.mark.parametrize(
+    "half", ['{"step": 4, "x": 0.1', '{"step": 4, "x"', "{", "\0\0\0\0", '"text"', '{"step": 4, "x": "caf\ufffd']
+)
 def test_truncate_drops_later_steps_and_a_half_written_line(tmp_path, half):
     whole = [json.dumps({"step": step, "x": 0.1 * step}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(whole) + "\n" + half)
@@ -103,7 +113,9 @@ def test_truncate_drops_later_steps_and_a_half_written_line(tmp_path, half):
     assert [row["step"] for row in read_metrics(tmp_path / "evaluation.jsonl")] == [0]
     assert len(read_metrics(tmp_path / "warm_start.jsonl")) == 1
     truncate_after(tmp_path, -1, warm_start_step=0)
-    assert all((tmp_path / name).read_text() == "" for name in ("metrics.jsonl", "evaluation.jsonl", "warm_start.jsonl"))
+    assert all(
+        (tmp_path / name).read_text() == "" for name in ("metrics.jsonl", "evaluation.jsonl", "warm_start.jsonl")
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.jsonl", "metrics.jsonl", "warm_start.jsonl"]
 
 

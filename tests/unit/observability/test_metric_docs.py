@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_page_is_that_of_the_table():
-    assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m dasd_megatron.observability.metric_docs > docs/metrics.md"
+    assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), (
+        "python -m dasd_megatron.observability.metric_docs > docs/metrics.md"
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -28,7 +30,9 @@ def test_names_are_named_once_and_explained(file):
 def test_what_not_every_run_writes_is_in_the_code():
     """What every run writes is compared with a run, in tests/integration/test_cli.py."""
     source = "".join(
-        path.read_text() for path in (ROOT / "dasd_megatron").rglob("*.py") if path.name not in ("metric_docs.py", "report.py")
+        path.read_text()
+        for path in (ROOT / "dasd_megatron").rglob("*.py")
+        if path.name not in ("metric_docs.py", "report.py")
     )
     conditional = [metric.name for metrics in FILES.values() for metric in metrics if metric.when]
     assert len(conditional) > 10
@@ -40,19 +44,27 @@ def test_advice_names_fields_that_exist():
 
     fields = known_fields()
     sections = {name.split(".")[0] for name in fields if "." in name}
-    texts = " ".join(f"{metric.healthy} {metric.action} {metric.when}" for metrics in FILES.values() for metric in metrics)
+    texts = " ".join(
+        f"{metric.healthy} {metric.action} {metric.when}" for metrics in FILES.values() for metric in metrics
+    )
     named = [name for name in re.findall(r"\b[a-z_]+\.[a-z0-9_]+\b", texts) if name.split(".")[0] in sections]
     assert len(named) > 30
-    assert [name for name in named if name not in fields and not any(field.startswith(f"{name}.") for field in fields)] == []
+    assert [
+        name for name in named if name not in fields and not any(field.startswith(f"{name}.") for field in fields)
+    ] == []
 
 
 def test_every_chart_is_explained():
     for chart in report._TRAINING_CHARTS + report._WARM_START_CHARTS:
         label = "warm-start step" if chart in report._WARM_START_CHARTS else "training step"
-        assert report._about(chart.curves, label).count("\n") + 1 >= len({curve.key for curve in chart.curves}) - 1, chart.title
+        assert report._about(chart.curves, label).count("\n") + 1 >= len({curve.key for curve in chart.curves}) - 1, (
+            chart.title
+        )
         assert report._about(chart.curves, label)
 
 
 def test_numbers_in_names_match_any():
-    assert find_metric("avg@16", "evaluation.jsonl").name == "avg@<k>" and find_metric("avg@x", "evaluation.jsonl") is None
+    assert (
+        find_metric("avg@16", "evaluation.jsonl").name == "avg@<k>" and find_metric("avg@x", "evaluation.jsonl") is None
+    )
     assert explain("reward/mean", "nonsense").startswith("reward/mean: mean reward")

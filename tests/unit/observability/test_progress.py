@@ -38,7 +38,9 @@ def test_a_step_line_holds_the_headline():
     assert "nan" in format_step({**METRICS, "update/grad_norm": math.nan}, 100)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.42, "3.4s"), (59.97, "1m00s"), (125, "2m05s"), (4020, "1h07m"), (math.nan, "?")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.42, "3.4s"), (59.97, "1m00s"), (125, "2m05s"), (4020, "1h07m"), (math.nan, "?")]
+)
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
@@ -151,7 +153,8 @@ def test_the_table_shows_before_after_and_difference(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "row"), [(None, {"avg@4": 0.5}, "- 50.0% -"), ({"avg@4": 0.5}, None, "50.0% - -"), (None, None, "- - -")]
+    ("before", "after", "row"),
+    [(None, {"avg@4": 0.5}, "- 50.0% -"), ({"avg@4": 0.5}, None, "50.0% - -"), (None, None, "- - -")],
 )
 def test_the_table_of_a_run_without_evaluations(before, after, row):
     stream = io.StringIO()

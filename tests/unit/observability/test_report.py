@@ -129,7 +129,14 @@ def rollout(text: str, **changes) -> dict:
         "expected_answer": "2",
         "reference_solution": "1 + 1 = 2",
     }
-    row |= {"text": text, "finish_reason": "stop", "reward": 1.0, "predicted_answer": "2", "timed_out": False, "weight_version": "0"}
+    row |= {
+        "text": text,
+        "finish_reason": "stop",
+        "reward": 1.0,
+        "predicted_answer": "2",
+        "timed_out": False,
+        "weight_version": "0",
+    }
     return row | changes
 
 
@@ -141,7 +148,10 @@ def make_run(path: Path, steps: int = 12, text: str = "1+1=2\n\\boxed{2}", token
     )
     (path / "environment.json").write_text(json.dumps({"git_revision": "abc123", "packages": {"torch": "2.13.0"}}))
     lines(path / "metrics.jsonl", [metrics(step, noise) for step in range(1, steps + 1)])
-    lines(path / "warm_start.jsonl", [{"step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0} for step in range(1, 9)])
+    lines(
+        path / "warm_start.jsonl",
+        [{"step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0} for step in range(1, 9)],
+    )
     results = {
         "num_problems": 8,
         "num_samples": 2,
@@ -154,11 +164,20 @@ def make_run(path: Path, steps: int = 12, text: str = "1+1=2\n\\boxed{2}", token
     }
     lines(
         path / "evaluation.jsonl",
-        [{"step": 0, "label": "before", "avg@2": 0.5, **results}, {"step": steps, "label": "after", "avg@2": 0.75, **results}],
+        [
+            {"step": 0, "label": "before", "avg@2": 0.5, **results},
+            {"step": steps, "label": "after", "avg@2": 0.75, **results},
+        ],
     )
     for label, step, right in (("before", 0, 1), ("after", steps, 2)):
         samples = [
-            {"problem_id": f"h{p}", "sample": s, "problem": f"What is {p} + 1?", "expected_answer": str(p + 1), "generation": text}
+            {
+                "problem_id": f"h{p}",
+                "sample": s,
+                "problem": f"What is {p} + 1?",
+                "expected_answer": str(p + 1),
+                "generation": text,
+            }
             | {"predicted_answer": str(p + 1), "symbolic_correct": s < right, "finish_reason": "stop", "num_tokens": 9}
             for p in range(8)
             for s in range(2)
@@ -239,7 +258,12 @@ def test_charts_of_some_runs_only(tmp_path):
 def test_tokens_carry_their_numbers(tmp_path):
     _, _, data = load(make_run(tmp_path / "run", text="a\nb", tokens=["a", "\n", "b"]))
     shown = data["rollouts"][0]
-    assert (shown["t"], shown["h"], shown["d"], shown["w"]) == (["a", "\n", "b"], [0.25] * 3, [-0.125] * 3, [0.4, -0.4, 0.4])
+    assert (shown["t"], shown["h"], shown["d"], shown["w"]) == (
+        ["a", "\n", "b"],
+        [0.25] * 3,
+        [-0.125] * 3,
+        [0.4, -0.4, 0.4],
+    )
     assert (shown["a"], shown["p"], shown["q"]) == ([0.5, 0.6, 0.7], [0.5] * 3, [0.75] * 3)
     assert (shown["tau"], shown["sigma"], shown["advantage"], shown["whole"]) == (0.5, 0.2, 0.5, True)
 
@@ -274,7 +298,12 @@ def test_best_and_worst_groups(tmp_path):
             means[step, group] = sum(rewards) / 6
             rows += [
                 rollout(
-                    f"sample {i} of {group}", group=group, sample=i, reward=reward, response_ids=[0] * (i + 1), problem=f"p{step}-{group}"
+                    f"sample {i} of {group}",
+                    group=group,
+                    sample=i,
+                    reward=reward,
+                    response_ids=[0] * (i + 1),
+                    problem=f"p{step}-{group}",
                 )
                 for i, reward in enumerate(rewards)
             ]
@@ -303,7 +332,9 @@ def test_any_first_part_of_the_order_is_spread_evenly(count):
     order = halving_order(count)
     assert sorted(order) == list(range(count))
     for length in range(2, count):
-        gaps = [later - earlier for earlier, later in zip(sorted(order[:length]), sorted(order[:length])[1:], strict=False)]
+        gaps = [
+            later - earlier for earlier, later in zip(sorted(order[:length]), sorted(order[:length])[1:], strict=False)
+        ]
         assert max(gaps) <= 4 * count / length
 
 
@@ -322,7 +353,8 @@ def test_phases_have_their_share_and_their_tokens(tmp_path):
     )
 
 
-# ---- several runs ------------------------------------------------------------------------------------------------------------------------
+# ---- several runs
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def two_runs(tmp_path: Path) -> list[Path]:
@@ -337,12 +369,22 @@ def test_runs_are_overlaid_each_in_its_colour(tmp_path):
     _, page, data = load(*two_runs(tmp_path), output=tmp_path / "page.html")
     assert data["runs"] == [{"label": "toy-run", "colour": "run1"}, {"label": "other", "colour": "run2"}]
     charts = {element["aria-label"]: json.loads(element["data-chart"]) for element in page.all("svg")}
-    for title in ("Pass@k", "Loss of the warm start", "Student entropy H: pushed tokens", "Gradient norm", "Throughput"):
+    for title in (
+        "Pass@k",
+        "Loss of the warm start",
+        "Student entropy H: pushed tokens",
+        "Gradient norm",
+        "Throughput",
+    ):
         assert [row[:2] for row in charts[title]["rows"]] == [["toy-run", "run1"], ["other", "run2"]], title
     lengths = [sum(bool(value) for value in row[2].split("|")) for row in charts["Gradient norm"]["rows"]]
     assert lengths == [12, 30]
     words = page.text()
-    assert "finished · 12 steps" in words and "not finished · step 30 of 40" not in words and "finished · 30 steps" in words
+    assert (
+        "finished · 12 steps" in words
+        and "not finished · step 30 of 40" not in words
+        and "finished · 30 steps" in words
+    )
     assert {one["run"] for one in data["rollouts"]} == {0, 1} == {one["run"] for one in data["groups"]["worst"]}
 
 
@@ -378,7 +420,9 @@ def test_many_long_runs_stay_small(tmp_path):
     paths = []
     for place in range(report.MOST_RUNS):
         path = make_run(tmp_path / f"run{place}", steps=2)
-        lines(path / "metrics.jsonl", [metrics(step, noise) | {"entropy/mean": noise.random()} for step in range(1, 1001)])
+        lines(
+            path / "metrics.jsonl", [metrics(step, noise) | {"entropy/mean": noise.random()} for step in range(1, 1001)]
+        )
         paths.append(path)
     text, page, _ = load(*paths, output=tmp_path / "page.html")
     assert len(text.encode()) < 5_000_000
@@ -420,7 +464,11 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(tmp_path):
     targets = [value for _, attributes in page.elements for name, value in attributes.items() if name in loading]
     assert targets and all(target.startswith("#") for target in targets)
     assert not re.search(r"https?://|@import|url\(", text)
-    (policy,) = [attributes["content"] for attributes in page.all("meta") if attributes.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        attributes["content"]
+        for attributes in page.all("meta")
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
     (script,) = [part for tag, part in page.texts if tag == "script" and not part.startswith("{")]
     assert [element.get("type") for element in page.all("script")] == ["application/json", None]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -517,10 +565,18 @@ def test_numbers_that_are_not_finite(tmp_path):
     rows[5] |= {"update/grad_norm": "NaN", "update/loss": "Infinity", "entropy/mean": None}
     lines(run / "metrics.jsonl", rows)
     entry = inspected(
-        "ab", ["a", "b"], teacher_log_prob=[-math.inf, -1.0], delta=[-math.inf, math.nan], omega=[math.nan, 0.5], tau=math.nan
+        "ab",
+        ["a", "b"],
+        teacher_log_prob=[-math.inf, -1.0],
+        delta=[-math.inf, math.nan],
+        omega=[math.nan, 0.5],
+        tau=math.nan,
     )
     (run / "inspect" / "step_000001.json").write_text(json.dumps([entry]))
-    lines(run / "watch.jsonl", [{"step": 6, "time": 1.0, "condition": "non_finite", "action": "warn", "text": "step 6, non_finite: <b>"}])
+    lines(
+        run / "watch.jsonl",
+        [{"step": 6, "time": 1.0, "condition": "non_finite", "action": "warn", "text": "step 6, non_finite: <b>"}],
+    )
     text, page, data = load(run)
     words = page.text()
     assert "Warnings of the watch" in words and "step 6, non_finite: <b>" in words
@@ -537,7 +593,10 @@ def test_the_size_stays_bounded(tmp_path):
     for step in (1, 2, 3):
         entries = [inspected(long, ["word "] * 8000) for _ in range(20)]
         (run / "inspect" / f"step_{step:06d}.json").write_text(json.dumps(entries))
-        lines(run / "rollouts" / f"step_{step:06d}.jsonl", [rollout(long, group=i // 16, sample=i % 16) for i in range(64)])
+        lines(
+            run / "rollouts" / f"step_{step:06d}.jsonl",
+            [rollout(long, group=i // 16, sample=i % 16) for i in range(64)],
+        )
     text, page, data = load(run)
     assert len(text) < 5_000_000
     shown = sum(len(rollout["t"]) for rollout in data["rollouts"])

@@ -20,7 +20,13 @@ from dasd_megatron.observability import trackers
 from dasd_megatron.observability.loggers import MetricsLogger, truncate_after
 from dasd_megatron.observability.trackers import Tracker, follow, public_settings
 
-SETTINGS = {"wandb": "offline", "wandb_project": "project", "mlflow": True, "mlflow_uri": None, "mlflow_experiment": "experiment"}
+SETTINGS = {
+    "wandb": "offline",
+    "wandb_project": "project",
+    "mlflow": True,
+    "mlflow_uri": None,
+    "mlflow_experiment": "experiment",
+}
 
 
 def needs(module: str):
@@ -34,7 +40,12 @@ REAL = [pytest.param("wandb", marks=needs("wandb")), pytest.param("mlflow", mark
 def run_dir(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     path.mkdir()
-    config = {"run": {"name": "toy"}, "logging": SETTINGS, "algorithm": {"beta": 0.25, "name": "dasd"}, "batch": {"groups": 4}}
+    config = {
+        "run": {"name": "toy"},
+        "logging": SETTINGS,
+        "algorithm": {"beta": 0.25, "name": "dasd"},
+        "batch": {"groups": 4},
+    }
     (path / "config.yaml").write_text(json.dumps(config))
     return path
 
@@ -101,12 +112,22 @@ def test_every_line_is_sent_once_with_its_step(run_dir, monkeypatch):
             lambda: append(warm, '{"step": 1, "loss": 2.0}\n'),
             lambda: append(metrics, line(1) + line(2)[:9]),
             lambda: append(metrics, line(2)[9:]),
-            lambda: append(evaluation, '{"step": 2, "label": "step", "avg@4": 0.5}\n{"step": 2, "label": "after", "avg@4": "NaN"}\n'),
+            lambda: append(
+                evaluation,
+                '{"step": 2, "label": "step", "avg@4": 0.5}\n{"step": 2, "label": "after", "avg@4": "NaN"}\n',
+            ),
             lambda: append(metrics, line(3)),
         ),
         book.connect,
     )
-    assert [(axis, step) for axis, step, _ in book.logged] == [("warm_start", 1), ("", 1), ("", 2), ("", 2), ("", 2), ("", 3)]
+    assert [(axis, step) for axis, step, _ in book.logged] == [
+        ("warm_start", 1),
+        ("", 1),
+        ("", 2),
+        ("", 2),
+        ("", 2),
+        ("", 3),
+    ]
     assert [row["reward/mean"] for *_, row in book.logged if "reward/mean" in row] == values
     assert book.logged[0][2] == {"warm_start/loss": 2.0} and book.logged[3][2] == {"evaluation/avg@4": 0.5}
     assert math.isnan(book.logged[4][2]["evaluation/avg@4"]) and book.closed == 1
@@ -168,7 +189,10 @@ def test_failures_are_tried_again_and_lose_nothing(run_dir, monkeypatch):
 def test_secrets_are_left_out(run_dir):
     settings = public_settings(
         {
-            "rollout": {"sglang": {"arguments": ["--api-key", "hush"], "max_total_tokens": 7}, "servers": "http://me:hush@host:1/x"},
+            "rollout": {
+                "sglang": {"arguments": ["--api-key", "hush"], "max_total_tokens": 7},
+                "servers": "http://me:hush@host:1/x",
+            },
             "auth_token": "hush",
             "password": "hush",
             "model": {"tokenizer": "t", "path": None},
@@ -176,11 +200,16 @@ def test_secrets_are_left_out(run_dir):
         }
     )
     assert "hush" not in json.dumps(settings)
-    assert settings["rollout.sglang.max_total_tokens"] == 7 and settings["model.tokenizer"] == "t" and settings["some.list"] == "[1, 2]"
+    assert (
+        settings["rollout.sglang.max_total_tokens"] == 7
+        and settings["model.tokenizer"] == "t"
+        and settings["some.list"] == "[1, 2]"
+    )
     assert settings["rollout.servers"] == "http://(left out)@host:1/x"
 
 
-# ---- the real libraries, in their real process, without a network ------------------------------------------------------------------------
+# ---- the real libraries, in their real process, without a network
+# ------------------------------------------------------------------------
 
 
 def leveldb_records(data: bytes, header: int):
@@ -211,9 +240,14 @@ def wandb_runs(run_dir: Path) -> list[SimpleNamespace]:
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "run":
                 session.id, session.project = record.run.run_id, record.run.project
-                session.config |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.run.config.update}
+                session.config |= {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.run.config.update
+                }
             if record.WhichOneof("record_type") == "history":
-                session.rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
+                session.rows.append(
+                    {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                )
         sessions.append(session)
     return sessions
 
@@ -254,7 +288,9 @@ def test_a_run_and_its_resumption(name, run_dir, monkeypatch):
         logger.log_warm_start({"step": 1, "loss": 2.5})
         logger.log_evaluation({"step": 0, "label": "before", "avg@16": 0.5})
         for step in (1, 2, 3):
-            logger.log_step({"step": step, "reward/mean": rewards[step], "update/loss": math.nan, "weight_version": "v"})
+            logger.log_step(
+                {"step": step, "reward/mean": rewards[step], "update/loss": math.nan, "weight_version": "v"}
+            )
     truncate_after(run_dir, 2)
     tracker = Tracker(name, run_dir, fresh=False)
     with MetricsLogger(run_dir, tensorboard=False, resume_step=2, trackers=[tracker], warn=warnings.append) as logger:
@@ -275,7 +311,9 @@ def test_a_run_and_its_resumption(name, run_dir, monkeypatch):
 def test_a_run_that_begins_again_is_another(name, run_dir):
     for _ in range(2):
         truncate_after(run_dir, -1)
-        with MetricsLogger(run_dir, tensorboard=False, trackers=[Tracker(name, run_dir, fresh=True)], warn=pytest.fail) as logger:
+        with MetricsLogger(
+            run_dir, tensorboard=False, trackers=[Tracker(name, run_dir, fresh=True)], warn=pytest.fail
+        ) as logger:
             logger.log_step({"step": 1, "reward/mean": 0.5})
     if name == "wandb":
         assert len({session.id for session in wandb_runs(run_dir)}) == 2
@@ -287,13 +325,16 @@ def test_a_run_that_begins_again_is_another(name, run_dir):
 def test_a_trainer_that_is_killed_leaves_no_process_and_no_gap(name, run_dir):
     script = (
         "import sys, os, signal; from pathlib import Path\n"
-        "from dasd_megatron.observability.trackers import Tracker; from dasd_megatron.observability.loggers import MetricsLogger\n"
+        "from dasd_megatron.observability.trackers import Tracker; from dasd_megatron.observability.loggers import "
+        "MetricsLogger\n"
         "run = Path(sys.argv[1]); tracker = Tracker(sys.argv[2], run, fresh=True)\n"
         "logger = MetricsLogger(run, False, trackers=[tracker])\n"
         "for step in (1, 2, 3): logger.log_step({'step': step, 'reward/mean': step / 8})\n"
         "print(tracker._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(run_dir), name], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(run_dir), name], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == -signal.SIGKILL, result.stderr
     child = int(result.stdout)
     until = time.monotonic() + 60
@@ -309,7 +350,9 @@ def test_a_tracker_that_cannot_work_is_said_once_and_ends_nothing(run_dir):
     config["logging"]["mlflow_uri"] = f"file:{run_dir / 'config.yaml'}/store"
     (run_dir / "config.yaml").write_text(json.dumps(config))
     warnings: list[str] = []
-    with MetricsLogger(run_dir, tensorboard=False, trackers=[Tracker("mlflow", run_dir, fresh=True)], warn=warnings.append) as logger:
+    with MetricsLogger(
+        run_dir, tensorboard=False, trackers=[Tracker("mlflow", run_dir, fresh=True)], warn=warnings.append
+    ) as logger:
         until, step = time.monotonic() + 60, 0
         while not warnings and time.monotonic() < until:
             step += 1
@@ -317,7 +360,11 @@ def test_a_tracker_that_cannot_work_is_said_once_and_ends_nothing(run_dir):
             time.sleep(0.1)
         for more in (step + 1, step + 2):
             logger.log_step({"step": more})
-        assert len(warnings) == 1 and warnings[0].startswith("mlflow gets no numbers: ") and "training goes on" in warnings[0]
+        assert (
+            len(warnings) == 1
+            and warnings[0].startswith("mlflow gets no numbers: ")
+            and "training goes on" in warnings[0]
+        )
     assert len(warnings) == 2 and "mlflow has not got all numbers" in warnings[1]
     assert all("\n" not in warning for warning in warnings)
 

@@ -31,7 +31,10 @@ HEALTHY = {
 
 def rows_of(changes: dict[str, list[float]], steps: int | None = None) -> list[dict]:
     steps = steps or max(len(values) for values in changes.values())
-    return [{"step": step, **HEALTHY, **{key: values[step - 1] for key, values in changes.items()}} for step in range(1, steps + 1)]
+    return [
+        {"step": step, **HEALTHY, **{key: values[step - 1] for key, values in changes.items()}}
+        for step in range(1, steps + 1)
+    ]
 
 
 def feed(rows: list[dict], settings: WatchConfig = SETTINGS, has_teacher: bool = True) -> list[Alert]:
@@ -48,18 +51,43 @@ FIRES = [
     ("entropy_low", {"entropy/mean": [0.4] * 5 + [0.03] * 3}, 8, "entropy is 0.03 nat a token"),
     ("entropy_low", {"entropy/mean": [0.1] * 5 + [0.4] * 4 + [0.039] * 3}, 12, "its highest level 0.4"),
     ("entropy_high", {"entropy/mean": [0.3] * 4 + [1.0] * 3}, 7, "over watch.entropy_high=3 times its first level 0.3"),
-    ("accuracy_drop", {"reward/accuracy": [0.5] * 4 + [0.8] * 4 + [0.5] * 3}, 11, "accuracy is 50.0% after a highest level of 80.0%"),
+    (
+        "accuracy_drop",
+        {"reward/accuracy": [0.5] * 4 + [0.8] * 4 + [0.5] * 3},
+        11,
+        "accuracy is 50.0% after a highest level of 80.0%",
+    ),
     ("accuracy_drop", {"reward/accuracy": [0.8 - 0.01 * step for step in range(40)]}, 29, "algorithm.beta"),
-    ("length", {"response/length_mean": [100.0] * 9 + [210.0] * 3}, 12, "210 tokens on average, over watch.length_growth=2 times 100"),
-    ("length", {"response/truncated_share": [0.0] + [0.9] * 3}, 4, "90% of the responses end at rollout.max_new_tokens"),
+    (
+        "length",
+        {"response/length_mean": [100.0] * 9 + [210.0] * 3},
+        12,
+        "210 tokens on average, over watch.length_growth=2 times 100",
+    ),
+    (
+        "length",
+        {"response/truncated_share": [0.0] + [0.9] * 3},
+        4,
+        "90% of the responses end at rollout.max_new_tokens",
+    ),
     ("mismatch", {"rollout/log_prob_diff_mean": [0.01] * 4 + [0.05] * 3}, 7, "differ by 0.05 nats a token"),
     ("rewards_all_right", {"reward/groups_all_correct": [0.95] * 3}, 3, "95% of the groups are all right"),
     ("rewards_all_wrong", {"reward/groups_all_wrong": [1.0] * 3}, 3, "100% of the groups are all wrong"),
     ("groups_filtered", {"rollout/groups_filtered": [10] * 3}, 3, "100% of 10 groups drawn are refused"),
     ("teacher_equals_student", {"credit/delta_abs_mean": [1e-7] * 3}, 3, "teacher.template"),
-    ("pushed_diverge", {"credit/pushed_log_prob_mean": [-1.0] * 4 + [-3.5] * 3}, 7, "2.5 nats under their highest level"),
+    (
+        "pushed_diverge",
+        {"credit/pushed_log_prob_mean": [-1.0] * 4 + [-3.5] * 3},
+        7,
+        "2.5 nats under their highest level",
+    ),
     ("non_finite", {"update/loss": [0.1, math.nan]}, 2, "update/loss not finite"),
-    ("non_finite", {"update/loss": [math.nan], "update/grad_norm": [math.inf]}, 1, "update/loss and update/grad_norm not finite"),
+    (
+        "non_finite",
+        {"update/loss": [math.nan], "update/grad_norm": [math.inf]},
+        1,
+        "update/loss and update/grad_norm not finite",
+    ),
 ]
 
 
@@ -128,7 +156,10 @@ def test_what_is_left_out():
 
 
 def test_action_is_taken_on_the_conditions_that_are_named_alone():
-    (right,), (low,) = feed(rows_of({"reward/groups_all_correct": [1.0] * 3})), feed(rows_of({"entropy/mean": [0.4] * 4 + [0.01] * 3}))
+    (right,), (low,) = (
+        feed(rows_of({"reward/groups_all_correct": [1.0] * 3})),
+        feed(rows_of({"entropy/mean": [0.4] * 4 + [0.01] * 3})),
+    )
     watch = Watch(changed(action="stop"), has_teacher=True)
     assert [watch.action(alerts) for alerts in ([], [right], [low], [right, low])] == ["warn", "warn", "stop", "stop"]
     assert Watch(changed(action="pause", act_on=["rewards_all_right"]), has_teacher=True).action([right]) == "pause"
@@ -147,7 +178,9 @@ def test_levels_against_their_definition():
             assert series.before == (pytest.approx(expected) if expected is not None else None)
             levels = [sum(values[end - width : end]) / width for end in range(width, len(values) + 1)]
             assert series.first == (pytest.approx(levels[0]) if levels else None)
-            assert (series.highest, series.lowest) == pytest.approx((max(levels, default=-math.inf), min(levels, default=math.inf)))
+            assert (series.highest, series.lowest) == pytest.approx(
+                (max(levels, default=-math.inf), min(levels, default=math.inf))
+            )
             values.append(draw.random())
             series.add(values[-1])
 
@@ -187,5 +220,7 @@ def test_a_resumed_watch_says_what_an_uninterrupted_one_says(tmp_path: Path):
         wanted += watch.update(row)
     assert wanted == [alert for alert in whole if alert.step > kept]
     lines = [json.loads(line) for line in (tmp_path / WARNINGS).read_text().splitlines()]
-    assert [(line["step"], line["text"]) for line in lines] == [(one.step, one.text) for one in whole if one.step <= kept]
+    assert [(line["step"], line["text"]) for line in lines] == [
+        (one.step, one.text) for one in whole if one.step <= kept
+    ]
     assert {(line["condition"], line["action"]) for line in lines} == {("entropy_low", "warn")}

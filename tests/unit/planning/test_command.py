@@ -21,7 +21,9 @@ from dasd_megatron.planning.estimate import (
 )
 
 PRESETS = sorted(
-    path.stem for path in (Path(dasd_megatron.__file__).parent / "conf" / "model").glob("*.yaml") if path.stem not in ("hf", "tiny")
+    path.stem
+    for path in (Path(dasd_megatron.__file__).parent / "conf" / "model").glob("*.yaml")
+    if path.stem not in ("hf", "tiny")
 )
 # As published with the weights.
 PARAMETERS = {
@@ -83,7 +85,8 @@ def test_numbers_by_hand() -> None:
     # 12 bytes a parameter on half of the replicas, and a step counter for each of some fifty parameters.
     assert abs(state.optimizer - 6 * state.parameters) < 4 * 50
     traffic = communication(arch, config, 1000, state)
-    # Two all-reduces a layer for each of 3 forward passes and 1 backward pass; of a ring of two each rank sends its tensor once.
+    # Two all-reduces a layer for each of 3 forward passes and 1 backward pass; of a ring of two each rank sends its
+    # tensor once.
     assert traffic.tensor == 1000 * 4096 * 2 * 8 * 2 * 4
     assert traffic.pipeline == 1000 * 4096 * 2 * 4
     assert traffic.data == 0.5 * 6 * state.parameters
@@ -106,7 +109,8 @@ def test_fields_of_the_layout_come_through() -> None:
         return activation_bytes(arch, config, 8192, stage, micro_batches=8, transformer_engine=True)
 
     none, selective, full = (kept(f"precision.recompute={how}") for how in ("none", "selective", "full"))
-    # Per token and layer: of the feed-forward the input's norm and three widths of it, in bf16; one layer's is there once.
+    # Per token and layer: of the feed-forward the input's norm and three widths of it, in bf16; one layer's is there
+    # once.
     assert none - selective == 8192 * 31 * 2 * (4096 / 2 + 3 * 14336 / 2)
     assert full < selective / 3
     assert abs(kept("parallel.context_parallel_size=2") - none / 2) < 1
@@ -124,7 +128,10 @@ def test_fields_of_the_layout_come_through() -> None:
     assert training_state(arch, shared, 0).optimizer < training_state(arch, plan_config(base), 0).optimizer / 3.9
     traffic = communication(arch, shared, 4000, training_state(arch, shared, 0))
     assert traffic.context == 1000 * 2 * 512 * 2 * 32 * 3 * 5
-    assert traffic.tensor == communication(arch, plan_config(base), 1000, training_state(arch, plan_config(base), 0)).tensor
+    assert (
+        traffic.tensor
+        == communication(arch, plan_config(base), 1000, training_state(arch, plan_config(base), 0)).tensor
+    )
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
@@ -140,9 +147,13 @@ def test_a_plan_says_whether_it_fits(capsys: pytest.CaptureFixture) -> None:
     assert "over the network" in printed(capsys, "--gpus-per-node", "4", *job)
     assert "weights" in printed(capsys)
     assert "turns them off" in printed(capsys, "model=qwen3_8b", PP + "2", VPP + "2")
-    fused, dense = (float(number) for number in re.search(r"last stage +([\d.]+) GB fused \(([\d.]+) GB", text).groups())
+    fused, dense = (
+        float(number) for number in re.search(r"last stage +([\d.]+) GB fused \(([\d.]+) GB", text).groups()
+    )
     assert fused < dense
-    assert "no context parallelism" in printed(capsys, "model=smollm2_135m", "backend.kind=cpu", "rollout.max_new_tokens=64")
+    assert "no context parallelism" in printed(
+        capsys, "model=smollm2_135m", "backend.kind=cpu", "rollout.max_new_tokens=64"
+    )
 
 
 def test_search_lists_layouts_that_fit(capsys: pytest.CaptureFixture) -> None:

@@ -18,7 +18,11 @@ from dasd_megatron.planning.rehearsal import Place, _commands, _parser, dry_run,
 from dasd_megatron.rollout.router import _parser as router_parser
 from dasd_megatron.rollout.serve import _parser as server_parser
 
-TP, PP, DP = "parallel.tensor_model_parallel_size=", "parallel.pipeline_model_parallel_size=", "parallel.data_parallel_size="
+TP, PP, DP = (
+    "parallel.tensor_model_parallel_size=",
+    "parallel.pipeline_model_parallel_size=",
+    "parallel.data_parallel_size=",
+)
 REFUSED = [
     (["experiment=dasd_32b", TP + "3"], ["tensor_model_parallel_size=3", "num_attention_heads=64"]),
     (["experiment=dasd_32b", TP + "16"], ["tensor_model_parallel_size=16", "num_key_value_heads=8"]),
@@ -28,20 +32,28 @@ REFUSED = [
     (["experiment=dasd_32b", "--hosts", "a,b,c"], ["32 processes", "3 nodes of 8 hold 24"]),
     (["experiment=dasd_32b", "--hosts", "a,b,b,c"], ["--hosts"]),
     (["experiment=dasd_70b", "--gpu-memory", "24"], ["stage 0", "24.00 GB", "precision.recompute=full"]),
-    (["experiment=dasd_70b", PP + "1", "parallel.virtual_pipeline_model_parallel_size=null", DP + "1"], ["stage 0", "80.00 GB"]),
+    (
+        ["experiment=dasd_70b", PP + "1", "parallel.virtual_pipeline_model_parallel_size=null", DP + "1"],
+        ["stage 0", "80.00 GB"],
+    ),
     (["experiment=dasd_7b", "model.path=/nowhere", "model.architecture=null"], ["model.architecture"]),
     (["experiment=quickstart", "model=hf", "model.path=/nowhere"], ["model.path=/nowhere", "preset"]),
     (["experiment=dasd_7b", "--response-tokens", "100,many"], ["--response-tokens 100,many"]),
     (["experiment=dasd_7b", "--response-tokens", "100,9000"], ["--response-tokens", "rollout.max_new_tokens=8192"]),
     (["experiment=dasd_7b", "--nodes", "0"], ["--nodes=0"]),
-    (["experiment=dasd_7b", "rollout.servers=[http://a:1,http://a:2,http://a:3]", "--server-tp", "4"], ["3 servers of 4 GPUs", " a "]),
+    (
+        ["experiment=dasd_7b", "rollout.servers=[http://a:1,http://a:2,http://a:3]", "--server-tp", "4"],
+        ["3 servers of 4 GPUs", " a "],
+    ),
     (["experiment=dasd_7b", "optimizer.rl=1"], ["optimizer.lr"]),
     (["experiment=dasd_7b", "batch.groups=7"], ["batch.groups=7"]),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "named"), REFUSED, ids=[" ".join(arguments) for arguments, _ in REFUSED])
-def test_what_cannot_run_is_refused_with_one_line(arguments: list[str], named: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_what_cannot_run_is_refused_with_one_line(
+    arguments: list[str], named: list[str], capsys: pytest.CaptureFixture
+) -> None:
     assert main(["train", "--dry-run", *arguments]) == 1
     printed = capsys.readouterr()
     assert not printed.out and len(printed.err.strip().splitlines()) == 1, printed
@@ -71,7 +83,9 @@ def test_places_are_those_of_nested_loops() -> None:
             pipeline_model_parallel_size=pipeline,
         )
         loops = itertools.product(range(pipeline), range(data), range(context), range(tensor))
-        assert [place_of(parallel, rank) for rank in range(parallel.world_size)] == [Place(t, c, d, p) for p, d, c, t in loops]
+        assert [place_of(parallel, rank) for rank in range(parallel.world_size)] == [
+            Place(t, c, d, p) for p, d, c, t in loops
+        ]
 
 
 def commands(*arguments: str) -> dict[str, list[list[str]]]:
@@ -87,24 +101,35 @@ def test_servers_and_router_are_started_by_commands_that_their_parsers_take() ->
     found = commands("experiment=dasd_70b", servers)["rollout servers"]
     assert [line[0] for line in found] == ["c:", "c:", "d:"]
     # 141 GB of weights take four GPUs of 80 GB, and the second server of a node the next four.
-    assert [line[1] for line in found] == [f"CUDA_VISIBLE_DEVICES={devices}" for devices in ("0,1,2,3", "4,5,6,7", "0,1,2,3")]
+    assert [line[1] for line in found] == [
+        f"CUDA_VISIBLE_DEVICES={devices}" for devices in ("0,1,2,3", "4,5,6,7", "0,1,2,3")
+    ]
     for line, port in zip(found, (30000, 30001, 30000), strict=True):
         assert line[2:4] == ["dasd", "serve"] and line[4:6] == ["--engine", "sglang"]
         options = server_parser().parse_args(line[6:])
         assert (options.port, options.host, options.tp_size, options.dtype) == (port, "0.0.0.0", 4, "bfloat16")
-    assert commands("experiment=dasd_70b", servers, "--server-tp", "2")["rollout servers"][1][1] == "CUDA_VISIBLE_DEVICES=2,3"
-    routed = commands("experiment=dasd_7b", "rollout.servers=[]", "rollout.router=http://c:31000")["router, on its node"]
+    assert (
+        commands("experiment=dasd_70b", servers, "--server-tp", "2")["rollout servers"][1][1]
+        == "CUDA_VISIBLE_DEVICES=2,3"
+    )
+    routed = commands("experiment=dasd_7b", "rollout.servers=[]", "rollout.router=http://c:31000")[
+        "router, on its node"
+    ]
     options = router_parser().parse_args(routed[0][2:])
     assert (options.port, options.host, options.servers) == (31000, "0.0.0.0", ["http://ROLLOUT_NODE:30000"])
 
 
 def test_each_node_trains_by_torchruns_variables_and_the_same_overrides() -> None:
-    (lines,) = (lines for title, lines in commands("experiment=dasd_32b", "run.steps=7").items() if title.startswith("training"))
+    (lines,) = (
+        lines for title, lines in commands("experiment=dasd_32b", "run.steps=7").items() if title.startswith("training")
+    )
     for rank, line in enumerate(lines):
         split = line.index("dasd")
         assert line[0] == f"{'ab'[rank]}:"
         variables = dict(word.split("=", 1) for word in line[1:split])
         assert variables.pop("PET_RDZV_ID")
         assert variables == {"PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_RDZV_ENDPOINT": "a:29500"}
-        assert line[split : split + 2] == ["dasd", "train"] and {"experiment=dasd_32b", "run.steps=7"} <= set(line[split + 2 :])
+        assert line[split : split + 2] == ["dasd", "train"] and {"experiment=dasd_32b", "run.steps=7"} <= set(
+            line[split + 2 :]
+        )
         load_config(line[split + 2 :], needs_files=False)

@@ -46,7 +46,15 @@ def test_only_the_key_itself_opens(header: str, accepted: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "own"), [("127.0.0.1", True), ("127.3.2.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("gpu01", False)]
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.2.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("gpu01", False),
+    ],
 )
 def test_a_server_that_others_can_reach_needs_a_key_or_says_so(
     host: str, own: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

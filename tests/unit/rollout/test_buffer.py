@@ -128,7 +128,13 @@ def test_nothing_is_lost_or_doubled(max_staleness: int, wait_for_all: bool) -> N
         assert all(step - member.version <= max_staleness for member in taken)
         trained += [member.position for member in taken]
         if draw.random() < 0.3:  # killed and resumed
-            one = buffer(groups, over_sampling=one.over_sampling, wait_for_all=wait_for_all, max_staleness=max_staleness, state=one.state())
+            one = buffer(
+                groups,
+                over_sampling=one.over_sampling,
+                wait_for_all=wait_for_all,
+                max_staleness=max_staleness,
+                state=one.state(),
+            )
         one.give_back(one.age(step + 1))
     assert len(set(trained)) == len(trained)
     left = [*one.pending, *one.in_flight, *(member.position for member in one.ready)]

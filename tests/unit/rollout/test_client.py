@@ -45,7 +45,8 @@ def sound(body):
 
 
 class FakeServer:
-    """Answers /generate with the next of ``script``, then soundly: a status, bytes, a function of the body, hang, drop or trickle."""
+    """Answers /generate with the next of ``script``, then soundly: a status, bytes, a function of the body, hang, drop
+    or trickle."""
 
     def __init__(self, script=()):
         self.script = list(script)
@@ -61,7 +62,9 @@ class FakeServer:
             method, path, _ = head.split(" ", 2)
             lines = [line.split(": ", 1) for line in head.split("\r\n")[1:] if line]
             self.headers.append({name.lower(): value for name, value in lines})
-            length = next((int(line.split(":")[1]) for line in head.split("\r\n") if line.lower().startswith("content-length")), 0)
+            length = next(
+                (int(line.split(":")[1]) for line in head.split("\r\n") if line.lower().startswith("content-length")), 0
+            )
             body = json.loads(await reader.readexactly(length) or b"{}")
             self.requests.append((method, path, body))
             self.running += 1
@@ -88,7 +91,9 @@ class FakeServer:
             elif action is not None:
                 content = action(body)
             payload = content if isinstance(content, bytes) else json.dumps(content).encode()
-            writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(payload)}\r\nconnection: close\r\n\r\n".encode() + payload)
+            writer.write(
+                f"HTTP/1.1 {status} X\r\ncontent-length: {len(payload)}\r\nconnection: close\r\n\r\n".encode() + payload
+            )
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client gave up, which some tests make it do
@@ -117,7 +122,9 @@ EXPECTED = [[i, i + 1, 100 + i] for i in range(10)]
 
 async def sample(c, prompts=PROMPTS, params=PARAMS, *, weight_version=VERSION, rows_per_request=3, vocab_size=None):
     async with c:
-        return await c.generate(prompts, params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size)
+        return await c.generate(
+            prompts, params, weight_version=weight_version, rows_per_request=rows_per_request, vocab_size=vocab_size
+        )
 
 
 async def test_rows_keep_their_order_over_requests_and_servers():
@@ -200,7 +207,8 @@ GARBAGE = {
     "token id is a bool": changed(["output_ids", 0], True),
     "wrong version": changed(["meta_info", "weight_version"], "6"),
     "mixed versions": changed(
-        ["meta_info", "weight_versions"], [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}]
+        ["meta_info", "weight_versions"],
+        [{"version": "6", "start": 0, "end": 1}, {"version": "7", "start": 1, "end": 3}],
     ),
 }
 
@@ -321,7 +329,11 @@ async def test_ids_outside_the_vocabulary_without_end_are_an_error(token):
 
 
 async def test_each_row_has_its_own_limit_or_none():
-    params = [{"sampling_seed": 100, "max_new_tokens": 3}, {"sampling_seed": 101}, {"sampling_seed": 102, "max_new_tokens": 2}]
+    params = [
+        {"sampling_seed": 100, "max_new_tokens": 3},
+        {"sampling_seed": 101},
+        {"sampling_seed": 102, "max_new_tokens": 2},
+    ]
     server = FakeServer()
     async with server.serve() as url:
         assert [c.output_ids for c in await sample(client(url), PROMPTS[:2], params[:2])] == EXPECTED[:2]
@@ -376,7 +388,9 @@ async def test_a_refusal_is_raised_at_once_with_the_servers_words(status, body, 
 async def test_a_server_that_does_not_take_the_key_is_named_at_once_and_another_one_used(key):
     denying, sound = FakeServer([(401, {"error": "Unauthorized"})] * 20), FakeServer()
     async with denying.serve() as a, sound.serve() as b:
-        with pytest.raises(AccessDeniedError, match="does not take the API key" if key else "asks for an API key") as caught:
+        with pytest.raises(
+            AccessDeniedError, match="does not take the API key" if key else "asks for an API key"
+        ) as caught:
             await sample(client(a, api_key=key), rows_per_request=10)
         assert caught.value.tries == 1 and len(denying.requests) == 1
         assert key is None or key not in str(caught.value)
@@ -474,7 +488,15 @@ async def test_an_empty_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"urls": []}, {"urls": ["127.0.0.1:1"]}, {"max_in_flight": 0}, {"max_retries": -1}, {"request_timeout": 0}, {"backoff": -1}]
+    "changes",
+    [
+        {"urls": []},
+        {"urls": ["127.0.0.1:1"]},
+        {"max_in_flight": 0},
+        {"max_retries": -1},
+        {"request_timeout": 0},
+        {"backoff": -1},
+    ],
 )
 def test_options_that_cannot_work_are_refused(changes):
     changes = dict(changes)
@@ -498,7 +520,10 @@ def test_one_client_serves_several_event_loops():
 async def test_control_calls_reach_every_server():
     servers = [FakeServer(), FakeServer()]
     for server in servers:
-        server.replies["/update_weights_from_disk"] = (200, {"success": True, "message": "ok", "num_paused_requests": 0})
+        server.replies["/update_weights_from_disk"] = (
+            200,
+            {"success": True, "message": "ok", "num_paused_requests": 0},
+        )
         server.replies["/model_info"] = (200, {"weight_version": "8"})
     async with servers[0].serve() as a, servers[1].serve() as b, client(a, b) as c:
         await c.pause_generation("abort")
@@ -523,7 +548,10 @@ async def test_control_calls_reach_every_server():
 
 async def test_a_refused_update_carries_the_servers_message():
     server = FakeServer()
-    server.replies["/update_weights_from_disk"] = (400, {"success": False, "message": "other shape", "num_paused_requests": 0})
+    server.replies["/update_weights_from_disk"] = (
+        400,
+        {"success": False, "message": "other shape", "num_paused_requests": 0},
+    )
     async with server.serve() as url, client(url) as c:
         with pytest.raises(RequestRefusedError, match="other shape"):
             await c.update_weights_from_disk("/w", "8")
@@ -534,7 +562,9 @@ async def test_an_update_that_did_not_take_names_the_expected_version():
     server.replies["/update_weights_from_disk"] = (200, {"success": True, "message": "ok"})
     server.replies["/model_info"] = (200, {"weight_version": "7"})
     async with server.serve() as url, client(url) as c:
-        with pytest.raises(WeightVersionError, match="expected weight version '8' after the update, but the server reports '7'"):
+        with pytest.raises(
+            WeightVersionError, match="expected weight version '8' after the update, but the server reports '7'"
+        ):
             await c.update_weights_from_disk("/w", "8")
 
 
@@ -558,7 +588,8 @@ async def test_through_a_router_go_single_rows_and_nothing_else():
     assert [c.output_ids for c in completions] == EXPECTED
     assert sorted(body["input_ids"] for _, _, body in router.requests) == [[prompt] for prompt in PROMPTS]
     assert {path for _, path, _ in router.requests} == {"/generate"} and router.most_running <= 4
-    assert sorted(body["sampling_params"]["sampling_seed"] for _, _, body in router.requests) == list(range(100, 110))  # not in a list
+    # not in a list
+    assert sorted(body["sampling_params"]["sampling_seed"] for _, _, body in router.requests) == list(range(100, 110))
     for server in servers:
         assert [path for _, path, _ in server.requests] == ["/pause_generation", "/continue_generation"]
 

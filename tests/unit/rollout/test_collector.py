@@ -31,10 +31,13 @@ RIGHT, WRONG = "right", "wrong"
 
 
 class Servers(RolloutClient):
-    """Answers in the place of servers, which hold the weights ``step``. What each response is, ``answer`` says of (problem, sample)."""
+    """Answers in the place of servers, which hold the weights ``step``. What each response is, ``answer`` says of
+    (problem, sample)."""
 
     def __init__(self) -> None:
-        super().__init__(["http://server"], connect_timeout=1, request_timeout=1, max_retries=0, backoff=0, max_in_flight=1)
+        super().__init__(
+            ["http://server"], connect_timeout=1, request_timeout=1, max_retries=0, backoff=0, max_in_flight=1
+        )
         self.step = 0
         self.hold: set[int] = set()
         """Problems that are not answered as long as they are here."""
@@ -60,7 +63,11 @@ class Servers(RolloutClient):
             text = f"#### {problem + 1 if self.answer(problem, sample) is RIGHT else 0}"
             ids = TOKENIZER.encode(text)
             spans = [(version_name(began), 2), (version_name(self.step), len(ids) - 2)]
-            completions.append(Completion(ids, [-0.5] * len(ids), "stop", spans if began != self.step else [(spans[0][0], len(ids))], text))
+            completions.append(
+                Completion(
+                    ids, [-0.5] * len(ids), "stop", spans if began != self.step else [(spans[0][0], len(ids))], text
+                )
+            )
             if not {version for version, _ in completions[-1].weight_versions} <= set(weight_version):
                 raise RolloutError("http://server", "another version", 1, "")
         return completions
@@ -99,7 +106,9 @@ def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
     def of(*overrides: str, state: BufferState | None = None, step: int = 0) -> tuple[Collector, Servers]:
         config = configuration(*overrides)
         grader = Grader(config.verify)
-        collector = Collector(config, PROBLEMS, PromptRenderer(TOKENIZER), grader, TOKENIZER, 1000, state or BufferState())
+        collector = Collector(
+            config, PROBLEMS, PromptRenderer(TOKENIZER), grader, TOKENIZER, 1000, state or BufferState()
+        )
         made.append((collector, grader))
         servers = Servers()
         servers.step = step
@@ -134,7 +143,9 @@ def positions(collector: Collector) -> list[int]:
 FILTER = "rollout.filter=dasd_megatron.rollout.filters:rewards_differ"
 
 
-def test_on_policy_rollouts_are_sampled_when_they_are_asked_for(start: Callable[..., tuple[Collector, Servers]]) -> None:
+def test_on_policy_rollouts_are_sampled_when_they_are_asked_for(
+    start: Callable[..., tuple[Collector, Servers]],
+) -> None:
     collector, servers = start()
     batch = collector.take()
     assert [group.position for group in batch.groups] == [0, 1] and batch.counts.drawn == 2
@@ -173,7 +184,9 @@ def test_where_no_group_has_an_advantage_a_step_still_comes(start: Callable[...,
     assert [group.position for group in batch.groups] == [0, 1] and batch.counts.filtered == 4
 
 
-def test_stragglers_are_broken_off_and_come_first_in_the_next_step(start: Callable[..., tuple[Collector, Servers]]) -> None:
+def test_stragglers_are_broken_off_and_come_first_in_the_next_step(
+    start: Callable[..., tuple[Collector, Servers]],
+) -> None:
     collector, servers = start("rollout.over_sampling=1.5", "rollout.unfinished=abort")
     servers.hold = {1}
     assert positions(collector) == [0, 2]
@@ -205,7 +218,9 @@ def test_an_update_waits_for_rollouts_in_flight(start: Callable[..., tuple[Colle
     servers.hold = {3}
     collector.start_ahead(1)
     eventually(lambda: len(servers.asked) == 4)
-    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), collector._loop).add_done_callback(lambda _: servers.hold.clear())
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), collector._loop).add_done_callback(
+        lambda _: servers.hold.clear()
+    )
     collector.before_sync()
     assert not servers.hold and len(collector.state().ready) == 2 and servers.told == []
 
@@ -307,8 +322,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    return [dataclasses.replace(one, log_probs=[float('nan')] * len(one.log_probs)) for one in found]\n"
         "async def tool(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
-        "    return [dataclasses.replace(one, output_ids=[7, 7, *one.output_ids], log_probs=[0.0, 0.0, *one.log_probs],\n"
-        "        weight_versions=[('step_000000', 2 + len(one.output_ids))], response_mask=[0, 0, *[1] * len(one.output_ids)])\n"
+        "    return [dataclasses.replace(one, output_ids=[7, 7, *one.output_ids], log_probs=[0.0, 0.0, "
+        "*one.log_probs],\n"
+        "        weight_versions=[('step_000000', 2 + len(one.output_ids))], response_mask=[0, 0, *[1] * "
+        "len(one.output_ids)])\n"
         "        for one in found]\n"
         "async def unmasked(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
@@ -330,7 +347,9 @@ def test_a_function_of_ones_own_samples_groups(start: Callable[..., tuple[Collec
     assert [len(seeds) for seeds in servers.seeds.values()] == [4, 4]
 
 
-def test_tokens_that_the_policy_did_not_sample_are_masked(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+def test_tokens_that_the_policy_did_not_sample_are_masked(
+    start: Callable[..., tuple[Collector, Servers]], module: str
+) -> None:
     collector, _ = start(f"rollout.function={module}:tool")
     sample = collector.take().groups[0].samples[1]
     assert sample.response_ids[:2] == [7, 7] and sample.response_mask[:3] == [0, 0, 1] and sample.reward == 1.0
@@ -341,7 +360,9 @@ def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collecto
     assert positions(collector) == [1, 3]
 
 
-def test_rollouts_of_other_weights_are_refused_from_functions_too(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
+def test_rollouts_of_other_weights_are_refused_from_functions_too(
+    start: Callable[..., tuple[Collector, Servers]], module: str
+) -> None:
     collector, _ = start(f"rollout.function={module}:tool", step=3)
     with pytest.raises(PluginError, match=r"of the weights \['step_000000'\], not of \['step_000003'\]"):
         collector.take()
@@ -379,7 +400,9 @@ def test_saved_groups_of_another_size_are_sampled_again(start: Callable[..., tup
         ("rollout.filter={}:divides", r"rollout\.filter=own_rollouts:divides on problem p\d: ZeroDivisionError"),
     ],
 )
-def test_functions_that_fail_are_named(start: Callable[..., tuple[Collector, Servers]], module: str, override: str, said: str) -> None:
+def test_functions_that_fail_are_named(
+    start: Callable[..., tuple[Collector, Servers]], module: str, override: str, said: str
+) -> None:
     collector, _ = start(override.format(module))
     with pytest.raises(PluginError, match=said):
         collector.take()

@@ -44,7 +44,8 @@ MODEL = Qwen3Config(
 
 
 class Answers:
-    """An HTTP server: ``given`` has the next answers of each path, status and JSON or bytes, of which the last one stays."""
+    """An HTTP server: ``given`` has the next answers of each path, status and JSON or bytes, of which the last one
+    stays."""
 
     def __init__(self) -> None:
         self.given: dict[str, list[tuple[int, Any]]] = {}
@@ -95,7 +96,12 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_nodes_and_ports() -> None:
-    assert node_servers(["a", "b"], 30000, 2) == ["http://a:30000", "http://a:30001", "http://b:30000", "http://b:30001"]
+    assert node_servers(["a", "b"], 30000, 2) == [
+        "http://a:30000",
+        "http://a:30001",
+        "http://b:30000",
+        "http://b:30001",
+    ]
 
 
 def test_servers_of_a_host_list(scontrol) -> None:
@@ -181,7 +187,9 @@ def test_a_router_that_knows_its_servers_later(answers: Answers, monkeypatch: py
         ((200, listing()), "lists no server within rollout.startup_timeout_seconds=0.3"),
     ],
 )
-def test_what_is_no_router(answer: tuple[int, Any], said: str, answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_router(
+    answer: tuple[int, Any], said: str, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(discovery, "POLL_SECONDS", 0.05)
     answers.given["/workers"] = [answer]
     with pytest.raises(DiscoveryError) as error:
@@ -210,7 +218,12 @@ def models_differ(*urls: str) -> str:
 
 def test_the_run_s_model_is_accepted(answers: Answers, tmp_path: Path) -> None:
     MODEL.save_pretrained(tmp_path)
-    said = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "is_generation": True, "model_path": str(tmp_path)}
+    said = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "is_generation": True,
+        "model_path": str(tmp_path),
+    }
     described(answers, said, {"model_path": str(tmp_path), "vocab_size": 100})
     asyncio.run(check_models(client(answers.url), MODEL))
     # A server of whose model nothing is known has nothing that differs.
@@ -221,19 +234,27 @@ def test_the_run_s_model_is_accepted(answers: Answers, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "settings", "said"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "architectures is ['LlamaForCausalLM'] there and ['Qwen3ForCausalLM'] in the run"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            {},
+            "architectures is ['LlamaForCausalLM'] there and ['Qwen3ForCausalLM'] in the run",
+        ),
         ({"model_type": "llama"}, {}, "model_type is 'llama' there"),
         ({"is_generation": False}, {}, "does not generate"),
         ({"model_type": "qwen3"}, {"vocab_size": 101}, "vocab_size is 101 there and 100 in the run"),
     ],
 )
-def test_what_a_server_says_of_another_model(answers: Answers, model: dict[str, Any], settings: dict[str, Any], said: str) -> None:
+def test_what_a_server_says_of_another_model(
+    answers: Answers, model: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
     described(answers, model, settings)
     message = models_differ("http://127.0.0.1:9", answers.url)  # one that is not there does not hide it
     assert said in message and answers.url in message and "start it with the model of the run" in message
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "rope_theta"])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "rope_theta"]
+)
 def test_what_the_directory_of_a_server_says(name: str, answers: Answers, tmp_path: Path) -> None:
     values = MODEL.to_dict()
     (tmp_path / "config.json").write_text(json.dumps(values | {name: values[name] * 2}))
@@ -242,7 +263,9 @@ def test_what_the_directory_of_a_server_says(name: str, answers: Answers, tmp_pa
     assert f"{name} is {values[name] * 2} there and {values[name]} in the run" in models_differ(answers.url)
 
 
-def test_a_relative_directory_is_the_server_s(answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_directory_is_the_server_s(
+    answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL.to_dict() | {"hidden_size": 64}))
     monkeypatch.chdir(tmp_path)
@@ -270,7 +293,13 @@ def test_who_answers_without_the_weights_is_refused(answers: Answers) -> None:
 
 
 def prompt_answer(ids: list[int], values: list[Any]) -> list[dict[str, Any]]:
-    return [{"meta_info": {"input_token_logprobs": [[value, token, None] for value, token in zip(values, ids, strict=True)]}}]
+    return [
+        {
+            "meta_info": {
+                "input_token_logprobs": [[value, token, None] for value, token in zip(values, ids, strict=True)]
+            }
+        }
+    ]
 
 
 def test_log_probs_of_a_prompt(answers: Answers) -> None:

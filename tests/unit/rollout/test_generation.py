@@ -1,4 +1,5 @@
-"""Rewards come from the sampled tokens, whatever text the server sends, and the vocabulary's size reaches the client."""
+"""Rewards come from the sampled tokens, whatever text the server sends, and the vocabulary's size reaches the
+client."""
 
 from __future__ import annotations
 
@@ -32,12 +33,19 @@ def test_rewards_and_texts_are_those_of_the_tokens(server_text: str) -> None:
     responses = ["#### 2", "#### 3", "#### 3", "#### 2"]
     completions = [completion(response, server_text) for response in responses]
     with Grader(VerifyConfig(workers=0)) as grader:
-        samples = make_samples(PROBLEMS, [4, 5], [[1], [2]], completions, grader, samples_per_group=2, tokenizer=TOKENIZER)
+        samples = make_samples(
+            PROBLEMS, [4, 5], [[1], [2]], completions, grader, samples_per_group=2, tokenizer=TOKENIZER
+        )
     assert [sample.reward for sample in samples] == [1.0, 0.0, 1.0, 0.0]
     assert [sample.predicted_answer for sample in samples] == ["2", "3", "3", "2"]
     assert [sample.text for sample in samples] == responses  # without the end token
     assert [sample.response_ids for sample in samples] == [c.output_ids for c in completions]  # with it
-    assert [(sample.problem_id, sample.group, sample.sample) for sample in samples] == [("a", 4, 0), ("a", 4, 1), ("b", 5, 0), ("b", 5, 1)]
+    assert [(sample.problem_id, sample.group, sample.sample) for sample in samples] == [
+        ("a", 4, 0),
+        ("a", 4, 1),
+        ("b", 5, 0),
+        ("b", 5, 1),
+    ]
 
 
 @pytest.mark.parametrize("truncated_is_wrong", [False, True])
@@ -54,14 +62,20 @@ def answering(token: int) -> Callable[..., Awaitable[Answer]]:
     """In the place of a request: an answer of one row with this one token."""
 
     async def answer(*_args: object, **_options: object) -> Answer:
-        meta = {"finish_reason": {"type": "length"}, "weight_version": "7", "output_token_logprobs": [[-0.5, token, None]]}
+        meta = {
+            "finish_reason": {"type": "length"},
+            "weight_version": "7",
+            "output_token_logprobs": [[-0.5, token, None]],
+        }
         return Answer("/generate", 200, orjson.dumps([{"text": "", "output_ids": [token], "meta_info": meta}]))
 
     return answer
 
 
 @pytest.mark.parametrize(("vocab_size", "accepted"), [(None, True), (100, True), (99, False)])
-def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_bounds_what_servers_answer(
+    vocab_size: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(RolloutClient, "_exchange", answering(99))
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, max_retries=0)
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": vocab_size}
@@ -74,7 +88,9 @@ def test_the_vocabulary_bounds_what_servers_answer(vocab_size: int | None, accep
 
 
 @pytest.mark.parametrize(("seconds", "finished"), [(0.0, True), (0.2, True), (60.0, False)])
-async def test_what_is_done_meanwhile_is_waited_for_a_little(seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_done_meanwhile_is_waited_for_a_little(
+    seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = []
 
     async def alongside() -> None:

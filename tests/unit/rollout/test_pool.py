@@ -62,7 +62,9 @@ def test_any_version_serves_where_none_counts() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(Event)), st.sampled_from([None, "v1", "v2"]))))
-def test_nothing_serves_without_having_answered_under_the_current_weights(events: list[tuple[Event, str | None]]) -> None:
+def test_nothing_serves_without_having_answered_under_the_current_weights(
+    events: list[tuple[Event, str | None]],
+) -> None:
     health = Health()
     for event, version in events:
         health = transition(health, event, current="v2", version=version)
@@ -138,10 +140,10 @@ def test_weights_that_change_without_an_update_are_told(caplog: pytest.LogCaptur
     servers.record(A, Event.ANSWERED, "v0")  # stale already, and older still
     servers.record(A, Event.ANSWERED, "v0")
     assert [record.getMessage() for record in caplog.records] == [
-        f"rollout server {A}: serving -> stale (went from weights 'v2' to 'v1', which this run has not given it now: it was restarted, or "
-        "something else updates it)",
-        f"rollout server {A}: stale -> stale (went from weights 'v1' to 'v0', which this run has not given it now: it was restarted, or "
-        "something else updates it)",
+        f"rollout server {A}: serving -> stale (went from weights 'v2' to 'v1', which this run has not given it now: "
+        "it was restarted, or something else updates it)",
+        f"rollout server {A}: stale -> stale (went from weights 'v1' to 'v0', which this run has not given it now: it "
+        "was restarted, or something else updates it)",
     ]
     servers.record(A, Event.ANSWERED, "v2")
     assert servers.health[A].status is Status.SERVING

@@ -38,7 +38,11 @@ def chi_square(tokens, probs):
 @pytest.mark.parametrize("varying", ["seed", "position"])
 def test_uniforms_are_uniform_and_uncorrelated(varying):
     index = np.arange(100_000)
-    u = counter_uniforms(index, np.zeros_like(index)) if varying == "seed" else counter_uniforms(np.full_like(index, 3), index)
+    u = (
+        counter_uniforms(index, np.zeros_like(index))
+        if varying == "seed"
+        else counter_uniforms(np.full_like(index, 3), index)
+    )
     assert u.min() > 0.0 and u.max() < 1.0
     ks = np.abs(np.sort(u) - (index + 0.5) / len(index)).max()
     assert ks < 2.23 / np.sqrt(len(index))  # Kolmogorov's 99.99% quantile
@@ -112,14 +116,20 @@ def test_log_probs_are_after_temperature_and_before_the_cuts():
     logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(3))
     temperature = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     _, log_probs = sample_tokens(
-        logits, temperature, torch.tensor([2, 2, 2]), torch.full((3,), 0.5, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
+        logits,
+        temperature,
+        torch.tensor([2, 2, 2]),
+        torch.full((3,), 0.5, dtype=torch.float64),
+        torch.full((3,), 0.3, dtype=torch.float64),
     )
     torch.testing.assert_close(log_probs, torch.log_softmax(logits.double() / temperature[:, None], -1))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.one_of(st.floats(-60, 60), st.just(float("-inf"))), min_size=2, max_size=12).filter(lambda x: max(x) > -61),
+    st.lists(st.one_of(st.floats(-60, 60), st.just(float("-inf"))), min_size=2, max_size=12).filter(
+        lambda x: max(x) > -61
+    ),
     st.sampled_from([2.0**-49, 0.25, 0.5, 1 - 2.0**-49]),
     st.sampled_from([1.0, 0.6, 1e-9]),
     st.sampled_from([TOP_K_ALL, 1, 3]),

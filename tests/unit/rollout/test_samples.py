@@ -49,7 +49,9 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     assert load_samples(path, groups=1, samples_per_group=2) == [masked, whole]
     # As they were saved before there were masks.
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({key: value for key, value in row.items() if key != "response_mask"}) + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps({key: value for key, value in row.items() if key != "response_mask"}) + "\n" for row in rows)
+    )
     assert [one.response_mask for one in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
 
 
@@ -57,7 +59,9 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
 def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
     path = rollouts_path(tmp_path, 1)
     save_samples(path, [sample(0, 0)])
-    path.write_text(json.dumps({**json.loads(path.read_text()), "rollout_log_probs": [0.0, 0.0], "response_mask": mask}) + "\n")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "rollout_log_probs": [0.0, 0.0], "response_mask": mask}) + "\n"
+    )
     with pytest.raises(ReplayError, match="step_000001.jsonl:1: response_mask must be null, or"):
         load_samples(path, groups=1, samples_per_group=1)
 
@@ -78,7 +82,13 @@ def test_a_log_prob_of_a_token_that_was_not_sampled_is_refused(tmp_path: Path) -
         (lambda rows: [*rows, rows[0]], "batch.groups"),
         (lambda rows: [*rows[:1], "{", *rows[2:]], ":2"),
         (lambda rows: [json.dumps({**json.loads(rows[0]), "rollout_log_probs": [0.0]}), *rows[1:]], ":1"),
-        (lambda rows: [json.dumps({key: value for key, value in json.loads(rows[0]).items() if key != "reward"}), *rows[1:]], "reward"),
+        (
+            lambda rows: [
+                json.dumps({key: value for key, value in json.loads(rows[0]).items() if key != "reward"}),
+                *rows[1:],
+            ],
+            "reward",
+        ),
     ],
 )
 def test_broken_files_are_refused(change, named: str, tmp_path: Path) -> None:
@@ -96,6 +106,12 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_sampling_seeds_are_distinct_and_fit_31_bits() -> None:
-    seeds = [sampling_seed(seed, step, group, index) for seed in range(3) for step in range(5) for group in range(8) for index in range(8)]
+    seeds = [
+        sampling_seed(seed, step, group, index)
+        for seed in range(3)
+        for step in range(5)
+        for group in range(8)
+        for index in range(8)
+    ]
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(set(seeds)) == len(seeds)

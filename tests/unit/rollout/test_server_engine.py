@@ -1,4 +1,5 @@
-"""The embedded server's engine without HTTP: what it does when the model or a directory fails, and how it groups prompts."""
+"""The embedded server's engine without HTTP: what it does when the model or a directory fails, and how it groups
+prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from dasd_megatron.rollout.server import (
     parse_sampling_params,
 )
 
-TINY = TinyModelConfig(hidden_size=32, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+TINY = TinyModelConfig(
+    hidden_size=32, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,11 @@ def job(engine, count, tokens, **body):
         **body,
     }
     return build_job(
-        body, tokenizer=engine.tokenizer, vocab_size=engine.vocab_size, context_length=engine.context_length, eos_ids=engine.eos_ids
+        body,
+        tokenizer=engine.tokenizer,
+        vocab_size=engine.vocab_size,
+        context_length=engine.context_length,
+        eos_ids=engine.eos_ids,
     )
 
 
@@ -112,7 +119,9 @@ def test_rows_that_join_late_are_padded_to_the_running_batch(engine):
         assert batch.mask.shape == (2, 20) and batch.mask.sum(-1).tolist() == [3, 20]
         for _ in range(29):
             batch.mask = torch.cat([batch.mask, batch.mask.new_ones(2, 1)], dim=1)
-            logits = engine._forward(batch.next_ids[:, None], batch.mask, batch.positions[:, None], batch.cache, True)[:, -1]
+            logits = engine._forward(batch.next_ids[:, None], batch.mask, batch.positions[:, None], batch.cache, True)[
+                :, -1
+            ]
             batch.positions = batch.positions + 1
             engine._draw(batch, logits)
     assert [made.rows[0].output_ids for made in (old, young)] == [answers[0]["output_ids"] for answers in apart]
@@ -133,7 +142,9 @@ def test_an_engine_that_closes_answers_and_refuses(model_path):
         engine.update(model_path, "2")
 
 
-@pytest.mark.parametrize("damage", ["absent", "no config", "no weights", "torn weights", "missing tensor", "no tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["absent", "no config", "no weights", "torn weights", "missing tensor", "no tokenizer"]
+)
 def test_a_bad_directory_is_named_in_one_line(tmp_path, damage):
     path = tmp_path / "model"
     if damage != "absent":
@@ -146,7 +157,9 @@ def test_a_bad_directory_is_named_in_one_line(tmp_path, damage):
         (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:3000])
     if damage == "missing tensor":
         config = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3, "layer_types": None, "max_window_layers": 3}))
+        (path / "config.json").write_text(
+            json.dumps({**config, "num_hidden_layers": 3, "layer_types": None, "max_window_layers": 3})
+        )
     if damage == "no tokenizer":
         for file in path.glob("*token*"):
             file.unlink()

@@ -10,7 +10,8 @@ import torch
 from dasd_megatron.rollout import weight_checksum
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 
-# What SGLang 0.5.23's Triton kernel gives of them, in Triton's interpreter: one word and several, padded, several tiles, and a part of one.
+# What SGLang 0.5.23's Triton kernel gives of them, in Triton's interpreter: one word and several, padded, several
+# tiles, and a part of one.
 OF_THE_KERNEL = {
     "3015603431603089": torch.arange(10, dtype=torch.float32),
     "4277803ab172b5bd": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),

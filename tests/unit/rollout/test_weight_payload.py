@@ -18,7 +18,12 @@ from torch.multiprocessing import reductions
 
 from dasd_megatron.rollout.weight_payload import PayloadError, SharedBuffer, pack, unpack
 
-ENTRIES = [("a", torch.float32, (3, 4)), ("none", torch.float32, (0, 4)), ("b", torch.bfloat16, (5,)), ("c", torch.float16, ())]
+ENTRIES = [
+    ("a", torch.float32, (3, 4)),
+    ("none", torch.float32, (0, 4)),
+    ("b", torch.bfloat16, (5,)),
+    ("c", torch.float16, ()),
+]
 SIZE = 48 + 10 + 2
 
 # Prints the tensors of a payload, then tells the sender and waits, so that both hold the memory for a while.
@@ -49,7 +54,9 @@ def content(buffer: SharedBuffer) -> dict[str, Any]:
     typed = Call(reductions.rebuild_typed_storage, opened, torch.uint8)
     return {
         "flattened_tensor": Call(reductions.rebuild_tensor, torch.Tensor, typed, (0, torch.Size([SIZE]), (1,), False)),
-        "metadata": [SimpleNamespace(name="a", shape=torch.Size([3, 4]), dtype=torch.float32, start_idx=0, end_idx=48, numel=48)],
+        "metadata": [
+            SimpleNamespace(name="a", shape=torch.Size([3, 4]), dtype=torch.float32, start_idx=0, end_idx=48, numel=48)
+        ],
     }
 
 
@@ -64,7 +71,8 @@ class Call:
 def test_other_processes_read_what_was_written_and_nothing_is_left(buffer: SharedBuffer) -> None:
     texts = [pack(buffer.bytes[:SIZE], ENTRIES) for _ in range(2)]
     receivers = [
-        subprocess.Popen([sys.executable, "-c", RECEIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in texts
+        subprocess.Popen([sys.executable, "-c", RECEIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in texts
     ]
     for receiver, text in zip(receivers, texts, strict=True):
         receiver.stdin.write(text + "\n")
@@ -89,9 +97,12 @@ def test_other_processes_read_what_was_written_and_nothing_is_left(buffer: Share
 
 def test_memory_is_gone_with_the_sender_however_it_ends() -> None:
     code = (
-        "import os, signal; from dasd_megatron.rollout.weight_payload import SharedBuffer; b = SharedBuffer(99); print(b.path, flush=True)"
+        "import os, signal; from dasd_megatron.rollout.weight_payload import SharedBuffer; b = SharedBuffer(99); "
+        "print(b.path, flush=True)"
     )
-    killed = subprocess.run([sys.executable, "-c", code + "; os.kill(os.getpid(), signal.SIGKILL)"], capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", code + "; os.kill(os.getpid(), signal.SIGKILL)"], capture_output=True, text=True
+    )
     assert killed.returncode == -9
     path = Path(killed.stdout.strip())
     for _ in range(200):
@@ -108,7 +119,9 @@ def test_sglangs_own_writing_of_it_is_read_too(buffer: SharedBuffer) -> None:
     # As it names its own class, which this process has not.
     text = pickle.dumps(content(buffer), protocol=3)
     assert b"ctypes\nSimpleNamespace" in text
-    renamed = text.replace(b"ctypes\nSimpleNamespace", b"csglang.srt.weight_sync.tensor_bucket\nFlattenedTensorMetadata")
+    renamed = text.replace(
+        b"ctypes\nSimpleNamespace", b"csglang.srt.weight_sync.tensor_bucket\nFlattenedTensorMetadata"
+    )
     assert torch.equal(unpack(renamed)[0][1], tensor)
 
 
@@ -160,7 +173,10 @@ def reopened(place: int, value: Any) -> Callable[[dict[str, Any]], Any]:
     def change(payload: dict[str, Any]) -> Any:
         function, arguments = payload["flattened_tensor"].call[1][1].call[1][0].call
         arguments = (*arguments[:place], value, *arguments[place + 1 :])
-        payload["flattened_tensor"].call[1][1].call = reductions.rebuild_typed_storage, (Call(function, *arguments), torch.uint8)
+        payload["flattened_tensor"].call[1][1].call = (
+            reductions.rebuild_typed_storage,
+            (Call(function, *arguments), torch.uint8),
+        )
         return payload
 
     return change

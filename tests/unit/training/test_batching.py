@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dasd_megatron.rollout.samples import Sample
-from dasd_megatron.training.batching import MicroBatch, balanced_shares, make_micro_batches, replica_shares, sequence_parts
+from dasd_megatron.training.batching import (
+    MicroBatch,
+    balanced_shares,
+    make_micro_batches,
+    replica_shares,
+    sequence_parts,
+)
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=9)
 
@@ -80,9 +86,12 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
         size, used = len(held[-1]), sum(held[-1]) if packing else batch.tokens.numel()
         assert size <= micro_batch_size or rounded_down
         assert micro_batch_tokens is None or size == 1 or used <= micro_batch_tokens or rounded_down
-        for row, column, target, index in zip(batch.rows, batch.columns, batch.targets, batch.packed_index, strict=True):
+        for row, column, target, index in zip(
+            batch.rows, batch.columns, batch.targets, batch.packed_index, strict=True
+        ):
             assert packed[index] == target
-            # All that a causal model sees at this place, from where its positions begin, is exactly what came before the token.
+            # All that a causal model sees at this place, from where its positions begin, is exactly what came before
+            # the token.
             position = int(batch.position_ids[row, column])
             assert batch.tokens[row, column - position : column + 1].tolist() == context_of[index]
             assert not packing or int(column) - position in batch.starts.tolist()
@@ -131,7 +140,22 @@ def test_replicas_get_every_sample_of_a_minibatch_once(data: st.DataObject, mini
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 500)), min_size=count, max_size=count))
     samples = [
         Sample(
-            index // 4, index % 4, 0, "p", "", "", "", [1] * prompt, [1] * response, [], "", "stop", [["v", 1]], float(index), None, False
+            index // 4,
+            index % 4,
+            0,
+            "p",
+            "",
+            "",
+            "",
+            [1] * prompt,
+            [1] * response,
+            [],
+            "",
+            "stop",
+            [["v", 1]],
+            float(index),
+            None,
+            False,
         )
         for index, (prompt, response) in enumerate(lengths)
     ]
@@ -140,10 +164,14 @@ def test_replicas_get_every_sample_of_a_minibatch_once(data: st.DataObject, mini
         shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
         each = share // replicas
         for one in shares:
-            assert [samples[place] for place in one.places] == one.samples and one.rewards == [sample.reward for sample in samples]
+            assert [samples[place] for place in one.places] == one.samples and one.rewards == [
+                sample.reward for sample in samples
+            ]
         for minibatch in range(minibatches):
             mine = [one.places[minibatch * each : (minibatch + 1) * each] for one in shares]
-            assert sorted(place for part in mine for place in part) == list(range(minibatch * share, (minibatch + 1) * share))
+            assert sorted(place for part in mine for place in part) == list(
+                range(minibatch * share, (minibatch + 1) * share)
+            )
             totals = [sum(sum(lengths[place]) for place in part) for part in mine]
             assert max(totals) - min(totals) < max(map(sum, lengths))
     assert replica_shares(samples, replicas=1, minibatches=minibatches)[0].places == list(range(count))
@@ -152,10 +180,15 @@ def test_replicas_get_every_sample_of_a_minibatch_once(data: st.DataObject, mini
 @settings(max_examples=60, deadline=None)
 @given(SEQUENCES, st.booleans(), st.sampled_from([2, 4]), st.sampled_from([1, 2]))
 def test_context_parallel_ranks_share_every_token(
-    sequences: list[tuple[list[int], tuple[list[int], list[int] | None]]], packing: bool, size: int, tensor_parallel: int
+    sequences: list[tuple[list[int], tuple[list[int], list[int] | None]]],
+    packing: bool,
+    size: int,
+    tensor_parallel: int,
 ) -> None:
     prompts, responses = [prompt for prompt, _ in sequences], [response for _, (response, _) in sequences]
-    common = dict(micro_batch_size=3, micro_batch_tokens=None, count_multiple=1, device=torch.device("cpu"), packing=packing)
+    common = dict(
+        micro_batch_size=3, micro_batch_tokens=None, count_multiple=1, device=torch.device("cpu"), packing=packing
+    )
     common["pad_multiple"] = 2 * size * tensor_parallel
     ranks = [make_micro_batches(prompts, responses, context_parallel=(rank, size), **common) for rank in range(size)]
     targets = [token for response in responses for token in response]
@@ -164,7 +197,9 @@ def test_context_parallel_ranks_share_every_token(
     for shards in zip(*ranks, strict=True):
         assert len({shard.tokens.shape for shard in shards}) == 1 and shards[0].tokens.shape[1] % tensor_parallel == 0
         width = shards[0].tokens.shape[1] * size
-        sizes = [width] if not packing else [end - start for start, end in itertools.pairwise(shards[0].starts.tolist())]
+        sizes = (
+            [width] if not packing else [end - start for start, end in itertools.pairwise(shards[0].starts.tolist())]
+        )
         assert sum(sizes) == width
         joined, positions = torch.zeros_like(shards[0].tokens).repeat(1, size), torch.zeros(width, dtype=torch.int64)
         places = [sequence_parts(sizes, rank, size) for rank in range(size)]
@@ -174,7 +209,9 @@ def test_context_parallel_ranks_share_every_token(
         expected = [torch.arange(one) for one in sizes]
         assert torch.equal(positions, torch.cat(expected))
         for shard, part in zip(shards, places, strict=True):
-            for row, column, target, index in zip(shard.rows, shard.columns, shard.targets, shard.packed_index, strict=True):
+            for row, column, target, index in zip(
+                shard.rows, shard.columns, shard.targets, shard.packed_index, strict=True
+            ):
                 at = int(part[column])
                 begin = at - int(positions[at])
                 assert joined[row, begin : at + 1].tolist() == contexts[index] and target == targets[index]
@@ -191,7 +228,13 @@ def test_parts_of_a_sequence_pair_an_early_with_a_late_one() -> None:
 def test_longest_sequences_come_first_and_are_padded_little() -> None:
     prompts = [[1] * length for length in (2, 30, 3, 28)]
     batches = make_micro_batches(
-        prompts, [[5]] * 4, micro_batch_size=2, micro_batch_tokens=None, pad_multiple=1, count_multiple=1, device=torch.device("cpu")
+        prompts,
+        [[5]] * 4,
+        micro_batch_size=2,
+        micro_batch_tokens=None,
+        pad_multiple=1,
+        count_multiple=1,
+        device=torch.device("cpu"),
     )
     assert [batch.tokens.shape[1] for batch in batches] == [30, 3]
 
@@ -199,7 +242,13 @@ def test_longest_sequences_come_first_and_are_padded_little() -> None:
 def test_one_long_sequence_does_not_take_others_along() -> None:
     prompts = [[1] * length for length in (100, 9, 8, 7, 6, 5)]
     batches = make_micro_batches(
-        prompts, [[5]] * 6, micro_batch_size=4, micro_batch_tokens=40, pad_multiple=1, count_multiple=1, device=torch.device("cpu")
+        prompts,
+        [[5]] * 6,
+        micro_batch_size=4,
+        micro_batch_tokens=40,
+        pad_multiple=1,
+        count_multiple=1,
+        device=torch.device("cpu"),
     )
     assert [tuple(batch.tokens.shape) for batch in batches] == [(1, 100), (4, 9), (1, 5)]
 

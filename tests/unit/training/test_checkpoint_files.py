@@ -121,7 +121,11 @@ def test_departing_removes_what_is_later_and_setting_aside_does_not(tmp_path: Pa
     set_aside(checkpoint_path(tmp_path, 2))
     assert names(tmp_path) == ["step_000001", "step_000003"]
     depart_from(tmp_path, checkpoint_path(tmp_path, 1))
-    assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000001", "step_000002.damaged"]
+    assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_000001",
+        "step_000002.damaged",
+    ]
     # A checkpoint of another run is none of this run's business.
     write(tmp_path / "other", 5)
     depart_from(tmp_path, checkpoint_path(tmp_path / "other", 5))

@@ -18,7 +18,10 @@ def nodes(world_size: int, environment: dict[str, str], *overrides: str) -> Node
 def test_one_node_without_variables_and_several_with_them() -> None:
     assert nodes(3, {}) == Nodes(3)
     assert nodes(8, TWO, "run.dir=/shared/run") == Nodes(4, 2, 1, ("node0", 29500), "42")
-    assert nodes(2, {**TWO, "PET_RDZV_ENDPOINT": "[fd00::1]:29500"}, "run.dir=/shared/run").endpoint == ("fd00::1", 29500)
+    assert nodes(2, {**TWO, "PET_RDZV_ENDPOINT": "[fd00::1]:29500"}, "run.dir=/shared/run").endpoint == (
+        "fd00::1",
+        29500,
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,9 @@ def test_several_nodes_need_one_run_directory() -> None:
         nodes(8, TWO)
 
 
-def test_variables_of_a_rank_alone_are_no_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_variables_of_a_rank_alone_are_no_torchrun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Containers with PyTorch may set them for a node."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "PET_NNODES": "none"}.items():
         monkeypatch.setenv(name, value)

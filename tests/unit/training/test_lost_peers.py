@@ -1,4 +1,5 @@
-"""What the libraries say when a rank is gone becomes one line that says what to do; other errors keep their traceback."""
+"""What the libraries say when a rank is gone becomes one line that says what to do; other errors keep their
+traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dasd_megatron.training.parallel import LostPeerError, PeerError, naming_los
 @pytest.mark.parametrize(
     "message",
     [
-        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 20000ms for recv operation to complete",
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:84] Timed out waiting 20000ms for recv "
+        "operation to complete",
         "Application timeout caused pair closure",
         "Connection closed by peer [10.77.0.11]:41922",
         "Connection reset by peer",
@@ -18,11 +20,16 @@ from dasd_megatron.training.parallel import LostPeerError, PeerError, naming_los
     ],
 )
 def test_a_lost_rank_is_one_line(message: str) -> None:
-    with pytest.raises(LostPeerError, match="within backend.timeout_seconds=20.*continue with resume=auto"), naming_lost_peers(20.0):
+    with (
+        pytest.raises(LostPeerError, match="within backend.timeout_seconds=20.*continue with resume=auto"),
+        naming_lost_peers(20.0),
+    ):
         raise RuntimeError(message)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), PeerError("disk full: Broken pipe"), ValueError("Broken pipe")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape mismatch"), PeerError("disk full: Broken pipe"), ValueError("Broken pipe")]
+)
 def test_other_errors_stay(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, naming_lost_peers(20.0):
         raise error

@@ -1,4 +1,5 @@
-"""A run that cannot work is refused before any process starts, with one line; a run that goes on does so with its own model and data."""
+"""A run that cannot work is refused before any process starts, with one line; a run that goes on does so with its own
+model and data."""
 
 from __future__ import annotations
 
@@ -48,7 +49,11 @@ def files(tmp_path: Path) -> list[str]:
         lines = [json.dumps({**GOOD, "problem": f"{number} + 1 ="}) + "\n" for number in range(first, first + 3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     sources = [f"data.{name}.path={tmp_path / name}.jsonl" for name in ("train", "heldout")]
-    return ["data=jsonl", *sources, *(f"data.{name}.{field}=null" for name in ("train", "heldout") for field in ("generator", "size"))]
+    return [
+        "data=jsonl",
+        *sources,
+        *(f"data.{name}.{field}=null" for name in ("train", "heldout") for field in ("generator", "size")),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +92,28 @@ def configure(*overrides: str) -> Config:
 @pytest.mark.parametrize(
     ("fields", "overrides", "named"),
     [
-        ({"num_attention_heads": 5, "num_key_value_heads": 1}, ["parallel=tp2"], ["tensor_model_parallel_size=2", "num_attention_heads=5"]),
-        ({"num_key_value_heads": 1}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "num_key_value_heads=1"]),
-        ({"intermediate_size": 47}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "intermediate_size=47"]),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 1},
+            ["parallel=tp2"],
+            ["tensor_model_parallel_size=2", "num_attention_heads=5"],
+        ),
+        (
+            {"num_key_value_heads": 1},
+            ["parallel=tp2"],
+            ["parallel.tensor_model_parallel_size=2", "num_key_value_heads=1"],
+        ),
+        (
+            {"intermediate_size": 47},
+            ["parallel=tp2"],
+            ["parallel.tensor_model_parallel_size=2", "intermediate_size=47"],
+        ),
         ({"hidden_size": 33}, ["parallel=tp2"], ["parallel.tensor_model_parallel_size=2", "hidden_size=33"]),
         ({"num_key_value_heads": 3}, [], ["num_key_value_heads=3", "num_attention_heads=4"]),
-        ({"num_hidden_layers": 3}, ["parallel=pp2"], ["parallel.pipeline_model_parallel_size = 2", "num_hidden_layers=3"]),
+        (
+            {"num_hidden_layers": 3},
+            ["parallel=pp2"],
+            ["parallel.pipeline_model_parallel_size = 2", "num_hidden_layers=3"],
+        ),
         (
             {"num_hidden_layers": 6},
             ["parallel=pp2", "parallel.virtual_pipeline_model_parallel_size=2"],
@@ -112,7 +133,11 @@ def configure(*overrides: str) -> Config:
         ({"rope_scaling": {"rope_type": "linear"}}, [], ["config.json", "factor"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, [], ["rope_scaling", "dynamic"]),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 2.0}}, [], ["rope_scaling.low_freq_factor=2.0"]),
-        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}}, [], ["original_max_position_embeddings=4096"]),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}},
+            [],
+            ["original_max_position_embeddings=4096"],
+        ),
         ({"use_sliding_window": True}, [], ["use_sliding_window"]),
         ({"model_type": "qwen3_moe", "num_experts": 8}, [], ["num_experts=8", "expert parallelism"]),
         ({"model_type": "mixtral", "num_local_experts": 8}, [], ["num_local_experts=8", "expert parallelism"]),
@@ -159,12 +184,16 @@ def test_weights_that_are_incomplete_are_refused(model: Callable[..., Path], tmp
 
 
 @pytest.mark.parametrize(("model_type", "name"), [("qwen2", "attention_bias"), ("qwen3", "mlp_bias")])
-def test_biases_that_an_architecture_does_not_have_are_no_reason(model: Callable[..., Path], model_type: str, name: str) -> None:
+def test_biases_that_an_architecture_does_not_have_are_no_reason(
+    model: Callable[..., Path], model_type: str, name: str
+) -> None:
     assert read_hf_config(model(model_type=model_type, **{name: True})).model_type == model_type
 
 
 @pytest.mark.parametrize("content", [None, "{broken", '{"version": "1.0"}'])
-def test_tokenizers_that_do_not_load_are_refused(model: Callable[..., Path], tmp_path: Path, content: str | None) -> None:
+def test_tokenizers_that_do_not_load_are_refused(
+    model: Callable[..., Path], tmp_path: Path, content: str | None
+) -> None:
     path = model()
     (path / "tokenizer.json").unlink()
     if content is None:
@@ -178,11 +207,15 @@ def test_tokenizers_that_do_not_load_are_refused(model: Callable[..., Path], tmp
 def test_config_is_complained_about_before_the_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
-    assert "model_type 'gpt2'" in refusal(lambda: prepare_run(configure(f"model.path={tmp_path / 'gpt2'}"), tmp_path / "run"))
+    assert "model_type 'gpt2'" in refusal(
+        lambda: prepare_run(configure(f"model.path={tmp_path / 'gpt2'}"), tmp_path / "run")
+    )
 
 
 @pytest.mark.parametrize(("positions", "fits"), [(219, True), (218, False)])
-def test_warm_start_examples_must_fit(model: Callable[..., Path], files: list[str], tmp_path: Path, positions: int, fits: bool) -> None:
+def test_warm_start_examples_must_fit(
+    model: Callable[..., Path], files: list[str], tmp_path: Path, positions: int, fits: bool
+) -> None:
     """12 tokens of privileged prompt, 206 of solution and the end; rollouts ask for 112 positions only."""
     long = {**GOOD, "problem": "7 + 7 =", "reference_solution": "x" * 200 + "#### 2"}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (GOOD, long)))
@@ -196,7 +229,10 @@ def test_warm_start_examples_must_fit(model: Callable[..., Path], files: list[st
 
 
 def test_launcher_does_not_import_megatron() -> None:
-    script = "import sys, dasd_megatron.training.prepare; print(sorted(name for name in sys.modules if name.split('.')[0] == 'megatron'))"
+    script = (
+        "import sys, dasd_megatron.training.prepare; print(sorted(name for name in sys.modules if name.split('.')[0] "
+        "== 'megatron'))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -243,7 +279,9 @@ def test_revision_is_recorded_of_this_project_alone(tmp_path: Path, monkeypatch:
     own = tmp_path / "own" / "dasd_megatron"
     _checkout(tmp_path / "own", own)
     monkeypatch.setattr(dasd_megatron, "__file__", str(own / "__init__.py"))
-    head = subprocess.run(["git", "-C", own, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    head = subprocess.run(
+        ["git", "-C", own, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
+    ).stdout.strip()
     assert prepare._git_revision() == head
     installed = tmp_path / "other" / "site-packages" / "dasd_megatron"
     _checkout(tmp_path / "other", installed)
@@ -251,7 +289,9 @@ def test_revision_is_recorded_of_this_project_alone(tmp_path: Path, monkeypatch:
     assert prepare._git_revision() is None
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)], ids=["missing", "hangs"])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)], ids=["missing", "hangs"]
+)
 def test_git_that_does_not_work_is_no_reason_to_stop(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -265,13 +305,24 @@ def test_git_that_does_not_work_is_no_reason_to_stop(
 
 
 @pytest.mark.parametrize("job", [None, "77"])
-def test_a_run_directory_in_use_is_refused(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None) -> None:
+def test_a_run_directory_in_use_is_refused(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None
+) -> None:
     """At once; a requeued job waits until its former self is gone."""
     root = tmp_path / "run"
     root.mkdir()
-    hold = "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); file.write(sys.argv[2]); file.flush()"
+    hold = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
+        "file.write(sys.argv[2]); file.flush()"
+    )
     owner = '{"host": "node1", "pid": 12, "slurm_job": "77"}'
-    command = [sys.executable, "-c", f"{hold}; print('held', flush=True); time.sleep(float(sys.argv[3]))", str(root / "owner.json"), owner]
+    command = [
+        sys.executable,
+        "-c",
+        f"{hold}; print('held', flush=True); time.sleep(float(sys.argv[3]))",
+        str(root / "owner.json"),
+        owner,
+    ]
     with subprocess.Popen([*command, "2" if job else "60"], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         config = load_config([*SMALL, *files, f"run.dir={root}"])
@@ -287,7 +338,9 @@ def test_a_run_directory_in_use_is_refused(files: list[str], tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("readers", "mode"), [("owner", 0o700), ("group", 0o750), ("all", 0o755)])
-def test_a_directory_that_was_made_before_is_opened_to_its_readers(files: list[str], tmp_path: Path, readers: str, mode: int) -> None:
+def test_a_directory_that_was_made_before_is_opened_to_its_readers(
+    files: list[str], tmp_path: Path, readers: str, mode: int
+) -> None:
     root = tmp_path / "run"
     root.mkdir(mode=0o700)
     prepare_run(load_config([*SMALL, *files, f"run.readable_by={readers}"]), root)

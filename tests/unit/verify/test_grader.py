@@ -51,7 +51,12 @@ def grader():
 
 def test_plain_answers_start_no_worker(grader):
     verdicts = grader.grade(["#### 12", r"\boxed{-4}", "= 12", "#### 3+9"], ["12", "4", "12", "12"])
-    assert verdicts == [Verdict(True, "12", False), Verdict(False, "-4", False), Verdict(False, None, False), Verdict(False, "3+9", False)]
+    assert verdicts == [
+        Verdict(True, "12", False),
+        Verdict(False, "-4", False),
+        Verdict(False, None, False),
+        Verdict(False, "3+9", False),
+    ]
     assert workers() == []
 
 
@@ -67,7 +72,9 @@ def test_algebra_is_graded_in_workers():
     ]
     # Time enough on a busy machine: the limit has tests of its own.
     with Grader(VerifyConfig(workers=1, timeout_seconds=20)) as grader:
-        verdicts = grader.grade([f"#### {predicted}" for predicted, _ in answers], [expected for _, expected in answers])
+        verdicts = grader.grade(
+            [f"#### {predicted}" for predicted, _ in answers], [expected for _, expected in answers]
+        )
         assert len(workers()) == 1
     assert [verdict.correct for verdict in verdicts] == [True, True, False, True, True, False, False]
     assert not any(verdict.timed_out for verdict in verdicts)
@@ -113,7 +120,8 @@ NASTY = {
     ids=["default", "long answers graded"],
 )
 def test_nasty_answers_are_decided_in_time_and_disturb_nobody(settings):
-    """Each is decided or given up within its time and a little, which makes 3 s by default, long answers graded or not."""
+    """Each is decided or given up within its time and a little, which makes 3 s by default, long answers graded or
+    not."""
     assert VerifyConfig().timeout_seconds == 2.5
     with Grader(settings) as grader:
         grader.grade([ALGEBRA[0]], [ALGEBRA[1]])
@@ -142,7 +150,9 @@ def test_a_worker_that_does_not_react_to_termination_is_killed(grader):
 def test_length_cap_comes_before_grading():
     with Grader(VerifyConfig(workers=1, max_answer_chars=10)) as grader:
         started = time.monotonic()
-        assert grader.grade(["#### " + "9" * 40_000 + "x", "#### " + "0" * 10 + "1", "#### " + "0" * 9 + "1"], ["1", "1", "1"]) == [
+        assert grader.grade(
+            ["#### " + "9" * 40_000 + "x", "#### " + "0" * 10 + "1", "#### " + "0" * 9 + "1"], ["1", "1", "1"]
+        ) == [
             Verdict(False, None, False),
             Verdict(False, None, False),
             Verdict(True, "0" * 9 + "1", False),
@@ -193,7 +203,10 @@ def test_a_worker_killed_twice_over_one_answer_costs_only_that_answer():
 
 def test_no_workers_configured_means_plain_comparison_only():
     with Grader(VerifyConfig(workers=0)) as grader:
-        assert grader.grade(["#### 12.0", ALGEBRA[0]], ["12", ALGEBRA[1]]) == [Verdict(True, "12.0", False), Verdict(False, "1/2", False)]
+        assert grader.grade(["#### 12.0", ALGEBRA[0]], ["12", ALGEBRA[1]]) == [
+            Verdict(True, "12.0", False),
+            Verdict(False, "1/2", False),
+        ]
         assert workers() == []
 
 
@@ -260,7 +273,9 @@ def run_script(tmp_path: Path, ending: str, **environment: str) -> subprocess.Po
 
 def test_workers_do_not_import_the_main_module_and_end_with_it(tmp_path):
     # The environment is what torchrun sets.
-    script = run_script(tmp_path, "pass", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    script = run_script(
+        tmp_path, "pass", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
     output, _ = script.communicate(timeout=60)
     assert script.returncode == 0
     assert (tmp_path / "imported").read_text() == "__main__\n"
@@ -276,7 +291,10 @@ def test_an_exception_or_exit_without_close_leaves_no_worker(tmp_path):
 
 
 def test_no_worker_outlives_a_killed_trainer(tmp_path):
-    hang = f"threading.Thread(target=grader.grade, args=([r'#### {HANGS}'], ['7'])).start(); time.sleep(0.3); os.kill(os.getpid(), 9)"
+    hang = (
+        f"threading.Thread(target=grader.grade, args=([r'#### {HANGS}'], ['7'])).start(); time.sleep(0.3); "
+        "os.kill(os.getpid(), 9)"
+    )
     script = run_script(tmp_path, hang)
     output, _ = script.communicate(timeout=60)
     assert script.returncode == -signal.SIGKILL

@@ -1,7 +1,7 @@
 """Our verdicts beside those of NeMo-Skills 0.7.0 with math-verify 0.9.0, on a file of our making that it has graded.
 
-``nemo_skills_graded.jsonl`` holds what NeMo-Skills said of each response; the test has every difference by name, and docs/evaluation.md
-says why they are there.
+``nemo_skills_graded.jsonl`` holds what NeMo-Skills said of each response; the test has every difference by name, and
+docs/evaluation.md says why they are there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dasd_megatron.config import VerifyConfig
 from dasd_megatron.verify import Grader
 
 GRADED = [json.loads(line) for line in Path(__file__).with_name("nemo_skills_graded.jsonl").read_text().splitlines()]
-# (category, answer as NeMo-Skills extracts it or the response's end, expected answer): whether we call it right. It says the opposite.
+# (category, answer as NeMo-Skills extracts it or the response's end, expected answer): whether we call it right. It
+# says the opposite.
 DIFFERENCES = {
     ("leading zeros", "025", "25"): True,
     ("leading zeros", "25", "025"): True,
@@ -48,5 +49,9 @@ def test_verdicts_differ_where_they_are_said_to_and_nowhere_else() -> None:
 
 
 def test_units_are_no_difference() -> None:
-    assert {row["expected_answer"] for row in GRADED if row["category"] == "units"} >= {r"5\text{ inches}", "90", r"90^\circ"}
+    assert {row["expected_answer"] for row in GRADED if row["category"] == "units"} >= {
+        r"5\text{ inches}",
+        "90",
+        r"90^\circ",
+    }
     assert [answer for category, answer, _ in DIFFERENCES if category == "units"] == ["18 dollars"]

@@ -28,7 +28,9 @@ def graded(path: str | None, *responses: str) -> list[Sample]:
         completions.append(Completion(ids, [-0.5] * len(ids), "stop", [("1", len(ids))], ""))
     with Grader(VerifyConfig(workers=0, reward=path)) as grader:
         problem = Problem("p", "1+1 =", "2", "")
-        return make_samples([problem], [0], [[1]], completions, grader, samples_per_group=len(responses), tokenizer=tokenizer)
+        return make_samples(
+            [problem], [0], [[1]], completions, grader, samples_per_group=len(responses), tokenizer=tokenizer
+        )
 
 
 @pytest.fixture
@@ -59,7 +61,8 @@ def test_without_one_the_verdict_is_the_reward() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("fails", "ZeroDivisionError"), ("endless", f"gave {math.inf}"), ("text", "could not convert string")]
+    ("name", "said"),
+    [("fails", "ZeroDivisionError"), ("endless", f"gave {math.inf}"), ("text", "could not convert string")],
 )
 def test_what_fails_is_named(module: str, name: str, said: str) -> None:
     with pytest.raises(RewardError, match=f"{module}:{name} on problem p, sample 0.*{said}"):

@@ -12,7 +12,9 @@ from dasd_megatron.verify.steps import STEP_CHECKERS, StepCheck, chain_sum_steps
 
 def test_running_sums_are_those_of_the_worked_solutions():
     for arguments in ({}, {"allow_negation": True, "max_terms": 6}):
-        source = DataSourceConfig(generator="chain_sum", generator_args=arguments, size=100, seed=secrets.randbelow(10**6))
+        source = DataSourceConfig(
+            generator="chain_sum", generator_args=arguments, size=100, seed=secrets.randbelow(10**6)
+        )
         for problem in generate_problems(source):
             lines = problem.reference_solution.split("\n")
             assert [str(one) for one in running_sums(problem.problem)] == [*lines[:-1], lines[-1].removeprefix("#### ")]

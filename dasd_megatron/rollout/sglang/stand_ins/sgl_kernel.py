@@ -1,4 +1,5 @@
-"""In the place of SGLang's compiled kernels: the two that its plain CPU path calls, in Python; the others raise when they are called.
+"""In the place of SGLang's compiled kernels: the two that its plain CPU path calls, in Python; the others raise when
+they are called.
 
 ``torch.ops.sgl_kernel.convert_weight_packed`` must stay undefined: SGLang takes its presence for an AMX build.
 """
@@ -7,8 +8,11 @@ import numpy as np
 import torch
 
 
-def assign_req_to_token_pool_cpu(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, max_context_len):
-    """Enter the cache slots of new tokens, packed in ``out_cache_loc``, into columns start to end of each request's row."""
+def assign_req_to_token_pool_cpu(
+    req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, max_context_len
+):
+    """Enter the cache slots of new tokens, packed in ``out_cache_loc``, into columns start to end of each request's
+    row."""
     first = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:end] = out_cache_loc[first : first + end - start].to(req_to_token.dtype)
@@ -27,8 +31,8 @@ def _mix(state, block):
 def murmur_hash32_cpu(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
     """MurmurHash3 (32 bits) of (seed, position, column) for every row and column: uint32 [rows, columns].
 
-    The four blocks of 32 bits are the seed's low and high half, the position and the column. It makes the noise of a draw with
-    ``sampling_seed``; NumPy's uint32 wraps around, which the hash wants and torch's does not offer.
+    The four blocks of 32 bits are the seed's low and high half, the position and the column. It makes the noise of a
+    draw with ``sampling_seed``; NumPy's uint32 wraps around, which the hash wants and torch's does not offer.
     """
     seeds = seed.view(torch.int64).numpy().view(np.uint64)
     columns = col_indices.numpy().astype(np.uint32)
@@ -56,6 +60,8 @@ def __getattr__(name):
         raise AttributeError(name)
 
     def missing(*_args, **_kwargs):
-        raise NotImplementedError(f"sgl_kernel.{name} has no CPU version here: leave out the option of SGLang that needs it")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} has no CPU version here: leave out the option of SGLang that needs it"
+        )
 
     return missing

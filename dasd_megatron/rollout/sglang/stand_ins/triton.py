@@ -1,4 +1,5 @@
-"""In the place of Triton: enough for SGLang's kernel definitions to be read. None of them can run, and on a CPU none is asked to."""
+"""In the place of Triton: enough for SGLang's kernel definitions to be read. None of them can run, and on a CPU none is
+asked to."""
 
 import importlib.abc
 import importlib.machinery
