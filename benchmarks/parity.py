@@ -137,7 +137,7 @@ def draw_rollouts(folder: Path, seed: int) -> None:
     from safetensors.torch import load_file, save_file
 
     from dasd_megatron.models.tiny import make_tiny_model
-    from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples
+    from dasd_megatron.samples import Sample, rollouts_path, save_samples
 
     make_tiny_model(folder / "model", ARCHITECTURE, seed)
     path = folder / "model" / "model.safetensors"
@@ -225,12 +225,14 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     """The training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
     from dasd_megatron.config import DataSourceConfig
     from dasd_megatron.data.prompts import Problem
+    from dasd_megatron.data.templates import make_renderer
+    from dasd_megatron.models.hf_config import load_tokenizer
     from dasd_megatron.observability.progress import ProgressDisplay
-    from dasd_megatron.rollout.samples import load_samples, rollouts_path
+    from dasd_megatron.run.paths import RunPaths
+    from dasd_megatron.samples import load_samples, rollouts_path
     from dasd_megatron.training.batching import make_micro_batches
     from dasd_megatron.training.checkpoint import TrainerState
     from dasd_megatron.training.passes import score
-    from dasd_megatron.training.prepare import RunPaths, load_tokenizer, make_renderer
     from dasd_megatron.training.rollout_plane import RolloutPlane
     from dasd_megatron.training.train import Trainer, build_policy, train_step
     from dasd_megatron.training.warm_start import micro_batch_layout
@@ -268,7 +270,7 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from dasd_megatron.models.gpt import build_model
-    from dasd_megatron.rollout.samples import load_samples, rollouts_path
+    from dasd_megatron.samples import load_samples, rollouts_path
     from dasd_megatron.training.batching import make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer
     from dasd_megatron.training.passes import supervised_update

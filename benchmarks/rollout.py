@@ -41,9 +41,8 @@ from canned_server import VERSION, VOCAB_SIZE, canned_answer
 from machine import describe
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
-from dasd_megatron.rollout.client import RolloutClient
-from dasd_megatron.rollout.generation import make_client
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.client import RolloutClient, make_client
+from dasd_megatron.rollout.local_server import LocalServer
 
 ROOT = Path(__file__).parents[1]
 BASELINE = "transformers.generate"

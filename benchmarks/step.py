@@ -74,7 +74,7 @@ def random_model(preset: str, path: Path, dtype: str) -> Path:
 
 def random_rollouts(folder: Path, config: Config, prompt: int, response: int, vocab_size: int) -> None:
     """Rollouts of all steps in the format of replay: random tokens, responses of half to the whole of ``response``."""
-    from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
+    from dasd_megatron.samples import Sample, rollouts_path, save_samples, version_name
 
     seed = secrets.randbelow(2**31)
     draw = random.Random(seed)
@@ -132,7 +132,7 @@ def worker(root: Path) -> None:
 
 def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from dasd_megatron.models.hf_config import read_hf_config
-    from dasd_megatron.training.prepare import prepare_run
+    from dasd_megatron.run.prepare import prepare_run
 
     overrides = [*options.overrides, f"run.dir={scratch / 'run'}"]
     path = (
@@ -209,8 +209,8 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.utils import unwrap_model
 
+    from dasd_megatron.commands.plan import OVERHEAD_BYTES, make_plan
     from dasd_megatron.models.gpt import HiddenStatesHead, build_model
-    from dasd_megatron.planning.command import OVERHEAD_BYTES, make_plan
     from dasd_megatron.planning.estimate import Architecture
     from dasd_megatron.training import parallel
     from dasd_megatron.training.batching import make_micro_batches

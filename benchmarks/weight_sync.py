@@ -117,8 +117,8 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
     import dataclasses
 
     from dasd_megatron.models.gpt import build_model
-    from dasd_megatron.rollout.generation import make_client
-    from dasd_megatron.rollout.launch import LocalServer
+    from dasd_megatron.rollout.client import make_client
+    from dasd_megatron.rollout.local_server import LocalServer
     from dasd_megatron.rollout.pool import ServerPool
     from dasd_megatron.training import parallel
     from dasd_megatron.training.export import export_model

@@ -6,11 +6,10 @@ import argparse
 import os
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from dasd_megatron import stopping
-from dasd_megatron.config import UMASKS, Config, ConfigError, known_fields, load_config
+from dasd_megatron.config import UMASKS, Config, known_fields, load_config
+from dasd_megatron.errors import ConfigError, report_errors
 
 _USAGE = """usage: dasd COMMAND ...
 
@@ -30,31 +29,6 @@ commands:
 `dasd train --help` lists every field of the configuration."""
 
 
-def report_errors(work: Callable[[], None]) -> int:
-    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a
-    traceback.
-
-    A run that a signal has stopped has exit status 75, and one that the watch has stopped 76.
-    """
-    try:
-        work()
-    except stopping.StopRequested as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"dasd: {stop}", file=sys.stderr, flush=True)
-        return stop.exit_status
-    except Exception as error:
-        # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
-        if type(error).__module__.startswith("dasd_megatron."):
-            rank = os.environ.get("RANK", "0")
-            if rank == "0":
-                print(f"dasd: error: {error}", file=sys.stderr, flush=True)
-            elif not getattr(error, "on_all_ranks", False):
-                print(f"dasd: error on rank {rank}: {error}", file=sys.stderr, flush=True)
-            return 1
-        raise
-    return 0
-
-
 def _configuration(arguments: list[str]) -> Config:
     parser = argparse.ArgumentParser(
         prog="dasd", usage="dasd train | evaluate | rollout [--config-dir DIR] [field=value ...]", add_help=False
@@ -69,7 +43,8 @@ def _configuration(arguments: list[str]) -> Config:
 
 
 def _train(arguments: list[str]) -> None:
-    from dasd_megatron.training.prepare import choose_run_dir, prepare_run
+    from dasd_megatron.run.paths import choose_run_dir
+    from dasd_megatron.run.prepare import prepare_run
 
     config = _configuration(arguments)
     # Under a torchrun of the user's own. RANK alone says nothing: some containers set it for each node.
@@ -112,7 +87,7 @@ def _check_port(config: Config) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    from dasd_megatron.evaluation.command import evaluate_command, evaluate_model
+    from dasd_megatron.commands.evaluate import evaluate_command, evaluate_model
 
     if "--compare" in arguments:
         evaluate_command(arguments)
@@ -122,33 +97,33 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _rollout(arguments: list[str]) -> None:
-    from dasd_megatron.rollout.command import rollouts_alone
-    from dasd_megatron.training.prepare import choose_run_dir
+    from dasd_megatron.commands.rollout import rollouts_alone
+    from dasd_megatron.run.paths import choose_run_dir
 
     config = _configuration(arguments)
     rollouts_alone(config, choose_run_dir(config))
 
 
 def _convert(arguments: list[str]) -> None:
-    from dasd_megatron.models.convert_command import convert
+    from dasd_megatron.commands.convert import convert
 
     convert(arguments)
 
 
 def _plan(arguments: list[str]) -> None:
-    from dasd_megatron.planning.command import plan
+    from dasd_megatron.commands.plan import plan
 
     plan(arguments)
 
 
 def _serve(arguments: list[str]) -> None:
-    from dasd_megatron.rollout.serve import serve
+    from dasd_megatron.commands.serve import serve
 
     serve(arguments)
 
 
 def _router(arguments: list[str]) -> None:
-    from dasd_megatron.rollout.router import serve_router
+    from dasd_megatron.commands.router import serve_router
 
     serve_router(arguments)
 
@@ -208,14 +183,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
     if command == "doctor":
-        from dasd_megatron.observability.doctor import print_doctor
+        from dasd_megatron.commands.doctor import print_doctor
 
         return print_doctor()
     if command not in COMMANDS:
         print(f"dasd: error: {command!r} is not a command\n\n{_USAGE}", file=sys.stderr)
         return 2
     if command == "train" and "--dry-run" in rest:
-        from dasd_megatron.planning.rehearsal import dry_run
+        from dasd_megatron.commands.dry_run import dry_run
 
         return report_errors(lambda: dry_run(rest))
     if command in ("train", "evaluate", "rollout") and {"-h", "--help"} & set(rest):

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from dasd_megatron.config import ConfigError, first_line
+from dasd_megatron.errors import ConfigError, first_line
 
 
 class PluginError(RuntimeError):

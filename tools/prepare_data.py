@@ -3,7 +3,7 @@
 
 import sys
 
-from dasd_megatron.cli import report_errors
-from dasd_megatron.data.prepare_data import main
+from dasd_megatron.commands.prepare_data import main
+from dasd_megatron.errors import report_errors
 
 sys.exit(report_errors(lambda: main(sys.argv[1:])))

@@ -11,7 +11,7 @@ from dasd_megatron.algorithms.credit import (
     direction_adaptive_credit,
     gather_packed_tokens,
 )
-from dasd_megatron.algorithms.statistics import CreditStatistics, credit_metrics, credit_statistics
+from dasd_megatron.algorithms.credit_metrics import CreditStatistics, credit_metrics, credit_statistics
 
 __all__ = [
     "ALGORITHMS",

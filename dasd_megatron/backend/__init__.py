@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from dasd_megatron.config import BackendConfig, ConfigError
+from dasd_megatron.config import BackendConfig
+from dasd_megatron.errors import ConfigError
 
 _selected: ModuleType | None = None
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dasd_megatron.config import BackendConfig, ConfigError, PrecisionConfig
+from dasd_megatron.config import BackendConfig, PrecisionConfig
+from dasd_megatron.errors import ConfigError
 
 
 def install(config: BackendConfig) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.config import ConfigError, DataSourceConfig
+from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, load_problems
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.verify.answers import extract_answer
 
 

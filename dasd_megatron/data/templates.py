@@ -12,9 +12,11 @@ from typing import Any
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
 
-from dasd_megatron.config import FUNCTION_PATH, first_line
+from dasd_megatron.config import FUNCTION_PATH, Config
 from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import load_function
 
 SHIPPED = Path(__file__).with_name("templates")
@@ -310,3 +312,13 @@ def _unknown_token_id(tokenizer: Any) -> int | None:
         return tokenizer.unk_token_id
     unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) if tokenizer.is_fast else None
     return None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+
+
+def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    return PromptRenderer(
+        tokenizer,
+        config.data.template,
+        config.teacher.template,
+        config.teacher.privileged,
+        config.teacher.hint_fraction,
+    )

@@ -14,10 +14,10 @@ from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.health import health_metrics, health_tables, measure
-from dasd_megatron.evaluation.metrics import avg_at_k, maj_at_k, pass_at_k
-from dasd_megatron.rollout.client import RolloutClient
-from dasd_megatron.rollout.generation import generate, make_samples, sampling_seed
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
+from dasd_megatron.rollout.client import RolloutClient, sampling_seed
+from dasd_megatron.rollout.grading import generate, make_samples
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.steps import STEP_CHECKERS
 

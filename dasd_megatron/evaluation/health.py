@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dasd_megatron.config import HealthConfig
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.answers import normalize_answer
 from dasd_megatron.verify.steps import StepCheck, StepChecker
 

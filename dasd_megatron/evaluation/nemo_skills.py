@@ -18,13 +18,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dasd_megatron.config import Config, ConfigError, EvaluationConfig
+from dasd_megatron.access import api_key
+from dasd_megatron.config import Config, EvaluationConfig
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.evaluation.metrics import nemo_skills_metrics
+from dasd_megatron.errors import ConfigError
+from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
 from dasd_megatron.evaluation.sampling import EvaluationError, Records
-from dasd_megatron.observability.loggers import replace_file
+from dasd_megatron.files import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.access import api_key
 
 FOLDER = "nemo_skills"
 _GRADED = {

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
-from dasd_megatron.observability.loggers import replace_file
+from dasd_megatron.files import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.client import Completion, RolloutClient
-from dasd_megatron.rollout.generation import make_samples, sampling_params, sampling_seed
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.rollout.client import Completion, RolloutClient, sampling_params, sampling_seed
+from dasd_megatron.rollout.grading import make_samples
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.steps import STEP_CHECKERS
 

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dasd_megatron.losses.kernels import Kernels, choose_kernels
 from dasd_megatron.losses.statistics import (
-    Kernels,
     Objective,
     Shard,
     TokenStats,
     all_gather,
-    choose_kernels,
     finish,
     gradient_coefficients,
     jensen_shannon,

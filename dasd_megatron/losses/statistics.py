@@ -10,17 +10,13 @@ logarithms would lose float32's digits.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.losses import torch_kernels
 from dasd_megatron.losses.torch_kernels import (
     CROSS,
     MAX,
@@ -34,7 +30,6 @@ from dasd_megatron.losses.torch_kernels import (
 )
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 # A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second
 # distribution lead there.
@@ -62,14 +57,6 @@ class Shard(NamedTuple):
     group: dist.ProcessGroup | None
     """None where the whole vocabulary is here."""
     world_size: int
-
-
-class Kernels(NamedTuple):
-    """The three passes over a shard's logits; see :mod:`~dasd_megatron.losses.torch_kernels`."""
-
-    local_partials: Callable[..., Tensor]
-    mixture_sums: Callable[..., Tensor]
-    backward: Callable[..., None]
 
 
 class Objective(NamedTuple):
@@ -138,35 +125,6 @@ def make_objective(divergence: str, jsd_weight: float) -> Objective:
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight is {jsd_weight}; expected a number between 0 and 1, both excluded")
     return Objective(divergence, jsd_weight)
-
-
-def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size: int | None) -> Kernels:
-    """``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's
-    kernels do not fit.
-
-    They take logits of any row stride whose columns lie side by side, in half or single precision. ``chunk_size`` is
-    the PyTorch kernels' number of rows at once; Triton's need no buffers.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; expected at least 1, or None to choose it")
-    fits = all(tensor.dtype != torch.float64 and tensor.stride(-1) == 1 for tensor in tensors)
-    if implementation == "auto":
-        implementation = (
-            "triton" if fits and tensors[0].is_cuda and importlib.util.find_spec("triton") is not None else "torch"
-        )
-    if implementation == "triton":
-        if not fits:
-            raise ValueError(
-                "implementation is 'triton', which needs tensors that are not float64 and whose last stride is 1; "
-                "take 'auto'"
-            )
-        from dasd_megatron.losses import triton_kernels
-
-        return Kernels(triton_kernels.local_partials, triton_kernels.mixture_sums, triton_kernels.backward)
-    kernels = (torch_kernels.local_partials, torch_kernels.mixture_sums, torch_kernels.backward)
-    return Kernels(*(functools.partial(kernel, chunk_size=chunk_size) for kernel in kernels))
 
 
 def all_gather(local: Tensor, shard: Shard) -> Tensor:

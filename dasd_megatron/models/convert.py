@@ -23,7 +23,7 @@ from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dasd_megatron.backend import cpu
-from dasd_megatron.config import ConfigError
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.gpt import build_chunks, load_megatron_weights
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, read_hf_config, stored_dtype

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dasd_megatron.config import ConfigError, first_line
+from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.models.hf_weights import publish
 
 

@@ -27,7 +27,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
-from dasd_megatron.config import Config, PrecisionConfig, first_line
+from dasd_megatron.config import Config, PrecisionConfig
+from dasd_megatron.errors import first_line
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from dasd_megatron.config import ConfigError, first_line
+from dasd_megatron.errors import ConfigError, first_line
 
 # Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the
 # GEMMs.
@@ -168,3 +168,15 @@ def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"torch_dtype={name} in config.json is not supported; float32, bfloat16 and float16 are")
     return dtype
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.
+    except Exception as error:
+        raise ConfigError(
+            f"model.path={path}: its tokenizer cannot be loaded ({first_line(error)}); "
+            "put the model's tokenizer.json and tokenizer_config.json there"
+        ) from error

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dasd_megatron.config import first_line
+from dasd_megatron.errors import first_line
+from dasd_megatron.files import fsync_tree
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -278,21 +279,6 @@ def publish(partial: Path, output: Path) -> None:
         output.rename(replaced)
     partial.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_tree(root: Path) -> None:
-    """Flush a folder and everything in it to disk."""
-    for path in [*root.rglob("*"), root]:
-        fsync_path(path)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

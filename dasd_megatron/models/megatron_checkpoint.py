@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dasd_megatron.config import first_line
+from dasd_megatron.errors import first_line
 from dasd_megatron.models.hf_weights import (
     MANIFEST_FILE,
     Journal,

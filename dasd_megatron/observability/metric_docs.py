@@ -11,7 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START
+from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START
 
 
 @dataclass(frozen=True)

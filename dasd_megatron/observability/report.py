@@ -26,9 +26,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dasd_megatron.files import replace_file
 from dasd_megatron.observability.charts import Series, compact, line_chart, moving_mean, percent, stacked_chart
-from dasd_megatron.observability.loggers import WARM_START, replace_file
 from dasd_megatron.observability.metric_docs import explain
+from dasd_megatron.observability.metric_files import WARM_START
 from dasd_megatron.observability.progress import evaluation_rows, format_difference, format_duration, format_result
 from dasd_megatron.observability.run_files import (
     Groups,

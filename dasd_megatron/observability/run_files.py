@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import yaml
 
-from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START, restore_non_finite
+from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, restore_non_finite
 from dasd_megatron.observability.watch import WARNINGS
 
 # Rollouts of long runs are terabytes: what is read for the table of groups stays some seconds of work.

@@ -25,8 +25,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from dasd_megatron.observability.loggers import EVALUATION, METRICS, WARM_START, replace_file, restore_non_finite
-from dasd_megatron.rollout import access
+from dasd_megatron import access
+from dasd_megatron.files import replace_file
+from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, restore_non_finite
 
 CLOSE_SECONDS = 60.0
 _LONGEST_PAUSE = 60.0

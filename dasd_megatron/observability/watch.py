@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dasd_megatron.config import WatchConfig
-from dasd_megatron.observability.loggers import RunDirectoryError, read_metrics, replace_file
+from dasd_megatron.files import RunDirectoryError, replace_file
+from dasd_megatron.observability.metric_files import read_metrics
 
 WARNINGS = "watch.jsonl"
 CONTINUE = "watch.continue"

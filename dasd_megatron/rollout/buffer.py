@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dasd_megatron.rollout.samples import Sample, read_samples, version_step
+from dasd_megatron.samples import Sample, read_samples, version_step
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ def make_group(samples: list[Sample]) -> Group:
 
 
 def read_groups(path: Path) -> list[Group]:
-    """The groups of a file of :func:`~dasd_megatron.rollout.samples.save_samples`, where the samples of each follow one
+    """The groups of a file of :func:`~dasd_megatron.samples.save_samples`, where the samples of each follow one
     another."""
     return [
         make_group(list(samples))

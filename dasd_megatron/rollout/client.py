@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
@@ -20,8 +21,9 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 import orjson
 
-from dasd_megatron import stopping
-from dasd_megatron.rollout import access
+from dasd_megatron import access, stopping
+from dasd_megatron.access import api_key
+from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 
 T = TypeVar("T")
@@ -43,7 +45,7 @@ class Completion:
     token included.
 
     weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated
-    meanwhile. response_mask: as in :class:`~dasd_megatron.rollout.samples.Sample`; servers sample every token.
+    meanwhile. response_mask: as in :class:`~dasd_megatron.samples.Sample`; servers sample every token.
     """
 
     output_ids: list[int]
@@ -127,7 +129,7 @@ class RolloutClient:
     try; doubles each time, at most 30. max_in_flight: requests under way at once, over all servers. pool: what is known
     of these servers, where several clients share it. router: address of an sglang-router before these servers, which
     gets the requests of :meth:`generate`; all others go to each server. api_key: sent with every request; see
-    :mod:`~dasd_megatron.rollout.access`.
+    :mod:`~dasd_megatron.access`.
 
     May be used from several event loops one after another (each ``asyncio.run`` is one); connections live as long as
     their loop. Close with :meth:`aclose` or ``async with``.
@@ -874,3 +876,36 @@ def _read_versions(spans: Any, length: int) -> list[tuple[str, int]] | None:
             versions.append((str(span.get("version")), span["end"] - end))
         end = span["end"]
     return versions if end == length else None
+
+
+def sampling_seed(*parts: int | str) -> int:
+    """A 31-bit seed that depends on ``parts`` alone, so a retried or resumed rollout draws the same tokens."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None) -> RolloutClient:
+    return RolloutClient(
+        list(urls),
+        connect_timeout=config.connect_timeout_seconds,
+        request_timeout=config.request_timeout_seconds,
+        max_retries=config.max_retries,
+        backoff=config.backoff_seconds,
+        max_in_flight=config.max_in_flight,
+        pool=pool,
+        router=config.router,
+        api_key=api_key(),
+    )
+
+
+def sampling_params(
+    config: RolloutConfig, seeds: Sequence[int], *, temperature: float, top_p: float
+) -> list[dict[str, Any]]:
+    """The sampling parameters of a request with one row for each seed."""
+    common = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": config.top_k,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    return [{**common, "sampling_seed": seed} for seed in seeds]

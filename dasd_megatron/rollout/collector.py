@@ -24,22 +24,24 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron import stopping
-from dasd_megatron.config import Config, first_line
+from dasd_megatron.config import Config
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import PluginError, load_function
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
-from dasd_megatron.rollout.client import LOG_PROB_TOLERANCE, Completion, RolloutClient, RolloutError
-from dasd_megatron.rollout.generation import (
-    STOP_POLL_SECONDS,
-    make_samples,
-    meanwhile,
+from dasd_megatron.rollout.client import (
+    LOG_PROB_TOLERANCE,
+    Completion,
+    RolloutClient,
+    RolloutError,
     sampling_params,
     sampling_seed,
-    step_limit,
 )
-from dasd_megatron.rollout.samples import Sample, mask_fault, version_name
+from dasd_megatron.rollout.grading import make_samples
+from dasd_megatron.rollout.limits import STOP_POLL_SECONDS, meanwhile, step_limit
+from dasd_megatron.samples import Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")

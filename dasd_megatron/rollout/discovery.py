@@ -22,17 +22,17 @@ from typing import Any
 import httpx
 from transformers import PretrainedConfig
 
+from dasd_megatron import access
+from dasd_megatron.access import AccessError
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout import access
-from dasd_megatron.rollout.access import AccessError
 from dasd_megatron.rollout.client import (
     DENIED_STATUS,
     AccessDeniedError,
     RequestRefusedError,
     RolloutClient,
     RolloutError,
+    make_client,
 )
-from dasd_megatron.rollout.generation import make_client
 from dasd_megatron.rollout.pool import Event, Status
 
 SCONTROL_SECONDS = 30.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 
 def rewards_differ(group: Sequence[Sample]) -> bool:

@@ -81,7 +81,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from dasd_megatron.rollout import access
+from dasd_megatron import access
 from dasd_megatron.rollout.weight_checksum import cpu_checksum
 from dasd_megatron.rollout.weight_receiver import ReceiveError, WeightReceiver
 

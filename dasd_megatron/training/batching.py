@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What the number of tokens in each rank's matrix products has to be a multiple of under each ``precision.fp8``: the

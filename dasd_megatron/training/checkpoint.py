@@ -51,7 +51,7 @@ from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
 from dasd_megatron.rollout.buffer import BufferState, Counts, read_groups
-from dasd_megatron.rollout.samples import save_samples
+from dasd_megatron.samples import save_samples
 from dasd_megatron.training.checkpoint_files import (
     STATE_FILE,
     changed_file,

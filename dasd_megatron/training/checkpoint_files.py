@@ -18,14 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.models.hf_weights import (
-    MANIFEST_FILE,
-    WeightsError,
-    file_sha256,
-    fsync_path,
-    fsync_tree,
-    read_manifest,
-)
+from dasd_megatron.files import fsync_path, fsync_tree
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, read_manifest
 
 STATE_FILE = "trainer.json"
 

@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from dasd_megatron import backend, stopping
-from dasd_megatron.config import Config, ConfigError, first_line
+from dasd_megatron.config import Config
+from dasd_megatron.errors import ConfigError, first_line
 
 WORKER = "dasd_megatron.training.worker"
 LAUNCHER_PID = "DASD_LAUNCHER_PID"

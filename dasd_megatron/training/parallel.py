@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from dasd_megatron import backend, stopping
-from dasd_megatron.config import Config, ConfigError, first_line
+from dasd_megatron.config import Config
+from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.stopping import StopRequested
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutError
+from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutError, make_client
 from dasd_megatron.rollout.collector import Batch, Collector
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
@@ -34,15 +34,14 @@ from dasd_megatron.rollout.discovery import (
     find_servers,
     probe_log_probs,
 )
-from dasd_megatron.rollout.generation import make_client
-from dasd_megatron.rollout.launch import LocalServer, ServerStartError
+from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
-from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
+from dasd_megatron.run.paths import RunPaths
+from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
 from dasd_megatron.training.batching import ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
 from dasd_megatron.training.passes import score
-from dasd_megatron.training.prepare import RunPaths
 from dasd_megatron.training.warm_start import micro_batch_layout
 from dasd_megatron.training.weight_sync import WeightSync, WeightSyncError, make_sync, send_weights, verify_weights
 from dasd_megatron.verify.grader import Grader, GraderError

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,21 @@ from dasd_megatron import backend, stopping
 from dasd_megatron.algorithms import Credit, group_relative_advantage, token_advantages
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.data.templates import PromptRenderer
+from dasd_megatron.data.templates import PromptRenderer, make_renderer
 from dasd_megatron.evaluation.evaluate import evaluate
 from dasd_megatron.losses import importance_weights
 from dasd_megatron.models.gpt import ShardedModel, build_model
-from dasd_megatron.models.hf_config import read_hf_config
-from dasd_megatron.observability.loggers import MetricsLogger, read_metrics, truncate_after
+from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
+from dasd_megatron.observability.loggers import MetricsLogger
+from dasd_megatron.observability.metric_files import read_metrics, truncate_after
 from dasd_megatron.observability.progress import ProgressDisplay, format_duration, summary_table
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.observability.watch import CONTINUE, Watch, open_watch, record
 from dasd_megatron.rollout.client import RolloutClient
-from dasd_megatron.rollout.samples import Sample, rollouts_path, save_samples, version_name
+from dasd_megatron.run.checks import needs_teacher
+from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
+from dasd_megatron.samples import Sample, rollouts_path, save_samples, version_name
 from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training.batching import MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
@@ -48,7 +51,6 @@ from dasd_megatron.training.checkpoint import (
 )
 from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from, resumable
 from dasd_megatron.training.export import export_model
-from dasd_megatron.training.metrics import reward_metrics, step_health, step_metrics
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError, build_optimizer
 from dasd_megatron.training.parallel import (
     broadcast_from_rank0,
@@ -57,18 +59,11 @@ from dasd_megatron.training.parallel import (
     reduce_over_replicas,
     true_on_any,
 )
-from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update
-from dasd_megatron.training.prepare import (
-    RunPaths,
-    load_tokenizer,
-    make_renderer,
-    needs_teacher,
-    run_problems,
-    start_hf_files,
-    start_path,
-)
+from dasd_megatron.training.passes import Distillation, TeacherStates, UpdateResult, score, update
 from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
+from dasd_megatron.training.scores import Importance, ScoredRollouts
 from dasd_megatron.training.snapshots import WeightSnapshot
+from dasd_megatron.training.step_metrics import reward_metrics, step_health, step_metrics
 from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
 from dasd_megatron.verify.grader import Grader
 
@@ -586,36 +581,6 @@ def _report_not_applied(trainer: Trainer, results: list[UpdateResult]) -> None:
             f"step {trainer.state.step}: {len(norms)} of {len(results)} updates are skipped, their gradient norm is "
             f"{norms[0]}; further ones are counted in update/skipped and not described"
         )
-
-
-@dataclass
-class ScoredRollouts:
-    """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the
-    sampling temperature.
-
-    ``delta`` is teacher log-prob minus student log-prob, all zero for an algorithm without a teacher;
-    ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B].
-    """
-
-    student: TokenScores
-    teacher_log_prob: torch.Tensor
-    start_log_prob: torch.Tensor | None
-    rollout_log_prob: torch.Tensor
-    lengths: torch.Tensor
-    teacher: TeacherStates | None = None
-    """For the distributional objective, on the last pipeline stage."""
-
-    @property
-    def delta(self) -> torch.Tensor:
-        return self.teacher_log_prob - self.student.log_prob
-
-
-class Importance(NamedTuple):
-    """Truncated importance weights of this replica's response tokens, float32 [N], and which of them the cap has
-    lowered, bool [N]."""
-
-    weights: torch.Tensor
-    cut: torch.Tensor
 
 
 def _micro_batches(config: Config, prompts: list[list[int]], samples: list[Sample]) -> list[MicroBatch]:

@@ -19,13 +19,13 @@ from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import build_model
-from dasd_megatron.rollout.generation import sampling_seed
+from dasd_megatron.rollout.client import sampling_seed
+from dasd_megatron.run.paths import RunPaths, start_hf_files, start_path
 from dasd_megatron.training.batching import FP8_TOKEN_MULTIPLE, make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
 from dasd_megatron.training.parallel import largest_of_replicas, stop_if_requested
 from dasd_megatron.training.passes import supervised_update
-from dasd_megatron.training.prepare import RunPaths, start_hf_files, start_path
 
 
 def warm_start(

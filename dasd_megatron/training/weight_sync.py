@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import RolloutError
-from dasd_megatron.rollout.generation import make_client
+from dasd_megatron.rollout.client import RolloutError, make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.rollout.weight_group import join_weight_group

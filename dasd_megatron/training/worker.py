@@ -50,12 +50,13 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     gc.disable()
     import torch.distributed as dist
 
+    from dasd_megatron.access import AccessError
     from dasd_megatron.data.prompts import DataError
     from dasd_megatron.data.templates import TemplateError
-    from dasd_megatron.rollout.access import AccessError
     from dasd_megatron.rollout.discovery import DiscoveryError
+    from dasd_megatron.run.paths import RunPaths
+    from dasd_megatron.run.prepare import prepare_run
     from dasd_megatron.training import parallel
-    from dasd_megatron.training.prepare import RunPaths, prepare_run
     from dasd_megatron.training.train import train
 
     gc.enable()
@@ -108,7 +109,7 @@ def _tie_forked_processes() -> None:
 
 
 def main() -> int:
-    from dasd_megatron.cli import report_errors
+    from dasd_megatron.errors import report_errors
 
     _end_with_launcher()
     root = Path(sys.argv[1])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 _PROBLEM = re.compile(r"(\d+(?: \d+)+) = (\d+)")
 _CHAIN = re.compile(r"\d{1,9}(?: ?[+-] ?\d{1,9})*")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from dasd_megatron.config import first_line
+from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import PluginError
-
-if TYPE_CHECKING:
-    from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 
 class RewardError(PluginError):

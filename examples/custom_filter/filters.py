@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 
 def neither_easy_nor_cut(group: Sequence[Sample]) -> bool:

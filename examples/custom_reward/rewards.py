@@ -1,6 +1,6 @@
 """A reward that pays for the right answer, and a little for saying it briefly."""
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 
 def brief(sample: Sample) -> float:

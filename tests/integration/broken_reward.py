@@ -1,6 +1,6 @@
 """A reward for verify.reward that breaks the gradients of two steps of four prompts, by what they draw."""
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 
 graded = 0
 

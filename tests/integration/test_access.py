@@ -22,12 +22,12 @@ import pytest
 from runs import NO_EVALUATION, SMALL, command, finish, rows, start
 from servers import routing, sglang_python
 
+from dasd_megatron.access import VARIABLE
 from dasd_megatron.cli import main
 from dasd_megatron.config import RolloutConfig, SGLangConfig, is_loopback, load_config
 from dasd_megatron.models.hf_weights import MANIFEST_FILE, file_sha256
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.access import VARIABLE
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.local_server import LocalServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

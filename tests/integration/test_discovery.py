@@ -32,7 +32,7 @@ from dasd_megatron.rollout.discovery import (
     find_servers,
     probe_log_probs,
 )
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.rollout.pool import Status
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

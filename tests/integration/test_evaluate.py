@@ -18,7 +18,7 @@ from runs import kill, one_threaded
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.local_server import LocalServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200 if "EVALUATE_PROBLEMS" in os.environ else 400)]
 

@@ -25,7 +25,7 @@ from servers import FaultyProxy, sglang_python
 
 from dasd_megatron.config import RolloutConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.local_server import LocalServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

@@ -21,7 +21,7 @@ from servers import FaultyProxy
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.launch import LocalServer
+from dasd_megatron.rollout.local_server import LocalServer
 
 pytestmark = pytest.mark.integration
 

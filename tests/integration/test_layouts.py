@@ -15,7 +15,7 @@ import torch
 from runs import NO_EVALUATION, rows, train
 from safetensors.torch import load_file
 
-from dasd_megatron.rollout.samples import load_samples, rollouts_path, save_samples
+from dasd_megatron.samples import load_samples, rollouts_path, save_samples
 
 pytestmark = pytest.mark.integration
 

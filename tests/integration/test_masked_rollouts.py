@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from runs import NO_EVALUATION, reproducible, rows, train
 
-from dasd_megatron.rollout.samples import Sample, load_samples, rollouts_path, save_samples
+from dasd_megatron.samples import Sample, load_samples, rollouts_path, save_samples
 
 pytestmark = pytest.mark.integration
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.rollout.samples import read_samples, rollouts_path
+from dasd_megatron.samples import read_samples, rollouts_path
 
 pytestmark = pytest.mark.integration
 

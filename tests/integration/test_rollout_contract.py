@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.models.tiny import character_tokenizer, make_tiny_model
 from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient
-from dasd_megatron.rollout.launch import LocalServer, PortInUseError, ServerStartError
+from dasd_megatron.rollout.local_server import LocalServer, PortInUseError, ServerStartError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 
@@ -1350,7 +1350,7 @@ def test_the_server_ends_with_its_parent(models, tmp_path):
     code = (
         "import sys, time\n"
         "from dasd_megatron.config import RolloutConfig\n"
-        "from dasd_megatron.rollout.launch import LocalServer\n"
+        "from dasd_megatron.rollout.local_server import LocalServer\n"
         f"server = LocalServer({models['a']!r}, '1', RolloutConfig(threads=1), {str(tmp_path / 'log')!r})\n"
         "server.start()\n"
         "print(server._process.pid, server.url, flush=True)\n"

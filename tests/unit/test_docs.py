@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from documented import PAGES, ROOT, commands
 
-from dasd_megatron import config
+import dasd_megatron
 from dasd_megatron.cli import COMMANDS
 from dasd_megatron.config import known_fields
 from dasd_megatron.observability.watch import CONTINUE
 
-CONF = Path(config.__file__).parent / "conf"
+CONF = Path(dasd_megatron.__file__).parent / "conf"
 FIELDS = known_fields()
 SECTIONS = {name.split(".")[0] for name in FIELDS if "." in name}
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import ConfigError
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.plugins import load_function
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from dasd_megatron.commands.plan import make_plan, model_of, plan
 from dasd_megatron.config import load_config
-from dasd_megatron.planning.command import make_plan, model_of, plan
 from dasd_megatron.planning.estimate import Architecture
 
 ROOT = Path(__file__).parents[2]

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
-from dasd_megatron.rollout.launch import LocalServer  # noqa: E402
+from dasd_megatron.rollout.local_server import LocalServer  # noqa: E402
 from dasd_megatron.rollout.pool import ServerPool  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.weight_sync import make_sync, send_weights, verify_weights  # noqa: E402

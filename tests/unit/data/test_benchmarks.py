@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import ConfigError
 from dasd_megatron.data.benchmarks import BENCHMARKS, benchmark_problems
 from dasd_megatron.data.prompts import DataError
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.verify.answers import compare_plain, extract_answer
 
 DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))

@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dasd_megatron.config import ConfigError
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.templates import SHIPPED, PromptRenderer, TemplateError, check_lengths
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.tiny import character_tokenizer
 
 PROBLEM = Problem("p1", "4 - 1 =", "3", "4-1=3\n#### 3")

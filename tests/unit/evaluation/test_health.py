@@ -16,7 +16,7 @@ import pytest
 
 from dasd_megatron.config import HealthConfig
 from dasd_megatron.evaluation import health
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.steps import StepCheck, chain_sum_steps
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import Config, ConfigError, load_config
+from dasd_megatron.config import Config, load_config
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import nemo_skills
 from dasd_megatron.evaluation.nemo_skills import compare_folders, compare_grading, read_graded, run_eval
 from dasd_megatron.evaluation.sampling import EvaluationError
@@ -45,7 +46,7 @@ STAND_IN = """
             open(file, "w").write("".join(json.dumps(row) + "\\n" for row in rows))
 
     def summarize(folder):
-        from dasd_megatron.evaluation.metrics import nemo_skills_metrics
+        from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
         for part in folder.glob("*/"):
             columns = [[json.loads(line) for line in open(file)] for file in sorted(part.glob("output-rs*.jsonl"))]
             keys = "predicted_answer", "symbolic_correct", "num_generated_tokens"

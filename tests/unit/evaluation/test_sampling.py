@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import Config, ConfigError, VerifyConfig, load_config
+from dasd_megatron.commands.evaluate import MACRO_AVERAGE, OURS, evaluate_model, print_table, write_metrics
+from dasd_megatron.config import Config, VerifyConfig, load_config
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.evaluation.command import MACRO_AVERAGE, OURS, evaluate_model, print_table, write_metrics
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.sampling import EvaluationError, Records, check_settings, model_digest, sample_benchmark
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.observability.progress import ProgressDisplay

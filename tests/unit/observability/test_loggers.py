@@ -12,8 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dasd_megatron.observability import loggers
-from dasd_megatron.observability.loggers import MetricsLogger, RunDirectoryError, read_metrics, truncate_after
+from dasd_megatron.files import RunDirectoryError
+from dasd_megatron.observability import metric_files
+from dasd_megatron.observability.loggers import MetricsLogger
+from dasd_megatron.observability.metric_files import read_metrics, truncate_after
 
 
 def bits(value: float) -> bytes:
@@ -52,9 +54,9 @@ def test_steps_round_trip_bit_for_bit(tmp_path):
 
 @given(st.floats())
 def test_any_float_survives_the_file_format(value):
-    text = json.dumps({"x": loggers._plain("x", value)}, allow_nan=False)
+    text = json.dumps({"x": metric_files.plain_value("x", value)}, allow_nan=False)
     back = strict(text)["x"]
-    back = loggers._NON_FINITE.get(back, back) if isinstance(back, str) else back
+    back = metric_files._NON_FINITE.get(back, back) if isinstance(back, str) else back
     assert bits(back) == bits(value) or (math.isnan(back) and math.isnan(value))
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.observability import report, run_files
-from dasd_megatron.observability.loggers import RunDirectoryError
 from dasd_megatron.observability.report import write_report
 from dasd_megatron.observability.run_files import ReportError, halving_order
 

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 from dasd_megatron.observability import trackers
-from dasd_megatron.observability.loggers import MetricsLogger, truncate_after
+from dasd_megatron.observability.loggers import MetricsLogger
+from dasd_megatron.observability.metric_files import truncate_after
 from dasd_megatron.observability.trackers import Tracker, follow, public_settings
 
 SETTINGS = {

@@ -21,7 +21,7 @@ from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
 from dasd_megatron.rollout.collector import Collector
-from dasd_megatron.rollout.samples import version_name
+from dasd_megatron.samples import version_name
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import (
     MicroBatch,
     balanced_shares,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dasd_megatron import cli
-from dasd_megatron.config import ConfigError, load_config
+from dasd_megatron.config import load_config
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.training.launch import Nodes, read_nodes
 
 TWO = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_RDZV_ENDPOINT": "node0:29500", "PET_RDZV_ID": "42"}

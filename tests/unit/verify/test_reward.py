@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import ConfigError, VerifyConfig
+from dasd_megatron.config import VerifyConfig
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout.client import Completion
-from dasd_megatron.rollout.generation import make_samples
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.rollout.grading import make_samples
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.reward import RewardError
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dasd_megatron.observability import doctor
-from dasd_megatron.observability.doctor import FAIL, INFO, OK, WARN, Check, doctor_report, exit_status, print_doctor
+from dasd_megatron.commands import doctor
+from dasd_megatron.commands.doctor import FAIL, INFO, OK, WARN, Check, doctor_report, exit_status, print_doctor
 
 HEALTHY = {
     "torch": {"ok": {"version": "2.13.0+cpu", "cuda_build": None, "cpu": "AVX2", "nccl": None}},
@@ -80,7 +80,7 @@ def test_where_the_tests_run_the_cpu_path_runs(real):
 
 def test_it_loads_nothing_heavy_into_its_own_process():
     code = (
-        "import sys; from dasd_megatron.observability import doctor; doctor._packages(); doctor._optional(); "
+        "import sys; from dasd_megatron.commands import doctor; doctor._packages(); doctor._optional(); "
         "doctor._machine();print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in "
         "sys.modules])"
     )

@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dasd_megatron import backend
-from dasd_megatron.config import BackendConfig, ConfigError
+from dasd_megatron.config import BackendConfig
+from dasd_megatron.errors import ConfigError
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
 # Of the largest logit; float32 arithmetic in another order stays a thousand times below it, a wrong weight or rotary

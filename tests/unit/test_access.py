@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from dasd_megatron.access import VARIABLE, AccessError, api_key, headers, shows_key, warn_if_open
 from dasd_megatron.config import is_loopback
-from dasd_megatron.rollout.access import VARIABLE, AccessError, api_key, headers, shows_key, warn_if_open
 
 KEY = "0123456789abcdef"
 

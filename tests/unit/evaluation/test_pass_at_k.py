@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dasd_megatron.evaluation import avg_at_k, maj_at_k, pass_at_k
-from dasd_megatron.evaluation.metrics import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
+from dasd_megatron.evaluation.pass_at_k import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
 
 ROWS = st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=4)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import dasd_megatron
-from dasd_megatron.config import ConfigError, load_config
-from dasd_megatron.planning.command import model_of, plan, plan_config
+from dasd_megatron.commands.plan import model_of, plan, plan_config
+from dasd_megatron.config import load_config
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import (
     Architecture,
     activation_bytes,

@@ -4,7 +4,6 @@ no GPU."""
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -14,37 +13,33 @@ import platform
 import stat
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-
 import dasd_megatron
-from dasd_megatron.config import (
-    UMASKS,
-    Config,
-    ConfigError,
-    DataSourceConfig,
-    first_line,
-    read_config,
-    save_config,
-    stage_layers,
-)
+from dasd_megatron.config import UMASKS, Config, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
-from dasd_megatron.data.templates import PromptRenderer, check_lengths
+from dasd_megatron.data.templates import make_renderer
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import (
     TIED_HEAD,
     expected_tensors,
-    hf_folder,
     is_megatron_checkpoint,
+    load_tokenizer,
     read_hf_config,
 )
 from dasd_megatron.models.hf_weights import HfWeights
 from dasd_megatron.plugins import load_function
-from dasd_megatron.rollout.access import AccessError, api_key
-from dasd_megatron.rollout.discovery import check_access
+from dasd_megatron.run.checks import (
+    check_key,
+    check_layout,
+    check_prompt_lengths,
+    check_warm_start_lengths,
+    flatten,
+    needs_teacher,
+)
+from dasd_megatron.run.paths import RunPaths, start_hf_files
 
 _PACKAGES = (
     "dasd-megatron",
@@ -66,69 +61,6 @@ _LOST_NODE_SECONDS = 300.0
 _claimed: dict[Path, Any] = {}
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunPaths:
-    """Places in a run directory."""
-
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.yaml"
-
-    @property
-    def start_model(self) -> Path:
-        """The tiny model made in code, where model.path is null."""
-        return self.root / "start"
-
-    @property
-    def warm_started_model(self) -> Path:
-        return self.root / "warm_start"
-
-    @property
-    def final_model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def weights(self) -> Path:
-        """Weights handed to the rollout server, one folder a version."""
-        return self.root / "weights"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.root / "rollouts"
-
-    def problems(self, name: str) -> Path:
-        return self.root / "data" / f"{name}.jsonl"
-
-
-def needs_teacher(config: Config) -> bool:
-    """GRPO alone never looks at the teacher."""
-    return config.algorithm.name != "grpo"
-
-
-def start_path(config: Config, paths: RunPaths) -> Path:
-    """The model that the run begins from, before any warm start: a Hugging Face directory or a converted checkpoint."""
-    return Path(config.model.path) if config.model.path is not None else paths.start_model
-
-
-def start_hf_files(config: Config, paths: RunPaths) -> Path:
-    """Where its config and tokenizer are."""
-    return hf_folder(start_path(config, paths))
-
-
-def choose_run_dir(config: Config) -> Path:
-    """``run.dir``, or ``runs/<name>/<date-time>``, or with ``resume=auto`` the newest run of that name."""
-    if config.run.dir is not None:
-        return Path(config.run.dir)
-    runs = Path("runs") / config.run.name
-    if config.resume == "auto":
-        existing = sorted(path.parent for path in runs.glob("*/config.yaml"))
-        if existing:
-            return existing[-1]
-    return runs / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def prepare_run(config: Config, root: Path) -> RunPaths:
@@ -247,120 +179,6 @@ def _claim(root: Path) -> None:
     _claimed[path] = file
 
 
-def check_key(config: Config) -> None:
-    """Refuse (AccessError) an API key that cannot be one, that stands in the configuration, or that external servers do
-    not take."""
-    key = api_key()
-    if key is not None and any(key in str(value) for value in _flatten(dataclasses.asdict(config)).values()):
-        raise AccessError(
-            "the API key in DASD_API_KEY stands in the configuration too, which is written into run.dir: leave it out"
-        )
-    if config.rollout.engine == "external" and config.rollout.replay is None:
-        check_access(config.rollout)
-
-
-def require_hf_directory(config: Config) -> None:
-    """Refuse (ConfigError) a ``model.path`` that a rollout server cannot be started from."""
-    if config.model.path is not None and is_megatron_checkpoint(config.model.path):
-        raise ConfigError(
-            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert "
-            "megatron-to-hf"
-        )
-
-
-def run_problems(paths: RunPaths, name: str) -> list[Problem]:
-    """The problems ``train`` or ``heldout`` that :func:`prepare_run` has written for a run."""
-    return load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.
-    except Exception as error:
-        raise ConfigError(
-            f"model.path={path}: its tokenizer cannot be loaded ({first_line(error)}); "
-            "put the model's tokenizer.json and tokenizer_config.json there"
-        ) from error
-
-
-def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
-    """Refuse a parallel layout that does not divide the architecture, and sequences longer than its positions."""
-    parallel, rollout = config.parallel, config.rollout
-    where = f"config.json of model.path={config.model.path}" if config.model.path is not None else "model.tiny"
-    if config.model.path is None and config.model.architecture:
-        where = "model.architecture"
-    tensor = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
-        if getattr(hf_config, name) % tensor:
-            raise ConfigError(
-                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(hf_config, name)} "
-                f"({where}): write a divisor of it"
-            )
-    if hf_config.num_attention_heads % hf_config.num_key_value_heads:
-        raise ConfigError(
-            f"num_key_value_heads={hf_config.num_key_value_heads} does not divide "
-            f"num_attention_heads={hf_config.num_attention_heads} ({where}): write a divisor of it"
-        )
-    layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
-    stage_layers(parallel, hf_config.num_hidden_layers, f"{layers}={hf_config.num_hidden_layers} ({where})")
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    if longest > hf_config.max_position_embeddings:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
-            f"{hf_config.max_position_embeddings} ({where}): lower them"
-        )
-
-
-def check_warm_start_lengths(
-    config: Config,
-    hf_config: PretrainedConfig,
-    renderer: PromptRenderer,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-) -> None:
-    """Refuse problems whose prompt, reference solution and end-of-sequence token do not fit into the model's
-    positions."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"warm_start.steps={config.warm_start.steps} needs a tokenizer with an end-of-sequence token: "
-            f"set eos_token in tokenizer_config.json of model.path={config.model.path}, or write warm_start.steps=0"
-        )
-    limit = hf_config.max_position_embeddings
-    for problem in problems:
-        prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
-        solution = len(tokenizer.encode(problem.reference_solution, add_special_tokens=False))
-        if prompt + solution + 1 > limit:
-            where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
-            raise ConfigError(
-                f"warm_start.steps={config.warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a "
-                f"solution of {solution} tokens, with its end over max_position_embeddings={limit} ({where}): remove "
-                "it from data.train, or write 0"
-            )
-
-
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(
-        tokenizer,
-        config.data.template,
-        config.teacher.template,
-        config.teacher.privileged,
-        config.teacher.hint_fraction,
-    )
-
-
-def check_prompt_lengths(
-    config: Config, renderer: PromptRenderer, train: list[Problem], heldout: list[Problem]
-) -> None:
-    """Refuse problems whose prompt, and for training ones the privileged prompt, exceed
-    ``rollout.max_prompt_tokens``."""
-    check_lengths(
-        train, renderer, config.rollout.max_prompt_tokens, teacher=needs_teacher(config) or config.warm_start.steps > 0
-    )
-    check_lengths(heldout, renderer, config.rollout.max_prompt_tokens, teacher=False)
-
-
 def _load_data(config: Config) -> tuple[list[Problem], list[Problem]]:
     needs_solution = config.warm_start.steps > 0 or (needs_teacher(config) and config.teacher.privileged != "answer")
     sources = config.data
@@ -407,7 +225,7 @@ def _check_same_problems(run: RunPaths, loaded: dict[str, list[Problem]]) -> Non
 
 def _check_same_run(previous: Config, config: Config) -> None:
     """Refuse to resume with another model or other data, and say what else has changed."""
-    before, after = _flatten(dataclasses.asdict(previous)), _flatten(dataclasses.asdict(config))
+    before, after = flatten(dataclasses.asdict(previous)), flatten(dataclasses.asdict(config))
     for name, value in after.items():
         # A problem set may have moved: what it holds is compared itself.
         if name in ("resume", "run.dir", "data.train.path", "data.heldout.path") or before.get(name) == value:
@@ -418,13 +236,6 @@ def _check_same_run(previous: Config, config: Config) -> None:
                 f"{name}={before.get(name)}, or start a new run"
             )
         print(f"resuming with {name}={value} (was {before.get(name)})", flush=True)
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _environment(config: Config) -> dict:

@@ -16,9 +16,8 @@ import httpx
 import psutil
 
 import dasd_megatron
-from dasd_megatron import stopping
+from dasd_megatron import access, stopping
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout import access
 from dasd_megatron.rollout.server import ServerError, bind
 
 POLL_SECONDS = 0.1

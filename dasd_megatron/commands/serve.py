@@ -10,9 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-from dasd_megatron.config import ConfigError, RolloutConfig, SGLangConfig
+from dasd_megatron.config import RolloutConfig, SGLangConfig
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.rollout import server
-from dasd_megatron.rollout.launch import LocalServer, ServerStartError
+from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 
 FOLLOW_SECONDS = 0.2
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from rich.progress import track
 
-from dasd_megatron.config import DataSourceConfig, first_line
+from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text, parse_line, parse_record, write_problems
+from dasd_megatron.errors import first_line
 
 MANIFEST_FORMAT = 1
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -125,7 +126,7 @@ def token_counter(path: Path | None) -> Callable[[str], int] | None:
     """Counts tokens with the tokenizer of a Hugging Face directory."""
     if path is None:
         return None
-    from dasd_megatron.training.prepare import load_tokenizer
+    from dasd_megatron.models.hf_config import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))

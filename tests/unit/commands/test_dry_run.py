@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.cli import main
-from dasd_megatron.config import ConfigError, ParallelConfig, load_config
-from dasd_megatron.planning.command import model_of
+from dasd_megatron.commands.dry_run import Place, _commands, _parser, dry_run, place_of
+from dasd_megatron.commands.plan import model_of
+from dasd_megatron.commands.router import _parser as router_parser
+from dasd_megatron.commands.serve import _parser as server_parser
+from dasd_megatron.config import ParallelConfig, load_config
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture
-from dasd_megatron.planning.rehearsal import Place, _commands, _parser, dry_run, place_of
-from dasd_megatron.rollout.router import _parser as router_parser
-from dasd_megatron.rollout.serve import _parser as server_parser
 
 TP, PP, DP = (
     "parallel.tensor_model_parallel_size=",

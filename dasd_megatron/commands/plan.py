@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
-from dasd_megatron.config import Config, ConfigError, load_config, stage_layers, validate
+from dasd_megatron.config import Config, load_config, stage_layers, validate
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.planning.estimate import (
     DTYPE_BYTES,
@@ -26,7 +27,7 @@ from dasd_megatron.planning.estimate import (
     total_parameters,
     training_state,
 )
-from dasd_megatron.training.prepare import check_layout, needs_teacher
+from dasd_megatron.run.checks import check_layout, needs_teacher
 
 # What a plan does not read, but the configuration requires; and a GPU job's choices for what an override leaves open.
 _DEFAULTS = (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.rollout.generation import sampling_seed
-from dasd_megatron.rollout.samples import ReplayError, Sample, load_samples, rollouts_path, save_samples
+from dasd_megatron.rollout.client import sampling_seed
+from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, save_samples
 
 
 def sample(group: int, index: int) -> Sample:

@@ -21,14 +21,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dasd_megatron.config import Config, ConfigError
+from dasd_megatron.commands.convert import convert
+from dasd_megatron.config import Config
 from dasd_megatron.data.benchmarks import BENCHMARKS, benchmark_problems
 from dasd_megatron.data.generators import generate_problems
 from dasd_megatron.data.prompts import Problem, load_problems
-from dasd_megatron.data.templates import check_lengths
+from dasd_megatron.data.templates import check_lengths, make_renderer
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import nemo_skills
 from dasd_megatron.evaluation.health import from_rows, health_metrics, health_tables
-from dasd_megatron.evaluation.metrics import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
+from dasd_megatron.evaluation.pass_at_k import bootstrap, interval, mean, nemo_skills_metrics, problem_scores
 from dasd_megatron.evaluation.sampling import (
     EvaluationError,
     Records,
@@ -39,16 +41,15 @@ from dasd_megatron.evaluation.sampling import (
     sample_benchmark,
     samples_per_request,
 )
-from dasd_megatron.models.convert_command import convert
-from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint
+from dasd_megatron.files import replace_file
+from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, load_tokenizer
 from dasd_megatron.models.hf_weights import fingerprint
-from dasd_megatron.observability.loggers import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.discovery import find_servers
-from dasd_megatron.rollout.generation import make_client
-from dasd_megatron.rollout.launch import LocalServer
-from dasd_megatron.training.prepare import check_key, choose_run_dir, load_tokenizer, make_renderer
+from dasd_megatron.rollout.local_server import LocalServer
+from dasd_megatron.run.checks import check_key
+from dasd_megatron.run.paths import choose_run_dir
 from dasd_megatron.verify.grader import Grader
 
 OURS = "dasd"

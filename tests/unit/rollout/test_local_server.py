@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig
-from dasd_megatron.rollout.launch import sglang_command
+from dasd_megatron.rollout.local_server import sglang_command
 
 
 @pytest.mark.parametrize(

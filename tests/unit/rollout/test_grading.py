@@ -14,9 +14,10 @@ import pytest
 from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.rollout import generation
-from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutError
-from dasd_megatron.rollout.generation import generate, make_client, make_samples, meanwhile, step_limit
+from dasd_megatron.rollout import limits
+from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutError, make_client
+from dasd_megatron.rollout.grading import generate, make_samples
+from dasd_megatron.rollout.limits import meanwhile, step_limit
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()
@@ -97,7 +98,7 @@ async def test_what_is_done_meanwhile_is_waited_for_a_little(
         await asyncio.sleep(seconds)
         done.append(True)
 
-    monkeypatch.setattr(generation, "ALONGSIDE_SECONDS", 0.5)
+    monkeypatch.setattr(limits, "ALONGSIDE_SECONDS", 0.5)
     started = time.monotonic()
     async with meanwhile(alongside):
         pass

@@ -26,8 +26,11 @@ from urllib.parse import urlsplit
 from transformers import PretrainedConfig
 
 from dasd_megatron import backend
-from dasd_megatron.config import BackendConfig, Config, ConfigError, ParallelConfig, is_loopback, load_config
-from dasd_megatron.planning.command import Plan, gigabytes, make_plan, model_of
+from dasd_megatron.access import VARIABLE
+from dasd_megatron.commands.plan import Plan, gigabytes, make_plan, model_of
+from dasd_megatron.commands.router import router_command
+from dasd_megatron.config import BackendConfig, Config, ParallelConfig, is_loopback, load_config
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import (
     DTYPE_BYTES,
     Architecture,
@@ -35,11 +38,9 @@ from dasd_megatron.planning.estimate import (
     chunk_parameters,
     total_parameters,
 )
-from dasd_megatron.rollout.access import VARIABLE
 from dasd_megatron.rollout.discovery import DiscoveryError, expand_host_list, node_servers
-from dasd_megatron.rollout.launch import sglang_command
-from dasd_megatron.rollout.router import router_command
-from dasd_megatron.training.prepare import check_layout
+from dasd_megatron.rollout.local_server import sglang_command
+from dasd_megatron.run.checks import check_layout
 
 RENDEZVOUS_PORT = 29500
 # Of made-up rollouts: prompts of so much of the longest; responses with a median of so much of the longest, and a

@@ -9,24 +9,18 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from dasd_megatron.config import Config
-from dasd_megatron.models.hf_config import read_hf_config
+from dasd_megatron.data.templates import make_renderer
+from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import RolloutClient
+from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.discovery import check_models, check_updated, find_servers
-from dasd_megatron.rollout.generation import make_client
-from dasd_megatron.rollout.launch import LocalServer
-from dasd_megatron.rollout.samples import rollouts_path, save_samples, version_name
-from dasd_megatron.training.prepare import (
-    load_tokenizer,
-    make_renderer,
-    prepare_run,
-    require_hf_directory,
-    run_problems,
-    start_hf_files,
-    start_path,
-)
+from dasd_megatron.rollout.local_server import LocalServer
+from dasd_megatron.run.checks import require_hf_directory
+from dasd_megatron.run.paths import run_problems, start_hf_files, start_path
+from dasd_megatron.run.prepare import prepare_run
+from dasd_megatron.samples import rollouts_path, save_samples, version_name
 from dasd_megatron.verify.grader import Grader
 
 

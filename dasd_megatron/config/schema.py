@@ -27,18 +27,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from dasd_megatron.errors import ConfigError, first_line
+
 FUNCTION_PATH = re.compile(r"[\w.]+:\w+")
 """``module:function``, the form in which fields name Python functions; see
 :func:`dasd_megatron.plugins.load_function`."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message is one line that names the field and the fix."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line; its class where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _doc(default: Any, text: str) -> Any:
@@ -373,7 +366,7 @@ class RolloutConfig:
     )
     filter: str | None = _doc(
         None,
-        "module:function that says of a group (a list of dasd_megatron.rollout.samples.Sample) whether it is trained "
+        "module:function that says of a group (a list of dasd_megatron.samples.Sample) whether it is trained "
         "on; other prompts take the place of those refused. dasd_megatron.rollout.filters:rewards_differ drops "
         "groups without advantage; null: all",
     )
@@ -476,7 +469,7 @@ class VerifyConfig:
     max_answer_chars: int = _doc(512, "longer answers get reward 0 ungraded")
     reward: str | None = _doc(
         None,
-        "module:function that gives the reward of a dasd_megatron.rollout.samples.Sample, whose own is 1 or 0; above "
+        "module:function that gives the reward of a dasd_megatron.samples.Sample, whose own is 1 or 0; above "
         "0 counts as right in evaluation; null: 1 or 0",
     )
     truncated_is_wrong: bool = _doc(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dasd_megatron.commands.prepare_data import main
 from dasd_megatron.config import DataSourceConfig, TinyModelConfig
-from dasd_megatron.data.prepare_data import main
 from dasd_megatron.data.prompts import DataError, load_problems
 from dasd_megatron.models.tiny import make_tiny_model
 

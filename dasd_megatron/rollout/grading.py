@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.rollout.access import api_key
-from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
-from dasd_megatron.rollout.pool import ServerPool
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.rollout.client import Completion, RolloutClient, sampling_params
+from dasd_megatron.rollout.limits import step_limit
+from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.reward import own_reward
-
-ALONGSIDE_SECONDS = 2.0
-STOP_POLL_SECONDS = 0.2
-
-
-def sampling_seed(*parts: int | str) -> int:
-    """A 31-bit seed that depends on ``parts`` alone, so a retried or resumed rollout draws the same tokens."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None) -> RolloutClient:
-    return RolloutClient(
-        list(urls),
-        connect_timeout=config.connect_timeout_seconds,
-        request_timeout=config.request_timeout_seconds,
-        max_retries=config.max_retries,
-        backoff=config.backoff_seconds,
-        max_in_flight=config.max_in_flight,
-        pool=pool,
-        router=config.router,
-        api_key=api_key(),
-    )
 
 
 def generate(
@@ -74,63 +46,6 @@ def generate(
             )
 
     return asyncio.run(bounded())
-
-
-def sampling_params(
-    config: RolloutConfig, seeds: Sequence[int], *, temperature: float, top_p: float
-) -> list[dict[str, Any]]:
-    """The sampling parameters of a request with one row for each seed."""
-    common = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": config.top_k,
-        "max_new_tokens": config.max_new_tokens,
-    }
-    return [{**common, "sampling_seed": seed} for seed in seeds]
-
-
-@contextlib.asynccontextmanager
-async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to
-    stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
-
-    async def watch() -> None:
-        while not stopping.requested():
-            await asyncio.sleep(STOP_POLL_SECONDS)
-        limit.reschedule(0.0)
-
-    try:
-        async with asyncio.timeout(config.step_timeout_seconds) as limit:
-            watcher = asyncio.ensure_future(watch())
-            try:
-                yield
-            finally:
-                watcher.cancel()
-    except TimeoutError as error:
-        stopping.raise_if_requested()
-        raise RolloutError(
-            ", ".join(urls),
-            f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
-            1,
-            "look at the rollout server's log, or raise rollout.step_timeout_seconds",
-        ) from error
-
-
-@contextlib.asynccontextmanager
-async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
-    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors
-    are raised."""
-    if work is None:
-        yield
-        return
-    task = asyncio.ensure_future(work())
-    try:
-        yield
-        await asyncio.wait([task], timeout=ALONGSIDE_SECONDS)
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 def make_samples(

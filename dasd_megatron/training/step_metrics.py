@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,12 @@ from dasd_megatron import backend
 from dasd_megatron.algorithms import Credit, CreditStatistics, credit_metrics, credit_statistics
 from dasd_megatron.config import Config
 from dasd_megatron.evaluation.health import health_metrics, join, measure
-from dasd_megatron.rollout.samples import Sample
+from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.parallel import gather_replicas, is_replica_source, reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult
+from dasd_megatron.training.scores import Importance, ScoredRollouts
 from dasd_megatron.verify.steps import STEP_CHECKERS
-
-if TYPE_CHECKING:
-    from dasd_megatron.training.train import Importance, ScoredRollouts
 
 
 def step_metrics(

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import httpx
 
+from dasd_megatron import access
 from dasd_megatron.config import RolloutConfig, check_servers
-from dasd_megatron.rollout import access
 from dasd_megatron.rollout.discovery import find_servers
-from dasd_megatron.rollout.launch import TERMINATE_SECONDS, ServerStartError, for_sglang
+from dasd_megatron.rollout.local_server import TERMINATE_SECONDS, ServerStartError, for_sglang
 from dasd_megatron.rollout.server import ServerError, bind
 
 LAUNCHER = Path(__file__).parent / "sglang" / "router.py"

@@ -15,12 +15,13 @@ import pytest
 from safetensors.torch import load, save_file
 
 import dasd_megatron
-from dasd_megatron.config import Config, ConfigError, TinyModelConfig, load_config
+from dasd_megatron.config import Config, TinyModelConfig, load_config
+from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.training import prepare
-from dasd_megatron.training.prepare import prepare_run
+from dasd_megatron.run import prepare
+from dasd_megatron.run.prepare import prepare_run
 
 SMALL = [
     "experiment=quickstart",
@@ -230,7 +231,7 @@ def test_warm_start_examples_must_fit(
 
 def test_launcher_does_not_import_megatron() -> None:
     script = (
-        "import sys, dasd_megatron.training.prepare; print(sorted(name for name in sys.modules if name.split('.')[0] "
+        "import sys, dasd_megatron.run.prepare; print(sorted(name for name in sys.modules if name.split('.')[0] "
         "== 'megatron'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)

@@ -1,0 +1,60 @@
+"""Limits on the time that a step waits for rollouts, and work that is done while it waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+from dasd_megatron import stopping
+from dasd_megatron.config import RolloutConfig
+from dasd_megatron.rollout.client import RolloutError
+
+ALONGSIDE_SECONDS = 2.0
+
+
+STOP_POLL_SECONDS = 0.2
+
+
+@contextlib.asynccontextmanager
+async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to
+    stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
+
+    async def watch() -> None:
+        while not stopping.requested():
+            await asyncio.sleep(STOP_POLL_SECONDS)
+        limit.reschedule(0.0)
+
+    try:
+        async with asyncio.timeout(config.step_timeout_seconds) as limit:
+            watcher = asyncio.ensure_future(watch())
+            try:
+                yield
+            finally:
+                watcher.cancel()
+    except TimeoutError as error:
+        stopping.raise_if_requested()
+        raise RolloutError(
+            ", ".join(urls),
+            f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
+            1,
+            "look at the rollout server's log, or raise rollout.step_timeout_seconds",
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
+    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors
+    are raised."""
+    if work is None:
+        yield
+        return
+    task = asyncio.ensure_future(work())
+    try:
+        yield
+        await asyncio.wait([task], timeout=ALONGSIDE_SECONDS)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

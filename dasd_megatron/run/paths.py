@@ -1,0 +1,79 @@
+"""Where a run's files are: its directory, the places in it, and the model that it starts from."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from dasd_megatron.config import (
+    Config,
+    DataSourceConfig,
+)
+from dasd_megatron.data.prompts import Problem, load_problems
+from dasd_megatron.models.hf_config import (
+    hf_folder,
+)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Places in a run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def start_model(self) -> Path:
+        """The tiny model made in code, where model.path is null."""
+        return self.root / "start"
+
+    @property
+    def warm_started_model(self) -> Path:
+        return self.root / "warm_start"
+
+    @property
+    def final_model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def weights(self) -> Path:
+        """Weights handed to the rollout server, one folder a version."""
+        return self.root / "weights"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    def problems(self, name: str) -> Path:
+        return self.root / "data" / f"{name}.jsonl"
+
+
+def start_path(config: Config, paths: RunPaths) -> Path:
+    """The model that the run begins from, before any warm start: a Hugging Face directory or a converted checkpoint."""
+    return Path(config.model.path) if config.model.path is not None else paths.start_model
+
+
+def start_hf_files(config: Config, paths: RunPaths) -> Path:
+    """Where its config and tokenizer are."""
+    return hf_folder(start_path(config, paths))
+
+
+def choose_run_dir(config: Config) -> Path:
+    """``run.dir``, or ``runs/<name>/<date-time>``, or with ``resume=auto`` the newest run of that name."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    runs = Path("runs") / config.run.name
+    if config.resume == "auto":
+        existing = sorted(path.parent for path in runs.glob("*/config.yaml"))
+        if existing:
+            return existing[-1]
+    return runs / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def run_problems(paths: RunPaths, name: str) -> list[Problem]:
+    """The problems ``train`` or ``heldout`` that :func:`prepare_run` has written for a run."""
+    return load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False)
