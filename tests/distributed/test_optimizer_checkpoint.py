@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import torchrun
-from test_model_parallel import PP, SIZES, TP, VPP, save_model
+
+from tests.support.small_models import PP, SIZES, TP, VPP, save_model
+from tests.support.worker_scripts import torchrun
 
 pytestmark = pytest.mark.distributed
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.parity import DROPOUT, LAYOUTS, OBJECTIVES
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 PARITY = Path(__file__).parents[2] / "benchmarks" / "parity.py"
-sys.path.insert(0, str(PARITY.parent))
-from parity import DROPOUT, LAYOUTS, OBJECTIVES  # noqa: E402
 
 # What float32 leaves of sums in another order, with room: the largest seen are in docs/parallelism.md.
 LIMITS = {"loss": 2e-6, "gradient norm": 2e-5, "token statistics": 3e-4, "routing": 5e-6, "weights": 5e-6}

@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import run_alone, torchrun
-from test_model_parallel import LAYOUTS, MODELS, PP, TP, VPP
 
 from dasd_megatron.models.tiny import character_tokenizer
+from tests.support.small_models import LAYOUTS, MODELS, PP, TP, VPP
+from tests.support.worker_scripts import run_alone, torchrun
 
 pytestmark = pytest.mark.distributed
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gloo_pool import GlooPool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dasd_megatron.losses import DIVERGENCES
+from tests.support.gloo_pool import GlooPool
 
 pytestmark = pytest.mark.distributed
 
-CHECKS = "token_stats_checks"
+CHECKS = "tests.support.token_stats_checks"
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import run_alone
+
+from tests.support.worker_scripts import run_alone
 
 pytestmark = pytest.mark.distributed
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launch import torchrun
-from servers import sglang_python
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
+from tests.support.servers import sglang_python
+from tests.support.worker_scripts import torchrun
 
 pytestmark = pytest.mark.distributed
 

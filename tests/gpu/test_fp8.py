@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
-from runs import NO_EVALUATION, rows, train
-from small_models import save_qwen3
+
+from tests.support.runs import NO_EVALUATION, rows, train
+from tests.support.small_models import save_qwen3
+from tests.support.worker_scripts import torchrun
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
-from small_models import save_qwen3
+
+from tests.support.small_models import save_qwen3
+from tests.support.worker_scripts import torchrun
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from kernel_reference import (
+
+from dasd_megatron.losses import DIVERGENCES, linear_token_stats
+from tests.support.kernel_reference import (
     COEFFICIENTS,
     CROSS,
     MAX,
@@ -17,9 +19,7 @@ from kernel_reference import (
     make_case,
     normalisers,
 )
-from token_stats_reference import dense, weighted_sum
-
-from dasd_megatron.losses import DIVERGENCES, linear_token_stats
+from tests.support.token_stats_reference import dense, weighted_sum
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -19,8 +19,6 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from runs import NO_EVALUATION, SMALL, command, finish, rows, start
-from servers import routing, sglang_python
 
 from dasd_megatron.access import VARIABLE
 from dasd_megatron.cli import main
@@ -28,6 +26,8 @@ from dasd_megatron.config import RolloutConfig, SGLangConfig, is_loopback, load_
 from dasd_megatron.models.hf_weights import MANIFEST_FILE, file_sha256
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
+from tests.support.runs import NO_EVALUATION, SMALL, command, finish, rows, start
+from tests.support.servers import routing, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

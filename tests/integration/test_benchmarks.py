@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import one_threaded
+
+from tests.support.runs import one_threaded
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dasd_megatron.observability.metric_docs import FILES, find_metric
+from tests.support.runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 
 pytestmark = pytest.mark.integration
 

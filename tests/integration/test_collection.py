@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, kill, reproducible, rows, start, train
-from servers import sglang_python
+
+from tests.support.runs import NO_EVALUATION, kill, reproducible, rows, start, train
+from tests.support.servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

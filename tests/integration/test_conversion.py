@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_alone, torchrun
-from runs import NO_EVALUATION, kill, reproducible, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
+from tests.support.runs import NO_EVALUATION, kill, reproducible, train
+from tests.support.worker_scripts import run_alone, torchrun
 
 pytestmark = pytest.mark.integration
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import NO_EVALUATION, finish, kill, reproducible, rows_so_far, start, train
 from safetensors.torch import load_file
 
 from dasd_megatron.training.checkpoint_files import complete_checkpoints, resumable, step_of
+from tests.support.runs import NO_EVALUATION, finish, kill, reproducible, rows_so_far, start, train
 
 MOMENTS = int(os.environ.get("CRASH_MOMENTS", "3"))
 pytestmark = [

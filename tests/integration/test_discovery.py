@@ -16,8 +16,6 @@ import httpx
 import psutil
 import pytest
 import torch
-from runs import SMALL
-from servers import router_python, routing, sglang_python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, load_config
@@ -34,6 +32,8 @@ from dasd_megatron.rollout.discovery import (
 )
 from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.rollout.pool import Status
+from tests.support.runs import SMALL
+from tests.support.servers import router_python, routing, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

@@ -18,9 +18,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from documented import PAGES, ROOT, Command, commands
-from runs import SMALL, one_threaded
-from servers import sglang_python
+
+from tests.support.documented import PAGES, ROOT, Command, commands
+from tests.support.runs import SMALL, one_threaded
+from tests.support.servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import kill, one_threaded
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
+from tests.support.runs import kill, one_threaded
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(7200 if "EVALUATE_PROBLEMS" in os.environ else 400)]
 

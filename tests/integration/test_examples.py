@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 
 from dasd_megatron.config import load_config
 from dasd_megatron.data.generators import generate_splits
 from dasd_megatron.models.tiny import character_tokenizer
+from tests.support.runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import NO_EVALUATION, SMALL, kill, reproducible, rows, start, train
-from servers import FaultyProxy, sglang_python
 
 from dasd_megatron.config import RolloutConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
+from tests.support.runs import NO_EVALUATION, SMALL, kill, reproducible, rows, start, train
+from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

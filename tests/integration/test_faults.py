@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 from packaging.version import Version
-from runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
-from servers import FaultyProxy
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
+from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
+from tests.support.servers import FaultyProxy
 
 pytestmark = pytest.mark.integration
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, hosts, wait_until
-from runs import NO_EVALUATION, SMALL, finish, reproducible, start
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
+from tests.support.hosts import Hosts, hosts, wait_until
+from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

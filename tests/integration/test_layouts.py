@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import NO_EVALUATION, rows, train
 from safetensors.torch import load_file
 
 from dasd_megatron.samples import load_samples, rollouts_path, save_samples
+from tests.support.runs import NO_EVALUATION, rows, train
 
 pytestmark = pytest.mark.integration
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, reproducible, rows, train
 
 from dasd_megatron.samples import Sample, load_samples, rollouts_path, save_samples
+from tests.support.runs import NO_EVALUATION, reproducible, rows, train
 
 pytestmark = pytest.mark.integration
 

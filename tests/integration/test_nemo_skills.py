@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import rows
-from servers import sglang_python
 
 from dasd_megatron.config import EvaluationConfig, TinyModelConfig
 from dasd_megatron.evaluation.nemo_skills import check_metrics, compare_grading, read_graded
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.observability.progress import ProgressDisplay
+from tests.support.runs import rows
+from tests.support.servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

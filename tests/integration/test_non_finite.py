@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import torchrun
-from runs import NO_EVALUATION, finish, reproducible, rows, start, train
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.samples import read_samples, rollouts_path
+from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
+from tests.support.worker_scripts import torchrun
 
 pytestmark = pytest.mark.integration
 
@@ -138,8 +138,8 @@ def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
     other prompts."""
     output = train(
         *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
-        "verify.reward=broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
-        environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])},
+        "verify.reward=tests.support.broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
+        environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     assert "not finite in 2 steps in a row" in output and "step_000002" in output, output
     found = rows(tmp_path / "run" / "metrics.jsonl")
@@ -164,8 +164,8 @@ def test_a_reward_that_fails_in_an_evaluation_costs_no_step(tmp_path: Path) -> N
         "parallel=tp2",
         "rollout.max_staleness=0",
     ]
-    broken = ["evaluation.every=2", "verify.reward=broken_reward:fails_in_the_evaluation"]
-    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    broken = ["evaluation.every=2", "verify.reward=tests.support.broken_reward:fails_in_the_evaluation"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
     status, output = finish(start(*common, *broken, environment=environment), timeout=120)
     assert status == 1 and "Traceback" not in output and "out of order" in output and "after step 2" in output, output[
         -4000:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page, browser_page, find_browser
 
 from dasd_megatron.observability.report import write_report
+from tests.support.browser import Page, browser_page, find_browser
 
 BROWSER = find_browser()
 pytestmark = [

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
 from safetensors.torch import load_file
+
+from tests.support.runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
 
 pytestmark = pytest.mark.integration
 

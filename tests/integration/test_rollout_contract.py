@@ -29,7 +29,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from servers import sglang_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
@@ -38,6 +37,7 @@ from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient
 from dasd_megatron.rollout.local_server import LocalServer, PortInUseError, ServerStartError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
+from tests.support.servers import sglang_python
 
 pytestmark = pytest.mark.integration
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import rows
-from slurm_cluster import SlurmCluster, slurm_cluster
+
+from tests.support.runs import rows
+from tests.support.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]

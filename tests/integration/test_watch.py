@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import NO_EVALUATION, finish, rows, start
+
+from tests.support.runs import NO_EVALUATION, finish, rows, start
 
 pytestmark = pytest.mark.integration
 

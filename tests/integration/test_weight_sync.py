@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import NO_EVALUATION, SMALL, finish, reproducible, rows, start, train
 from safetensors.torch import load_file
-from servers import FaultyProxy, sglang_python
 
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
+from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, rows, start, train
+from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from documented import PAGES, ROOT, commands
 
 import dasd_megatron
 from dasd_megatron.cli import COMMANDS
 from dasd_megatron.config import known_fields
 from dasd_megatron.observability.watch import CONTINUE
+from tests.support.documented import PAGES, ROOT, commands
 
 CONF = Path(dasd_megatron.__file__).parent / "conf"
 FIELDS = known_fields()

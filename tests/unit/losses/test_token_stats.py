@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_stats_reference import dense, weighted_sum
 from torch import Tensor
 
 from dasd_megatron.losses import DIVERGENCES, TokenStats, vocab_parallel_token_stats
+from tests.support.token_stats_reference import dense, weighted_sum
 
 
 def assert_matches_dense(

@@ -11,7 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_reference import (
+from torch import Tensor
+
+import dasd_megatron.losses
+from dasd_megatron.losses import DIVERGENCES, linear_token_stats, vocab_parallel_token_stats
+from tests.support.kernel_reference import (
     COEFFICIENTS,
     CROSS,
     MAX,
@@ -27,11 +31,7 @@ from kernel_reference import (
     normalisers,
     reference_partials,
 )
-from token_stats_reference import weighted_sum
-from torch import Tensor
-
-import dasd_megatron.losses
-from dasd_megatron.losses import DIVERGENCES, linear_token_stats, vocab_parallel_token_stats
+from tests.support.token_stats_reference import weighted_sum
 
 pytest.importorskip("triton", reason="triton is not installed")
 

@@ -1,0 +1,1 @@
+"""Tests of dasd_megatron; what several of them share is in :mod:`tests.support`."""
