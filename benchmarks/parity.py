@@ -230,12 +230,11 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     from dasd_megatron.observability.progress import ProgressDisplay
     from dasd_megatron.run.paths import RunPaths
     from dasd_megatron.samples import load_samples, rollouts_path
-    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.checkpoint import TrainerState
     from dasd_megatron.training.passes import score
     from dasd_megatron.training.rollout_plane import RolloutPlane
     from dasd_megatron.training.train import Trainer, build_policy, train_step
-    from dasd_megatron.training.warm_start import micro_batch_layout
 
     assert isinstance(config.data.train, DataSourceConfig)
     tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
@@ -252,7 +251,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     batches = make_micro_batches(
         [sample.prompt_ids for sample in samples],
         [sample.response_ids for sample in samples],
-        **micro_batch_layout(config),
+        BatchLayout.of_this_rank(config.batch, config.parallel, config.precision),
     )
     scores = score(model, batches, config.loss, temperature=1.0)
     return {
@@ -271,18 +270,18 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
 
     from dasd_megatron.models.gpt import build_model
     from dasd_megatron.samples import load_samples, rollouts_path
-    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer
     from dasd_megatron.training.passes import supervised_update
-    from dasd_megatron.training.warm_start import micro_batch_layout
 
     model = build_model(config, config.model.path, hidden_dropout=0.2)
     optimizer = build_optimizer(config.optimizer, model, steps=3, updates_per_step=1)
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     rows = []
     for step in (1, 2, 3):
         samples = load_samples(rollouts_path(folder / "rollouts", step), groups=GROUPS, samples_per_group=SAMPLES)
         prompts, responses = [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples]
-        batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+        batches = make_micro_batches(prompts, responses, layout)
         loss, grad_norm, _ = supervised_update(model, optimizer, batches, config.loss)
         rows.append({"update/loss": loss, "update/grad_norm": grad_norm})
     group = parallel_state.get_tensor_model_parallel_group()

@@ -213,11 +213,10 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from dasd_megatron.models.gpt import HiddenStatesHead, build_model
     from dasd_megatron.planning.estimate import Architecture
     from dasd_megatron.training import parallel
-    from dasd_megatron.training.batching import make_micro_batches
+    from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer
     from dasd_megatron.training.passes import _run_schedule, score
     from dasd_megatron.training.passes import update as policy_update
-    from dasd_megatron.training.warm_start import micro_batch_layout
 
     cuda = config.backend.kind == "cuda"
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
@@ -238,7 +237,8 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     responses = [
         [draw.randrange(model.vocab_size) for _ in range(draw.randint(response // 2, response))] for _ in range(count)
     ]
-    batches = make_micro_batches(prompts, responses, **micro_batch_layout(config))
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = make_micro_batches(prompts, responses, layout)
     lengths = [prompt + len(one) - 1 for one in responses]
     tokens = sum(lengths)
     response_tokens = sum(map(len, responses))

@@ -351,15 +351,14 @@ def _print_ranks(config: Config, hf_config: PretrainedConfig, arch: Architecture
 
 
 def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> None:
-    from dasd_megatron.training.batching import balanced_shares, make_micro_batches
-    from dasd_megatron.training.warm_start import micro_batch_layout
+    from dasd_megatron.training.batching import BatchLayout, balanced_shares, make_micro_batches
 
     batch, replicas = config.batch, config.parallel.data_parallel_size
     prompt = max(1, round(PROMPT_SHARE * config.rollout.max_prompt_tokens))
     share = len(lengths) // batch.minibatches
     counts, padded, per_replica = [], [], []
     with as_rank(config, 0):
-        layout = micro_batch_layout(config)
+        layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
         for start in range(0, len(lengths), share):
             minibatch = lengths[start : start + share]
             shares = balanced_shares([prompt + length for length in minibatch], replicas)
@@ -368,7 +367,7 @@ def _print_micro_batches(config: Config, lengths: list[int], *, given: bool) -> 
                 """Tokens of each micro-batch of a replica."""
                 responses = [[0] * of[index] for index in members]
                 made = make_micro_batches(
-                    [[0] * prompt] * len(members), responses, **layout | {"same_count": same_count}
+                    [[0] * prompt] * len(members), responses, dataclasses.replace(layout, same_count=same_count)
                 )
                 return [one.tokens.numel() for one in made]
 

@@ -6,6 +6,7 @@ from dasd_megatron.config.schema import (
     WATCH_CONDITIONS,
     AlgorithmConfig,
     BackendConfig,
+    BatchConfig,
     CheckpointConfig,
     Config,
     DataSourceConfig,
@@ -34,6 +35,7 @@ from dasd_megatron.config.schema import (
 __all__ = [
     "AlgorithmConfig",
     "BackendConfig",
+    "BatchConfig",
     "CheckpointConfig",
     "Config",
     "DataSourceConfig",

@@ -11,11 +11,76 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dasd_megatron import backend
+from dasd_megatron.config import BatchConfig, ParallelConfig, PrecisionConfig
 from dasd_megatron.samples import Sample
 
 FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """What the number of tokens in each rank's matrix products has to be a multiple of under each ``precision.fp8``: the
 blocks that share a scale, or the tensor cores' tiles."""
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """The division of sequences into micro-batches, which the configuration and the parallel layout ask for.
+
+    Attributes:
+        micro_batch_size: most sequences of one micro-batch.
+        micro_batch_tokens: most tokens of one micro-batch, padding included; None for no bound.
+        packing: sequences stand end to end in one row, and are not padded to one length.
+        pad_multiple: every rank's number of tokens is a multiple of it, times the context-parallel ranks' parts; a
+            multiple of twice the number of context-parallel ranks, and of more under sequence parallelism.
+        count_multiple: the number of micro-batches is a multiple of it.
+        same_count: from the number of micro-batches that this replica needs to the one that all replicas take, of which
+            none has fewer sequences; a collective where there are several. None: this replica's own.
+        context_parallel_rank, context_parallel_size: this rank among those that share each sequence. Of a sequence cut
+            into twice that many parts, rank r holds parts r and 2 size - 1 - r, so that under a causal mask all have
+            as much to do.
+        device: where the tensors go.
+    """
+
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None
+    packing: bool = False
+    pad_multiple: int = 1
+    count_multiple: int = 1
+    same_count: Callable[[int], int] | None = None
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def of_this_rank(cls, batch: BatchConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> BatchLayout:
+        """Return the layout of a run's training batches. Needs the parallel state initialised."""
+        # Megatron-Core takes seconds to import, and the rest of this module does without it.
+        from megatron.core import parallel_state
+
+        from dasd_megatron.training.parallel import largest_of_replicas
+
+        # Sequence parallelism divides what a context-parallel rank holds, which is two parts of every sequence.
+        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        parts *= 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        return cls(
+            micro_batch_size=batch.micro_batch_size,
+            micro_batch_tokens=batch.micro_batch_tokens,
+            packing=batch.packing,
+            pad_multiple=parts * FP8_TOKEN_MULTIPLE[precision.fp8],
+            # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
+            count_multiple=parallel.pipeline_model_parallel_size if interleaved else 1,
+            same_count=largest_of_replicas,
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+            context_parallel_size=parallel.context_parallel_size,
+            device=backend.current().device(),
+        )
+
+    @property
+    def sequence_multiple(self) -> int:
+        """The multiple that each sequence's width is rounded up to. In a pack each sequence is cut into the parts of
+        the context-parallel ranks by itself, and only the whole pack is filled up to ``pad_multiple``."""
+        if not self.packing:
+            return self.pad_multiple
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
 
 @dataclass(slots=True)
@@ -98,104 +163,160 @@ def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) ->
 def make_micro_batches(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
+    layout: BatchLayout,
     *,
     response_mask: Sequence[Sequence[int] | None] | None = None,
-    micro_batch_size: int,
-    micro_batch_tokens: int | None,
-    pad_multiple: int,
-    count_multiple: int,
-    device: torch.device,
-    packing: bool = False,
-    context_parallel: tuple[int, int] = (0, 1),
-    same_count: Callable[[int], int] | None = None,
 ) -> list[MicroBatch]:
     """Cut ``prompts[i] + responses[i]`` into micro-batches, those with the longest sequences first, so that a batch
     which does not fit in memory fails at once.
 
     A micro-batch holds at most ``micro_batch_size`` sequences and ``micro_batch_tokens`` tokens, padding included, but
     at least one sequence. Without ``packing`` it is made of neighbours in length and padded to its own longest
-    sequence, rounded up to
-    ``pad_multiple``. With it, the longest sequences go to as many micro-batches and the others to those with the fewest
-    tokens, so that all hold nearly equally many, and the pack is filled up to ``pad_multiple`` with a sequence of
-    padding that the bound does not count.
+    sequence, rounded up to ``pad_multiple``. With ``packing``, the longest sequences go to as many micro-batches and
+    the others to those with the fewest tokens, so that all hold nearly equally many. The pack is filled up to
+    ``pad_multiple`` with a sequence of padding, which the bound does not count.
 
-    Their number is a multiple of ``count_multiple``, for which there must be at least as many sequences, and at least
-    what ``same_count`` makes of what this replica needs; where there are too few sequences to round it up, it is
-    rounded down and micro-batches exceed the bounds.
+    The number of micro-batches is a multiple of ``count_multiple``, for which there must be at least as many sequences,
+    and at least what ``same_count`` makes of what this replica needs. Where there are too few sequences to round it up,
+    it is rounded down and micro-batches exceed the bounds.
 
     Args:
+        layout: the names above, of which :class:`BatchLayout` says more.
         response_mask: for each response None, or 1 for the tokens that the policy sampled and 0 for others, like a
-            tool's answer: those
-            are inputs to what follows them, as the prompt is, and no response tokens.
-        pad_multiple: a multiple of twice the number of context-parallel ranks, and of more under sequence parallelism.
-        context_parallel: this rank among those that share each sequence, and their number. Of a sequence cut into twice
-            that many parts, rank r holds parts r and 2 size - 1 - r: so all have as much to do under a causal mask.
-        same_count: from the number of micro-batches that this replica needs to that which all replicas take, of which
-            none has fewer sequences; a collective where there are several.
+            tool's answer. Others are inputs to what follows them, as the prompt is, and no response tokens.
+
+    Collectives: what ``layout.same_count`` does, one all-reduce in a run with several replicas.
 
     Raises:
         ValueError: a mask is of another length than its response.
     """
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    masks = [None] * len(lengths) if response_mask is None else response_mask
-    # Places of the sampled tokens in their response.
-    places = [_sampled_places(response, mask) for response, mask in zip(responses, masks, strict=True)]
-    ends = np.cumsum([len(one) for one in places])
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    # In a pack each sequence is cut by itself, and only the whole is filled up for the tensor-parallel ranks.
-    multiple = 2 * context_parallel[1] if packing and context_parallel[1] > 1 else 1 if packing else pad_multiple
-    # The last response token predicts nothing, so it is a target but never an input.
-    widths = [-(-max(lengths[index] - 1, 1) // multiple) * multiple for index in order]
-    cut = _cut_packs if packing else _cut_neighbours
-    groups = cut(widths, micro_batch_size, micro_batch_tokens)
-    count = len(groups) if same_count is None else same_count(len(groups))
-    count = min(-(-count // count_multiple), len(order) // count_multiple) * count_multiple
-    if count != len(groups):
-        groups = cut(widths, micro_batch_size, micro_batch_tokens, count)
-    batches = []
-    for group in groups:
-        members = [order[place] for place in group]
-        sizes = [widths[place] for place in group]
-        counts = np.array([len(places[index]) for index in members])
-        sequences = [[*prompts[index], *responses[index]][:-1] for index in members]
-        # The place of each predicting token in its sequence.
-        inside = np.concatenate([places[index] + len(prompts[index]) - 1 for index in members])
-        owner = np.repeat(np.arange(len(members)), counts)
-        targets = np.concatenate([np.asarray(responses[index], dtype=np.int64)[places[index]] for index in members])
-        # Where the sequence ends among all tokens, less where it ends among those of this micro-batch.
-        packed_index = np.arange(counts.sum()) + np.repeat(ends[members] - counts.cumsum(), counts)
-        starts = None
-        if packing:
-            filling = -sum(sizes) % pad_multiple
-            sizes += [filling] if filling else []
-            starts = np.concatenate([[0], np.cumsum(sizes)])
-            tokens = np.zeros((1, starts[-1]), dtype=np.int64)
-            for sequence, start in zip(sequences, starts, strict=False):
-                tokens[0, start : start + len(sequence)] = sequence
-            positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
-            rows, columns = np.zeros_like(owner), inside + starts[owner]
-        else:
-            tokens = np.zeros((len(members), sizes[0]), dtype=np.int64)
-            for row, sequence in enumerate(sequences):
-                tokens[row, : len(sequence)] = sequence
-            positions = np.arange(sizes[0])
-            rows, columns = owner, inside
-        held = sequence_parts(sizes if packing else sizes[:1], *context_parallel)
-        # Where each place of the row is on this rank.
-        local = np.full(tokens.shape[1], -1)
-        local[held] = np.arange(len(held))
-        here = local[columns] >= 0
-        arrays = (rows[here], local[columns[here]], targets[here], packed_index[here])
-        batches.append(
-            MicroBatch(
-                torch.from_numpy(tokens[:, held]).to(device),
-                torch.from_numpy(positions[held]).expand(len(tokens), -1).to(device),
-                *(torch.from_numpy(part).to(device) for part in arrays),
-                None if starts is None else torch.from_numpy(starts.astype(np.int32)).to(device),
-                max(sizes),
+    # The sort is stable, so that sequences of one length keep the callers' order.
+    sequences = sorted(_sequences(prompts, responses, response_mask), key=lambda sequence: -len(sequence.inputs))
+    multiple = layout.sequence_multiple
+    widths = [-(-max(len(sequence.inputs), 1) // multiple) * multiple for sequence in sequences]
+    return [
+        _micro_batch([sequences[place] for place in group], [widths[place] for place in group], layout)
+        for group in _cut(widths, layout)
+    ]
+
+
+class _Sequence(NamedTuple):
+    """A prompt with its response. R is the number of its response tokens, without the masked ones.
+
+    ``inputs``: all tokens but the last, which predicts nothing; ``predictors``: [R], places in ``inputs`` whose logits
+    predict the response tokens; ``targets``: [R], these tokens; ``packed_index``: [R], see :class:`MicroBatch`.
+    """
+
+    inputs: list[int]
+    predictors: np.ndarray
+    targets: np.ndarray
+    packed_index: np.ndarray
+
+
+def _sequences(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    response_mask: Sequence[Sequence[int] | None] | None,
+) -> list[_Sequence]:
+    masks = [None] * len(responses) if response_mask is None else response_mask
+    sequences, end = [], 0
+    for prompt, response, mask in zip(prompts, responses, masks, strict=True):
+        places = _sampled_places(response, mask)
+        begin, end = end, end + len(places)
+        sequences.append(
+            _Sequence(
+                inputs=[*prompt, *response][:-1],
+                predictors=places + len(prompt) - 1,
+                targets=np.asarray(response, dtype=np.int64)[places],
+                packed_index=np.arange(begin, end),
             )
         )
-    return batches
+    return sequences
+
+
+def _sampled_places(response: Sequence[int], mask: Sequence[int] | None) -> np.ndarray:
+    """Return the places of the tokens in ``response`` that the policy sampled."""
+    if mask is None:
+        return np.arange(len(response))
+    if len(mask) != len(response):
+        raise ValueError(f"a response of {len(response)} tokens has a mask of {len(mask)}")
+    return np.flatnonzero(mask)
+
+
+def _micro_batch(sequences: list[_Sequence], widths: list[int], layout: BatchLayout) -> MicroBatch:
+    """Make one forward pass of ``sequences``, whose padded widths are ``widths``, the widest first."""
+    if layout.packing:
+        grid = _lay_end_to_end(sequences, widths, layout.pad_multiple)
+    else:
+        grid = _pad_to_width(sequences, widths[0])
+    own = sequence_parts(grid.sizes, layout.context_parallel_rank, layout.context_parallel_size)
+    # For each column of the grid its place on this rank, -1 where another context-parallel rank holds it.
+    local = np.full(grid.tokens.shape[1], -1)
+    local[own] = np.arange(len(own))
+    here = local[grid.columns] >= 0
+    targets = np.concatenate([sequence.targets for sequence in sequences])
+    packed_index = np.concatenate([sequence.packed_index for sequence in sequences])
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(layout.device)
+
+    return MicroBatch(
+        tokens=on_device(grid.tokens[:, own]),
+        position_ids=torch.from_numpy(grid.positions[own]).expand(len(grid.tokens), -1).to(layout.device),
+        rows=on_device(grid.rows[here]),
+        columns=on_device(local[grid.columns[here]]),
+        targets=on_device(targets[here]),
+        packed_index=on_device(packed_index[here]),
+        starts=None if grid.starts is None else on_device(grid.starts.astype(np.int32)),
+        longest=max(grid.sizes),
+    )
+
+
+class _Grid(NamedTuple):
+    """The tokens of a micro-batch over all context-parallel ranks: ``tokens`` [B, S], ``positions`` [S], and ``rows``
+    and ``columns`` [R] of what predicts its response tokens, sequence after sequence. ``sizes``: the widths of the
+    sequences in one row; ``starts``: see :class:`MicroBatch`."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    columns: np.ndarray
+    sizes: list[int]
+    starts: np.ndarray | None
+
+
+def _pad_to_width(sequences: list[_Sequence], width: int) -> _Grid:
+    tokens = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence.inputs)] = sequence.inputs
+    rows = np.repeat(np.arange(len(sequences)), [len(sequence.predictors) for sequence in sequences])
+    columns = np.concatenate([sequence.predictors for sequence in sequences])
+    return _Grid(tokens, np.arange(width), rows, columns, [width], None)
+
+
+def _lay_end_to_end(sequences: list[_Sequence], widths: list[int], pad_multiple: int) -> _Grid:
+    filling = -sum(widths) % pad_multiple
+    sizes = [*widths, filling] if filling else widths
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    tokens = np.zeros((1, starts[-1]), dtype=np.int64)
+    for sequence, start in zip(sequences, starts, strict=False):
+        tokens[0, start : start + len(sequence.inputs)] = sequence.inputs
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
+    columns = np.concatenate([sequence.predictors + start for sequence, start in zip(sequences, starts, strict=False)])
+    return _Grid(tokens, positions, np.zeros_like(columns), columns, sizes, starts)
+
+
+def _cut(widths: list[int], layout: BatchLayout) -> Sequence[Sequence[int]]:
+    """Divide sequences of these padded widths, the widest first, into micro-batches as ``layout`` asks; returns each
+    one's places in ``widths``."""
+    cut = _cut_packs if layout.packing else _cut_neighbours
+    groups = cut(widths, layout.micro_batch_size, layout.micro_batch_tokens)
+    count = len(groups) if layout.same_count is None else layout.same_count(len(groups))
+    multiple = layout.count_multiple
+    count = min(-(-count // multiple), len(widths) // multiple) * multiple
+    if count != len(groups):
+        groups = cut(widths, layout.micro_batch_size, layout.micro_batch_tokens, count)
+    return groups
 
 
 def sequence_parts(sizes: Sequence[int], rank: int, size: int) -> np.ndarray:
@@ -210,14 +331,6 @@ def sequence_parts(sizes: Sequence[int], rank: int, size: int) -> np.ndarray:
         held += [np.arange(start + index * part, start + (index + 1) * part) for index in (rank, 2 * size - 1 - rank)]
         start += width
     return np.concatenate(held)
-
-
-def _sampled_places(response: Sequence[int], mask: Sequence[int] | None) -> np.ndarray:
-    if mask is None:
-        return np.arange(len(response))
-    if len(mask) != len(response):
-        raise ValueError(f"a response of {len(response)} tokens has a mask of {len(mask)}")
-    return np.flatnonzero(mask)
 
 
 def _cut_neighbours(

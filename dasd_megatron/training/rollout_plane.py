@@ -38,11 +38,10 @@ from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
-from dasd_megatron.training.batching import ReplicaShare, make_micro_batches, replica_shares
+from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
 from dasd_megatron.training.passes import score
-from dasd_megatron.training.warm_start import micro_batch_layout
 from dasd_megatron.training.weight_sync import WeightSync, WeightSyncError, make_sync, send_weights, verify_weights
 from dasd_megatron.verify.grader import Grader, GraderError
 
@@ -199,7 +198,8 @@ class RolloutPlane:
         ids = self._probe_ids
         # Interleaved pipelining wants several.
         copies = self.config.parallel.pipeline_model_parallel_size
-        batches = make_micro_batches([ids[:1]] * copies, [ids[1:]] * copies, **micro_batch_layout(self.config))
+        layout = BatchLayout.of_this_rank(self.config.batch, self.config.parallel, self.config.precision)
+        batches = make_micro_batches([ids[:1]] * copies, [ids[1:]] * copies, layout)
         expected = score(model, batches, self.config.loss, temperature=1.0).log_prob[: len(ids) - 1].tolist()
 
         async def check() -> None:

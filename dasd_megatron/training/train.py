@@ -39,7 +39,7 @@ from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
 from dasd_megatron.samples import Sample, rollouts_path, save_samples, version_name
 from dasd_megatron.stopping import StopRequested, WatchStopped
-from dasd_megatron.training.batching import MicroBatch, make_micro_batches
+from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches
 from dasd_megatron.training.checkpoint import (
     CheckpointSaver,
     TrainerState,
@@ -64,7 +64,7 @@ from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
 from dasd_megatron.training.scores import Importance, ScoredRollouts
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.step_metrics import reward_metrics, step_health, step_metrics
-from dasd_megatron.training.warm_start import micro_batch_layout, warm_start
+from dasd_megatron.training.warm_start import warm_start
 from dasd_megatron.verify.grader import Grader
 
 _PAUSE_POLL_SECONDS = 1.0
@@ -588,8 +588,8 @@ def _micro_batches(config: Config, prompts: list[list[int]], samples: list[Sampl
     return make_micro_batches(
         prompts,
         [sample.response_ids for sample in samples],
+        BatchLayout.of_this_rank(config.batch, config.parallel, config.precision),
         response_mask=[sample.response_mask for sample in samples],
-        **micro_batch_layout(config),
     )
 
 

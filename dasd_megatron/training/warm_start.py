@@ -7,13 +7,12 @@ able to use it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from megatron.core import parallel_state
 from transformers import PreTrainedTokenizerBase
 
-from dasd_megatron import backend
 from dasd_megatron.config import Config, OptimizerConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
@@ -21,10 +20,10 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import build_model
 from dasd_megatron.rollout.client import sampling_seed
 from dasd_megatron.run.paths import RunPaths, start_hf_files, start_path
-from dasd_megatron.training.batching import FP8_TOKEN_MULTIPLE, make_micro_batches
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
-from dasd_megatron.training.parallel import largest_of_replicas, stop_if_requested
+from dasd_megatron.training.parallel import stop_if_requested
 from dasd_megatron.training.passes import supervised_update
 
 
@@ -58,9 +57,10 @@ def warm_start(
         steps=settings.steps,
         updates_per_step=1,
     )
-    layout = micro_batch_layout(config) | {
-        "micro_batch_size": settings.micro_batch_size or config.batch.micro_batch_size
-    }
+    layout = dataclasses.replace(
+        BatchLayout.of_this_rank(config.batch, config.parallel, config.precision),
+        micro_batch_size=settings.micro_batch_size or config.batch.micro_batch_size,
+    )
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
@@ -80,28 +80,9 @@ def warm_start(
                 tokenizer.encode(problems[index].reference_solution, add_special_tokens=False)
                 + [tokenizer.eos_token_id]
             )
-        micro_batches = make_micro_batches(prompts, responses, **layout)
+        micro_batches = make_micro_batches(prompts, responses, layout)
         loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
         stop_if_requested()
         report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
     model.gather_parameters()
     export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))
-
-
-def micro_batch_layout(config: Config) -> dict[str, Any]:
-    """What the configuration and the parallel layout ask of :func:`make_micro_batches`."""
-    parallel = config.parallel
-    # Sequence parallelism cuts what a context-parallel rank holds, which is two parts of every sequence.
-    parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    parts *= 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    return {
-        "micro_batch_size": config.batch.micro_batch_size,
-        "pad_multiple": parts * FP8_TOKEN_MULTIPLE[config.precision.fp8],
-        "micro_batch_tokens": config.batch.micro_batch_tokens,
-        "packing": config.batch.packing,
-        "context_parallel": (parallel_state.get_context_parallel_rank(), parallel.context_parallel_size),
-        "same_count": largest_of_replicas,
-        # Megatron's interleaved schedule works through micro-batches in rounds of one per pipeline stage.
-        "count_multiple": parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1,
-        "device": backend.current().device(),
-    }

@@ -1,5 +1,6 @@
 """One model in bf16 and in FP8 on one GPU: log-probs, losses of five updates on one batch, and the exported weights."""
 
+import dataclasses
 import json
 import sys
 
@@ -25,11 +26,10 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.export import export_model  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import score, supervised_update  # noqa: E402
-from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
 parallel.initialize(configs["fp8"])
 generator = torch.Generator().manual_seed(torch.seed() % 2**31)
@@ -45,7 +45,8 @@ found = {}
 for name, config in configs.items():
     model = build_model(config, arguments["path"])
     optimizer = build_optimizer(config.optimizer, model, steps=50, updates_per_step=1)
-    batches = make_micro_batches(prompts, responses, **micro_batch_layout(config) | {"micro_batch_size": 5})
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = make_micro_batches(prompts, responses, dataclasses.replace(layout, micro_batch_size=5))
     before = score(model, batches, config.loss, temperature=0.8)
     with model.without_fp8():
         plain = score(model, batches, config.loss, temperature=0.8)

@@ -19,10 +19,9 @@ import torch.distributed as dist  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import UpdateResult, score, update  # noqa: E402
-from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -50,7 +49,8 @@ def updated(
     prompts: Tokens, responses: Tokens, masks: Tokens | None
 ) -> tuple[torch.Tensor, torch.Tensor, UpdateResult]:
     """Log-probs, the gradient of the whole model on this rank, and what was reported."""
-    batches = make_micro_batches(prompts, responses, response_mask=masks, **micro_batch_layout(config))
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = make_micro_batches(prompts, responses, layout, response_mask=masks)
     log_prob = score(model, batches, config.loss, temperature=0.7).log_prob
     result = update(
         model, optimizer, batches, old_log_prob=log_prob + old_noise, advantage=advantage, start_log_prob=None, distillation=None,

@@ -5,6 +5,7 @@ Each model is an object with ``path`` (Hugging Face directory), ``load`` (what t
 ``save``.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -26,10 +27,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.export import export_model  # noqa: E402
 from dasd_megatron.training.passes import score  # noqa: E402
-from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
 TEMPERATURE = 0.7
 
@@ -42,7 +42,8 @@ def check(path: Path, load: Path, export: Path, save: Path, seed: int) -> None:
         lengths = torch.randint(1, 24, (2,), generator=generator).tolist()
         prompts.append(torch.randint(0, model.vocab_size, (lengths[0],), generator=generator).tolist())
         responses.append(torch.randint(0, model.vocab_size, (lengths[1],), generator=generator).tolist())
-    batches = make_micro_batches(prompts, responses, **(micro_batch_layout(config) | {"micro_batch_size": 3}))
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = make_micro_batches(prompts, responses, dataclasses.replace(layout, micro_batch_size=3))
     scores = score(model, batches, config.loss, temperature=TEMPERATURE)
 
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)

@@ -5,6 +5,7 @@ Both are held against transformers in float64, so that what half precision costs
 further from it.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -31,10 +32,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import MicroBatch, make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update  # noqa: E402
-from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
 parallel.initialize(config)
 device = backend.current().device()
@@ -53,11 +53,15 @@ longest = arguments["longest"]
 prompts, teacher_prompts, responses = (
     [tokens(low, high) for _ in range(13)] for low, high in ((1, 20), (8, 40), (1, longest))
 )
-layout = micro_batch_layout(config) | {"micro_batch_size": 5, "micro_batch_tokens": 5 * longest}
+layout = dataclasses.replace(
+    BatchLayout.of_this_rank(config.batch, config.parallel, config.precision),
+    micro_batch_size=5,
+    micro_batch_tokens=5 * longest,
+)
 
 
 def batches_of(which: list[list[int]], packing: bool) -> list[MicroBatch]:
-    return make_micro_batches(which, responses, **(layout | {"packing": packing}))
+    return make_micro_batches(which, responses, dataclasses.replace(layout, packing=packing))
 
 
 reference = AutoModelForCausalLM.from_pretrained(arguments["path"], dtype=torch.float64).to(device)
@@ -108,7 +112,10 @@ assert abs(packed_result.loss - padded_result.loss) < (0.02 if half else 1e-5)
 assert abs(packed_result.grad_norm / padded_result.grad_norm - 1) < (0.02 if half else 1e-4)
 # A token of one sequence does not act on another: the first sequence alone has the same scores as in the pack.
 alone = score(
-    model, make_micro_batches(prompts[:1], responses[:1], **(layout | {"packing": True})), config.loss, temperature=1.0
+    model,
+    make_micro_batches(prompts[:1], responses[:1], dataclasses.replace(layout, packing=True)),
+    config.loss,
+    temperature=1.0,
 )
 torch.testing.assert_close(
     alone.log_prob, packed.log_prob[: len(responses[0])], rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5

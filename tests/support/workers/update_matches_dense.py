@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import Distillation, TeacherStates, score, update  # noqa: E402
-from dasd_megatron.training.warm_start import micro_batch_layout  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -50,9 +49,9 @@ masks: list[list[int] | None] = [
 masks[0] = None
 for mask in masks[1:]:
     mask[int(torch.randint(0, len(mask), (1,), generator=generator))] = 1
+layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
 batches, teacher_batches = (
-    make_micro_batches(one, responses, response_mask=masks, **micro_batch_layout(config))
-    for one in (prompts, teacher_prompts)
+    make_micro_batches(one, responses, layout, response_mask=masks) for one in (prompts, teacher_prompts)
 )
 student = score(model, batches, config.loss, temperature=temperature)
 kept: list[torch.Tensor] = []

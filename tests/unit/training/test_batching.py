@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import (
+    BatchLayout,
     MicroBatch,
     balanced_shares,
     make_micro_batches,
@@ -61,14 +62,15 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
     batches = make_micro_batches(
         prompts,
         responses,
+        BatchLayout(
+            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
+            pad_multiple=pad_multiple,
+            count_multiple=count_multiple,
+            packing=packing,
+            same_count=same_count,
+        ),
         response_mask=masks if masked else None,
-        micro_batch_size=micro_batch_size,
-        micro_batch_tokens=micro_batch_tokens,
-        pad_multiple=pad_multiple,
-        count_multiple=count_multiple,
-        device=torch.device("cpu"),
-        packing=packing,
-        same_count=same_count,
     )
     asked = min(needed[0] + more, len(sequences))
     assert len(batches) == min(-(-asked // count_multiple), len(sequences) // count_multiple) * count_multiple
@@ -186,11 +188,17 @@ def test_context_parallel_ranks_share_every_token(
     tensor_parallel: int,
 ) -> None:
     prompts, responses = [prompt for prompt, _ in sequences], [response for _, (response, _) in sequences]
-    common = dict(
-        micro_batch_size=3, micro_batch_tokens=None, count_multiple=1, device=torch.device("cpu"), packing=packing
-    )
-    common["pad_multiple"] = 2 * size * tensor_parallel
-    ranks = [make_micro_batches(prompts, responses, context_parallel=(rank, size), **common) for rank in range(size)]
+    layouts = [
+        BatchLayout(
+            micro_batch_size=3,
+            packing=packing,
+            pad_multiple=2 * size * tensor_parallel,
+            context_parallel_rank=rank,
+            context_parallel_size=size,
+        )
+        for rank in range(size)
+    ]
+    ranks = [make_micro_batches(prompts, responses, layout) for layout in layouts]
     targets = [token for response in responses for token in response]
     pairs = list(zip(prompts, responses, strict=True))
     contexts = [prompt + response[:place] for prompt, response in pairs for place in range(len(response))]
@@ -227,35 +235,16 @@ def test_parts_of_a_sequence_pair_an_early_with_a_late_one() -> None:
 
 def test_longest_sequences_come_first_and_are_padded_little() -> None:
     prompts = [[1] * length for length in (2, 30, 3, 28)]
-    batches = make_micro_batches(
-        prompts,
-        [[5]] * 4,
-        micro_batch_size=2,
-        micro_batch_tokens=None,
-        pad_multiple=1,
-        count_multiple=1,
-        device=torch.device("cpu"),
-    )
+    batches = make_micro_batches(prompts, [[5]] * 4, BatchLayout(micro_batch_size=2))
     assert [batch.tokens.shape[1] for batch in batches] == [30, 3]
 
 
 def test_one_long_sequence_does_not_take_others_along() -> None:
     prompts = [[1] * length for length in (100, 9, 8, 7, 6, 5)]
-    batches = make_micro_batches(
-        prompts,
-        [[5]] * 6,
-        micro_batch_size=4,
-        micro_batch_tokens=40,
-        pad_multiple=1,
-        count_multiple=1,
-        device=torch.device("cpu"),
-    )
+    batches = make_micro_batches(prompts, [[5]] * 6, BatchLayout(micro_batch_size=4, micro_batch_tokens=40))
     assert [tuple(batch.tokens.shape) for batch in batches] == [(1, 100), (4, 9), (1, 5)]
 
 
 def test_a_mask_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="a response of 3 tokens has a mask of 2"):
-        make_micro_batches(
-            [[1], [1]], [[5], [5, 6, 7]], response_mask=[None, [1, 1]], micro_batch_size=2, micro_batch_tokens=None, pad_multiple=1,
-            count_multiple=1, device=torch.device("cpu"),
-        )  # fmt: skip
+        make_micro_batches([[1], [1]], [[5], [5, 6, 7]], BatchLayout(micro_batch_size=2), response_mask=[None, [1, 1]])
