@@ -1,23 +1,32 @@
-"""Credit assignment: from per-token statistics and rewards to per-token advantages."""
+"""Credit assignment: from per-token statistics and rewards to per-token advantages.
+
+The public names are imported where they are first used, so that the table of methods comes without torch.
+"""
 
 from __future__ import annotations
 
-from dasd_megatron.algorithms.advantage import ALGORITHMS, group_relative_advantage, token_advantages
-from dasd_megatron.algorithms.credit import (
-    GAP_LIMIT,
-    Credit,
-    NonFiniteTokenError,
-    context_parallel_credit,
-    direction_adaptive_credit,
-    gather_packed_tokens,
-)
-from dasd_megatron.algorithms.credit_metrics import CreditStatistics, credit_metrics, credit_statistics
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dasd_megatron.algorithms.advantage import group_relative_advantage, token_advantages
+    from dasd_megatron.algorithms.credit import (
+        GAP_LIMIT,
+        Credit,
+        NonFiniteTokenError,
+        context_parallel_credit,
+        direction_adaptive_credit,
+        gather_packed_tokens,
+    )
+    from dasd_megatron.algorithms.credit_sums import CreditStatistics, credit_metrics, credit_statistics
+    from dasd_megatron.algorithms.methods import METHODS, Method
 
 __all__ = [
-    "ALGORITHMS",
     "GAP_LIMIT",
+    "METHODS",
     "Credit",
     "CreditStatistics",
+    "Method",
     "NonFiniteTokenError",
     "context_parallel_credit",
     "credit_metrics",
@@ -27,3 +36,14 @@ __all__ = [
     "group_relative_advantage",
     "token_advantages",
 ]
+# From the lightest to the heaviest.
+_MODULES = ("methods", "credit", "credit_sums", "advantage")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            members = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in members:
+                return members[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,36 +1,16 @@
-"""Advantages: the verifier's, relative to a group of rollouts, and the per-token advantage of each algorithm.
+"""Advantages: the verifier's, relative to a group of rollouts, and the advantage of each token under a method.
 
-The algorithms share every statistic and differ in the direction they give a token, so that a comparison changes nothing
-else:
-``dasd`` routes it by entropy, ``opsd`` pulls every token toward the teacher, ``reversed`` pushes every token away,
-``grpo`` leaves the teacher out, and ``rlsd`` lets the teacher scale the verifier's advantage.
+The methods of :data:`~dasd_megatron.algorithms.methods.METHODS` share every statistic and differ in how they use it, so
+that a comparison changes nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from dasd_megatron.algorithms.credit import (
-    GAP_LIMIT,
-    Credit,
-    RolloutStatistics,
-    make_credit,
-    output_dtype,
-    rollout_statistics,
-)
-
-_DIRECTIONS: dict[str, Callable[[RolloutStatistics], Tensor]] = {
-    "dasd": lambda statistics: torch.tanh(statistics.routed),
-    "grpo": lambda statistics: torch.zeros_like(statistics.routed),
-    "opsd": lambda statistics: torch.ones_like(statistics.routed),
-    "reversed": lambda statistics: -torch.ones_like(statistics.routed),
-    "rlsd": lambda statistics: torch.zeros_like(statistics.routed),
-}
-ALGORITHMS = tuple(_DIRECTIONS)
-OBJECTIVES = ("sampled", "distributional")
+from dasd_megatron.algorithms.credit import Credit, make_credit, output_dtype, rollout_statistics
+from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES
 
 
 def group_relative_advantage(
@@ -127,7 +107,7 @@ def token_advantages(
     the token's advantage is the verifier's alone, and the term is 0.
 
     Args:
-        name: one of :data:`ALGORITHMS`.
+        name: a key of :data:`~dasd_megatron.algorithms.methods.METHODS`.
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
         entropy, delta: ``[N]`` packed response tokens, nats; lengths: ``[B]``.
         verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip: the fields of the algorithm's
@@ -140,8 +120,8 @@ def token_advantages(
     (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes or
     settings, and NonFiniteTokenError on NaN.
     """
-    if name not in _DIRECTIONS:
-        raise ValueError(f"algorithm {name!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
+    if name not in METHODS:
+        raise ValueError(f"algorithm {name!r} is unknown; expected one of {', '.join(METHODS)}")
     if rewards_advantage.shape != lengths.shape:
         raise ValueError(
             f"rewards_advantage has shape {tuple(rewards_advantage.shape)} and lengths {tuple(lengths.shape)}; one "
@@ -154,15 +134,16 @@ def token_advantages(
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     dtype = output_dtype(entropy)
+    method = METHODS[name]
     statistics = rollout_statistics(
         entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps
     )
-    credit = make_credit(statistics, _DIRECTIONS[name](statistics), beta=beta, gate=gate, dtype=dtype)
+    direction = method.direction(statistics) if method.direction is not None else torch.zeros_like(statistics.routed)
+    credit = make_credit(statistics, direction, beta=beta, gate=gate, dtype=dtype)
     verifier = verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
-    if name == "rlsd":
-        gap = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
-        weight = torch.exp(verifier.sign() * gap).clamp(1.0 - rlsd_clip, 1.0 + rlsd_clip)
-        credit = credit._replace(advantage_term=(verifier * (weight - 1.0)).to(dtype))
+    if method.verifier_factor is not None:
+        factor = method.verifier_factor(statistics, verifier, rlsd_clip)
+        credit = credit._replace(advantage_term=(verifier * (factor - 1.0)).to(dtype))
     if objective == "distributional":
         credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
     return verifier.to(dtype) + credit.advantage_term, credit

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dasd_megatron.algorithms.methods import QUANTILE_SIDES, RolloutStatistics
+
 # The gap of one token is held within this many nats, so that a token the teacher rules out (log q = -inf) stays a
 # finite, bounded outlier.
 GAP_LIMIT = 20.0
-QUANTILE_SIDES = ("upper", "lower")
 
 
 class NonFiniteTokenError(ValueError):
@@ -39,18 +40,6 @@ class Credit(NamedTuple):
     """``[B]`` mean absolute deviation of the entropy, nats; 0 for an empty rollout."""
     advantage_term: Tensor
     """``[N]`` what the teacher adds to the verifier's advantage."""
-
-
-class RolloutStatistics(NamedTuple):
-    """Per-rollout statistics in float64, spread over the tokens where a token-wise formula needs them."""
-
-    rollout: Tensor
-    """``[N]`` int64, the rollout of each token."""
-    delta_bar: Tensor
-    tau: Tensor
-    sigma: Tensor
-    routed: Tensor
-    """``[N]`` (tau - H) / sigma."""
 
 
 def direction_adaptive_credit(
@@ -125,7 +114,7 @@ def rollout_statistics(
     sigma = _mean_per_rollout((entropy - mean_entropy[rollout]).abs(), lengths)
     scale = _mean_per_rollout(delta.abs(), lengths).clamp_min(max(scale_floor, eps))
     routed = (tau[rollout] - entropy) / sigma.clamp_min(eps)[rollout]
-    return RolloutStatistics(rollout, delta / scale[rollout], tau, sigma, routed)
+    return RolloutStatistics(rollout, delta, delta / scale[rollout], tau, sigma, routed)
 
 
 def make_credit(

@@ -26,6 +26,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.files import replace_file
 from dasd_megatron.observability.charts import Series, compact, line_chart, moving_mean, percent, stacked_chart
 from dasd_megatron.observability.metric_docs import explain
@@ -768,7 +769,7 @@ def _data(runs: Sequence[Run], rollouts: Sequence[Rollouts], groups: Sequence[Gr
     return {
         "runs": [{"label": run.label, "colour": _run_key(place)} for place, run in enumerate(runs)],
         "limits": limits,
-        "routed": [run.setting("algorithm.name") == "dasd" for run in runs],
+        "routed": [_routes_by_entropy(run.setting("algorithm.name")) for run in runs],
         "rollouts": [{"run": place, **one} for place, part in enumerate(rollouts) for one in part.chosen],
         "groups": {
             # Each run's first, then each run's second.
@@ -781,6 +782,11 @@ def _data(runs: Sequence[Run], rollouts: Sequence[Rollouts], groups: Sequence[Gr
             for end in ("best", "worst")
         },
     }
+
+
+def _routes_by_entropy(algorithm: object) -> bool:
+    """Return whether tau decides the direction of tokens under this ``algorithm.name``, which may be of any version."""
+    return isinstance(algorithm, str) and algorithm in METHODS and METHODS[algorithm].routes_by_entropy
 
 
 def _rollouts_rule(parts: Sequence[Rollouts]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dasd_megatron.access import AccessError, api_key
+from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
@@ -18,8 +19,8 @@ from dasd_megatron.rollout.discovery import check_access
 
 
 def needs_teacher(config: Config) -> bool:
-    """GRPO alone never looks at the teacher."""
-    return config.algorithm.name != "grpo"
+    """Return whether the teacher scores the rollouts of this run."""
+    return METHODS[config.algorithm.name].needs_teacher
 
 
 def check_key(config: Config) -> None:

@@ -48,6 +48,8 @@ METHODS: dict[str, list[str]] = {
     "dasd, distributional": ["algorithm=dasd", "algorithm.objective=distributional"],
 }
 """Where nothing else is said, beta and the floor are the defaults of the project: 0.02 and 1 nat."""
+BASELINE = "grpo"
+"""The method of :data:`METHODS` that every other one is compared with."""
 SAME_BETA = [
     ("dasd", "opsd"), ("dasd, beta 0.1", "opsd, beta 0.1"), ("reversed", "opsd"), ("reversed, beta 0.1", "opsd, beta 0.1"),
 ]  # fmt: skip
@@ -247,8 +249,11 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
                 spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.{decimals}f}{unit}{spread}" if values else "")
             lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
-        against_grpo = [(method, "grpo") for method in methods if method != "grpo"]
-        for title, pairs in (("Against grpo", against_grpo), ("Of the same beta, in two directions", SAME_BETA)):
+        against_baseline = [(method, BASELINE) for method in methods if method != BASELINE]
+        for title, pairs in (
+            (f"Against {BASELINE}", against_baseline),
+            ("Of the same beta, in two directions", SAME_BETA),
+        ):
             rows = [difference_row(methods, *pair) for pair in pairs if methods.keys() >= set(pair)]
             if rows:
                 lines += [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms import (
-    ALGORITHMS,
+    METHODS,
     CreditStatistics,
     credit_metrics,
     credit_statistics,
@@ -94,7 +94,7 @@ def test_dasd_is_verifier_plus_credit() -> None:
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_algorithms_differ_in_direction_alone(gate: bool) -> None:
     data = batch()
-    results = {name: token_advantages(name, **data, **SETTINGS | {"gate": gate}) for name in ALGORITHMS}
+    results = {name: token_advantages(name, **data, **SETTINGS | {"gate": gate}) for name in METHODS}
     assert set(results) == {"dasd", "grpo", "opsd", "reversed", "rlsd"}
     per_token = data["rewards_advantage"].repeat_interleave(data["lengths"])
     reliability = torch.sigmoid(results["dasd"][1].delta_bar.abs() - 1) if gate else torch.ones(14)

@@ -1,0 +1,105 @@
+"""The table of methods: how each of them turns the teacher's signal and the verifier's advantage into the advantage of a
+token.
+
+A :class:`Method` says all that the rest of the package needs to know of a method, so nothing else compares names. To add
+one, write its function here, its record in :data:`METHODS` and its ``conf/algorithm/<name>.yaml``. The functions call
+tensors' own methods, so that this module, which the configuration takes its choices from, imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OBJECTIVES = ("sampled", "distributional")
+QUANTILE_SIDES = ("upper", "lower")
+
+
+class RolloutStatistics(NamedTuple):
+    """Per-rollout statistics in float64, spread over the N packed tokens where a formula of tokens needs them."""
+
+    rollout: Tensor
+    """``[N]`` int64, the rollout of each token."""
+    gap: Tensor
+    """``[N]`` teacher's minus student's log-prob of the sampled token, nats, bounded."""
+    delta_bar: Tensor
+    """``[N]`` gap divided by its scale in the rollout."""
+    tau: Tensor
+    """``[B]`` entropy threshold, nats."""
+    sigma: Tensor
+    """``[B]`` mean absolute deviation of the entropy, nats."""
+    routed: Tensor
+    """``[N]`` (tau - H) / sigma."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of the package needs to know of a method."""
+
+    name: str
+    """``algorithm.name`` in the configuration, and the name of the yaml."""
+    description: str
+    """One line for people."""
+    direction: Callable[[RolloutStatistics], Tensor] | None = None
+    """``[N]`` direction of each token before the reliability gate, in [-1, 1]. None: omega is 0 everywhere, so the
+    teacher adds nothing to the verifier's advantage, and the distributional objective has nothing to weight a
+    divergence with."""
+    verifier_factor: Callable[[RolloutStatistics, Tensor, float], Tensor] | None = None
+    """``[N]`` factor on the verifier's advantage of each token, from the statistics, that advantage ``[N]`` and
+    ``algorithm.rlsd_clip``. None: 1."""
+    routes_by_entropy: bool = False
+    """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
+    pushed away."""
+
+    @property
+    def has_direction(self) -> bool:
+        """True where the teacher gives a direction, so that ``algorithm.beta`` matters and the verifier may be left
+        out."""
+        return self.direction is not None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where the teacher's log-probs are read at all."""
+        return self.direction is not None or self.verifier_factor is not None
+
+
+def _route_by_entropy(statistics: RolloutStatistics) -> Tensor:
+    return statistics.routed.tanh()
+
+
+def _pull_everywhere(statistics: RolloutStatistics) -> Tensor:
+    return statistics.routed.new_ones(statistics.routed.shape)
+
+
+def _push_everywhere(statistics: RolloutStatistics) -> Tensor:
+    return -statistics.routed.new_ones(statistics.routed.shape)
+
+
+def _scale_by_gap(statistics: RolloutStatistics, verifier: Tensor, clip: float) -> Tensor:
+    return (verifier.sign() * statistics.gap).exp().clamp(1.0 - clip, 1.0 + clip)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "dasd",
+            "pulls certain tokens toward the teacher and pushes uncertain ones away (arXiv:2605.22263)",
+            direction=_route_by_entropy,
+            routes_by_entropy=True,
+        ),
+        Method("grpo", "leaves the teacher out: the verifier's advantage alone (arXiv:2402.03300)"),
+        Method("opsd", "pulls every token toward the teacher", direction=_pull_everywhere),
+        Method("reversed", "pushes every token away from the teacher", direction=_push_everywhere),
+        Method(
+            "rlsd",
+            "lets the teacher scale the verifier's advantage (arXiv:2604.03128)",
+            verifier_factor=_scale_by_gap,
+        ),
+    )
+}
+"""Every method by its name, in the order in which messages list them."""

@@ -1,0 +1,82 @@
+"""The table of methods: complete, importable without torch, and what it says is what the methods do."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import dasd_megatron
+from dasd_megatron import algorithms
+from dasd_megatron.algorithms import METHODS, Method, token_advantages
+
+PRESETS = sorted((Path(dasd_megatron.__file__).parent / "conf/algorithm").glob("*.yaml"))
+SETTINGS = dict(
+    verifier_weight=1.0, beta=0.3, rho=0.2, quantile_side="upper", scale_floor=0.5, gate=True, rlsd_clip=0.2
+)  # fmt: skip
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "rewards_advantage": torch.tensor([0.8, -0.5]),
+        "entropy": torch.rand(12, generator=generator) * 3,
+        "delta": torch.randn(12, generator=generator),
+        "lengths": torch.tensor([5, 7]),
+    }
+
+
+def test_every_preset_has_a_record_and_every_record_a_preset() -> None:
+    assert {path.stem for path in PRESETS} == set(METHODS)
+    for path in PRESETS:
+        assert yaml.safe_load(path.read_text())["name"] == path.stem
+    for name, method in METHODS.items():
+        assert method.name == name and method.description and "\n" not in method.description
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_without_need_of_the_teacher_does_not_read_it(method: Method) -> None:
+    data = batch()
+    advantage, _ = token_advantages(method.name, **data, **SETTINGS)
+    other, _ = token_advantages(method.name, **data | {"delta": batch(1)["delta"]}, **SETTINGS)
+    assert torch.equal(advantage, other) is not method.needs_teacher
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_with_a_direction_trains_without_the_verifier(method: Method) -> None:
+    advantage, credit = token_advantages(method.name, **batch(), **SETTINGS | {"verifier_weight": 0.0})
+    assert bool(advantage.any()) is method.has_direction
+    assert bool(credit.omega.any()) is method.has_direction
+    assert (credit.omega.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_rho_matters_to_the_methods_that_route_by_entropy(method: Method) -> None:
+    data = batch()
+    advantage, _ = token_advantages(method.name, **data, **SETTINGS)
+    other, _ = token_advantages(method.name, **data, **SETTINGS | {"rho": 0.7})
+    assert torch.equal(advantage, other) is not method.routes_by_entropy
+
+
+def test_the_table_imports_no_torch() -> None:
+    script = (
+        "import sys; from dasd_megatron.algorithms import METHODS; import dasd_megatron.algorithms.methods;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_public_names_are_what_they_are_called() -> None:
+    for name in algorithms.__all__:
+        value = getattr(algorithms, name)
+        assert not inspect.ismodule(value)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert getattr(importlib.import_module(value.__module__), name) is value
+    with pytest.raises(AttributeError, match="no_such_name"):
+        algorithms.no_such_name  # noqa: B018
