@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dasd_megatron.files import atomic_file
 
 
 class ReplayError(ValueError):
@@ -111,13 +112,9 @@ def rollouts_path(folder: str | Path, step: int) -> Path:
 def save_samples(path: Path, samples: Iterable[Sample]) -> None:
     """Write one JSON object per line; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps({name: getattr(sample, name) for name in _FIELDS}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -28,6 +28,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from dasd_megatron.errors import ConfigError, first_line
+from dasd_megatron.files import atomic_file
 
 FUNCTION_PATH = re.compile(r"[\w.]+:\w+")
 """``module:function``, the form in which fields name Python functions; see
@@ -725,9 +726,8 @@ def read_config(path: str | Path) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write ``config`` for :func:`read_config`; replaces ``path`` in one step."""
-    partial = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.partial")
-    OmegaConf.save(OmegaConf.structured(config), partial)
-    partial.replace(path)
+    with atomic_file(Path(path)) as partial:
+        OmegaConf.save(OmegaConf.structured(config), partial)
 
 
 def known_fields(schema: type = Config, prefix: str = "") -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dasd_megatron.config import DataSourceConfig
+from dasd_megatron.files import atomic_file
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _GSM8K_ANSWER = re.compile(r"####[ \t]*([^\n]*?)\s*\Z")
@@ -99,13 +99,8 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
     one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems)
 
 
 def normalize_text(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dasd_megatron.errors import ConfigError, first_line
-from dasd_megatron.models.hf_weights import publish
+from dasd_megatron.files import replace_directory
 
 
 def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) -> int:
@@ -56,5 +56,5 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    publish(partial, output)
+    replace_directory(partial, output)
     return sum(parameter.numel() for parameter in model.parameters())

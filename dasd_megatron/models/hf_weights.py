@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dasd_megatron.errors import first_line
-from dasd_megatron.files import fsync_tree
+from dasd_megatron.files import replace_directory
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -265,20 +265,8 @@ class Journal:
 
     def commit(self, output: Path) -> None:
         """Flush everything to disk and make the folder ``output``, in place of one that is there."""
-        publish(self.folder, output)
+        replace_directory(self.folder, output)
         (output / JOURNAL_FILE).unlink()
-
-
-def publish(partial: Path, output: Path) -> None:
-    """Flush the folder ``partial`` to disk and make it ``output``, in place of one that is there."""
-    fsync_tree(partial)
-    # Aside and not away: a kill between the two renames must leave the old one or the new one.
-    replaced = output.with_name(output.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        output.rename(replaced)
-    partial.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

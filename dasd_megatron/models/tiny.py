@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.config import TinyModelConfig
+from dasd_megatron.files import publish_directory
 
 PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
@@ -69,5 +70,5 @@ def make_tiny_model(path: str | Path, config: TinyModelConfig, seed: int) -> Pat
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.rename(path)
+    publish_directory(partial, path)
     return path

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.config import CheckpointConfig
+from dasd_megatron.files import atomic_file
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
@@ -495,10 +496,9 @@ class _ResultFile:
     path: Path
 
     def put(self, result: Any) -> None:
-        # A full disk leaves a part of it, which is no result.
-        partial = self.path.with_suffix(".partial")
-        partial.write_bytes(pickle.dumps(result))
-        partial.replace(self.path)
+        # A full disk must not leave a part of the result, which the trainer would read.
+        with atomic_file(self.path) as partial:
+            partial.write_bytes(pickle.dumps(result))
 
     def get_nowait(self) -> Any:
         if not self.path.exists():

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.files import fsync_path, fsync_tree
+from dasd_megatron.files import atomic_file, fsync_path, fsync_tree
 from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, read_manifest
 
 STATE_FILE = "trainer.json"
@@ -115,12 +114,8 @@ def publish(partial: Path, final: Path, hashes: dict[str, dict[str, Any]]) -> No
 
 def point_to(path: Path) -> None:
     """Make ``path`` the latest checkpoint of its folder."""
-    pointer = path.parent / "latest.partial"
-    with open(pointer, "w") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pointer.rename(path.parent / "latest")
+    with atomic_file(path.parent / "latest") as partial:
+        partial.write_text(path.name + "\n")
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:

@@ -25,6 +25,7 @@ from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer, make_renderer
 from dasd_megatron.evaluation.evaluate import evaluate
+from dasd_megatron.files import atomic_file
 from dasd_megatron.losses import importance_weights
 from dasd_megatron.models.gpt import ShardedModel, build_model
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
@@ -743,7 +744,8 @@ def _save_inspection(
         )
     path = trainer.paths.root / "inspect" / f"step_{step:06d}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(records))
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(records))
 
 
 def _conclude(trainer: Trainer) -> None:

@@ -1,0 +1,67 @@
+"""What a command says and returns when its work fails."""
+
+from __future__ import annotations
+
+import pytest
+
+from dasd_megatron.errors import ConfigError, first_line, report_errors
+from dasd_megatron.stopping import StopRequested, WatchStopped
+
+
+class SharedError(ConfigError):
+    """An error that every rank raises."""
+
+    __module__ = "dasd_megatron.made_up"
+    on_all_ranks = True
+
+
+def failing(error: BaseException):
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "status", "text"),
+    [
+        (ConfigError("run.steps=-1"), None, 1, "dasd: error: run.steps=-1\n"),
+        (ConfigError("run.steps=-1"), "0", 1, "dasd: error: run.steps=-1\n"),
+        (ConfigError("run.steps=-1"), "3", 1, "dasd: error on rank 3: run.steps=-1\n"),
+        (SharedError("gone"), "0", 1, "dasd: error: gone\n"),
+        (SharedError("gone"), "3", 1, ""),
+        (StopRequested("a signal"), "0", 75, "dasd: a signal\n"),
+        (StopRequested("a signal"), "3", 75, ""),
+        (WatchStopped("entropy_low"), None, 76, "dasd: entropy_low\n"),
+    ],
+)
+def test_errors_that_can_be_mended_are_one_line(
+    error: Exception,
+    rank: str | None,
+    status: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert report_errors(failing(error)) == status
+    assert capfd.readouterr() == ("", text)
+
+
+def test_work_that_ends_has_status_0(capfd: pytest.CaptureFixture[str]) -> None:
+    done = []
+    assert report_errors(lambda: done.append(1)) == 0
+    assert done == [1] and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ValueError("a defect"), KeyboardInterrupt(), SystemExit(3)])
+def test_defects_keep_their_traceback(error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        report_errors(failing(error))
+
+
+def test_first_line_of_an_error() -> None:
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
