@@ -34,7 +34,7 @@ def rollouts_alone(config: Config, root: Path) -> None:
 
     Raises:
         ConfigError: the configuration cannot run, or ``model.path`` is a Megatron checkpoint.
-        RolloutError, PluginError, GraderError: see :meth:`Collector.take`; the steps that are done stay.
+        RolloutServerError, PluginError, GraderError: see :meth:`Collector.take`; the steps that are done stay.
     """
     require_hf_directory(config)
     paths = prepare_run(config, root)

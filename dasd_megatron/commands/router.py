@@ -17,10 +17,9 @@ import httpx
 from dasd_megatron import access
 from dasd_megatron.config import RolloutConfig, check_servers
 from dasd_megatron.rollout.discovery import find_servers
-from dasd_megatron.rollout.local_server import TERMINATE_SECONDS, ServerStartError, for_sglang
+from dasd_megatron.rollout.local_server import ROUTER_STARTER, TERMINATE_SECONDS, ServerStartError, for_sglang
 from dasd_megatron.rollout.server import ServerError, bind
 
-LAUNCHER = Path(__file__).parent / "sglang" / "router.py"
 DEFAULT_PYTHON = ".venv-sglang/bin/python"
 POLL_SECONDS = 0.2
 # The router's own, cache_aware, sees no text in a request of token ids, and sends nearly all of them to one server.
@@ -108,7 +107,7 @@ def router_command(
     startup_timeout: float = 1800.0,
 ) -> list[str]:
     """The command line of sglang-router before ``servers``; the router's own further arguments may follow."""
-    command = [python, str(LAUNCHER), "--host", host, "--port", str(port), "--policy", policy]
+    command = [python, str(ROUTER_STARTER), "--host", host, "--port", str(port), "--policy", policy]
     command += ["--prometheus-host", host, "--prometheus-port", str(metrics_port)]
     command += ["--worker-startup-timeout-secs", str(int(startup_timeout) + 1), "--worker-startup-check-interval", "1"]
     command += ["--health-check-interval-secs", "10", "--shutdown-grace-period-secs", str(int(TERMINATE_SECONDS / 2))]

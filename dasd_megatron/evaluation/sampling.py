@@ -131,7 +131,7 @@ def sample_benchmark(
         display: shows how many are drawn, the share of right ones among them and the time left.
 
     Raises:
-        EvaluationError: all samples of every problem are the same. RolloutError: a server fails; what is on disk stays.
+        EvaluationError: all samples of every problem are the same. RolloutServerError: a server fails; what is on disk stays.
     """
     samples = config.evaluation.samples
     records = finished_samples(folder, problems, samples)

@@ -61,8 +61,11 @@ class Completion:
         return self.weight_versions[-1][0]
 
 
-class RolloutError(RuntimeError):
-    """A rollout server that cannot be used: ``url``, ``what`` failed, after how many ``tries``."""
+class RolloutServerError(RuntimeError):
+    """A request to a rollout server that failed: ``url``, ``what`` failed, after how many ``tries``.
+
+    The trainer recovers from it where it can, and raises RolloutsUnavailableError where it cannot.
+    """
 
     def __init__(self, url: str, what: str, tries: int, fix: str):
         super().__init__(f"{url}: {what} (after {tries} {'try' if tries == 1 else 'tries'}); {fix}")
@@ -72,15 +75,15 @@ class RolloutError(RuntimeError):
         self.fix = fix
 
 
-class RequestRefusedError(RolloutError):
+class RequestRefusedError(RolloutServerError):
     """The server understood the request and refused it (4xx); trying again cannot help."""
 
 
-class AccessDeniedError(RolloutError):
+class AccessDeniedError(RolloutServerError):
     """The server does not take the client's API key, or asks for one (401, 403); trying again cannot help."""
 
 
-class WeightVersionError(RolloutError):
+class WeightVersionError(RolloutServerError):
     """The server answers under another weight version than the expected one."""
 
 
@@ -96,7 +99,7 @@ class Answer:
 class _TryAgainError(Exception):
     """What went wrong in one try."""
 
-    error_class: type[RolloutError] = RolloutError
+    error_class: type[RolloutServerError] = RolloutServerError
     fix = "check that the server is up and reachable, and its log"
 
 
@@ -203,7 +206,7 @@ class RolloutClient:
         vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative
             ids alone.
 
-        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutError
+        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutServerError
         when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
         """
         if len(prompts) != len(sampling_params):
@@ -249,14 +252,14 @@ class RolloutClient:
         async def one(index: int) -> bool:
             try:
                 await self._call("GET", "/health", _nothing, index=index, tries=1)
-            except RolloutError:
+            except RolloutServerError:
                 return False
             return True
 
         return dict(zip(self.urls, await _all_or_cancel([one(i) for i in range(len(self.urls))]), strict=True))
 
     async def wait_until_healthy(self, timeout_seconds: float, *, one_is_enough: bool = False) -> None:
-        """Return once every server is healthy, or one of them; raises RolloutError naming one that is not after
+        """Return once every server is healthy, or one of them; raises RolloutServerError naming one that is not after
         ``timeout_seconds``."""
         deadline = time.monotonic() + timeout_seconds
         pause = 0.05
@@ -271,7 +274,7 @@ class RolloutClient:
             if not sick or (one_is_enough and len(sick) < len(self.urls)):
                 return
             if time.monotonic() + pause >= deadline:
-                raise RolloutError(
+                raise RolloutServerError(
                     sick[0],
                     f"not healthy within {timeout_seconds:g} s",
                     1,
@@ -293,7 +296,7 @@ class RolloutClient:
         ``weight_version``, and check that it did. One that fails is dead from then on, in the pool.
 
         Raises, if all fail, what the first one did: RequestRefusedError with the server's message, WeightVersionError
-        where one still reports another version, RolloutError.
+        where one still reports another version, RolloutServerError.
         """
 
         def read(response: Answer) -> None:
@@ -312,7 +315,7 @@ class RolloutClient:
         outcomes = await asyncio.gather(*map(update, able), return_exceptions=True)
         errors = [outcome for outcome in outcomes if outcome is not None]
         for error in errors:
-            if not isinstance(error, RolloutError):
+            if not isinstance(error, RolloutServerError):
                 raise error
             self.pool.record(error.url, Event.UPDATE_FAILED, reason=error.what)
         if len(errors) == len(able):
@@ -340,7 +343,7 @@ class RolloutClient:
                 # may be paused.
                 await self._call("GET", "/server_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
                 info = await self._call("GET", "/model_info", _json_object, index=index, tries=1, limit=PROBE_SECONDS)
-            except RolloutError as error:
+            except RolloutServerError as error:
                 self.pool.record(url, Event.FAILED, reason=error.what)
                 return False
             self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
@@ -358,7 +361,7 @@ class RolloutClient:
                 await self._call("GET", path, _nothing, index=index, tries=1, limit=PROBE_SECONDS)
             except AccessDeniedError:
                 raise
-            except RolloutError:
+            except RolloutServerError:
                 return
 
         await _all_or_cancel([one(index) for index in range(len(self.urls))])
@@ -374,7 +377,7 @@ class RolloutClient:
         Raises what the last one did where none answers.
         """
         found: dict[str, dict[str, Any]] = {}
-        failure: RolloutError | None = None
+        failure: RolloutServerError | None = None
 
         async def one(index: int) -> None:
             nonlocal failure
@@ -383,7 +386,7 @@ class RolloutClient:
                     await self._call("GET", path, _json_object, index=index, tries=1, limit=PROBE_SECONDS)
                     for path in ("/model_info", "/server_info")
                 ]
-            except RolloutError as error:
+            except RolloutServerError as error:
                 failure = error
                 self.pool.record(self.urls[index], Event.FAILED, reason=error.what)
             else:
@@ -398,7 +401,7 @@ class RolloutClient:
         """Log-probs, natural and before temperature, of all of ``input_ids`` but the first, each after those before it,
         by one server.
 
-        Raises RequestRefusedError, or RolloutError where it does not answer soundly within ``max_retries + 1`` tries.
+        Raises RequestRefusedError, or RolloutServerError where it does not answer soundly within ``max_retries + 1`` tries.
         """
         body = {
             "input_ids": [list(input_ids)],
@@ -508,7 +511,7 @@ class RolloutClient:
         async def one(index: int) -> None:
             try:
                 await self._call("POST", path, _nothing, index=index, body=body, tries=1, limit=PROBE_SECONDS)
-            except RolloutError as error:
+            except RolloutServerError as error:
                 self.pool.record(error.url, Event.FAILED, reason=error.what)
 
         dead = self.pool.with_status(Status.DEAD)

@@ -35,7 +35,7 @@ from dasd_megatron.rollout.client import (
     LOG_PROB_TOLERANCE,
     Completion,
     RolloutClient,
-    RolloutError,
+    RolloutServerError,
     sampling_params,
     sampling_seed,
 )
@@ -181,7 +181,7 @@ class Collector:
         after.
 
         Raises:
-            RolloutError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it can be
+            RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it can be
             tried again. GraderError, PluginError: the rollouts cannot be graded or filtered.
         """
         return self._run(self._take(alongside))
@@ -253,7 +253,7 @@ class Collector:
         late = set(self.buffer.age(step))
         await self._break_off([task for task, positions in self._tasks.items() if late.intersection(positions)])
         await self._go_on()
-        if isinstance(self._failure, RolloutError):
+        if isinstance(self._failure, RolloutServerError):
             logger.warning("rollouts ahead of their step failed and are started again: %s", self._failure)
             self._failure = None
         self._open.set()
@@ -403,7 +403,7 @@ class Collector:
                     rows_per_request=len(prompts),
                     vocab_size=self.vocab_size,
                 )
-            except RolloutError:
+            except RolloutServerError:
                 # While weights change, servers refuse what comes; afterwards it is another matter.
                 if self._open.is_set() and version == self._version:
                     raise
@@ -412,7 +412,7 @@ class Collector:
         where = f"rollout.function={self.config.rollout.function} on problem {request.problem.id}"
         try:
             completions = await self.function(request, self._generate)
-        except RolloutError:  # of the servers
+        except RolloutServerError:  # of the servers
             raise
         except Exception as error:  # the user's code may raise anything
             raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error

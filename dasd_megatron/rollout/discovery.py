@@ -30,7 +30,7 @@ from dasd_megatron.rollout.client import (
     AccessDeniedError,
     RequestRefusedError,
     RolloutClient,
-    RolloutError,
+    RolloutServerError,
     make_client,
 )
 from dasd_megatron.rollout.pool import Event, Status
@@ -193,7 +193,7 @@ async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> li
     of the directory that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23
     goes down when it is given weights of other shapes from disk. Returns the addresses of those that have answered.
 
-    Raises :class:`WrongModelError`, and RolloutError where no server answers.
+    Raises :class:`WrongModelError`, and RolloutServerError where no server answers.
     """
     wrong = []
     answered = await client.descriptions()
@@ -260,7 +260,7 @@ async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> di
             found[url] = await client.prompt_log_probs(url, input_ids)
         except RequestRefusedError:
             raise
-        except RolloutError as error:
+        except RolloutServerError as error:
             client.pool.record(url, Event.FAILED, reason=error.what)
 
     await asyncio.gather(*map(one, client.pool.with_status(Status.SERVING)))

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import RolloutError
+from dasd_megatron.rollout.client import RolloutServerError
 
 ALONGSIDE_SECONDS = 2.0
 
@@ -18,7 +18,7 @@ STOP_POLL_SECONDS = 0.2
 
 @contextlib.asynccontextmanager
 async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutError`, and when the run is asked to
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked to
     stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
 
     async def watch() -> None:
@@ -35,7 +35,7 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> A
                 watcher.cancel()
     except TimeoutError as error:
         stopping.raise_if_requested()
-        raise RolloutError(
+        raise RolloutServerError(
             ", ".join(urls),
             f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
             1,

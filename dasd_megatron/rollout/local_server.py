@@ -23,7 +23,8 @@ from dasd_megatron.rollout.server import ServerError, bind
 POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 10.0
 TAIL_LINES = 20
-SGLANG_LAUNCHER = Path(__file__).parent / "sglang" / "launch.py"
+SGLANG_STARTER = Path(__file__).parent / "sglang" / "start_server.py"
+ROUTER_STARTER = SGLANG_STARTER.with_name("start_router.py")
 # What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches
 # behind another batch.
 _SGLANG_CPU_ARGUMENTS = [
@@ -270,7 +271,7 @@ def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:
 def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[str]:
     """The command line of a real SGLang server, by ``rollout`` and ``rollout.sglang``; without its weight version."""
     settings = rollout.sglang
-    command = [settings.python or sys.executable, str(SGLANG_LAUNCHER), settings.backend]
+    command = [settings.python or sys.executable, str(SGLANG_STARTER), settings.backend]
     command += ["--model-path", model_path, "--host", rollout.host, "--port", str(port), "--dtype", rollout.dtype]
     command += ["--max-running-requests", str(rollout.max_batch_size), "--skip-server-warmup"]
     if settings.backend == "cpu":

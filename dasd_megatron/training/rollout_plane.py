@@ -23,7 +23,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutError, make_client
+from dasd_megatron.rollout.client import MemoryTag, RolloutClient, RolloutServerError, make_client
 from dasd_megatron.rollout.collector import Batch, Collector
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
@@ -50,8 +50,11 @@ T = TypeVar("T")
 PROBE_TOKENS = 32
 
 
-class RolloutFailure(RuntimeError):
-    """The servers could not give the rollouts of a step; nothing of the step has been applied. Raised on every rank."""
+class RolloutsUnavailableError(RuntimeError):
+    """The run cannot go on for want of rollouts that it can train on; nothing of the step under way has been applied.
+
+    Raised on every rank, once recovery from what a server failed at is of no use.
+    """
 
     on_all_ranks = True
 
@@ -120,7 +123,7 @@ class RolloutPlane:
         over a process group. A server of the trainer's own always starts from a directory.
 
         Raises:
-            RolloutFailure: no server took the weights.
+            RolloutsUnavailableError: no server took the weights.
         """
         if self.config.rollout.replay is not None:
             return
@@ -153,10 +156,10 @@ class RolloutPlane:
         """``work`` on rank 0; what trying again cannot mend stops the run on every rank."""
         try:
             return on_selected_rank(
-                dist.get_rank() == 0, work, (WrongModelError, RolloutError, WeightSyncError, PluginError, OSError)
+                dist.get_rank() == 0, work, (WrongModelError, RolloutServerError, WeightSyncError, PluginError, OSError)
             )
         except PeerError as error:
-            raise RolloutFailure(str(error)) from error
+            raise RolloutsUnavailableError(str(error)) from error
 
     def _look_at_servers(self, model: ShardedModel) -> None:
         """Before others' servers get weights: are they there, and do they serve this model?"""
@@ -187,7 +190,7 @@ class RolloutPlane:
                     self._looked_at.update(await check_models(client, self._policy[0].bridge.hf_config))
                 except WrongModelError as error:
                     self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
-                except RolloutError as error:
+                except RolloutServerError as error:
                     self.pool.record(url, Event.FAILED, reason=error.what)
         return [url for url in urls if url in self._looked_at]
 
@@ -232,7 +235,7 @@ class RolloutPlane:
 
         try:
             asyncio.run(ask())
-        except RolloutError as error:
+        except RolloutServerError as error:
             self.pool.record(url, Event.UPDATE_FAILED, reason=error.what)
             return False
         return True
@@ -299,7 +302,7 @@ class RolloutPlane:
         """
         model, _ = self._policy
         while True:
-            on_selected_rank(dist.get_rank() == 0, self._choose_receivers, (RolloutError,))
+            on_selected_rank(dist.get_rank() == 0, self._choose_receivers, (RolloutServerError,))
             error = send_weights(
                 model, self.sync, self.weight_version, bucket_size=self.config.rollout.weight_bucket_bytes
             )
@@ -353,7 +356,7 @@ class RolloutPlane:
         stale = await self._of_this_model(self.pool.with_status(Status.STALE))
         # Over a process group they get theirs with everybody's next weights.
         if stale and self.config.rollout.weight_sync == "disk":
-            with contextlib.suppress(RolloutError):  # the pool has it
+            with contextlib.suppress(RolloutServerError):  # the pool has it
                 await self._update_weights(stale)
 
     def _with_restarts(self, work: Callable[[], T], *, fresh: bool = True) -> T | None:
@@ -373,11 +376,13 @@ class RolloutPlane:
                 if not fresh:
                     self._send()
                     fresh = True
-                result = on_selected_rank(dist.get_rank() == 0, attempt, (RolloutError, ServerStartError, GraderError))
+                result = on_selected_rank(
+                    dist.get_rank() == 0, attempt, (RolloutServerError, ServerStartError, GraderError)
+                )
             except PeerError as error:
                 refusal = broadcast_from_rank0(on_selected_rank(dist.get_rank() == 0, self._restart, ()))
                 if refusal is not None:
-                    raise RolloutFailure(f"{error} ({refusal})") from error
+                    raise RolloutsUnavailableError(f"{error} ({refusal})") from error
                 # From disk ``work`` itself brings the weights.
                 fresh = self.config.rollout.weight_sync == "disk" or self.launched_version == self.weight_version
             else:
@@ -425,7 +430,7 @@ class RolloutPlane:
         are left out before it.
 
         Raises:
-            RolloutFailure: the servers failed beyond repair, or a function of the user's own failed.
+            RolloutsUnavailableError: the servers failed beyond repair, or a function of the user's own failed.
             StopRequested: a signal asked for it; what is in flight has been broken off.
             PeerError: rollout.replay lacks this step's rollouts.
         """

@@ -61,7 +61,7 @@ from dasd_megatron.training.parallel import (
     true_on_any,
 )
 from dasd_megatron.training.passes import Distillation, TeacherStates, UpdateResult, score, update
-from dasd_megatron.training.rollout_plane import RolloutFailure, RolloutPlane
+from dasd_megatron.training.rollout_plane import RolloutPlane, RolloutsUnavailableError
 from dasd_megatron.training.scores import Importance, ScoredRollouts
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.step_metrics import reward_metrics, step_health, step_metrics
@@ -112,7 +112,7 @@ def train(config: Config, paths: RunPaths) -> None:
     initialised.
 
     Raises:
-        RolloutFailure: the rollout servers failed beyond repair; a checkpoint of the last finished step has been
+        RolloutsUnavailableError: the rollout servers failed beyond repair; a checkpoint of the last finished step has been
             written.
         StopRequested: a signal asked for it, and likewise; WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
@@ -278,9 +278,9 @@ def _run(trainer: Trainer) -> None:
         raise StopRequested(
             f"stopped after step {state.step}{', which is saved' if saved else ''}; continue with resume=auto"
         ) from stop
-    except RolloutFailure as failure:
+    except RolloutsUnavailableError as failure:
         _save_once(trainer)
-        raise RolloutFailure(
+        raise RolloutsUnavailableError(
             f"after step {state.step}: {failure}; continue with resume=auto once the cause is mended"
         ) from failure
 
@@ -532,7 +532,7 @@ def _check_agreement(config: Config, scores: ScoredRollouts) -> None:
     mean = _mean_over_replicas((scores.student.log_prob - scores.rollout_log_prob).abs())
     # Not a number is not above: logits that are not finite are another matter.
     if mean > limit:
-        raise RolloutFailure(
+        raise RolloutsUnavailableError(
             f"the servers' log-probs differ from the trainer's by {mean:.3g} nats a token, over "
             f"rollout.max_log_prob_diff={limit:g}: they serve another model or other weights; check what they were "
             "started with, or raise the limit"

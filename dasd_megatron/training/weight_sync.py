@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import RolloutError, make_client
+from dasd_megatron.rollout.client import RolloutServerError, make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.rollout.weight_group import join_weight_group
@@ -76,10 +76,10 @@ class WeightSync(ABC):
         try:
             # Each request in it has its own limit, and so has each collective; this is for what neither bounds.
             future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
-        except (RolloutError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
+        except (RolloutServerError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
             self.drop()
             raise WeightSyncError(
-                str(error) or type(error).__name__, error.url if isinstance(error, RolloutError) else None
+                str(error) or type(error).__name__, error.url if isinstance(error, RolloutServerError) else None
             ) from error
 
     def begin(self) -> None:
@@ -152,7 +152,7 @@ class DistributedSync(WeightSync):
         async def tell(url: str) -> None:
             limits = dataclasses.replace(self.config, request_timeout_seconds=_LEAVE_SECONDS)
             async with make_client(limits, [url]) as client:
-                with contextlib.suppress(RolloutError):  # it is down, or has left already
+                with contextlib.suppress(RolloutServerError):  # it is down, or has left already
                     await client.destroy_weights_update_group(name)
 
         # In a thread: a broadcast that still waits for a dead peer may hold it up, up to its own limit.
@@ -402,7 +402,7 @@ def verify_weights(
 
     try:
         answers = asyncio.run(ask())
-    except RolloutError as error:
+    except RolloutServerError as error:
         return WeightSyncError(f"the servers' weights could not be compared: {error}", error.url)
     for url, ranks in zip(urls, answers, strict=True):
         if len(ranks) > 1:

@@ -100,5 +100,5 @@ def test_a_cluster_is_rehearsed_in_a_minute_without_a_gpu(case: str, rehearsals:
     nodes = re.findall(r"^  node(\d+) +rank (\d+)-(\d+) ", output, re.MULTILINE)
     ranks = [rank for _, first, last in nodes for rank in range(int(first), int(last) + 1)]
     assert ranks == list(range(world)) and {int(node) for node, _, _ in nodes} == set(range(world // 8))
-    assert output.count("dasd train experiment=") == world // 8 and "sglang/launch.py cuda" in output
+    assert output.count("dasd train experiment=") == world // 8 and "sglang/start_server.py cuda" in output
     assert found.files == ["output"]

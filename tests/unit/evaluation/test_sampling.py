@@ -18,7 +18,7 @@ from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.sampling import EvaluationError, Records, check_settings, model_digest, sample_benchmark
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.client import Completion, RolloutError
+from dasd_megatron.rollout.client import Completion, RolloutServerError
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()
@@ -41,7 +41,7 @@ class Engine:
         assert len(prompts) <= rows_per_request and weight_version == "w"
         await asyncio.sleep(random.random() / 200)
         if self.last is not None and len(self.requests) >= self.last:
-            raise RolloutError("http://server", "gone", 1, "look at its log")
+            raise RolloutServerError("http://server", "gone", 1, "look at its log")
         self.requests.append([one["sampling_seed"] for one in params])
         return [self.completion(prompt, one["sampling_seed"]) for prompt, one in zip(prompts, params, strict=True)]
 
@@ -94,7 +94,7 @@ def test_resumed_twice_is_as_never_stopped(config: Config, tmp_path: Path) -> No
 
     folder = tmp_path / "stopped"
     for last in (2, 3):
-        with pytest.raises(RolloutError, match="gone"):
+        with pytest.raises(RolloutServerError, match="gone"):
             draw(config, folder, Engine(last))
         journal = folder / "journal.jsonl"
         lines = journal.read_bytes().splitlines(keepends=True)
@@ -117,7 +117,7 @@ def test_resumed_twice_is_as_never_stopped(config: Config, tmp_path: Path) -> No
 
 
 def test_a_journal_of_something_else_is_refused(config: Config, tmp_path: Path) -> None:
-    with pytest.raises(RolloutError):
+    with pytest.raises(RolloutServerError):
         draw(config, tmp_path, Engine(2))
     journal = tmp_path / "journal.jsonl"
     good = journal.read_text()

@@ -15,7 +15,7 @@ from dasd_megatron.rollout.client import (
     Completion,
     RequestRefusedError,
     RolloutClient,
-    RolloutError,
+    RolloutServerError,
     WeightVersionError,
     read_completions,
 )
@@ -226,7 +226,7 @@ async def test_one_bad_answer_is_asked_for_again(action):
 async def test_bad_answers_without_end_are_an_error(action):
     server = FakeServer([action] * 20)
     async with server.serve() as url:
-        with pytest.raises(RolloutError) as caught:
+        with pytest.raises(RolloutServerError) as caught:
             await sample(client(url), rows_per_request=10)
         assert caught.value.url == url
         assert caught.value.tries == 3 and "3 tries" in str(caught.value)
@@ -323,7 +323,7 @@ async def test_ids_outside_the_vocabulary_are_asked_for_again():
 async def test_ids_outside_the_vocabulary_without_end_are_an_error(token):
     server = FakeServer([sampled([1, token])] * 20)
     async with server.serve() as url:
-        with pytest.raises(RolloutError, match=f"row 9: id {token} of token 1 is outside the vocabulary of 110"):
+        with pytest.raises(RolloutServerError, match=f"row 9: id {token} of token 1 is outside the vocabulary of 110"):
             await sample(client(url), rows_per_request=10, vocab_size=110)
     assert len(server.requests) == 3
 
@@ -337,7 +337,7 @@ async def test_each_row_has_its_own_limit_or_none():
     server = FakeServer()
     async with server.serve() as url:
         assert [c.output_ids for c in await sample(client(url), PROMPTS[:2], params[:2])] == EXPECTED[:2]
-        with pytest.raises(RolloutError, match="row 2: 3 tokens, but max_new_tokens is 2"):
+        with pytest.raises(RolloutServerError, match="row 2: 3 tokens, but max_new_tokens is 2"):
             await sample(client(url), PROMPTS[:3], params)
 
 
@@ -345,7 +345,7 @@ async def test_each_row_has_its_own_limit_or_none():
 async def test_a_server_that_does_not_finish_is_given_up(action):
     server = FakeServer([action] * 20)
     async with server.serve() as url:
-        with pytest.raises(RolloutError, match="no answer within 0.2 s"):
+        with pytest.raises(RolloutServerError, match="no answer within 0.2 s"):
             async with asyncio.timeout(5):
                 await sample(client(url, request_timeout=0.2), rows_per_request=10)
     assert len(server.requests) == 3
@@ -453,7 +453,7 @@ async def test_nobody_holds_the_weights():
 
 
 async def test_nobody_listens():
-    with pytest.raises(RolloutError, match="Cannot connect to host"):
+    with pytest.raises(RolloutServerError, match="Cannot connect to host"):
         await sample(client("http://127.0.0.1:9", max_retries=0))
 
 
@@ -573,7 +573,7 @@ async def test_waiting_for_health_ends():
     server.replies["/health"] = (503, b"")
     async with server.serve() as url, client(url) as c:
         assert await c.health() == {url: False}
-        with pytest.raises(RolloutError, match="not healthy within 0.3 s"):
+        with pytest.raises(RolloutServerError, match="not healthy within 0.3 s"):
             await c.wait_until_healthy(0.3)
         asyncio.get_running_loop().call_later(0.2, server.replies.clear)
         await c.wait_until_healthy(5.0)

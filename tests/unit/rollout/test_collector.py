@@ -19,7 +19,7 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutError
+from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutServerError
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.samples import version_name
 from dasd_megatron.verify.grader import Grader
@@ -69,7 +69,7 @@ class Servers(RolloutClient):
                 )
             )
             if not {version for version, _ in completions[-1].weight_versions} <= set(weight_version):
-                raise RolloutError("http://server", "another version", 1, "")
+                raise RolloutServerError("http://server", "another version", 1, "")
         return completions
 
     async def pause_generation(self, mode: str = "abort") -> None:
@@ -271,8 +271,8 @@ def test_what_was_collected_ahead_is_saved_and_used(start: Callable[..., tuple[C
 
 def test_a_failure_loses_nothing(start: Callable[..., tuple[Collector, Servers]]) -> None:
     collector, servers = start()
-    servers.error = RolloutError("http://server", "it is gone", 1, "mend it")
-    with pytest.raises(RolloutError, match="it is gone"):
+    servers.error = RolloutServerError("http://server", "it is gone", 1, "mend it")
+    with pytest.raises(RolloutServerError, match="it is gone"):
         collector.take()
     servers.error = None
     assert positions(collector) == [0, 1]
@@ -283,7 +283,7 @@ def test_a_failure_ahead_is_made_good_by_the_next_update(
 ) -> None:
     collector, servers = start("rollout.max_staleness=1")
     positions(collector)
-    servers.error = RolloutError("http://server", "it is gone", 1, "mend it")
+    servers.error = RolloutServerError("http://server", "it is gone", 1, "mend it")
     with caplog.at_level(logging.WARNING):
         collector.start_ahead(1)
         eventually(lambda: collector.buffer.pending == [2, 3])
@@ -296,7 +296,7 @@ def test_a_failure_ahead_is_made_good_by_the_next_update(
 def test_a_step_does_not_wait_for_ever(start: Callable[..., tuple[Collector, Servers]]) -> None:
     collector, servers = start("rollout.step_timeout_seconds=1")
     servers.hold = {0}
-    with pytest.raises(RolloutError, match=r"rollout\.step_timeout_seconds=1"):
+    with pytest.raises(RolloutServerError, match=r"rollout\.step_timeout_seconds=1"):
         collector.take()
     assert collector.state().pending[0] == 0
     servers.hold = set()
@@ -371,7 +371,7 @@ def test_rollouts_of_other_weights_are_refused_from_functions_too(
 def test_a_function_that_hangs_holds_nothing_up(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:
     collector, _ = start(f"rollout.filter={module}:hangs", "rollout.step_timeout_seconds=1")
     begun = time.monotonic()
-    with pytest.raises(RolloutError, match="or their grading"):
+    with pytest.raises(RolloutServerError, match="or their grading"):
         collector.take()
     collector.close()
     assert time.monotonic() - begun < 20

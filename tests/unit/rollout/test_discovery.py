@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import discovery
-from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutError
+from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutServerError
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
     WrongModelError,
@@ -274,7 +274,7 @@ def test_a_relative_directory_is_the_server_s(
 
 
 def test_no_server_to_check() -> None:
-    with pytest.raises(RolloutError, match="127.0.0.1:9"):
+    with pytest.raises(RolloutServerError, match="127.0.0.1:9"):
         asyncio.run(check_models(client("http://127.0.0.1:9"), MODEL))
 
 
@@ -331,7 +331,7 @@ def test_log_probs_of_a_prompt(answers: Answers) -> None:
 )
 def test_garbage_is_not_taken_for_log_probs(answer: Any, answers: Answers) -> None:
     answers.given["/generate"] = [(200, answer)]
-    with pytest.raises(RolloutError, match="garbage.*2 tries"):
+    with pytest.raises(RolloutServerError, match="garbage.*2 tries"):
         asyncio.run(client(answers.url).prompt_log_probs(answers.url, [5, 6, 7]))
 
 

@@ -15,7 +15,7 @@ from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout import limits
-from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutError, make_client
+from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutServerError, make_client
 from dasd_megatron.rollout.grading import generate, make_samples
 from dasd_megatron.rollout.limits import meanwhile, step_limit
 from dasd_megatron.verify.grader import Grader
@@ -84,7 +84,7 @@ def test_the_vocabulary_bounds_what_servers_answer(
     if accepted:
         assert [c.output_ids for c in generate(client, [[1]], [0], config, **options)] == [[99]]
     else:
-        with pytest.raises(RolloutError, match="id 99 of token 0 is outside the vocabulary of 99"):
+        with pytest.raises(RolloutServerError, match="id 99 of token 0 is outside the vocabulary of 99"):
             generate(client, [[1]], [0], config, **options)
 
 
@@ -116,6 +116,8 @@ async def test_an_error_meanwhile_is_not_lost() -> None:
 
 async def test_a_step_has_an_end() -> None:
     config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, step_timeout_seconds=0.05)
-    with pytest.raises(RolloutError, match=r"two rollouts did not finish within rollout\.step_timeout_seconds=0\.05"):
+    with pytest.raises(
+        RolloutServerError, match=r"two rollouts did not finish within rollout\.step_timeout_seconds=0\.05"
+    ):
         async with step_limit(config, ["http://server"], "two rollouts"):
             await asyncio.sleep(60)

@@ -1,10 +1,12 @@
-"""Start SGLang as ``sglang.launch_server`` does: ``python launch.py cuda|cpu ARGUMENTS``, in SGLang's own environment.
+"""Start SGLang, as ``sglang.launch_server`` does, with the interpreter of SGLang's own environment.
 
-The server ends when standard input does, so with the process that started it. On ``cpu``, modules that SGLang imports
-there but does not need get stand-ins: its kernels and Triton, whose attributes exist and fail when they are used. The
-API key comes from DASD_API_KEY, since everybody on the machine can read a command line; SGLang writes its settings into
-its log, and the key is blotted out of that. Nothing of this package is imported, since SGLang's environment does not
-have it.
+    python start_server.py cuda|cpu ARGUMENTS
+
+The server ends when standard input is closed, and so with the process that started it. On ``cpu``, stand-ins take the
+place of modules that SGLang imports there but does not need: its kernels and Triton. Their attributes exist, and fail
+when they are used. The API key comes from DASD_API_KEY, since everybody on the machine can read a command line. SGLang
+writes its settings into its log, and the key is blotted out there. This file imports nothing of this package, since
+SGLang's environment does not have it.
 """
 
 import logging
@@ -15,6 +17,7 @@ from pathlib import Path
 
 
 def prepare_cpu() -> None:
+    """Put the stand-ins in place and mend what SGLang's plain CPU path lacks."""
     sys.path.insert(0, str(Path(__file__).parent / "stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     # A few small functions are compiled otherwise, which takes a C++ compiler and asks Triton what it can do.
@@ -28,15 +31,16 @@ def prepare_cpu() -> None:
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
-    # sampling_seed is heeded under --enable-deterministic-inference alone. Its matrix products are Triton kernels;
-    # PyTorch's own, which
-    # run here, give the same bits for the same batch, so equal seeds give equal draws as long as the batches are equal.
+    # SGLang heeds sampling_seed under --enable-deterministic-inference alone. The matrix products of that mode are
+    # Triton kernels. PyTorch's own, which run here, give the same bits for the same batch, so equal seeds give equal
+    # draws as long as the batches are equal.
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     batch_invariant_ops.enable_batch_invariant_mode = lambda *_args, **_kwargs: None
 
 
 def keep_out_of_logs(secret: str) -> None:
+    """Replace ``secret`` by asterisks in every log record of this process."""
     make_record = logging.getLogRecordFactory()
 
     def without_secret(*args, **kwargs):
@@ -49,7 +53,7 @@ def keep_out_of_logs(secret: str) -> None:
     logging.setLogRecordFactory(without_secret)
 
 
-# Here, and not in main: the processes that SGLang spawns need it too, and they import this file again, under another
+# This is not in main because the processes that SGLang spawns need it too. They import this file again, under another
 # name.
 if sys.argv[1:2] == ["cpu"]:
     prepare_cpu()

@@ -1,9 +1,10 @@
-"""Start sglang-router as ``python -m sglang_router.launch_router`` does: ``python router.py ARGUMENTS``, in its own
-environment.
+"""Start sglang-router, as ``python -m sglang_router.launch_router`` does, with the interpreter of its own environment.
 
-It ends with the process that started it. The API key of its servers, and its own, is that of DASD_API_KEY: everybody on
-the machine can read a command line. Nothing of this package is imported, since the router's environment does not have
-it.
+    python start_router.py ARGUMENTS
+
+The router ends with the process that started it. Its API key, and that of its servers, comes from DASD_API_KEY, since
+everybody on the machine can read a command line. This file imports nothing of this package, since the router's
+environment does not have it.
 """
 
 import ctypes
@@ -15,7 +16,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    # The kernel's signal, and no thread that waits for it: the router never gives Python the interpreter back.
+    # A thread that waits for the parent's end would never run: the router does not give Python the interpreter back.
+    # The kernel's signal works.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         from sglang_router.launch_router import launch_router, parse_router_args
