@@ -206,8 +206,8 @@ class RolloutClient:
         vocab_size: number of logits the model has; an id outside [0, vocab_size) is a failed try. None refuses negative
             ids alone.
 
-        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or RolloutServerError
-        when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
+        Raises RequestRefusedError at once when a server refuses a request (400), WeightVersionError or
+        RolloutServerError when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
         """
         if len(prompts) != len(sampling_params):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling_params)} sampling_params: give one per prompt")
@@ -401,7 +401,8 @@ class RolloutClient:
         """Log-probs, natural and before temperature, of all of ``input_ids`` but the first, each after those before it,
         by one server.
 
-        Raises RequestRefusedError, or RolloutServerError where it does not answer soundly within ``max_retries + 1`` tries.
+        Raises RequestRefusedError, or RolloutServerError where it does not answer soundly within ``max_retries + 1``
+        tries.
         """
         body = {
             "input_ids": [list(input_ids)],

@@ -181,8 +181,8 @@ class Collector:
         after.
 
         Raises:
-            RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it can be
-            tried again. GraderError, PluginError: the rollouts cannot be graded or filtered.
+            RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it
+            can be tried again. GraderError, PluginError: the rollouts cannot be graded or filtered.
         """
         return self._run(self._take(alongside))
 

@@ -28,8 +28,8 @@ def generate(
     rows_per_request: int,
     vocab_size: int | None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; :class:`RolloutServerError` after ``config.step_timeout_seconds`` at the
-    latest.
+    """One completion for every prompt, in order; :class:`RolloutServerError` after ``config.step_timeout_seconds`` at
+    the latest.
 
     vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused.
     None sets no bound.

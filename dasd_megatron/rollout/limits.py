@@ -18,8 +18,8 @@ STOP_POLL_SECONDS = 0.2
 
 @contextlib.asynccontextmanager
 async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked to
-    stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
+    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked
+    to stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
 
     async def watch() -> None:
         while not stopping.requested():

@@ -112,8 +112,8 @@ def train(config: Config, paths: RunPaths) -> None:
     initialised.
 
     Raises:
-        RolloutsUnavailableError: the rollout servers failed beyond repair; a checkpoint of the last finished step has been
-            written.
+        RolloutsUnavailableError: the rollout servers failed beyond repair; a checkpoint of the last finished step has
+            been written.
         StopRequested: a signal asked for it, and likewise; WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a
