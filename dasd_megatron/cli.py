@@ -129,7 +129,7 @@ def _router(arguments: list[str]) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    from dasd_megatron.observability.report import write_report
+    from dasd_megatron.observability.report.page import write_report
 
     parser = argparse.ArgumentParser(
         prog="dasd report", description="Write one HTML page about a run, or about several overlaid."

@@ -32,7 +32,7 @@ from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger
 from dasd_megatron.observability.metric_files import read_metrics, truncate_after
 from dasd_megatron.observability.progress import ProgressDisplay, format_duration, summary_table
-from dasd_megatron.observability.report import write_report
+from dasd_megatron.observability.report.page import write_report
 from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.observability.watch import CONTINUE, Watch, open_watch, record
 from dasd_megatron.rollout.client import RolloutClient

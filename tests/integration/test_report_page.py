@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dasd_megatron.observability.report import write_report
+from dasd_megatron.observability.report.page import write_report
 from tests.support.browser import Page, browser_page, find_browser
 
 BROWSER = find_browser()

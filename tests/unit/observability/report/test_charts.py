@@ -10,14 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.observability.charts import (
+from dasd_megatron.observability.report.charts import (
     MAX_POINTS,
     Series,
-    compact,
+    format_number,
+    format_percent,
     line_chart,
     moving_mean,
     nice_ticks,
-    percent,
     stacked_chart,
 )
 
@@ -40,9 +40,9 @@ def drawn(figure: str) -> list[float]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(values, st.booleans(), st.sampled_from([percent, compact]))
-@example([5e-324], False, percent)
-@example([-1e-305, 1e-305], False, compact)
+@given(values, st.booleans(), st.sampled_from([format_percent, format_number]))
+@example([5e-324], False, format_percent)
+@example([-1e-305, 1e-305], False, format_number)
 def test_any_values_give_a_sound_figure(column, zero, form):
     figure = line_chart("t", "u", range(len(column)), [Series("a", column, "c1")], include_zero=zero, form=form)
     assert all(math.isfinite(number) and -50 <= number <= 600 for number in drawn(figure))
@@ -74,7 +74,7 @@ def test_long_runs_are_averaged_in_groups():
     count = 3 * MAX_POINTS
     figure = line_chart("t", "u", range(count), [Series("a", [float(i) for i in range(count)], "c1")])
     data = json.loads(tree(figure).find("svg").get("data-chart"))
-    assert len(data["x"]) == MAX_POINTS and data["rows"][0][2].split("|")[0] == compact(1.0)
+    assert len(data["x"]) == MAX_POINTS and data["rows"][0][2].split("|")[0] == format_number(1.0)
     assert "mean of 3, areas span their smallest and largest" in figure
 
 
@@ -102,7 +102,7 @@ def test_a_chart_may_explain_itself():
 
 
 def test_a_share_never_gets_an_axis_over_one():
-    figure = line_chart("t", "u", [1, 2], [Series("a", [0.5, 1.0], "c1")], form=percent, most=1.0)
+    figure = line_chart("t", "u", [1, 2], [Series("a", [0.5, 1.0], "c1")], form=format_percent, most=1.0)
     labels = [element.text for element in tree(figure).iter("text")]
     assert "100%" in labels and not {"110%", "120%"} & set(labels)
 
@@ -130,7 +130,7 @@ def test_a_stack_piles_up_to_the_total():
     [(0, "0"), (0.03121, "0.0312"), (12.53, "12.5"), (4123.4, "4,123"), (1.2e-5, "1.20e-05"), (-0.5, "-0.5")],
 )
 def test_numbers_are_short(value, text):
-    assert compact(value) == text
+    assert format_number(value) == text
 
 
 def test_the_moving_mean_skips_gaps():

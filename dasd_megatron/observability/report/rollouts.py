@@ -1,0 +1,358 @@
+"""The rollouts, groups and held-out samples that the page shows: chosen evenly, and cut to stated budgets."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dasd_megatron.observability.report.run_files import (
+    Row,
+    Run,
+    read_objects,
+    saved_steps,
+    shorten,
+    show_hidden,
+    to_number,
+    to_text,
+)
+
+# Rollouts of long runs are terabytes: reading for the table of groups stays some seconds of work.
+ROLLOUT_BYTES = 200_000_000
+GROUPS_KEPT = 30
+SAMPLES_PER_GROUP = 4
+SAMPLE_CHARS = 1500
+PROBLEM_CHARS = 1500
+ANSWER_CHARS = 200
+TOKENS_PER_ROLLOUT = 1500
+HELDOUT_PROBLEMS = 6
+HELDOUT_CHARS = 3000
+
+
+def halving_order(count: int) -> list[int]:
+    """Return 0 ... count - 1 in an order of which any first part covers the range evenly: the first, the last, then
+    always the middles of what lies between."""
+    order, stretches = [0, count - 1][: min(count, 2)], [(0, count - 1)]
+    while stretches:
+        middles = [((low + high) // 2, low, high) for low, high in stretches if high - low > 1]
+        order += [middle for middle, _, _ in middles]
+        stretches = [part for middle, low, high in middles for part in ((low, middle), (middle, high))]
+    return order
+
+
+# ---- groups
+
+GroupKey = tuple[int, int]
+"""(step, number of the group)."""
+
+
+@dataclass
+class Groups:
+    """The groups of a run with the highest and the lowest mean reward. ``count`` is how many groups they were chosen
+    from."""
+
+    best: list[dict[str, Any]]
+    worst: list[dict[str, Any]]
+    count: int
+    steps_read: int
+    steps_saved: int
+
+
+def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_BYTES) -> Groups:
+    """Choose the ``keep`` groups with the highest and with the lowest mean reward in the saved rollouts.
+
+    Ties go to the later step, then to the smaller number. At most about ``max_bytes`` are read, in whole steps chosen
+    evenly. Fewer than 2 * keep groups are split in two.
+    """
+    saved = saved_steps(run, "rollouts", ".jsonl")
+    steps = _steps_within(saved, max_bytes)
+    means = _mean_rewards(run, {step: saved[step] for step in steps})
+    best = heapq.nsmallest(min(keep, (len(means) + 1) // 2), means, key=lambda key: (-means[key], -key[0], key[1]))
+    worst = heapq.nsmallest(
+        min(keep, len(means) // 2), set(means) - set(best), key=lambda key: (means[key], -key[0], key[1])
+    )
+    chosen: dict[GroupKey, dict[str, Any]] = {}
+    wanted = {*best, *worst}
+    for step in sorted({step for step, _ in wanted}):
+        for row in read_objects(run, saved[step]):
+            group = row.get("group")
+            if isinstance(group, int) and (step, group) in wanted:
+                _add_to_group(chosen.setdefault((step, group), {}), step, row)
+    return Groups([chosen[key] for key in best], [chosen[key] for key in worst], len(means), len(steps), len(saved))
+
+
+def groups_rule(parts: Sequence[Groups]) -> str:
+    """Say which groups are on the page and how many are not; empty where none is."""
+    shown, count = sum(len(part.best) + len(part.worst) for part in parts), sum(part.count for part in parts)
+    if not shown:
+        return ""
+    read, saved = sum(part.steps_read for part in parts), sum(part.steps_saved for part in parts)
+    steps = f"{saved:,} saved steps" if read == saved else f"{read:,} evenly spaced of {saved:,} saved steps"
+    left_out = f" {count - shown:,} groups between them are left out." if count > shown else ""
+    each = " of each run" if len(parts) > 1 else ""
+    return (
+        f"Of {count:,} groups in {steps}, the {shown:,} with the highest or lowest mean reward{each}; among equals "
+        f"the later step comes first.{left_out}"
+    )
+
+
+def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
+    """Return evenly spaced steps whose files have about ``max_bytes`` together, in ascending order; at least one step
+    where there is any."""
+    steps: list[int] = []
+    left = max_bytes
+    for index in halving_order(len(saved)):
+        step = list(saved)[index]
+        size = saved[step].stat().st_size
+        if steps and size > left:
+            break
+        steps.append(step)
+        left -= size
+    return sorted(steps)
+
+
+def _mean_rewards(run: Run, files: Mapping[int, Path]) -> dict[GroupKey, float]:
+    """Return the mean of the finite rewards of each group in these steps."""
+    rewards: dict[GroupKey, list[float]] = {}
+    for step, path in files.items():
+        for row in read_objects(run, path):
+            reward, group = to_number(row.get("reward")), row.get("group")
+            if reward is not None and math.isfinite(reward) and isinstance(group, int):
+                rewards.setdefault((step, group), []).append(reward)
+    return {key: sum(values) / len(values) for key, values in rewards.items()}
+
+
+def _add_to_group(group: dict[str, Any], step: int, row: Mapping[str, Any]) -> None:
+    """Add one rollout to the record of its group; the first one fills in what all share."""
+    if not group:
+        group |= {
+            "step": step,
+            "group": row["group"],
+            "problem": shorten(to_text(row.get("problem")), PROBLEM_CHARS),
+            "expected": shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
+            "solution": shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
+            "count": 0,
+            "rewards": [],
+            "tokens": 0,
+            "cut": 0,
+            "samples": [],
+        }
+    reward = to_number(row.get("reward"))
+    if reward is not None and not math.isfinite(reward):
+        reward = None
+    group["count"] += 1
+    group["rewards"].append(reward)
+    group["tokens"] += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0
+    group["cut"] += row.get("finish_reason") == "length"
+    if len(group["samples"]) < SAMPLES_PER_GROUP:
+        group["samples"].append(
+            {
+                "text": shorten(to_text(row.get("text")), SAMPLE_CHARS),
+                "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
+                "reward": reward,
+                "end": to_text(row.get("finish_reason")),
+            }
+        )
+
+
+# ---- tokens
+
+
+@dataclass
+class Rollouts:
+    """Rollouts with the statistics of their tokens, as the page's script reads them. ``count`` is how many rollouts
+    they were chosen from."""
+
+    chosen: list[dict[str, Any]]
+    count: int
+    steps_read: int
+    steps_saved: int
+
+
+def token_rollouts(run: Run, budget: int) -> Rollouts:
+    """Choose rollouts of ``inspect/`` with at most about ``budget`` tokens in all: the first, the last and then evenly
+    spaced saved steps until it is used up.
+
+    Of each rollout, the first :data:`TOKENS_PER_ROLLOUT` tokens are kept.
+    """
+    saved = saved_steps(run, "inspect", ".json")
+    chosen: dict[int, list[dict[str, Any]]] = {}
+    count = left_out = 0
+    for index in halving_order(len(saved)):
+        step = list(saved)[index]
+        if budget <= 0:
+            left_out += 1
+            continue
+        entries = _read_inspected(run, saved[step])
+        count += len(entries)
+        chosen[step] = _token_records(run, step, entries, budget)
+        budget -= sum(len(record["t"]) for record in chosen[step])
+    read = len(saved) - left_out
+    # Most runs record as many rollouts at every step: the steps that were not read are estimated by those that were.
+    per_step = count / read if read else 0.0
+    details = {step: _sample_details(run, step, records) for step, records in chosen.items()}
+    return Rollouts(
+        [
+            {name: value for name, value in record.items() if name not in ("id", "text")} | detail
+            for step in sorted(chosen)
+            for record, detail in zip(chosen[step], details[step], strict=True)
+        ],
+        round(count + per_step * left_out),
+        read,
+        len(saved),
+    )
+
+
+def rollouts_rule(parts: Sequence[Rollouts], budget: int) -> str:
+    """Say which rollouts are on the page and how many are not; empty where none is. ``budget``: the tokens of all."""
+    shown, count = sum(len(part.chosen) for part in parts), sum(part.count for part in parts)
+    if not shown:
+        return ""
+    read, saved = sum(part.steps_read for part in parts), sum(part.steps_saved for part in parts)
+    if shown == count:
+        return f"All {shown:,} rollouts whose token statistics were saved."
+    return (
+        f"{shown:,} of about {count:,} rollouts whose token statistics were saved, from {read:,} of {saved:,} steps: "
+        f"the first, the last, and evenly spaced ones between them until {budget:,} tokens are on the page. "
+        f"About {count - shown:,} are left out."
+    )
+
+
+def _read_inspected(run: Run, path: Path) -> list[Row]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("it does not hold a list of rollouts")
+    except (OSError, ValueError) as error:
+        run.notes.append(f"inspect/{path.name} could not be read: {error}")
+        return []
+    return entries
+
+
+def _token_records(run: Run, step: int, entries: Sequence[Row], budget: int) -> list[dict[str, Any]]:
+    """Return the records of a step's first rollouts, until ``budget`` tokens are used up."""
+    records: list[dict[str, Any]] = []
+    for place, entry in enumerate(entries, 1):
+        try:
+            record = _token_record(entry, min(TOKENS_PER_ROLLOUT, max(budget, 50)))
+        except (KeyError, TypeError, ValueError) as error:
+            run.notes.append(f"inspect/step_{step:06d}.json, rollout {place} was left out: {error!r}")
+            continue
+        if budget <= 0:
+            break
+        budget -= len(record["t"])
+        records.append({"step": step, "place": place, **record})
+    return records
+
+
+def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    """Return one rollout for the page: t tokens, h entropy, d gap, w omega, a advantage, p and q probabilities of
+    student and teacher."""
+    tokens = [show_hidden(token) for token in entry["tokens"]]
+    names = {"h": "entropy", "d": "delta", "w": "omega", "p": "student_log_prob", "q": "teacher_log_prob"}
+    columns = {short: [to_number(value) for value in entry[name]] for short, name in names.items()}
+    # Old runs have not recorded the advantages of tokens, only the verifier's part, which is the same for all.
+    advantages = entry.get("token_advantage", [entry.get("advantage")] * len(tokens))
+    columns["a"] = [to_number(value) for value in advantages]
+    uneven = {short: len(values) for short, values in columns.items() if len(values) != len(tokens)}
+    if uneven:
+        raise ValueError(f"{len(tokens)} tokens, but {uneven}")
+    for short in ("p", "q"):
+        columns[short] = [None if value is None else math.exp(min(value, 0.0)) for value in columns[short]]
+    return {
+        "id": str(entry.get("problem_id")),
+        "text": str(entry.get("text")),
+        "problem": shorten(to_text(entry.get("problem")), PROBLEM_CHARS),
+        **{name: _round(to_number(entry.get(name))) for name in ("reward", "advantage", "tau", "sigma")},
+        "whole": "token_advantage" in entry,
+        "length": len(tokens),
+        "t": tokens[:limit],
+        **{short: [_round(value) for value in values[:limit]] for short, values in columns.items()},
+    }
+
+
+def _round(value: float | None) -> float | str | None:
+    """Round to three decimals, or to two digits below them; NaN and infinities, which JSON lacks, become strings."""
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
+    if value == int(value) and abs(value) < 1e9:
+        return int(value)
+    return round(value, 3) if abs(value) >= 1e-3 else float(f"{value:.1e}")
+
+
+def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return, for each of a step's records, what the step's saved rollouts say about the same sample."""
+    path = run.path / "rollouts" / f"step_{step:06d}.jsonl"
+    wanted = {(record["id"], record["text"]) for record in records}
+    found: dict[tuple[str, str], Row] = {}
+    if path.exists() and path.stat().st_size <= ROLLOUT_BYTES:
+        for row in read_objects(run, path):
+            key = (str(row.get("problem_id")), str(row.get("text")))
+            if key not in wanted:
+                continue
+            found[key] = row
+            if len(found) == len(wanted):
+                break
+    rows = [found.get((record["id"], record["text"]), {}) for record in records]
+    return [
+        {
+            "expected": shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
+            "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
+            "solution": shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
+            "end": to_text(row.get("finish_reason")),
+        }
+        for row in rows
+    ]
+
+
+# ---- held-out samples
+
+
+def heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the first problems of the held-out set with their first generation and all outcomes: before and after of
+    one run, else the last of each run."""
+    problems: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        evaluations = [(label, row) for label in ("before", "after") if (row := run.evaluation(label))]
+        for label, row in evaluations if len(runs) == 1 else evaluations[-1:]:
+            path = run.samples_path(row)
+            name = label.capitalize() if len(runs) == 1 else f"{run.label}, {label}"
+            for sample in read_objects(run, path) if path.exists() else ():
+                _add_sample(problems, name, sample, HELDOUT_CHARS // len(runs))
+    return list(problems.values())
+
+
+def _add_sample(problems: dict[str, dict[str, Any]], side_name: str, sample: Row, chars: int) -> None:
+    """Add one sample to its problem's record, unless the page has enough problems already."""
+    # The first words of runs on other data differ, whatever they call their problems.
+    key = f"{sample.get('problem_id')} {sample.get('problem')}"
+    if key not in problems and len(problems) >= HELDOUT_PROBLEMS:
+        return
+    problem = problems.setdefault(
+        key,
+        {
+            "problem": shorten(to_text(sample.get("problem")), HELDOUT_CHARS),
+            "expected": to_text(sample.get("expected_answer")),
+            "sides": {},
+        },
+    )
+    correct = bool(sample.get("symbolic_correct"))
+    side = problem["sides"].setdefault(
+        side_name,
+        {
+            "text": shorten(to_text(sample.get("generation")), chars),
+            "predicted": to_text(sample.get("predicted_answer")),
+            "accepted": correct,
+            "finish": to_text(sample.get("finish_reason")),
+            "correct": 0,
+            "of": 0,
+        },
+    )
+    side["of"] += 1
+    side["correct"] += correct
