@@ -18,7 +18,7 @@ from dasd_megatron import access
 from dasd_megatron.config import RolloutConfig, check_servers
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.local_server import ROUTER_STARTER, TERMINATE_SECONDS, ServerStartError, for_sglang
-from dasd_megatron.rollout.server import ServerError, bind
+from dasd_megatron.rollout.sockets import ListenError, bind
 
 DEFAULT_PYTHON = ".venv-sglang/bin/python"
 POLL_SECONDS = 0.2
@@ -118,7 +118,7 @@ def _free_port(host: str, port: int) -> int:
     try:
         with bind(host, port) as sock:
             return sock.getsockname()[1]
-    except ServerError as error:
+    except ListenError as error:
         raise ServerStartError(str(error)) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.rollout import server
+from dasd_megatron.rollout.embedded import server
 from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 
 FOLLOW_SECONDS = 0.2

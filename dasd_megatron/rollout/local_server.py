@@ -18,7 +18,7 @@ import psutil
 import dasd_megatron
 from dasd_megatron import access, stopping
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.server import ServerError, bind
+from dasd_megatron.rollout.sockets import ListenError, bind
 
 POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 10.0
@@ -192,7 +192,7 @@ class LocalServer:
     def _bind(self) -> socket.socket:
         try:
             return bind(self.rollout.host, self._port)
-        except ServerError as error:
+        except ListenError as error:
             if self.rollout.port == 0 and self._port != 0:
                 return bind(self.rollout.host, 0)
             raise PortInUseError(

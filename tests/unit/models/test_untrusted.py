@@ -13,8 +13,8 @@ from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.models.hf_weights import HfWeights, WeightsError
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.server import ModelDirectoryError, load_model
-from dasd_megatron.rollout.server import load_tokenizer as load_server_tokenizer
+from dasd_megatron.rollout.embedded.loading import ModelDirectoryError, load_model
+from dasd_megatron.rollout.embedded.loading import load_tokenizer as load_server_tokenizer
 
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.rollout.server import TOP_K_ALL, counter_uniforms, keep_top, sample_tokens
+from dasd_megatron.rollout.embedded.sampling import TOP_K_ALL, counter_uniforms, keep_top, sample_tokens
 
 # 99.99% quantiles of chi-square, so that a correct sampler fails once in ten thousand seeds; the seeds are fixed.
 CHI2_9999 = {4: 23.51, 9: 33.72, 19: 50.80, 255: 348.6}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,10 @@ class ReceiveError(RuntimeError):
 class WeightReceiver:
     """Groups that this server has joined, and the update that is under way.
 
-    Weights arrive in a copy of the served model, which takes its place when the update ends; until then the server goes
+    Weights arrive in a copy of the served model, which takes its place when the update ends. Until then the server goes
     on with the old ones. Methods block and may be called from any thread, one at a time.
 
-    model: gives the served model, whose parameters may have been released; shapes: of its parameters.
+    model: returns the served model, whose parameters may have been released; shapes: those of its parameters, by name.
     """
 
     def __init__(self, model: Callable[[], PreTrainedModel], shapes: Mapping[str, torch.Size]):
@@ -38,6 +38,7 @@ class WeightReceiver:
         self._lock = threading.Lock()
 
     def join(self, address: str, port: int, rank: int, world_size: int, name: str, backend: str) -> None:
+        """Join a process group whose rank 0 listens at ``address`` and ``port``; raises ReceiveError."""
         if backend != "gloo":
             raise ReceiveError(f"backend {backend!r} is not supported by the embedded rollout server; gloo is")
         if name in self._groups:
@@ -57,16 +58,17 @@ class WeightReceiver:
                 raise ReceiveError(f"Failed to initialize custom process group: {error}.") from error
 
     def leave(self, name: str) -> None:
+        """Leave a process group; raises ReceiveError where there is none of this name."""
         if name not in self._groups:
             raise ReceiveError("The group to be destroyed does not exist.")
         dist.destroy_process_group(self._groups.pop(name))
 
     def begin(self) -> None:
-        """Open an update; refused, as by SGLang, while one is open."""
+        """Open an update; raises ReceiveError while another is open, as SGLang refuses it."""
         if self._next is not None:
             raise ReceiveError("a weight-update session is already open; call end_weight_update() first")
         model = self._model()
-        # Parameters are not copied: all of them will be sent.
+        # Parameters are not copied, since all of them will be sent.
         empty = {
             id(parameter): torch.nn.Parameter(parameter.new_empty(self._shapes[name]), requires_grad=False)
             for name, parameter in model.named_parameters()
@@ -82,7 +84,7 @@ class WeightReceiver:
         group: str,
         load_format: str | None,
     ) -> None:
-        """Take part in one broadcast of a bucket and copy its tensors into the model to come."""
+        """Take part in one broadcast of a bucket and copy its tensors into the model to come; raises ReceiveError."""
         if self._next is None:
             raise ReceiveError("no weight update is open: call /begin_weight_update first")
         if group not in self._groups:
@@ -95,13 +97,15 @@ class WeightReceiver:
             )
         found = [getattr(torch, name) for name in dtypes]
         flat = torch.empty(bucket_bytes(found, shapes), dtype=torch.uint8)
-        with self._lock, self._failing():
+        with self._lock, self._give_up_on_errors():
             dist.broadcast(flat, src=0, group=self._groups[group])
-        self._load(zip(names, split_bucket(flat, found, shapes), strict=True))
+        self._copy(zip(names, split_bucket(flat, found, shapes), strict=True))
 
     def load(self, payloads: Sequence[bytes], load_format: str | None) -> None:
-        """Copy a bucket out of the sender's memory into the model to come; ``payloads`` as
-        :func:`weight_payload.unpack` reads them, one for each process of the server, of which there is one."""
+        """Copy a bucket out of the sender's memory into the model to come; raises ReceiveError.
+
+        payloads: one for each process of the server, of which there is one; :func:`weight_payload.unpack` reads it.
+        """
         if self._next is None:
             raise ReceiveError(
                 "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
@@ -117,9 +121,11 @@ class WeightReceiver:
         except PayloadError as error:
             raise ReceiveError(str(error)) from error
         with self._lock:
-            self._load(tensors)
+            self._copy(tensors)
 
-    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _copy(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors into the model to come; the update is given up where they do not fit."""
+        assert self._next is not None, "no update is open"
         parameters = dict(self._next.named_parameters())
         for name, tensor in tensors:
             parameter = parameters.get(name)
@@ -132,7 +138,8 @@ class WeightReceiver:
             self._missing.discard(name)
 
     @contextlib.contextmanager
-    def _failing(self):
+    def _give_up_on_errors(self) -> Iterator[None]:
+        """Give the update up where the broadcast in the body fails."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
@@ -140,7 +147,7 @@ class WeightReceiver:
             raise ReceiveError(f"the broadcast failed: {error}") from error
 
     def end(self) -> PreTrainedModel:
-        """Close the update; the complete new model."""
+        """Close the update and return the complete new model; raises ReceiveError."""
         model, self._next = self._next, None
         if model is None:
             raise ReceiveError("no weight update is open: call /begin_weight_update first")

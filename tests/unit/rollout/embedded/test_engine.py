@@ -1,5 +1,4 @@
-"""The embedded server's engine without HTTP: what it does when the model or a directory fails, and how it groups
-prompts."""
+"""The embedded server's engine without HTTP: what it does when the model or a directory fails."""
 
 from __future__ import annotations
 
@@ -9,21 +8,13 @@ import time
 
 import pytest
 import torch
-from fastapi import HTTPException
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.server import (
-    PREFILL_TOKENS,
-    Engine,
-    GenerateJob,
-    ModelDirectoryError,
-    Row,
-    _prefill_groups,
-    build_job,
-    load_model,
-    parse_sampling_params,
-)
+from dasd_megatron.rollout.embedded.engine import Engine, EngineClosedError
+from dasd_megatron.rollout.embedded.loading import ModelDirectoryError
+from dasd_megatron.rollout.embedded.replies import DecodingError, build_reply
+from dasd_megatron.rollout.embedded.requests import InvalidRequestError
 
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
@@ -50,28 +41,21 @@ def job(engine, count, tokens, **body):
         "sampling_params": [{"max_new_tokens": tokens, "sampling_seed": i, "ignore_eos": True} for i in range(count)],
         **body,
     }
-    return build_job(
-        body,
-        tokenizer=engine.tokenizer,
-        vocab_size=engine.vocab_size,
-        context_length=engine.context_length,
-        eos_ids=engine.eos_ids,
-    )
+    return engine.parse_request(body)
 
 
 def run(engine, made):
     engine.submit(made)
     made.done.result(30)
-    return engine.answer(made)
+    return build_reply(made, engine.tokenizer)
 
 
 def test_nan_logits_are_a_server_error_and_the_engine_goes_on(engine):
     weight = engine.model.model.norm.weight
     saved = weight.clone()
     weight.fill_(math.nan)
-    with pytest.raises(HTTPException, match="the model returned NaN logits") as caught:
+    with pytest.raises(DecodingError, match="the model returned NaN logits"):
         run(engine, job(engine, 2, 5))
-    assert caught.value.status_code == 500
     weight.copy_(saved)
     assert len(run(engine, job(engine, 2, 5))) == 2
 
@@ -79,7 +63,7 @@ def test_nan_logits_are_a_server_error_and_the_engine_goes_on(engine):
 def test_a_failing_forward_pass_is_a_server_error_and_the_engine_goes_on(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_forward", lambda *a, **k: 1 / 0)
-        with pytest.raises(HTTPException, match="decoding failed: ZeroDivisionError"):
+        with pytest.raises(DecodingError, match="decoding failed: ZeroDivisionError"):
             run(engine, job(engine, 2, 5))
     assert len(run(engine, job(engine, 2, 5))) == 2
 
@@ -97,10 +81,10 @@ def test_prompts_that_fail_do_not_take_running_rows_with_them(engine, monkeypatc
     engine.submit(running)
     while not engine.running:  # else both would be read in one pass
         time.sleep(0.001)
-    with pytest.raises(HTTPException, match="no room"):
+    with pytest.raises(DecodingError, match="no room"):
         run(engine, job(engine, 1, 5, input_ids=[[77]]))
     running.done.result(30)
-    assert [len(answer["output_ids"]) for answer in engine.answer(running)] == [200, 200]
+    assert [len(answer["output_ids"]) for answer in build_reply(running, engine.tokenizer)] == [200, 200]
 
 
 def test_more_rows_than_the_batch_holds_are_all_answered(engine):
@@ -123,7 +107,7 @@ def test_rows_that_join_late_are_padded_to_the_running_batch(engine):
                 :, -1
             ]
             batch.positions = batch.positions + 1
-            engine._draw(batch, logits)
+            engine._draw_tokens(batch, logits)
     assert [made.rows[0].output_ids for made in (old, young)] == [answers[0]["output_ids"] for answers in apart]
 
 
@@ -131,15 +115,44 @@ def test_an_engine_that_closes_answers_and_refuses(model_path):
     engine = Engine(model_path, dtype=torch.float32, max_batch_size=2, weight_version="1", deterministic=True)
     made = job(engine, 6, 200)
     engine.submit(made)
-    update = engine.update(model_path, "2")
+    update = engine.update_from_disk(model_path, "2")
     engine.close()
     assert update.result(10) == (False, "The server is shutting down.")
     made.done.result(10)
-    assert {answer["meta_info"]["finish_reason"]["type"] for answer in engine.answer(made)} == {"abort"}
-    with pytest.raises(HTTPException, match="shutting down"):
+    assert {answer["meta_info"]["finish_reason"]["type"] for answer in build_reply(made, engine.tokenizer)} == {"abort"}
+    with pytest.raises(EngineClosedError, match="shutting down"):
         engine.submit(job(engine, 1, 1))
-    with pytest.raises(HTTPException, match="shutting down"):
-        engine.update(model_path, "2")
+    with pytest.raises(EngineClosedError, match="shutting down"):
+        engine.update_from_disk(model_path, "2")
+
+
+def test_ids_in_use_and_released_memory_are_refused_by_the_engine_itself(engine):
+    engine.pause("in_place")
+    engine.submit(job(engine, 1, 5, rid=["mine"]))
+    with pytest.raises(InvalidRequestError, match="Duplicate request ID detected: mine"):
+        engine.submit(job(engine, 1, 5, rid=["mine"]))
+    engine.abort(rid="mine")
+    with pytest.raises(InvalidRequestError, match="unknown memory tag 'disk'"):
+        engine.release_memory(["disk"])
+    with pytest.raises(InvalidRequestError, match="kv_cache: not released"):
+        engine.resume_memory(["kv_cache"])
+    engine.release_memory(["kv_cache"])
+    with pytest.raises(InvalidRequestError, match=r"memory is released \(kv_cache\): call /resume_memory_occupation"):
+        engine.submit(job(engine, 1, 5))
+    engine.resume_memory(["kv_cache"])
+    engine.resume()
+    assert len(run(engine, job(engine, 1, 5))) == 1
+
+
+def test_memory_is_not_released_while_rows_wait(engine, monkeypatch):
+    made = job(engine, 1, 5)
+    monkeypatch.setattr(Engine, "_next_work", lambda self: None)
+    engine.submit(made)
+    with pytest.raises(InvalidRequestError, match="only when server is idle"):
+        engine.release_memory(["kv_cache"])
+    monkeypatch.undo()
+    engine.abort(job=made)
+    assert build_reply(made, engine.tokenizer)[0]["meta_info"]["finish_reason"]["message"] == "Abort in waiting queue"
 
 
 @pytest.mark.parametrize(
@@ -166,43 +179,3 @@ def test_a_bad_directory_is_named_in_one_line(tmp_path, damage):
     with pytest.raises(ModelDirectoryError) as caught:
         Engine(str(path), dtype=torch.float32, max_batch_size=2, weight_version="1", deterministic=True)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_loaded_weights_do_not_depend_on_the_file_afterwards(tmp_path):
-    path = make_tiny_model(tmp_path / "model", TINY, 0)
-    model = load_model(str(path), torch.float32)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    file = path / "model.safetensors"
-    with file.open("r+b") as f:
-        f.write(b"\0" * file.stat().st_size)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_prefill_groups_bound_the_tokens_and_count_a_prompt_once():
-    def rows(*prompts):
-        return [Row(GenerateJob(), "", list(prompt), None, False, 0, 0) for prompt in prompts]
-
-    long, short = [1] * (PREFILL_TOKENS // 2), [2] * 10
-    assert [len(g) for g in _prefill_groups(rows(long, long, long, long))] == [4]
-    other = [3] * (PREFILL_TOKENS // 2)
-    assert [len(g) for g in _prefill_groups(rows(long, other, short, short))] == [2, 2]
-    assert [len(g) for g in _prefill_groups(rows([1] * (2 * PREFILL_TOKENS), short))] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, {"max_new_tokens": 90, "temperature": 1.0, "top_k": 1 << 30}),
-        ({"max_new_tokens": None}, {"max_new_tokens": 90}),
-        ({"max_new_tokens": 90}, {"max_new_tokens": 90}),
-        ({"temperature": 0}, {"temperature": 1.0, "top_k": 1}),
-        ({"temperature": 1e-7, "top_k": 50}, {"temperature": 1.0, "top_k": 1}),
-        ({"top_k": -1}, {"top_k": 1 << 30}),
-        ({"stop": "ab"}, {"stop": ["ab"]}),
-        ({"stop_token_ids": [7, 8]}, {"stop_ids": frozenset({1, 7, 8})}),
-    ],
-)
-def test_defaults_of_sampling_parameters(given, expected):
-    params = parse_sampling_params(given, prompt_length=10, context_length=100, eos_ids=frozenset({1}))
-    assert {name: getattr(params, name) for name in expected} == expected

@@ -1,0 +1,178 @@
+"""Key-value cache and running batch of the embedded server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from dasd_megatron.rollout.embedded.requests import Row
+
+PREFILL_TOKENS = 16384
+"""Most tokens, padding included, of one forward pass over prompts; bounds its activations."""
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer with spare columns.
+
+    A decoding step then writes one column and copies nothing. ``keys`` and ``values`` are views
+    [B, heads, length, head_dim] of the filled part.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states)
+            self.replace(key_states, value_states)
+            return key_states, value_states
+        old, new = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if new > self.buffers[0].shape[-2]:
+            columns = new + max(32, new // 4)
+            self.buffers = tuple(_with_columns(states, old, columns) for states in self.buffers)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., old:new, :] = states
+        self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Take over keys and values of another batch or length."""
+        self.keys, self.values = keys, values
+        self.buffers: tuple[torch.Tensor, ...] = (keys, values)
+
+
+def _with_columns(states: torch.Tensor, filled: int, columns: int) -> torch.Tensor:
+    """Copy the first ``filled`` columns of [..., length, head_dim] into a buffer of ``columns`` columns."""
+    buffer = states.new_empty(*states.shape[:-2], columns, states.shape[-1])
+    buffer[..., :filled, :] = states[..., :filled, :]
+    return buffer
+
+
+def new_cache(num_layers: int) -> DynamicCache:
+    """Return an empty cache of full-length layers, even for sliding-window models.
+
+    The attention mask still limits the window, and rows of unequal age can be merged.
+    """
+    cache = DynamicCache()
+    cache.layers = [GrowingLayer() for _ in range(num_layers)]
+    return cache
+
+
+class DecodingBatch:
+    """Left-padded sequences that are decoded together.
+
+    rows: B sequences, some of them finished (:meth:`compact` drops these); cache: keys and values, ``length`` columns;
+    mask: [B, length] int64, 0 on padding; next_ids: [B] int64, drawn but not yet fed; positions: [B] int64, where
+    next_ids stand in their own sequences.
+    """
+
+    def __init__(self, rows: list[Row], cache: DynamicCache, mask: torch.Tensor, positions: torch.Tensor):
+        self.rows = rows
+        self.cache = cache
+        self.mask = mask
+        self.positions = positions
+        self.next_ids = torch.zeros(len(rows), dtype=torch.int64)
+        self._read_params()
+
+    def _read_params(self) -> None:
+        params = [row.params for row in self.rows]
+        self.temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64)
+        self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
+        self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.int64)
+        self.seeds = np.array([p.seed for p in params], dtype=np.int64)
+        self.longest_minimum = max((p.min_new_tokens for p in params), default=0)
+        self.top_logprobs = max((row.top_logprobs for row in self.rows), default=0)
+
+    def compact(self) -> bool:
+        """Drop finished rows once they are an eighth of the batch, and columns that are then all padding.
+
+        Returns False when no row remains.
+        """
+        keep = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        if not keep:
+            return False
+        if 8 * (len(self.rows) - len(keep)) < len(self.rows):
+            return True
+        index = torch.tensor(keep)
+        mask = self.mask[index]
+        start = int(mask.any(0).nonzero()[0])
+        self.mask = mask[:, start:]
+        for layer in self.cache.layers:
+            layer.replace(layer.keys[index, :, start:], layer.values[index, :, start:])
+        self.positions, self.next_ids = self.positions[index], self.next_ids[index]
+        self.rows = [self.rows[i] for i in keep]
+        self._read_params()
+        return True
+
+    def join(self, other: DecodingBatch) -> None:
+        """Append another batch's rows; the shorter cache is padded on the left."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+
+        def pad(t: torch.Tensor, dim: int) -> torch.Tensor:
+            missing = length - t.shape[dim]
+            return t if missing == 0 else torch.nn.functional.pad(t, (0, 0, missing, 0) if dim == -2 else (missing, 0))
+
+        # All layers are computed before any is changed. Where memory runs out, this batch stays as it was.
+        layers = [
+            [torch.cat([pad(a, -2), pad(b, -2)]) for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))]
+            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
+        ]
+        for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
+            layer.replace(keys, values)
+        self.mask = torch.cat([pad(self.mask, -1), pad(other.mask, -1)])
+        self.positions = torch.cat([self.positions, other.positions])
+        self.next_ids = torch.cat([self.next_ids, other.next_ids])
+        self.rows = self.rows + other.rows
+        self._read_params()
+
+
+def prefill_groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Split rows into neighbours whose distinct prompts, padded to the longest, make at most PREFILL_TOKENS tokens."""
+    groups: list[list[Row]] = []
+    distinct: set[tuple[int, ...]] = set()
+    longest = 0
+    for row in rows:
+        prompt = tuple(row.prompt)
+        if not groups or (
+            len(distinct | {prompt}) * max(longest, len(prompt)) > PREFILL_TOKENS and prompt not in distinct
+        ):
+            groups.append([])
+            distinct, longest = set(), 0
+        groups[-1].append(row)
+        distinct.add(prompt)
+        longest = max(longest, len(prompt))
+    return groups
+
+
+def pad_left(sequences: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask, both [B, length] int64, of sequences of at most ``length`` tokens; 0 on padding."""
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, length - len(sequence) :] = torch.tensor(sequence)
+        mask[i, length - len(sequence) :] = 1
+    return ids, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Return each token's position in its own sequence, [B, length] int64; 0 on padding."""
+    return (mask.cumsum(-1) - 1).clamp_(min=0)
+
+
+def record_prompt_log_probs(row: Row, logits: torch.Tensor) -> None:
+    """Record raw log-probs of the prompt's tokens from ``logprob_start`` on; the first has none (SGLang's rule).
+
+    logits: [len(prompt), V].
+    """
+    start = row.logprob_start
+    if start >= len(row.prompt):
+        return
+    log_probs = torch.log_softmax(logits[start : len(row.prompt) - 1].double(), dim=-1)
+    targets = torch.tensor(row.prompt[start + 1 :], dtype=torch.int64)
+    row.input_log_probs = [None, *log_probs.gather(-1, targets[:, None])[:, 0].tolist()]
+    if row.top_logprobs:
+        values, ids = (t.tolist() for t in log_probs.topk(min(row.top_logprobs, log_probs.shape[-1])))
+        row.input_top = [None, *(list(zip(v, i, strict=True)) for v, i in zip(values, ids, strict=True))]

@@ -1,0 +1,291 @@
+"""JSON bodies that the embedded server takes, with SGLang 0.5.23's field names and its words for what breaks them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, PlainValidator, TypeAdapter
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+
+class ContractError(ValueError):
+    """A JSON body that breaks SGLang's schema of /generate; answered as ``{"error": "<message>"}``."""
+
+
+def _check_int64_lists(value: Any) -> Any:
+    """Return input_ids that pass SGLang's check: null, a list of int64 or a list of such lists; raises ValueError."""
+    if value is not None and (problem := _fault_of_int64_lists(value)):
+        raise ValueError(problem)
+    return value
+
+
+def _fault_of_int64_lists(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"must be list or null; got {type(value).__name__}"
+    if value and not isinstance(value[0], (int, list)):
+        return f"elements must be int or list; got {type(value[0]).__name__}"
+    nested = bool(value) and isinstance(value[0], list)
+    for i, row in enumerate(value if nested else [value]):
+        where = f"row {i}: " if nested else ""
+        if not isinstance(row, list):
+            return f"{where}must be list; got {type(row).__name__}"
+        for x in row:
+            if not isinstance(x, int) or not -(2**63) <= x < 2**63:
+                return f"{where}contains non-int64 element: {x!r}"
+    return None
+
+
+@pydantic_dataclass
+class GenerateReqInput:
+    """The fields of /generate that the embedded server reads.
+
+    Those of UNSUPPORTED_FIELDS are refused, and all others ignored.
+    """
+
+    rid: str | list[str] | None = None
+    text: list[str] | str | None = None
+    input_ids: Annotated[Any, PlainValidator(_check_int64_lists)] = None
+    sampling_params: list[dict[str, Any]] | dict[str, Any] | None = None
+    return_logprob: list[bool] | bool | None = None
+    logprob_start_len: list[int] | int | None = None
+    top_logprobs_num: list[int] | int | None = None
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+
+
+GENERATE_BODY: TypeAdapter[GenerateReqInput] = TypeAdapter(GenerateReqInput)
+
+UNSUPPORTED_FIELDS = (
+    "stream",
+    "input_embeds",
+    "image_data",
+    "video_data",
+    "audio_data",
+    "token_ids_logprob",
+    "return_sampling_mask",
+    "return_hidden_states",
+    "return_routed_experts",
+    "session_params",
+    "lora_path",
+    "custom_logit_processor",
+    "max_thinking_tokens",
+    "watermark",
+)
+
+# Sampling parameters of SGLang 0.5.23 in its order, with the JSON type that its schema check expects.
+SAMPLING_FIELDS = {
+    "max_new_tokens": "i64",
+    "stop": "StringOrList",
+    "stop_token_ids": "Int64List",
+    "stop_regex": "StringOrList",
+    "temperature": "f64",
+    "top_p": "f64",
+    "top_k": "i64",
+    "min_p": "f64",
+    "frequency_penalty": "f64",
+    "presence_penalty": "f64",
+    "repetition_penalty": "f64",
+    "min_new_tokens": "i64",
+    "n": "i64",
+    "json_schema": "string",
+    "regex": "string",
+    "ebnf": "string",
+    "structural_tag": "string",
+    "ignore_eos": "boolean",
+    "skip_special_tokens": "boolean",
+    "spaces_between_special_tokens": "boolean",
+    "no_stop_trim": "boolean",
+    "stream_interval": "i64",
+    "logit_bias": "map",
+    "sampling_seed": "i64",
+    "custom_params": "any",
+    "beam_width": "i64",
+    "watermark": "map",
+    "choice": "StringList",
+}
+# The parameters that the embedded server does not implement, with the values at which they change nothing.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "stop_regex": ([],),
+    "min_p": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "json_schema": ("",),
+    "regex": ("",),
+    "ebnf": ("",),
+    "structural_tag": ("",),
+    "spaces_between_special_tokens": (True,),
+    "logit_bias": ({},),
+    "custom_params": ({},),
+    "beam_width": (1,),
+    "watermark": ({},),
+    "choice": ([],),
+}
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"boolean `{str(value).lower()}`"
+    if isinstance(value, int):
+        return f"integer `{value}`"
+    if isinstance(value, float):
+        return f"floating point `{value}`"
+    if isinstance(value, str):
+        return f'string "{value}"'
+    return "sequence" if isinstance(value, list) else "map"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# For each scalar kind, whether a JSON value is of it, and what SGLang says that it expected.
+_SCALARS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "i64": (_is_int, "i64"),
+    "f64": (lambda value: _is_int(value) or isinstance(value, float), "f64"),
+    "string": (lambda value: isinstance(value, str), "a string"),
+    "boolean": (lambda value: isinstance(value, bool), "a boolean"),
+    "map": (lambda value: isinstance(value, dict), "a map"),
+    "any": (lambda value: True, "anything"),
+}
+
+
+def _check_type(value: Any, kind: str) -> None:
+    """Raise ContractError, in SGLang's words, unless a JSON value is of ``kind``."""
+    if kind in _SCALARS:
+        accepts, expected = _SCALARS[kind]
+        if not accepts(value):
+            raise ContractError(f"invalid type: {_describe(value)}, expected {expected}")
+        return
+    element = {"String": "string", "Int64": "i64", "Bool": "boolean"}[kind.removesuffix("List").removesuffix("Or")]
+    if isinstance(value, list):
+        for item in value:
+            _check_type(item, element)
+    elif not kind.endswith("OrList"):
+        raise ContractError(f"invalid type: {_describe(value)}, expected a sequence")
+    elif not _SCALARS[element][0](value):
+        raise ContractError(f"invalid type: {_describe(value)}, expected a value or an array of values for {kind}")
+
+
+_GENERATE_KINDS = {
+    "rid": "StringOrList",
+    "text": "StringOrList",
+    "return_logprob": "BoolOrList",
+    "logprob_start_len": "Int64OrList",
+    "top_logprobs_num": "Int64OrList",
+    "return_text_in_logprobs": "boolean",
+    "stream": "boolean",
+    "return_prompt_token_ids": "boolean",
+}
+
+
+def check_contract(body: Any) -> None:
+    """Check a parsed /generate body against SGLang's schema; raises ContractError."""
+    if not isinstance(body, dict):
+        raise ContractError(f"invalid type: {_describe(body)}, expected struct GenerateRequest")
+    for name, kind in _GENERATE_KINDS.items():
+        if body.get(name) is not None:
+            _check_type(body[name], kind)
+    given = body.get("input_ids") or []
+    for row in [row for row in given if isinstance(row, list)] or [given]:
+        for token in row:
+            if isinstance(token, bool):
+                raise ContractError(f"invalid type: {_describe(token)}, expected i64")
+    params = body.get("sampling_params")
+    for row_params in params if isinstance(params, list) else [params or {}]:
+        _check_sampling_fields(row_params)
+
+
+def _check_sampling_fields(params: dict[str, Any]) -> None:
+    for name, value in params.items():
+        if name not in SAMPLING_FIELDS:
+            listed = ", ".join(f"`{field}`" for field in SAMPLING_FIELDS)
+            raise ContractError(f"unknown field `{name}`, expected one of {listed}")
+        if value is not None:
+            _check_type(value, SAMPLING_FIELDS[name])
+
+
+@pydantic_dataclass
+class UpdateWeightFromDiskReqInput:
+    model_path: str
+    load_format: str | None = None
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+    flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
+
+
+@pydantic_dataclass
+class InitWeightsUpdateGroupReqInput:
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+
+
+@pydantic_dataclass
+class DestroyWeightsUpdateGroupReqInput:
+    group_name: str = "weight_update_group"
+
+
+@pydantic_dataclass
+class UpdateWeightsFromDistributedReqInput:
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    group_name: str = "weight_update_group"
+    load_format: str | None = None
+    flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
+
+
+def _decode_base64(value: Any) -> Any:
+    try:
+        return base64.b64decode(value, validate=True) if isinstance(value, str) else value
+    except binascii.Error:
+        raise ValueError("Expected base64-encoded bytes") from None
+
+
+@pydantic_dataclass
+class UpdateWeightsFromTensorReqInput:
+    serialized_named_tensors: list[Annotated[bytes, BeforeValidator(_decode_base64)]]
+    load_format: str | None = None
+    flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
+
+
+@pydantic_dataclass
+class MemoryOccupationReqInput:
+    tags: list[str] | None = None
+
+
+@pydantic_dataclass
+class CheckWeightsReqInput:
+    action: str = "checksum"
+    skip_tensor_list: list[str] | None = None
+
+
+@pydantic_dataclass
+class UpdateWeightVersionReqInput:
+    new_version: str
+    abort_all_requests: bool = True
+
+
+@pydantic_dataclass
+class AbortReq:
+    rid: str | None = None
+    abort_all: bool = False
+
+
+@pydantic_dataclass
+class PauseGenerationReqInput:
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+@pydantic_dataclass
+class ContinueGenerationReqInput:
+    torch_empty_cache: bool = True  # accepted for compatibility; there is no GPU
