@@ -1,4 +1,4 @@
-"""Avg@k, Pass@k and Maj@k of the served policy on a set of problems."""
+"""Evaluation during training: Avg@k, Pass@k and Maj@k of the served policy on the held-out problems."""
 
 from __future__ import annotations
 
@@ -39,6 +39,11 @@ def evaluate(
     metrics.
 
     The seeds depend on ``run.seed``, the problem and the sample alone, so two evaluations differ by the weights only.
+
+    Args:
+        step: training step whose weights are served.
+        label: before, step or after.
+        weight_version: version that the servers must answer with; None: any.
     """
     started = time.perf_counter()
     settings = config.evaluation
@@ -70,7 +75,9 @@ def evaluate(
         tokenizer=tokenizer,
     )
     _write_samples(samples_path, samples)
-    health = measure(samples, config.health, checker=STEP_CHECKERS.get(config.data.heldout.generator))
+    generator = config.data.heldout.generator
+    checker = None if generator is None else STEP_CHECKERS.get(generator)
+    health = measure(samples, config.health, checker=checker)
     samples_path.with_name("health.json").write_text(json.dumps(health_tables(health), indent=2) + "\n")
     by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
     outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]
@@ -95,7 +102,7 @@ def evaluate(
 
 
 def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """NeMo-Skills' field names, one sample a line."""
+    """Write one sample a line, with NeMo-Skills' field names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for sample in samples:

@@ -1,18 +1,16 @@
-"""How a policy reasons, beside whether it is right: uncertainty along the response, hedging, repetition,
-self-correction, diversity.
+"""Reasoning health: uncertainty along a response, hedging, repetition, self-correction and diversity.
 
-Two stages. :func:`measure` makes a table of a few numbers for each response, a dict of arrays whose first axis is the
-responses; :func:`join` puts tables of several processes or files together; :func:`health_metrics` and
-:func:`health_tables` reduce one to results. "Token" means a token that the policy sampled: those under a response mask
-are left out. Entropies and log-probs are in nats, at the temperature that they were computed with. All arithmetic is
-float64 on the CPU.
+There are two stages. :func:`measure` makes a table of a few numbers for each response: a dict of arrays whose first
+axis is the responses. :func:`health_metrics` and :func:`health_tables` reduce a table to results. Between them,
+:func:`join` puts tables of several processes or files together. "Token" means a token that the policy sampled: tokens
+under a response mask are left out. Entropies and log-probs are in nats, at the temperature that they were computed
+with. All arithmetic is float64 on the CPU.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,39 +18,35 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dasd_megatron.config import HealthConfig
+from dasd_megatron.evaluation.phrases import Phrases, find_self_correction, possible_starts, words_of
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.answers import normalize_answer
 from dasd_megatron.verify.steps import StepCheck, StepChecker
 
-Table = dict[str, NDArray]
+Array = NDArray[Any]
+Table = dict[str, Array]
+"""A column for each number, with a row for each response."""
 CALIBRATION_BINS = 10
 
-# Responses at once: few, so that their words and tokens stay in a processor's cache.
+# So few responses are measured at once that their words and tokens stay in a processor's cache.
 _CHUNK = 8
-_WORD = re.compile(r"\w+(?:'\w+)*")
-_SPACES = {code: " " for code in range(128) if not (chr(code).isalnum() or chr(code) in "_'")}
-_RESULT = re.compile(r"=\s?(-?[0-9][0-9,]*(?:\.[0-9]+)?)")
-# Of the text reversed, so that the search begins at the equals sign.
-_LEFT_SIDE = re.compile(r" ?([\w.()\\{}]+(?: ?[-+*/^\u00d7\u00f7\u00b7] ?[\w.()\\{}]+)*)")
-_LEFT_SIDE_CHARS = 64
 
 
 class Profile(NamedTuple):
-    """Sums over tokens, ``[B, 10]`` by tenth of the response and ``[B, P]`` by bin of positions, and how many tokens
-    each has."""
+    """Sums over tokens and numbers of tokens: ``[B, 10]`` by tenth of the response, ``[B, P]`` by bin of positions."""
 
-    decile_sum: NDArray
-    decile_count: NDArray
-    position_sum: NDArray
-    position_count: NDArray
+    decile_sum: Array
+    decile_count: Array
+    position_sum: Array
+    position_count: Array
 
 
 def token_profile(values: ArrayLike, lengths: ArrayLike, edges: Sequence[int]) -> Profile:
-    """Where along the responses the values lie.
+    """Sum the values by their place along the responses.
 
-    Token t (from 0) of a response of L tokens is in decile ``floor(10 t / L)``, so that of a response with fewer than
-    ten tokens some deciles are empty; and in the bin of positions ``[edges[i], edges[i + 1])`` that holds t, where the
-    first bin begins at 0 and the last has no end.
+    Token t (from 0) of a response of L tokens is in decile ``floor(10 t / L)``: of a response with fewer than ten
+    tokens, some deciles are empty. It is also in the bin of positions ``[edges[i], edges[i + 1])`` that holds t, where
+    the first bin begins at 0 and the last has no end.
 
     Args:
         values: [N] packed tokens of B responses.
@@ -73,18 +67,26 @@ def token_profile(values: ArrayLike, lengths: ArrayLike, edges: Sequence[int]) -
     )
 
 
-def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> tuple[NDArray, NDArray]:
-    """How much of each response has stood in it before.
+class Repetition(NamedTuple):
+    """Repetition within each response, [B] each."""
 
-    An n-gram is ``n`` neighbouring tokens; a response of L tokens has L - n + 1, and one of them is repeated if the
-    same stands earlier in the response, overlapping or not. Returns
+    share: Array
+    """Share of repeated n-grams, 1 - distinct / all, float64; 0 with fewer than two n-grams."""
+    longest_run: Array
+    """The longest repeated run in tokens, int64: the most tokens in a row that repeated n-grams cover without a gap,
+    each beginning one token after the one before; 0 without any. It is at least the length of the longest passage that
+    stands earlier in the response."""
 
-    - the share of repeated n-grams, 1 - distinct / all, float64 [B]; 0 with fewer than two n-grams;
-    - the longest repeated run in tokens, int64 [B]: the most tokens in a row that repeated n-grams cover without a gap,
-      each beginning one token after the one before; 0 without any. It is at least the length of the longest passage
-      that stands earlier in the response.
 
-    n-grams are compared by a hash of at least 40 bits. Args: ``tokens`` [N] packed int; ``lengths`` [B], of sum N.
+def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> Repetition:
+    """Measure how much of each response has stood in it before.
+
+    An n-gram is ``n`` neighbouring tokens. A response of L tokens has L - n + 1 of them. An n-gram is repeated if the
+    same stands earlier in the response, overlapping or not. n-grams are compared by a hash of at least 40 bits.
+
+    Args:
+        tokens: [N] packed int.
+        lengths: [B], of sum N.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     code = _scramble(np.asarray(tokens))
@@ -107,129 +109,33 @@ def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> tuple[NDArray, 
         fresh = np.flatnonzero(~repeated)
         longest = max(int((fresh[1:] - fresh[:-1]).max(initial=0)), own - int(fresh[-1])) - 1
         run[index] = longest + n - 1 if longest else 0
-    return share, run
+    return Repetition(share, run)
 
 
-def _scramble(tokens: NDArray) -> NDArray:
-    """Token ids as well mixed 64-bit numbers (splitmix64's finaliser)."""
+def _scramble(tokens: Array) -> Array:
+    """Return token ids as well mixed 64-bit numbers (splitmix64's finaliser)."""
     code = tokens.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     code = (code ^ (code >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     code = (code ^ (code >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return code ^ (code >> np.uint64(31))
 
 
-class Phrases:
-    """Finds words and phrases of a list in lower-cased text. A word is a run of letters, digits and underscores, with
-    apostrophes inside;
-    a phrase is its words in a row, whatever punctuation or space is between them. Where several fit, the longest
-    counts, and none overlap.
-    """
-
-    def __init__(self, phrases: Sequence[str]) -> None:
-        self._by_first: dict[str, list[list[str]]] = {}
-        for words in sorted((words_of(phrase) for phrase in phrases), key=len, reverse=True):
-            self._by_first.setdefault(words[0], []).append(words)
-
-    def find(self, words: Sequence[str], candidates: Sequence[int]) -> list[int]:
-        """Places in ``words`` at which one begins. ``candidates``: those of :func:`candidates`."""
-        found, end = [], 0
-        for place in candidates:
-            if place < end:
-                continue
-            for phrase in self._by_first.get(words[place], ()):
-                if words[place : place + len(phrase)] == phrase:
-                    found.append(place)
-                    end = place + len(phrase)
-                    break
-        return found
-
-
-def candidates(words: Sequence[str], *lists: Phrases) -> list[int]:
-    """Places of the words with which an entry of any of the lists begins: one pass for all of them."""
-    first_words = set().union(*(one._by_first for one in lists))
-    return list(itertools.compress(range(len(words)), map(first_words.__contains__, words)))
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text for :class:`Phrases`, in lower case."""
-    if not text.isascii():
-        return _WORD.findall(_plain(text))
-    # The same, three times as fast.
-    spaced = f" {text.lower().translate(_SPACES)} "
-    if "'" in spaced:
-        spaced = spaced.replace("''", " ").replace(" '", " ").replace("' ", " ")
-    return spaced.split()
-
-
-def _plain(text: str) -> str:
-    return text.lower().replace("\u2019", "'")
-
-
-def phrase_counts(texts: Sequence[str], phrases: Sequence[str]) -> NDArray:
-    """How often words and phrases of the list stand in each text, as :class:`Phrases` counts them, int64 [B]; case does
-    not matter."""
-    finder = Phrases(phrases)
-    words = map(words_of, texts)
-    return np.array([len(finder.find(own, candidates(own, finder))) for own in words], dtype=np.int64)
-
-
-def self_corrections(texts: Sequence[str], phrases: Sequence[str]) -> tuple[NDArray, NDArray]:
-    """Whether each response has a phrase of the list, and whether it really changes a result, bool [B] each.
-
-    A result is changed if the response states two equations with the same left side and different numbers to the right,
-    with such a phrase somewhere between the first and the last equation of that left side: ``5+7=13. Wait, 5 + 7 =
-    12``. A left side is the operands and operators in front of ``=``, of at most 64 characters, compared without
-    spaces. What is corrected in words, or written another way,
-    is not seen: the second number is a lower bound, the first is none.
-    """
-    finder = Phrases(phrases)
-    words = map(words_of, texts)
-    found = [
-        _self_correction(text, finder.find(own, candidates(own, finder)))
-        for text, own in zip(texts, words, strict=True)
-    ]
-    return np.array([one for one, _ in found], dtype=bool), np.array([changed for _, changed in found], dtype=bool)
-
-
-def _self_correction(text: str, places: Sequence[int]) -> tuple[bool, bool]:
-    """``places``: the words of ``text`` at which a phrase begins."""
-    if not places:
-        return False, False
-    if text.count("=") < 2:
-        return True, False
-    plain = _plain(text)
-    reverse = plain[::-1]
-    equations: dict[str, list[tuple[int, str]]] = {}
-    for match in _RESULT.finditer(plain):
-        place = len(plain) - match.start()
-        left = _LEFT_SIDE.match(reverse, place, place + _LEFT_SIDE_CHARS)
-        if left is not None:
-            equations.setdefault(left[1].replace(" ", ""), []).append((match.start(), match[1].replace(",", "")))
-    spans = [
-        (stated[0][0], stated[-1][0]) for stated in equations.values() if len({number for _, number in stated}) > 1
-    ]
-    if not spans:
-        return True, False
-    starts = [match.start() for match in _WORD.finditer(plain)]
-    return True, any(first < starts[place] < last for place in places for first, last in spans)
-
-
 def distinct_per_group(group: ArrayLike, value: ArrayLike, counts: ArrayLike | None = None) -> float:
-    """Mean over groups of the number of different values among a group's members; members where ``counts`` is false
-    have none. [B] each."""
-    group, value = np.asarray(group), np.asarray(value)
-    groups = len(np.unique(group))
+    """Return the mean over groups of the number of different values among a group's members. Members where ``counts``
+    is false have no value. [B] each."""
+    keys, values = np.asarray(group), np.asarray(value)
+    groups = len(np.unique(keys))
     if counts is not None:
-        group, value = group[np.asarray(counts)], value[np.asarray(counts)]
-    order = np.lexsort((value, group))
-    group, value = group[order], value[order]
-    changes = (group[1:] != group[:-1]) | (value[1:] != value[:-1])
-    return (int(np.count_nonzero(changes)) + min(len(group), 1)) / groups
+        keys, values = keys[np.asarray(counts)], values[np.asarray(counts)]
+    order = np.lexsort((values, keys))
+    keys, values = keys[order], values[order]
+    changes = (keys[1:] != keys[:-1]) | (values[1:] != values[:-1])
+    return (int(np.count_nonzero(changes)) + min(len(keys), 1)) / groups
 
 
 def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
-    """Chance that a positive's score is above a negative's, ties counting half (Mann-Whitney U / pairs); None without
-    both. [B] each."""
+    """Return the chance that a positive's score is above a negative's, ties counting half (Mann-Whitney U / pairs).
+    None without both. [B] each."""
     score, positive = np.asarray(score, dtype=np.float64), np.asarray(positive, dtype=bool)
     positives, negatives = int(positive.sum()), int((~positive).sum())
     if not positives or not negatives:
@@ -241,19 +147,21 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class Calibration(NamedTuple):
-    """By bin of confidence, [bins] each: responses, and of these mean confidence and share that is right (NaN where
-    there are none)."""
+    """Responses by bin of confidence, [bins] each."""
 
-    count: NDArray
-    confidence: NDArray
-    accuracy: NDArray
+    responses: Array
+    """Their number."""
+    confidence: Array
+    """Their mean confidence, NaN where there are none."""
+    accuracy: Array
+    """The share of them that is right, NaN where there are none."""
     error: float
-    """Expected calibration error: sum over bins of count / all * |accuracy - confidence|."""
+    """Expected calibration error: sum over bins of responses / all * |accuracy - confidence|."""
 
 
 def calibration(confidence: ArrayLike, right: ArrayLike, bins: int = CALIBRATION_BINS) -> Calibration:
-    """Confidence against correctness in ``bins`` bins of equal width, ``[i / bins, (i + 1) / bins)``, the last with its
-    end. [B] each; values in [0, 1]."""
+    """Compare confidence with correctness in ``bins`` bins of equal width: ``[i / bins, (i + 1) / bins)``, the last
+    with its end. [B] each; values in [0, 1]."""
     confidence, right = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -271,17 +179,17 @@ def measure(
     log_prob: ArrayLike | None = None,
     checker: StepChecker | None = None,
 ) -> Table:
-    """The table of B responses.
+    """Make the table of B responses.
 
     Args:
-        entropy: [N] packed entropies of the distributions that the tokens were drawn from; None: not known, as of a
-        server's rollouts. log_prob: [N] packed log-probs of the tokens; None: the samples' ``rollout_log_probs``.
-        checker: checks the steps of the task (:data:`~dasd_megatron.verify.steps.STEP_CHECKERS`); None: its steps
+        entropy: [N] packed entropies of the distributions that the tokens were drawn from. None: they are not known, as
+            of a server's rollouts.
+        log_prob: [N] packed log-probs of the tokens. None: the samples' ``rollout_log_probs``.
+        checker: checks the steps of the task (:data:`~dasd_megatron.verify.steps.STEP_CHECKERS`). None: its steps
             cannot be checked.
     """
-    entropy, log_prob = (
-        None if values is None else np.asarray(values, dtype=np.float64) for values in (entropy, log_prob)
-    )
+    entropies = None if entropy is None else np.asarray(entropy, dtype=np.float64)
+    log_probs = None if log_prob is None else np.asarray(log_prob, dtype=np.float64)
     bounds = np.cumsum([0, *(len(sample.sampled) for sample in samples)]).tolist()
     epistemic, corrections = Phrases(settings.epistemic_words), Phrases(settings.correction_phrases)
     parts = []
@@ -289,11 +197,11 @@ def measure(
         chosen = samples[first : first + _CHUNK]
         tokens = slice(bounds[first], bounds[first + len(chosen)])
         parts.append(
-            _measure(
+            _measure_chunk(
                 chosen,
                 settings,
-                None if entropy is None else entropy[tokens],
-                _log_probs(chosen) if log_prob is None else log_prob[tokens],
+                None if entropies is None else entropies[tokens],
+                _log_probs(chosen) if log_probs is None else log_probs[tokens],
                 checker,
                 epistemic,
                 corrections,
@@ -302,23 +210,24 @@ def measure(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _log_probs(samples: Sequence[Sample]) -> NDArray:
+def _log_probs(samples: Sequence[Sample]) -> Array:
     return _packed([sample.rollout_log_probs for sample in samples], samples, np.float64)
 
 
-def _packed(rows: Sequence[Sequence[Any]], samples: Sequence[Sample], dtype: type) -> NDArray:
-    parts = []
+def _packed(rows: Sequence[Sequence[Any]], samples: Sequence[Sample], dtype: type) -> Array:
+    """Return the values of the sampled tokens, one row after the other."""
+    parts: list[Array] = []
     for row, sample in zip(rows, samples, strict=True):
-        part = np.array(row, dtype=dtype)
+        part: Array = np.array(row, dtype=dtype)
         parts.append(part if sample.response_mask is None else part[np.array(sample.response_mask, dtype=bool)])
     return np.concatenate(parts)
 
 
-def _measure(
+def _measure_chunk(
     samples: Sequence[Sample],
     settings: HealthConfig,
-    entropy: NDArray | None,
-    log_prob: NDArray,
+    entropy: Array | None,
+    log_prob: Array,
     checker: StepChecker | None,
     epistemic: Phrases,
     corrections: Phrases,
@@ -326,12 +235,12 @@ def _measure(
     lengths = np.array([len(sample.sampled) for sample in samples], dtype=np.int64)
     row = np.repeat(np.arange(len(samples)), lengths)
     words = [words_of(sample.text) for sample in samples]
-    places = [candidates(own, epistemic, corrections) for own in words]
+    places = [possible_starts(own, epistemic, corrections) for own in words]
     corrected = [
-        _self_correction(sample.text, corrections.find(own, some))
+        find_self_correction(sample.text, corrections.find(own, some))
         for sample, own, some in zip(samples, words, places, strict=True)
     ]
-    share, run = repetition(
+    repeated = repetition(
         _packed([sample.response_ids for sample in samples], samples, np.int64), lengths, settings.repetition_ngram
     )
     uncertainty = -log_prob if entropy is None else entropy
@@ -345,18 +254,20 @@ def _measure(
             [_digest(normalize_answer(sample.predicted_answer or "")) for sample in samples], dtype=np.int64
         ),
         "path": np.array([_digest(_without_spaces(sample.text.lower())) for sample in samples], dtype=np.int64),
-        "epistemic": np.array([len(epistemic.find(*one)) for one in zip(words, places, strict=True)], dtype=np.int64),
-        "correction_phrase": np.array([one for one, _ in corrected], dtype=bool),
-        "corrected": np.array([changed for _, changed in corrected], dtype=bool),
-        "repetition": share,
-        "repeated_run": run,
+        "epistemic": np.array(
+            [len(epistemic.find(own, some)) for own, some in zip(words, places, strict=True)], dtype=np.int64
+        ),
+        "correction_phrase": np.array([correction.has_phrase for correction in corrected], dtype=bool),
+        "corrected": np.array([correction.changes_result for correction in corrected], dtype=bool),
+        "repetition": repeated.share,
+        "repeated_run": repeated.longest_run,
         "nll": np.bincount(row, -log_prob, len(samples)) / np.maximum(lengths, 1),
         "uncertainty": np.bincount(row, uncertainty, len(samples)) / np.maximum(lengths, 1),
         "has_entropy": np.full(len(samples), entropy is not None),
         **token_profile(uncertainty, lengths, settings.position_bins)._asdict(),
     }
     if checker is not None:
-        # 0 expected steps: they cannot be checked.
+        # Steps that cannot be checked stand as 0 expected ones.
         checks = [checker(sample.problem, sample.text) or StepCheck(0, 0, None) for sample in samples]
         table["steps_correct"] = np.array([check.correct for check in checks], dtype=np.int64)
         table["steps_expected"] = np.array([check.expected for check in checks], dtype=np.int64)
@@ -369,39 +280,40 @@ def _without_spaces(text: str) -> str:
 
 
 def _digest(text: str) -> int:
-    # Python's own hash differs from process to process. 63 bits: JSON and int64 hold them.
+    # Python's own hash differs from process to process. JSON and int64 both hold 63 bits.
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
 def join(tables: Sequence[Table]) -> Table:
-    """One table of all responses, in the order of (group, sample) however they were spread, so that sums do not depend
-    on it."""
+    """Return one table of all responses, in the order of (group, sample), so that sums do not depend on how the
+    responses were spread."""
     joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     order = np.lexsort((joined["sample"], joined["group"]))
     return {name: column[order] for name, column in joined.items()}
 
 
 def to_rows(table: Table) -> list[dict[str, Any]]:
-    """A table as JSON, one object a response: for files that grow response by response. :func:`from_rows` makes the
-    table again."""
+    """Return a table as JSON objects, one for each response, for files that grow response by response."""
     columns = {name: column.tolist() for name, column in table.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def from_rows(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the table behind :func:`to_rows`' objects."""
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
-    """Results of a table by the names of ``metrics.jsonl``; docs/health.md has each one's formula. What there is
-    nothing to compute from is left out. The profile and the AUROC are of entropies (``health/entropy_...``) where the
-    table has them, else of negative log-probs of the sampled tokens (``health/nll_...``), whose mean is the entropy's
-    in expectation."""
+    """Return results of a table by the names of ``metrics.jsonl``; docs/health.md has their formulas.
+
+    A result without anything to compute it from is left out. The profile and the AUROC are of entropies
+    (``health/entropy_...``) where the table has them. Else they are of negative log-probs of the sampled tokens
+    (``health/nll_...``), whose mean is the entropy's in expectation.
+    """
     tokens = int(table["length"].sum())
     kind = "entropy" if table["has_entropy"].all() else "nll"
-    metrics = {}
     deciles = _means(table["decile_sum"], table["decile_count"])
-    metrics |= {
+    metrics: dict[str, float] = {
         f"health/{kind}_decile_{place}": value for place, value in enumerate(deciles, start=1) if value is not None
     }
     positions = _means(table["position_sum"], table["position_count"])
@@ -441,10 +353,10 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
 
 
 def health_tables(table: Table) -> dict[str, list[dict[str, float | int | None]]]:
-    """What is a table and not a number, as JSON: ``calibration``, the bins of exp(-mean NLL) with the share that is
+    """Return the results that are tables, as JSON: ``calibration``, the bins of exp(-mean NLL) with the share that is
     right in each."""
     found = calibration(np.exp(-table["nll"]), table["right"])
-    rows = itertools.zip_longest(found.count.tolist(), found.confidence.tolist(), found.accuracy.tolist())
+    rows = itertools.zip_longest(found.responses.tolist(), found.confidence.tolist(), found.accuracy.tolist())
     return {
         "calibration": [
             {
@@ -459,8 +371,8 @@ def health_tables(table: Table) -> dict[str, list[dict[str, float | int | None]]
     }
 
 
-def _means(sums: NDArray, counts: NDArray) -> list[float | None]:
-    """Over the tokens of all responses, by column."""
+def _means(sums: Array, counts: Array) -> list[float | None]:
+    """Return the mean over the tokens of all responses, by column; None where there are no tokens."""
     return [
         total / count if count else None
         for total, count in zip(sums.sum(0).tolist(), counts.sum(0).tolist(), strict=True)

@@ -1,7 +1,7 @@
 """NeMo-Skills as a second grader, and its ``ns eval`` against our servers: subprocesses in an environment of its own.
 
-It ends with status 0 where its jobs have crashed, so what it was to write is looked at afterwards: every file, every
-line, every field. Written for NeMo-Skills 0.7.0; docs/evaluation.md says how its environment is made.
+NeMo-Skills ends with status 0 even where its jobs have crashed. So every file, line and field that it was to write is
+checked afterwards. This is written for NeMo-Skills 0.7.0; docs/evaluation.md says how its environment is made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -28,14 +28,14 @@ from dasd_megatron.files import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
 
 FOLDER = "nemo_skills"
-_GRADED = {
+_GRADED: dict[str, type | tuple[type, ...]] = {
     "problem": str,
     "expected_answer": (str, int, float),
     "generation": str,
     "predicted_answer": (str, type(None)),
     "symbolic_correct": bool,
 }
-# What a folder of problems says to NeMo-Skills; the same as in its own folders of mathematics.
+# A folder of problems tells NeMo-Skills how to use it. These are the settings of its own folders of mathematics.
 _DATASET_SETTINGS = {
     "DATASET_GROUP": "math",
     "METRICS_TYPE": "math",
@@ -46,8 +46,8 @@ _TAIL_LINES = 3
 
 
 def read_graded(folder: Path) -> Records:
-    """[problem][sample] of a benchmark's files ``output-rs*.jsonl``, whoever graded them, in the order of their names
-    as NeMo-Skills does.
+    """Return [problem][sample] of a benchmark's files ``output-rs*.jsonl``, whoever graded them. Samples are in the
+    order of the files' names, as NeMo-Skills counts them.
 
     Raises:
         EvaluationError: there are none, they differ in their numbers of lines or in their problems, or a line is no
@@ -67,7 +67,7 @@ def read_graded(folder: Path) -> Records:
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
     records = []
-    # Not splitlines: a line may hold U+2028.
+    # splitlines would also split at U+2028, which a line may hold.
     for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             record = json.loads(line)
@@ -83,7 +83,8 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
 
 
 def check_graded(folder: Path, problems: Sequence[str], samples: int) -> Records:
-    """:func:`read_graded`, of so many samples and of just these problems; :class:`EvaluationError` otherwise."""
+    """Return :func:`read_graded`'s samples; :class:`EvaluationError` unless there are ``samples`` of each of
+    ``problems`` and of no other."""
     records = read_graded(folder)
     if len(records[0]) != samples:
         raise EvaluationError(
@@ -95,9 +96,17 @@ def check_graded(folder: Path, problems: Sequence[str], samples: int) -> Records
     return records
 
 
-def verdicts(records: Records) -> tuple[list[list[str | None]], list[list[bool]], list[list[int]]]:
-    """Answers, outcomes and lengths in tokens, each [problem][sample], as the metrics take them."""
-    return (
+class Verdicts(NamedTuple):
+    """Each [problem][sample]."""
+
+    answers: list[list[str | None]]
+    outcomes: list[list[bool]]
+    tokens: list[list[int]]
+
+
+def verdicts(records: Records) -> Verdicts:
+    """Return answers, outcomes and lengths in tokens, each [problem][sample], as the metrics take them."""
+    return Verdicts(
         [[record["predicted_answer"] for record in row] for row in records],
         [[record["symbolic_correct"] for record in row] for row in records],
         [[record.get("num_generated_tokens", 0) for record in row] for row in records],
@@ -118,7 +127,7 @@ def compare_grading(
     for name, records in results.items():
         (folder / name).mkdir(parents=True)
         for sample in range(len(records[0])):
-            # Without our verdicts: were they left standing, a grader that crashed would agree with us.
+            # Our verdicts are left out: a grader that crashed would otherwise seem to agree with us.
             rows = [
                 {
                     key: value
@@ -168,8 +177,8 @@ def _close(found: Any, expected: Any) -> bool:
 
 
 def compare_folders(first: Path, second: Path) -> None:
-    """Print, of each benchmark that both folders hold, on how many responses two gradings agree, and write the others
-    to ``differences.jsonl`` in the second.
+    """Print on how many responses of each common benchmark two gradings agree, and write the others to
+    ``differences.jsonl`` in the second folder.
 
     Raises:
         EvaluationError: no benchmark in common, or other responses than the first's.
@@ -193,16 +202,16 @@ def compare_folders(first: Path, second: Path) -> None:
         both = [read_graded(first / name), read_graded(second / name)]
         pairs = [pair for rows in zip(*both, strict=False) for pair in zip(*rows, strict=False)]
         shapes = [[len(row) for row in records] for records in both]
-        if shapes[0] != shapes[1] or any(one["problem"] != other["problem"] for one, other in pairs):
+        if shapes[0] != shapes[1] or any(ours["problem"] != theirs["problem"] for ours, theirs in pairs):
             raise EvaluationError(
                 f"{first / name} and {second / name} hold other problems or numbers of samples: nothing to compare"
             )
-        other = [pair for pair in pairs if pair[0]["symbolic_correct"] != pair[1]["symbolic_correct"]]
-        alone = sum(one["symbolic_correct"] for one, _ in other)
-        table.add_row(name, str(len(pairs)), str(len(pairs) - len(other)), str(alone), str(len(other) - alone))
-        for one, two in other:
-            fields = {"benchmark": name, "problem": one["problem"], "expected_answer": one["expected_answer"]}
-            fields |= {"first": _verdict(one), "second": _verdict(two)}
+        unequal = [pair for pair in pairs if pair[0]["symbolic_correct"] != pair[1]["symbolic_correct"]]
+        alone = sum(ours["symbolic_correct"] for ours, _ in unequal)
+        table.add_row(name, str(len(pairs)), str(len(pairs) - len(unequal)), str(alone), str(len(unequal) - alone))
+        for ours, theirs in unequal:
+            fields = {"benchmark": name, "problem": ours["problem"], "expected_answer": ours["expected_answer"]}
+            fields |= {"first": _verdict(ours), "second": _verdict(theirs)}
             differences.append(json.dumps(fields) + "\n")
     replace_file(second / "differences.jsonl", "".join(differences))
     Console(highlight=False, width=120).print(table)
@@ -221,11 +230,11 @@ def run_eval(
     model: Path,
     display: ProgressDisplay,
 ) -> None:
-    """``ns eval`` with its own prompts against the first server, into ``<root>/nemo_skills/eval-results``.
+    """Run ``ns eval`` with its own prompts against the first server, into ``<root>/nemo_skills/eval-results``.
 
     Raises:
-        ConfigError: a server without OpenAI's API. EvaluationError: it fails, leaves something out, or counts
-            otherwise.
+        ConfigError: the server lacks OpenAI's API.
+        EvaluationError: ``ns eval`` fails, leaves something out, or counts otherwise.
     """
     settings = config.evaluation
     if config.rollout.engine == "embedded":
@@ -239,7 +248,10 @@ def run_eval(
         (folder / "data" / name).mkdir(parents=True)
         lines = "".join(f"{key} = {value!r}\n" for key, value in _DATASET_SETTINGS.items())
         (folder / "data" / name / "__init__.py").write_text(lines)
-        rows = [{"id": one.id, "problem": one.problem, "expected_answer": one.expected_answer} for one in of_benchmark]
+        rows = [
+            {"id": problem.id, "problem": problem.problem, "expected_answer": problem.expected_answer}
+            for problem in of_benchmark
+        ]
         replace_file(folder / "data" / name / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     with display.phase("ns eval"):
         _run(
@@ -260,7 +272,7 @@ def run_eval(
         )
     results = folder / "eval-results"
     graded = {
-        name: check_graded(results / name, [one.problem for one in problems[name]], settings.samples)
+        name: check_graded(results / name, [problem.problem for problem in problems[name]], settings.samples)
         for name in problems
     }
     for name, records in graded.items():
@@ -275,12 +287,15 @@ def run_eval(
 
 
 def _run(settings: EvaluationConfig, root: Path, module: str, *arguments: str) -> None:
-    """A module in NeMo-Skills' environment, its output in ``<root>/logs``, from where it reads relative paths:
-    ``<root>/nemo_skills``."""
+    """Run a module in NeMo-Skills' environment, with ``<root>/nemo_skills`` as working directory and its output in
+    ``<root>/logs``."""
     log = root / "logs" / f"{module}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    # The checks of the configuration refuse evaluation.nemo_skills without it.
+    assert settings.nemo_skills_python is not None
     python = Path(settings.nemo_skills_python).absolute()
-    # Its own interpreter first: NeMo-Skills starts `python` by that name. And nothing of this environment's.
+    # Its own interpreter comes first, since NeMo-Skills starts `python` by that name. Variables of this environment
+    # would lead that interpreter to this environment's packages.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environment |= {
         "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")]),

@@ -13,10 +13,11 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def pass_at_k(outcomes: Sequence[Sequence[bool]], k: int) -> float:
-    """Chance that at least one of ``k`` samples of a problem is correct, averaged over problems.
+    """Return the chance that at least one of ``k`` samples of a problem is correct, averaged over problems.
 
     Per problem with ``c`` of ``n`` samples correct this is the unbiased estimator 1 - C(n-c, k) / C(n, k) (Chen et al.,
     arXiv:2107.03374).
@@ -37,7 +38,7 @@ def pass_at_k(outcomes: Sequence[Sequence[bool]], k: int) -> float:
 
 
 def avg_at_k(outcomes: Sequence[Sequence[bool]]) -> float:
-    """Share of correct samples, averaged over problems; with k samples of each problem this is Avg@k.
+    """Return the share of correct samples, averaged over problems; with k samples of each problem this is Avg@k.
 
     Args:
         outcomes: as for :func:`pass_at_k`.
@@ -50,11 +51,11 @@ def avg_at_k(outcomes: Sequence[Sequence[bool]]) -> float:
 
 
 def maj_at_k(answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequence[bool]], k: int) -> float:
-    """Share of problems whose majority answer among the first ``k`` samples is correct.
+    """Return the share of problems whose majority answer among the first ``k`` samples is correct.
 
-    As NeMo-Skills 0.7 counts: samples without an answer (None) do not vote, a problem where nobody votes is wrong,
-    votes are for pairs of answer and outcome, answers are compared as strings, and among tied pairs a problem counts
-    with the share of right ones.
+    It counts as NeMo-Skills 0.7 does. Samples without an answer (None) do not vote, and a problem where nobody votes is
+    wrong. Votes are for pairs of answer and outcome, and answers are compared as strings. Among tied pairs, a problem
+    counts with the share of right ones.
 
     Args:
         answers: one sequence of extracted answers per problem, samples in order.
@@ -77,14 +78,15 @@ def maj_at_k(answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequenc
 def problem_scores(
     answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequence[bool]], ks: Sequence[int]
 ) -> dict[str, list[Fraction]]:
-    """Of each problem its ``avg@n``, and ``pass@k`` and ``maj@k`` of all ``ks``, where every problem has n samples.
+    """Return by metric the score of each problem: ``avg@n``, and ``pass@k`` and ``maj@k`` of all ``ks``.
 
-    Their :func:`mean` is the metric.
+    Every problem has n samples. The :func:`mean` of the scores is the metric.
 
     Raises:
         ValueError: as for :func:`maj_at_k`, or problems with different numbers of samples.
     """
-    maj_at_k(answers, outcomes, min(ks))  # refuses what is not sound
+    # It refuses outcomes and answers that are not sound.
+    maj_at_k(answers, outcomes, min(ks))
     for k in ks:
         _check_k(outcomes, k)
     n = len(outcomes[0])
@@ -98,13 +100,15 @@ def problem_scores(
     return scores
 
 
-def bootstrap(scores: Sequence[Sequence[float]], resamples: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Means of problems drawn with replacement, as many as there are.
+def bootstrap(
+    scores: Sequence[Sequence[float | Fraction]], resamples: int, seed: int | Sequence[int]
+) -> NDArray[np.float64]:
+    """Return means over problems that are drawn with replacement, as many as there are.
 
     Args:
         scores: [problems][metrics]; one drawing of problems serves all metrics.
         resamples: how many drawings.
-        seed: of the drawings; equal seeds give equal results.
+        seed: seed of the drawings; equal seeds give equal results.
 
     Returns:
         [resamples, metrics] float64.
@@ -115,18 +119,19 @@ def bootstrap(scores: Sequence[Sequence[float]], resamples: int, seed: int | Seq
     return counts @ values / len(values)
 
 
-def interval(means: np.ndarray, confidence: float) -> np.ndarray:
-    """The central ``confidence`` of :func:`bootstrap`'s means: [2, metrics], its lower and upper ends."""
-    return np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+def interval(means: NDArray[np.float64], confidence: float) -> NDArray[np.float64]:
+    """Return the ends of the central ``confidence`` of :func:`bootstrap`'s means: [2, metrics], lower and upper."""
+    ends: NDArray[np.float64] = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return ends
 
 
 def nemo_skills_metrics(
     answers: Sequence[Sequence[str | None]], outcomes: Sequence[Sequence[bool]], tokens: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """What NeMo-Skills 0.7 writes about one benchmark to ``metrics.json``: shares in percent, by its names and in its
-    order.
+    """Return the entries that NeMo-Skills 0.7 writes about one benchmark to ``metrics.json``: shares in percent, by its
+    names and in its order.
 
-    Every problem has the same number n of samples; ``pass@k``, ``pass@1[avg-of-k]`` and ``majority@k`` are there for
+    Every problem has the same number n of samples. ``pass@k``, ``pass@1[avg-of-k]`` and ``majority@k`` are there for
     every k up to n.
     """
     n, problems = len(outcomes[0]), list(zip(answers, outcomes, strict=True))
@@ -158,9 +163,9 @@ def nemo_skills_metrics(
     return metrics
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    """NeMo-Skills' statistics of [problems, samples]: between runs, each one sample of every problem, and between a
-    problem's samples."""
+def _spread(values: NDArray[np.float64]) -> dict[str, float]:
+    """Return NeMo-Skills' statistics of [problems, samples]: between runs, of which each has one sample of every
+    problem, and between a problem's samples."""
     between_runs = float(values.mean(axis=0).std(ddof=1))
     return {
         "avg": float(values.mean()),
@@ -171,11 +176,11 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def mean(values: Sequence[Fraction]) -> float:
-    """The mean of exact fractions, rounded once."""
+    """Return the mean of exact fractions, rounded once."""
     return float(sum(values) / len(values))
 
 
-def _average(row: Sequence[bool]) -> Fraction:
+def _average(row: Sequence[bool | Fraction]) -> Fraction:
     return Fraction(sum(map(int, row)), len(row))
 
 

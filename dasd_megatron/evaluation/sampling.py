@@ -1,10 +1,12 @@
-"""Samples of one benchmark, streamed to disk as they finish, so that an evaluation that is killed goes on where it was.
+"""Samples of a benchmark, streamed to disk as they finish, so that an evaluation that is killed goes on where it was.
 
-A folder of results has ``settings.json``, what the samples depend on; ``journal.jsonl``, every sample in the order in
-which they
-finished, while some are missing; and ``output-rs<i>.jsonl``, the i-th sample of every problem in their order, once none
-is. These last are NeMo-Skills' files, and the same however often the evaluation was killed, if the server's answers
-depend on the requests alone.
+A folder of results has these files:
+
+- ``settings.json``: what the samples depend on.
+- ``journal.jsonl``: every sample in the order in which they finished, while some are missing.
+- ``output-rs<i>.jsonl``: the i-th sample of every problem in their order, once no sample is missing. These are
+  NeMo-Skills' files. They are the same however often the evaluation was killed, if the server's answers depend on the
+  requests alone.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,27 +27,39 @@ from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
 from dasd_megatron.files import replace_file
-from dasd_megatron.observability.progress import ProgressDisplay
+from dasd_megatron.observability.progress import Phase, ProgressDisplay
 from dasd_megatron.rollout.client import Completion, RolloutClient, sampling_params, sampling_seed
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
-from dasd_megatron.verify.steps import STEP_CHECKERS
+from dasd_megatron.verify.steps import STEP_CHECKERS, StepChecker
 
 SETTINGS, JOURNAL = "settings.json", "journal.jsonl"
-# Of safetensors files, which may have hundreds of gigabytes; two models that differ at all differ here and there.
+# Safetensors files may have hundreds of gigabytes. Models that differ at all differ in their first or last mebibyte.
 _DIGEST_BYTES = 2**20
+# Samples that are all alike with less than this log-probability, e^-30, are the server's fault.
+_IMPLAUSIBLE_LOG_PROB = -30.0
 
-Records = list[list[dict[str, Any]]]
-"""[problem][sample]: what is written of each sample."""
+Record = dict[str, Any]
+"""A sample as a line of the files."""
+Records = list[list[Record]]
+"""[problem][sample]."""
+
+
+class Place(NamedTuple):
+    """A sample of a problem, both counted from 0."""
+
+    problem: int
+    sample: int
 
 
 class EvaluationError(RuntimeError):
     """Results that cannot be used or must not be mixed. The message is one line that says which, why and what to do."""
 
 
-def sample_record(sample: Sample, seed: int) -> dict[str, Any]:
-    """What is written of a sample: NeMo-Skills' fields, and behind them ours. Nothing of it depends on the clock."""
+def sample_record(sample: Sample, seed: int) -> Record:
+    """Return the fields that are written of a sample: NeMo-Skills' fields, and behind them ours. None depends on the
+    clock."""
     return {
         "problem": sample.problem,
         "expected_answer": sample.expected_answer,
@@ -62,7 +77,7 @@ def sample_record(sample: Sample, seed: int) -> dict[str, Any]:
 
 
 def model_digest(path: Path) -> str:
-    """SHA-256 over a Hugging Face directory's files: their names, sizes, first and last mebibyte."""
+    """Return the SHA-256 over a Hugging Face directory's files: their names, sizes, first and last mebibyte."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if not file.is_file() or file.suffix not in (".json", ".safetensors", ".jinja", ".model", ".txt"):
@@ -76,6 +91,7 @@ def model_digest(path: Path) -> str:
 
 
 def samples_per_request(config: Config) -> int:
+    """Return how many samples a request asks for: by default as many as in training."""
     return config.evaluation.samples_per_request or config.rollout.groups_per_request * config.batch.samples_per_group
 
 
@@ -108,6 +124,33 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     replace_file(path, json.dumps(settings, indent=2) + "\n")
 
 
+class _Journal:
+    """The samples that are on disk while others are missing, in the order in which they finished."""
+
+    def __init__(self, file: BinaryIO, known: dict[Place, Record]) -> None:
+        self._file, self.known = file, known
+
+    def append(self, place: Place, record: Record) -> None:
+        self.known[place] = record
+        self._file.write(json.dumps({"place": place, **record}).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """The things that the samples of a benchmark are made of. ``problems`` and ``prompts`` run together."""
+
+    config: Config
+    problems: Sequence[Problem]
+    prompts: Sequence[Sequence[int]]
+    grader: Grader
+    tokenizer: PreTrainedTokenizerBase
+    checker: StepChecker | None
+
+
 def sample_benchmark(
     config: Config,
     folder: Path,
@@ -131,78 +174,27 @@ def sample_benchmark(
         display: shows how many are drawn, the share of right ones among them and the time left.
 
     Raises:
-        EvaluationError: all samples of every problem are the same. RolloutServerError: a server fails; what is on disk stays.
+        EvaluationError: all samples of every problem are the same.
+        RolloutServerError: a server fails; what is on disk stays.
     """
     samples = config.evaluation.samples
     records = finished_samples(folder, problems, samples)
     if records is not None:
         return records
     known = _read_journal(folder / JOURNAL, problems, samples)
-    rows = [(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
-    size = samples_per_request(config)
-    requests = [rows[start : start + size] for start in range(0, len(rows), size)]
-    requests = [request for request in requests if any(row not in known for row in request)]
-    there, right = len(known), []
-    checker = None if config.evaluation.benchmarks else STEP_CHECKERS.get(config.data.heldout.generator)
-    if there:
-        display.message(f"{folder.name}: {there} of {len(rows)} samples are there already")
+    places = [Place(problem, sample) for problem in range(len(problems)) for sample in range(samples)]
+    if known:
+        display.message(f"{folder.name}: {len(known)} of {len(places)} samples are there already")
+    generator = None if config.evaluation.benchmarks else config.data.heldout.generator
+    checker = None if generator is None else STEP_CHECKERS.get(generator)
+    benchmark = _Benchmark(config, problems, prompts, grader, tokenizer, checker)
     with (
-        open(folder / JOURNAL, "ab") as journal,
+        open(folder / JOURNAL, "ab") as file,
         ThreadPoolExecutor(1) as writer,
-        display.phase(folder.name, len(rows) - there) as phase,
+        display.phase(folder.name, len(places) - len(known)) as phase,
     ):
-
-        def write(request: list[tuple[int, int]], seeds: list[int], completions: list[Completion]) -> list[bool]:
-            drawn = make_samples(
-                [problems[problem] for problem, _ in request],
-                [problem for problem, _ in request],
-                [prompts[problem] for problem, _ in request],
-                completions,
-                grader,
-                samples_per_group=1,
-                tokenizer=tokenizer,
-                places=[sample for _, sample in request],
-            )
-            health = to_rows(measure(drawn, config.health, checker=checker))
-            written = []
-            for row, seed, sample, measured in zip(request, seeds, drawn, health, strict=True):
-                if row in known:
-                    continue
-                known[row] = sample_record(sample, seed) | {"health": measured}
-                journal.write(json.dumps({"place": row, **known[row]}).encode() + b"\n")
-                journal.flush()
-                written.append(known[row]["symbolic_correct"])
-            os.fsync(journal.fileno())
-            right.extend(written)
-            return written
-
-        async def answer(request: list[tuple[int, int]]) -> None:
-            seeds = [sampling_seed(config.run.seed, "evaluation", *row) for row in request]
-            completions = await client.generate(
-                [prompts[problem] for problem, _ in request],
-                sampling_params(
-                    config.rollout, seeds, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p
-                ),
-                weight_version=weight_version,
-                rows_per_request=size,
-            )
-            # In a thread of its own: an answer that takes seconds to grade must not hold up the others' requests.
-            # Shielded: what has come is written even where another request fails.
-            written = await asyncio.shield(
-                asyncio.get_running_loop().run_in_executor(writer, write, request, seeds, completions)
-            )
-            phase.advance(len(written), right=f"{sum(right) / max(1, len(right)):.1%}")
-
-        async def answer_all() -> None:
-            async with client, asyncio.TaskGroup() as group:
-                for request in requests:
-                    group.create_task(answer(request))
-
-        try:
-            asyncio.run(answer_all())
-        except BaseExceptionGroup as errors:
-            raise _first_error(errors) from None
-    records = [[known[problem, sample] for sample in range(samples)] for problem in range(len(problems))]
+        _draw_missing(benchmark, places, _Journal(file, known), client, weight_version, writer, phase)
+    records = [[known[Place(problem, sample)] for sample in range(samples)] for problem in range(len(problems))]
     _check_distinct(folder, records, config.evaluation.temperature)
     for sample in range(samples):
         replace_file(folder / f"output-rs{sample}.jsonl", "".join(json.dumps(row[sample]) + "\n" for row in records))
@@ -210,14 +202,91 @@ def sample_benchmark(
     return records
 
 
+def _draw_missing(
+    benchmark: _Benchmark,
+    places: Sequence[Place],
+    journal: _Journal,
+    client: RolloutClient,
+    weight_version: str | None,
+    writer: Executor,
+    phase: Phase,
+) -> None:
+    """Ask for all requests that have a missing sample at once, and append the samples to the journal as they come."""
+    config = benchmark.config
+    size = samples_per_request(config)
+    requests = [places[start : start + size] for start in range(0, len(places), size)]
+    requests = [request for request in requests if any(place not in journal.known for place in request)]
+    outcomes: list[bool] = []
+
+    async def answer(request: Sequence[Place]) -> None:
+        seeds = [sampling_seed(config.run.seed, "evaluation", *place) for place in request]
+        completions = await client.generate(
+            [benchmark.prompts[place.problem] for place in request],
+            sampling_params(
+                config.rollout, seeds, temperature=config.evaluation.temperature, top_p=config.evaluation.top_p
+            ),
+            weight_version=weight_version,
+            rows_per_request=size,
+        )
+        # Grading runs in a thread of its own: an answer that takes seconds to grade must not hold up the others'
+        # requests. The shield lets what has come be written even where another request fails.
+        written = await asyncio.shield(
+            asyncio.get_running_loop().run_in_executor(
+                writer, _grade_and_write, benchmark, journal, request, seeds, completions
+            )
+        )
+        outcomes.extend(written)
+        phase.advance(len(written), right=f"{sum(outcomes) / max(1, len(outcomes)):.1%}")
+
+    async def answer_all() -> None:
+        async with client, asyncio.TaskGroup() as group:
+            for request in requests:
+                group.create_task(answer(request))
+
+    try:
+        asyncio.run(answer_all())
+    except BaseExceptionGroup as errors:
+        raise _first_error(errors) from None
+
+
+def _grade_and_write(
+    benchmark: _Benchmark,
+    journal: _Journal,
+    request: Sequence[Place],
+    seeds: Sequence[int],
+    completions: Sequence[Completion],
+) -> list[bool]:
+    """Append the samples of a request that the journal lacks; return which of them are right."""
+    drawn = make_samples(
+        [benchmark.problems[place.problem] for place in request],
+        [place.problem for place in request],
+        [benchmark.prompts[place.problem] for place in request],
+        completions,
+        benchmark.grader,
+        samples_per_group=1,
+        tokenizer=benchmark.tokenizer,
+        places=[place.sample for place in request],
+    )
+    health = to_rows(measure(drawn, benchmark.config.health, checker=benchmark.checker))
+    outcomes: list[bool] = []
+    for place, seed, sample, measured in zip(request, seeds, drawn, health, strict=True):
+        if place in journal.known:
+            continue
+        record = sample_record(sample, seed) | {"health": measured}
+        journal.append(place, record)
+        outcomes.append(record["symbolic_correct"])
+    journal.sync()
+    return outcomes
+
+
 def duplicate_share(records: Records) -> float:
-    """Share of samples whose text another sample of the same problem has before them."""
+    """Return the share of samples whose text an earlier sample of the same problem has."""
     repeated = sum(len(row) - len({record["generation"] for record in row}) for row in records)
     return repeated / sum(map(len, records))
 
 
 def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) -> Records | None:
-    """The samples in a folder's final files; None where some are missing yet."""
+    """Return the samples in a folder's final files; None where some are missing yet."""
     files = [folder / f"output-rs{sample}.jsonl" for sample in range(samples)]
     if (folder / JOURNAL).exists() or not all(file.exists() for file in files):
         return None
@@ -230,18 +299,15 @@ def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) ->
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-# Of samples that are all alike without the server's fault: e^-30.
-_IMPLAUSIBLE_LOG_PROB = -30.0
-
-
 def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
+    """Refuse samples of which each is the same as the others of its problem, unless the policy is nearly certain."""
     if (
         temperature == 0
         or len(records[0]) == 1
         or any(len({record["generation"] for record in row}) > 1 for row in records)
     ):
         return
-    # A policy without entropy says the same whatever the seed.
+    # A policy without entropy says the same whatever the seed: this is the log-probability that it does.
     chance = sum(record["log_prob"] for row in records for record in row[1:])
     if chance < _IMPLAUSIBLE_LOG_PROB:
         raise EvaluationError(
@@ -251,14 +317,14 @@ def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
         )
 
 
-def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict[tuple[int, int], dict[str, Any]]:
-    """The samples of a journal, which loses the line that a kill has torn."""
+def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict[Place, Record]:
+    """Return the samples of a journal. The line that a kill has torn is cut off the file."""
     if not path.exists():
         return {}
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     os.truncate(path, whole)
-    known = {}
+    known: dict[Place, Record] = {}
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             record = json.loads(line)
@@ -270,11 +336,11 @@ def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict
             raise EvaluationError(
                 f"{path} line {number} is no sample of this evaluation: remove {path.parent} to sample anew"
             )
-        known[problem, sample] = record
+        known[Place(problem, sample)] = record
     return known
 
 
-def _first_error(errors: BaseExceptionGroup) -> BaseException:
+def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     first = errors.exceptions[0]
     return _first_error(first) if isinstance(first, BaseExceptionGroup) else first
 

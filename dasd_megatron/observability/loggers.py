@@ -29,10 +29,10 @@ from dasd_megatron.observability.trackers import Tracker
 class MetricsLogger:
     """Appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
 
-    ``resume_step`` is the step that a resumed run continues from: TensorBoard then hides the events of later steps (its
+    ``resume_step`` is the step that a resumed run continues from. TensorBoard then hides the events of later steps (its
     purge step), and :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the
-    files (:mod:`dasd_megatron.observability.trackers`); what they have to say goes to ``warn``. Raises
-    :class:`RunDirectoryError` when the directory cannot be written, at construction, before any step has been spent.
+    files (:mod:`dasd_megatron.observability.trackers`), and their warnings go to ``warn``. Raises
+    :class:`RunDirectoryError` when the directory cannot be written: at construction, before any step has been spent.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class MetricsLogger:
             self._events = _TensorBoard(self.run_dir / "tensorboard", step)
 
     def close(self) -> None:
+        """Close the files, and let the trackers send the rest."""
         if self._events:
             self._events.close()
         for tracker in self._trackers:
@@ -111,7 +112,7 @@ class MetricsLogger:
 
 
 class _TensorBoard:
-    """Scalars through tensorboard's own event writer, which needs neither torch nor TensorFlow.
+    """Scalars for TensorBoard, through its own event writer, which needs neither torch nor TensorFlow.
 
     The warm start goes to a folder of its own: its steps count from 1 too, and a purge step hides later events of every
     tag of a folder.

@@ -1,8 +1,8 @@
-"""What every metric means, in one table: docs/metrics.md is generated from it, and the report explains its charts by
-it.
+"""The meaning of every metric, in one table: docs/metrics.md is generated from it, and the report explains its charts
+by it.
 
-``python -m dasd_megatron.observability.metric_docs > docs/metrics.md`` writes the page again; tests compare the table
-with what runs write.
+``python -m dasd_megatron.observability.metric_docs > docs/metrics.md`` writes the page again. Tests compare the table
+with the metrics that runs write.
 """
 
 from __future__ import annotations
@@ -16,19 +16,116 @@ from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_S
 
 @dataclass(frozen=True)
 class Metric:
-    """``name`` may hold ``<k>`` for a number. ``healthy`` and ``action``: the range to expect, and what to do outside
-    it. ``when``: what must hold for a run to write it; empty: every line has it."""
+    """The documentation of one metric."""
 
     name: str
+    """It may hold ``<k>`` for a number."""
     unit: str
     meaning: str
     healthy: str = ""
+    """The range to expect."""
     action: str = ""
+    """Advice for values outside that range."""
     when: str = ""
+    """The condition under which a run writes the metric; empty: every line has it."""
+
+
+_RESPONSE_HEALTH = [
+    Metric("health/length_p10", "tokens", "a tenth of the responses is shorter", "steady", "see response/length_mean"),
+    Metric("health/length_p50", "tokens", "median length of a response", "steady", "see response/length_mean"),
+    Metric("health/length_p90", "tokens", "a tenth of the responses is longer", "steady", "see response/length_mean"),
+    Metric(
+        "health/epistemic_per_100",
+        "words per 100 tokens",
+        "voiced doubt: health.epistemic_words",
+        "steady",
+        "falls to 0: the policy has stopped to weigh alternatives; see entropy/mean",
+    ),
+    Metric(
+        "health/repetition",
+        "share",
+        "n-grams of a response that stood in it before",
+        "steady",
+        "rises: loops; read rollouts",
+    ),
+    Metric(
+        "health/repeated_run_mean",
+        "tokens",
+        "longest repeated stretch, mean over responses",
+        "steady",
+        "rises: loops; read rollouts",
+    ),
+    Metric(
+        "health/repeated_run_max",
+        "tokens",
+        "longest repeated stretch of any response",
+        "steady",
+        "rises: loops; read rollouts",
+    ),
+    Metric(
+        "health/correction_phrase_share",
+        "share",
+        "responses with one of health.correction_phrases",
+        "steady",
+        "see health/self_correction_share",
+    ),
+    Metric(
+        "health/self_correction_share",
+        "share",
+        "responses that change a result that they had written",
+        "steady",
+        "falls to 0: see entropy/mean",
+    ),
+    Metric(
+        "health/distinct_answers",
+        "answers per problem",
+        "different answers among a problem's samples",
+        "above 1",
+        "1: nothing to tell samples apart by",
+    ),
+    Metric(
+        "health/distinct_paths",
+        "texts per problem",
+        "different texts among a problem's samples",
+        "near the number of samples",
+        "falls: see entropy/mean",
+    ),
+    Metric(
+        "health/distinct_correct_paths",
+        "texts per problem",
+        "different right texts among a problem's samples",
+        "rises with accuracy",
+        "falls while accuracy rises: Pass@k will",
+    ),
+    Metric(
+        "health/calibration_error",
+        "share",
+        "gap between confidence per token and accuracy, over ten bins",
+        "steady",
+        "compare it with itself alone",
+    ),
+    Metric(
+        "health/step_accuracy",
+        "share",
+        "right steps of those in the worked solution",
+        "rises with accuracy",
+        "falls while accuracy rises: answers without reasoning",
+        when="the steps of the task can be checked",
+    ),
+    Metric(
+        "health/first_wrong_step",
+        "steps",
+        "place of the first wrong step, from 1, over responses that have one",
+        "rises",
+        "see health/step_accuracy",
+        when="the steps of the task can be checked",
+    ),
+]
 
 
 def _health(kind: str) -> list[Metric]:
-    """Reasoning health; ``kind``: entropy in training, nll in evaluations. docs/health.md has the formulas."""
+    """Return the metrics of reasoning health; ``kind``: entropy in training, nll in evaluations. docs/health.md has the
+    formulas."""
     place = "entropy" if kind == "entropy" else "-log-prob of the sampled token"
     return [
         Metric(
@@ -53,99 +150,7 @@ def _health(kind: str) -> list[Metric]:
             "at 0.5 doubt says nothing about being right",
             when="some responses are right and some wrong",
         ),
-        Metric(
-            "health/length_p10", "tokens", "a tenth of the responses is shorter", "steady", "see response/length_mean"
-        ),
-        Metric("health/length_p50", "tokens", "median length of a response", "steady", "see response/length_mean"),
-        Metric(
-            "health/length_p90", "tokens", "a tenth of the responses is longer", "steady", "see response/length_mean"
-        ),
-        Metric(
-            "health/epistemic_per_100",
-            "words per 100 tokens",
-            "voiced doubt: health.epistemic_words",
-            "steady",
-            "falls to 0: the policy has stopped to weigh alternatives; see entropy/mean",
-        ),
-        Metric(
-            "health/repetition",
-            "share",
-            "n-grams of a response that stood in it before",
-            "steady",
-            "rises: loops; read rollouts",
-        ),
-        Metric(
-            "health/repeated_run_mean",
-            "tokens",
-            "longest repeated stretch, mean over responses",
-            "steady",
-            "rises: loops; read rollouts",
-        ),
-        Metric(
-            "health/repeated_run_max",
-            "tokens",
-            "longest repeated stretch of any response",
-            "steady",
-            "rises: loops; read rollouts",
-        ),
-        Metric(
-            "health/correction_phrase_share",
-            "share",
-            "responses with one of health.correction_phrases",
-            "steady",
-            "see health/self_correction_share",
-        ),
-        Metric(
-            "health/self_correction_share",
-            "share",
-            "responses that change a result that they had written",
-            "steady",
-            "falls to 0: see entropy/mean",
-        ),
-        Metric(
-            "health/distinct_answers",
-            "answers per problem",
-            "different answers among a problem's samples",
-            "above 1",
-            "1: nothing to tell samples apart by",
-        ),
-        Metric(
-            "health/distinct_paths",
-            "texts per problem",
-            "different texts among a problem's samples",
-            "near the number of samples",
-            "falls: see entropy/mean",
-        ),
-        Metric(
-            "health/distinct_correct_paths",
-            "texts per problem",
-            "different right texts among a problem's samples",
-            "rises with accuracy",
-            "falls while accuracy rises: Pass@k will",
-        ),
-        Metric(
-            "health/calibration_error",
-            "share",
-            "gap between confidence per token and accuracy, over ten bins",
-            "steady",
-            "compare it with itself alone",
-        ),
-        Metric(
-            "health/step_accuracy",
-            "share",
-            "right steps of those in the worked solution",
-            "rises with accuracy",
-            "falls while accuracy rises: answers without reasoning",
-            when="the steps of the task can be checked",
-        ),
-        Metric(
-            "health/first_wrong_step",
-            "steps",
-            "place of the first wrong step, from 1, over responses that have one",
-            "rises",
-            "see health/step_accuracy",
-            when="the steps of the task can be checked",
-        ),
+        *_RESPONSE_HEALTH,
     ]
 
 
@@ -647,14 +652,14 @@ FILES = {METRICS: _STEP, WARM_START: _WARM_START, EVALUATION: _EVALUATION}
 
 
 def find_metric(name: str, file: str = METRICS) -> Metric | None:
-    """The documentation of a name that a run wrote into ``file``, None if there is none."""
+    """Return the documentation of a name that a run wrote into ``file``, None if there is none."""
     return next(
         (metric for metric in FILES[file] if re.fullmatch(re.escape(metric.name).replace("<k>", r"\d+"), name)), None
     )
 
 
 def explain(*names: str, file: str = METRICS) -> str:
-    """A sentence or two about each metric, for people who look at its chart."""
+    """Return a sentence or two about each metric, for people who look at its chart."""
     texts = []
     for name in names:
         metric = find_metric(name, file)
@@ -672,19 +677,24 @@ _HEAD = """# Metrics
 
 Generated by `python -m dasd_megatron.observability.metric_docs`; do not edit.
 
-Names are `group/name`, lower case, with the statistic last (`_mean`, `_max`, `_share`). Shares run from 0 to 1, entropies and log-probs
-are in nats, durations in seconds. "Healthy" is where to be without worry, not a law: it comes from how a quantity is made and from small
+Names are `group/name`, lower case, with the statistic last (`_mean`, `_max`, `_share`). Shares run from 0 to 1, \
+entropies and log-probs
+are in nats, durations in seconds. "Healthy" is where to be without worry, not a law: it comes from how a quantity \
+is made and from small
 runs, and large models may live elsewhere. All means over tokens count sampled tokens only, over all replicas.
 
-The same names stand everywhere: in the `.jsonl` files of the run directory, in TensorBoard, W&B and MLflow (`logging.tensorboard`,
-`logging.wandb`, `logging.mlflow`), with the training step as x axis. There, metrics of an evaluation begin with `evaluation/` and those
-of the warm start with `warm_start/`, which has an axis of its own; MLflow, which takes no `@`, has `evaluation/avg_at_16`. W&B and MLflow
+The same names stand everywhere: in the `.jsonl` files of the run directory, in TensorBoard, W&B and MLflow \
+(`logging.tensorboard`,
+`logging.wandb`, `logging.mlflow`), with the training step as x axis. There, metrics of an evaluation begin with \
+`evaluation/` and those
+of the warm start with `warm_start/`, which has an axis of its own; MLflow, which takes no `@`, has \
+`evaluation/avg_at_16`. W&B and MLflow
 get no step twice: where a resumed run repeats steps, they keep the first numbers, and `metrics.jsonl` has the last.
 """
 
 
 def markdown() -> str:
-    """The text of docs/metrics.md."""
+    """Return the text of docs/metrics.md."""
     titles = {
         METRICS: "one line for each training step",
         WARM_START: "one line for each step of supervised fine-tuning",
@@ -694,9 +704,9 @@ def markdown() -> str:
     for file, metrics in FILES.items():
         parts.append(f"## {file}: {titles[file]}\n")
         parts.append("| metric | unit | meaning | healthy | outside it |\n|---|---|---|---|---|")
-        for one in metrics:
-            meaning = f"{one.meaning} (only where {one.when})" if one.when else one.meaning
-            cells = (f"`{one.name}`", one.unit, meaning, one.healthy, one.action)
+        for metric in metrics:
+            meaning = f"{metric.meaning} (only where {metric.when})" if metric.when else metric.meaning
+            cells = (f"`{metric.name}`", metric.unit, meaning, metric.healthy, metric.action)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts[-1] += "\n"
     return "\n".join(parts)

@@ -20,7 +20,6 @@ from dasd_megatron.files import RunDirectoryError, cannot_write, replace_file
 
 METRICS, WARM_START, EVALUATION = "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl"
 
-
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -28,11 +27,10 @@ def truncate_after(run_dir: str | Path, step: int, warm_start_step: int | None =
     """Drop the lines of metrics.jsonl and evaluation.jsonl whose step lies after ``step``; for a resume from the
     checkpoint of ``step``.
 
-    ``step=-1`` empties both (a fresh start in an old directory). ``warm_start_step``: do the same to warm_start.jsonl,
-    whose steps count
-    on their own; None leaves it. A half-written last line is dropped. Each file is replaced atomically (write, fsync,
-    rename). Raises :class:`RunDirectoryError` for an unreadable line that is not the last, and for a directory that
-    cannot be written.
+    ``step=-1`` empties both, for a fresh start in an old directory. ``warm_start_step`` does the same to
+    warm_start.jsonl, whose steps count on their own; None leaves it. A half-written last line is dropped. Each file is
+    replaced atomically (write, fsync, rename). Raises :class:`RunDirectoryError` for an unreadable line that is not the
+    last, and for a directory that cannot be written.
     """
     limits = {METRICS: step, EVALUATION: step, WARM_START: warm_start_step}
     for name, limit in limits.items():
@@ -44,8 +42,8 @@ def truncate_after(run_dir: str | Path, step: int, warm_start_step: int | None =
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, NaN and infinities as floats again; [] when the file is absent; a half-written last
-    line is left out."""
+    """Return the rows of a metrics file, NaN and infinities as floats again. Without the file there are none; a
+    half-written last line is left out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -53,11 +51,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def restore_non_finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of a metrics file with the strings "NaN", "Infinity" and "-Infinity" as floats again."""
+    """Return a line of a metrics file with the strings "NaN", "Infinity" and "-Infinity" as floats again."""
     return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def step_of_row(row: Mapping[str, Any], where: object) -> int:
+    """Return the step of a line; ``where`` names the file in the :class:`RunDirectoryError` about a line without."""
     step = row.get("step")
     if isinstance(step, bool) or not isinstance(step, numbers.Integral):
         raise RunDirectoryError(f"{where}: a line needs an integer 'step', this one has {step!r}")
@@ -65,7 +64,8 @@ def step_of_row(row: Mapping[str, Any], where: object) -> int:
 
 
 def _parsed_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(line, object) of every whole line; what a crash left of the last line is skipped, damage before it raises."""
+    """Yield (line, object) of every whole line. The rest that a crash left of the last line is skipped; damage before
+    it raises."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -84,7 +84,7 @@ def _parsed_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def mend_last_line(path: Path) -> None:
-    """Drop what a killed writer left of a last line, so that the next one does not continue it."""
+    """Drop the half of a last line that a killed writer left, so that the next line does not continue it."""
     if not path.exists() or path.stat().st_size == 0:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -94,6 +94,7 @@ def mend_last_line(path: Path) -> None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line with a single write, and flush it to disk. A write that fails leaves the file as it was."""
     data = (json.dumps({key: plain_value(key, value) for key, value in row.items()}, allow_nan=False) + "\n").encode()
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -114,8 +115,8 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def plain_value(key: str, value: Any) -> Any:
-    """``value`` as JSON takes it: Python scalars, numpy and torch scalars by their ``item``, non-finite floats by
-    name."""
+    """Return ``value`` as JSON takes it: Python scalars, numpy and torch scalars by their ``item``, non-finite floats
+    by name."""
     if hasattr(value, "item") and callable(value.item):
         value = value.item()
     if value is None or isinstance(value, (bool, str)):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: live bars on a terminal, tidy lines in a log file, a table at the end."""
+"""Progress of a run for people: live bars on a terminal, tidy lines in a log file, a table at the end."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def clean(text: str) -> str:
-    """``text`` on one line without control characters, so that nothing from a model or a server can move the reader's
-    cursor."""
+    """Return ``text`` on one line without control characters, so that nothing from a model or a server can move the
+    reader's cursor."""
     return _CONTROL.sub(" ", text).strip()
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Asked of the stream alone: FORCE_COLOR, which rich would heed, must not put control characters into a log
-    file."""
+    """Return whether the stream is a terminal that can move the cursor.
+
+    Only the stream decides: FORCE_COLOR, which rich would heed, must not put control characters into a log file.
+    """
     return stream.isatty() and os.environ.get("TERM", "dumb").lower() not in ("dumb", "unknown")
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people write them: 3.4s, 2m05s, 1h07m."""
+    """Write seconds as people do: 3.4s, 2m05s, 1h07m."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 59.95:
@@ -46,7 +48,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_step(metrics: Mapping[str, Any], total_steps: int, eta_seconds: float | None = None) -> str:
-    """The headline of one training step on one line; metrics that a step does not have are left out.
+    """Write the headline of one training step on one line; metrics that a step does not have are left out.
 
     ``acc`` share of correct rollouts, ``H`` mean student entropy (nats), ``len`` mean response length (tokens),
     ``push`` share of tokens pushed away from the teacher, ``|g|`` gradient norm before clipping.
@@ -72,10 +74,10 @@ def format_step(metrics: Mapping[str, Any], total_steps: int, eta_seconds: float
 class ProgressDisplay:
     """Progress of one run, shown by its first rank.
 
-    On a terminal: one line per training step above a live bar with the time left. Elsewhere (a log file, a pipe,
-    TERM=dumb): one plain line per training step and about ``lines_per_phase`` per counted phase, without control
-    characters, flushed, each with the time of day. ``start_step`` is the step that a resumed run continues from. Use it
-    as a context manager, so that an exception leaves a sound terminal.
+    On a terminal there is one line per training step above a live bar with the time left. Elsewhere (a log file, a
+    pipe, TERM=dumb) there is one plain line per training step and about ``lines_per_phase`` per counted phase, without
+    control characters, flushed, each with the time of day. ``start_step`` is the step that a resumed run continues
+    from. Use it as a context manager, so that an exception leaves a sound terminal.
     """
 
     def __init__(
@@ -115,7 +117,8 @@ class ProgressDisplay:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Phase]:
-        """A named stretch of work (data, warm start, evaluate before, ...), with ``total`` countable units or None."""
+        """Show a named stretch of work (data, warm start, evaluate before, ...), with ``total`` countable units or
+        None."""
         phase = Phase(self, name, total)
         try:
             yield phase
@@ -144,7 +147,7 @@ class ProgressDisplay:
             self.message(format_step(metrics, self._total_steps, eta))
 
     def message(self, text: str, style: str = "") -> None:
-        """One line of information."""
+        """Show one line of information."""
         moment = time.strftime("%H:%M:%S", time.localtime(self._clock()))
         if self.live:
             self._console.print(Text.assemble((moment, "dim"), " ", (clean(text), style)), soft_wrap=True)
@@ -155,7 +158,21 @@ class ProgressDisplay:
             self._stream.flush()
 
     def warning(self, text: str) -> None:
+        """Show one line that stands out."""
         self.message(f"WARNING: {text}", style="bold yellow")
+
+
+class _Bar:
+    """The live bar of one phase."""
+
+    def __init__(self, bars: Progress, name: str, total: int | None) -> None:
+        self._bars, self._task = bars, bars.add_task(clean(name), total=total, note="")
+
+    def update(self, done: int, note: str) -> None:
+        self._bars.update(self._task, completed=done, note=clean(note))
+
+    def remove(self) -> None:
+        self._bars.remove_task(self._task)
 
 
 class Phase:
@@ -165,18 +182,18 @@ class Phase:
         self._display, self.name, self.total = display, name, total
         self._done, self._lines, self._values = 0, 0, ""
         self._started = display._clock()
-        self._task = display._bars.add_task(clean(name), total=total, note="") if display._bars is not None else None
-        if self._task is None:
+        self._bar = None if display._bars is None else _Bar(display._bars, name, total)
+        if self._bar is None:
             display.message(f"{name} ..." if total is None else f"{name}: 0/{total}")
 
     def advance(self, units: int = 1, **values: float | str) -> None:
-        """``units`` more are done; ``values`` (loss=..., lr=...) are shown beside the count."""
+        """Count ``units`` more as done; ``values`` (loss=..., lr=...) are shown beside the count."""
         self._done += units
         self._values = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
         )
-        if self._task is not None:
-            self._display._bars.update(self._task, completed=self._done, note=clean(self._values))
+        if self._bar is not None:
+            self._bar.update(self._done, self._values)
         elif (
             self.total
             and self._done < self.total
@@ -185,18 +202,14 @@ class Phase:
             self._lines = self._done * self._display._lines_per_phase // self.total
             elapsed = self._display._clock() - self._started
             left = elapsed / self._done * (self.total - self._done)
-            self._display.message(
-                "  ".join(
-                    filter(
-                        None, (f"{self.name}: {self._done}/{self.total}", self._values, f"eta {format_duration(left)}")
-                    )
-                )
-            )
+            count = f"{self.name}: {self._done}/{self.total}"
+            self._display.message("  ".join(filter(None, (count, self._values, f"eta {format_duration(left)}"))))
 
     def close(self, failed: bool) -> None:
+        """Show the end of the phase and its duration."""
         elapsed = format_duration(self._display._clock() - self._started)
-        if self._task is not None:
-            self._display._bars.remove_task(self._task)
+        if self._bar is not None:
+            self._bar.remove()
         count = f" {self._done}/{self.total}" if self.total else ""
         end = "stopped by an error after" if failed else "done in"
         self._display.message("  ".join(filter(None, (f"{self.name}:{count} {end} {elapsed}", self._values))))
@@ -205,8 +218,8 @@ class Phase:
 def evaluation_rows(
     before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
 ) -> list[tuple[str, float | None, float | None, str]]:
-    """(name, before, after, unit) of every result that an evaluation has, in reading order; unit is share, tokens or
-    nats.
+    """Return (name, before, after, unit) of every result that an evaluation has, in reading order; unit is share,
+    tokens or nats.
 
     ``before`` and ``after`` are lines of evaluation.jsonl: ``avg@n``, ``pass@k`` ..., ``maj@n`` (shares),
     ``response/length_mean`` (tokens), ``nll_mean`` (nats per token); None where that evaluation was not made.
@@ -251,9 +264,8 @@ def summary_table(
     its own.
 
     ``before`` and ``after`` are lines of evaluation.jsonl, or None where that evaluation was not made. ``facts`` maps
-    names to values;
-    they are never wrapped, so that the path of the report can be clicked or copied. ``stream`` is standard output if
-    not given.
+    names to values. They are never wrapped, so that the path of the report can be clicked or copied. ``stream`` is
+    standard output if not given.
     """
     stream = stream if stream is not None else sys.stdout
     terminal = _is_terminal(stream)

@@ -1,9 +1,10 @@
 """W&B and MLflow: each gets the run's numbers from the run's own files, in a process of its own.
 
-The process follows metrics.jsonl, evaluation.jsonl and warm_start.jsonl and sends what it has not sent yet. So nothing
-that happens to it, to its library, its disk or its network can end, block or slow a run: it tries again with growing
-pauses, the trainer warns once, and at the end waits for it a bounded time. What it has sent, and the id of the run over
-there, stand in ``<run>/trackers/<name>.json``: a resumed run goes on under the same id, and no step is sent twice.
+The process follows metrics.jsonl, evaluation.jsonl and warm_start.jsonl and sends the lines that it has not sent yet.
+So nothing that happens to it, to its library, its disk or its network can end, block or slow a run. The process tries
+again with growing pauses. The trainer warns once, and at the end waits for it a bounded time. The number of lines sent
+and the id of the service's run stand in ``<run>/trackers/<name>.json``: a resumed run goes on under the same id, and no
+step is sent twice.
 
 ``python -m dasd_megatron.observability.trackers wandb RUN`` sends the rest of a run by hand.
 """
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import yaml
 
@@ -33,7 +34,7 @@ CLOSE_SECONDS = 60.0
 _LONGEST_PAUSE = 60.0
 _PREFIXES = {WARM_START: "warm_start/", METRICS: "", EVALUATION: "evaluation/"}
 
-# No telemetry of the libraries about us, and MLflow's store in files, which is all that its small distribution has.
+# The libraries send no telemetry about us. MLflow stores in files, since its small distribution has nothing else.
 _ENVIRONMENT = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
@@ -45,13 +46,31 @@ _ENVIRONMENT = {
 _SECRET_NAME = re.compile(r"(api|access|auth)[-_]?key|token(?!s|_|ize)|secret|passw|credential", re.IGNORECASE)
 
 
+class State(TypedDict):
+    """The contents of ``trackers/<name>.json``."""
+
+    id: str | None
+    """The service's id of the run."""
+    sent: dict[str, int]
+    """Last step sent, by file and label."""
+    lines: int
+    """The number of lines sent."""
+    trouble: str
+    """The trouble that lasts now; empty when there is none."""
+
+
 class Service(Protocol):
-    """A run over there. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may raise
-    anything."""
+    """A run at the service. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may
+    raise anything."""
 
     def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None: ...
 
     def close(self) -> None: ...
+
+
+Connect = Callable[[Mapping[str, Any], str, Path, State, Mapping[str, Any]], tuple[Service, str]]
+"""Takes the ``logging`` section, the run's name and directory, the state and the public configuration; returns the
+service's run and its id."""
 
 
 # ---- in the trainer
@@ -59,9 +78,9 @@ class Service(Protocol):
 
 
 class Tracker:
-    """The process that follows the run directory for one service. Nothing here raises for what goes wrong over there.
+    """The process that follows the run directory for one service. Nothing here raises for what goes wrong there.
 
-    ``fresh`` starts another run over there, as for a run that begins again at step 1.
+    ``fresh`` starts another run at the service, as for a run that begins again at step 1.
     """
 
     def __init__(self, name: str, run_dir: Path, *, fresh: bool) -> None:
@@ -70,7 +89,7 @@ class Tracker:
         folder.mkdir(exist_ok=True)
         if fresh:
             _state_path(run_dir, name).unlink(missing_ok=True)
-        # It neither gets nor needs the key of the rollout servers.
+        # The process neither gets nor needs the key of the rollout servers.
         environment = {key: value for key, value in os.environ.items() if key != access.VARIABLE}
         command = [
             sys.executable,
@@ -91,7 +110,7 @@ class Tracker:
             )
 
     def trouble(self) -> str | None:
-        """A one-line warning the first time that something is wrong, else None."""
+        """Return a one-line warning the first time that something is wrong, else None."""
         if self._warned:
             return None
         status, reason = self._process.poll(), _read_state(self._run_dir, self.name)["trouble"]
@@ -106,14 +125,15 @@ class Tracker:
         )
 
     def close(self) -> str | None:
-        """Let it send the rest, for at most a minute; returns a one-line warning if that did not work out."""
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
+        """Let the process send the rest, for at most a minute; return a one-line warning if it has not sent all."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
         try:
             status = self._process.wait(CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             status = None
-            # With its helpers, which are of its session.
+            # The library's helper processes are in the same session, so they end too.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -130,15 +150,15 @@ class Tracker:
 
 
 def public_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The configuration by dotted names, without what may be a secret: fields and arguments with such names, and
-    passwords in URLs."""
+    """Return the configuration by dotted names. Possible secrets are left out: fields and arguments with such names,
+    and passwords in URLs."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found |= public_settings(value, f"{name}.")
         elif _SECRET_NAME.search(str(key)) or (
-            isinstance(value, list) and any(_SECRET_NAME.search(str(one)) for one in value)
+            isinstance(value, list) and any(_SECRET_NAME.search(str(item)) for item in value)
         ):
             found[name] = "(left out)"
         else:
@@ -148,19 +168,20 @@ def public_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, An
     return found
 
 
-def follow(
-    name: str, run_dir: Path, ended: Callable[[], bool], connect: Callable[..., Service], pause: float = 1.0
-) -> None:
-    """Send the lines of the run's files until ``ended`` says that no more come and all are sent. A failure is tried
-    again after a longer pause; once ``ended``, it is raised."""
+def follow(name: str, run_dir: Path, ended: Callable[[], bool], connect: Connect, pause: float = 1.0) -> None:
+    """Send the lines of the run's files until ``ended`` says that no more come and all are sent.
+
+    After a failure it tries again, with growing pauses; once ``ended``, the failure is raised.
+    """
     state = _read_state(run_dir, name)
     files = {file: _Follower(run_dir / file) for file in _PREFIXES}
-    service, wait = None, pause
+    service: Service | None = None
+    wait = pause
     while True:
         last = ended()
         try:
             if service is None:
-                service = _connected(name, run_dir, state, connect)
+                service = _connect(name, run_dir, state, connect)
             for file, follower in files.items():
                 for row in follower.new_rows():
                     _send(service, file, row, state)
@@ -170,7 +191,7 @@ def follow(
                 state["trouble"] = ""
                 _write_state(run_dir, name, state)
         except Exception as error:
-            # Of any kind: libraries raise their own, and whatever it is, the run's files have the numbers for the next
+            # Libraries raise errors of their own. Whatever it is, the run's files have the numbers for the next
             # attempt.
             print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", flush=True)
             if last:
@@ -181,7 +202,8 @@ def follow(
             files = {file: _Follower(run_dir / file) for file in _PREFIXES}
             wait = min(2 * wait, _LONGEST_PAUSE)
         if last:
-            service.close()
+            if service is not None:
+                service.close()
             return
         _sleep(wait, ended)
 
@@ -192,15 +214,15 @@ def _sleep(seconds: float, ended: Callable[[], bool]) -> None:
         time.sleep(min(0.2, seconds))
 
 
-def _connected(name: str, run_dir: Path, state: dict[str, Any], connect: Callable[..., Service]) -> Service:
+def _connect(name: str, run_dir: Path, state: State, connect: Connect) -> Service:
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
     service, state["id"] = connect(config["logging"], config["run"]["name"], run_dir, state, public_settings(config))
     _write_state(run_dir, name, state)
     return service
 
 
-def _send(service: Service, file: str, row: dict[str, Any], state: dict[str, Any]) -> None:
-    """Send one line, unless its step has been sent already; counts it in ``state``."""
+def _send(service: Service, file: str, row: dict[str, Any], state: State) -> None:
+    """Send one line, unless its step has been sent already, and count it in ``state``."""
     step = row["step"]
     # Evaluations of one step differ by their label.
     sequence = f"{file} {row.get('label', '')}".strip()
@@ -218,11 +240,12 @@ def _send(service: Service, file: str, row: dict[str, Any], state: dict[str, Any
 
 
 class _Follower:
-    """The whole lines that have been added to a file since the last look; all of them again once the file has been
-    replaced."""
+    """Reads the whole lines that have been added to a file since the last read; all of them again once the file has
+    been replaced."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offset, self._inode = path, 0, None
+        self._path, self._offset = path, 0
+        self._inode: int | None = None
 
     def new_rows(self) -> Iterator[dict[str, Any]]:
         if not self._path.exists():
@@ -245,21 +268,19 @@ def _state_path(run_dir: Path, name: str) -> Path:
     return run_dir / "trackers" / f"{name}.json"
 
 
-def _read_state(run_dir: Path, name: str) -> dict[str, Any]:
-    """id of the run over there, steps ``sent`` by file, number of ``lines`` sent, and what is wrong now."""
-    empty = {"id": None, "sent": {}, "lines": 0, "trouble": ""}
-    try:
-        return empty | json.loads(_state_path(run_dir, name).read_text())
-    except FileNotFoundError:
-        return empty
+def _read_state(run_dir: Path, name: str) -> State:
+    state = State(id=None, sent={}, lines=0, trouble="")
+    with contextlib.suppress(FileNotFoundError):
+        state.update(json.loads(_state_path(run_dir, name).read_text()))
+    return state
 
 
-def _write_state(run_dir: Path, name: str, state: Mapping[str, Any]) -> None:
+def _write_state(run_dir: Path, name: str, state: State) -> None:
     replace_file(_state_path(run_dir, name), json.dumps(state))
 
 
 def connect_wandb(
-    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: Mapping[str, Any], config: Mapping[str, Any]
+    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: State, config: Mapping[str, Any]
 ) -> tuple[Service, str]:
     import wandb
 
@@ -287,7 +308,7 @@ def connect_wandb(
 
     class WandbRun:
         def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None:
-            # Its own count of lines only ever grows, over all sessions: lower ones would be dropped.
+            # W&B drops lines whose count is not above the last one. This count grows over all sessions.
             run.log({**values, f"{axis}/step" if axis else "step": step}, step=state["lines"])
 
         def close(self) -> None:
@@ -297,24 +318,25 @@ def connect_wandb(
 
 
 def connect_mlflow(
-    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: Mapping[str, Any], config: Mapping[str, Any]
+    settings: Mapping[str, Any], run_name: str, run_dir: Path, state: State, config: Mapping[str, Any]
 ) -> tuple[Service, str]:
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=settings["mlflow_uri"] or (run_dir / "mlruns").as_uri())
-    run_id = state["id"]
-    if run_id is None:
+    known_id = state["id"]
+    if known_id is None:
         experiment = client.get_experiment_by_name(settings["mlflow_experiment"])
         number = (
             client.create_experiment(settings["mlflow_experiment"]) if experiment is None else experiment.experiment_id
         )
-        run_id = client.create_run(number, run_name=run_name).info.run_id
-        # A request takes a hundred of them.
+        run_id: str = client.create_run(number, run_name=run_name).info.run_id
+        # A request takes a hundred parameters.
         params = [Param(_mlflow_name(key), str(value)[:500]) for key, value in config.items()]
         for first in range(0, len(params), 100):
             client.log_batch(run_id, params=params[first : first + 100])
     else:
+        run_id = known_id
         client.update_run(run_id, status="RUNNING")
 
     class MlflowRun:
@@ -334,7 +356,7 @@ def _mlflow_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
 
 
-CONNECT = {"wandb": connect_wandb, "mlflow": connect_mlflow}
+CONNECT: dict[str, Connect] = {"wandb": connect_wandb, "mlflow": connect_mlflow}
 
 
 def main(arguments: list[str]) -> None:
@@ -343,7 +365,7 @@ def main(arguments: list[str]) -> None:
     name, run_dir, *options = arguments
     parent = os.getppid()
     if options == ["--follow"]:
-        # Schedulers send these to all processes of a job; what the trainer still writes is to be sent too.
+        # Schedulers send these signals to all processes of a job. The trainer may still write lines to be sent.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         os.set_blocking(sys.stdin.fileno(), False)

@@ -1,8 +1,8 @@
-"""A watch on training: a pure state machine that is fed each step's metrics and says what goes wrong, and a file of
-what it said.
+"""A watch on training: a pure state machine that is fed each step's metrics and warns of what goes wrong, and a file
+of its warnings.
 
-:data:`CONDITIONS` is the table of what it looks for; thresholds stand in ``watch.*``, docs/health.md explains them.
-What is done about a warning (``watch.action``) is the training loop's part.
+:data:`CONDITIONS` is the table of what it looks for. Thresholds stand in ``watch.*``; docs/health.md explains them.
+Acting on a warning (``watch.action``) is the training loop's part.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CONTINUE = "watch.continue"
 
 
 class Alert(NamedTuple):
-    """One warning. ``text`` is one line: what was seen, what it usually means, what to do."""
+    """One warning. ``text`` is one line: the numbers, what they usually mean, what to do."""
 
     step: int
     condition: str
     text: str
 
 
-class Series:
-    """What is kept of one metric. A level is the mean of ``width`` steps in a row that have the metric; None while
+class MetricHistory:
+    """The levels of one metric so far. A level is the mean of ``width`` steps in a row that have the metric; None while
     there are fewer.
 
-    ``first``, ``highest`` and ``lowest`` are of all levels so far; ``before`` is the level of the steps before the last
+    ``first``, ``highest`` and ``lowest`` are of all levels. ``before`` is the level of the steps before the last
     ``lag``.
     """
 
@@ -50,6 +50,7 @@ class Series:
         self.lowest = math.inf
 
     def add(self, value: float) -> None:
+        """Take the value of one step."""
         self._recent.append(value)
         recent = list(self._recent)[-self._width :]
         if len(recent) < self._width:
@@ -60,6 +61,7 @@ class Series:
 
     @property
     def before(self) -> float | None:
+        """The level of the steps before the last ``lag``."""
         # The step being judged is not in here yet: the last lag steps are it and lag - 1 of these.
         end = len(self._recent) - (self._lag - 1)
         if end < self._width:
@@ -68,24 +70,27 @@ class Series:
 
 
 Values = Mapping[str, float]
-Seen = Callable[[Values, Mapping[str, Series], WatchConfig], str | None]
+Histories = Mapping[str, MetricHistory]
+Check = Callable[[Values, Histories, WatchConfig], str | None]
 
 
 @dataclass(frozen=True)
 class Condition:
-    """``seen`` says in numbers that a step meets the condition, or None, and is asked only of steps that have one of
-    ``metrics`` at least; it gets those that the step has, and what is known of the steps before it. ``broken``: it is
-    about numbers that are not finite, which the others do not get, and waits for no further step."""
+    """Something that can go wrong with a run."""
 
     name: str
     metrics: tuple[str, ...]
-    seen: Seen
+    """The condition is checked at steps that have at least one of these."""
+    check: Check
+    """Says in numbers that a step meets the condition, else None. It gets those of ``metrics`` that the step has, and
+    the histories of all metrics before the step."""
     means: str
     advice: str
-    broken: bool = False
+    about_non_finite: bool = False
+    """The check also gets numbers that are not finite, and the warning waits for no further step."""
 
 
-def _entropy_low(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _entropy_low(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, highest = values["entropy/mean"], series["entropy/mean"].highest
     if math.isfinite(highest) and now < settings.entropy_low * highest:
         return (
@@ -95,7 +100,7 @@ def _entropy_low(values: Values, series: Mapping[str, Series], settings: WatchCo
     return None
 
 
-def _entropy_high(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _entropy_high(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, first = values["entropy/mean"], series["entropy/mean"].first
     if first is not None and now > max(settings.entropy_high * first, first + 0.5):
         return (
@@ -105,7 +110,7 @@ def _entropy_high(values: Values, series: Mapping[str, Series], settings: WatchC
     return None
 
 
-def _accuracy_drop(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _accuracy_drop(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, highest = values["reward/accuracy"], series["reward/accuracy"].highest
     if math.isfinite(highest) and now < highest - max(settings.accuracy_drop * highest, 0.1):
         return (
@@ -115,7 +120,7 @@ def _accuracy_drop(values: Values, series: Mapping[str, Series], settings: Watch
     return None
 
 
-def _length(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _length(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     cut = values.get("response/truncated_share", 0.0)
     if cut >= settings.truncated_share > 0:
         return (
@@ -131,7 +136,7 @@ def _length(values: Values, series: Mapping[str, Series], settings: WatchConfig)
     return None
 
 
-def _mismatch(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _mismatch(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, lowest = values["rollout/log_prob_diff_mean"], series["rollout/log_prob_diff_mean"].lowest
     if math.isfinite(lowest) and now > max(settings.mismatch_growth * lowest, settings.mismatch_floor):
         return (
@@ -142,19 +147,19 @@ def _mismatch(values: Values, series: Mapping[str, Series], settings: WatchConfi
     return None
 
 
-def _all_right(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _all_right(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     return _share(
         values["reward/groups_all_correct"], settings.saturated_share, "of the groups are all right", "saturated_share"
     )
 
 
-def _all_wrong(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _all_wrong(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     return _share(
         values["reward/groups_all_wrong"], settings.saturated_share, "of the groups are all wrong", "saturated_share"
     )
 
 
-def _filtered(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _filtered(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     refused, drawn = values.get("rollout/groups_filtered", 0.0), values.get("rollout/groups_drawn", 0.0)
     if not drawn:
         return None
@@ -167,7 +172,7 @@ def _share(share: float, limit: float, what: str, field: str) -> str | None:
     return f"{share:.0%} {what} (watch.{field}={limit:g})" if share >= limit else None
 
 
-def _teacher_equals_student(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _teacher_equals_student(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     gap = values["credit/delta_abs_mean"]
     if gap <= settings.teacher_gap:
         return (
@@ -177,7 +182,7 @@ def _teacher_equals_student(values: Values, series: Mapping[str, Series], settin
     return None
 
 
-def _pushed_diverge(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _pushed_diverge(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, highest = values["credit/pushed_log_prob_mean"], series["credit/pushed_log_prob_mean"].highest
     if math.isfinite(highest) and now < highest - settings.pushed_drop:
         return (
@@ -187,7 +192,7 @@ def _pushed_diverge(values: Values, series: Mapping[str, Series], settings: Watc
     return None
 
 
-def _non_finite(values: Values, series: Mapping[str, Series], settings: WatchConfig) -> str | None:
+def _non_finite(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     return f"{' and '.join(bad)} not finite" if bad else None
 
@@ -280,68 +285,72 @@ CONDITIONS = (
         _non_finite,
         "an overflow, or numbers that were broken before",
         "go back to an earlier checkpoint with a lower optimizer.lr",
-        broken=True,
+        about_non_finite=True,
     ),
 )
 
 
 class Watch:
-    """Feed it every step's metrics in order; nothing is read, printed or stored elsewhere. What it says depends on
-    these rows alone, so that a resumed run feeds the rows of metrics.jsonl first.
+    """The state of the conditions of one run. It takes every step's metrics in order, and reads, prints and stores
+    nothing else. Its warnings depend on these rows alone, so that a resumed run feeds the rows of metrics.jsonl first.
 
     A condition must hold in ``patience`` steps in a row. Then it warns, and not again for ``cooldown`` steps, whether
-    it holds on or comes back; after these, a condition that still holds warns again. Steps without a condition's
+    it holds on or comes back. After these, a condition that still holds warns again. Steps without a condition's
     metrics neither count nor break a row.
 
     Args:
-        has_teacher: False leaves out what is about the teacher: without one all gaps are 0.
+        has_teacher: False leaves out the condition about the teacher: without one all gaps are 0.
     """
 
     def __init__(self, settings: WatchConfig, *, has_teacher: bool) -> None:
         self.settings = settings
         left_out = {*settings.ignore, *(() if has_teacher else ("teacher_equals_student",))}
-        self._conditions = [one for one in CONDITIONS if one.name not in left_out]
-        names = {name for one in self._conditions for name in one.metrics}
-        self._series = {name: Series(settings.baseline_steps, settings.patience) for name in sorted(names)}
-        self._held: dict[str, int] = {}
-        self._warned: dict[str, int] = {}
+        self._conditions = [condition for condition in CONDITIONS if condition.name not in left_out]
+        names = {name for condition in self._conditions for name in condition.metrics}
+        self._series = {name: MetricHistory(settings.baseline_steps, settings.patience) for name in sorted(names)}
+        self._steps_in_a_row: dict[str, int] = {}
+        self._last_warning: dict[str, int] = {}
 
     def update(self, metrics: Mapping[str, Any]) -> list[Alert]:
-        """Take one step's metrics, with ``step``; returns its warnings, in the order of :data:`CONDITIONS`."""
-        settings, step = self.settings, int(metrics["step"])
+        """Take one step's metrics, with ``step``; return its warnings, in the order of :data:`CONDITIONS`."""
+        step = int(metrics["step"])
         numbers = {name: float(metrics[name]) for name in self._series if isinstance(metrics.get(name), (int, float))}
-        alerts = []
-        for condition in self._conditions:
-            values = {name: numbers[name] for name in condition.metrics if name in numbers}
-            if not condition.broken:
-                values = {name: value for name, value in values.items() if math.isfinite(value)}
-            if not values:
-                continue
-            seen = condition.seen(values, self._series, settings)
-            held = self._held[condition.name] = self._held.get(condition.name, 0) + 1 if seen else 0
-            patience = 1 if condition.broken else settings.patience
-            last = self._warned.get(condition.name)
-            if held >= patience and (last is None or step > last + settings.cooldown):
-                self._warned[condition.name] = step
-                steps = f" in {held} steps in a row" if held > 1 else ""
-                text = (
-                    f"step {step}, {condition.name}: {seen}{steps}. Usually {condition.means}. Advice: "
-                    f"{condition.advice}"
-                )
-                alerts.append(Alert(step, condition.name, text))
+        alerts = [
+            Alert(step, condition.name, text)
+            for condition in self._conditions
+            if (text := self._check(condition, step, numbers)) is not None
+        ]
         for name, value in numbers.items():
             if math.isfinite(value):
                 self._series[name].add(value)
         return alerts
 
+    def _check(self, condition: Condition, step: int, numbers: Values) -> str | None:
+        """Return the text of a warning, or None; counts the steps in a row in which the condition holds."""
+        values = {name: numbers[name] for name in condition.metrics if name in numbers}
+        if not condition.about_non_finite:
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if not values:
+            return None
+        finding = condition.check(values, self._series, self.settings)
+        count = self._steps_in_a_row.get(condition.name, 0) + 1 if finding else 0
+        self._steps_in_a_row[condition.name] = count
+        patience = 1 if condition.about_non_finite else self.settings.patience
+        last = self._last_warning.get(condition.name)
+        if count < patience or (last is not None and step <= last + self.settings.cooldown):
+            return None
+        self._last_warning[condition.name] = step
+        steps = f" in {count} steps in a row" if count > 1 else ""
+        return f"step {step}, {condition.name}: {finding}{steps}. Usually {condition.means}. Advice: {condition.advice}"
+
     def action(self, alerts: Iterable[Alert]) -> str:
-        """What is to be done about a step's warnings: warn, pause or stop."""
+        """Return what the settings want done about a step's warnings: warn, pause or stop."""
         return self.settings.action if any(alert.condition in self.settings.act_on for alert in alerts) else "warn"
 
 
 def open_watch(run_dir: Path, settings: WatchConfig, *, has_teacher: bool) -> Watch:
-    """The watch of a run that goes on behind the last row of its metrics.jsonl; warnings of later steps are dropped
-    from watch.jsonl."""
+    """Return the watch of a run that goes on behind the last row of its metrics.jsonl. Warnings of later steps are
+    dropped from watch.jsonl."""
     watch, step = Watch(settings, has_teacher=has_teacher), 0
     for row in read_metrics(run_dir / "metrics.jsonl"):
         watch.update(row)
@@ -353,12 +362,18 @@ def open_watch(run_dir: Path, settings: WatchConfig, *, has_teacher: bool) -> Wa
     return watch
 
 
-def record(run_dir: Path, alerts: Iterable[Alert], action: str) -> None:
+def record_alerts(run_dir: Path, alerts: Iterable[Alert], action: str) -> None:
     """Append warnings to watch.jsonl, a line each: ``step``, ``time`` (unix seconds), ``condition``, ``action`` (to
     follow), ``text``."""
     rows = [
-        {"step": one.step, "time": time.time(), "condition": one.condition, "action": action, "text": one.text}
-        for one in alerts
+        {
+            "step": alert.step,
+            "time": time.time(),
+            "condition": alert.condition,
+            "action": action,
+            "text": alert.text,
+        }
+        for alert in alerts
     ]
     if not rows:
         return

@@ -34,7 +34,7 @@ from dasd_megatron.observability.metric_files import read_metrics, truncate_afte
 from dasd_megatron.observability.progress import ProgressDisplay, format_duration, summary_table
 from dasd_megatron.observability.report.page import write_report
 from dasd_megatron.observability.trackers import Tracker
-from dasd_megatron.observability.watch import CONTINUE, Watch, open_watch, record
+from dasd_megatron.observability.watch import CONTINUE, Watch, open_watch, record_alerts
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
@@ -308,7 +308,7 @@ def _log_step(trainer: Trainer, watch: Watch, metrics: dict[str, Any]) -> tuple[
     alerts = watch.update(metrics)
     action = watch.action(alerts)
     # Before the row of metrics: a run that is killed between them says its warning again, and does not lose it.
-    record(trainer.paths.root, alerts, action)
+    record_alerts(trainer.paths.root, alerts, action)
     trainer.logger.log_step(metrics | {"watch/warnings": len(alerts)})
     trainer.display.step(metrics)
     for alert in alerts:

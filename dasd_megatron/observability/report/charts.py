@@ -60,11 +60,11 @@ class _Points(NamedTuple):
     ranges: list[_Range]
     """One for each column."""
     group: int
-    """How many points became one."""
+    """The number of points that became one."""
 
 
 class _Frame(NamedTuple):
-    """Where the points and the ticks of a chart stand."""
+    """The places of the points and the ticks of a chart."""
 
     positions: Sequence[float]
     """The x of each point, in the unit that ``x_at`` takes."""

@@ -1,4 +1,4 @@
-"""Which charts the page has and what is drawn in them, for one run and for several overlaid."""
+"""The charts of the page and the curves in them, for one run and for several overlaid."""
 
 from __future__ import annotations
 
@@ -284,9 +284,8 @@ def _deviation_band(names: tuple[str, str, str], rows: list[Row]) -> Band | None
     lower: list[float | None] = []
     upper: list[float | None] = []
     for middle, half in zip(metric_values(rows, mean), metric_values(rows, deviation), strict=True):
-        known = middle is not None and half is not None
-        lower.append(middle - half if known else None)
-        upper.append(middle + half if known else None)
+        lower.append(None if middle is None or half is None else middle - half)
+        upper.append(None if middle is None or half is None else middle + half)
     return Band(name, lower, upper, "c6") if any(value is not None for value in lower) else None
 
 

@@ -6,9 +6,7 @@ import itertools
 import json
 import math
 import random
-import re
 import secrets
-import time
 from collections import defaultdict
 
 import numpy as np
@@ -18,6 +16,7 @@ from dasd_megatron.config import HealthConfig
 from dasd_megatron.evaluation import health
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.steps import StepCheck, chain_sum_steps
+from tests.support.phrase_reference import slow_count
 
 
 @pytest.fixture
@@ -29,10 +28,23 @@ def draw() -> random.Random:
 
 def make_sample(group: int, sample: int, tokens: list[int], text: str, **changes) -> Sample:
     values = {
-        "group": group, "sample": sample, "position": group, "problem_id": str(group), "problem": "4-1-7=", "expected_answer": "-4",
-        "reference_solution": "", "prompt_ids": [0], "response_ids": tokens, "rollout_log_probs": [-0.5] * len(tokens), "text": text,
-        "finish_reason": "stop", "weight_versions": [["v", len(tokens)]], "reward": 0.0, "predicted_answer": None, "timed_out": False,
-    }  # fmt: skip
+        "group": group,
+        "sample": sample,
+        "position": group,
+        "problem_id": str(group),
+        "problem": "4-1-7=",
+        "expected_answer": "-4",
+        "reference_solution": "",
+        "prompt_ids": [0],
+        "response_ids": tokens,
+        "rollout_log_probs": [-0.5] * len(tokens),
+        "text": text,
+        "finish_reason": "stop",
+        "weight_versions": [["v", len(tokens)]],
+        "reward": 0.0,
+        "predicted_answer": None,
+        "timed_out": False,
+    }
     return Sample(**(values | changes))
 
 
@@ -92,111 +104,6 @@ def test_a_loop_is_one_long_run():
     assert run.tolist() == [117] and share[0] == pytest.approx(114 / 167)
 
 
-WORDS = [
-    "wait",
-    "Wait",
-    "waiting",
-    "await",
-    "let",
-    "me",
-    "check",
-    "CHECK",
-    "that's",
-    "that",
-    "s",
-    "hmm",
-    "5",
-    "x",
-    "wait_",
-    "Let\u2019s",
-]
-PHRASES = ["wait", "let me check", "let me", "hmm", "that's", "me check that's"]
-
-
-def slow_count(text: str, phrases: list[str]) -> int:
-    words = re.sub(r"[^\w' ]", " ", text.lower().replace("\u2019", "'")).split()
-    count = place = 0
-    while place < len(words):
-        fits = [
-            len(phrase.split()) for phrase in phrases if words[place : place + len(phrase.split())] == phrase.split()
-        ]
-        count += bool(fits)
-        place += max(fits, default=1)
-    return count
-
-
-def test_phrases(draw):
-    texts = [
-        "".join(draw.choice(WORDS) + draw.choice([" ", ", ", "\n", "... ", " **", "\u2014"]) for _ in range(100))
-        for _ in range(60)
-    ]
-    found = health.phrase_counts(texts, PHRASES).tolist()
-    assert found == [slow_count(text, PHRASES) for text in texts] and sum(found) > 0
-    assert health.phrase_counts(["Wait, waiting: 'wait' and LET ME\n check!", ""], PHRASES).tolist() == [3, 0]
-    assert health.phrase_counts(["wait"], []).tolist() == [0]
-
-
-def test_words_of_ascii_and_of_other_texts_are_the_same(draw):
-    for _ in range(500):
-        text = "".join(draw.choice("ab5_'' \n.,*-") for _ in range(draw.randint(0, 40)))
-        words = re.findall(r"\w+(?:'\w+)*", text)
-        assert health.words_of(text) == words and health.words_of(f"{text} \u00e9")[:-1] == words, text
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("5+7=13. Wait, 5 + 7 = 12", (True, True)),
-        ("5+7=12. Wait, 5 + 7 = 12", (True, False)),
-        ("5+7=13. So 5 + 7 = 12. Wait.", (True, False)),
-        ("Wait. 5+7=13. Then 5 + 7 = 12.", (True, False)),
-        ("5+7=13. Then 5 + 7 = 12.", (False, False)),
-        ("5+7=13. Wait, 5 + 8 = 12", (True, False)),
-        ("x = 3, y = 4. Actually, let me see: x = 1,000 and y = 4", (True, True)),
-        ("x = 1000. Actually, x = 1,000", (True, False)),
-        ("3\n-4\n#### -4", (False, False)),
-    ],
-)
-def test_self_correction(text, expected):
-    phrase, changed = health.self_corrections([text, ""], ["wait", "actually"])
-    assert (phrase.tolist(), changed.tolist()) == ([expected[0], False], [expected[1], False])
-
-
-def test_self_correction_against_all_pairs(draw):
-    for _ in range(300):
-        parts, places = [], []
-        for _ in range(draw.randint(1, 8)):
-            if draw.random() < 0.4:
-                places.append(None)
-                parts.append("wait")
-            else:
-                equation = (draw.choice("ab"), draw.choice("12"))
-                places.append(equation)
-                parts.append(f"{equation[0]} = {equation[1]}.")
-        changed = any(
-            places[first] and places[last] and places[first][0] == places[last][0] and places[first][1] != places[last][1]
-            for middle, one in enumerate(places) if one is None
-            for first in range(middle)
-            for last in range(middle + 1, len(places))
-        )  # fmt: skip
-        found = health.self_corrections([" ; ".join(parts)], ["wait"])
-        assert (bool(found[0][0]), bool(found[1][0])) == (None in places, changed), parts
-
-
-def test_adversarial_texts_take_no_time():
-    texts = [
-        "=" * 200_000,
-        "wait " + "1" * 200_000 + "=1 a=2",
-        "wait " + "a+" * 100_000 + "=1 b=2",
-        "wait = " * 30_000,
-        "'" * 200_000,
-    ]
-    started = time.perf_counter()
-    health.self_corrections(texts, ["wait"])
-    health.phrase_counts(texts, ["wait", "let me check"])
-    assert time.perf_counter() - started < 3
-
-
 def test_distinct_per_group(draw):
     for _ in range(50):
         group = [draw.randrange(4) for _ in range(draw.randint(1, 30))]
@@ -215,9 +122,11 @@ def test_auroc(draw):
         positive = [draw.random() < 0.5 for _ in score]
         pairs = [
             (a > b) + 0.5 * (a == b)
-            for a, p in zip(score, positive, strict=True) if p
-            for b, q in zip(score, positive, strict=True) if not q
-        ]  # fmt: skip
+            for a, p in zip(score, positive, strict=True)
+            if p
+            for b, q in zip(score, positive, strict=True)
+            if not q
+        ]
         assert health.auroc(score, positive) == (pytest.approx(sum(pairs) / len(pairs)) if pairs else None)
 
 
@@ -232,7 +141,7 @@ def test_calibration(draw):
         error = 0.0
         for place in range(10):
             members = bins[place]
-            assert found.count[place] == len(members)
+            assert found.responses[place] == len(members)
             if members:
                 mean, accuracy = (sum(one) / len(members) for one in zip(*members, strict=True))
                 assert (found.confidence[place], found.accuracy[place]) == (
@@ -253,9 +162,15 @@ def random_samples(draw: random.Random, groups: int, per_group: int) -> tuple[li
             mask = [int(draw.random() < 0.7) for _ in range(length - 1)] + [1] if draw.random() < 0.3 else None
             tokens, logs = [draw.randrange(3) for _ in range(length)], [-draw.random() for _ in range(length)]
             sample = make_sample(
-                group, number, tokens, text, predicted_answer=answer, reward=float(answer in ("-4", "-4.0")), response_mask=mask,
+                group,
+                number,
+                tokens,
+                text,
+                predicted_answer=answer,
+                reward=float(answer in ("-4", "-4.0")),
+                response_mask=mask,
                 rollout_log_probs=logs,
-            )  # fmt: skip
+            )
             samples.append(sample)
             entropies += [draw.random() for _ in sample.sampled]
             log_probs += [logs[place] for place in sample.sampled]

@@ -34,7 +34,8 @@ STAND_IN = """
     def grade(file):
         rows = [json.loads(line) for line in open(file)]
         for row in rows:
-            row["predicted_answer"] = row["generation"].split("####")[1].strip() if "####" in row["generation"] else None
+            marked = "####" in row["generation"]
+            row["predicted_answer"] = row["generation"].split("####")[1].strip() if marked else None
             row["symbolic_correct"] = row["predicted_answer"] == row["expected_answer"]
         if fault == "lines": rows = rows[:-1]
         if fault == "problem": rows[1]["problem"] = rows[0]["problem"]
@@ -50,7 +51,8 @@ STAND_IN = """
         for part in folder.glob("*/"):
             columns = [[json.loads(line) for line in open(file)] for file in sorted(part.glob("output-rs*.jsonl"))]
             keys = "predicted_answer", "symbolic_correct", "num_generated_tokens"
-            found = nemo_skills_metrics(*([[row.get(key, 0) for row in rows] for rows in zip(*columns)] for key in keys))
+            tables = ([[row.get(key, 0) for row in rows] for rows in zip(*columns)] for key in keys)
+            found = nemo_skills_metrics(*tables)
             if fault == "metrics": found["pass@2"]["symbolic_correct"] += 1
             for place in (folder, part):
                 (place / "metrics.json").write_text(json.dumps({{part.name: found}}))
@@ -97,9 +99,15 @@ def config(tmp_path: Path) -> Config:
     python.write_text(f'#!/bin/sh\nshift\nexec {sys.executable} -c "{run_module}" "$@"\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     return load_config(
-        ["experiment=quickstart", "evaluation.nemo_skills=grade", f"evaluation.nemo_skills_python={python}", "evaluation.samples=2",
-         "evaluation.ks=[1]", "evaluation.nemo_skills_timeout_seconds=20"]
-    )  # fmt: skip
+        [
+            "experiment=quickstart",
+            "evaluation.nemo_skills=grade",
+            f"evaluation.nemo_skills_python={python}",
+            "evaluation.samples=2",
+            "evaluation.ks=[1]",
+            "evaluation.nemo_skills_timeout_seconds=20",
+        ]
+    )
 
 
 def put(folder: Path, *columns: list[str | None], wrong: tuple[int, ...] = ()) -> list[list[dict]]:
@@ -108,13 +116,18 @@ def put(folder: Path, *columns: list[str | None], wrong: tuple[int, ...] = ()) -
     folder.mkdir(parents=True, exist_ok=True)
     records = [
         [
-            {"problem": problem.problem, "expected_answer": problem.expected_answer, "generation": f"#### {answer}" if answer else "no",
-             "predicted_answer": answer, "symbolic_correct": answer == problem.expected_answer and number not in wrong,
-             "num_generated_tokens": 4 + number}
+            {
+                "problem": problem.problem,
+                "expected_answer": problem.expected_answer,
+                "generation": f"#### {answer}" if answer else "no",
+                "predicted_answer": answer,
+                "symbolic_correct": answer == problem.expected_answer and number not in wrong,
+                "num_generated_tokens": 4 + number,
+            }
             for answer in (column[number] for column in columns)
         ]
         for number, problem in enumerate(PROBLEMS)
-    ]  # fmt: skip
+    ]
     for sample in range(len(columns)):
         (folder / f"output-rs{sample}.jsonl").write_text("".join(json.dumps(row[sample]) + "\n" for row in records))
     return records

@@ -66,9 +66,16 @@ def draw(config: Config, folder: Path, engine: Engine) -> Records:
     folder.mkdir(exist_ok=True)
     with Grader(VerifyConfig(workers=0)) as grader, ProgressDisplay(total_steps=0, stream=io.StringIO()) as display:
         return sample_benchmark(
-            config, folder, PROBLEMS, PROMPTS,
-            client=engine, grader=grader, tokenizer=TOKENIZER, weight_version="w", display=display,
-        )  # fmt: skip
+            config,
+            folder,
+            PROBLEMS,
+            PROMPTS,
+            client=engine,
+            grader=grader,
+            tokenizer=TOKENIZER,
+            weight_version="w",
+            display=display,
+        )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -109,9 +116,9 @@ def test_resumed_twice_is_as_never_stopped(config: Config, tmp_path: Path) -> No
     again = Engine()
     assert draw(config, folder, again) == records and again.requests == []
     # Killed between the final files and the journal's end.
-    (folder / "journal.jsonl").write_bytes(b"".join(
-        json.dumps({"place": [p, s], **records[p][s]}).encode() + b"\n" for p in range(7) for s in range(3)
-    ))  # fmt: skip
+    (folder / "journal.jsonl").write_bytes(
+        b"".join(json.dumps({"place": [p, s], **records[p][s]}).encode() + b"\n" for p in range(7) for s in range(3))
+    )
     assert draw(config, folder, again) == records and again.requests == []
     assert contents(folder) == contents(tmp_path / "whole")
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.config import WATCH_CONDITIONS, WatchConfig
-from dasd_megatron.observability.watch import CONDITIONS, WARNINGS, Alert, Series, Watch, open_watch, record
+from dasd_megatron.observability.watch import (
+    CONDITIONS,
+    WARNINGS,
+    Alert,
+    MetricHistory,
+    Watch,
+    open_watch,
+    record_alerts,
+)
 
 SETTINGS = WatchConfig(patience=3, cooldown=20, baseline_steps=4)
 HEALTHY = {
@@ -170,7 +178,7 @@ def test_levels_against_their_definition():
     for seed in range(30):
         draw = random.Random(seed)
         width, lag = draw.randint(1, 5), draw.randint(1, 5)
-        values, series = [], Series(width, lag)
+        values, series = [], MetricHistory(width, lag)
         for _ in range(30):
             # The step that is judged is the one after `values`.
             earlier = [*values, None][: len(values) + 1 - lag] if lag <= len(values) + 1 else []
@@ -214,7 +222,7 @@ def test_a_resumed_watch_says_what_an_uninterrupted_one_says(tmp_path: Path):
     assert len(whole) > 2
     kept, wanted = draw.randint(60, 150), []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:kept]))
-    record(tmp_path, [alert for alert in whole if alert.step <= kept + 30], "warn")
+    record_alerts(tmp_path, [alert for alert in whole if alert.step <= kept + 30], "warn")
     watch = open_watch(tmp_path, SETTINGS, has_teacher=True)
     for row in rows[kept:]:
         wanted += watch.update(row)
