@@ -13,7 +13,7 @@ SGLANG_VENV ?= .venv-sglang
 MEGATRON_NEXT ?= megatron-core==0.19.0
 MEGATRON_NEXT_VENV ?= .venv-megatron-next
 
-.PHONY: quickstart sglang-cpu test test-megatron-next crash-matrix evaluate-drill parity lint format test-gpu bench bench-gpu seeds clean docs
+.PHONY: quickstart sglang-cpu test test-drills test-all test-megatron-next crash-matrix evaluate-drill parity lint format test-gpu bench bench-gpu seeds clean docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,9 +41,23 @@ sglang-cpu: $(SGLANG_VENV)/.installed
 quickstart: $(VENV)/.installed
 	$(BIN)/dasd train experiment=quickstart
 
-# Two files at a time: runs of several processes leave a core idle while they start, and tests of one file share what they set up.
+# One OpenMP thread in each process, and none that spins: the tests' processes share the cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+# Two files at a time: runs of several processes leave a core idle while they wait, and tests of one file share what they set up.
+# tests/conftest.py puts the longest files first.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
+
+# Everything but the drills, of which it has short forms.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST) $(TWO_FILES) -m "not drill"
+
+# The drills, with fewer moments of the crash matrix.
+test-drills: $(VENV)/.installed-dev
+	CRASH_MOMENTS=6 $(PYTEST) $(TWO_FILES) -m drill
+
+# Everything, drills in whole.
+test-all: $(VENV)/.installed-dev
+	CRASH_MOMENTS=20 $(PYTEST) $(TWO_FILES)
 
 $(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(MEGATRON_NEXT_VENV)
@@ -55,18 +69,18 @@ $(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
 
 # Models, updates, checkpoints' contents and every parallel layout, on gloo.
 test-megatron-next: $(MEGATRON_NEXT_VENV)/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MEGATRON_NEXT_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/distributed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MEGATRON_NEXT_VENV)/bin/python -m pytest $(TWO_FILES) tests/distributed
 
 parity: $(VENV)/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/parity.py
 
 # A run that is killed and resumed twenty times.
 crash-matrix: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE CRASH_MOMENTS=20 $(BIN)/python -m pytest -s tests/integration/test_crash_matrix.py
+	CRASH_MOMENTS=20 $(PYTEST) -s -m drill tests/integration/test_crash_matrix.py
 
 # 50 problems of GSM8K x 4 samples by SmolLM2-135M-Instruct, killed twice, end in the files of an evaluation that was not.
 evaluate-drill: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE EVALUATE_PROBLEMS=50 $(BIN)/python -m pytest -s tests/integration/test_evaluate.py
+	EVALUATE_PROBLEMS=50 $(PYTEST) -s tests/integration/test_evaluate.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Every parallel layout trains as one process does: losses, gradient norms, token statistics and weights after six
 updates on the same rollouts, for both objectives; and dropout does not depend on recomputation or tensor parallelism.
-``benchmarks/parity.py`` measures it."""
+``benchmarks/parity.py`` measures it. The drill is its whole table; the short form has what differs most."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,29 @@ PARITY = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
 # What float32 leaves of sums in another order, with room: the largest seen are in docs/parallelism.md.
 LIMITS = {"loss": 2e-6, "gradient norm": 2e-5, "token statistics": 3e-4, "routing": 5e-6, "weights": 5e-6}
-CASES = [
-    (objective, layout)
-    for objective in OBJECTIVES
-    for layout in LAYOUTS
-    if (objective, layout) != ("distributional", "materialised logits")
-]
+# Every way to split and every option once, in few layouts; none is of more than four processes.
+SHORT = (
+    "recompute selective",
+    "materialised logits",
+    "TP2 SP, packing, small blocks",
+    "DP2, distributed optimizer, overlap",
+    "TP2 SP PP2 VPP2, recompute full, packing",
+)
+KINDS = [pytest.param("short"), pytest.param("whole", marks=pytest.mark.drill)]
+
+
+def cases() -> Iterator[Any]:
+    for kind in KINDS:
+        for objective in OBJECTIVES:
+            for layout in SHORT if kind.values == ("short",) else LAYOUTS:
+                if (objective, layout) != ("distributional", "materialised logits"):
+                    yield pytest.param(*kind.values, objective, layout, marks=kind.marks)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("parity") / "parity.json"
+    only = [f"--only={name}" for name in (*SHORT, "dropout")] if request.param == "short" else []
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -40,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     process = subprocess.Popen(
-        [sys.executable, str(PARITY), "--output", str(path)],
+        [sys.executable, str(PARITY), "--output", str(path), *only],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -53,7 +66,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("objective", "layout"), CASES)
+@pytest.mark.parametrize(("results", "objective", "layout"), cases(), indirect=["results"])
 def test_a_layout_trains_as_one_process_does(results: dict[str, Any], objective: str, layout: str) -> None:
     found = results[objective][layout]
     assert found["weights moved"] > 1e-3
@@ -61,6 +74,7 @@ def test_a_layout_trains_as_one_process_does(results: dict[str, Any], objective:
 
 
 @pytest.mark.parametrize("case", DROPOUT)
+@pytest.mark.parametrize("results", KINDS, indirect=True)
 def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
     """With recomputation as without, bit for bit; under TP as in one process. That ranks agree on what they share is
     checked inside."""
@@ -72,6 +86,7 @@ def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
 
 
 @pytest.mark.parametrize("control", ["another objective", "another dropout"])
+@pytest.mark.parametrize("results", KINDS, indirect=True)
 def test_another_computation_shows(results: dict[str, Any], control: str) -> None:
     found = results["controls"][control]
     assert all(found[name] > 100 * LIMITS[name] for name in ("loss", "gradient norm", "weights"))

@@ -29,7 +29,11 @@ TP2_PP2 = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
 
 @pytest.mark.parametrize("way", ["tensor", "distributed"])
 @pytest.mark.parametrize(
-    ("engine", "layout", "processes"), [("embedded", TP2_PP2, 4), ("sglang", ["parallel=single"], 1)]
+    ("engine", "layout", "processes"),
+    [
+        ("embedded", TP2_PP2, 4),
+        pytest.param("sglang", ["parallel=single"], 1, marks=pytest.mark.drill),
+    ],
 )
 def test_the_server_holds_what_the_policy_is(
     way: str, engine: str, layout: list[str], processes: int, tmp_path: Path

@@ -1,8 +1,8 @@
 """One run that is killed, starved, misled and resumed again and again until it is done ends with the numbers of one
 that was left in peace.
 
-``CRASH_MOMENTS`` says how often (3; `make crash-matrix`: 20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits
-what happens to some kinds. Nothing may hang: what is to end does so within a minute, and what goes on does a step
+``CRASH_MOMENTS`` says how often in the drill (20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits what happens
+to some kinds; a series of three is the drill's short form. Nothing may hang: what is to end does so within a minute, and what goes on does a step
 within a minute.
 """
 
@@ -25,13 +25,13 @@ import torch
 from safetensors.torch import load_file
 
 from dasd_megatron.training.checkpoint_files import complete_checkpoints, resumable, step_of
+from tests.support import preloaded
 from tests.support.runs import NO_EVALUATION, finish, kill, reproducible, rows_so_far, start, train
 
-MOMENTS = int(os.environ.get("CRASH_MOMENTS", "3"))
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.timeout(300 + 120 * MOMENTS),
-]
+pytestmark = pytest.mark.integration
+
+MOMENTS = int(os.environ.get("CRASH_MOMENTS", "20"))
+SHORT = 3
 
 LIMIT_SECONDS = 60.0
 START_SECONDS = 180.0
@@ -131,7 +131,9 @@ class Series:
 def moment(series: Series, kind: str) -> None:
     draw = series.draw
     if kind == "start-up":
-        series.alive()
+        # While it imports, too, so nothing is preloaded.
+        with preloaded.real_start():
+            series.alive()
         time.sleep(draw.random() * 20)
         return series.lose_node()
     if kind == "clock":
@@ -234,22 +236,30 @@ def filled(folder: Path) -> Iterator[None]:
         (folder / "filler").unlink()
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(SHORT, marks=pytest.mark.timeout(300 + 120 * SHORT)),
+        pytest.param(MOMENTS, marks=[pytest.mark.drill, pytest.mark.timeout(300 + 120 * MOMENTS)]),
+    ],
+    ids=["short", "drill"],
+)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(moments: int, tmp_path: Path) -> None:
     seed = int(os.environ.get("CRASH_SEED", secrets.randbelow(2**31)))
     draw = random.Random(seed)
     layout = draw.choice(LAYOUTS)
-    print(f"CRASH_SEED={seed} CRASH_MOMENTS={MOMENTS}, {layout}")
+    print(f"CRASH_SEED={seed} CRASH_MOMENTS={moments}, {layout}")
     overrides = [*layout, "checkpoint.every=2", "checkpoint.keep_last=3"]
     # One server after another is killed in one life.
     overrides += ["rollout.max_restarts=20", "rollout.max_retries=1", "rollout.backoff_seconds=0.05"]
     series = Series(tmp_path, overrides, draw)
     with small_disk(series.run / "checkpoints") as can_fill:
         kinds: list[str] = []
-        while len(kinds) < MOMENTS:
+        while len(kinds) < moments:
             possible = [kind for kind in KINDS if can_fill or kind != "disk full"]
             kinds += draw.sample(possible, len(possible))
         try:
-            for number, kind in enumerate(kinds[:MOMENTS], start=1):
+            for number, kind in enumerate(kinds[:moments], start=1):
                 began, before, series.ending_seconds = time.monotonic(), series.steps(), 0.0
                 moment(series, kind)
                 ended = f", ended within {series.ending_seconds:.1f} s" if series.ending_seconds else ""

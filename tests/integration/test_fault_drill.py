@@ -140,7 +140,7 @@ AHEAD = [
 
 @pytest.mark.parametrize(
     ("places", "weight_sync", "more"),
-    [("embedded", "disk", []), ("sglang", "distributed", AHEAD)],
+    [("embedded", "disk", []), pytest.param("sglang", "distributed", AHEAD, marks=pytest.mark.drill)],
     indirect=["places"],
     ids=["embedded-disk", "sglang-distributed-ahead"],
 )

@@ -92,6 +92,7 @@ def start(
 
 
 # Two starts of five processes that import torch: seconds on an idle machine, minutes on a busy one.
+@pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: SlurmCluster, tmp_path: Path) -> None:
     log, run, steps = tmp_path / "job.log", tmp_path / "run", 16
@@ -129,6 +130,7 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     assert not any(key.encode() in path.read_bytes() for path in [log, *run.rglob("*")] if path.is_file())
 
 
+@pytest.mark.drill
 @pytest.mark.timeout(600)
 def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:
     log = tmp_path / "job.log"

@@ -105,6 +105,7 @@ def test_servers_of_others_give_their_memory_back_for_every_update(tmp_path: Pat
     assert order == [wanted[3], "/generate", *step * 3]
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("way", ["distributed", "tensor"])
 def test_real_sglang_draws_from_the_weights_of_every_step(way: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
