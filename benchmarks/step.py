@@ -209,9 +209,9 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.utils import unwrap_model
 
-    from dasd_megatron.commands.plan import OVERHEAD_BYTES, make_plan
     from dasd_megatron.models.gpt import HiddenStatesHead, build_model
     from dasd_megatron.planning.estimate import Architecture
+    from dasd_megatron.planning.plan import OVERHEAD_BYTES, make_plan
     from dasd_megatron.training import parallel
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer

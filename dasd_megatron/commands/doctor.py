@@ -128,6 +128,17 @@ def exit_status(checks: list[Check]) -> int:
     return int(any(check.status == FAIL for check in checks))
 
 
+def diagnose(arguments: list[str]) -> None:
+    """Run ``dasd doctor``.
+
+    Raises:
+        SystemExit: with status 1, where a check failed.
+    """
+    status = print_doctor()
+    if status:
+        raise SystemExit(status)
+
+
 def print_doctor(stream: TextIO | None = None) -> int:
     """Print :func:`doctor_report` as tables, then a verdict; returns the exit status of ``dasd doctor``."""
     stream = stream if stream is not None else sys.stdout

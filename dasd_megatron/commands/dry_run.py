@@ -19,16 +19,13 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-from transformers import PretrainedConfig
 
 from dasd_megatron import backend
 from dasd_megatron.access import VARIABLE
-from dasd_megatron.commands.plan import Plan, gigabytes, make_plan, model_of
-from dasd_megatron.commands.router import router_command
+from dasd_megatron.commands.plan import gigabytes
 from dasd_megatron.config import BackendConfig, Config, ParallelConfig, is_loopback, load_config
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import (
@@ -38,9 +35,14 @@ from dasd_megatron.planning.estimate import (
     chunk_parameters,
     total_parameters,
 )
+from dasd_megatron.planning.layout import Place, check_layout, place_of, warmup_passes
+from dasd_megatron.planning.plan import Plan, make_plan, model_config
 from dasd_megatron.rollout.discovery import DiscoveryError, expand_host_list, node_servers
 from dasd_megatron.rollout.local_server import sglang_command
-from dasd_megatron.run.checks import check_layout
+from dasd_megatron.rollout.sglang_router import router_command
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 RENDEZVOUS_PORT = 29500
 # Of made-up rollouts: prompts of so much of the longest; responses with a median of so much of the longest, and a
@@ -84,25 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own groups, as for dasd train")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
     return parser
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in each direction of the layout."""
-
-    tensor: int
-    context: int
-    data: int
-    pipeline: int
-
-
-def place_of(parallel: ParallelConfig, rank: int) -> Place:
-    """In Megatron-Core's order: tensor-parallel ranks are neighbours, then come context, data and pipeline-parallel
-    ones."""
-    rank, tensor = divmod(rank, parallel.tensor_model_parallel_size)
-    rank, context = divmod(rank, parallel.context_parallel_size)
-    pipeline, data = divmod(rank, parallel.data_parallel_size)
-    return Place(tensor, context, data, pipeline)
 
 
 def dry_run(arguments: list[str]) -> None:
@@ -154,12 +137,12 @@ def _section(title: str, lines: Sequence[str]) -> None:
 def _model(config: Config) -> PretrainedConfig:
     path = config.model.path
     if path is None or Path(path).exists():
-        return model_of(config)
+        return model_config(config)
     if not config.model.architecture:
         raise ConfigError(
             f"model.path={path} is not on this machine: choose the preset of that model too, like model=qwen2.5_7b"
         )
-    return model_of(dataclasses.replace(config, model=dataclasses.replace(config.model, path=None)))
+    return model_config(dataclasses.replace(config, model=dataclasses.replace(config.model, path=None)))
 
 
 def _hosts(parallel: ParallelConfig, options: argparse.Namespace) -> list[str]:
@@ -395,16 +378,11 @@ def _schedule(parallel: ParallelConfig, micro_batches: int) -> list[str]:
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     if stages == 1:
         return ["one stage: forward and backward pass of each micro-batch in turn"]
-    total = micro_batches * chunks
-    if chunks == 1:
-        warmup = [min(stages - stage - 1, total) for stage in range(stages)]
-        name = "1F1B"
-    else:
-        warmup = [min(2 * (stages - stage - 1) + (chunks - 1) * stages, total) for stage in range(stages)]
-        name = f"interleaved 1F1B over {chunks} chunks"
+    name = "1F1B" if chunks == 1 else f"interleaved 1F1B over {chunks} chunks"
+    warmup = warmup_passes(parallel, micro_batches)
     each = ", ".join(f"stage {stage} {first}" for stage, first in enumerate(warmup))
     return [
-        f"{name}, {total} forward and backward passes of a chunk on each stage; forward passes before the first "
+        f"{name}, {micro_batches * chunks} forward and backward passes of a chunk on each stage; forward passes before the first "
         f"backward: {each}"
     ]
 

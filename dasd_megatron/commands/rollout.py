@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
-
+from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
 from dasd_megatron.config import Config
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
@@ -18,13 +18,29 @@ from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.discovery import check_models, check_updated, find_servers
 from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.run.checks import require_hf_directory
-from dasd_megatron.run.paths import run_problems, start_hf_files, start_path
+from dasd_megatron.run.paths import choose_run_dir, run_problems, start_hf_files, start_path
 from dasd_megatron.run.prepare import prepare_run
 from dasd_megatron.samples import rollouts_path, save_samples, version_name
 from dasd_megatron.verify.grader import Grader
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def rollouts_alone(config: Config, root: Path) -> None:
+
+def collect_rollouts(arguments: list[str]) -> None:
+    """Run ``dasd rollout``.
+
+    Raises:
+        Exception: what :func:`sample_steps` raises, and ConfigError for a configuration that cannot be read.
+    """
+    if asks_for_help(arguments):
+        print_fields("rollout")
+        return
+    config = load_arguments(arguments)
+    sample_steps(config, choose_run_dir(config))
+
+
+def sample_steps(config: Config, root: Path) -> None:
     """Sample, grade and filter the rollouts of ``run.steps`` steps, all from the starting model, into
     ``<root>/rollouts``.
 

@@ -7,17 +7,19 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import FUNCTION_PATH, Config
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import load_function
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).with_name("templates")
 PRIVILEGED_KINDS = ("solution", "hint", "answer")

@@ -1,17 +1,18 @@
 """Hugging Face configs: which ones can be trained, and their rotary embedding in Megatron-Core's terms. Imports no
-Megatron."""
+Megatron, and torch and transformers only where a function needs them."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.errors import ConfigError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the
 # GEMMs.
@@ -65,6 +66,8 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     """
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
+    from transformers import AutoConfig, PretrainedConfig
+
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
@@ -151,6 +154,9 @@ def hf_folder(path: str | Path) -> Path:
 
 def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the architecture, as transformers has them; a tied head is not one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config)
@@ -161,6 +167,8 @@ def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
     """The dtype of the weights by config.json; float32 where it does not say."""
+    import torch
+
     values = hf_config.to_dict()
     # transformers 4.56 renamed it.
     name = values.get("dtype") or values.get("torch_dtype") or "float32"
@@ -172,6 +180,8 @@ def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # transformers raises a dozen classes here, and the tokenizers library bare Exceptions.

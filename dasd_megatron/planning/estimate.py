@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.models.hf_config import padded_vocab_size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from dasd_megatron.models.sizes import ModelSizes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
@@ -39,7 +43,7 @@ class Architecture:
     qk_norm: bool
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> Architecture:
+    def of(cls, hf_config: ModelSizes | PretrainedConfig) -> Architecture:
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         return cls(
             hf_config.hidden_size,

@@ -17,10 +17,9 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-from transformers import PretrainedConfig
 
 from dasd_megatron import access
 from dasd_megatron.access import AccessError
@@ -34,6 +33,9 @@ from dasd_megatron.rollout.client import (
     make_client,
 )
 from dasd_megatron.rollout.pool import Event, Status
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SCONTROL_SECONDS = 30.0
 POLL_SECONDS = 0.5

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from dasd_megatron.access import AccessError, api_key
 from dasd_megatron.algorithms.methods import METHODS
-from dasd_megatron.config import Config, stage_layers
+from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.models.hf_config import (
-    is_megatron_checkpoint,
-)
+from dasd_megatron.models.hf_config import is_megatron_checkpoint
 from dasd_megatron.rollout.discovery import check_access
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def needs_teacher(config: Config) -> bool:
@@ -41,34 +41,6 @@ def require_hf_directory(config: Config) -> None:
         raise ConfigError(
             f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert "
             "megatron-to-hf"
-        )
-
-
-def check_layout(config: Config, hf_config: PretrainedConfig) -> None:
-    """Refuse a parallel layout that does not divide the architecture, and sequences longer than its positions."""
-    parallel, rollout = config.parallel, config.rollout
-    where = f"config.json of model.path={config.model.path}" if config.model.path is not None else "model.tiny"
-    if config.model.path is None and config.model.architecture:
-        where = "model.architecture"
-    tensor = parallel.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
-        if getattr(hf_config, name) % tensor:
-            raise ConfigError(
-                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(hf_config, name)} "
-                f"({where}): write a divisor of it"
-            )
-    if hf_config.num_attention_heads % hf_config.num_key_value_heads:
-        raise ConfigError(
-            f"num_key_value_heads={hf_config.num_key_value_heads} does not divide "
-            f"num_attention_heads={hf_config.num_attention_heads} ({where}): write a divisor of it"
-        )
-    layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
-    stage_layers(parallel, hf_config.num_hidden_layers, f"{layers}={hf_config.num_hidden_layers} ({where})")
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    if longest > hf_config.max_position_embeddings:
-        raise ConfigError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
-            f"{hf_config.max_position_embeddings} ({where}): lower them"
         )
 
 

@@ -30,10 +30,10 @@ from dasd_megatron.models.hf_config import (
     read_hf_config,
 )
 from dasd_megatron.models.hf_weights import HfWeights
+from dasd_megatron.planning.layout import check_layout
 from dasd_megatron.plugins import load_function
 from dasd_megatron.run.checks import (
     check_key,
-    check_layout,
     check_prompt_lengths,
     check_warm_start_lengths,
     flatten,

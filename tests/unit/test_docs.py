@@ -40,7 +40,7 @@ def wrong(words: list[str]) -> str | None:
         if script.endswith((".py", ".sh")) and not (ROOT / script).is_file() and "/" in script:
             return script
     if program == "dasd":
-        if rest[0] not in (*COMMANDS, "doctor"):
+        if rest[0] not in COMMANDS:
             return rest[0]
         if rest[0] not in ("train", "evaluate", "rollout", "plan"):
             return None

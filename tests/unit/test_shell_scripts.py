@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dasd_megatron.commands.plan import make_plan, model_of, plan
+from dasd_megatron.commands.plan import plan
 from dasd_megatron.config import load_config
 from dasd_megatron.planning.estimate import Architecture
+from dasd_megatron.planning.plan import make_plan, model_sizes
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"7b": (1, 1, 8, 1), "32b": (4, 2, 2, 4), "70b": (16, 4, 1, 8)}
@@ -181,7 +182,7 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     parallel = config.parallel
     # Slurm's warning leaves time for a save, and the grace for a step of full length by the plan's estimate besides.
     signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
-    step = make_plan(config, Architecture.of(model_of(config)), gpus_per_node=8, transformer_engine=True).seconds
+    step = make_plan(config, Architecture.of(model_sizes(config)), gpus_per_node=8, transformer_engine=True).seconds
     assert step + 600 < config.checkpoint.grace_seconds < int(signal[1])
     processes = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size

@@ -15,9 +15,9 @@ from megatron.core import parallel_state  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
 from dasd_megatron.commands.dry_run import as_rank  # noqa: E402
-from dasd_megatron.commands.plan import plan_config  # noqa: E402
 from dasd_megatron.models.convert import meta_chunks  # noqa: E402
 from dasd_megatron.planning.estimate import Architecture, chunk_parameters, total_parameters  # noqa: E402
+from dasd_megatron.planning.plan import plan_config  # noqa: E402
 
 for overrides, rank, published in cases:
     config = plan_config(overrides)

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.cli import main
-from dasd_megatron.commands.dry_run import Place, _commands, _parser, dry_run, place_of
-from dasd_megatron.commands.plan import model_of
+from dasd_megatron.commands.dry_run import _commands, _parser, dry_run
 from dasd_megatron.commands.router import _parser as router_parser
 from dasd_megatron.commands.serve import _parser as server_parser
 from dasd_megatron.config import ParallelConfig, load_config
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture
+from dasd_megatron.planning.layout import Place, place_of
+from dasd_megatron.planning.plan import model_sizes
 
 TP, PP, DP = (
     "parallel.tensor_model_parallel_size=",
@@ -93,7 +94,7 @@ def commands(*arguments: str) -> dict[str, list[list[str]]]:
     """The words of the lines that a dry run would print, by their title."""
     options = _parser().parse_intermixed_args(["--dry-run", *arguments])
     config = load_config(options.overrides, needs_files=False)
-    found = _commands(config, options, ["a", "b"], Architecture.of(model_of(config)), 80e9)
+    found = _commands(config, options, ["a", "b"], Architecture.of(model_sizes(config)), 80e9)
     return {title: [shlex.split(line) for line in lines] for title, lines in found.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import dasd_megatron
-from dasd_megatron.commands.plan import model_of, plan, plan_config
+from dasd_megatron.commands.plan import plan
 from dasd_megatron.config import load_config
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import (
@@ -20,6 +20,7 @@ from dasd_megatron.planning.estimate import (
     total_parameters,
     training_state,
 )
+from dasd_megatron.planning.plan import model_config, model_sizes, plan_config
 
 PRESETS = sorted(
     path.stem
@@ -59,7 +60,9 @@ def test_there_is_a_published_count_for_every_preset() -> None:
 def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     from dasd_megatron.models.hf_config import expected_tensors
 
-    hf_config = model_of(plan_config([f"model={name}"]))
+    config = plan_config([f"model={name}"])
+    hf_config = model_config(config)
+    assert Architecture.of(model_sizes(config)) == Architecture.of(hf_config)
     assert total_parameters(Architecture.of(hf_config)) == PARAMETERS[name]
     shapes = expected_tensors(hf_config).values()
     total = 0
@@ -71,9 +74,14 @@ def test_presets_have_the_published_number_of_parameters(name: str) -> None:
     assert total == PARAMETERS[name]
 
 
+def test_the_tiny_model_has_the_sizes_that_it_is_made_with() -> None:
+    config = load_config(["experiment=quickstart"])
+    assert Architecture.of(model_sizes(config)) == Architecture.of(model_config(config))
+
+
 def test_numbers_by_hand() -> None:
     config = plan_config(["model=llama3_8b", TP + "2", PP + "4", DP + "2", "batch.groups=8"])
-    arch = Architecture.of(model_of(config))
+    arch = Architecture.of(model_sizes(config))
     assert bubble_fraction(config, 32) == 3 / 35
     assert bubble_fraction(plan_config(["model=llama3_8b", PP + "4", VPP + "2", "batch.groups=8"]), 32) == 3 / 67
     # 32 layers x 8 heads x 128 x (keys, values) x 2 bytes, on two GPUs half of it.
@@ -103,7 +111,7 @@ def test_an_experiment_is_planned_as_it_is() -> None:
 
 def test_fields_of_the_layout_come_through() -> None:
     base = ["model=llama3_8b", TP + "2", "parallel.sequence_parallel=true", "batch.groups=8"]
-    arch = Architecture.of(model_of(plan_config(base)))
+    arch = Architecture.of(model_sizes(plan_config(base)))
 
     def kept(*overrides: str, stage: int = 0) -> float:
         config = plan_config([*base, *overrides])

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.commands.evaluate import MACRO_AVERAGE, OURS, evaluate_model, print_table, write_metrics
+from dasd_megatron.commands.evaluate import hf_directory
 from dasd_megatron.config import Config, VerifyConfig, load_config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.sampling import EvaluationError, Records, check_settings, model_digest, sample_benchmark
+from dasd_megatron.evaluation.standalone import evaluate_model
+from dasd_megatron.evaluation.summary import MACRO_AVERAGE, OURS, print_table, write_metrics
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.client import Completion, RolloutServerError
@@ -222,7 +224,7 @@ def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: p
 
 def test_a_model_is_needed(config: Config) -> None:
     with pytest.raises(ConfigError, match="model.path is required to evaluate"):
-        evaluate_model(config)
+        evaluate_model(config, hf_directory)
 
 
 def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> None:

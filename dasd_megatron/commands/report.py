@@ -1,0 +1,21 @@
+"""``dasd report``: one page about a run, or about several overlaid."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dasd_megatron.observability.report.page import write_report
+
+
+def report(arguments: list[str]) -> None:
+    """Run ``dasd report``."""
+    parser = argparse.ArgumentParser(
+        prog="dasd report", description="Write one HTML page about a run, or about several overlaid."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs ./report.html"
+    )
+    options = parser.parse_args(arguments)
+    print(write_report(options.runs, options.output).absolute())

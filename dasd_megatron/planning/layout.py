@@ -1,0 +1,72 @@
+"""How a parallel layout divides a model and its ranks, by arithmetic alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dasd_megatron.config import Config, ParallelConfig, stage_layers
+from dasd_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from dasd_megatron.models.sizes import ModelSizes
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a rank in each direction of the layout."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+def place_of(parallel: ParallelConfig, rank: int) -> Place:
+    """Return the place of a rank in Megatron-Core's order: tensor-parallel ranks are neighbours, then come context, data
+    and pipeline-parallel ones."""
+    rank, tensor = divmod(rank, parallel.tensor_model_parallel_size)
+    rank, context = divmod(rank, parallel.context_parallel_size)
+    pipeline, data = divmod(rank, parallel.data_parallel_size)
+    return Place(tensor, context, data, pipeline)
+
+
+def check_layout(config: Config, sizes: ModelSizes | PretrainedConfig) -> None:
+    """Refuse (ConfigError) a parallel layout that does not divide the architecture, and sequences longer than its
+    positions."""
+    parallel, rollout = config.parallel, config.rollout
+    where = f"config.json of model.path={config.model.path}" if config.model.path is not None else "model.tiny"
+    if config.model.path is None and config.model.architecture:
+        where = "model.architecture"
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
+        if getattr(sizes, name) % tensor:
+            raise ConfigError(
+                f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={getattr(sizes, name)} "
+                f"({where}): write a divisor of it"
+            )
+    if sizes.num_attention_heads % sizes.num_key_value_heads:
+        raise ConfigError(
+            f"num_key_value_heads={sizes.num_key_value_heads} does not divide "
+            f"num_attention_heads={sizes.num_attention_heads} ({where}): write a divisor of it"
+        )
+    layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
+    stage_layers(parallel, sizes.num_hidden_layers, f"{layers}={sizes.num_hidden_layers} ({where})")
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if longest > sizes.max_position_embeddings:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
+            f"{sizes.max_position_embeddings} ({where}): lower them"
+        )
+
+
+def warmup_passes(parallel: ParallelConfig, micro_batches: int) -> list[int]:
+    """Return, for each pipeline stage, the forward passes before its first backward pass in Megatron's schedule of one
+    minibatch: 1F1B, interleaved where there are virtual stages."""
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    total = micro_batches * chunks
+    if chunks == 1:
+        return [min(stages - stage - 1, total) for stage in range(stages)]
+    return [min(2 * (stages - stage - 1) + (chunks - 1) * stages, total) for stage in range(stages)]
