@@ -114,15 +114,15 @@ def main() -> None:
 
 
 def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[dict], int]:
-    import dataclasses
-
     from dasd_megatron.models.gpt import build_model
     from dasd_megatron.rollout.client import make_client
     from dasd_megatron.rollout.local_server import LocalServer
     from dasd_megatron.rollout.pool import ServerPool
     from dasd_megatron.training import parallel
     from dasd_megatron.training.export import export_model
-    from dasd_megatron.training.weight_sync import WeightSync, make_sync, send_weights
+    from dasd_megatron.training.weight_sync.distributed import DistributedSender
+    from dasd_megatron.training.weight_sync.send import BucketSender, send_weights
+    from dasd_megatron.training.weight_sync.tensor import TensorSender
 
     parallel.initialize(config)
     model = build_model(config, options.model)
@@ -165,21 +165,20 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
             asyncio.run(update())
 
         report("disk", _seconds(by_disk, options.rounds), peak_bytes(by_disk))
-        for way, kind in (("process group", "distributed"), ("shared memory", "tensor")):
+        for way, sender_class in (("process group", DistributedSender), ("shared memory", TensorSender)):
             for bucket in options.buckets:
-                rollout = dataclasses.replace(config.rollout, weight_sync=kind, weight_bucket_bytes=bucket * MEGABYTE)
-                sync = make_sync(rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
+                sender = sender_class(config.rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
 
-                def send(sync: WeightSync = sync, bucket: int = bucket) -> None:
+                def send(sender: BucketSender = sender, bucket: int = bucket) -> None:
                     nonlocal count
                     count += 1
-                    failure = send_weights(model, sync, f"sent-{count}", bucket_size=bucket * MEGABYTE)
+                    failure = send_weights(model, sender, f"sent-{count}", bucket_size=bucket * MEGABYTE)
                     if failure is not None:
                         raise failure
 
                 extra = peak_bytes(send)
                 report(f"{way}, {bucket} MiB buckets", _seconds(send, options.rounds), extra)
-                sync.close()
+                sender.close()
     return rows, size
 
 

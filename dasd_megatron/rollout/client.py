@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import aiohttp
 import orjson
@@ -888,7 +888,16 @@ def sampling_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+class ClientFactory(Protocol):
+    """Makes a client as :func:`make_client` does; tests give fleets and weight syncs others."""
+
+    def __call__(
+        self, config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None, /
+    ) -> RolloutClient: ...
+
+
 def make_client(config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None) -> RolloutClient:
+    """Return a client of ``urls`` with the limits of the configuration and this process's API key."""
     return RolloutClient(
         list(urls),
         connect_timeout=config.connect_timeout_seconds,

@@ -3,7 +3,9 @@ run."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -17,6 +19,61 @@ class ExportError(RuntimeError):
     """The weights could not be written. Raised on every rank; the latest checkpoint is usable."""
 
     on_all_ranks = True
+
+
+class Policy(NamedTuple):
+    """The policy as the rollout servers are to serve it.
+
+    version: name of its present weights. template_dir: Hugging Face directory that its tokenizer and config come from.
+    """
+
+    model: ShardedModel
+    version: str
+    template_dir: Path
+
+
+class StoredWeights(NamedTuple):
+    """A Hugging Face directory, and the version of the weights in it."""
+
+    path: Path
+    version: str
+
+
+class WeightDirectory:
+    """The newest weights of a run that are on disk for servers to read, in ``root/<version>``.
+
+    A server of the trainer's own starts from them, however it gets its later weights. All ranks hold the same versions.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._newest: StoredWeights | None = None
+
+    @property
+    def newest(self) -> StoredWeights:
+        """The weights that were written last."""
+        if self._newest is None:
+            raise RuntimeError(f"no weights have been written to {self.root} yet")
+        return self._newest
+
+    def is_empty(self) -> bool:
+        """Return whether this process has written nothing yet."""
+        return self._newest is None
+
+    def holds(self, version: str | None) -> bool:
+        """Return whether the newest weights are ``version``."""
+        return self._newest is not None and self._newest.version == version
+
+    def write(self, policy: Policy) -> None:
+        """Write the policy's weights and remove older ones. Collective over all ranks; raises ExportError."""
+        path = self.root / policy.version
+        # They live until the next version: hashes would cost a pass over the bytes, and nobody would read them.
+        export_model(policy.model, path, template_dir=policy.template_dir, manifest=False)
+        if dist.get_rank() == 0:
+            for old in self.root.iterdir():
+                if old != path:
+                    shutil.rmtree(old)
+        self._newest = StoredWeights(path, policy.version)
 
 
 def export_model(model: ShardedModel, path: Path, *, template_dir: Path, manifest: bool = True) -> None:

@@ -24,7 +24,9 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.rollout.local_server import LocalServer  # noqa: E402
 from dasd_megatron.rollout.pool import ServerPool  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.weight_sync import make_sync, send_weights, verify_weights  # noqa: E402
+from dasd_megatron.training.weight_sync import WAYS  # noqa: E402
+from dasd_megatron.training.weight_sync.send import send_weights  # noqa: E402
+from dasd_megatron.training.weight_sync.verify import verify_weights  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -44,16 +46,16 @@ def shared_files() -> set[str]:
 
 
 with contextlib.ExitStack() as stack:
-    urls, sync, pool = [], None, None
+    urls, sender, pool = [], None, None
     if rank == 0:
         server = stack.enter_context(LocalServer(arguments["path"], "start", config.rollout, Path(arguments["log"])))
         urls = [server.url]
         pool = ServerPool(urls)
-        sync = make_sync(config.rollout, urls, {server.url: 1}, pool)
-        stack.callback(sync.close)
+        sender = WAYS[config.rollout.weight_sync].sender_class(config.rollout, urls, {server.url: 1}, pool)
+        stack.callback(sender.close)
 
     def send(version: str) -> str:
-        error = send_weights(model, sync, version, bucket_size=config.rollout.weight_bucket_bytes)
+        error = send_weights(model, sender, version, bucket_size=config.rollout.weight_bucket_bytes)
         assert not shared_files()
         return str(error or "")
 

@@ -1,0 +1,69 @@
+"""Weights in memory that the servers, on the same machine, open: files in /dev/shm on the CPU, CUDA IPC handles on a
+GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dasd_megatron.config import RolloutConfig
+from dasd_megatron.rollout.client import ClientFactory, make_client
+from dasd_megatron.rollout.pool import ServerPool
+from dasd_megatron.rollout.weight_payload import Entry, SharedBuffer, pack
+from dasd_megatron.training.weight_sync.send import BucketSender, BucketSync, Future
+
+
+class TensorSender(BucketSender):
+    """Tells the servers where a bucket lies. Both buffers are there from the first bucket of a sync to its end or
+    failure."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        urls: Sequence[str],
+        sizes: Mapping[str, int],
+        pool: ServerPool,
+        make_client: ClientFactory = make_client,
+    ) -> None:
+        super().__init__(config, urls, sizes, pool, make_client)
+        self._shared: dict[int, SharedBuffer] = {}
+        self._on_device: dict[int, torch.Tensor] = {}
+
+    @property
+    def joined(self) -> bool:
+        return True
+
+    def buffer(self, index: int, size: int) -> torch.Tensor:
+        if self.device.type == "cuda":
+            if index not in self._on_device or self._on_device[index].numel() < size:
+                self._on_device[index] = torch.empty(size, dtype=torch.uint8, device=self.device)
+            return self._on_device[index]
+        if index not in self._shared or self._shared[index].bytes.numel() < size:
+            if index in self._shared:
+                self._shared.pop(index).close()
+            self._shared[index] = SharedBuffer(size)
+        return self._shared[index].bytes
+
+    def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
+        # A server answers once it has copied the bucket; on a GPU, torch waits for that where it lets the memory go.
+        payloads = [[pack(flat, entries) for _ in range(size)] for size in self.sizes]
+        return self.run(self.client.update_weights_from_tensor(payloads))
+
+    def end(self, version: str) -> None:
+        self.drop()
+        super().end(version)
+
+    def drop(self) -> None:
+        """Give the shared memory back."""
+        while self._shared:
+            self._shared.popitem()[1].close()
+        if self._on_device:
+            self._on_device.clear()
+            torch.cuda.ipc_collect()
+
+
+class TensorSync(BucketSync):
+    """Hands each version over in memory of this machine."""
+
+    sender_class = TensorSender
