@@ -21,8 +21,8 @@ def group_relative_advantage(
     normalize_std: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRPO's outcome advantage (arXiv:2402.03300): each reward minus its group's mean, divided by the group's standard
-    deviation.
+    """Return GRPO's outcome advantage (arXiv:2402.03300): each reward minus its group's mean, divided by the group's
+    standard deviation.
 
     The paper writes ``std`` and no more; this is the sample standard deviation (n - 1), which the public GRPO trainers
     use, plus ``eps``.
@@ -43,20 +43,20 @@ def group_relative_advantage(
     """
     if rewards.dim() != 1:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; expected [rollouts]")
-    if (samples_per_group is None) == (group_ids is None):
-        raise ValueError("give either samples_per_group or group_ids, and not both")
-    if samples_per_group is not None:
+    if samples_per_group is not None and group_ids is None:
         if samples_per_group < 1 or rewards.numel() % samples_per_group:
             raise ValueError(
                 f"{rewards.numel()} rewards do not split into groups of samples_per_group={samples_per_group}"
             )
         group = torch.arange(rewards.numel(), device=rewards.device) // samples_per_group
-    else:
+    elif group_ids is not None and samples_per_group is None:
         if group_ids.shape != rewards.shape or group_ids.is_floating_point():
             raise ValueError(
                 f"group_ids is {group_ids.dtype} {tuple(group_ids.shape)}; expected integers {tuple(rewards.shape)}"
             )
         group = torch.unique(group_ids, return_inverse=True)[1]
+    else:
+        raise ValueError("give either samples_per_group or group_ids, and not both")
     if rewards.numel() == 0:
         return rewards.to(output_dtype(rewards))
     values = rewards.detach().double()
@@ -65,8 +65,8 @@ def group_relative_advantage(
     zeros = values.new_zeros(int(group.max()) + 1)
     counts = zeros.index_add(0, group, torch.ones_like(values))
     centred = values - (zeros.index_add(0, group, values) / counts)[group]
-    # Equal rewards are told by their range: their mean may differ from them in the last digit, which a tiny std would
-    # blow up.
+    # Equal rewards are recognised by their range. Their mean may differ from them in the last digit, which a tiny
+    # standard deviation would blow up.
     highest = zeros.scatter_reduce(0, group, values, "amax", include_self=False)
     spread = highest > zeros.scatter_reduce(0, group, values, "amin", include_self=False)
     if normalize_std:
@@ -92,16 +92,14 @@ def token_advantages(
     objective: str = "sampled",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
-    """Per-token advantage of an algorithm: ``verifier_weight * A + advantage_term``, with A the rollout's verifier
-    advantage.
+    """Return the advantage of each token under a method: ``verifier_weight * A + advantage_term``, with A the rollout's
+    verifier advantage.
 
     ``dasd``, ``opsd``, ``reversed`` and ``grpo``: the term is ``beta * omega * delta_bar``, omega the direction (the
     entropy router, 1, -1, 0) times the gate; see :func:`~dasd_megatron.algorithms.credit.direction_adaptive_credit`.
     ``rlsd`` (arXiv:2604.03128, its token weight without the warm-up that blends it with plain advantages): the token's
-    advantage is
-    ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone decides the
-    sign; its
-    omega is 0, and the term is what the weight changes.
+    advantage is ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone
+    decides the sign; its omega is 0, and the term is what the weight changes.
 
     Under the ``distributional`` objective the teacher acts through a divergence that the loss weights with omega, so
     the token's advantage is the verifier's alone, and the term is 0.
@@ -109,9 +107,10 @@ def token_advantages(
     Args:
         name: a key of :data:`~dasd_megatron.algorithms.methods.METHODS`.
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
-        entropy, delta: ``[N]`` packed response tokens, nats; lengths: ``[B]``.
-        verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip: the fields of the algorithm's
-        configuration.
+        entropy, delta: ``[N]`` packed response tokens, nats.
+        lengths: ``[B]`` tokens of each rollout.
+        verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip, objective: the fields of the
+            algorithm's configuration.
 
     Returns:
         advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient.

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dasd_megatron.algorithms.methods import QUANTILE_SIDES, RolloutStatistics
 
-# The gap of one token is held within this many nats, so that a token the teacher rules out (log q = -inf) stays a
-# finite, bounded outlier.
+# The gap of a token is bounded by this many nats, so that a token that the teacher rules out (log q = -inf) stays a
+# finite outlier.
 GAP_LIMIT = 20.0
 
 
@@ -58,9 +58,9 @@ def direction_adaptive_credit(
 
     In each rollout, with H the entropy and delta the gap log q(y) - log p(y):
 
-        tau       quantile of H, linearly interpolated like ``torch.quantile``, at 1 - rho (``upper``: the most
-        uncertain rho lie
-                  beyond it and are pushed away) or at rho (``lower``: all but the most certain rho are pushed away)
+        tau       quantile of H, linearly interpolated like ``torch.quantile``: at 1 - rho (``upper``: the most
+                  uncertain rho lie beyond it and are pushed away) or at rho (``lower``: all but the most certain rho
+                  are pushed away)
         sigma     mean |H - mean H|
         delta_bar delta / max(mean |delta|, scale_floor, eps)
         omega     tanh((tau - H) / max(sigma, eps)) * sigmoid(|delta_bar| - 1)
@@ -99,8 +99,8 @@ def direction_adaptive_credit(
 def rollout_statistics(
     entropy: Tensor, delta: Tensor, lengths: Tensor, *, rho: float, quantile_side: str, scale_floor: float, eps: float
 ) -> RolloutStatistics:
-    """The statistics that :func:`direction_adaptive_credit` describes, for every algorithm alike; same arguments and
-    errors."""
+    """Return the statistics that :func:`direction_adaptive_credit` describes, for every method alike; same arguments
+    and errors."""
     _check(entropy, delta, lengths, rho, quantile_side, scale_floor, eps)
     entropy = entropy.detach().double()
     delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
@@ -120,14 +120,15 @@ def rollout_statistics(
 def make_credit(
     statistics: RolloutStatistics, direction: Tensor, *, beta: float, gate: bool, dtype: torch.dtype
 ) -> Credit:
-    """Credit from a direction per token ``[N]``: the one place where gate and beta come in, whichever algorithm sets
-    the direction."""
+    """Return the credit of a direction per token ``[N]``: the one place where gate and beta come in, whichever method
+    gives the direction."""
     omega = direction * torch.sigmoid(statistics.delta_bar.abs() - 1.0) if gate else direction
     term = beta * omega * statistics.delta_bar
     return Credit(*(value.to(dtype) for value in (omega, statistics.delta_bar, statistics.tau, statistics.sigma, term)))
 
 
 def output_dtype(entropy: Tensor) -> torch.dtype:
+    """Return the dtype of results: float32, float64 for float64 inputs."""
     return torch.float64 if entropy.dtype == torch.float64 else torch.float32
 
 
@@ -159,11 +160,11 @@ def gather_packed_tokens(values: Tensor, positions: Tensor, num_tokens: int, gro
     inside = (positions >= 0) & (positions < num_tokens)
     kept = positions[inside]
     placed[:-1, kept] = values.detach()[:, inside]
-    # Counted by addition, so that a place held twice on one rank shows as well.
+    # Places are counted by addition, so that a place that is filled twice on one rank shows as well.
     placed[-1] = torch.bincount(kept, minlength=num_tokens).to(placed.dtype)
     misplaced = (~inside).sum().to(placed.dtype)
     if group is not None and dist.get_world_size(group) > 1:
-        # The misplaced ones travel with the counts: a refusal on one rank alone would leave the others waiting.
+        # The number of misplaced tokens travels with the counts: if one rank alone refused, the others would wait.
         packed = torch.cat([placed.flatten(), misplaced[None]])
         dist.all_reduce(packed, group=group)
         placed, misplaced = packed[:-1].view_as(placed), packed[-1]
@@ -185,7 +186,12 @@ def context_parallel_credit(
     positions: Tensor,
     *,
     group: dist.ProcessGroup | None,
-    **settings: float | str | bool,
+    rho: float = 0.2,
+    quantile_side: str = "upper",
+    beta: float = 1.0,
+    scale_floor: float = 0.0,
+    eps: float = 1e-6,
+    gate: bool = True,
 ) -> Credit:
     """:func:`direction_adaptive_credit` for tokens spread over a context-parallel group; the identical result for any
     split.
@@ -196,7 +202,17 @@ def context_parallel_credit(
     :func:`gather_packed_tokens`.
     """
     whole = gather_packed_tokens(torch.stack([entropy, delta]), positions, int(lengths.sum()), group)
-    credit = direction_adaptive_credit(whole[0], whole[1], lengths, **settings)
+    credit = direction_adaptive_credit(
+        whole[0],
+        whole[1],
+        lengths,
+        rho=rho,
+        quantile_side=quantile_side,
+        beta=beta,
+        scale_floor=scale_floor,
+        eps=eps,
+        gate=gate,
+    )
     return credit._replace(
         omega=credit.omega[positions],
         delta_bar=credit.delta_bar[positions],

@@ -1,9 +1,9 @@
-"""The table of methods: how each of them turns the teacher's signal and the verifier's advantage into the advantage of a
-token.
+"""The table of methods: how each of them turns the teacher's signal and the verifier's advantage into the advantage of
+a token.
 
-A :class:`Method` says all that the rest of the package needs to know of a method, so nothing else compares names. To add
-one, write its function here, its record in :data:`METHODS` and its ``conf/algorithm/<name>.yaml``. The functions call
-tensors' own methods, so that this module, which the configuration takes its choices from, imports no torch.
+A :class:`Method` says all that the rest of the package needs to know of a method, so nothing else compares names. To
+add one, write its function here, its record in :data:`METHODS` and its ``conf/algorithm/<name>.yaml``. The functions
+call tensors' own methods, so that this module, which the configuration takes its choices from, imports no torch.
 """
 
 from __future__ import annotations

@@ -1,16 +1,25 @@
-"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, policy surrogate, penalties."""
+"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, policy surrogate, penalties.
+
+The public names are imported where they are first used, so that the table of divergences comes without torch.
+"""
 
 from __future__ import annotations
 
-from dasd_megatron.losses.kernels import IMPLEMENTATIONS
-from dasd_megatron.losses.linear_stats import linear_token_stats
-from dasd_megatron.losses.policy import importance_weights, kl_k3, policy_surrogate, routed_divergence
-from dasd_megatron.losses.statistics import DIVERGENCES, TokenStats
-from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dasd_megatron.losses.divergences import DIVERGENCES, Divergence
+    from dasd_megatron.losses.kernels import IMPLEMENTATIONS
+    from dasd_megatron.losses.linear_stats import linear_token_stats
+    from dasd_megatron.losses.policy import importance_weights, kl_k3, policy_surrogate, routed_divergence
+    from dasd_megatron.losses.statistics import TokenStats
+    from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
 
 __all__ = [
     "DIVERGENCES",
     "IMPLEMENTATIONS",
+    "Divergence",
     "TokenStats",
     "importance_weights",
     "kl_k3",
@@ -19,3 +28,14 @@ __all__ = [
     "routed_divergence",
     "vocab_parallel_token_stats",
 ]
+# From the lightest to the heaviest.
+_MODULES = ("divergences", "policy", "kernels", "statistics", "token_stats", "linear_stats")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for module in _MODULES:
+            members = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in members:
+                return members[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

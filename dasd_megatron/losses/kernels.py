@@ -24,11 +24,11 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size: int | None) -> Kernels:
-    """``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's
-    kernels do not fit.
+    """Return the kernels for ``tensors``; ValueError on an unknown implementation and where Triton's do not fit.
 
-    They take logits of any row stride whose columns lie side by side, in half or single precision. ``chunk_size`` is
-    the PyTorch kernels' number of rows at once; Triton's need no buffers.
+    ``auto`` takes Triton for CUDA tensors where Triton is installed, and PyTorch otherwise and where Triton's kernels
+    do not fit. Triton's take logits of any row stride whose columns lie side by side, in half or single precision.
+    ``chunk_size`` is the PyTorch kernels' number of rows at once; Triton's need no buffers.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -48,5 +48,8 @@ def choose_kernels(implementation: str, tensors: tuple[Tensor, ...], chunk_size:
         from dasd_megatron.losses import triton_kernels
 
         return Kernels(triton_kernels.local_partials, triton_kernels.mixture_sums, triton_kernels.backward)
-    kernels = (torch_kernels.local_partials, torch_kernels.mixture_sums, torch_kernels.backward)
-    return Kernels(*(functools.partial(kernel, chunk_size=chunk_size) for kernel in kernels))
+    return Kernels(
+        functools.partial(torch_kernels.local_partials, chunk_size=chunk_size),
+        functools.partial(torch_kernels.mixture_sums, chunk_size=chunk_size),
+        functools.partial(torch_kernels.backward, chunk_size=chunk_size),
+    )

@@ -8,8 +8,9 @@ logits buys memory that no longer grows with tokens times vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,18 +19,18 @@ from torch.autograd.function import once_differentiable
 
 from dasd_megatron.losses.kernels import Kernels, choose_kernels
 from dasd_megatron.losses.statistics import (
+    Distribution,
     Objective,
+    Saved,
     Shard,
     TokenStats,
-    all_gather,
     finish,
     gradient_coefficients,
-    jensen_shannon,
     make_objective,
     make_shard,
     merge_partials,
 )
-from dasd_megatron.losses.token_stats import FLOATING, pack, to_outputs, unpack
+from dasd_megatron.losses.token_stats import FLOATING, to_outputs
 from dasd_megatron.losses.torch_kernels import accumulator
 
 
@@ -56,15 +57,18 @@ def linear_token_stats(
 
     Args:
         hidden: ``[T, h]``, bfloat16, float16, float32 or float64; what the LM head is applied to, the same on every
-        rank of the group. weight: ``[V_local, h]``, same dtype; this rank's contiguous shard of the LM head, rank order
-        = group order, equal sizes.
+            rank of the group.
+        weight: ``[V_local, h]``, same dtype; this rank's contiguous shard of the LM head, rank order = group order,
+            equal sizes.
         targets: ``[T]`` int64 global token ids, the same on every rank.
         teacher_hidden: ``[T, h_teacher]`` or None. Never receives a gradient.
         teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is
-        now. No gradient. divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows
-        of ``weight`` get gradient 0. chunk_size, vocab_chunk_size: tokens and columns of one block; None:
-        :data:`BLOCK_TOKENS` and :data:`BLOCK_COLUMNS`. inplace_backward: the backward pass writes the gradient of
-        ``hidden`` into its storage.
+            now. No gradient.
+        divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows of ``weight`` get
+            gradient 0.
+        chunk_size, vocab_chunk_size: tokens and columns of one block; None: :data:`BLOCK_TOKENS` and
+            :data:`BLOCK_COLUMNS`.
+        inplace_backward: the backward pass writes the gradient of ``hidden`` into its storage.
         reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves
             each rank its own part of the sum, for a caller that reduces it itself: under sequence parallelism the
             reduce-scatter that belongs to the all-gather of ``hidden`` does.
@@ -72,9 +76,8 @@ def linear_token_stats(
     Returns:
         TokenStats like there; ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``hidden`` and
         ``weight``. Logits of half precision inputs are accumulated and kept in float32, so they are more exact than a
-        materialised half precision tensor. The
-        gradient of a block of logits is rounded to the inputs' dtype for its two matrix products, whose sums are kept
-        in float32.
+        materialised half precision tensor. The gradient of a block of logits is rounded to the inputs' dtype for its
+        two matrix products, whose sums are kept in float32.
 
     Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
     the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
@@ -90,18 +93,8 @@ def linear_token_stats(
         ValueError: as there, and on hidden states and weights that do not fit each other.
     """
     objective = make_objective(divergence, jsd_weight)
-    if teacher_weight is not None and teacher_hidden is None:
-        raise ValueError("teacher_weight is given without teacher_hidden; give both, or teacher_hidden alone")
     _check_linear("hidden", hidden, "weight", weight, targets)
-    teacher = None
-    if teacher_hidden is not None:
-        teacher = _Linear(teacher_hidden.detach(), (weight if teacher_weight is None else teacher_weight).detach())
-        _check_linear("teacher_hidden", teacher.hidden, "teacher_weight", teacher.weight, targets)
-        if len(teacher.weight) != len(weight):
-            raise ValueError(
-                f"teacher_weight has {len(teacher.weight)} rows and weight {len(weight)}; it needs the same "
-                "vocabulary and sharding"
-            )
+    teacher = _checked_teacher(weight, targets, teacher_hidden, teacher_weight)
     shard = make_shard(len(weight), targets, vocab_size, group, temperature)
     for name, size in (("chunk_size", chunk_size), ("vocab_chunk_size", vocab_chunk_size)):
         if size is not None and size < 1:
@@ -113,7 +106,8 @@ def linear_token_stats(
     settings = _Settings(
         shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None
     )
-    return TokenStats(*_LinearTokenStats.apply(hidden, weight, *(teacher or (None, None)), settings))
+    apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
+    return TokenStats(*apply(hidden, weight, *(teacher or (None, None)), settings))
 
 
 # One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers'
@@ -128,7 +122,7 @@ class _Linear(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """How one rank cuts its ``[T, V_local]`` logits."""
+    """The division of one rank's ``[T, V_local]`` logits into blocks."""
 
     shard: Shard
     tokens: int
@@ -150,6 +144,24 @@ class _Settings(NamedTuple):
     objective: Objective
     inplace_backward: bool
     reduces_hidden_grad: bool
+
+
+def _checked_teacher(
+    weight: Tensor, targets: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None
+) -> _Linear | None:
+    """Return the teacher without gradient; ValueError where it does not fit ``weight`` and ``targets``."""
+    if teacher_hidden is None:
+        if teacher_weight is not None:
+            raise ValueError("teacher_weight is given without teacher_hidden; give both, or teacher_hidden alone")
+        return None
+    teacher = _Linear(teacher_hidden.detach(), (weight if teacher_weight is None else teacher_weight).detach())
+    _check_linear("teacher_hidden", teacher.hidden, "teacher_weight", teacher.weight, targets)
+    if len(teacher.weight) != len(weight):
+        raise ValueError(
+            f"teacher_weight has {len(teacher.weight)} rows and weight {len(weight)}; it needs the same "
+            "vocabulary and sharding"
+        )
+    return teacher
 
 
 def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor, targets: Tensor) -> None:
@@ -203,37 +215,24 @@ class _Projector:
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_weight: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
         settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        shard, blocks, kernels, objective = settings[:4]
-        student = _Projector(_Linear(hidden, weight), blocks)
-        teacher = None if teacher_hidden is None else _Projector(_Linear(teacher_hidden, teacher_weight), blocks)
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        student = _Projector(_Linear(hidden, weight), settings.blocks)
+        teacher, mixture_sums = None, None
+        if teacher_hidden is not None and teacher_weight is not None:
+            teacher = _Projector(_Linear(teacher_hidden, teacher_weight), settings.blocks)
+            mixture_sums = functools.partial(_mixture_sums, student, teacher, settings)
         partials = _partials(student, teacher, settings)
-        finished, student_to_mixture = finish(all_gather(partials, shard), objective, shard), None
-        if teacher is not None and objective.divergence == "jsd":
-            sums = partials.new_zeros(2, len(hidden))
-            for rows in blocks.rows():
-                distributions = [one[rows] for one in (*finished.student, *finished.teacher)]
-                for columns in blocks.column_ranges():
-                    sums[:, rows] += kernels.mixture_sums(
-                        student(rows, columns), teacher(rows, columns), *distributions, columns=columns.stop - columns.start,
-                        inverse_temperature=shard.inverse_temperature, weight=objective.jsd_weight,
-                    )  # fmt: skip
-            value, student_to_mixture = jensen_shannon(all_gather(sums, shard), objective.jsd_weight)
-            finished = finished._replace(divergence=value)
+        finished = finish(partials, settings.objective, settings.shard, mixture_sums)
         ctx.settings = settings
-        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *pack(finished, student_to_mixture))
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *Saved.of(finished).tensors())
         return to_outputs(ctx, finished, partials.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
         _: Tensor | None,
@@ -241,15 +240,13 @@ class _LinearTokenStats(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, teacher_hidden, teacher_weight, *saved = ctx.saved_tensors
         shard, blocks, kernels, objective, inplace, reduces = ctx.settings
+        gradients = (grad_log_prob, grad_entropy, grad_divergence)
         coefficients = gradient_coefficients(
-            *unpack(saved), objective, shard.inverse_temperature, grad_log_prob, grad_entropy, grad_divergence
+            Saved.from_tensors(saved), objective, shard.inverse_temperature, *gradients
         )
-        per_token = {name: value for name, value in coefficients.items() if isinstance(value, Tensor)}
-        others = {name: value for name, value in coefficients.items() if name not in per_token}
         student = _Projector(_Linear(hidden, weight), blocks)
         # Only a divergence's gradient depends on the teacher.
-        needs_teacher = grad_divergence is not None
-        teacher = _Projector(_Linear(teacher_hidden, teacher_weight), blocks) if needs_teacher else None
+        teacher = None if grad_divergence is None else _Projector(_Linear(teacher_hidden, teacher_weight), blocks)
         dtype = student.buffer.dtype
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -258,15 +255,16 @@ class _LinearTokenStats(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         for rows in blocks.rows():
             row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
+            row_coefficients = coefficients.of_rows(rows)._asdict()
             for columns in blocks.column_ranges():
                 block = student(rows, columns)
                 # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix
                 # units are fast.
                 gradient = block if hidden.dtype == dtype else torch.empty_like(block, dtype=hidden.dtype)
                 kernels.backward(
-                    block, teacher(rows, columns) if needs_teacher else None, gradient, shard.targets[rows],
+                    block, None if teacher is None else teacher(rows, columns), gradient, shard.targets[rows],
                     columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
-                    inverse_temperature=shard.inverse_temperature, **{name: value[rows] for name, value in per_token.items()}, **others,
+                    inverse_temperature=shard.inverse_temperature, **row_coefficients,
                 )  # fmt: skip
                 if grad_hidden is not None:
                     _matmul(gradient, weight[columns], row_grad, add=True)
@@ -282,7 +280,7 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def _partials(student: _Projector, teacher: _Projector | None, settings: _Settings) -> Tensor:
-    """This rank's partial sums ``[n, T]``, block by block."""
+    """Return this rank's partial sums ``[n, T]``, made block by block."""
     shard, blocks, kernels, objective = settings[:4]
     parts = []
     for rows in blocks.rows():
@@ -290,7 +288,7 @@ def _partials(student: _Projector, teacher: _Projector | None, settings: _Settin
             kernels.local_partials(
                 student(rows, columns), None if teacher is None else teacher(rows, columns), shard.targets[rows],
                 columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
-                inverse_temperature=shard.inverse_temperature, divergence=objective.divergence,
+                inverse_temperature=shard.inverse_temperature, divergence=objective.divergence.name,
             )
             for columns in blocks.column_ranges()
         ]  # fmt: skip
@@ -302,5 +300,23 @@ def _partials(student: _Projector, teacher: _Projector | None, settings: _Settin
     empty = student.buffer.new_zeros(len(shard.targets), 0)
     return kernels.local_partials(
         empty, None if teacher is None else empty, shard.targets, columns=0, first_column=shard.first_column,
-        inverse_temperature=shard.inverse_temperature, divergence=objective.divergence,
+        inverse_temperature=shard.inverse_temperature, divergence=objective.divergence.name,
     )  # fmt: skip
+
+
+def _mixture_sums(
+    student: _Projector, teacher: _Projector, settings: _Settings, *distributions: Distribution
+) -> Tensor:
+    """Return this rank's sums against the mixture ``[2, T]``, made block by block, for the student's and the teacher's
+    distribution."""
+    shard, blocks, kernels, objective = settings[:4]
+    sums = student.buffer.new_zeros(2, len(shard.targets))
+    for rows in blocks.rows():
+        row_distributions = [values[rows] for distribution in distributions for values in distribution]
+        for columns in blocks.column_ranges():
+            sums[:, rows] += kernels.mixture_sums(
+                student(rows, columns), teacher(rows, columns), *row_distributions,
+                columns=columns.stop - columns.start, inverse_temperature=shard.inverse_temperature,
+                weight=objective.jsd_weight,
+            )  # fmt: skip
+    return sums

@@ -22,12 +22,11 @@ def policy_surrogate(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate per token, as a loss to minimise.
+    """Return PPO's clipped surrogate per token, as a loss to minimise.
 
     With r = exp(log_prob - old_log_prob) and A the advantage, the loss is ``-min(r A, clip(r, 1 - clip_low, 1 +
     clip_high) A)`` (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With ``dual_clip`` c, tokens of
-    negative advantage lose at most
-    ``-c A`` (arXiv:1912.09729).
+    negative advantage lose at most ``-c A`` (arXiv:1912.09729).
 
     Args:
         log_prob: ``[N]`` log-prob under the policy being trained, nats; the only argument that receives a gradient.
@@ -38,9 +37,8 @@ def policy_surrogate(
 
     Returns:
         loss ``[N]``, float32 or wider, and clipped ``[N]`` bool: tokens whose gradient the clip, or the dual clip,
-        removes. The
-        log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss and never an
-        infinite one.
+        removes. The log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss
+        and never an infinite one.
 
     Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes or bounds that do
     not fit.
@@ -68,12 +66,11 @@ def policy_surrogate(
 
 
 def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """The distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is pushed
-    away.
+    """Return the distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is
+    pushed away.
 
     Minimising it lowers D where omega is above 0 and raises it where omega is below, but there only while D is under
-    ``cap``: an
-    unbounded repulsion could run away, since a divergence has no maximum. The cap is our choice.
+    ``cap``: an unbounded repulsion could run away, since a divergence has no maximum. The cap is our choice.
 
     Args:
         divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond the
@@ -92,15 +89,15 @@ def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple
         raise ValueError(f"cap is {cap}; expected at least 0 nats")
     omega = omega.detach().to(divergence.dtype)
     capped = (omega < 0) & (divergence >= cap)
-    held = torch.where(capped, cap, torch.where(divergence == math.inf, 0.0, divergence))
-    return omega * held, capped.detach()
+    bounded = torch.where(capped, cap, torch.where(divergence == math.inf, 0.0, divergence))
+    return omega * bounded, capped.detach()
 
 
 def importance_weights(
     log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tensor, *, level: str, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Truncated importance weights between the trainer and the rollout engine, which differ even where their weights
-    are equal.
+    """Return truncated importance weights between the trainer and the rollout engine, which differ even where their
+    weights are equal.
 
     ``token``: ``min(p(y_t) / m(y_t), cap)`` with p the trainer's and m the engine's probability; ``sequence``: the
     ratio of the whole response, ``min(prod_t p(y_t) / m(y_t), cap)``, for each of its tokens. Multiplied onto the
@@ -136,8 +133,8 @@ def importance_weights(
 
 
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with ``x =
-    ref_log_prob - log_prob``.
+    """Return Schulman's k3 estimate of KL(policy || reference) at each sampled token: ``exp(x) - 1 - x`` with
+    ``x = ref_log_prob - log_prob``.
 
     Source: http://joschu.net/blog/kl-approx.html; the penalty of GRPO (arXiv:2402.03300). Never negative, and 0 only at
     x = 0.
@@ -156,15 +153,15 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     _same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
     log_prob = _at_least_float32(log_prob)
     gap = ref_log_prob.detach().to(log_prob.dtype) - log_prob
-    held = gap.clamp(max=_K3_LINEAR_FROM)
-    far = torch.expm1(held) - held + (gap - held) * math.expm1(_K3_LINEAR_FROM)
+    curved = gap.clamp(max=_K3_LINEAR_FROM)
+    away = torch.expm1(curved) - curved + (gap - curved) * math.expm1(_K3_LINEAR_FROM)
     small = gap.clamp(-0.1, 0.1)
     near = (
         small.square()
         / 2
         * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6 * (1 + small / 7 * (1 + small / 8))))))
     )
-    return torch.where(gap.abs() < 0.1, near, far)
+    return torch.where(gap.abs() < 0.1, near, away)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

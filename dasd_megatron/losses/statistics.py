@@ -11,12 +11,14 @@ logarithms would lose float32's digits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dasd_megatron.losses.divergences import DIVERGENCES, Divergence
 from dasd_megatron.losses.torch_kernels import (
     CROSS,
     MAX,
@@ -28,8 +30,6 @@ from dasd_megatron.losses.torch_kernels import (
     TEACHER_Z,
     Z,
 )
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 # A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second
 # distribution lead there.
@@ -60,9 +60,9 @@ class Shard(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """Which divergence is asked for."""
+    """The divergence that is asked for."""
 
-    divergence: str
+    divergence: Divergence
     jsd_weight: float
 
 
@@ -74,16 +74,78 @@ class Distribution(NamedTuple):
     log_z: Tensor
 
 
+class Comparison(NamedTuple):
+    """Statistics of T tokens with a teacher. ``log_prob``, ``divergence`` and ``centre`` are ``[T]`` float64."""
+
+    teacher: Distribution
+    log_prob: Tensor
+    divergence: Tensor
+    centre: Tensor
+    """The divergence, or KL(p || m) for one that uses the mixture m: the value that its gradient contains."""
+
+
 class Finished(NamedTuple):
-    """Statistics ``[T]`` in float64, and the distributions that the backward pass computes again; in the partials'
-    dtype."""
+    """Statistics ``[T]`` in float64, and the distributions in the partials' dtype, from which the backward pass
+    computes the probabilities again."""
 
     log_prob: Tensor
     entropy: Tensor
     student: Distribution
-    teacher_log_prob: Tensor | None = None
-    divergence: Tensor | None = None
-    teacher: Distribution | None = None
+    comparison: Comparison | None
+    """None without a teacher."""
+
+
+class Saved(NamedTuple):
+    """The statistics that the backward pass reads, ``[T]`` each."""
+
+    entropy: Tensor
+    student: Distribution
+    teacher: Distribution | None
+    centre: Tensor | None
+
+    @classmethod
+    def of(cls, finished: Finished) -> Saved:
+        compared = finished.comparison
+        if compared is None:
+            return cls(finished.entropy, finished.student, None, None)
+        return cls(finished.entropy, finished.student, compared.teacher, compared.centre)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the tensors in a row, for autograd to keep."""
+        if self.teacher is None or self.centre is None:
+            return (self.entropy, *self.student)
+        return (self.entropy, *self.student, *self.teacher, self.centre)
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> Saved:
+        """Undo :meth:`tensors`."""
+        entropy, maximum, log_z, *teacher = tensors
+        if not teacher:
+            return cls(entropy, Distribution(maximum, log_z), None, None)
+        return cls(entropy, Distribution(maximum, log_z), Distribution(teacher[0], teacher[1]), teacher[2])
+
+
+class Coefficients(NamedTuple):
+    """Arguments of the kernels' ``backward`` that say how the loss depends on the logits, ``[T]`` each; None stands for
+    0."""
+
+    p_max: Tensor
+    p_log_z: Tensor
+    constant: Tensor
+    linear: Tensor | None = None
+    one_hot: Tensor | None = None
+    cross: Tensor | None = None
+    teacher_share: Tensor | None = None
+    q_max: Tensor | None = None
+    q_log_z: Tensor | None = None
+    mixture_weight: float | None = None
+
+    def of_rows(self, rows: slice) -> Coefficients:
+        """Return the coefficients of some of the tokens."""
+        chosen: dict[str, Any] = {
+            name: value[rows] for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**chosen)
 
 
 def make_shard(
@@ -120,11 +182,12 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def make_objective(divergence: str, jsd_weight: float) -> Objective:
+    """Return the objective; ValueError on an unknown divergence or a weight outside 0 to 1."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; expected one of {', '.join(DIVERGENCES)}")
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight is {jsd_weight}; expected a number between 0 and 1, both excluded")
-    return Objective(divergence, jsd_weight)
+    return Objective(DIVERGENCES[divergence], jsd_weight)
 
 
 def all_gather(local: Tensor, shard: Shard) -> Tensor:
@@ -162,120 +225,140 @@ def _merge(maxima: Tensor, masses: Tensor, inverse_temperature: float) -> _Merge
     return _Merged(offsets, torch.where(z == 0, 0.0, scaled / z), maximum, z)
 
 
-def _expectations(
-    rows: tuple[Tensor, ...], divergence: str, inverse_temperature: float
-) -> tuple[_Merged, Tensor, _Merged | None, Tensor | None, Tensor | None]:
-    """Student, its mean, teacher, its mean, cross expectation, from partials ``[n][parts, T]``."""
+class _TeacherExpectations(NamedTuple):
+    """The teacher's distribution, its mean where it is the one that weights, and the mean of the other's logits."""
+
+    whole: _Merged
+    mean: Tensor
+    cross: Tensor
+
+
+class _Expectations(NamedTuple):
+    """The student's distribution and mean, and the teacher's side."""
+
+    whole: _Merged
+    mean: Tensor
+    teacher: _TeacherExpectations | None
+
+
+def _expectations(rows: tuple[Tensor, ...], divergence: Divergence, inverse_temperature: float) -> _Expectations:
+    """Return what partials of n numbers, each ``[parts, T]``, are together."""
     student = _merge(rows[MAX], rows[Z], inverse_temperature)
     mean = student.expectation(rows[MEAN], student.offsets)
     if len(rows) <= CROSS:
-        return student, mean, None, None, None
+        return _Expectations(student, mean, None)
     teacher = _merge(rows[TEACHER_MAX], rows[TEACHER_Z], inverse_temperature)
     teacher_mean = cross = torch.zeros_like(mean)
-    if divergence == "reverse_kl":
+    if divergence.weighted_by == "student":
         cross = student.expectation(rows[CROSS], teacher.offsets)
-    elif divergence == "forward_kl":
+    elif divergence.weighted_by == "teacher":
         teacher_mean = teacher.expectation(rows[TEACHER_MEAN], teacher.offsets)
         cross = teacher.expectation(rows[CROSS], student.offsets)
-    return student, mean, teacher, teacher_mean, cross
+    return _Expectations(student, mean, _TeacherExpectations(teacher, teacher_mean, cross))
 
 
-def merge_partials(parts: Tensor, divergence: str, inverse_temperature: float) -> Tensor:
-    """Partials of blocks of columns ``[blocks, n, T]`` as those of all the columns together ``[n, T]``."""
+def merge_partials(parts: Tensor, divergence: Divergence, inverse_temperature: float) -> Tensor:
+    """Return the partials of all columns together ``[n, T]`` from those of blocks of columns ``[blocks, n, T]``."""
     rows = parts.double().unbind(1)
-    student, mean, teacher, teacher_mean, cross = _expectations(rows, divergence, inverse_temperature)
+    student, mean, teacher = _expectations(rows, divergence, inverse_temperature)
     merged = [student.maximum, student.z, mean, rows[TARGET].sum(0)]
     if teacher is not None:
-        merged += [teacher.maximum, teacher.z, teacher_mean, rows[TEACHER_TARGET].sum(0), cross]
+        merged += [teacher.whole.maximum, teacher.whole.z, teacher.mean, rows[TEACHER_TARGET].sum(0), teacher.cross]
     return torch.stack(merged).to(parts.dtype)
 
 
-def finish(gathered: Tensor, objective: Objective, shard: Shard) -> Finished:
-    """All statistics but the Jensen-Shannon divergence, from the partials of all ranks ``[ranks, n, T]``."""
-    rows = gathered.double().unbind(1)
-    inverse_temperature = shard.inverse_temperature
-    student, mean, teacher, teacher_mean, cross = _expectations(rows, objective.divergence, inverse_temperature)
+def finish(
+    partials: Tensor,
+    objective: Objective,
+    shard: Shard,
+    mixture_sums: Callable[[Distribution, Distribution], Tensor] | None,
+) -> Finished:
+    """Return all statistics from this rank's partials ``[n, T]``.
+
+    ``mixture_sums`` makes the second pass over this rank's columns, ``[2, T]``, from the student's and the teacher's
+    distribution. It is called only for a divergence that uses the mixture; None without a teacher.
+
+    Collectives: one all-gather, and a second one after ``mixture_sums``.
+    """
+    rows = all_gather(partials, shard).double().unbind(1)
+    inverse_temperature, dtype = shard.inverse_temperature, partials.dtype
+    student, mean, teacher = _expectations(rows, objective.divergence, inverse_temperature)
     log_z = student.z.log()
     log_prob = (rows[TARGET].sum(0) - student.maximum) * inverse_temperature - log_z
     entropy = (log_z - mean).clamp_min(0.0)
-    dtype = gathered.dtype
-    finished = Finished(log_prob, entropy, Distribution(student.maximum.to(dtype), log_z.to(dtype)))
+    distribution = Distribution(student.maximum.to(dtype), log_z.to(dtype))
     if teacher is None:
-        return finished
-    teacher_log_z = teacher.z.log()
-    value = None
-    if objective.divergence == "reverse_kl":
-        value = _infinite((mean - cross) - (log_z - teacher_log_z))
-    elif objective.divergence == "forward_kl":
-        value = _infinite((teacher_mean - cross) - (teacher_log_z - log_z))
-    return finished._replace(
-        teacher_log_prob=(rows[TEACHER_TARGET].sum(0) - teacher.maximum) * inverse_temperature - teacher_log_z,
-        divergence=value,
-        teacher=Distribution(teacher.maximum.to(dtype), teacher_log_z.to(dtype)),
-    )
+        return Finished(log_prob, entropy, distribution, None)
+    teacher_log_z = teacher.whole.z.log()
+    teacher_log_prob = (rows[TEACHER_TARGET].sum(0) - teacher.whole.maximum) * inverse_temperature - teacher_log_z
+    teacher_distribution = Distribution(teacher.whole.maximum.to(dtype), teacher_log_z.to(dtype))
+    if objective.divergence.uses_mixture and mixture_sums is not None:
+        sums = all_gather(mixture_sums(distribution, teacher_distribution), shard)
+        value, centre = jensen_shannon(sums, objective.jsd_weight)
+    elif objective.divergence.weighted_by == "student":
+        value = centre = _kullback_leibler(mean, log_z, teacher.cross, teacher_log_z)
+    else:
+        value = centre = _kullback_leibler(teacher.mean, teacher_log_z, teacher.cross, log_z)
+    return Finished(log_prob, entropy, distribution, Comparison(teacher_distribution, teacher_log_prob, value, centre))
 
 
-def _infinite(divergence: Tensor) -> Tensor:
-    """Rounding below 0 removed, and what stands for an infinite divergence made infinite."""
+def _kullback_leibler(mean: Tensor, log_z: Tensor, cross: Tensor, other_log_z: Tensor) -> Tensor:
+    """Return the divergence of one distribution from another, from the means of both logits under the first one.
+
+    Rounding below 0 is removed, and what stands for an infinite divergence is made infinite.
+    """
+    divergence = (mean - cross) - (log_z - other_log_z)
     return torch.where(divergence > _INFINITE_NATS, math.inf, divergence.clamp_min(0.0))
 
 
 def jensen_shannon(sums: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Divergence and its student's part KL(p || m), float64 ``[T]``, from the mixture's sums of all ranks ``[ranks, 2,
-    T]``."""
+    """Return the divergence and its student's part KL(p || m), float64 ``[T]``, from the mixture's sums of all ranks
+    ``[ranks, 2, T]``."""
     student_to_mixture, teacher_to_mixture = sums.double().sum(0).unbind(0)
     return (weight * student_to_mixture + (1.0 - weight) * teacher_to_mixture).clamp_min(0.0), student_to_mixture
 
 
 def gradient_coefficients(
-    finished: Finished,
-    student_to_mixture: Tensor | None,
+    saved: Saved,
     objective: Objective,
     inverse_temperature: float,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_divergence: Tensor | None,
-) -> dict[str, Any]:
-    """Arguments of the kernels' ``backward`` that say how the loss depends on the logits.
+) -> Coefficients:
+    """Return the coefficients of the gradient from the incoming gradients ``[T]``, None where there is none.
 
     With g the incoming gradients, per column v and before the division by the temperature:
 
         log-prob    g (1[v = y] - p_v)
         entropy     -g p_v (log p_v + H)
-        reverse KL  g p_v (log p_v - log q_v - KL)
-        forward KL  g (p_v - q_v)
-        JSD         g w p_v (log p_v - log m_v - KL(p || m))
+        divergence  see :mod:`~dasd_megatron.losses.divergences`
 
     so all but the one-hot and the forward KL's q_v are p_v times ``constant + linear log p_v - cross X_v``, with X the
     logarithm of q or m.
     """
-    constant = torch.zeros_like(finished.entropy)
-    linear = cross = teacher_share = one_hot = mixture_weight = None
+    constant = torch.zeros_like(saved.entropy)
+    linear = one_hot = None
     if grad_log_prob is not None:
         one_hot = grad_log_prob.double() * inverse_temperature
         constant = constant - one_hot
     if grad_entropy is not None:
         linear = -grad_entropy.double() * inverse_temperature
-        constant = constant + linear * finished.entropy
-    if grad_divergence is not None:
-        grad = grad_divergence.double() * inverse_temperature
-        if objective.divergence == "forward_kl":
-            constant, teacher_share = constant + grad, grad
-        else:
-            if objective.divergence == "jsd":
-                mixture_weight = objective.jsd_weight
-                grad, value = grad * mixture_weight, student_to_mixture
-            else:
-                # The gradient of an infinite divergence is not finite; such a token gets none.
-                infinite = finished.divergence == math.inf
-                grad, value = torch.where(infinite, 0.0, grad), torch.where(infinite, 0.0, finished.divergence)
-            constant = constant - grad * value
-            linear = grad if linear is None else linear + grad
-            cross = grad
-    coefficients = dict(
-        p_max=finished.student.maximum, p_log_z=finished.student.log_z, constant=constant, linear=linear, cross=cross,
-        teacher_share=teacher_share, one_hot=one_hot, mixture_weight=mixture_weight,
-    )  # fmt: skip
-    if grad_divergence is not None:
-        coefficients |= dict(q_max=finished.teacher.maximum, q_log_z=finished.teacher.log_z)
-    return coefficients
+        constant = constant + linear * saved.entropy
+    without = Coefficients(saved.student.maximum, saved.student.log_z, constant, linear, one_hot)
+    if grad_divergence is None or saved.teacher is None or saved.centre is None:
+        return without
+    terms = objective.divergence.gradient(
+        grad_divergence.double() * inverse_temperature, saved.centre, objective.jsd_weight
+    )
+    if linear is not None and terms.linear is not None:
+        linear = linear + terms.linear
+    return without._replace(
+        constant=constant + terms.constant,
+        linear=terms.linear if linear is None else linear,
+        cross=terms.cross,
+        teacher_share=terms.teacher_share,
+        q_max=saved.teacher.maximum,
+        q_log_z=saved.teacher.log_z,
+        mixture_weight=objective.jsd_weight if objective.divergence.uses_mixture else None,
+    )

@@ -7,6 +7,9 @@ but their gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,12 +20,11 @@ from dasd_megatron.losses.statistics import (
     Distribution,
     Finished,
     Objective,
+    Saved,
     Shard,
     TokenStats,
-    all_gather,
     finish,
     gradient_coefficients,
-    jensen_shannon,
     make_objective,
     make_shard,
 )
@@ -63,10 +65,8 @@ def vocab_parallel_token_stats(
             gradient 0. A shard may be all padding. None: all columns of all shards.
         temperature: the logits are divided by it; > 0. Gradients are those with respect to the undivided logits.
         chunk_size: tokens that the PyTorch kernels work on at once; None chooses by the size of the device's L2 cache,
-            at least one per
-            CPU thread. Beyond the outputs and the gradient, memory is at most five buffers of ``chunk_size x V_local``
-            in float32, and
-            none with Triton.
+            at least one per CPU thread. Beyond the outputs and the gradient, memory is at most five buffers of
+            ``chunk_size x V_local`` in float32, and none with Triton.
         inplace_backward: the backward pass writes the gradient into the storage of ``logits`` instead of allocating it.
             Then nothing else may read the logits afterwards; autograd raises where something it saved has been
             overwritten.
@@ -81,8 +81,7 @@ def vocab_parallel_token_stats(
 
     Collectives: forward one all-gather of 4 numbers per token, 9 with a teacher, and for ``jsd`` a second one of 2
     numbers per token: the logarithm of the mixture m is that of a sum, so both normalisers must be known before it can
-    be summed over columns. Backward none.
-    A group of one rank runs no collective.
+    be summed over columns. Backward none. A group of one rank runs no collective.
 
     Columns at -inf carry no mass. A Kullback-Leibler divergence is +inf where its second distribution has no mass and
     its first has some (more than about 1e-31); the reverse KL of such a token has no finite gradient, and gets 0. NaN
@@ -98,7 +97,8 @@ def vocab_parallel_token_stats(
     shard = make_shard(logits.shape[1], targets, vocab_size, group, temperature)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     kernels = choose_kernels(implementation, (logits,) if teacher is None else (logits, teacher), chunk_size)
-    return TokenStats(*_VocabParallelTokenStats.apply(logits, teacher, shard, kernels, objective, inplace_backward))
+    apply: Callable[..., tuple[Any, ...]] = _VocabParallelTokenStats.apply
+    return TokenStats(*apply(logits, teacher, shard, kernels, objective, inplace_backward))
 
 
 def _check_logits(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None) -> None:
@@ -125,7 +125,7 @@ def _check_logits(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None
 class _VocabParallelTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         teacher: Tensor | None,
         shard: Shard,
@@ -133,26 +133,25 @@ class _VocabParallelTokenStats(torch.autograd.Function):
         objective: Objective,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        partials = kernels.local_partials(
-            logits, teacher, shard.targets, columns=shard.columns, first_column=shard.first_column,
-            inverse_temperature=shard.inverse_temperature, divergence=objective.divergence,
-        )  # fmt: skip
-        finished, student_to_mixture = finish(all_gather(partials, shard), objective, shard), None
-        if teacher is not None and objective.divergence == "jsd":
-            sums = kernels.mixture_sums(
-                logits, teacher, *finished.student, *finished.teacher, columns=shard.columns,
+        def mixture_sums(student: Distribution, other: Distribution) -> Tensor:
+            return kernels.mixture_sums(
+                logits, teacher, *student, *other, columns=shard.columns,
                 inverse_temperature=shard.inverse_temperature, weight=objective.jsd_weight,
             )  # fmt: skip
-            value, student_to_mixture = jensen_shannon(all_gather(sums, shard), objective.jsd_weight)
-            finished = finished._replace(divergence=value)
+
+        partials = kernels.local_partials(
+            logits, teacher, shard.targets, columns=shard.columns, first_column=shard.first_column,
+            inverse_temperature=shard.inverse_temperature, divergence=objective.divergence.name,
+        )  # fmt: skip
+        finished = finish(partials, objective, shard, mixture_sums)
         ctx.shard, ctx.kernels, ctx.objective, ctx.inplace_backward = shard, kernels, objective, inplace_backward
-        ctx.save_for_backward(logits, teacher, *pack(finished, student_to_mixture))
+        ctx.save_for_backward(logits, teacher, *Saved.of(finished).tensors())
         return to_outputs(ctx, finished, partials.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
         _: Tensor | None,
@@ -160,13 +159,14 @@ class _VocabParallelTokenStats(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits, teacher, *saved = ctx.saved_tensors
         shard = ctx.shard
+        gradients = (grad_log_prob, grad_entropy, grad_divergence)
         out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
         coefficients = gradient_coefficients(
-            *unpack(saved), ctx.objective, shard.inverse_temperature, grad_log_prob, grad_entropy, grad_divergence
+            Saved.from_tensors(saved), ctx.objective, shard.inverse_temperature, *gradients
         )
         ctx.kernels.backward(
             logits, teacher, out, shard.targets, columns=shard.columns, first_column=shard.first_column,
-            inverse_temperature=shard.inverse_temperature, **coefficients,
+            inverse_temperature=shard.inverse_temperature, **coefficients._asdict(),
         )  # fmt: skip
         if ctx.inplace_backward:
             # Kernels that write through a pointer go unnoticed, and autograd would read the gradient where it had saved
@@ -175,33 +175,15 @@ class _VocabParallelTokenStats(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-def pack(finished: Finished, student_to_mixture: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the backward pass reads, as a flat tuple of tensors for autograd to keep."""
-    return (
-        finished.entropy,
-        finished.divergence,
-        student_to_mixture,
-        *finished.student,
-        *(finished.teacher or (None, None)),
-    )
+def to_outputs(ctx: Any, finished: Finished, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the four statistics in ``dtype``.
 
-
-def unpack(saved: list[Tensor | None]) -> tuple[Finished, Tensor | None]:
-    entropy, divergence, student_to_mixture, *distributions = saved
-    student, teacher = Distribution(*distributions[:2]), Distribution(*distributions[2:])
-    return Finished(
-        entropy, entropy, student, None, divergence, None if teacher.maximum is None else teacher
-    ), student_to_mixture
-
-
-def to_outputs(
-    ctx: torch.autograd.function.FunctionCtx, finished: Finished, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four statistics in ``dtype``; the teacher's log-prob takes no gradient, and outputs without one come back as
-    None."""
-    values = (finished.log_prob, finished.entropy, finished.teacher_log_prob, finished.divergence)
-    outputs = tuple(None if value is None else value.to(dtype) for value in values)
+    The teacher's log-prob takes no gradient. The gradients of outputs that nothing depends on come back as None.
+    """
     ctx.set_materialize_grads(False)
-    if outputs[2] is not None:
-        ctx.mark_non_differentiable(outputs[2])
-    return outputs
+    log_prob, entropy, compared = finished.log_prob.to(dtype), finished.entropy.to(dtype), finished.comparison
+    if compared is None:
+        return log_prob, entropy, None, None
+    teacher_log_prob = compared.log_prob.to(dtype)
+    ctx.mark_non_differentiable(teacher_log_prob)
+    return log_prob, entropy, teacher_log_prob, compared.divergence.to(dtype)

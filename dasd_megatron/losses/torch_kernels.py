@@ -1,9 +1,9 @@
-"""What one rank computes on its own vocabulary shard, in PyTorch: partial sums, the mixture's sums, and the closed-form
+"""One rank's arithmetic on its own vocabulary shard, in PyTorch: partial sums, the mixture's sums, and the closed-form
 gradient.
 
 ``triton_kernels`` has the same three functions for GPUs; this is their reference, and what runs everywhere else.
-Notation: z and x are
-the student's and the teacher's logits, ``c = 1 / temperature``, ``d = (z - max z) c`` and ``e = (x - max x) c``.
+Notation: z and x are the student's and the teacher's logits, ``c = 1 / temperature``, ``d = (z - max z) c`` and
+``e = (x - max x) c``.
 
 Powers of two stand for exponentials: PyTorch's ``exp2`` takes half the time of its ``exp`` on CPU. Logits are scaled
 and shifted in one fused multiply-add, ``z c log2(e) - shift``, with the whole number next to the scaled maximum for a
@@ -19,10 +19,12 @@ import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dasd_megatron.losses.divergences import DIVERGENCES
 
 # Rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within them, in nats,
 # about its own maxima.
@@ -53,71 +55,34 @@ def local_partials(
         targets: ``[T]`` int64 global token ids.
         columns: how many of the shard's columns belong to the vocabulary; the rest are padding and are not read.
         first_column: global id of column 0.
-        divergence: decides which expectations the teacher's rows hold; see
-        :func:`~dasd_megatron.losses.vocab_parallel_token_stats`. chunk_size: rows at once; None chooses by the cache.
+        divergence: a key of :data:`~dasd_megatron.losses.divergences.DIVERGENCES`; decides which expectations the
+            teacher's rows hold.
+        chunk_size: rows at once; None chooses by the cache.
 
     Returns:
         ``[4, T]``, with a teacher ``[9, T]``, float32 (float64 for float64 logits): MAX raw maximum, -inf without mass;
         Z sum of exp(d); MEAN expectation of d; TARGET raw logit of the target where this shard owns it, else 0; the
-        same four for the teacher, whose
-        mean is 0 but for ``forward_kl``; CROSS the expectation of e under the student (``reverse_kl``) or of d under
-        the teacher (``forward_kl``). Sums without mass are 0. Where the weight is not 0 and the other logit is -inf,
-        CROSS is beyond -1e30.
+        same four for the teacher, whose mean is 0 but for ``forward_kl``; CROSS the expectation of e under the student
+        (``reverse_kl``) or of d under the teacher (``forward_kl``). Sums without mass are 0. Where the weight is not 0
+        and the other logit is -inf, CROSS is beyond -1e30.
     """
     dtype = accumulator(logits)
     lowest = torch.finfo(dtype).min
     scale = _log2_scale(inverse_temperature, dtype)
+    weighted_by = DIVERGENCES[divergence].weighted_by
     packed = torch.zeros(4 if teacher is None else 9, logits.shape[0], dtype=dtype, device=logits.device)
     packed[MAX:CROSS:TEACHER_MAX] = -math.inf
     if columns == 0:
         return packed
     chunk_size = chunk_size or rows_by_cache(logits, columns, teacher is not None)
-    work_d, work_p, *teacher_work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
-
-    # Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is
-    # only summed is written over a factor that is not needed again: a dot product proper would lose digits.
-    def reduce(rows: slice, floor: float | None) -> None:
-        sums = packed[:, rows]
-        d = _about_maximum(logits[rows, :columns], scale, work_d, sums[MAX], floor)
-        p = torch.exp2(d, out=work_p[: len(d)])
-        torch.sum(p, -1, out=sums[Z])
-        if teacher is None:
-            torch.sum(d.mul_(p), -1, out=sums[MEAN])
-            return
-        e = _about_maximum(
-            teacher[rows, :columns], scale, teacher_work[0], sums[TEACHER_MAX], None if divergence == "jsd" else floor
-        )
-        q = torch.exp2(e, out=teacher_work[1][: len(e)])
-        torch.sum(q, -1, out=sums[TEACHER_Z])
-        if divergence == "reverse_kl":
-            torch.sum(d.mul_(p), -1, out=sums[MEAN])
-            torch.sum(e.mul_(p), -1, out=sums[CROSS])
-            return
-        torch.sum(p.mul_(d), -1, out=sums[MEAN])
-        if divergence == "forward_kl":
-            torch.sum(e.mul_(q), -1, out=sums[TEACHER_MEAN])
-            torch.sum(d.mul_(q), -1, out=sums[CROSS])
-
+    work = _buffers(logits, columns, chunk_size, 2 if teacher is None else 4)
     for rows in _chunks(logits, chunk_size):
-        reduce(rows, None)
+        own, other = logits[rows, :columns], None if teacher is None else teacher[rows, :columns]
+        _sum_rows(own, other, packed[:, rows], work, scale, weighted_by, floor=None)
         # A logit of -inf makes 0 * -inf. That is rare, so what avoids it costs a pass only where it has happened.
         if not bool(packed[MEAN:, rows].isfinite().all()):
-            reduce(rows, lowest)
-
-    def expectation(weighted: Tensor, mass: Tensor, offset: Tensor) -> Tensor:
-        return torch.where(mass == 0, 0.0, (weighted / mass + offset) * _LN_2)
-
-    sums = packed.to(torch.float64, copy=True)
-    offset = _Frame.of(packed[MAX], scale).offset
-    packed[Z], packed[MEAN] = sums[Z] * offset.exp2(), expectation(sums[MEAN], sums[Z], offset)
-    if teacher is not None:
-        teacher_offset = _Frame.of(packed[TEACHER_MAX], scale).offset
-        packed[TEACHER_Z] = sums[TEACHER_Z] * teacher_offset.exp2()
-        if divergence == "reverse_kl":
-            packed[CROSS] = expectation(sums[CROSS], sums[Z], teacher_offset)
-        elif divergence == "forward_kl":
-            packed[TEACHER_MEAN] = expectation(sums[TEACHER_MEAN], sums[TEACHER_Z], teacher_offset)
-            packed[CROSS] = expectation(sums[CROSS], sums[TEACHER_Z], offset)
+            _sum_rows(own, other, packed[:, rows], work, scale, weighted_by, floor=lowest)
+    _normalise(packed, scale, weighted_by)
     local = targets - first_column
     owned = (local >= 0) & (local < columns)
     index = torch.where(owned, local, 0)[:, None]
@@ -125,6 +90,60 @@ def local_partials(
     if teacher is not None:
         packed[TEACHER_TARGET] = torch.where(owned, teacher.gather(1, index)[:, 0].to(dtype), 0.0)
     return packed
+
+
+def _sum_rows(
+    logits: Tensor,
+    teacher: Tensor | None,
+    sums: Tensor,
+    work: list[Tensor],
+    scale: float,
+    weighted_by: Literal["student", "teacher"] | None,
+    floor: float | None,
+) -> None:
+    """Write maxima, masses and weighted sums of a few rows into ``sums``, in powers of two about the shifts.
+
+    Calls on few rows cost as much as their arithmetic, so only what reads the logits is done here. A product that is
+    only summed is written over a factor that is not needed again: a dot product proper would lose digits.
+    """
+    d = _about_maximum(logits, scale, work[0], sums[MAX], floor)
+    p = torch.exp2(d, out=work[1][: len(d)])
+    torch.sum(p, -1, out=sums[Z])
+    if teacher is None:
+        torch.sum(d.mul_(p), -1, out=sums[MEAN])
+        return
+    # Without weighted sums, no product needs finite logarithms of the teacher.
+    e = _about_maximum(teacher, scale, work[2], sums[TEACHER_MAX], None if weighted_by is None else floor)
+    q = torch.exp2(e, out=work[3][: len(e)])
+    torch.sum(q, -1, out=sums[TEACHER_Z])
+    if weighted_by == "student":
+        torch.sum(d.mul_(p), -1, out=sums[MEAN])
+        torch.sum(e.mul_(p), -1, out=sums[CROSS])
+        return
+    torch.sum(p.mul_(d), -1, out=sums[MEAN])
+    if weighted_by == "teacher":
+        torch.sum(e.mul_(q), -1, out=sums[TEACHER_MEAN])
+        torch.sum(d.mul_(q), -1, out=sums[CROSS])
+
+
+def _normalise(packed: Tensor, scale: float, weighted_by: Literal["student", "teacher"] | None) -> None:
+    """Turn the sums of :func:`_sum_rows`, all rows of them, into masses about the maxima and expectations in nats."""
+
+    def expectation(weighted: Tensor, mass: Tensor, offset: Tensor) -> Tensor:
+        return torch.where(mass == 0, 0.0, (weighted / mass + offset) * _LN_2)
+
+    sums = packed.to(torch.float64, copy=True)
+    offset = _offset(packed[MAX], scale)
+    packed[Z], packed[MEAN] = sums[Z] * offset.exp2(), expectation(sums[MEAN], sums[Z], offset)
+    if len(packed) <= CROSS:
+        return
+    teacher_offset = _offset(packed[TEACHER_MAX], scale)
+    packed[TEACHER_Z] = sums[TEACHER_Z] * teacher_offset.exp2()
+    if weighted_by == "student":
+        packed[CROSS] = expectation(sums[CROSS], sums[Z], teacher_offset)
+    elif weighted_by == "teacher":
+        packed[TEACHER_MEAN] = expectation(sums[TEACHER_MEAN], sums[TEACHER_Z], teacher_offset)
+        packed[CROSS] = expectation(sums[CROSS], sums[TEACHER_Z], offset)
 
 
 def mixture_sums(
@@ -140,11 +159,10 @@ def mixture_sums(
     weight: float,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """The second pass of the Jensen-Shannon divergence: sums over this shard's columns of ``p log(p / m)`` and ``q
-    log(q / m)``.
+    """Return the sums of the Jensen-Shannon divergence's second pass: ``p log(p / m)`` and ``q log(q / m)`` over this
+    shard's columns, ``[2, T]``.
 
     ``m = w p + (1 - w) q``. Maxima and logarithms of the normalisers are those of the whole vocabulary, ``[T]``.
-    Returns ``[2, T]``.
     """
     sums = torch.zeros(2, logits.shape[0], dtype=accumulator(logits), device=logits.device)
     if columns == 0:
@@ -152,11 +170,10 @@ def mixture_sums(
     chunk_size = chunk_size or rows_by_cache(logits, columns, True)
     work_d, work_e, work_p, work_q, work_m = _buffers(logits, columns, chunk_size, 5)
     scale = _log2_scale(inverse_temperature, sums.dtype)
-    student, other = (
-        _Frame.of(*frame, probabilities=True) for frame in ((p_max, scale, p_log_z), (q_max, scale, q_log_z))
-    )
-    # No probability is 0 then, so neither is the mixture, and its logarithm is finite; what this adds to a sum cannot
-    # be seen.
+    student = _Frame.of(p_max, scale, p_log_z, probabilities=True)
+    other = _Frame.of(q_max, scale, q_log_z, probabilities=True)
+    # With this floor no probability is 0, so neither is the mixture, and its logarithm is finite. What the floor adds
+    # to a sum is lost in rounding.
     least = math.log2(torch.finfo(sums.dtype).tiny) + 1
 
     def reduce(rows: slice, floor: float | None) -> None:
@@ -204,8 +221,7 @@ def backward(
         out: ``[T, V_local]``; may be ``logits`` itself. Padding columns get 0.
         p_max, p_log_z, q_max, q_log_z: ``[T]`` maxima and logarithms of the normalisers over the whole vocabulary.
         constant, linear, cross, teacher_share, one_hot: ``[T]`` coefficients, which contain the incoming gradients and
-        the division by
-            the temperature; None: 0. ``cross`` comes with ``linear``.
+            the division by the temperature; None: 0. ``cross`` comes with ``linear``.
         mixture_weight: X is log q; with a weight w it is log(w p + (1 - w) q).
         logits, teacher, targets, columns, first_column, chunk_size: as in :func:`local_partials`.
     """
@@ -215,53 +231,33 @@ def backward(
     dtype = accumulator(logits)
     scale = _log2_scale(inverse_temperature, dtype)
     with_mixture = mixture_weight is not None
-    needs_teacher = cross is not None or teacher_share is not None
     student = _Frame.of(p_max, scale, p_log_z, probabilities=with_mixture)
-    other = _Frame.of(q_max, scale, q_log_z, probabilities=with_mixture) if needs_teacher else None
-    constant, linear, cross = (None if one is None else one.double() for one in (constant, linear, cross))
-    if linear is not None:
-        linear = linear * _LN_2
-    if cross is not None:
-        cross = cross * _LN_2
-    if not with_mixture:
-        # p stays unnormalised, and X about its shift: what is missing goes into the coefficients, in float64 for their
-        # differences.
-        if linear is not None:
-            constant = constant - linear * student.log2_z
-        if cross is not None:
-            constant = constant + cross * other.log2_z
-        inverse_z = student.log2_z.neg().exp2()
-        constant, linear, cross = (None if one is None else one * inverse_z for one in (constant, linear, cross))
-    constant, linear, cross = (None if one is None else one.to(dtype) for one in (constant, linear, cross))
-    if teacher_share is not None:
-        teacher_scale = (teacher_share.double() * other.log2_z.neg().exp2()).to(dtype)
+    other = None
+    if (cross is not None or teacher_share is not None) and teacher is not None:
+        if q_max is None or q_log_z is None:
+            raise ValueError("cross and teacher_share need q_max and q_log_z")
+        other = _Teacher(teacher, _Frame.of(q_max, scale, q_log_z, probabilities=with_mixture), mixture_weight)
+    terms = _terms(student, other, constant, linear, cross, teacher_share, with_mixture=with_mixture, dtype=dtype)
     if one_hot is not None:
         local = targets - first_column
         owned = (local >= 0) & (local < columns)
         index, one_hot = torch.where(owned, local, 0)[:, None], torch.where(owned, one_hot, 0.0).to(dtype)[:, None]
 
-    chunk_size = chunk_size or rows_by_cache(logits, columns, needs_teacher)
-    work_d, work_p, *work = _buffers(
-        logits, columns, chunk_size, 4 if teacher_share is not None else 3 if needs_teacher else 2
-    )
+    chunk_size = chunk_size or rows_by_cache(logits, columns, other is not None)
+    count = 4 if teacher_share is not None else 3 if other is not None else 2
+    work_d, work_p, *work = _buffers(logits, columns, chunk_size, count)
     for rows in _chunks(logits, chunk_size):
         d = (student.log2_probabilities if with_mixture else student.shifted)(logits, rows, columns, work_d)
         p = torch.exp2(d, out=work_p[: len(d)])
-        if linear is None:
-            factor = constant[rows, None]
-        else:
-            factor = d.clamp_min_(_BACKWARD_FLOOR).mul_(linear[rows, None]).add_(constant[rows, None])
-        if with_mixture:
-            q = other.log2_probabilities(teacher, rows, columns, work[0]).exp2_()
-            m = torch.lerp(q, p, mixture_weight, out=q)
-            factor = factor.sub_(m.clamp_min_(torch.finfo(dtype).tiny).log2_().mul_(cross[rows, None]))
-        elif cross is not None:
-            e = other.shifted(teacher, rows, columns, work[0], _BACKWARD_FLOOR)
-            factor = factor.sub_(e.mul_(cross[rows, None]))
+        factor = terms.constant[rows, None]
+        if terms.linear is not None:
+            factor = d.clamp_min_(_BACKWARD_FLOOR).mul_(terms.linear[rows, None]).add_(factor)
+        if terms.cross is not None and other is not None:
+            factor = factor.sub_(other.log2_other(p, rows, columns, work[0]).mul_(terms.cross[rows, None]))
         destination = out[rows, :columns]
         result = destination if destination.dtype == dtype else p
-        if teacher_share is not None:
-            q = other.shifted(teacher, rows, columns, work[1]).exp2_().mul_(teacher_scale[rows, None])
+        if terms.teacher_share is not None and other is not None:
+            q = other.frame.shifted(other.logits, rows, columns, work[1]).exp2_().mul_(terms.teacher_share[rows, None])
             torch.sub(p.mul_(factor), q, out=result)
         else:
             torch.mul(p, factor, out=result)
@@ -269,6 +265,51 @@ def backward(
             result.scatter_add_(1, index[rows], one_hot[rows])
         if result is p:
             destination.copy_(p)
+
+
+class _Terms(NamedTuple):
+    """Coefficients of the gradient about the frames, ``[T]`` in the dtype of the arithmetic."""
+
+    constant: Tensor
+    linear: Tensor | None
+    cross: Tensor | None
+    teacher_share: Tensor | None
+
+
+def _terms(
+    student: _Frame,
+    other: _Teacher | None,
+    constant: Tensor,
+    linear: Tensor | None,
+    cross: Tensor | None,
+    teacher_share: Tensor | None,
+    *,
+    with_mixture: bool,
+    dtype: torch.dtype,
+) -> _Terms:
+    """Return the coefficients for logarithms to base 2; without a mixture they are for unnormalised probabilities."""
+    constant = constant.double()
+    linear = None if linear is None else linear.double() * _LN_2
+    cross = None if cross is None else cross.double() * _LN_2
+    if not with_mixture:
+        # p stays unnormalised, and X about its shift: what is missing goes into the coefficients, in float64 for their
+        # differences.
+        if linear is not None:
+            constant = constant - linear * student.log2_z
+        if cross is not None and other is not None:
+            constant = constant + cross * other.frame.log2_z
+        inverse_z = student.log2_z.neg().exp2()
+        constant = constant * inverse_z
+        linear = None if linear is None else linear * inverse_z
+        cross = None if cross is None else cross * inverse_z
+    if teacher_share is not None and other is not None:
+        teacher_share = (teacher_share.double() * other.frame.log2_z.neg().exp2()).to(dtype)
+    return _Terms(
+        constant.to(dtype),
+        None if linear is None else linear.to(dtype),
+        None if cross is None else cross.to(dtype),
+        teacher_share,
+    )
 
 
 def accumulator(logits: Tensor) -> torch.dtype:
@@ -309,7 +350,7 @@ def _buffers(logits: Tensor, columns: int, chunk_size: int, count: int) -> list[
 
 
 def _log2_scale(inverse_temperature: float, dtype: torch.dtype) -> float:
-    """What logits are multiplied by, as the kernels' dtype holds it, so that arithmetic beside them can use the same
+    """Return the factor on the logits as the kernels' dtype holds it, so that arithmetic beside them can use the same
     number."""
     return torch.tensor(inverse_temperature * _LOG2_E, dtype=dtype).item()
 
@@ -339,31 +380,33 @@ def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor, f
     return _scale_and_shift(logits, scale, _shift_of(out_max, scale), out, floor)
 
 
+def _offset(maximum: Tensor, scale: float) -> Tensor:
+    """Return the shift minus the scaled maximum ``[T]``, float64; 0 for a row that is -inf throughout."""
+    return torch.where(maximum == -math.inf, 0.0, _shift_of(maximum, scale).double() - maximum.double() * scale)
+
+
 class _Frame(NamedTuple):
-    """Where the scaled logits of rows are counted from, ``[T]``: scaled logits minus ``shift`` are logarithms to base
-    2."""
+    """The origin that scaled logits of rows are counted from, ``[T]``: scaled logits minus ``shift`` are logarithms to
+    base 2."""
 
     scale: float
     shift: Tensor
-    offset: Tensor
-    """float64: shift minus scaled maximum."""
-    log2_z: Tensor | None
+    log2_z: Tensor
     """float64: logarithm to base 2 of the normaliser about the shift."""
     log2_total: Tensor | None
-    """That of the normaliser about 0 in the dtype of the logits, where it was asked for and its rounding is below 2e-6
-    in all rows."""
+    """The same of the normaliser about 0 in the dtype of the logits, where it was asked for and its rounding is below
+    2e-6 in all rows."""
 
     @classmethod
-    def of(cls, maximum: Tensor, scale: float, log_z: Tensor | None = None, *, probabilities: bool = False) -> _Frame:
-        """``probabilities``: :meth:`log2_probabilities` will be called; looking whether it may take the short way waits
-        for the device."""
+    def of(cls, maximum: Tensor, scale: float, log_z: Tensor, *, probabilities: bool) -> _Frame:
+        """``probabilities``: :meth:`log2_probabilities` will be called. Finding out whether it may take the short way
+        waits for the device."""
         shift = _shift_of(maximum, scale)
-        offset = torch.where(maximum == -math.inf, 0.0, shift.double() - maximum.double() * scale)
-        log2_z = None if log_z is None else log_z.double() * _LOG2_E - offset
+        log2_z = log_z.double() * _LOG2_E - _offset(maximum, scale)
         log2_total = None
         if probabilities and bool(((total := shift + log2_z).abs() < 64).all()):
             log2_total = total.to(maximum.dtype)
-        return cls(scale, shift, offset, log2_z, log2_total)
+        return cls(scale, shift, log2_z, log2_total)
 
     def shifted(self, logits: Tensor, rows: slice, columns: int, out: Tensor, floor: float | None = None) -> Tensor:
         return _scale_and_shift(logits[rows, :columns], self.scale, self.shift[rows], out, floor)
@@ -375,3 +418,20 @@ class _Frame(NamedTuple):
             return _scale_and_shift(logits[rows, :columns], self.scale, self.log2_total[rows], out, floor)
         log_p = self.shifted(logits, rows, columns, out).sub_(self.log2_z[rows, None].to(out.dtype))
         return log_p if floor is None else log_p.clamp_min_(floor)
+
+
+class _Teacher(NamedTuple):
+    """The teacher's side of the gradient."""
+
+    logits: Tensor
+    frame: _Frame
+    mixture_weight: float | None
+
+    def log2_other(self, p: Tensor, rows: slice, columns: int, out: Tensor) -> Tensor:
+        """Return the logarithms to base 2 that ``cross`` multiplies, of a few rows: of the mixture with the student's
+        probabilities ``p``, or of q about its shift."""
+        if self.mixture_weight is None:
+            return self.frame.shifted(self.logits, rows, columns, out, _BACKWARD_FLOOR)
+        q = self.frame.log2_probabilities(self.logits, rows, columns, out).exp2_()
+        mixture = torch.lerp(q, p, self.mixture_weight, out=q)
+        return mixture.clamp_min_(torch.finfo(out.dtype).tiny).log2_()

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dasd_megatron.losses.divergences import DIVERGENCES
 from dasd_megatron.losses.statistics import merge_partials
 
 _BITS = math.log2(math.e)
 
 # float32's most negative number, about. A logit of -inf stands as this where it is a factor, so that its product with a
-# probability of 0
-# is 0, and with any other hugely negative.
+# probability of 0 is 0, and with any other hugely negative.
 _LOWEST = tl.constexpr(-3.4e38)
 # The same where a product with a gradient's coefficient must not overflow either.
 _FLOOR = tl.constexpr(-1e30)
@@ -45,9 +45,8 @@ _OPTIONS = {"enable_fp_fusion": True}
 
 @triton.jit
 def _rebase(old, new, bits):
-    """How far, in bits, logits shifted by the maximum ``old`` lie from those shifted by ``new``, the factor on their
-    exponentials, and
-    the shift for ``new``. A maximum of -inf shifts by 0."""
+    """Distance in bits of logits shifted by the maximum ``old`` from logits shifted by ``new``, the factor on their
+    exponentials, and the shift for ``new``. A maximum of -inf shifts by 0."""
     shift = tl.where(new == -float("inf"), 0.0, new)
     moved = tl.maximum((old - shift) * bits, _LOWEST)
     return moved, tl.exp2(moved), shift
@@ -62,9 +61,9 @@ def _about(weighted, moved, mass):
 
 @triton.jit
 def _add_tile(
-    z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr
+    z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER: tl.constexpr, WEIGHTED_BY: tl.constexpr
 ):
-    """Adds a tile ``[lanes, vector]`` to the running maxima and sums of each lane, ``[lanes]``."""
+    """Add a tile ``[lanes, vector]`` to the running maxima and sums of each lane, ``[lanes]``."""
     new_top = tl.maximum(top, tl.max(z, 1))
     moved, factor, shift = _rebase(top, new_top, bits)
     d = (z - shift[:, None]) * bits
@@ -76,9 +75,9 @@ def _add_tile(
         e = (x - x_shift[:, None]) * bits
         q = tl.exp2(e)
         e = tl.maximum(e, _LOWEST)
-        if DIVERGENCE == "reverse_kl":
+        if WEIGHTED_BY == "student":
             cross = factor * _about(cross, x_moved, mass) + tl.sum(p * e, 1)
-        if DIVERGENCE == "forward_kl":
+        if WEIGHTED_BY == "teacher":
             x_mean = x_factor * _about(x_mean, x_moved, x_mass) + tl.sum(q * e, 1)
             cross = x_factor * _about(cross, moved, x_mass) + tl.sum(q * d, 1)
         x_mass = x_factor * x_mass + tl.sum(q, 1)
@@ -86,6 +85,67 @@ def _add_tile(
     mean = factor * _about(mean, moved, mass) + tl.sum(p * d, 1)
     mass = factor * mass + tl.sum(p, 1)
     return new_top, mass, mean, x_top, x_mass, x_mean, cross
+
+
+@triton.jit
+def _add_columns(
+    z_row,
+    x_row,
+    begin,
+    end,
+    bits,
+    HAS_TEACHER: tl.constexpr,
+    WEIGHTED_BY: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Maxima and sums of each lane, ``[lanes]``, over the columns from ``begin`` to ``end`` of a row.
+
+    Every thread keeps the maxima and sums of its own lanes: a maximum over the program would cost a barrier per tile. A
+    lane is one 16-byte load wide, which spreads the cost of correcting its sums over that many columns. Sums over
+    hundreds of lanes, each over hundreds of tiles, added in a tree at the end, also lose fewer digits than one long
+    sum: a few 1e-7 of their size at 150,000 columns.
+    """
+    TILE: tl.constexpr = LANES * VECTOR
+    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    top = tl.full([LANES], -float("inf"), tl.float32)
+    x_top = top
+    mass = tl.full([LANES], 0.0, tl.float32)
+    mean = mass
+    x_mass = mass
+    x_mean = mass
+    cross = mass
+    # Whole tiles are loaded without a mask: a mask whose edge is not a multiple of the vector would make every load a
+    # scalar one.
+    whole = begin + (end - begin) // TILE * TILE
+    for start in range(begin, whole, TILE):
+        z = tl.load(z_row + (start + offsets)).to(tl.float32)
+        x = z
+        if HAS_TEACHER:
+            x = tl.load(x_row + (start + offsets)).to(tl.float32)
+        top, mass, mean, x_top, x_mass, x_mean, cross = _add_tile(
+            z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER, WEIGHTED_BY
+        )
+    if whole < end:
+        inside = whole + offsets < end
+        z = tl.load(z_row + (whole + offsets), inside, -float("inf")).to(tl.float32)
+        x = z
+        if HAS_TEACHER:
+            x = tl.load(x_row + (whole + offsets), inside, -float("inf")).to(tl.float32)
+        top, mass, mean, x_top, x_mass, x_mean, cross = _add_tile(
+            z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER, WEIGHTED_BY
+        )
+    return top, mass, mean, x_top, x_mass, x_mean, cross
+
+
+@triton.jit
+def _join_lanes(top, mass, bits):
+    """Maximum over the lanes, their distance from it and the factor on their sums, and the mass about it."""
+    maximum = tl.max(top, 0)
+    moved, factor, _ = _rebase(top, maximum, bits)
+    total = tl.sum(factor * mass, 0)
+    # Maxima ignore NaN, sums keep it.
+    return tl.where(total == total, maximum, float("nan")), moved, factor, total
 
 
 @triton.jit
@@ -106,19 +166,11 @@ def _partials_kernel(
     first_column,
     chunk,
     bits,
-    DIVERGENCE: tl.constexpr,
+    WEIGHTED_BY: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Program (row, split) reduces ``chunk`` columns of a row. ``packed``: float32 ``[4 or 9, splits, rows]``.
-
-    Every thread keeps the maxima and sums of its own lanes: a maximum over the program would cost a barrier per tile. A
-    lane is one
-    16-byte load wide, which spreads the cost of correcting its sums over that many columns. Sums over hundreds of
-    lanes, each over
-    hundreds of tiles, added in a tree at the end, also lose fewer digits than one long sum: a few 1e-7 of their size at
-    150,000 columns.
-    """
+    """Program (row, split) reduces ``chunk`` columns of a row. ``packed``: float32 ``[4 or 9, splits, rows]``."""
     row = tl.program_id(0)
     split = tl.program_id(1)
     rows = tl.num_programs(0)
@@ -126,46 +178,17 @@ def _partials_kernel(
     begin = split * chunk
     end = tl.minimum(begin + chunk, columns)
     HAS_TEACHER: tl.constexpr = teacher is not None
-    TILE: tl.constexpr = LANES * VECTOR
 
     z_row = logits + row.to(tl.int64) * logits_stride
+    x_row = z_row
     if HAS_TEACHER:
         x_row = teacher + row.to(tl.int64) * teacher_stride
-    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    top = tl.full([LANES], -float("inf"), tl.float32)
-    x_top = top
-    mass = tl.full([LANES], 0.0, tl.float32)
-    mean = mass
-    x_mass = mass
-    x_mean = mass
-    cross = mass
-    # Whole tiles are loaded without a mask: a mask whose edge is not a multiple of the vector would make every load a
-    # scalar one.
-    whole = begin + (end - begin) // TILE * TILE
-    for start in range(begin, whole, TILE):
-        z = tl.load(z_row + (start + offsets)).to(tl.float32)
-        x = z
-        if HAS_TEACHER:
-            x = tl.load(x_row + (start + offsets)).to(tl.float32)
-        top, mass, mean, x_top, x_mass, x_mean, cross = _add_tile(
-            z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER, DIVERGENCE
-        )
-    if whole < end:
-        inside = whole + offsets < end
-        z = tl.load(z_row + (whole + offsets), inside, -float("inf")).to(tl.float32)
-        x = z
-        if HAS_TEACHER:
-            x = tl.load(x_row + (whole + offsets), inside, -float("inf")).to(tl.float32)
-        top, mass, mean, x_top, x_mass, x_mean, cross = _add_tile(
-            z, x, top, mass, mean, x_top, x_mass, x_mean, cross, bits, HAS_TEACHER, DIVERGENCE
-        )
+    top, mass, mean, x_top, x_mass, x_mean, cross = _add_columns(
+        z_row, x_row, begin, end, bits, HAS_TEACHER, WEIGHTED_BY, LANES, VECTOR
+    )
 
-    maximum = tl.max(top, 0)
-    moved, factor, _ = _rebase(top, maximum, bits)
-    z_mass = tl.sum(factor * mass, 0)
+    maximum, moved, factor, z_mass = _join_lanes(top, mass, bits)
     z_mean = tl.sum(factor * _about(mean, moved, mass), 0)
-    # Maxima ignore NaN, sums keep it.
-    maximum = tl.where(z_mass == z_mass, maximum, float("nan"))
     target = tl.load(targets + row) - first_column
     mine = (target >= begin) & (target < end)
     slot = packed + split * rows + row
@@ -174,18 +197,15 @@ def _partials_kernel(
     tl.store(slot + 2 * plane, _ratio(z_mean, z_mass))
     tl.store(slot + 3 * plane, tl.load(z_row + target, mine, 0.0).to(tl.float32))
     if HAS_TEACHER:
-        maximum = tl.max(x_top, 0)
-        x_moved, x_factor, _ = _rebase(x_top, maximum, bits)
-        q_mass = tl.sum(x_factor * x_mass, 0)
+        x_maximum, x_moved, x_factor, q_mass = _join_lanes(x_top, x_mass, bits)
         q_mean = 0.0
-        maximum = tl.where(q_mass == q_mass, maximum, float("nan"))
         crossed = 0.0
-        if DIVERGENCE == "reverse_kl":
+        if WEIGHTED_BY == "student":
             crossed = _ratio(tl.sum(factor * _about(cross, x_moved, mass), 0), z_mass)
-        if DIVERGENCE == "forward_kl":
+        if WEIGHTED_BY == "teacher":
             q_mean = _ratio(tl.sum(x_factor * _about(x_mean, x_moved, x_mass), 0), q_mass)
             crossed = _ratio(tl.sum(x_factor * _about(cross, moved, x_mass), 0), q_mass)
-        tl.store(slot + 4 * plane, maximum)
+        tl.store(slot + 4 * plane, x_maximum)
         tl.store(slot + 5 * plane, q_mass)
         tl.store(slot + 6 * plane, q_mean)
         tl.store(slot + 7 * plane, tl.load(x_row + target, mine, 0.0).to(tl.float32))
@@ -195,8 +215,7 @@ def _partials_kernel(
 @triton.jit
 def _log_probs(z, x, p_max, q_max, p_log_z, q_log_z, bits, nats_to_bits):
     """``log2 p``, ``log2 q`` and their difference, all finite where a logit is -inf. The difference is taken before
-    anything is rounded
-    to the size of a log-prob, hence accurate where p is close to q."""
+    anything is rounded to the size of a log-prob, hence accurate where p is close to q."""
     d = tl.maximum(z - p_max, _FLOOR)
     e = tl.maximum(x - q_max, _FLOOR)
     gap = (d - e) * bits - (p_log_z - q_log_z) * nats_to_bits
@@ -276,6 +295,20 @@ def _mixture_kernel(
 
 
 @triton.jit
+def _load_block(row, cols, begin, columns, BLOCK: tl.constexpr):
+    """Logits ``[BLOCK]`` of a row from column ``begin`` on; -inf past the vocabulary.
+
+    Blocks inside the vocabulary load without a mask: one whose edge is not a multiple of the vector makes the access
+    scalar.
+    """
+    if begin + BLOCK <= columns:
+        block = tl.load(row + cols).to(tl.float32)
+    else:
+        block = tl.load(row + cols, cols < columns, -float("inf")).to(tl.float32)
+    return block
+
+
+@triton.jit
 def _backward_kernel(
     logits,
     teacher,
@@ -310,21 +343,12 @@ def _backward_kernel(
     z_row = logits + row.to(tl.int64) * logits_stride
     NEEDS_TEACHER: tl.constexpr = cross is not None or teacher_share is not None
 
-    # Blocks inside the vocabulary load and store without a mask: one whose edge is not a multiple of the vector makes
-    # the access scalar.
-    if begin + BLOCK <= columns:
-        z = tl.load(z_row + cols).to(tl.float32)
-    else:
-        z = tl.load(z_row + cols, cols < columns, -float("inf")).to(tl.float32)
+    z = _load_block(z_row, cols, begin, columns, BLOCK)
     x = z
     x_max = 0.0
     x_log_z = 0.0
     if NEEDS_TEACHER:
-        x_row = teacher + row.to(tl.int64) * teacher_stride
-        if begin + BLOCK <= columns:
-            x = tl.load(x_row + cols).to(tl.float32)
-        else:
-            x = tl.load(x_row + cols, cols < columns, -float("inf")).to(tl.float32)
+        x = _load_block(teacher + row.to(tl.int64) * teacher_stride, cols, begin, columns, BLOCK)
         x_max = tl.load(q_max + row)
         x_log_z = tl.load(q_log_z + row)
     log_p, log_q, gap = _log_probs(
@@ -395,6 +419,7 @@ def local_partials(
         8. ``reverse_kl``: sum exp(d) e / Z. ``forward_kl``: sum exp(e) d / Z_q. ``jsd``: 0. A column whose other logit
            is at -inf enters with -2.3e38 times its weight, hence not at all where that is 0
     """
+    kind = DIVERGENCES[divergence]
     tokens = logits.shape[0]
     lanes, vector, warps = _lanes(columns, logits, teacher)
     tile = lanes * vector
@@ -412,13 +437,13 @@ def local_partials(
             first_column,
             chunk,
             inverse_temperature * _BITS,
-            DIVERGENCE=divergence,
+            WEIGHTED_BY=kind.weighted_by,
             LANES=lanes,
             VECTOR=vector,
             num_warps=warps,
             **_OPTIONS,
         )
-    return parts[:, 0] if splits == 1 else merge_partials(parts.transpose(0, 1), divergence, inverse_temperature)
+    return parts[:, 0] if splits == 1 else merge_partials(parts.transpose(0, 1), kind, inverse_temperature)
 
 
 def mixture_sums(
@@ -495,13 +520,12 @@ def backward(
     one_hot: Tensor | None = None,
     mixture_weight: float | None = None,
 ) -> None:
-    """Writes a shard's gradient into all of ``out``, ``[T, V_local]``, which may be ``logits`` itself:
+    """Write a shard's gradient into all of ``out``, ``[T, V_local]``, which may be ``logits`` itself:
 
         out = p (constant + linear log p - cross X) - teacher_share q + [column is the target] one_hot
 
     with X = log q, or log(w p + (1 - w) q) where ``mixture_weight`` is w. Columns without probability get 0 from the
-    first term, columns
-    at or past ``columns`` get 0.
+    first term, columns at or past ``columns`` get 0.
 
     Args:
         logits, teacher: ``[T, V_local]``; the teacher is not read, and may be None, without ``cross`` and
@@ -518,18 +542,19 @@ def backward(
     tokens, width = out.shape
     block, warps = _block(width, 16)
     blocks = triton.cdiv(width, block)
-    reads_teacher = cross is not None or teacher_share is not None
+    # Triton compiles what reads the teacher only where it is given.
+    read = teacher if cross is not None or teacher_share is not None else None
     rows = [p_max, p_log_z, q_max, q_log_z, constant, linear, cross, teacher_share, one_hot]
     with torch.cuda.device_of(logits):
         _backward_kernel[(tokens * blocks,)](
             logits,
-            teacher if reads_teacher else None,
+            read,
             out,
             targets.contiguous(),
             *(None if row is None else row.to(torch.float32).contiguous() for row in rows),
             mixture_weight if cross is not None else None,
             logits.stride(0),
-            teacher.stride(0) if reads_teacher else 0,
+            0 if read is None else read.stride(0),
             out.stride(0),
             columns,
             width,
