@@ -145,9 +145,18 @@ def test_gradcheck(seed: int, divergence: str) -> None:
 
     def function(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         stats = linear_token_stats(
-            states, weight, targets, teacher_hidden=teacher_hidden, teacher_weight=teacher_head, divergence=divergence, vocab_size=9,
-            temperature=1.3, jsd_weight=0.2, chunk_size=3, vocab_chunk_size=4,
-        )  # fmt: skip
+            states,
+            weight,
+            targets,
+            teacher_hidden=teacher_hidden,
+            teacher_weight=teacher_head,
+            divergence=divergence,
+            vocab_size=9,
+            temperature=1.3,
+            jsd_weight=0.2,
+            chunk_size=3,
+            vocab_chunk_size=4,
+        )
         return stats.log_prob, stats.entropy, stats.divergence
 
     assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), head.requires_grad_())), f"seed {seed}"

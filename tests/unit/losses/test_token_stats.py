@@ -85,9 +85,17 @@ def test_float32_within_1e_5_of_float64(seed: int, divergence: str, temperature:
     logits, teacher = torch.randn(2, 17, 4099) * 3
     targets = torch.randint(0, 4000, (17,))
     assert_matches_dense(
-        logits, targets, teacher, divergence=divergence, temperature=temperature, vocab_size=4000, jsd_weight=0.3, rtol=1e-5, atol=1e-6,
+        logits,
+        targets,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        vocab_size=4000,
+        jsd_weight=0.3,
+        rtol=1e-5,
+        atol=1e-6,
         message=f"seed {seed}",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -159,9 +167,16 @@ def test_property_matches_dense(
     reference_logits[:, vocab_size:] = 0
     own = logits.clone().requires_grad_()
     stats = vocab_parallel_token_stats(
-        own * 1, targets, teacher_logits=None if divergence is None else teacher, divergence=divergence or "reverse_kl",
-        vocab_size=vocab_size, temperature=temperature, chunk_size=chunk_size, inplace_backward=inplace, jsd_weight=weight,
-    )  # fmt: skip
+        own * 1,
+        targets,
+        teacher_logits=None if divergence is None else teacher,
+        divergence=divergence or "reverse_kl",
+        vocab_size=vocab_size,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        inplace_backward=inplace,
+        jsd_weight=weight,
+    )
     weights = torch.randn(3, tokens, generator=generator, dtype=torch.float64)
     weighted_sum(stats, weights).backward()
     reference_logits.requires_grad_()
@@ -358,9 +373,11 @@ def test_invariant_to_padding_and_token_order(seed: int) -> None:
     targets = torch.randint(0, 40, (6,))
     plain = vocab_parallel_token_stats(logits, targets, teacher_logits=teacher, chunk_size=2)
     wide = vocab_parallel_token_stats(
-        torch.nn.functional.pad(logits, (0, 24), value=99.0), targets, teacher_logits=torch.nn.functional.pad(teacher, (0, 24), value=99.0),
+        torch.nn.functional.pad(logits, (0, 24), value=99.0),
+        targets,
+        teacher_logits=torch.nn.functional.pad(teacher, (0, 24), value=99.0),
         vocab_size=40,
-    )  # fmt: skip
+    )
     order = torch.randperm(6)
     permuted = vocab_parallel_token_stats(logits[order], targets[order], teacher_logits=teacher[order], chunk_size=5)
     for a, b, c in zip(plain, wide, permuted, strict=True):

@@ -151,9 +151,17 @@ def test_property_matches_float64(
     generator = torch.Generator().manual_seed(seed)
     padding += columns + padding == 0
     case = make_case(
-        generator, tokens, columns, padding=padding, gap=gap, dtype=dtype, scale=scale, level=level, temperature=temperature,
+        generator,
+        tokens,
+        columns,
+        padding=padding,
+        gap=gap,
+        dtype=dtype,
+        scale=scale,
+        level=level,
+        temperature=temperature,
         first_column=first_column,
-    )  # fmt: skip
+    )
     for side in (case.logits, case.teacher):
         side[:, :columns][torch.rand(tokens, columns, generator=generator) < masked - 0.3] = -math.inf
     check_partials(kernels, case, divergence)
@@ -401,9 +409,17 @@ def test_mixture_of_nearly_equal_distributions(kernels: ModuleType, generator: t
     for weight in (0.3, None):
         out = torch.empty_like(case.logits)
         kernels.backward(
-            same.logits, same.teacher, out, case.targets, constant=torch.zeros(3), linear=one, cross=one, mixture_weight=weight,
-            **norm._asdict(), **case.place,
-        )  # fmt: skip
+            same.logits,
+            same.teacher,
+            out,
+            case.targets,
+            constant=torch.zeros(3),
+            linear=one,
+            cross=one,
+            mixture_weight=weight,
+            **norm._asdict(),
+            **case.place,
+        )
         assert (out == 0).all(), described(generator, weight)
 
 
@@ -478,9 +494,14 @@ def test_public_functions_agree_with_the_pytorch_kernels(
             results += [*(one for one in stats if one is not None), leaf.grad]
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
         stats = linear_token_stats(
-            *leaves, targets, teacher_hidden=None if divergence is None else teacher_hidden, chunk_size=3, vocab_chunk_size=100,
-            implementation=implementation, **common,
-        )  # fmt: skip
+            *leaves,
+            targets,
+            teacher_hidden=None if divergence is None else teacher_hidden,
+            chunk_size=3,
+            vocab_chunk_size=100,
+            implementation=implementation,
+            **common,
+        )
         weighted_sum(stats, weights).backward()
         return results + [*(one for one in stats if one is not None), *(leaf.grad for leaf in leaves)]
 
