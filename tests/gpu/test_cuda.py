@@ -54,7 +54,8 @@ def test_token_stats_match_float64(dtype: torch.dtype) -> None:
 def test_model_matches_transformers(implementation: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_qwen3(
-        tmp_path / "model", vocab_size=100, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        tmp_path / "model", vocab_size=100, hidden_size=64, intermediate_size=96, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
         max_position_embeddings=256, tie_word_embeddings=True,
     )  # fmt: skip
     overrides = ["parallel=single", "backend.kind=cuda", f"backend.transformer_impl={implementation}"]

@@ -26,7 +26,8 @@ RECIPES = {
     "delayed": ["precision.fp8=delayed"],
     "tensorwise": ["precision.fp8=tensorwise"],
     "tensorwise-e4m3-ends": [
-        "precision.fp8=tensorwise", "precision.fp8_format=e4m3", "precision.bf16_first_layers=1", "precision.bf16_last_layers=1"
+        "precision.fp8=tensorwise", "precision.fp8_format=e4m3", "precision.bf16_first_layers=1",
+        "precision.bf16_last_layers=1"
     ],
     "blockwise": ["precision.fp8=blockwise"],
 }  # fmt: skip
@@ -37,7 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     save_qwen3(
-        path, vocab_size=100, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        path, vocab_size=100, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=512, tie_word_embeddings=False,
     )  # fmt: skip
     return path

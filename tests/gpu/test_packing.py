@@ -47,7 +47,8 @@ def test_packed_equals_padded(case: str, tmp_path: Path) -> None:
     print(f"seed {seed}")
     torch.manual_seed(seed)
     save_qwen3(
-        tmp_path / "model", vocab_size=1000, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4,
+        tmp_path / "model", vocab_size=1000, hidden_size=256, intermediate_size=512, num_attention_heads=8,
+        num_key_value_heads=4,
         head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
     )  # fmt: skip
     overrides = ["backend.kind=cuda", *CASES[case]]

@@ -160,7 +160,8 @@ def test_a_distribution_against_itself(generator: torch.Generator) -> None:
     for weight in (None, 0.3):
         out = torch.empty_like(case.logits)
         kernels.backward(
-            case.logits, case.teacher, out, case.targets, constant=one - 1, linear=one, cross=one, mixture_weight=weight,
+            case.logits, case.teacher, out, case.targets, constant=one - 1, linear=one, cross=one,
+            mixture_weight=weight,
             **norm._asdict(), **case.place,
         )  # fmt: skip
         assert (out == 0).all(), f"seed {generator.initial_seed()} {weight}"

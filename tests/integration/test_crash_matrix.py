@@ -2,8 +2,8 @@
 that was left in peace.
 
 ``CRASH_MOMENTS`` says how often in the drill (20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits what happens
-to some kinds; a series of three is the drill's short form. Nothing may hang: what is to end does so within a minute, and what goes on does a step
-within a minute.
+to some kinds; a series of three is the drill's short form. Nothing may hang: what is to end does so within a minute,
+and what goes on does a step within a minute.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ KINDS = os.environ.get(
 SITECUSTOMIZE = """
 import os, time
 real, began = time.time, time.monotonic()
-time.time = lambda: real() + (float(os.environ["CLOCK_JUMP"]) if time.monotonic() - began > float(os.environ["CLOCK_AFTER"]) else 0.0)
+jump, after = float(os.environ["CLOCK_JUMP"]), float(os.environ["CLOCK_AFTER"])
+time.time = lambda: real() + (jump if time.monotonic() - began > after else 0.0)
 """
 
 

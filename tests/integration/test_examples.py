@@ -122,7 +122,8 @@ def test_prompts_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     run = tmp_path / "run"
     train(
-        *NO_EVALUATION, "run.steps=1", "parallel=tp2", "data.template=templates:student", "teacher.template=templates:teacher",
+        *NO_EVALUATION, "run.steps=1", "parallel=tp2", "data.template=templates:student",
+        "teacher.template=templates:teacher",
         f"run.dir={run}",
     )  # fmt: skip
     tokenizer = character_tokenizer()

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.integration
 
 # Rounding must not grow: see test_layouts.py.
 COMMON = [
-    *NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "loss.importance_sampling=token", "loss.kl_coef=0.1", "optimizer.lr=3e-4",
+    *NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "loss.importance_sampling=token", "loss.kl_coef=0.1",
+    "optimizer.lr=3e-4",
     "optimizer.adam_eps=1e-4",
 ]  # fmt: skip
 DASD = ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"]

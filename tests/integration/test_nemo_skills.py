@@ -29,8 +29,11 @@ MEASURE = """
 import glob, json, sys
 from nemo_skills.evaluation.metrics import ComputeMetrics
 folders = sorted(glob.glob(sys.argv[1] + "/*/"))
-json.dump({f.rstrip("/").split("/")[-1]: ComputeMetrics("x", metric_type="math").compute_metrics(glob.glob(f + "output-rs*.jsonl"))["_all_"]
-           for f in folders}, open(sys.argv[1] + "/metrics.json", "w"))
+found = {}
+for folder in folders:
+    files = glob.glob(folder + "output-rs*.jsonl")
+    found[folder.rstrip("/").split("/")[-1]] = ComputeMetrics("x", metric_type="math").compute_metrics(files)["_all_"]
+json.dump(found, open(sys.argv[1] + "/metrics.json", "w"))
 """
 
 
@@ -57,8 +60,16 @@ def test_metrics_are_its_own_on_random_outcomes(python: str, tmp_path: Path) -> 
             for _ in range(samples):
                 answer = random.choice(["1", "2", "3", None])
                 correct = answer is not None and random.random() < right
-                row.append({"problem": f"{problem}", "expected_answer": "1", "generation": "", "predicted_answer": answer,
-                            "symbolic_correct": correct, "num_generated_tokens": random.randint(1, 999)})  # fmt: skip
+                row.append(
+                    {
+                        "problem": f"{problem}",
+                        "expected_answer": "1",
+                        "generation": "",
+                        "predicted_answer": answer,
+                        "symbolic_correct": correct,
+                        "num_generated_tokens": random.randint(1, 999),
+                    }
+                )
             records.append(row)
         put(tmp_path / f"{number}", records)
     subprocess.run([python, "-c", MEASURE, str(tmp_path)], check=True, timeout=200, cwd=tmp_path, env=environment())

@@ -138,7 +138,8 @@ def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
     other prompts."""
     output = train(
         *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
-        "verify.reward=tests.support.broken_reward:reward", "algorithm.normalize_std=false", f"run.dir={tmp_path / 'run'}",
+        "verify.reward=tests.support.broken_reward:reward", "algorithm.normalize_std=false",
+        f"run.dir={tmp_path / 'run'}",
         environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     assert "not finite in 2 steps in a row" in output and "step_000002" in output, output
@@ -180,7 +181,8 @@ def test_without_a_checkpoint_before_them_skipped_steps_stop_the_run(
     folder = replay(rollouts, tmp_path / "replay", token, (2, 3))
     status, output = finish(
         start(
-            *NO_EVALUATION, "model=hf", f"model.path={model}", "run.steps=4", f"rollout.replay={folder}", f"run.dir={tmp_path / 'run'}",
+            *NO_EVALUATION, "model=hf", f"model.path={model}", "run.steps=4", f"rollout.replay={folder}",
+            f"run.dir={tmp_path / 'run'}",
             "loss.max_skipped_steps=1",
         )
     )  # fmt: skip

@@ -153,12 +153,15 @@ async def looked_at(page: Page, path: Path, view: dict[str, Any], picture: str, 
 async def drawn(page: Page) -> dict[str, int]:
     """Sizes of what must not be empty."""
     return await page.evaluate("""({
-        charts: [...document.querySelectorAll('svg[data-chart]')].filter((one) => one.getBoundingClientRect().height > 80).length,
-        empty: [...document.querySelectorAll('svg[data-chart]')].filter((one) => !one.querySelector('.curve[d], .layer[d]')).length,
+        charts: [...document.querySelectorAll('svg[data-chart]')]
+            .filter((one) => one.getBoundingClientRect().height > 80).length,
+        empty: [...document.querySelectorAll('svg[data-chart]')]
+            .filter((one) => !one.querySelector('.curve[d], .layer[d]')).length,
         rows: document.querySelectorAll('#groups-table tbody tr:not([hidden])').length,
         phases: document.querySelectorAll('#phases tbody tr').length,
         rollouts: document.querySelectorAll('.heat').length,
-        tokens: [...document.querySelectorAll('.tokens i')].filter((one) => one.getBoundingClientRect().width > 0).length,
+        tokens: [...document.querySelectorAll('.tokens i')]
+            .filter((one) => one.getBoundingClientRect().width > 0).length,
     })""")
 
 

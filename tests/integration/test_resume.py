@@ -68,7 +68,8 @@ def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: P
     """The checkpoint reshards: two replicas continue what two tensor-parallel ranks began, with the same losses up to
     rounding."""
     train(
-        *OVERRIDES, "parallel=single", "parallel.data_parallel_size=2", "evaluation=none", f"run.dir={tmp_path / 'run'}",
+        *OVERRIDES, "parallel=single", "parallel.data_parallel_size=2", "evaluation=none",
+        f"run.dir={tmp_path / 'run'}",
         f"resume={uninterrupted / 'checkpoints' / 'step_000012'}", f"rollout.replay={uninterrupted / 'rollouts'}",
     )  # fmt: skip
     expected, found = rows(uninterrupted / "metrics.jsonl")[12:], rows(tmp_path / "run" / "metrics.jsonl")

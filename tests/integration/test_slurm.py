@@ -25,7 +25,8 @@ PORTS = 8
 _STUB = """#!{python} -S
 import http.server, json, os, sys, time
 command, arguments = sys.argv[3], sys.argv[4:]
-names = ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "PET_NNODES", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")
+names = ("SLURMD_NODENAME", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "PET_NNODES", "PET_NODE_RANK")
+names += ("PET_RDZV_ENDPOINT",)
 if "--dry-run" in arguments:
     sys.exit()
 said = {{name: os.environ.get(name) for name in names}}

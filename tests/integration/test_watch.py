@@ -13,7 +13,8 @@ pytestmark = pytest.mark.integration
 
 # Groups without a right answer are certain for random weights: warnings at steps 2, 4 and 6.
 OVERRIDES = [
-    *NO_EVALUATION, "run.steps=7", "parallel.data_parallel_size=2", "checkpoint.every=0", "watch.act_on=[rewards_all_wrong]",
+    *NO_EVALUATION, "run.steps=7", "parallel.data_parallel_size=2", "checkpoint.every=0",
+    "watch.act_on=[rewards_all_wrong]",
     "watch.saturated_share=0.1", "watch.patience=2", "watch.cooldown=1",
 ]  # fmt: skip
 

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
-_PROGRAMS = r"(?:dasd|make|python|pip|python3\.11|sbatch|bash|torchrun|docker|docker/\S+|tools/\S+|enroot|apptainer|\.venv\S*/bin/\w+)"
+_PROGRAMS = (
+    r"(?:dasd|make|python|pip|python3\.11|sbatch|bash|torchrun|docker|docker/\S+|tools/\S+|enroot|apptainer"
+    r"|\.venv\S*/bin/\w+)"
+)
 
 
 class Command(NamedTuple):

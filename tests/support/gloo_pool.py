@@ -3,37 +3,18 @@ a time."""
 
 from __future__ import annotations
 
-import datetime
-import importlib
-import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
-import traceback
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 
-# A rank that fails leaves the others in a collective for as long as the group's own limit.
-_COLLECTIVE_SECONDS = 20
+ROOT = Path(__file__).parents[2]
 _CHECK_SECONDS = 150
-
-
-def _serve(rank: int, world_size: int, store: str, connection: Connection) -> None:
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=_COLLECTIVE_SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
-    while (request := connection.recv()) is not None:
-        module, name, case, message = request
-        try:
-            getattr(importlib.import_module(module), name)(rank, world_size, case, message)
-            connection.send(None)
-        # Whatever a check raises is the test's result, and is raised again in the parent.
-        except Exception:
-            connection.send(traceback.format_exc()[-3000:])
-    dist.destroy_process_group()
 
 
 class GlooPool:
@@ -42,7 +23,7 @@ class GlooPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._members: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._members: list[tuple[subprocess.Popen, Connection]] = []
 
     def __enter__(self) -> GlooPool:
         return self
@@ -53,19 +34,25 @@ class GlooPool:
         self._stop()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")
-        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs), daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            arguments = [str(rank), str(self.world_size), store, str(theirs.fileno())]
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.support.gloo_rank", *arguments],
+                    cwd=ROOT,
+                    env=environment,
+                    pass_fds=(theirs.fileno(),),
+                )
             self._members.append((process, ours))
 
     def _stop(self) -> None:
-        for process, _ in self._members:
+        for process, connection in self._members:
             process.kill()
-            process.join()
+            process.wait()
+            connection.close()
         self._members = []
 
     def run(self, module: str, name: str, case: dict, message: str = "") -> None:
@@ -80,7 +67,7 @@ class GlooPool:
                 try:
                     answer = connection.recv()
                 except EOFError:
-                    answer = f"the process died with exit code {process.exitcode}"
+                    answer = f"the process died with exit code {process.wait()}"
             else:
                 answer = f"no answer within {_CHECK_SECONDS} s"
             if answer is not None:

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple, NoReturn
 
 ROOT = Path(__file__).parents[2]
 _SCRIPTS = (ROOT / "tests" / "support" / "workers", ROOT / "benchmarks")
-_MODULES = ("torch.distributed.run", "dasd_megatron.")
+_MODULES = ("torch.distributed.run", "dasd_megatron.", "tests.support.")
 # Left to be imported by whoever needs them: they want a GPU, or another environment.
 _NOT_PRELOADED = ("dasd_megatron.losses.triton_kernels", "dasd_megatron.rollout.sglang", "dasd_megatron.__main__")
 _OTHERS = (

@@ -62,7 +62,8 @@ KillWait=5
 JobRequeue=1
 GresTypes=gpu
 {nodes}
-PartitionName=main Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=main Nodes=n[1-{count}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 \
+    PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=n[1-{count}] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 _NODE = (
@@ -75,11 +76,12 @@ _START = r"""
 set -eu
 mount --bind "$ROOT/hosts" /etc/hosts
 hostname controller
-munged --socket="$ROOT/run/munge.socket" --key-file="$ROOT/munge/key" --log-file="$ROOT/munge/log" --pid-file="$ROOT/run/munged.pid" \
-    --seed-file="$ROOT/munge/seed"
+munged --socket="$ROOT/run/munge.socket" --key-file="$ROOT/munge/key" --log-file="$ROOT/munge/log" \
+    --pid-file="$ROOT/run/munged.pid" --seed-file="$ROOT/munge/seed"
 slurmctld -D -f "$SLURM_CONF" > "$ROOT/log/slurmctld.out" 2>&1 &
 for index in $(seq 1 "$COUNT"); do
-    unshare --uts bash -c 'hostname "n$1"; exec slurmd -D -f "$SLURM_CONF" -N "n$1"' slurmd "$index" > "$ROOT/log/slurmd.$index.out" 2>&1 &
+    unshare --uts bash -c 'hostname "n$1"; exec slurmd -D -f "$SLURM_CONF" -N "n$1"' slurmd "$index" \
+        > "$ROOT/log/slurmd.$index.out" 2>&1 &
 done
 cat > /dev/null
 """

@@ -15,7 +15,8 @@ from dasd_megatron.algorithms import context_parallel_credit, direction_adaptive
 from dasd_megatron.losses import DIVERGENCES, TokenStats, linear_token_stats, vocab_parallel_token_stats
 
 COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "broadcast", "reduce", "gather",
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "broadcast",
+    "reduce", "gather",
     "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv", "barrier",
 )  # fmt: skip
 
@@ -153,7 +154,8 @@ def check_linear_case(rank: int, world_size: int, case: dict, message: str) -> N
         teacher = dict(teacher_hidden=teacher_hidden, teacher_weight=teacher_head[rows])
     with counted() as forward_calls:
         stats = linear_token_stats(
-            *own, targets, group=dist.group.WORLD, chunk_size=case["chunk_size"], vocab_chunk_size=case["vocab_chunk_size"],
+            *own, targets, group=dist.group.WORLD, chunk_size=case["chunk_size"],
+            vocab_chunk_size=case["vocab_chunk_size"],
             reduce_hidden_grad=case["reduces"], **teacher, **common,
         )  # fmt: skip
     with counted() as backward_calls:
@@ -192,14 +194,17 @@ def check_features(rank: int, world_size: int, case: dict, message: str) -> None
 def feature_cases(world_size: int, seed: int) -> Iterator[dict]:
     """Every divergence with every feature on its own."""
     base = dict(
-        width=13, tokens=9, vocab_size=13 * world_size, scale=2.0, shift=0.0, gap=0.0, masked=False, dtype=torch.float32,
+        width=13, tokens=9, vocab_size=13 * world_size, scale=2.0, shift=0.0, gap=0.0, masked=False,
+        dtype=torch.float32,
         temperature=1.0, inplace=False, chunk_size=None, divergence=None, seed=seed,
     )  # fmt: skip
     features = (
-        {}, {"vocab_size": 13 * world_size - 5}, {"vocab_size": 7}, {"vocab_size": 1, "scale": 1.0}, {"masked": True}, {"shift": 1e4},
+        {}, {"vocab_size": 13 * world_size - 5}, {"vocab_size": 7}, {"vocab_size": 1, "scale": 1.0},
+        {"masked": True}, {"shift": 1e4},
         {"temperature": 0.6}, {"inplace": True, "chunk_size": 2}, {"dtype": torch.bfloat16}, {"dtype": torch.float16},
         {"dtype": torch.float64}, {"tokens": 0}, {"tokens": 1}, {"width": 1, "vocab_size": world_size},
-        {"width": 4000, "vocab_size": 3990 * world_size}, {"scale": 60.0, "dtype": torch.float64}, {"gap": 2000.0, "dtype": torch.float64},
+        {"width": 4000, "vocab_size": 3990 * world_size}, {"scale": 60.0, "dtype": torch.float64}, {"gap": 2000.0,
+        "dtype": torch.float64},
     )  # fmt: skip
     for divergence in (None, *DIVERGENCES):
         for feature in features:

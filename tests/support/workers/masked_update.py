@@ -53,7 +53,8 @@ def updated(
     batches = make_micro_batches(prompts, responses, layout, response_mask=masks)
     log_prob = score(model, batches, config.loss, temperature=0.7).log_prob
     result = update(
-        model, optimizer, batches, old_log_prob=log_prob + old_noise, advantage=advantage, start_log_prob=None, distillation=None,
+        model, optimizer, batches, old_log_prob=log_prob + old_noise, advantage=advantage, start_log_prob=None,
+        distillation=None,
         settings=config.loss, temperature=0.7,
     )  # fmt: skip
     return log_prob, torch.cat([parameter.main_grad.flatten().clone() for parameter in model.parameters()]), result
