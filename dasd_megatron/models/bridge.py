@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mbridge.core.bridge import _MODEL_REGISTRY, Bridge
 from megatron.core.utils import unwrap_model
 from transformers import PretrainedConfig
 
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
+from dasd_megatron.models.mbridge_families import Bridge, bridge_class
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def make_bridge(
 
     ``transformer_config`` overrides fields of the TransformerConfig that mbridge derives from the Hugging Face config.
     """
-    base = _MODEL_REGISTRY[hf_config.model_type]
+    base = bridge_class(hf_config.model_type)
     bridge = type(base.__name__, (_Corrections, base), {})(hf_config, dtype=dtype)
     if not transformer_engine:
         bridge.use_local_layer_norm_names()

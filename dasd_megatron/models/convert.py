@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from dasd_megatron.backend import cpu
 from dasd_megatron.errors import ConfigError
@@ -28,6 +27,7 @@ from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.gpt import build_chunks, load_megatron_weights
 from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, read_hf_config, stored_dtype
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, copy_side_files, fingerprint
+from dasd_megatron.models.mbridge_families import Bridge
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, CheckpointWriter
 
 # Called with the tensors done and in all.
@@ -253,6 +253,8 @@ def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple
     Returns:
         The largest absolute difference, the largest absolute logit, and the share of positions with the same argmax.
     """
+    from transformers import AutoModelForCausalLM
+
     hf_config = read_hf_config(hf_path)
     tokens = torch.randint(hf_config.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
     reference = (

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mbridge.core.bridge import Bridge
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -32,6 +31,7 @@ from dasd_megatron.errors import first_line
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
+from dasd_megatron.models.mbridge_families import Bridge
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

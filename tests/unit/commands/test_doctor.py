@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from dasd_megatron.commands import doctor
-from dasd_megatron.commands.doctor import FAIL, INFO, OK, WARN, Check, doctor_report, exit_status, print_doctor
+from dasd_megatron.commands import doctor, doctor_checks, doctor_probe
+from dasd_megatron.commands.doctor import doctor_report, exit_status, print_doctor
+from dasd_megatron.commands.doctor_checks import FAIL, INFO, OK, WARN, Check
 
 HEALTHY = {
     "torch": {"ok": {"version": "2.13.0+cpu", "cuda_build": None, "cpu": "AVX2", "nccl": None}},
@@ -80,8 +81,8 @@ def test_where_the_tests_run_the_cpu_path_runs(real):
 
 def test_it_loads_nothing_heavy_into_its_own_process():
     code = (
-        "import sys; from dasd_megatron.commands import doctor; doctor._packages(); doctor._optional(); "
-        "doctor._machine();print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in "
+        "import sys; from dasd_megatron.commands import doctor, doctor_checks; doctor_checks.package_rows(); "
+        "doctor_checks.optional_rows(); doctor_checks.machine_rows(); print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in "
         "sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -120,15 +121,17 @@ def test_printing_gives_the_exit_status_and_plain_text(monkeypatch, real):
     ],
 )
 def test_versions_against_the_requirements(monkeypatch, requirement, version, status, words):
-    monkeypatch.setattr(doctor, "_version", lambda _: version)
-    check = doctor._required("Packages", Requirement(requirement))
+    monkeypatch.setattr(doctor_checks, "_version", lambda _: version)
+    check = doctor_checks._requirement_row("Packages", Requirement(requirement))
     assert check.status == status and words in check.value + check.hint
 
 
 def test_a_broken_torch_is_a_row_and_not_a_traceback():
-    checks = doctor._cpu_backend({**HEALTHY, "torch": {"error": "ImportError: libtorch_cpu.so: cannot open"}})
+    checks = doctor_checks.cpu_rows({**HEALTHY, "torch": {"error": "ImportError: libtorch_cpu.so: cannot open"}})
     assert [check.status for check in checks] == [FAIL] and "libtorch_cpu.so" in checks[0].value
-    checks = doctor._cpu_backend({**HEALTHY, "cpu_stack": {"error": "ModuleNotFoundError: No module named 'einops'"}})
+    checks = doctor_checks.cpu_rows(
+        {**HEALTHY, "cpu_stack": {"error": "ModuleNotFoundError: No module named 'einops'"}}
+    )
     assert [check.status for check in checks] == [OK, OK, FAIL] and "einops" in checks[2].value
 
 
@@ -148,32 +151,32 @@ def test_a_broken_torch_is_a_row_and_not_a_traceback():
     ],
 )
 def test_a_probe_that_dies_or_hangs_keeps_what_it_said(monkeypatch, program, name, words):
-    monkeypatch.setattr(doctor, "_PROBE", program)
-    monkeypatch.setattr(doctor, "PROBE_TIMEOUT_SECONDS", 2.0)
-    answers = doctor._probe("torch", "gloo")
+    monkeypatch.setattr(doctor_probe, "PROGRAM", ("-c", program))
+    monkeypatch.setattr(doctor_probe, "TIMEOUT_SECONDS", 2.0)
+    answers = doctor_probe.read_answers(doctor_probe.start_probe("torch", "gloo"))
     assert answers["torch"]["ok"] == 1 and words in answers[name]["error"]
 
 
 def test_cuda_rows(monkeypatch):
-    monkeypatch.setattr(doctor, "_shared_memory", lambda: 64 * 2**20)
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: ("580.1: GPU, 80 GiB free", OK, ""))
+    monkeypatch.setattr(doctor_checks, "_shared_memory", lambda: 64 * 2**20)
+    monkeypatch.setattr(doctor_checks, "_nvidia_driver", lambda: ("580.1: GPU, 80 GiB free", OK, ""))
     devices = {**HEALTHY, "torch": CUDA_TORCH, "cuda": {"ok": ["A, 80 GiB", "B, 80 GiB"]}}
-    checks = doctor._cuda_backend({**devices, "cuda_kernels": {"error": "ImportError: no amp_C"}})
+    checks = doctor_checks.cuda_rows({**devices, "cuda_kernels": {"error": "ImportError: no amp_C"}})
     assert row(checks, "megatron-core").status == WARN and "amp_C" in row(checks, "megatron-core").value
-    checks = doctor._cuda_backend({**devices, "cuda_kernels": {"ok": {"Adam": "apex.optimizers.FusedAdam"}}})
+    checks = doctor_checks.cuda_rows({**devices, "cuda_kernels": {"ok": {"Adam": "apex.optimizers.FusedAdam"}}})
     assert row(checks, "Adam by").value == "apex.optimizers.FusedAdam"
     assert row(checks, "device 1").value == "B, 80 GiB" and row(checks, "NCCL").value == "2.29.3"
     assert row(checks, "/dev/shm").status == WARN
-    checks = doctor._cuda_backend({**HEALTHY, "torch": CUDA_TORCH})
+    checks = doctor_checks.cuda_rows({**HEALTHY, "torch": CUDA_TORCH})
     assert row(checks, "devices").status == WARN and "CUDA_VISIBLE_DEVICES" in row(checks, "devices").hint
-    checks = doctor._cuda_backend(HEALTHY)
+    checks = doctor_checks.cuda_rows(HEALTHY)
     assert row(checks, "torch build").status == WARN and "CUDA build of torch" in row(checks, "torch build").hint
-    checks = doctor._cuda_backend(
+    checks = doctor_checks.cuda_rows(
         {**HEALTHY, "torch": CUDA_TORCH, "cuda": {"error": "RuntimeError: CUDA driver too old"}}
     )
     assert row(checks, "devices").status == WARN
-    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: None)
-    assert {check.status for check in doctor._cuda_backend(HEALTHY)} == {INFO}
+    monkeypatch.setattr(doctor_checks, "_nvidia_driver", lambda: None)
+    assert {check.status for check in doctor_checks.cuda_rows(HEALTHY)} == {INFO}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_what_nvidia_smi_says(monkeypatch, tmp_path, script, status, words):
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
-    value, found, _ = doctor._nvidia_driver()
+    value, found, _ = doctor_checks._nvidia_driver()
     assert found == status and words in value
 
 
@@ -202,11 +205,11 @@ def test_apex_is_only_nvidias(monkeypatch, tmp_path, layout, status, words):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "__init__.py").write_text("raise RuntimeError('must not be imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    check = doctor._apex()
+    check = doctor_checks._apex_row("Optional parts")
     assert check.status == status and words in check.value and "NVIDIA" in check.hint + check.item
     if len(layout) == 2:
         (tmp_path / "amp_C.py").write_text("raise RuntimeError('must not be imported')\n")
-        assert doctor._apex().status == OK
+        assert doctor_checks._apex_row("Optional parts").status == OK
 
 
 def test_a_busy_port_and_a_broken_loopback(monkeypatch):
@@ -218,7 +221,7 @@ def test_a_busy_port_and_a_broken_loopback(monkeypatch):
         return real_server((address[0], 0), **options)
 
     monkeypatch.setattr(socket, "create_server", busy)
-    checks = doctor._network()
+    checks = doctor_checks.network_rows()
     assert row(checks, "port 30000").status == INFO and "in use" in row(checks, "port 30000").value
     assert row(checks, "loopback").status == OK
 
@@ -226,7 +229,7 @@ def test_a_busy_port_and_a_broken_loopback(monkeypatch):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    checks = doctor._network()
+    checks = doctor_checks.network_rows()
     assert row(checks, "loopback").status == FAIL and exit_status(checks) == 1
 
 
@@ -236,16 +239,16 @@ def test_container_limits_count(monkeypatch):
         "/sys/fs/cgroup/memory.max": str(2 * 2**30),
         "/sys/fs/cgroup/memory.current": str(2**30),
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
-    assert doctor._cores() == 0.5
-    assert doctor._free_memory() <= 2**30
-    assert {row(doctor._machine(), item).status for item in ("cores", "free memory")} == {WARN}
+    monkeypatch.setattr(doctor_checks, "_read", lambda path: files.get(path, ""))
+    assert doctor_checks._cores() == 0.5
+    assert doctor_checks._free_memory() <= 2**30
+    assert {row(doctor_checks.machine_rows(), item).status for item in ("cores", "free memory")} == {WARN}
     files.update({"/sys/fs/cgroup/cpu.max": "max 100000", "/sys/fs/cgroup/memory.max": "max"})
-    assert doctor._cores() >= 1 and doctor._free_memory() > 0
+    assert doctor_checks._cores() >= 1 and doctor_checks._free_memory() > 0
 
 
 def test_a_disk_that_cannot_be_written(tmp_path):
-    check = doctor._disk("Machine", "disk", tmp_path / "absent", 1)
+    check = doctor_checks._disk_row("Machine", "disk", tmp_path / "absent", 1)
     assert check.status == WARN and "absent" in check.value and "run.dir" in check.hint
-    assert doctor._disk("Machine", "disk", Path(tmp_path), 10**9).status == WARN
-    assert doctor._disk("Machine", "disk", Path(tmp_path), 0).status == OK
+    assert doctor_checks._disk_row("Machine", "disk", Path(tmp_path), 10**9).status == WARN
+    assert doctor_checks._disk_row("Machine", "disk", Path(tmp_path), 0).status == OK

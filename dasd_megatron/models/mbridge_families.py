@@ -1,0 +1,40 @@
+"""mbridge with the families that this package supports, and without the others.
+
+``import mbridge`` runs the module of every family. Those of vision models import transformers' own models, which takes
+most of the time, and a version of transformers that one of them does not know would stop a run that needs none of them.
+Import mbridge through this module alone, and after the backend has prepared torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def _skip_other_families() -> None:
+    """Put an empty ``mbridge.models`` in place, unless mbridge has been imported in whole. Its modules can still be
+    imported by their names."""
+    spec = importlib.util.find_spec("mbridge")
+    if "mbridge" in sys.modules or spec is None or spec.origin is None:
+        return
+    models = ModuleType("mbridge.models")
+    models.__path__ = [str(Path(spec.origin).parent / "models")]
+    sys.modules[models.__name__] = models
+
+
+_skip_other_families()
+
+from mbridge.core.bridge import _MODEL_REGISTRY, Bridge  # noqa: E402
+
+for _family in _FAMILIES:
+    importlib.import_module(f"mbridge.models.{_family}")
+
+
+def bridge_class(model_type: str) -> type[Bridge]:
+    """Return mbridge's own class for an architecture, by its ``model_type`` in config.json."""
+    return _MODEL_REGISTRY[model_type]
