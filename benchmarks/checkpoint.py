@@ -108,7 +108,7 @@ def measure(config: Config, rounds: int, folder: Path) -> dict:
                 started, stalled = time.perf_counter(), saver.stalled
                 saver.save(TrainerState(step))
                 beside = []
-                while saver.writing():
+                while saver.is_writing():
                     beside.append(compute())
                 saver.finish()
                 slower = statistics.median(beside) / alone - 1 if beside else None

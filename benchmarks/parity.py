@@ -234,18 +234,31 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     from dasd_megatron.training.checkpoint import TrainerState
     from dasd_megatron.training.passes import score
     from dasd_megatron.training.rollout_plane import RolloutPlane
-    from dasd_megatron.training.train import Trainer, build_policy, train_step
+    from dasd_megatron.training.step import train_step
+    from dasd_megatron.training.trainer import Trainer, build_learner
 
     assert isinstance(config.data.train, DataSourceConfig)
     tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
     renderer = make_renderer(config, tokenizer)
-    model, optimizer, start, average = build_policy(config, Path(config.model.path))
+    learner = build_learner(config, Path(config.model.path))
+    model = learner.model
     state, problems = TrainerState(), [Problem("p", "1", "1", "1")]
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
         plane = RolloutPlane(config, paths, problems, None, renderer, tokenizer, model.vocab_size, state.rollouts)
         trainer = Trainer(
-            config, paths, tokenizer, renderer, None, problems, model, optimizer, start, average, state, None, plane, display, None
-        )  # fmt: skip
+            config=config,
+            paths=paths,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            grader=None,
+            heldout_problems=problems,
+            learner=learner,
+            state=state,
+            saver=None,
+            plane=plane,
+            display=display,
+            logger=None,
+        )
         rows = [train_step(trainer) for _ in range(STEPS)]
     samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
     batches = make_micro_batches(
@@ -256,7 +269,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     scores = score(model, batches, config.loss, temperature=1.0)
     return {
         "rows": rows,
-        "scores": list(scores),
+        "scores": [scores.log_prob, scores.entropy],
         "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)},
     }
 
@@ -282,8 +295,8 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
         samples = load_samples(rollouts_path(folder / "rollouts", step), groups=GROUPS, samples_per_group=SAMPLES)
         prompts, responses = [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples]
         batches = make_micro_batches(prompts, responses, layout)
-        loss, grad_norm, _ = supervised_update(model, optimizer, batches, config.loss)
-        rows.append({"update/loss": loss, "update/grad_norm": grad_norm})
+        result = supervised_update(model, optimizer, batches, config.loss)
+        rows.append({"update/loss": result.means["loss"], "update/grad_norm": result.grad_norm})
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in model.named_parameters():
         if not getattr(parameter, "tensor_model_parallel", False):
@@ -468,6 +481,6 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     backend.select(load_config([*COMMON]).backend)
-    import dasd_megatron.training.train  # noqa: F401  what the forked processes share
+    import dasd_megatron.training.loop  # noqa: F401  what the forked processes share
 
     main()

@@ -101,11 +101,12 @@ def worker(root: Path) -> None:
     backend.select(config.backend)
     import torch
 
-    from dasd_megatron.training import passes, train
+    from dasd_megatron.training import loop as training_loop
+    from dasd_megatron.training import passes
     from dasd_megatron.training.worker import run
 
     inside = 0.0
-    schedule, step = passes._run_schedule, train.train_step
+    schedule, step = passes.run_schedule, training_loop.train_step
 
     def synchronised() -> float:
         torch.cuda.synchronize()
@@ -126,7 +127,7 @@ def worker(root: Path) -> None:
             metrics["memory/peak_bytes"] = torch.cuda.max_memory_allocated()
         return metrics
 
-    passes._run_schedule, train.train_step = timed_schedule, timed_step
+    passes.run_schedule, training_loop.train_step = timed_schedule, timed_step
     run(config, root, prepared=True)
 
 
@@ -215,7 +216,7 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from dasd_megatron.training import parallel
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer
-    from dasd_megatron.training.passes import _run_schedule, score
+    from dasd_megatron.training.passes import run_schedule, score
     from dasd_megatron.training.passes import update as policy_update
 
     cuda = config.backend.kind == "cuda"
@@ -247,9 +248,16 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
     def ours() -> None:
         policy_update(
-            model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None, distillation=None,
-            settings=config.loss, temperature=1.0,
-        )  # fmt: skip
+            model,
+            optimizer,
+            batches,
+            old_log_prob=old_log_prob,
+            advantage=advantage,
+            start_log_prob=None,
+            distillation=None,
+            settings=config.loss,
+            temperature=1.0,
+        )
 
     def scoring() -> None:
         score(model, batches, config.loss, temperature=1.0)
@@ -283,9 +291,14 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             chunk.zero_grad_buffer()
         optimizer.optimizer.zero_grad()
         get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(batches), model=model.chunks[0], num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1], micro_batch_size=max(len(batch.tokens) for batch in batches), forward_only=False,
-        )  # fmt: skip
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=model.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=max(len(batch.tokens) for batch in batches),
+            forward_only=False,
+        )
         optimizer.step()
         if model.fused_linear:
             head.output_layer.__class__ = HiddenStatesHead
@@ -297,9 +310,7 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             loss = output.float().sum()
             return loss, torch.tensor(1, dtype=torch.int, device=device), loss.detach()
 
-        _run_schedule(
-            model, batches, last_stage, micro_batch_size=max(len(b.tokens) for b in batches), forward_only=False
-        )
+        run_schedule(model, batches, last_stage, forward_only=False)
 
     calls = {
         "ours": ours,

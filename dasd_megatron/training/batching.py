@@ -200,6 +200,13 @@ def make_micro_batches(
     ]
 
 
+def batch_samples(samples: Sequence[Sample], prompts: Sequence[Sequence[int]], layout: BatchLayout) -> list[MicroBatch]:
+    """Cut the responses of ``samples`` behind ``prompts``, which are the student's or the teacher's, into
+    micro-batches; see :func:`make_micro_batches`."""
+    responses = [sample.response_ids for sample in samples]
+    return make_micro_batches(prompts, responses, layout, response_mask=[sample.response_mask for sample in samples])
+
+
 class _Sequence(NamedTuple):
     """A prompt with its response. R is the number of its response tokens, without the masked ones.
 

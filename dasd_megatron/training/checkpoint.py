@@ -13,27 +13,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import gc
 import json
 import logging
-import multiprocessing
 import os
-import pickle
-import queue
 import random
 import shutil
-import signal
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -47,7 +40,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.config import CheckpointConfig
-from dasd_megatron.files import atomic_file
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
@@ -57,7 +49,6 @@ from dasd_megatron.training.checkpoint_files import (
     STATE_FILE,
     changed_file,
     checkpoint_path,
-    hash_files,
     listed_files,
     prune,
     publish,
@@ -65,6 +56,7 @@ from dasd_megatron.training.checkpoint_files import (
     resumable,
     set_aside,
 )
+from dasd_megatron.training.checkpoint_writer import PendingCheckpoint, ResultFile
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import (
     PeerError,
@@ -92,11 +84,11 @@ logger = logging.getLogger(__name__)
 
 _RESERVE_FILE = "reserve.partial"
 _RESERVE_BYTES = 2**28
-# What is stored with each tensor.
 _HEADER_BYTES = 2048
+"""Room for what is stored beside each tensor's values."""
 _COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
-# The groups of a BufferState, each in a file of its own.
 _COLLECTED = ("ready", "refused")
+"""The lists of groups in a BufferState, each of which is a file of its own."""
 
 
 class CheckpointError(RuntimeError):
@@ -108,9 +100,9 @@ class CheckpointError(RuntimeError):
 
 @dataclass
 class TrainerState:
-    """Where the run is: ``step`` finished steps, and the rollouts under way (on rank 0).
+    """The progress of a run: ``step`` finished steps, and the rollouts under way (on rank 0).
 
-    ``skipped``: how many of the last steps in a row were skipped; ``rollbacks``: how often the run went back to a
+    ``skipped``: number of the last steps in a row that were skipped; ``rollbacks``: times that the run went back to a
     checkpoint, the last time to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were
     undone by it, and are not used again.
     """
@@ -124,16 +116,15 @@ class TrainerState:
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
-    """The numbers of a Hugging Face config that a checkpoint's tensors depend on."""
+    """Return the numbers of a Hugging Face config that a checkpoint's tensors depend on."""
     return {name: getattr(hf_config, name) for name in _ARCHITECTURE}
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with its
-    manifest. Collective: each rank reads its share of the files.
+    """Return the checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with
+    its manifest; None where there is none. Collective: each rank reads its share of the files.
 
-    Of auto's, a damaged one is named in a warning and set aside, and the one before it is taken; None where there is
-    none.
+    With auto, a damaged checkpoint is named in a warning and set aside, and the one before it is taken.
 
     Raises:
         CheckpointError: the one at the path is damaged, or all are.
@@ -170,7 +161,8 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. Collective: each rank reads its share of them."""
+    """Return a line about the first damaged file of a checkpoint, None if it is intact. Collective: each rank reads its
+    share of the files."""
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
         files = on_selected_rank(rank == 0, lambda: listed_files(path), (WeightsError, OSError))
@@ -181,7 +173,8 @@ def damage(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """What ``trainer.json`` of a checkpoint says, as state and whole. Collective over all ranks: rank 0 reads."""
+    """Return the contents of a checkpoint's ``trainer.json``, as state and whole. Collective over all ranks: rank 0
+    reads."""
     record = broadcast_from_rank0(json.loads((path / STATE_FILE).read_text()) if dist.get_rank() == 0 else None)
     rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
     counters = {name: record[name] for name in ("step", *_COUNTERS)}
@@ -234,9 +227,9 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _last_line(error: BaseException) -> str:
-    """The cause: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause is their last
-    line."""
+def _cause(error: BaseException) -> str:
+    """Return the cause in one line: a CheckpointException quotes the tracebacks of the ranks that failed, and the cause
+    is their last line."""
     if isinstance(error, PeerError):
         return str(error)
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -244,11 +237,10 @@ def _last_line(error: BaseException) -> str:
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run. With ``checkpoint.async_save`` a process forked for each writes and hashes the
-    files while training goes on; it sees the memory as it was.
+    """Writer of a run's checkpoints. With ``checkpoint.async_save`` a process forked for each checkpoint writes and
+    hashes the files while training goes on; it sees the memory as it was.
 
-    ``pending`` says, alike on every rank, whether a checkpoint has been begun and not finished; ``stalled`` counts the
-    seconds that training has waited.
+    ``stalled``: seconds that training has waited; the training loop sets it back.
     """
 
     def __init__(
@@ -262,17 +254,13 @@ class CheckpointSaver:
         template_dir: Path,
         timeout_seconds: float,
     ) -> None:
-        self.run_dir, self.settings, self.template_dir, self.timeout_seconds = (
-            run_dir,
-            settings,
-            template_dir,
-            timeout_seconds,
-        )
+        self.run_dir, self.settings, self.template_dir = run_dir, settings, template_dir
+        self.timeout_seconds = timeout_seconds
         self.model, self.optimizer, self.average = model, optimizer, average
         self.stalled = 0.0
-        self._begun: _Begun | None = None
-        # One for all checkpoints: their tensors are the same, and from the third on so is what the ranks have agreed to
-        # write.
+        self._pending: PendingCheckpoint | None = None
+        # All checkpoints share one strategy: their tensors are the same, and from the third on so is what the ranks
+        # have agreed to write.
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
         self._validated = False
         self._removal: threading.Thread | None = None
@@ -281,22 +269,23 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._begun is not None and self._begun.process is not None:
-            self._begun.process.kill()
+        if self._pending is not None and self._pending.process is not None:
+            self._pending.process.kill()
         self._await_removal()
 
     def _await_removal(self) -> None:
-        """Of the checkpoints before, which takes up the room of the next."""
+        """Wait until older checkpoints are removed, which take up the room of the next."""
         if self._removal is not None:
             self._removal.join(self.timeout_seconds)
 
     @property
     def pending(self) -> bool:
-        return self._begun is not None
+        """A checkpoint has been begun and not finished; alike on every rank."""
+        return self._pending is not None
 
-    def writing(self) -> bool:
-        """Whether this rank's files are not all written."""
-        return self._begun is not None and self._begun.process is not None and self._begun.process.is_alive()
+    def is_writing(self) -> bool:
+        """Return whether a process of this rank is still writing."""
+        return self._pending is not None and self._pending.process is not None and self._pending.process.is_alive()
 
     def save(self, state: TrainerState) -> None:
         """Begin ``checkpoints/step_<n>``, after the one before it is finished. Collective over all ranks.
@@ -310,22 +299,22 @@ class CheckpointSaver:
         self.finish()
         started = time.perf_counter()
         final = checkpoint_path(self.run_dir, state.step)
-        # A name of its own: a writer whose trainer was killed may be alive yet.
+        # The name is new each time, since the writer of a trainer that was killed may still be alive.
         partial = broadcast_from_rank0(final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.partial"))
         rng = gather_world(_rng_state())
-        failure = None
-        # Megatron-Core would start a process that imports this program again, seconds, and outlives a trainer that is
-        # killed.
-        filesystem_async._results_queue = _ResultFile(partial / f"results_{dist.get_rank()}.pickle")
-        begun = self._begun = _Begun(partial, final)
+        failure: BaseException | None = None
+        # Megatron-Core's own queue would start a process that takes seconds to import this program again, and that
+        # outlives a trainer that is killed.
+        filesystem_async._results_queue = ResultFile(partial / f"results_{dist.get_rank()}.pickle")
+        checkpoint = self._pending = PendingCheckpoint(partial, final)
         try:
             sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
-            _in_storage_of_their_own(sharded)
+            _narrow_storages(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
             self._await_removal()
             on_selected_rank(dist.get_rank() == 0, lambda: _make_room(partial, size), (OSError,))
-            with self._ending_alone():
-                begun.request = dist_checkpointing.save(
+            with self._ending_alone(checkpoint):
+                checkpoint.request = dist_checkpointing.save(
                     sharded,
                     str(partial),
                     self._strategy,
@@ -338,10 +327,10 @@ class CheckpointSaver:
             )
         except (PeerError, CheckpointException) as error:
             failure = error
-        self._raise_failure(failure)
-        # A rank that went by the former plan alone would leave the others waiting for it.
-        self._strategy.validated_cache_reuse = not any(true_on_any(not self._strategy.validated_cache_reuse))
-        begun.start(background=self.settings.async_save)
+        self._raise_failure(checkpoint, failure)
+        # A single rank that reused the former plan would leave the others waiting for it.
+        self._strategy.validated_cache_reuse = not true_on_any(not self._strategy.validated_cache_reuse)
+        checkpoint.start(background=self.settings.async_save)
         self.stalled += time.perf_counter() - started
         if not self.settings.async_save:
             self.finish()
@@ -353,29 +342,31 @@ class CheckpointSaver:
         Raises:
             CheckpointError: see :meth:`save`.
         """
-        if self._begun is None:
+        if self._pending is None:
             return
-        started, begun, failure, hashes = time.perf_counter(), self._begun, None, {}
+        started, checkpoint = time.perf_counter(), self._pending
+        own_hashes: dict[str, dict[str, Any]] = {}
+        failure: BaseException | None = None
         try:
-            hashes = begun.join(self.timeout_seconds)
+            own_hashes = checkpoint.join(self.timeout_seconds)
         except (OSError, RuntimeError) as error:
             failure = error
         if dist.get_rank() == 0:
-            (begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
+            (checkpoint.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
         try:
             # The ranks exchange what they have written, and all of them raise what one could not write.
-            with self._ending_alone():
-                for finalize in begun.request.finalize_fns:
+            with self._ending_alone(checkpoint):
+                for finalize in checkpoint.request.finalize_fns:
                     finalize()
         except CheckpointException as error:
             failure = error
-        self._raise_failure(failure)
-        hashes = {name: record for part in gather_world(hashes) for name, record in part.items()}
+        self._raise_failure(checkpoint, failure)
+        hashes = {name: record for part in gather_world(own_hashes) for name, record in part.items()}
 
         def publish_and_prune() -> None:
-            publish(begun.partial, begun.final, hashes)
+            publish(checkpoint.partial, checkpoint.final, hashes)
             removed = prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
-            # File systems take seconds for it, and training need not wait.
+            # File systems take seconds to remove files, and training need not wait.
             self._removal = threading.Thread(
                 target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in removed], name="prune"
             )
@@ -384,52 +375,47 @@ class CheckpointSaver:
         try:
             on_selected_rank(dist.get_rank() == 0, publish_and_prune, (OSError, RuntimeError))
         except PeerError as error:
-            self._raise_failure(error)
-        self._begun = None
+            self._raise_failure(checkpoint, error)
+        self._pending = None
         self.stalled += time.perf_counter() - started
 
-    def _raise_failure(self, failure: BaseException | None) -> None:
+    def _raise_failure(self, checkpoint: PendingCheckpoint, failure: BaseException | None) -> None:
         """Raise CheckpointError on every rank if there was a failure on any, and remove what has been written."""
 
         def report() -> None:
             if failure is not None:
-                raise self._not_written(failure)
+                raise _not_written(checkpoint, failure)
 
         try:
             on_selected_rank(True, report, (CheckpointError,))
         except PeerError as error:
-            self._abandon()
+            self._abandon(checkpoint)
             raise CheckpointError(str(error).removeprefix("CheckpointError: ")) from failure
 
     @contextlib.contextmanager
-    def _ending_alone(self) -> Iterator[None]:
-        """Around what Megatron-Core writes on one rank while the others wait for it in collectives of its own: only the
-        end of this process ends theirs. What it raises on every rank passes."""
+    def _ending_alone(self, checkpoint: PendingCheckpoint) -> Iterator[None]:
+        """Turn a failure of what Megatron-Core writes on one rank into a CheckpointError of this rank alone: the others
+        wait in collectives of Megatron-Core's, and only the end of this process ends theirs. What it raises on every
+        rank passes."""
         try:
             yield
         except (OSError, RuntimeError) as failure:
             if isinstance(failure, RuntimeError) and is_lost_peer(failure):
                 raise
-            error = self._not_written(failure)
+            error = _not_written(checkpoint, failure)
             error.on_all_ranks = False
-            self._abandon()
+            self._abandon(checkpoint)
             raise error from failure
 
-    def _not_written(self, failure: BaseException) -> CheckpointError:
-        return CheckpointError(
-            f"could not write {self._begun.final}: {_last_line(failure)}; "
-            "the previous checkpoint is untouched: free disk space and continue with resume=auto"
-        )
-
-    def _abandon(self) -> None:
-        """Remove what has been written of the checkpoint that was begun."""
+    def _abandon(self, checkpoint: PendingCheckpoint) -> None:
+        """Remove what has been written of a checkpoint that failed."""
         if dist.get_rank() == 0:
-            shutil.rmtree(self._begun.partial, ignore_errors=True)
-            (self._begun.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
-        self._begun = None
+            shutil.rmtree(checkpoint.partial, ignore_errors=True)
+            (checkpoint.partial.parent / _RESERVE_FILE).unlink(missing_ok=True)
+        self._pending = None
 
     def _write_own_files(self, partial: Path, state: TrainerState, rng: list[Any]) -> None:
-        """What is not sharded, by rank 0."""
+        """Write on rank 0 what is not sharded."""
         torch.save(rng, partial / "rng.pt")
         record = {
             "step": state.step,
@@ -449,36 +435,48 @@ class CheckpointSaver:
         copy_side_files(self.template_dir, partial / "hf", self.model.config.params_dtype)
 
 
-def _in_storage_of_their_own(sharded: dict[str, Any]) -> None:
-    """Make tensors of ``sharded`` in host memory, parts of Megatron's buffers, end where their storage ends, in place
-    and without a copy.
+def _not_written(checkpoint: PendingCheckpoint, failure: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"could not write {checkpoint.final}: {_cause(failure)}; "
+        "the previous checkpoint is untouched: free disk space and continue with resume=auto"
+    )
 
-    Megatron-Core copies every other one while training waits, since all of a tensor's storage is written. The writing
-    process has the memory as it was, whatever training does to it.
+
+def _narrow_storages(sharded: dict[str, Any]) -> None:
+    """Let the tensors of ``sharded`` in host memory, which are parts of Megatron's buffers, have storages of their own
+    size, in place and without a copy.
+
+    Megatron-Core writes all of a tensor's storage, and so copies a tensor that is only a part of one while training
+    waits. No copy is needed, since the writing process has the memory as it was, whatever training does to it.
     """
     apply_factories(sharded)
-    for one in nested_values(sharded):
-        if isinstance(one, ShardedTensor) and one.data.device.type == "cpu" and one.data.is_contiguous():
-            # NumPy has no bfloat16.
-            content = one.data.detach().view(torch.uint8) if one.data.ndim else one.data.detach()
-            one.data = torch.from_numpy(content.numpy()).view(one.dtype)
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensor) and value.data.device.type == "cpu" and value.data.is_contiguous():
+            # NumPy has no bfloat16, so the way there and back goes over bytes.
+            content = value.data.detach().view(torch.uint8) if value.data.ndim else value.data.detach()
+            value.data = torch.from_numpy(content.numpy()).view(value.dtype)
 
 
 def _bytes_to_write(sharded: dict[str, Any]) -> int:
-    """About what the files of this rank will take."""
-    mine = [one for one in nested_values(sharded) if isinstance(one, ShardedTensor) and is_main_replica(one.replica_id)]
-    return sum(one.data.numel() * one.data.element_size() + _HEADER_BYTES for one in mine)
+    """Return about how much this rank's files will take."""
+    own = [
+        value
+        for value in nested_values(sharded)
+        if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id)
+    ]
+    return sum(value.data.numel() * value.data.element_size() + _HEADER_BYTES for value in own)
 
 
 def _make_room(partial: Path, size: int) -> None:
+    """Make the folder of a checkpoint of ``size`` bytes, and a reserve beside it; OSError if they do not fit."""
     for old in partial.parent.glob("step_*.partial"):
         shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
-    # Megatron-Core's rank 0 writes files of its own while the others wait for it, first and last: what fails there
-    # fails on one rank alone.
+    # Megatron-Core's rank 0 writes files of its own, first and last, while the others wait for it. A disk that is full
+    # then would fail one rank alone, so room for these files is kept.
     free, reserve = shutil.disk_usage(partial).free, min(_RESERVE_BYTES, 2**17 + size // 50)
     if free >= size + reserve:
-        # Written, since file systems of clusters lack fallocate, and it would be imitated with a write for every block.
+        # The reserve is written out: clusters' file systems lack fallocate, which would then write every block anyway.
         with open(partial.parent / _RESERVE_FILE, "wb") as file:
             for offset in range(0, reserve, 2**20):
                 file.write(bytes(min(2**20, reserve - offset)))
@@ -487,118 +485,6 @@ def _make_room(partial: Path, size: int) -> None:
             errno.ENOSPC,
             f"{os.strerror(errno.ENOSPC)}: {size / 1e6:.1f} MB are to be written, {free / 1e6:.1f} MB are free",
         )
-
-
-@dataclass
-class _ResultFile:
-    """What Megatron-Core wants of a queue, for the one result that a writing process has for its trainer."""
-
-    path: Path
-
-    def put(self, result: Any) -> None:
-        # A full disk must not leave a part of the result, which the trainer would read.
-        with atomic_file(self.path) as partial:
-            partial.write_bytes(pickle.dumps(result))
-
-    def get_nowait(self) -> Any:
-        if not self.path.exists():
-            raise queue.Empty
-        result = pickle.loads(self.path.read_bytes())
-        self.path.unlink()
-        return result
-
-
-@dataclass
-class _Begun:
-    """A checkpoint on its way to the disk: where, what Megatron-Core asks this rank to do, and the process that does
-    it."""
-
-    partial: Path
-    final: Path
-    request: Any = None
-    process: multiprocessing.process.BaseProcess | None = None
-    error: Exception | None = None
-
-    def start(self, *, background: bool) -> None:
-        if self.request.async_fn is None:
-            return
-        arguments = list(self.request.async_fn_args)
-        if self.request.preload_fn is not None:
-            # From the GPU to host memory; the second argument is what is to be written.
-            arguments[1] = self.request.preload_fn()
-        work = (self.request.async_fn, arguments, dict(self.request.async_fn_kwargs), self.partial, dist.get_rank())
-        try:
-            if background:
-                self.process = multiprocessing.get_context("fork").Process(
-                    target=_write_in_background, args=work, name="checkpoint"
-                )
-                self.process.start()
-            else:
-                _write_and_hash(*work)
-        except OSError as error:
-            # The other ranks hear of it when all finish.
-            self.process, self.error = None, error
-
-    def join(self, timeout_seconds: float) -> dict[str, dict[str, Any]]:
-        """Size and hash of each file that this rank has written.
-
-        Raises:
-            RuntimeError: the writer did not end in time, or was killed. OSError: it failed.
-        """
-        if self.error is not None:
-            raise self.error
-        if self.process is not None:
-            self.process.join(timeout_seconds)
-            if self.process.is_alive():
-                self.process.kill()
-                raise RuntimeError(f"not written within backend.timeout_seconds={timeout_seconds:g}")
-            if self.process.exitcode < 0:
-                raise RuntimeError(f"the writing process was ended by {signal.Signals(-self.process.exitcode).name}")
-            if self.process.exitcode:
-                raise OSError(self.process.exitcode, os.strerror(self.process.exitcode))
-        if self.request.async_fn is None:
-            return {}
-        hashes = self.partial / _hashes_file(dist.get_rank())
-        record = json.loads(hashes.read_text())
-        hashes.unlink()
-        return record
-
-
-def _hashes_file(rank: int) -> str:
-    return f"hashes_{rank}.json"
-
-
-def _write_in_background(*work: Any) -> None:
-    # OpenMP's threads are not in a forked process, and whoever waits for them waits forever.
-    torch.set_num_threads(1)
-    # Collecting tensors that are the trainer's would reach for its GPU.
-    gc.disable()
-    threading.Thread(target=_end_with_children, daemon=True).start()
-    try:
-        _write_and_hash(*work)
-    except OSError as error:
-        # A full disk takes no message.
-        sys.exit(error.errno)
-
-
-def _end_with_children() -> None:
-    """Megatron-Core's writer starts processes of its own, and would wait forever for one that is killed."""
-    while True:
-        time.sleep(0.5)
-        for child in psutil.Process().children():
-            with contextlib.suppress(ChildProcessError):
-                ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _write_and_hash(
-    write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int
-) -> None:
-    """Megatron-Core's writing of one rank's files, fsynced, and then their hashes, in a file of their own."""
-    write(*arguments, **keywords)
-    hashes = hash_files(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
-    (folder / _hashes_file(rank)).write_text(json.dumps(hashes))
 
 
 def load_checkpoint(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -26,6 +26,14 @@ class TrainingError(RuntimeError):
     on_all_ranks = True
 
 
+class StepResult(NamedTuple):
+    """Norm of the gradient before clipping, learning rate, and whether the gradients were applied."""
+
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
 @dataclass
 class OptimizerState:
     """The optimizer of this rank's shard and its schedule, counted in optimizer updates."""
@@ -34,9 +42,8 @@ class OptimizerState:
     scheduler: OptimizerParamScheduler
     settings: OptimizerSettings
 
-    def step(self) -> tuple[float, float, bool]:
-        """Clip and apply the accumulated gradients and advance the schedule; returns (norm before clipping, rate,
-        whether applied).
+    def step(self) -> StepResult:
+        """Clip and apply the accumulated gradients and advance the schedule.
 
         Gradients that are not finite anywhere are not applied: weights, moments and schedule stay as they are.
         Megatron's own ``step`` would apply them, since it looks for infinities only when it scales the loss.
@@ -47,14 +54,14 @@ class OptimizerState:
             # The same number on every rank: it is reduced over all that hold a part of the model.
             grad_norm = float(self.optimizer.get_grad_norm())
             if not math.isfinite(grad_norm):
-                return grad_norm, lr, False
+                return StepResult(grad_norm, lr, applied=False)
             if self.settings.clip_grad > 0:
                 for inner in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
                     if not getattr(inner, "is_stub_optimizer", False) and (parameters := inner.get_parameters()):
                         clip_grad_by_total_norm_fp32(parameters, self.settings.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
-        return grad_norm, lr, True
+        return StepResult(grad_norm, lr, applied=True)
 
     def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """Optimizer state for Megatron's dist checkpointing, for any other parallel layout to load. No collectives, and

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,12 @@ from dasd_megatron.config import Config
 from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.stopping import StopRequested
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+Flags = TypeVar("Flags", bound="DataclassInstance")
+"""A dataclass whose fields are all bool."""
 
 
 class PeerError(RuntimeError):
@@ -158,17 +164,26 @@ def gather_world(value: T) -> list[T]:
     return gathered
 
 
-def true_on_any(*flags: bool) -> list[bool]:
-    """Which of the flags are true on any rank; one all-reduce of as many numbers."""
-    numbers = torch.tensor([int(flag) for flag in flags], device=backend.current().device())
+def flags_of_all_ranks(flags: Flags) -> Flags:
+    """Return a record of flags of which each is true where it is true on any rank; one all-reduce of as many
+    numbers."""
+    names = [field.name for field in dataclasses.fields(flags)]
+    numbers = torch.tensor([int(getattr(flags, name)) for name in names], device=backend.current().device())
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return [bool(number) for number in numbers.tolist()]
+    return dataclasses.replace(flags, **dict(zip(names, map(bool, numbers.tolist()), strict=True)))
+
+
+def true_on_any(flag: bool) -> bool:
+    """Return True on every rank if the flag is true on any; one all-reduce of one number."""
+    number = torch.tensor(int(flag), device=backend.current().device())
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return bool(number)
 
 
 def stop_if_requested() -> None:
     """Raise :class:`~dasd_megatron.stopping.StopRequested` on every rank if a signal has reached any; one all-reduce of
     one number."""
-    if true_on_any(stopping.requested())[0]:
+    if true_on_any(stopping.requested()):
         raise StopRequested("a signal asked the run to stop")
 
 

@@ -12,8 +12,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from dasd_megatron import backend
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
 from dasd_megatron.losses import (
     TokenStats,
@@ -27,47 +27,26 @@ from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
 from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas, sum_over_sequence_parts
+from dasd_megatron.training.scores import TeacherStates, TokenScores
 
-
-class TokenScores(NamedTuple):
-    """Packed statistics of the response tokens of one batch, float32 [N], equal on all ranks of a replica."""
-
-    log_prob: torch.Tensor
-    entropy: torch.Tensor
+TokenLoss = Callable[[TokenStats, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""A loss of a micro-batch: from the statistics of its R response tokens and their places ``[R]`` in the packed batch to
+the loss summed over them, and sums over them to report, by the name of their mean. The names are the same for any
+tokens, none included."""
 
 
 class UpdateResult(NamedTuple):
-    """Means over the response tokens of all replicas, and what the optimizer reported. ``applied`` is False where the
-    gradient norm was not finite, and nothing was changed."""
+    """One optimizer step: ``means`` over the response tokens of all replicas, by the names that the loss reported, and
+    what the optimizer reported. ``applied`` is False where the gradient norm was not finite, and nothing was
+    changed."""
 
-    loss: float
-    clip_share: float
-    kl_to_start: float
-    divergence: float
-    capped_share: float
+    means: dict[str, float]
     grad_norm: float
     lr: float
     applied: bool
 
 
-@dataclass
-class TeacherStates:
-    """What the full-vocabulary divergence needs of the teacher; on the last pipeline stage.
-
-    Attributes:
-        hidden: ``[N, h / TP]``, each tensor-parallel rank's part of what the teacher's LM head is applied to, for every
-        packed token. weight: ``[V_local, h]``, this rank's shard of the LM head that the teacher was scored with.
-    """
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-
-    def of(self, index: torch.Tensor) -> torch.Tensor:
-        """Whole states ``[R, h]`` of these packed tokens; one all-gather over tensor-parallel ranks."""
-        return gather_from_tensor_model_parallel_region(self.hidden[index])
-
-
-@dataclass
+@dataclass(frozen=True)
 class Distillation:
     """The distributional objective of one update: direction ``omega`` [N] float32 and the teacher, None before the last
     stage."""
@@ -85,15 +64,16 @@ def _token_stats(
     temperature: float,
     distillation: Distillation | None = None,
 ) -> TokenStats:
-    """Statistics of a micro-batch's response tokens from what the last stage put out; see :class:`ShardedModel`."""
+    """Compute the statistics of a micro-batch's response tokens from the last stage's output; see
+    :class:`ShardedModel`."""
     rows = output[micro_batch.rows, micro_batch.columns]
-    common = dict(
+    common: dict[str, Any] = dict(
         group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature
     )
     if not model.fused_linear:
         # The rows are a copy of ours, so their gradient may take their place.
         return vocab_parallel_token_stats(rows, micro_batch.targets, inplace_backward=True, **common)
-    if distillation is not None:
+    if distillation is not None and distillation.teacher is not None:
         common |= dict(
             teacher_hidden=distillation.teacher.of(micro_batch.packed_index),
             teacher_weight=distillation.teacher.weight,
@@ -122,15 +102,10 @@ def _packed_seq_params(micro_batch: MicroBatch) -> PackedSeqParams | None:
     )
 
 
-def _run_schedule(
-    model: ShardedModel,
-    micro_batches: list[MicroBatch],
-    last_stage: Callable[..., Any],
-    *,
-    micro_batch_size: int,
-    forward_only: bool,
+def run_schedule(
+    model: ShardedModel, micro_batches: list[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
-    """Run all micro-batches forward (and backward); returns what ``last_stage(micro_batch, logits)`` reported, in
+    """Run all micro-batches forward (and backward); returns what ``last_stage(micro_batch, output)`` reported, in
     order, on the last pipeline stage, and nothing elsewhere."""
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -147,7 +122,7 @@ def _run_schedule(
         model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0].tokens.shape[1],
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=max(len(batch.tokens) for batch in micro_batches),
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -160,43 +135,42 @@ def score(
     loss: PolicyLossConfig,
     *,
     temperature: float,
-    keep_hidden: list[torch.Tensor] | None = None,
+    keep_hidden: bool = False,
 ) -> TokenScores:
-    """Log-prob of every response token and entropy of the distribution it was drawn from, at ``temperature``.
+    """Return the log-prob of every response token and the entropy of the distribution it was drawn from, at
+    ``temperature``.
 
-    ``keep_hidden``, if given, receives on the last pipeline stage one tensor: the states that the LM head was applied
-    to, ``[N, h / TP]``, of which each tensor-parallel rank keeps its part.
+    ``keep_hidden``: the last pipeline stage also returns the states that the LM head was applied to, for which
+    ``loss.fused_linear`` is needed.
 
     Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage;
-    under context parallelism two all-reduces, and one of what ``keep_hidden`` receives.
+    under context parallelism two all-reduces, and one of the states.
     """
     packed_index = torch.cat([batch.packed_index for batch in micro_batches])
     total = int(sum_over_sequence_parts(torch.tensor(len(packed_index), device=packed_index.device)))
+    width = model.config.hidden_size // parallel_state.get_tensor_model_parallel_world_size()
+    begin = parallel_state.get_tensor_model_parallel_rank() * width
+    hidden = None
+    if keep_hidden and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        hidden = packed_index.new_zeros(total, width, dtype=model.config.params_dtype)
 
     def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        if keep_hidden is not None:
-            rank, parts = (
-                parallel_state.get_tensor_model_parallel_rank(),
-                parallel_state.get_tensor_model_parallel_world_size(),
-            )
-            width = output.shape[-1] // parts
-            if not keep_hidden:
-                keep_hidden.append(output.new_zeros(total, width, dtype=model.config.params_dtype))
-            part = output[..., rank * width : (rank + 1) * width][micro_batch.rows, micro_batch.columns]
-            keep_hidden[0][micro_batch.packed_index] = part.to(model.config.params_dtype)
+        if hidden is not None:
+            part = output[..., begin : begin + width][micro_batch.rows, micro_batch.columns]
+            hidden[micro_batch.packed_index] = part.to(hidden.dtype)
         stats = _token_stats(model, micro_batch, output, loss, temperature)
         return torch.stack([stats.log_prob, stats.entropy])
 
-    size = max(len(batch.tokens) for batch in micro_batches)
-    outputs = _run_schedule(model, micro_batches, last_stage, micro_batch_size=size, forward_only=True)
+    outputs = run_schedule(model, micro_batches, last_stage, forward_only=True)
     packed = torch.zeros(2, total, dtype=torch.float32, device=packed_index.device)
     if outputs:
         packed[:, packed_index] = torch.cat(outputs, dim=1)
-        # Of every token one rank has the statistics, and the others zeros.
+        # One rank has the statistics of a token, and the others have zeros.
         sum_over_sequence_parts(packed)
-        if keep_hidden:
-            sum_over_sequence_parts(keep_hidden[0])
-    return TokenScores(*broadcast_from_last_stage(packed))
+        if hidden is not None:
+            sum_over_sequence_parts(hidden)
+    log_prob, entropy = broadcast_from_last_stage(packed)
+    return TokenScores(log_prob, entropy, hidden)
 
 
 def update(
@@ -211,22 +185,23 @@ def update(
     settings: PolicyLossConfig,
     temperature: float,
 ) -> UpdateResult:
-    """One optimizer step on the clipped surrogate, averaged over the response tokens of all replicas.
+    """Take one optimizer step on the clipped surrogate, averaged over the response tokens of all replicas.
 
     With ``distillation`` the loss also has ``divergence_weight * omega * D(student, teacher)`` of every token.
 
     Args:
         old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the
-            last is the
-            starting model's log-prob and only read when ``settings.kl_coef`` is not 0.
+            last is the starting model's log-prob, None without a KL penalty.
+
+    Returns:
+        ``means`` has loss and clip_share, with ``start_log_prob`` kl_to_start, and with ``distillation`` divergence and
+        capped_share.
 
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
     ``distillation`` another for the teacher's states, and one more for ``jsd``), and two to report.
     """
 
-    def policy_loss(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        index = micro_batch.packed_index
-        stats = _token_stats(model, micro_batch, output, settings, temperature, distillation)
+    def policy_loss(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         surrogate, clipped = policy_surrogate(
             stats.log_prob,
             old_log_prob[index],
@@ -236,76 +211,100 @@ def update(
             dual_clip=settings.dual_clip,
         )
         loss = surrogate.sum()
-        kl = divergence = capped_count = torch.zeros_like(loss)
+        sums = {"clip_share": clipped.sum()}
         if start_log_prob is not None:
-            kl = kl_k3(stats.log_prob, start_log_prob[index]).sum()
-            loss = loss + settings.kl_coef * kl
-        if distillation is not None:
+            sums["kl_to_start"] = kl_k3(stats.log_prob, start_log_prob[index]).sum()
+            loss = loss + settings.kl_coef * sums["kl_to_start"]
+        if distillation is not None and stats.divergence is not None:
             term, capped = routed_divergence(
                 stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap
             )
             loss = loss + distillation.settings.divergence_weight * term.sum()
             # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.
-            divergence = torch.where(torch.isinf(stats.divergence), 0.0, stats.divergence).sum()
-            capped_count = capped.sum()
-        reported = (loss, clipped.sum(), kl, divergence, capped_count)
-        return loss, _count(index), torch.stack([value.detach().to(loss.dtype) for value in reported])
+            sums["divergence"] = torch.where(torch.isinf(stats.divergence), 0.0, stats.divergence).sum()
+            sums["capped_share"] = capped.sum()
+        return loss, {"loss": loss, **sums}
 
-    sums, *rest = _optimize(model, optimizer, micro_batches, policy_loss, num_reported=5)
-    return UpdateResult(*sums.tolist(), *rest)
+    def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
+        return _token_stats(model, micro_batch, output, settings, temperature, distillation)
+
+    return _optimize(model, optimizer, micro_batches, token_stats, policy_loss)
 
 
 def supervised_update(
     model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], settings: PolicyLossConfig
-) -> tuple[float, float, float]:
-    """One optimizer step on the mean negative log-likelihood of the response tokens; returns (loss in nats, gradient
-    norm, lr).
+) -> UpdateResult:
+    """Take one optimizer step on the mean negative log-likelihood of the response tokens; ``means`` has the loss, in
+    nats.
 
     Raises:
         TrainingError: the gradient is not finite; nothing was changed.
     """
 
-    def negative_log_likelihood(
-        micro_batch: MicroBatch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss = -_token_stats(model, micro_batch, output, settings, 1.0).log_prob.sum()
-        return loss, _count(micro_batch.packed_index), loss.detach()[None]
+    def negative_log_likelihood(stats: TokenStats, _: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = -stats.log_prob.sum()
+        return loss, {"loss": loss}
 
-    sums, grad_norm, lr, applied = _optimize(model, optimizer, micro_batches, negative_log_likelihood, num_reported=1)
-    if not applied:
+    def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
+        return _token_stats(model, micro_batch, output, settings, 1.0)
+
+    result = _optimize(model, optimizer, micro_batches, token_stats, negative_log_likelihood)
+    if not result.applied:
         raise TrainingError(
-            f"warm start: loss {sums.item()}, gradient norm {grad_norm}: start again with a lower warm_start.lr, "
-            "and check that the weights in model.path are finite"
+            f"warm start: loss {result.means['loss']}, gradient norm {result.grad_norm}: start again with a lower "
+            "warm_start.lr, and check that the weights in model.path are finite"
         )
-    return sums.item(), grad_norm, lr
-
-
-def _count(index: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(index.numel(), dtype=torch.int, device=index.device)
+    return result
 
 
 def _optimize(
     model: ShardedModel,
     optimizer: OptimizerState,
     micro_batches: list[MicroBatch],
-    loss_function: Callable[..., Any],
-    *,
-    num_reported: int,
-) -> tuple[torch.Tensor, float, float, bool]:
-    """Accumulate gradients over ``micro_batches`` and step; returns (means [num_reported] over the tokens of all
-    replicas of the sums
-    that ``loss_function`` reported, float64; gradient norm; learning rate; whether the gradients were finite and
-    applied)."""
+    token_stats: Callable[[MicroBatch, torch.Tensor], TokenStats],
+    token_loss: TokenLoss,
+) -> UpdateResult:
+    """Accumulate the gradients of ``token_loss`` over ``micro_batches`` and take one optimizer step."""
+
+    def last_stage(
+        micro_batch: MicroBatch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        index = micro_batch.packed_index
+        loss, sums = token_loss(token_stats(micro_batch, output), index)
+        count = torch.tensor(index.numel(), dtype=torch.int, device=index.device)
+        return loss, count, {name: value.detach().to(loss.dtype) for name, value in sums.items()}
+
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.optimizer.zero_grad()
-    size = max(len(batch.tokens) for batch in micro_batches)
-    reports = _run_schedule(model, micro_batches, loss_function, micro_batch_size=size, forward_only=False)
-    grad_norm, lr, applied = optimizer.step()
-    sums = torch.zeros(num_reported + 1, dtype=torch.float64, device=micro_batches[0].tokens.device)
+    reports = run_schedule(model, micro_batches, last_stage, forward_only=False)
+    step = optimizer.step()
+    count = sum(batch.packed_index.numel() for batch in micro_batches)
+    means = _means_by_name(_reported_names(token_loss, micro_batches[0].tokens.device), reports, count)
+    return UpdateResult(means, step.grad_norm, step.lr, step.applied)
+
+
+def _reported_names(token_loss: TokenLoss, device: torch.device) -> list[str]:
+    """Return the names of the sums that a loss reports, in its order. Pipeline stages before the last compute no loss
+    and have to know the names all the same: the loss of no tokens has them too."""
+    nothing = torch.empty(0, device=device)
+    with torch.no_grad():
+        _, sums = token_loss(TokenStats(nothing, nothing, nothing, nothing), nothing.long())
+    return list(sums)
+
+
+def _means_by_name(names: list[str], reports: list[dict[str, torch.Tensor]], count: int) -> dict[str, float]:
+    """Average the micro-batches' sums over the response tokens of all replicas, in float64.
+
+    ``reports``: one for each micro-batch on the last pipeline stage, none elsewhere; ``count``: response tokens of this
+    rank. Collectives: one broadcast from the last pipeline stage and one all-reduce over replicas, under context
+    parallelism another.
+    """
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=backend.current().device())
     if reports:
-        sums[:-1] = torch.stack(reports).double().sum(0)
+        rows = [torch.stack([report[name] for name in names]) for report in reports]
+        sums[:-1] = torch.stack(rows).double().sum(0)
     broadcast_from_last_stage(sums)
-    sums[-1] = sum(batch.packed_index.numel() for batch in micro_batches)
+    sums[-1] = count
     reduce_over_replicas(sum_over_sequence_parts(sums))
-    return sums[:-1] / sums[-1], grad_norm, lr, applied
+    return dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True))

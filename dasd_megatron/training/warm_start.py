@@ -81,8 +81,8 @@ def warm_start(
                 + [tokenizer.eos_token_id]
             )
         micro_batches = make_micro_batches(prompts, responses, layout)
-        loss, grad_norm, lr = supervised_update(model, optimizer, micro_batches, config.loss)
+        result = supervised_update(model, optimizer, micro_batches, config.loss)
         stop_if_requested()
-        report({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
+        report({"step": step + 1, **result.means, "lr": result.lr, "grad_norm": result.grad_norm})
     model.gather_parameters()
     export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))

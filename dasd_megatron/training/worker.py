@@ -57,7 +57,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     from dasd_megatron.run.paths import RunPaths
     from dasd_megatron.run.prepare import prepare_run
     from dasd_megatron.training import parallel
-    from dasd_megatron.training.train import train
+    from dasd_megatron.training.loop import train
 
     gc.enable()
     parallel.initialize(config)

@@ -50,7 +50,8 @@ for name, config in configs.items():
     before = score(model, batches, config.loss, temperature=0.8)
     with model.without_fp8():
         plain = score(model, batches, config.loss, temperature=0.8)
-    losses = [supervised_update(model, optimizer, batches, config.loss)[:2] for _ in range(5)]
+    updates = [supervised_update(model, optimizer, batches, config.loss) for _ in range(5)]
+    losses = [(result.means["loss"], result.grad_norm) for result in updates]
     after = score(model, batches, config.loss, temperature=0.8)
     found[name] = (before, plain, losses, after)
 bf16, fp8 = found["bf16"], found["fp8"]

@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model  # noqa: E402
 
 from dasd_megatron.models.gpt import ShardedModel, build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.checkpoint import _ResultFile  # noqa: E402
+from dasd_megatron.training.checkpoint_writer import ResultFile  # noqa: E402
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer  # noqa: E402
 
 parallel.initialize(config)
@@ -53,7 +53,7 @@ def save(path: Path, state: dict) -> None:
         path.mkdir(parents=True)
     dist.barrier()
     # Megatron-Core's own queue is a process that imports this script again.
-    filesystem_async._results_queue = _ResultFile(path / f"results_{dist.get_rank()}.pickle")
+    filesystem_async._results_queue = ResultFile(path / f"results_{dist.get_rank()}.pickle")
     dist_checkpointing.save(state, str(path))
 
 

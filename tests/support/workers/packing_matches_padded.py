@@ -34,7 +34,8 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
-from dasd_megatron.training.passes import Distillation, TeacherStates, TokenScores, UpdateResult, score, update  # noqa: E402
+from dasd_megatron.training.passes import Distillation, UpdateResult, score, update  # noqa: E402
+from dasd_megatron.training.scores import TeacherStates, TokenScores  # noqa: E402
 
 parallel.initialize(config)
 device = backend.current().device()
@@ -80,12 +81,12 @@ omega, advantage, noise = (torch.randn(total, generator=generator).to(device) fo
 
 
 def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
-    batches, kept = batches_of(prompts, packing), []
+    batches = batches_of(prompts, packing)
     assert all((batch.starts is not None) == packing for batch in batches)
     student = score(model, batches, config.loss, temperature=1.0)
-    score(model, batches_of(teacher_prompts, packing), config.loss, temperature=1.0, keep_hidden=kept)
+    teacher = score(model, batches_of(teacher_prompts, packing), config.loss, temperature=1.0, keep_hidden=True)
     distillation = Distillation(
-        omega.clamp(-1, 1), TeacherStates(kept[0], model.head_weight().detach()), config.algorithm
+        omega.clamp(-1, 1), TeacherStates(teacher.hidden, model.head_weight().detach()), config.algorithm
     )
     result = update(
         model, optimizer, batches, old_log_prob=expected.log_prob.float() + 0.05 * noise, advantage=advantage,
@@ -98,19 +99,19 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
 
 padded, padded_gradient, padded_result = run(packing=False)
 packed, packed_gradient, packed_result = run(packing=True)
-for name, one, other, exact in zip(("log_prob", "entropy"), padded, packed, expected, strict=True):
+for name in ("log_prob", "entropy"):
+    one, other, exact = (getattr(scores, name) for scores in (padded, packed, expected))
     errors = [float((values.double() - exact).abs().mean()) for values in (one, other)]
     print(f"{name}: mean error against float64: padded {errors[0]:.2e}, packed {errors[1]:.2e}", flush=True)
     assert errors[1] <= 1.25 * errors[0] + 1e-6, (name, errors)
     torch.testing.assert_close(one, other, rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5)
 gap = float((packed_gradient - padded_gradient).norm() / padded_gradient.norm())
+packed_loss, padded_loss = packed_result.means["loss"], padded_result.means["loss"]
 print(
-    f"loss: padded {padded_result.loss:.6f}, packed {packed_result.loss:.6f}; gradients differ by {gap:.2e} of their "
-    "norm",
-    flush=True,
+    f"loss: padded {padded_loss:.6f}, packed {packed_loss:.6f}; gradients differ by {gap:.2e} of their norm", flush=True
 )
 assert gap < (0.05 if half else 1e-4) and padded_result.grad_norm > 1e-3
-assert abs(packed_result.loss - padded_result.loss) < (0.02 if half else 1e-5)
+assert abs(packed_loss - padded_loss) < (0.02 if half else 1e-5)
 assert abs(packed_result.grad_norm / padded_result.grad_norm - 1) < (0.02 if half else 1e-4)
 # A token of one sequence does not act on another: the first sequence alone has the same scores as in the pack.
 alone = score(

@@ -25,7 +25,8 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
-from dasd_megatron.training.passes import Distillation, TeacherStates, score, update  # noqa: E402
+from dasd_megatron.training.passes import Distillation, score, update  # noqa: E402
+from dasd_megatron.training.scores import TeacherStates  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -54,8 +55,7 @@ batches, teacher_batches = (
     make_micro_batches(one, responses, layout, response_mask=masks) for one in (prompts, teacher_prompts)
 )
 student = score(model, batches, config.loss, temperature=temperature)
-kept: list[torch.Tensor] = []
-teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=kept)
+teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=True)
 total = len(student.log_prob)
 omega, advantage = torch.rand(total, generator=generator) * 2 - 1, torch.randn(total, generator=generator)
 # Off by a little, so that the ratio of the surrogate is not 1.
@@ -114,16 +114,17 @@ for name, found, expected in (
 ):
     assert_near(float((found.double() - expected).abs().mean()), torch.tensor(0.0), name)
 
-states = TeacherStates(kept[0], model.head_weight().detach().clone()) if kept else None
+states = None if teacher.hidden is None else TeacherStates(teacher.hidden, model.head_weight().detach().clone())
 before = [parameter.detach().clone() for parameter in model.parameters()]
 result = update(
     model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None,
     distillation=Distillation(omega, states, config.algorithm), settings=config.loss, temperature=temperature,
 )  # fmt: skip
-assert_near(result.loss, expected_loss, "loss")
-assert_near(result.divergence, divergence.mean(), "divergence")
+assert_near(result.means["loss"], expected_loss, "loss")
+assert_near(result.means["divergence"], divergence.mean(), "divergence")
+capped_share = result.means["capped_share"]
 capped = ((omega < 0) & (divergence >= cap)).double().mean()
-assert abs(result.capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (result.capped_share, float(capped))
+assert abs(capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (capped_share, float(capped))
 # The whole gradient is that of the sampled tokens.
 assert abs(result.grad_norm - expected_norm) <= (0.05 if half else 1e-4) * expected_norm, (
     result.grad_norm,

@@ -1,0 +1,65 @@
+"""Files of a run that people look into: all rollouts of a step, and the token statistics of its first ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dasd_megatron.files import atomic_file
+from dasd_megatron.samples import Sample, rollouts_path, save_samples
+from dasd_megatron.training.parallel import gather_replicas
+from dasd_megatron.training.scores import Routing, ScoredRollouts
+from dasd_megatron.training.trainer import Trainer
+
+
+def save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
+    """Write the step's rollouts of all replicas, for replay, on rank 0; a step that was itself replayed is not written
+    again. Collective over replicas."""
+    shares = gather_replicas(samples)
+    if trainer.logger is None or trainer.config.rollout.replay is not None:
+        return
+    everything = [sample for share in shares for sample in share]
+    everything.sort(key=lambda sample: (sample.group, sample.sample))
+    save_samples(rollouts_path(trainer.paths.rollouts, trainer.state.step), everything)
+
+
+def save_inspection(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, routing: Routing) -> None:
+    """Write token statistics of this replica's first rollouts, which the report shows."""
+    bounds = scores.bounds
+    records = [
+        inspect_rollout(trainer.tokenizer, sample, index, slice(bounds[index], bounds[index + 1]), scores, routing)
+        for index, sample in enumerate(samples[: trainer.config.logging.inspect_rollouts])
+    ]
+    path = trainer.paths.root / "inspect" / f"step_{trainer.state.step:06d}.json"
+    path.parent.mkdir(exist_ok=True)
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(records))
+
+
+def inspect_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    index: int,
+    tokens: slice,
+    scores: ScoredRollouts,
+    routing: Routing,
+) -> dict[str, Any]:
+    """Return the record of one rollout, the ``index``-th of its batch, whose packed response tokens are ``tokens``."""
+    return {
+        "problem_id": sample.problem_id,
+        "problem": sample.problem,
+        "text": sample.text,
+        "reward": sample.reward,
+        "advantage": routing.verifier_advantage[index].item(),
+        "tokens": [tokenizer.decode([sample.response_ids[place]]) for place in sample.sampled],
+        "entropy": scores.student.entropy[tokens].tolist(),
+        "delta": scores.delta[tokens].tolist(),
+        "omega": routing.credit.omega[tokens].tolist(),
+        "token_advantage": routing.advantage[tokens].tolist(),
+        "student_log_prob": scores.student.log_prob[tokens].tolist(),
+        "teacher_log_prob": scores.teacher_log_prob[tokens].tolist(),
+        "tau": routing.credit.tau[index].item(),
+        "sigma": routing.credit.sigma[index].item(),
+    }

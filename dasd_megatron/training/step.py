@@ -1,0 +1,233 @@
+"""One training step: sample, score, route, update. :mod:`~dasd_megatron.training.loop` says when."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dasd_megatron import backend
+from dasd_megatron.algorithms import group_relative_advantage, token_advantages
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.losses import importance_weights
+from dasd_megatron.run.checks import needs_teacher
+from dasd_megatron.samples import Sample
+from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_samples
+from dasd_megatron.training.decisions import is_multiple
+from dasd_megatron.training.inspection import save_inspection, save_rollouts
+from dasd_megatron.training.passes import Distillation, UpdateResult, score, update
+from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts, TeacherStates
+from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
+from dasd_megatron.training.step_metrics import reward_metrics, step_health, step_metrics
+from dasd_megatron.training.trainer import Trainer
+
+
+class Timers:
+    """Wall seconds of a step by phase, from its begin on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Count seconds of one phase as another's."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = seconds
+
+    def finish(self) -> dict[str, float]:
+        """Return the seconds of all phases and of the whole step."""
+        self.seconds["total"] = time.perf_counter() - self._started
+        return self.seconds
+
+
+def train_step(trainer: Trainer) -> dict[str, Any]:
+    """Take one training step, counted in ``trainer.state`` when it is done; returns its metrics, all on rank 0 and most
+    on every rank.
+
+    If its rollouts fail, nothing of it is applied. If its logits are not finite it is skipped: its prompts count as
+    seen, and the weights stay.
+    """
+    config, state, timers = trainer.config, trainer.state, Timers()
+    with timers("rollout"):
+        rollouts = trainer.plane.rollouts(state.step + 1, state.discarded)
+    share = rollouts.share
+    timers.move("rollout", "verify", rollouts.grading_seconds)
+    with timers("score"):
+        scores = score_rollouts(trainer, share.samples)
+    check_agreement(config.rollout, scores)
+    state.step += 1
+    saves = is_multiple(state.step, config.logging.save_rollouts_every)
+    if saves:
+        save_rollouts(trainer, share.samples)
+    if scores_are_finite(trainer, share.samples, scores):
+        metrics = _learn(trainer, share, scores, timers, inspects=saves and trainer.logger is not None)
+    else:
+        metrics = reward_metrics(share, timers.finish(), config.batch.samples_per_group)
+        metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
+    return {"step": state.step, **metrics, **rollouts.metrics, "weight_version": share.samples[0].weight_version}
+
+
+def _learn(
+    trainer: Trainer, share: ReplicaShare, scores: ScoredRollouts, timers: Timers, *, inspects: bool
+) -> dict[str, float]:
+    """Route and update by rollouts that have been scored; returns the step's metrics. ``inspects``: this rank writes
+    token statistics of the first rollouts."""
+    config, step = trainer.config, trainer.state.step
+    fp8_metrics = compare_fp8(trainer, share.samples, scores)
+    with timers("route"):
+        routing = route(config.algorithm, config.loss, share, scores, config.batch.samples_per_group)
+    with timers("update"):
+        updates = update_policy(trainer, share.samples, scores, routing)
+    report_not_applied(trainer, updates)
+    if inspects:
+        save_inspection(trainer, share.samples, scores, routing)
+    health_metrics = {}
+    if is_multiple(step, config.health.every):
+        with timers("health"):
+            health_metrics = step_health(share.samples, scores, config.health, config.data.train.generator)
+    metrics = step_metrics(share, scores, routing, updates, timers.finish(), config.batch.samples_per_group)
+    return {**metrics, **fp8_metrics, **health_metrics}
+
+
+def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollouts:
+    """Score this replica's rollouts under the policy, and where the configuration needs them under the starting model
+    and the teacher. Collective over all ranks; see :func:`~dasd_megatron.training.passes.score`."""
+    config, learner, device = trainer.config, trainer.learner, backend.current().device()
+    temperature = config.rollout.temperature
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = batch_samples(samples, [sample.prompt_ids for sample in samples], layout)
+    student = score(learner.model, batches, config.loss, temperature=temperature)
+    start_log_prob = None
+    if config.loss.kl_coef > 0 and learner.start is not None:
+        with learner.start.applied(learner.model):
+            start_log_prob = score(learner.model, batches, config.loss, temperature=temperature).log_prob
+    teacher_log_prob, teacher = student.log_prob, None
+    if needs_teacher(config):
+        teacher_log_prob, teacher = _score_teacher(trainer, samples, layout)
+    log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
+    return ScoredRollouts(
+        student=student,
+        teacher_log_prob=teacher_log_prob,
+        start_log_prob=start_log_prob,
+        rollout_log_prob=torch.tensor(log_probs, dtype=torch.float32, device=device),
+        lengths=torch.tensor([len(sample.sampled) for sample in samples], device=device),
+        teacher=teacher,
+    )
+
+
+def _score_teacher(
+    trainer: Trainer, samples: Sequence[Sample], layout: BatchLayout
+) -> tuple[torch.Tensor, TeacherStates | None]:
+    """Score the responses behind the privileged prompts; returns their log-probs and, for the distributional objective
+    and on the last pipeline stage, what its divergence needs."""
+    config, learner = trainer.config, trainer.learner
+    prompts = {
+        sample.group: trainer.renderer.teacher(
+            Problem(sample.problem_id, sample.problem, sample.expected_answer, sample.reference_solution)
+        )
+        for sample in samples
+    }
+    batches = batch_samples(samples, [prompts[sample.group] for sample in samples], layout)
+    weights = {"live": None, "frozen": learner.start, "ema": learner.average}[config.teacher.weights]
+    with weights.applied(learner.model) if weights is not None else contextlib.nullcontext():
+        scores = score(
+            learner.model,
+            batches,
+            config.loss,
+            temperature=config.rollout.temperature,
+            keep_hidden=config.algorithm.objective == "distributional",
+        )
+        if scores.hidden is None:
+            return scores.log_prob, None
+        # The divergence needs the head that the teacher was scored with. The first update changes the live one, while
+        # a snapshot stays as it is.
+        changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
+        head = learner.model.head_weight().detach()
+        return scores.log_prob, TeacherStates(scores.hidden, head.clone() if changes else head)
+
+
+def route(
+    settings: AlgorithmConfig,
+    loss: PolicyLossConfig,
+    share: ReplicaShare,
+    scores: ScoredRollouts,
+    samples_per_group: int,
+) -> Routing:
+    """Make the tokens' advantages and directions of rewards and scores. No collectives."""
+    rewards = torch.tensor(share.rewards, device=scores.lengths.device)
+    all_advantages = group_relative_advantage(
+        rewards, samples_per_group=samples_per_group, normalize_std=settings.normalize_std
+    )
+    verifier_advantage = all_advantages[share.places]
+    advantage, credit = token_advantages(
+        settings.name,
+        rewards_advantage=verifier_advantage,
+        entropy=scores.student.entropy,
+        delta=scores.delta,
+        lengths=scores.lengths,
+        verifier_weight=settings.verifier_weight,
+        beta=settings.beta,
+        rho=settings.rho,
+        quantile_side=settings.quantile_side,
+        scale_floor=settings.scale_floor,
+        gate=settings.gate,
+        rlsd_clip=settings.rlsd_clip,
+        objective=settings.objective,
+    )
+    importance = None
+    if loss.importance_sampling != "none":
+        weights, cut = importance_weights(
+            scores.student.log_prob,
+            scores.rollout_log_prob,
+            scores.lengths,
+            level=loss.importance_sampling,
+            cap=loss.importance_cap,
+        )
+        importance = Importance(weights, cut)
+    return Routing(verifier_advantage, advantage, credit, importance)
+
+
+def update_policy(
+    trainer: Trainer, samples: Sequence[Sample], scores: ScoredRollouts, routing: Routing
+) -> list[UpdateResult]:
+    """Take an optimizer step on each minibatch of the rollouts, over all epochs, and move the averaged weights after
+    the live ones; returns one result for each optimizer step. Collective over all ranks."""
+    config, learner = trainer.config, trainer.learner
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    advantage, bounds = routing.weighted_advantage, scores.bounds
+    share = len(samples) // config.batch.minibatches
+    results = []
+    for first in [*range(0, len(samples), share)] * config.batch.epochs:
+        minibatch = samples[first : first + share]
+        tokens = slice(bounds[first], bounds[first + share])
+        distillation = None
+        if config.algorithm.objective == "distributional":
+            teacher = None if scores.teacher is None else scores.teacher.part(tokens)
+            distillation = Distillation(routing.credit.omega[tokens], teacher, config.algorithm)
+        results.append(
+            update(
+                learner.model,
+                learner.optimizer,
+                batch_samples(minibatch, [sample.prompt_ids for sample in minibatch], layout),
+                old_log_prob=scores.student.log_prob[tokens],
+                advantage=advantage[tokens],
+                start_log_prob=None if scores.start_log_prob is None else scores.start_log_prob[tokens],
+                distillation=distillation,
+                settings=config.loss,
+                temperature=config.rollout.temperature,
+            )
+        )
+    learner.model.gather_parameters()
+    if learner.average is not None:
+        learner.average.average_in(learner.model, config.teacher.ema_decay)
+    return results

@@ -1,0 +1,222 @@
+"""What a training run is made of, and how it is opened: logger, model, checkpoints, grader and rollout servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from dasd_megatron.config import Config, LoggingConfig
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import PromptRenderer, make_renderer
+from dasd_megatron.models.gpt import ShardedModel, build_model
+from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
+from dasd_megatron.observability.loggers import MetricsLogger
+from dasd_megatron.observability.metric_files import truncate_after
+from dasd_megatron.observability.progress import ProgressDisplay
+from dasd_megatron.observability.trackers import Tracker
+from dasd_megatron.run.checks import needs_teacher
+from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
+from dasd_megatron.training.checkpoint import (
+    CheckpointSaver,
+    TrainerState,
+    check_architecture,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+)
+from dasd_megatron.training.checkpoint_files import depart_from
+from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
+from dasd_megatron.training.parallel import broadcast_from_rank0
+from dasd_megatron.training.rollout_plane import RolloutPlane
+from dasd_megatron.training.snapshots import WeightSnapshot
+from dasd_megatron.training.warm_start import warm_start
+from dasd_megatron.verify.grader import Grader
+
+
+class Learner(NamedTuple):
+    """The policy that learns, its optimizer, and copies of its weights where the configuration reads them: ``start`` as
+    they were when the run began, and ``average`` over the run."""
+
+    model: ShardedModel
+    optimizer: OptimizerState
+    start: WeightSnapshot | None
+    average: WeightSnapshot | None
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """What the steps of one run share.
+
+    ``logger`` is there on rank 0 alone, which reports. ``reported_non_finite``: numbers that are not finite have been
+    described once in this run.
+    """
+
+    config: Config
+    paths: RunPaths
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    grader: Grader
+    heldout_problems: list[Problem]
+    learner: Learner
+    state: TrainerState
+    saver: CheckpointSaver
+    plane: RolloutPlane
+    display: ProgressDisplay
+    logger: MetricsLogger | None
+    reported_non_finite: bool = False
+
+    @property
+    def hf_files(self) -> Path:
+        """The directory with config and tokenizer, which every copy of the policy gets."""
+        return start_hf_files(self.config, self.paths)
+
+
+@contextlib.contextmanager
+def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
+    """Open the run that ``paths`` was prepared for, from its checkpoint if ``config.resume`` has one; what was opened
+    is closed behind the block. Collective over all ranks.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is another model's.
+    """
+    hf_files = start_hf_files(config, paths)
+    tokenizer = load_tokenizer(hf_files)
+    renderer = make_renderer(config, tokenizer)
+    train_problems, heldout_problems = run_problems(paths, "train"), run_problems(paths, "heldout")
+    checkpoint = find_checkpoint(config.resume, paths.root)
+    first_step = 0 if checkpoint is None else _checked_step(checkpoint, hf_files)
+    with contextlib.ExitStack() as stack:
+        stream = sys.stdout if dist.get_rank() == 0 else stack.enter_context(open(os.devnull, "w"))
+        display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
+        warm_started = _find_warm_started_model(paths, checkpoint)
+        logger = None
+        if dist.get_rank() == 0:
+            _drop_later_results(paths, checkpoint, first_step, warm_started=warm_started is not None)
+            logger = stack.enter_context(
+                open_logger(config.logging, paths.root, display, resumed=checkpoint is not None, first_step=first_step)
+            )
+        model_path = start_path(config, paths)
+        if config.warm_start.steps:
+            if warm_started is None:
+                _warm_start(config, paths, train_problems, renderer, tokenizer, display, logger)
+            model_path = warm_started or paths.warm_started_model
+        learner = build_learner(config, model_path)
+        state = TrainerState()
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.average)
+            display.message(f"resumed from {checkpoint} at step {state.step}")
+        saver = stack.enter_context(
+            CheckpointSaver(
+                paths.root,
+                config.checkpoint,
+                learner.model,
+                learner.optimizer,
+                learner.average,
+                template_dir=hf_files,
+                timeout_seconds=config.backend.timeout_seconds,
+            )
+        )
+        grader = stack.enter_context(Grader(config.verify))
+        plane = stack.enter_context(
+            RolloutPlane(
+                config, paths, train_problems, grader, renderer, tokenizer, learner.model.vocab_size, state.rollouts
+            )
+        )
+        yield Trainer(
+            config=config,
+            paths=paths,
+            tokenizer=tokenizer,
+            renderer=renderer,
+            grader=grader,
+            heldout_problems=heldout_problems,
+            learner=learner,
+            state=state,
+            saver=saver,
+            plane=plane,
+            display=display,
+            logger=logger,
+        )
+
+
+def build_learner(config: Config, model_path: Path) -> Learner:
+    """Build the policy with the weights in ``model_path``, its optimizer, and copies of the weights where they are
+    needed. Collective over all ranks."""
+    model = build_model(config, model_path)
+    optimizer = build_optimizer(
+        config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
+    )
+    teacher_weights = config.teacher.weights if needs_teacher(config) else None
+    start = WeightSnapshot(model) if config.loss.kl_coef > 0 or teacher_weights == "frozen" else None
+    average = WeightSnapshot(model, dtype=torch.float32) if teacher_weights == "ema" else None
+    return Learner(model, optimizer, start, average)
+
+
+def open_logger(
+    settings: LoggingConfig, run_dir: Path, display: ProgressDisplay, *, resumed: bool, first_step: int
+) -> MetricsLogger:
+    """Open the files and trackers of a run's metrics. ``resumed``: the run goes on behind ``first_step`` steps."""
+    wanted = {"wandb": settings.wandb != "none", "mlflow": settings.mlflow}
+    return MetricsLogger(
+        run_dir,
+        settings.tensorboard,
+        resume_step=first_step or None,
+        trackers=[Tracker(name, run_dir, fresh=not resumed) for name, is_wanted in wanted.items() if is_wanted],
+        warn=display.warning,
+    )
+
+
+def _checked_step(checkpoint: Path, hf_files: Path) -> int:
+    """Return the step of a checkpoint of this run's model; CheckpointError if it is another's."""
+    state, record = read_state(checkpoint)
+    check_architecture(checkpoint, record, read_hf_config(hf_files))
+    return state.step
+
+
+def _find_warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:
+    """Return the warm-started model of this run, or of the run that the checkpoint is from; None where there is none
+    yet. Collective: rank 0 looks, since the others may see a shared file system later, and must not decide
+    otherwise."""
+    candidates = [paths.warm_started_model]
+    if checkpoint is not None:
+        candidates.append(RunPaths(checkpoint.parent.parent).warm_started_model)
+    found = None
+    if dist.get_rank() == 0:
+        found = next((path for path in candidates if (path / "config.json").exists()), None)
+    return broadcast_from_rank0(found)
+
+
+def _drop_later_results(paths: RunPaths, checkpoint: Path | None, first_step: int, *, warm_started: bool) -> None:
+    """Remove what the run directory has of steps that are taken again."""
+    if checkpoint is not None:
+        depart_from(paths.root, checkpoint)
+    last_step = first_step if checkpoint is not None else -1
+    truncate_after(paths.root, last_step, warm_start_step=None if warm_started else 0)
+
+
+def _warm_start(
+    config: Config,
+    paths: RunPaths,
+    problems: list[Problem],
+    renderer: PromptRenderer,
+    tokenizer: PreTrainedTokenizerBase,
+    display: ProgressDisplay,
+    logger: MetricsLogger | None,
+) -> None:
+    """Warm-start the model and report every step of it."""
+    with display.phase("warm start", total=config.warm_start.steps) as phase:
+
+        def report(metrics: dict[str, float]) -> None:
+            phase.advance(loss=metrics["loss"], lr=metrics["lr"])
+            if logger is not None:
+                logger.log_warm_start(metrics)
+
+        warm_start(config, paths, problems, renderer, tokenizer, report)
