@@ -1,5 +1,5 @@
-"""Sequences to replicas and micro-batches, padded and sorted by length or packed end to end, with the way back to
-response tokens."""
+"""Division of sequences into replicas and micro-batches, padded and sorted by length or packed end to end, with the way
+back to response tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from dasd_megatron.config import BatchConfig, ParallelConfig, PrecisionConfig
 from dasd_megatron.samples import Sample
 
 FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""What the number of tokens in each rank's matrix products has to be a multiple of under each ``precision.fp8``: the
-blocks that share a scale, or the tensor cores' tiles."""
+"""For each ``precision.fp8``, the number that divides the tokens in each rank's matrix products: the size of the blocks
+that share a scale, or of the tensor cores' tiles."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,21 @@ class BatchLayout:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """One forward pass: B sequences padded to S, or packed into one row (B = 1) one behind the other. Under context
-    parallelism S counts this rank's tokens of them alone, and the rest speaks of those. R is the number of response
+    """One forward pass: B sequences padded to S tokens, or packed into one row (B = 1) one behind the other.
+
+    Under context parallelism S counts this rank's tokens alone, and so does what follows. R is the number of response
     tokens, without the masked ones.
 
     Attributes:
         tokens: [B, S] int64; padding is 0 and stands only after a sequence's last token, where a causal mask hides it,
             or in a sequence of its own at the end of a pack.
-        position_ids: [B, S] int64, counted from each sequence's begin.
+        position_ids: [B, S] int64, counted from the begin of each sequence.
         rows, columns: [R] int64; the logits at ``[rows[i], columns[i]]`` predict response token i.
         targets: [R] int64, the response tokens.
         packed_index: [R] int64, place of each response token among all response tokens of the batch (again without the
             masked ones), in the callers' order of sequences.
-        starts: where each sequence of a pack begins and the last one ends, padding included and over all
-            context-parallel ranks,
-            int32 [sequences + 1]; None without packing.
+        starts: int32 [sequences + 1], where each sequence of a pack begins and the last one ends, padding included and
+            over all context-parallel ranks; None without packing.
         longest: tokens of the longest sequence of a pack, padding included.
     """
 
@@ -117,8 +117,8 @@ def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
     """Deal items to ``shares`` of equal count and nearly equal total length; returns each share's indices in ascending
     order.
 
-    The items go round by round, the longest first, in each round the longer to the share that has less so far. The
-    totals then differ by no more than two items of one round do, and so by less than the longest item.
+    The items are dealt in rounds, the longest first. In each round the longer items go to the shares that have less so
+    far. The totals then differ by no more than two items of one round do, and so by less than the longest item.
 
     Raises:
         ValueError: ``shares`` does not divide the number of items.
@@ -137,7 +137,7 @@ def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
 
 
 class ReplicaShare(NamedTuple):
-    """What one data-parallel replica trains on in a step."""
+    """The samples that one data-parallel replica trains on in a step."""
 
     samples: list[Sample]
     """Minibatch after minibatch."""
@@ -148,7 +148,7 @@ class ReplicaShare(NamedTuple):
 
 
 def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:
-    """Deal a step's samples to its data-parallel replicas, so that in every minibatch each has equally many of them and
+    """Deal a step's samples to the data-parallel replicas, so that in every minibatch all have equally many of them and
     nearly the same number of tokens. A minibatch holds the same samples for any number of replicas."""
     share = len(samples) // minibatches
     places: list[list[int]] = [[] for _ in range(replicas)]
@@ -327,24 +327,26 @@ def _cut(widths: list[int], layout: BatchLayout) -> Sequence[Sequence[int]]:
 
 
 def sequence_parts(sizes: Sequence[int], rank: int, size: int) -> np.ndarray:
-    """Places of a row that context-parallel ``rank`` of ``size`` holds, where sequences of ``sizes`` tokens stand one
-    behind the other, each a multiple of ``2 * size``: of every sequence cut into that many parts the parts ``rank`` and
-    ``2 * size - 1 - rank``."""
+    """Return the places of a row that context-parallel ``rank`` of ``size`` holds.
+
+    In the row sequences of ``sizes`` tokens, each a multiple of ``2 * size``, stand one behind the other. Of every
+    sequence cut into that many parts the rank holds the parts ``rank`` and ``2 * size - 1 - rank``.
+    """
     if size == 1:
         return np.arange(sum(sizes))
-    held, start = [], 0
+    places, start = [], 0
     for width in sizes:
         part = width // (2 * size)
-        held += [np.arange(start + index * part, start + (index + 1) * part) for index in (rank, 2 * size - 1 - rank)]
+        places += [np.arange(start + index * part, start + (index + 1) * part) for index in (rank, 2 * size - 1 - rank)]
         start += width
-    return np.concatenate(held)
+    return np.concatenate(places)
 
 
 def _cut_neighbours(
     widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None
 ) -> list[range]:
-    """Micro-batches of neighbours among sequences of these padded widths, the widest first: as few as the bounds allow,
-    or ``count``."""
+    """Make micro-batches of neighbours among sequences of these padded widths, the widest first: as few as the bounds
+    allow, or ``count``."""
     total = len(widths)
     bounds = [0]
     while bounds[-1] < total:
@@ -358,7 +360,7 @@ def _cut_neighbours(
     if count is not None and count < len(bounds) - 1:
         bounds = [total * index // count for index in range(count + 1)]
     while count is not None and len(bounds) - 1 < count:
-        # Halve the one with the most tokens that can be halved.
+        # The one with the most tokens among those that can be halved is halved.
         begin, end = max(
             itertools.pairwise(bounds), key=lambda pair: (pair[1] - pair[0] > 1, (pair[1] - pair[0]) * widths[pair[0]])
         )
@@ -369,14 +371,14 @@ def _cut_neighbours(
 def _cut_packs(
     widths: list[int], micro_batch_size: int, micro_batch_tokens: int | None, count: int | None = None
 ) -> list[list[int]]:
-    """Packs of sequences of these widths, the widest first, with nearly equal totals: as few as the bounds allow, or
-    ``count``."""
+    """Make packs of sequences of these widths, the widest first, with nearly equal totals: as few as the bounds allow,
+    or ``count``."""
     total = len(widths)
     least = -(-total // micro_batch_size)
     if micro_batch_tokens is not None:
         least = max(least, -(-sum(widths) // micro_batch_tokens))
     for tried in range(min(least, total), total + 1) if count is None else [count]:
-        # Sequences of no length fill up the last round.
+        # Places of no length make the number of sequences divisible, and are left out again.
         shares = balanced_shares([*widths, *[0] * (-total % tried)], tried)
         packs = [[place for place in share if place < total] for share in shares]
         if micro_batch_tokens is None or all(

@@ -207,7 +207,8 @@ def _sharded_state(
 
 
 def _rng_state() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
+    # NumPy's annotation has the dictionary of another call in it.
+    numpy_state: Any = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
@@ -367,9 +368,7 @@ class CheckpointSaver:
             publish(checkpoint.partial, checkpoint.final, hashes)
             removed = prune(self.run_dir, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every)
             # File systems take seconds to remove files, and training need not wait.
-            self._removal = threading.Thread(
-                target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in removed], name="prune"
-            )
+            self._removal = threading.Thread(target=_remove_folders, args=(removed,), name="prune")
             self._removal.start()
 
         try:
@@ -465,6 +464,11 @@ def _bytes_to_write(sharded: dict[str, Any]) -> int:
         if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id)
     ]
     return sum(value.data.numel() * value.data.element_size() + _HEADER_BYTES for value in own)
+
+
+def _remove_folders(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_room(partial: Path, size: int) -> None:

@@ -1,10 +1,10 @@
-"""The files of a run's checkpoints: which are whole, which is the newest, and which are to be removed. Knows no
-tensors.
+"""The files of a run's checkpoints: which are whole, which is the newest, and which are to be removed. This module
+knows no tensors.
 
 ``checkpoints/step_<n>`` appears by a rename when all in it is on disk, and ``checkpoints/latest`` then names it, by
-rename again. A manifest lists every file with its size and SHA-256. Names with a suffix are no checkpoints:
-``.partial`` is being written, ``.replaced`` makes room for another of the same step, ``.damaged`` is not what its
-manifest says, ``.hf`` is the model of that step as a Hugging Face directory.
+rename again. A manifest lists every file with its size and SHA-256. Folders with a suffix are no checkpoints: a
+``.partial`` one is being written, ``.replaced`` makes room for another of the same step, ``.damaged`` is not what its
+manifest says, and ``.hf`` is the model of that step as a Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def step_of(path: Path) -> int:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Those that have been written to the end, earliest first; whether they are still what was written is not looked
-    at."""
+    """Return the checkpoints that have been written to the end, earliest first; their contents are not compared with
+    their manifests."""
     return sorted(path for path in checkpoints_folder(run_dir).glob("step_*") if path.suffix == "" and path.is_dir())
 
 
 def resumable(run_dir: Path) -> list[Path]:
-    """The checkpoints that a run may go on from, newest first: the one that ``latest`` names, and those of earlier
-    steps."""
+    """Return the checkpoints that a run may go on from, newest first: the one that ``latest`` names, and those of
+    earlier steps."""
     pointer = checkpoints_folder(run_dir) / "latest"
     if not pointer.is_file():
         return []
@@ -52,15 +52,15 @@ def resumable(run_dir: Path) -> list[Path]:
 
 
 def hash_files(root: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files ``names``, relative to ``root``."""
+    """Return size and SHA-256 of the files ``names``, relative to ``root``."""
     return {name: {"bytes": (root / name).stat().st_size, "sha256": file_sha256(root / name)} for name in names}
 
 
 def listed_files(path: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest of a checkpoint lists.
+    """Return the files that the manifest of a checkpoint lists, with size and hash.
 
     Raises:
-        WeightsError: it is not complete, or a file is missing or has another size.
+        WeightsError: the checkpoint is not complete, or a file is missing or has another size.
     """
     if not (path / STATE_FILE).is_file():
         raise WeightsError(
@@ -80,7 +80,8 @@ def listed_files(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def changed_file(path: Path, files: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with the first of ``files``, from a manifest, that is not what was written."""
+    """Return a line about the first of ``files``, from a manifest, that is not what was written; None where all
+    are."""
     for name, record in files.items():
         try:
             if file_sha256(path / name) != record["sha256"]:
@@ -98,14 +99,14 @@ def set_aside(path: Path) -> None:
 
 
 def publish(partial: Path, final: Path, hashes: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest of ``partial``, of whose files ``hashes`` are known, and make it the checkpoint ``final`` and
-    the latest."""
+    """Write the manifest of ``partial`` and make it the checkpoint ``final`` and the latest. ``hashes``: those files'
+    sizes and hashes that are known already."""
     others = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     files = hashes | hash_files(partial, [name for name in others if name not in hashes])
     (partial / MANIFEST_FILE).write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
     fsync_tree(partial)
     if final.exists():
-        # Aside and not away: a crash between the two renames must leave something to resume from.
+        # It is moved and not removed: a crash between the two renames must leave something to resume from.
         final.rename(final.with_suffix(".replaced"))
     partial.rename(final)
     point_to(final)
@@ -119,10 +120,11 @@ def point_to(path: Path) -> None:
 
 
 def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:
-    """Give up what is no longer needed: all but the newest ``keep_last`` checkpoints and those whose step
-    ``keep_every`` divides, if not
-    0; and what interrupted saves have left. They no longer count then, and the folders that are returned can be
-    removed."""
+    """Give up what is no longer needed and return the folders, which can then be removed: they no longer count.
+
+    Needed are the newest ``keep_last`` checkpoints and those whose step ``keep_every``, if not 0, divides. What
+    interrupted saves have left is not.
+    """
     complete = complete_checkpoints(run_dir)
     old = [path for path in complete[:-keep_last] if not keep_every or step_of(path) % keep_every]
     for path in [*old, *checkpoints_folder(run_dir).glob("step_*.replaced")]:
@@ -131,10 +133,12 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int) -> list[Path]:
 
 
 def depart_from(run_dir: Path, path: Path) -> None:
-    """Remove the checkpoints and exports of ``run_dir`` that are later than ``path``, one of them, and make ``path``
-    the latest. When a
-    run goes on from an earlier checkpoint: what it departs from must not be resumed, counted or kept in place of its
-    own."""
+    """Remove the checkpoints and exports of ``run_dir`` that are later than its checkpoint ``path``, and make ``path``
+    the latest. A checkpoint outside ``run_dir`` changes nothing.
+
+    When a run goes on from an earlier checkpoint, what it departs from must not be resumed, counted or kept in place of
+    its own.
+    """
     folder = checkpoints_folder(run_dir)
     if path.resolve().parent != folder.resolve():
         return
@@ -145,8 +149,9 @@ def depart_from(run_dir: Path, path: Path) -> None:
 
 
 def recover_replaced(run_dir: Path) -> None:
-    """Put a checkpoint back that was moved aside for another of its step, where a crash came before that one took its
+    """Put a checkpoint back that was moved aside for another of its step, where a crash came before the other took its
     place."""
     for aside in checkpoints_folder(run_dir).glob("step_*.replaced"):
-        with contextlib.suppress(OSError):  # the new one is there
+        # Renaming fails where the new checkpoint is there.
+        with contextlib.suppress(OSError):
             aside.rename(aside.with_suffix(""))

@@ -1,5 +1,5 @@
-"""The policy as a Hugging Face directory: for the rollout servers, after the warm start, and as the result of the
-run."""
+"""Export of the policy as a Hugging Face directory: for the rollout servers, after the warm start, and as the result of
+the run."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""`dasd train` without an outer torchrun: this node's processes, the other nodes, and signals on their way to the
-workers."""
+"""The launch of a run by ``dasd train``, without an outer torchrun: this node's processes, the meeting with other
+nodes, and signals on their way to the workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,10 +28,13 @@ from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config
 from dasd_megatron.errors import ConfigError, first_line
 
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
+
 WORKER = "dasd_megatron.training.worker"
 LAUNCHER_PID = "DASD_LAUNCHER_PID"
 
-# Workers have ended by themselves when the agent ends the rest of them: one has failed, or all have saved and said so.
+# The agent ends workers when one of them has failed, or when all have saved and said so: no more patience is needed.
 _AGENT_PATIENCE_SECONDS = 5
 _RENDEZVOUS_SECONDS = 120
 _SHARED_FILES_SECONDS = 60.0
@@ -48,9 +51,8 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a run and this one's place among them. ``processes``: on each; ``endpoint``: (host, port) of the
-    first, where
-    there are several."""
+    """The machines of a run, each with ``processes`` processes, and this machine's place among them. ``endpoint``: host
+    and port of the first, where there are several."""
 
     processes: int
     count: int = 1
@@ -60,16 +62,16 @@ class Nodes:
 
 
 def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) -> Nodes:
-    """What torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID say; one node without
+    """Read torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID; one node without
     them.
 
     Raises:
         ConfigError: they contradict each other or the configuration.
     """
-    count = _number(environment, "PET_NNODES", 1)
+    count = _read_number(environment, "PET_NNODES", 1)
     if count < 1:
         raise ConfigError(f"PET_NNODES={count}: write the number of nodes, at least 1")
-    rank = _number(environment, "PET_NODE_RANK", 0 if count == 1 else None)
+    rank = _read_number(environment, "PET_NODE_RANK", 0 if count == 1 else None)
     if not 0 <= rank < count:
         raise ConfigError(
             f"PET_NODE_RANK={rank} is not one of PET_NNODES={count} nodes: number them from 0 to {count - 1}"
@@ -101,23 +103,24 @@ def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) 
     return Nodes(processes, count, rank, (parts[1], int(parts[2])), environment.get("PET_RDZV_ID", "dasd"))
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
+def _read_number(environment: Mapping[str, str], name: str, default: int | None) -> int:
     text = environment.get(name)
-    if text is None and default is None:
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"{name}={text!r}: write a whole number")
+    if text is not None:
+        return int(text)
+    if default is None:
         raise ConfigError(
             f"{name} is required with PET_NNODES={environment['PET_NNODES']}: write this node's number, 0 on the first"
         )
-    if text is not None and not text.isdecimal():
-        raise ConfigError(f"{name}={text!r}: write a whole number")
-    return default if text is None else int(text)
+    return default
 
 
 def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> int:
     """Run ``prepare`` on the first node, then this node's workers under torch's elastic agent; returns the exit status.
 
     When one worker ends with an error the agent ends the node's others, so no rank waits for a dead one. SIGTERM,
-    SIGUSR1 and SIGINT go
-    to the workers, which save and end with status 75.
+    SIGUSR1 and SIGINT go to the workers, which save and end with status 75.
 
     Raises:
         LaunchError: the nodes did not come together. Whatever ``prepare`` raises, on the first node.
@@ -125,36 +128,45 @@ def launch(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]
     signals = _SignalForwarder(config.checkpoint.grace_seconds)
     signals.start()
     # The store is kept until the end: the first node's holds the server that the agents and workers use too.
-    if nodes.count == 1:
+    if nodes.endpoint is None:
         prepare()
-        _store, endpoint = _store_on_loopback()
+        _store, endpoint = _open_store_on_loopback()
     else:
-        _store, endpoint = _prepare_together(config, root, nodes, prepare), nodes.endpoint
+        _store, endpoint = _prepare_together(config, root, nodes, nodes.endpoint, prepare), nodes.endpoint
     signals.launched.set()
     return _run_workers(config, root, nodes, endpoint)
 
 
-def _store_on_loopback() -> tuple[Any, tuple[str, int]]:
-    """The meeting point of one machine's processes, and its address. torch's own would listen on the network, where
-    nobody is asked for a key, and its agent unpickles what it finds there."""
+def _open_store_on_loopback() -> tuple[TCPStore, tuple[str, int]]:
+    """Open the meeting point of one machine's processes; returns it and its address. torch's own would listen on the
+    network, where nobody is asked for a key, and its agent unpickles what it finds there."""
     import torch.distributed as dist
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        endpoint = listener.getsockname()
-        limit = datetime.timedelta(seconds=_RENDEZVOUS_SECONDS)
-        # By its port the agent finds that there is one in this process.
+        host, port = listener.getsockname()
+        # The agent finds by the port that this process has the store already.
         store = dist.TCPStore(
-            *endpoint, 1, True, limit, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
+            host,
+            port,
+            world_size=1,
+            is_master=True,
+            timeout=datetime.timedelta(seconds=_RENDEZVOUS_SECONDS),
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
         )
-    return store, endpoint
+    return store, (host, port)
 
 
-def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callable[[], None]) -> Any:
+def _prepare_together(
+    config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, int], prepare: Callable[[], None]
+) -> TCPStore:
+    """Meet the other nodes and let the first one prepare the run; returns the store that they met in."""
     import torch.distributed as dist
 
-    host, port = nodes.endpoint
+    host, port = endpoint
     where = f"PET_RDZV_ENDPOINT={host}:{port}"
     limit = config.backend.timeout_seconds
     deadline = time.monotonic() + limit
@@ -188,7 +200,7 @@ def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callabl
     if "error" in verdict:
         raise LaunchError(f"node 0: {verdict['error']}")
     patience = time.monotonic() + _SHARED_FILES_SECONDS
-    while _digest(root) != verdict["config"]:
+    while _config_digest(root) != verdict["config"]:
         if time.monotonic() > patience:
             raise LaunchError(
                 f"run.dir={root} is not the directory that node 0 prepared: give one on a file system that all nodes "
@@ -198,39 +210,40 @@ def _prepare_together(config: Config, root: Path, nodes: Nodes, prepare: Callabl
     return server
 
 
-def _announce(store: Any, root: Path, nodes: Nodes, prepare: Callable[[], None], deadline: float) -> None:
-    """Prepare the run once all nodes are there, and tell them how it went."""
-    error, verdict = None, {}
+def _announce(store: Store, root: Path, nodes: Nodes, prepare: Callable[[], None], deadline: float) -> None:
+    """Prepare the run once all nodes are there, and announce how it went."""
+    error: Exception | None = None
     try:
         _check_all_joined(store, nodes, deadline)
         prepare()
-        verdict = {"config": _digest(root)}
+        verdict = {"config": _config_digest(root)}
     except Exception as caught:
         error, verdict = caught, {"error": first_line(caught)}
     store.set("verdict", json.dumps(verdict))
     if error is not None:
-        # The store ends with this process.
-        _wait(store, [f"heard{rank}" for rank in range(1, nodes.count)], time.monotonic() + _HEARD_SECONDS)
+        # The store ends with this process, so the others must have read the verdict before.
+        _wait_for_keys(store, [f"heard{rank}" for rank in range(1, nodes.count)], time.monotonic() + _HEARD_SECONDS)
         raise error
 
 
-def _ask_first_node(store: Any, nodes: Nodes, deadline: float) -> dict[str, str] | None:
-    """What :func:`_announce` tells; None after the deadline."""
+def _ask_first_node(store: Store, nodes: Nodes, deadline: float) -> dict[str, str] | None:
+    """Return what :func:`_announce` puts into the store; None after the deadline."""
     if store.add(f"joined{nodes.rank}", 1) > 1:
         raise LaunchError(
             f"PET_NODE_RANK={nodes.rank} has been given to two nodes: number them from 0 to {nodes.count - 1}"
         )
     store.set(f"node{nodes.rank}", json.dumps([nodes.count, nodes.processes]))
-    if not _wait(store, ["verdict"], deadline):
+    if not _wait_for_keys(store, ["verdict"], deadline):
         return None
     verdict = json.loads(store.get("verdict"))
     store.set(f"heard{nodes.rank}", "1")
     return verdict
 
 
-def _check_all_joined(store: Any, nodes: Nodes, deadline: float) -> None:
+def _check_all_joined(store: Store, nodes: Nodes, deadline: float) -> None:
+    """Refuse (LaunchError) nodes that do not come, or that were started for another number of nodes or processes."""
     names = [f"node{rank}" for rank in range(1, nodes.count)]
-    if not _wait(store, names, deadline):
+    if not _wait_for_keys(store, names, deadline):
         missing = [name.removeprefix("node") for name in names if not store.check([name])]
         raise LaunchError(
             f"nodes {', '.join(missing)} of PET_NNODES={nodes.count} did not come within backend.timeout_seconds"
@@ -244,9 +257,9 @@ def _check_all_joined(store: Any, nodes: Nodes, deadline: float) -> None:
             )
 
 
-def _wait(store: Any, names: list[str], deadline: float) -> bool:
-    """Whether the keys are there before the deadline. Asked again and again, since a wait inside the store cannot be
-    told of a signal."""
+def _wait_for_keys(store: Store, names: list[str], deadline: float) -> bool:
+    """Wait until the keys are there; returns False after the deadline. The store is asked again and again, since no
+    signal ends a wait inside it."""
     while not store.check(names):
         if time.monotonic() > deadline:
             return False
@@ -265,7 +278,7 @@ def _wait_until_open(host: str, port: int, deadline: float, message: str) -> Non
         time.sleep(_POLL_SECONDS)
 
 
-def _digest(root: Path) -> str | None:
+def _config_digest(root: Path) -> str | None:
     path = root / "config.yaml"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
@@ -277,14 +290,14 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
 
     os.environ.update(backend.process_environment(config.backend), TOKENIZERS_PARALLELISM="false")
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    # The agent's own log repeats what the workers have said.
+    # The agent's own log only repeats what the workers have printed.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     log_dir = os.environ.get("PET_LOG_DIR")
-    # Signals but these are the forwarder's, and the agent would give the workers half a minute to save. Older torch
-    # cannot be told; the forwarder gets its signals first all the same, since they are blocked in every other thread.
-    wanted = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
-    known = {one.name for one in dataclasses.fields(LaunchConfig)}
+    # All signals but these two are the forwarder's: the agent would give the workers half a minute to save. Older torch
+    # does not have these options. The forwarder gets its signals first there too, since every other thread blocks them.
+    wanted: dict[str, Any] = {"signals_to_handle": "SIGHUP,SIGQUIT", "shutdown_timeout": _AGENT_PATIENCE_SECONDS}
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
     launch_config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -296,7 +309,7 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
-        # With torchrun's variable, what each process says stands in a file of its own too.
+        # With torchrun's variable, the output of each process goes into a file of its own too.
         logs_specs=DefaultLogsSpecs(log_dir, tee=Std.ALL) if log_dir else None,
         log_line_prefix_template="[rank ${rank}] " if log_dir else None,
         **{name: value for name, value in wanted.items() if name in known},
@@ -319,7 +332,7 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
 
 def check_gpus(needed: int) -> None:
     """Refuse (ConfigError) more processes than this machine has GPUs."""
-    # In a process of its own: the launcher must not hold a CUDA context beside its workers.
+    # Another process asks torch, since the launcher must not have a CUDA context beside its workers'.
     probe = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
         capture_output=True,
@@ -335,9 +348,9 @@ def check_gpus(needed: int) -> None:
 
 
 class _SignalForwarder(threading.Thread):
-    """Waits for the signals, which are blocked in every other thread, and hands them to this node's workers.
+    """A thread that waits for the signals, which every other thread blocks, and hands them to this node's workers.
 
-    ``launched``: set when the workers are about to be started; until then a signal ends this process at once, since
+    ``launched`` is set when the workers are about to be started; until then a signal ends this process at once, since
     nothing is lost.
     """
 
@@ -345,46 +358,46 @@ class _SignalForwarder(threading.Thread):
         super().__init__(name="signals", daemon=True)
         self.grace_seconds = grace_seconds
         self.launched = threading.Event()
-        self._told: set[int] = set()
-        # Inherited by every thread and process that is started from here on.
+        self._signalled: set[int] = set()
+        # Every thread and process that is started from here on inherits this.
         signal.pthread_sigmask(signal.SIG_BLOCK, stopping.SIGNALS)
 
     def run(self) -> None:
         first = signal.sigwait(stopping.SIGNALS)
         began = time.monotonic()
-        self._say(f"{signal.Signals(first).name}: the run is to stop; what is done is saved")
+        self._print(f"{signal.Signals(first).name}: the run is to stop; what is done is saved")
         while True:
             seconds = time.monotonic() - began
-            self._tell()
-            if not self._told and (not self.launched.is_set() or seconds > _NO_WORKER_SECONDS):
-                self._say("stopped before training began")
+            self._signal_workers()
+            if not self._signalled and (not self.launched.is_set() or seconds > _NO_WORKER_SECONDS):
+                self._print("stopped before training began")
                 os._exit(stopping.EXIT_STATUS)
             if seconds > self.grace_seconds + _KILL_SECONDS:
-                self._say(f"not ended within checkpoint.grace_seconds={self.grace_seconds:g}")
+                self._print(f"not ended within checkpoint.grace_seconds={self.grace_seconds:g}")
                 self._end_at_once(stopping.EXIT_STATUS)
             again = signal.sigtimedwait(stopping.SIGNALS, _POLL_SECONDS)
             if again is not None and not stopping.is_repeat(again.si_signo, time.monotonic() - began):
-                self._say(f"a second {signal.Signals(again.si_signo).name}: ended at once")
+                self._print(f"a second {signal.Signals(again.si_signo).name}: ended at once")
                 self._end_at_once(128 + again.si_signo)
 
     @staticmethod
-    def _say(text: str) -> None:
+    def _print(text: str) -> None:
         print(f"dasd: {text}", file=sys.stderr, flush=True)
 
     @staticmethod
     def _workers() -> list[psutil.Process]:
-        found = []
+        workers = []
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 if WORKER in child.cmdline():
-                    found.append(child)
-        return found
+                    workers.append(child)
+        return workers
 
-    def _tell(self) -> None:
-        # Some may be started yet.
+    def _signal_workers(self) -> None:
+        """Send SIGTERM to the workers that have not got it; some may be started later."""
         for worker in self._workers():
-            if worker.pid not in self._told:
-                self._told.add(worker.pid)
+            if worker.pid not in self._signalled:
+                self._signalled.add(worker.pid)
                 with contextlib.suppress(psutil.NoSuchProcess):
                     worker.send_signal(signal.SIGTERM)
 

@@ -38,9 +38,9 @@ def train(config: Config, paths: RunPaths) -> None:
     initialised.
 
     Raises:
-        RolloutsUnavailableError: the rollout servers failed beyond repair; a checkpoint of the last finished step has been
-            written.
-        StopRequested: a signal asked for it, and likewise; WatchStopped: the watch did.
+        RolloutsUnavailableError: the rollout servers failed beyond repair. Before it and the next two a checkpoint of
+            the last finished step is written.
+        StopRequested: a signal asked for it. WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a
             checkpoint did not help.
@@ -236,7 +236,7 @@ def _evaluate(trainer: Trainer, label: str) -> None:
 
     with trainer.display.phase(f"evaluate {label}"):
         metrics = trainer.plane.on_rank0(work)
-    if trainer.logger is not None:
+    if trainer.logger is not None and metrics is not None:
         trainer.logger.log_evaluation(metrics)
 
 

@@ -74,8 +74,8 @@ class OptimizerState:
         return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore moments, steps and the place in the schedule. The rates themselves are the configuration's, which may
-        have changed."""
+        """Restore moments, steps and the place in the schedule. The learning rates themselves are the configuration's,
+        which may have changed."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group.update(max_lr=self.settings.lr, min_lr=self.settings.min_lr)
@@ -88,19 +88,19 @@ class OptimizerState:
 
 
 def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in inner if isinstance(one.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner for inner in chained if isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
 
 
 def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
-    """This rank's share of the float32 weights and moments, as rectangles of the parameters that they belong to.
+    """Return this rank's share of the float32 weights and moments, as rectangles of the parameters that they belong to.
 
     Megatron's own format for any layout ("fully_reshardable", with the same names) gathers everything on the ranks'
     hosts first, while training waits: three float32 copies of the whole model-parallel shard on each. With several
     buckets that end in padding, it also shifts what follows (0.16.1 warns that a range exceeds the unpadded buffer).
     """
     if not optimizer.optimizer.state:
-        # A fused Adam makes its moments in its first step, or here, and then not of zeros.
+        # A fused Adam makes its moments in its first step. Here they are made by loading, and then are not zeros.
         optimizer.load_state_dict(optimizer.state_dict())
         for state in optimizer.optimizer.state.values():
             state["exp_avg"].zero_()
@@ -110,13 +110,13 @@ def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: d
         for sharding in nested_values(model_sharded_state_dict)
         if hasattr(sharding, "replica_id")
     }
-    pieces = []
-    # Of the parameters that this rank has a share of.
+    pieces: list[ShardedTensor] = []
+    # This map holds only the parameters that this rank has a share of.
     for parameter in optimizer.model_param_gbuf_map:
         start = optimizer._get_model_param_range_map(parameter)["param"].start
         states = optimizer._get_main_param_and_optimizer_states(parameter)
         for name in ("param", "exp_avg", "exp_avg_sq"):
-            # Of a float32 model, the weights themselves are the model's.
+            # The float32 weights of a float32 model are the model's own, which are saved with it.
             if name != "param" or parameter.dtype != torch.float32:
                 pieces += _rectangles(shardings[parameter], parameter, states[name], start, f"optimizer.state.{name}")
     return pieces
@@ -129,8 +129,10 @@ def _rectangles(
     start: int,
     prefix: str,
 ) -> Iterator[ShardedTensor]:
-    """``values``, which belong to the elements of ``parameter`` from ``start`` on in row-major order, as tensors of one
-    or two axes placed where ``sharding`` places the parameter."""
+    """Yield ``values`` as tensors of one or two axes, placed where ``sharding`` places the parameter.
+
+    The values belong to the elements of ``parameter`` from ``start`` on, in row-major order.
+    """
     parts = sharding.build() if isinstance(sharding, ShardedTensorFactory) else sharding
     for part in [parts] if isinstance(parts, ShardedTensor) else nested_values(parts):
         first = part.data.storage_offset() - parameter.storage_offset()
@@ -138,7 +140,7 @@ def _rectangles(
         columns = part.data.shape[-1] if part.data.ndim == 2 else 1
         while begin < end:
             row, column = divmod(begin, columns)
-            # The rest of a row, whole rows, or the beginning of one.
+            # A piece is the rest of a row, several whole rows, or the beginning of a row.
             count = (
                 (end - begin) // columns * columns
                 if column == 0 and end - begin >= columns
@@ -158,7 +160,7 @@ def _rectangles(
                 local_shape=tuple(data.shape),
                 global_offset=offset,
                 axis_fragmentations=None,
-                # No other data-parallel rank has it.
+                # No other data-parallel rank has this piece.
                 replica_id=(*part.replica_id[:2], 0),
                 prepend_axis_num=0,
             )
@@ -166,9 +168,9 @@ def _rectangles(
 
 
 def _allocate_moments(optimizer: DistributedOptimizer) -> None:
-    """Give every parameter its Adam state now: there is something to save and to load into before the first step, and
-    torch's AdamW has its ``step`` of each parameter, which DistributedOptimizer, made for fused Adams, fills in on
-    loading only where it finds one."""
+    """Give every parameter its Adam state now, so that there is something to save and to load into before the first
+    step. DistributedOptimizer, which is made for fused Adams, fills in a parameter's ``step`` on loading only where it
+    finds one."""
     for group in optimizer.optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.optimizer.state[parameter] = {
@@ -181,8 +183,8 @@ def _allocate_moments(optimizer: DistributedOptimizer) -> None:
 def build_optimizer(
     settings: OptimizerSettings, model: ShardedModel, *, steps: int, updates_per_step: int
 ) -> OptimizerState:
-    """Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with a schedule of ``steps``
-    training steps of ``updates_per_step`` updates each."""
+    """Make Adam over ``model``, sharded over data-parallel ranks when ``settings.distributed``, with a schedule of
+    ``steps`` training steps of ``updates_per_step`` updates each."""
     warmup_updates = settings.warmup_steps * updates_per_step
     bf16 = model.config.params_dtype is torch.bfloat16
     config = OptimizerConfig(
@@ -206,7 +208,7 @@ def build_optimizer(
     model.config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(
         optimizer,
-        # The first update of a warm-up already moves: Megatron would start it from a rate of zero.
+        # Megatron would start a warm-up from a rate of zero; here the first update already moves.
         init_lr=settings.lr / (warmup_updates + 1),
         max_lr=settings.lr,
         min_lr=settings.min_lr,

@@ -40,16 +40,16 @@ _GLOO = re.compile(r"gloo/|Timed out waiting|pair closure|Connection (closed|res
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a library raises it because a rank cannot be reached. NCCL's errors have classes of their own; gloo's are
-    told by where they say they come from."""
+    """Return whether a library raises ``error`` because a rank cannot be reached. NCCL's errors have classes of their
+    own; gloo's are recognised by their text."""
     own = type(error).__module__.startswith("dasd_megatron.")
     return not own and (isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None)
 
 
 @contextlib.contextmanager
 def naming_lost_peers(timeout_seconds: float) -> Iterator[None]:
-    """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds``: of
-    each collective."""
+    """Turn what the libraries raise when a rank cannot be reached into :class:`LostPeerError`. ``timeout_seconds`` is
+    the limit of each collective."""
     try:
         yield
     except RuntimeError as error:
@@ -92,7 +92,8 @@ def _check_transformer_engine(config: Config) -> None:
 
 
 def split_world(config: Config) -> None:
-    """What :func:`initialize` does once the process group is there."""
+    """Split an initialised process group into TP x CP x PP x DP and seed all generators, as :func:`initialize`
+    does."""
     parallel = config.parallel
     expected = parallel.world_size
     if dist.get_world_size() != expected:
@@ -106,26 +107,27 @@ def split_world(config: Config) -> None:
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        # Of fractions too: it becomes a timedelta.
+        # Megatron-Core makes a timedelta of it, so a fraction of a minute is fine.
         distributed_timeout_minutes=config.backend.timeout_seconds / 60,
     )
-    # Stages differ, so that not all layers of a place in their stage drop the same hidden states.
+    # Each stage has a seed of its own: with one for all, the first layer of every stage would drop the same hidden
+    # states, and so on.
     seed = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 
 
 def is_replica_source() -> bool:
-    """Whether this is the rank that gets the rollouts of its data-parallel replica."""
-    # Of the ranks that share its tensors and layers the first, and of those that share its sequences too.
+    """Return whether this is the rank that gets the rollouts of its data-parallel replica: the first of those that
+    share its tensors and layers, and of those that share its sequences."""
     groups = (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group())
     return all(dist.get_rank() == dist.get_process_group_ranks(group)[0] for group in groups)
 
 
 def broadcast_in_replica(value: T | None) -> T:
-    """The replica source's Python object on every rank of its replica."""
-    box = [value]
-    # Over context-parallel ranks first: then the first rank of every model-parallel group has it.
+    """Return the replica source's Python object on every rank of its replica. Collective over the replica."""
+    box: list[Any] = [value]
+    # Context-parallel ranks come first: then the first rank of every model-parallel group has it.
     groups = [parallel_state.get_model_parallel_group()]
     if parallel_state.get_context_parallel_world_size() > 1:
         groups.insert(0, parallel_state.get_context_parallel_group())
@@ -135,8 +137,8 @@ def broadcast_in_replica(value: T | None) -> T:
 
 
 def scatter_to_replicas(parts: list[T] | None) -> T:
-    """Global rank 0's Python objects ``parts``, one for each data-parallel replica, on every rank of that replica; None
-    elsewhere."""
+    """Return global rank 0's Python object for this data-parallel replica, on every rank of it. Collective over all
+    ranks; ``parts`` has one object for each replica on rank 0, and is None elsewhere."""
     box: list[Any] = [None]
     if is_replica_source():
         dist.scatter_object_list(box, parts, src=0, group=parallel_state.get_data_parallel_group())
@@ -144,21 +146,22 @@ def scatter_to_replicas(parts: list[T] | None) -> T:
 
 
 def broadcast_from_rank0(value: T | None) -> T:
-    """Global rank 0's Python object on every rank."""
-    box = [value]
+    """Return global rank 0's Python object on every rank. Collective over all ranks."""
+    box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather_replicas(value: T) -> list[T]:
-    """The Python objects of all data-parallel replicas, in replica order, on every rank."""
+    """Return the Python objects of all data-parallel replicas, in replica order, on every rank. Collective over
+    replicas."""
     gathered: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
     dist.all_gather_object(gathered, value, group=parallel_state.get_data_parallel_group())
     return gathered
 
 
 def gather_world(value: T) -> list[T]:
-    """The Python objects of all ranks, in rank order, on every rank."""
+    """Return the Python objects of all ranks, in rank order, on every rank. Collective over all ranks."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -206,7 +209,7 @@ def sum_over_sequence_parts(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def largest_of_replicas(value: int) -> int:
-    """The largest of the replicas' values, on every rank."""
+    """Return the largest of the replicas' values. Collective over replicas."""
     if parallel_state.get_data_parallel_world_size() == 1:
         return value
     return int(reduce_over_replicas(torch.tensor(value, device=backend.current().device()), dist.ReduceOp.MAX))
@@ -224,7 +227,8 @@ def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[E
 
     Every rank must call it: a failure that stayed on one rank would leave the others waiting in their next collective.
     """
-    result, outcome = None, None
+    result: T | None = None
+    outcome: str | StopRequested | None = None
     if selected:
         try:
             result = work()
@@ -232,10 +236,11 @@ def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[E
             outcome = stop
         except errors as error:
             outcome = f"{type(error).__name__}: {error}"
-    outcomes = [one for one in gather_world(outcome) if one is not None]
-    failed = sorted({text for text in outcomes if isinstance(text, str)})
-    if failed:
-        raise PeerError("; ".join(failed))
-    if outcomes:
-        raise outcomes[0]
+    outcomes = gather_world(outcome)
+    failures = sorted({failure for failure in outcomes if isinstance(failure, str)})
+    if failures:
+        raise PeerError("; ".join(failures))
+    for request in outcomes:
+        if isinstance(request, StopRequested):
+            raise request
     return result

@@ -22,7 +22,7 @@ class WeightSnapshot:
 
     @contextlib.contextmanager
     def applied(self, model: ShardedModel) -> Iterator[None]:
-        """The model computes with these weights inside the block. Live weights keep their storage, so DDP's buffers
+        """Let the model compute with these weights inside the block. Live weights keep their storage, so DDP's buffers
         stay valid."""
         parameters = model.parameters()
         live = [parameter.data for parameter in parameters]
@@ -36,13 +36,13 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def average_in(self, model: ShardedModel, decay: float) -> None:
-        """``snapshot = decay * snapshot + (1 - decay) * live``."""
+        """Move the average toward the live weights: ``snapshot = decay * snapshot + (1 - decay) * live``."""
         for tensor, parameter in zip(self.tensors, model.parameters(), strict=True):
             tensor.lerp_(parameter.detach().to(tensor.dtype), 1.0 - decay)
 
     def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """The parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this snapshot's
-        tensors in their place and ``prefix`` before their keys."""
+        """Return the parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this
+        snapshot's tensors in their place and ``prefix`` before their keys."""
         by_parameter = {
             id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)
         }

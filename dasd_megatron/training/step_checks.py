@@ -23,8 +23,8 @@ _PLACES_SHOWN = 8
 
 
 def check_agreement(settings: RolloutConfig, scores: ScoredRollouts) -> None:
-    """Refuse (RolloutsUnavailableError) rollouts whose log-probs are not those of the trainer's weights; collective over
-    replicas."""
+    """Refuse (RolloutsUnavailableError) rollouts whose log-probs are not those of the trainer's weights. Collective
+    over replicas."""
     limit = settings.max_log_prob_diff
     if limit is None or settings.replay is not None:
         return

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on the training problems' reference solutions, so that reinforcement starts from a policy that
 can be right.
 
-A share of the examples shows the solution in the prompt, through the teacher's template: the self-teacher has to be
-able to use it.
+A share of the examples shows the solution in the prompt, through the teacher's template, since the self-teacher has to
+be able to use it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def warm_start(
         indices = order.indices(position, settings.batch_size)[first : first + share]
         prompts, responses = [], []
         for offset, index in enumerate(indices):
-            # Drawn per example and not alternated, so that a problem is seen both ways in different epochs.
+            # A draw for each example, and no alternation, lets a problem be seen both ways in different epochs.
             draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
             prompts.append(
                 renderer.teacher(problems[index])

@@ -1,5 +1,5 @@
-"""One process of a training run: ``torchrun ... -m dasd_megatron.training.worker RUN_DIR``. ``dasd train`` starts
-these."""
+"""One process of a training run: ``torchrun ... -m dasd_megatron.training.worker RUN_DIR``, as ``dasd train`` starts
+it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config, read_config
 from dasd_megatron.training.launch import LAUNCHER_PID
 
-# Of linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 def run(config: Config, root: Path, *, prepared: bool) -> None:
@@ -32,7 +32,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     """
     stopping.listen(config.checkpoint.grace_seconds)
     _tie_forked_processes()
-    # Megatron-Core's calls, which a user of this package cannot change.
+    # These are about Megatron-Core's calls, which a user of this package cannot change.
     for message in (
         r"`torch\.distributed\.\w+` is deprecated",
         r"full scope is deprecated",
@@ -41,7 +41,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         r"The \.grad attribute of a Tensor that is not a leaf",
     ):
         warnings.filterwarnings("ignore", message=message)
-    # What befalls the rollout servers is said at the time.
+    # Log lines about the rollout servers carry the time.
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("dasd_megatron").setLevel(logging.INFO)
     backend.select(config.backend).check_precision(config.precision)
@@ -81,9 +81,9 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
 
 
 def _end_with_launcher() -> None:
-    """Kill this process soon after `dasd train` is gone. The agent starts workers in sessions of their own, so a
+    """Kill this process soon after ``dasd train`` is gone. The agent starts workers in sessions of their own, so a
     launcher that is killed would leave them training, and writing into the run directory beside a resumed run."""
-    # Not asked of the system here: it may be gone already.
+    # The launcher says its own number: it may be gone already, and the system would name another parent.
     launcher = int(os.environ[LAUNCHER_PID])
 
     def watch() -> None:
@@ -95,15 +95,15 @@ def _end_with_launcher() -> None:
 
 
 def _tie_forked_processes() -> None:
-    """Let processes that are forked here, like those that write checkpoints, end with the one that forked them, and
-    leave signals to it."""
+    """Let processes that are forked here, like those that write checkpoints, end with this one and leave signals to
+    it."""
     libc = ctypes.CDLL(None)
 
     def in_child() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
-        for one in stopping.SIGNALS:
-            signal.signal(one, signal.SIG_IGN)
+        for number in stopping.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     os.register_at_fork(after_in_child=in_child)
 
