@@ -44,8 +44,8 @@ quickstart: $(VENV)/.installed
 # One OpenMP thread in each process, and none that spins: the tests' processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 # Two files at a time: runs of several processes leave a core idle while they wait, and tests of one file share what they set up.
-# tests/conftest.py puts the longest files first.
-TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
+# tests/conftest.py makes a group of each file and puts the longest first.
+TWO_FILES := -n 2 --dist loadgroup --no-loadscope-reorder
 
 # Everything but the drills, of which it has short forms.
 test: $(VENV)/.installed-dev
