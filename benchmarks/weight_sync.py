@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -20,14 +22,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from machine import describe, peak_bytes
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, load_config
+
+if TYPE_CHECKING:
+    from dasd_megatron.models.gpt import ShardedModel
 
 MEGABYTE = 2**20
 _PEER = """
@@ -114,20 +120,15 @@ def main() -> None:
 
 
 def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[dict], int]:
+    """Return a row for each way, and the bytes of the model's weights."""
     from dasd_megatron.models.gpt import build_model
-    from dasd_megatron.rollout.client import make_client
     from dasd_megatron.rollout.local_server import LocalServer
-    from dasd_megatron.rollout.pool import ServerPool
     from dasd_megatron.training import parallel
-    from dasd_megatron.training.export import export_model
-    from dasd_megatron.training.weight_sync.distributed import DistributedSender
-    from dasd_megatron.training.weight_sync.send import BucketSender, send_weights
-    from dasd_megatron.training.weight_sync.tensor import TensorSender
 
     parallel.initialize(config)
     model = build_model(config, options.model)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    rows = []
+    rows: list[dict] = []
 
     def report(way: str, found: list[float], extra: int | None) -> None:
         seconds = statistics.median(found)
@@ -150,36 +151,58 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[
 
     report("gathering alone", _seconds(gather, options.rounds), None)
     with LocalServer(options.model, "start", config.rollout, folder / "server.log") as server:
-        count = 0
-
-        def by_disk() -> None:
-            nonlocal count
-            count += 1
-            path = folder / f"weights-{count}"
-            export_model(model, path, template_dir=options.model, manifest=False)
-
-            async def update() -> None:
-                async with make_client(config.rollout, [server.url]) as client:
-                    await client.update_weights_from_disk(str(path), f"disk-{count}")
-
-            asyncio.run(update())
-
+        by_disk = disk_sync(model, config, server.url, options.model, folder)
         report("disk", _seconds(by_disk, options.rounds), peak_bytes(by_disk))
-        for way, sender_class in (("process group", DistributedSender), ("shared memory", TensorSender)):
+        for way, kind in (("process group", "distributed"), ("shared memory", "tensor")):
             for bucket in options.buckets:
-                sender = sender_class(config.rollout, [server.url], {server.url: 1}, ServerPool([server.url]))
-
-                def send(sender: BucketSender = sender, bucket: int = bucket) -> None:
-                    nonlocal count
-                    count += 1
-                    failure = send_weights(model, sender, f"sent-{count}", bucket_size=bucket * MEGABYTE)
-                    if failure is not None:
-                        raise failure
-
-                extra = peak_bytes(send)
-                report(f"{way}, {bucket} MiB buckets", _seconds(send, options.rounds), extra)
-                sender.close()
+                with bucket_sync(model, config, server.url, kind, bucket * MEGABYTE) as send:
+                    extra = peak_bytes(send)
+                    report(f"{way}, {bucket} MiB buckets", _seconds(send, options.rounds), extra)
     return rows, size
+
+
+def disk_sync(model: ShardedModel, config: Config, url: str, template_dir: Path, folder: Path) -> Callable[[], None]:
+    """Return what hands the weights over in a directory, a new one each time."""
+    from dasd_megatron.rollout.client import make_client
+    from dasd_megatron.training.export import export_model
+
+    numbers = itertools.count(1)
+
+    def sync() -> None:
+        number = next(numbers)
+        path = folder / f"weights-{number}"
+        export_model(model, path, template_dir=template_dir, manifest=False)
+
+        async def update() -> None:
+            async with make_client(config.rollout, [url]) as client:
+                await client.update_weights_from_disk(str(path), f"disk-{number}")
+
+        asyncio.run(update())
+
+    return sync
+
+
+@contextlib.contextmanager
+def bucket_sync(
+    model: ShardedModel, config: Config, url: str, kind: str, bucket_size: int
+) -> Iterator[Callable[[], None]]:
+    """Yield what hands the weights over in buckets, over one connection."""
+    from dasd_megatron.rollout.pool import ServerPool
+    from dasd_megatron.training.weight_sync.distributed import DistributedSender
+    from dasd_megatron.training.weight_sync.send import send_weights
+    from dasd_megatron.training.weight_sync.tensor import TensorSender
+
+    sender_class = {"distributed": DistributedSender, "tensor": TensorSender}[kind]
+    sender = sender_class(config.rollout, [url], {url: 1}, ServerPool([url]))
+    numbers = itertools.count(1)
+
+    def sync() -> None:
+        failure = send_weights(model, sender, f"{kind}-{bucket_size}-{next(numbers)}", bucket_size=bucket_size)
+        if failure is not None:
+            raise failure
+
+    yield sync
+    sender.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Which servers a run with ``rollout.engine=external`` uses, and whether they serve its model.
+"""The servers of a run with ``rollout.engine=external``: their addresses, and checks that they serve its model.
 
-Their addresses come from the configuration, from a Slurm host list or from a router. A server of another model is
-refused before the first step: by what it says of itself (:func:`check_models`), by the weights that it does not take
-(:func:`check_updated`), and by the log-probs that it gives to a prompt under the run's weights
-(:func:`check_log_probs`).
+The addresses come from the configuration, from a Slurm host list or from a router. A server of another model is refused
+before the first step: by what it says of itself (:func:`check_models`), by weights that it does not take
+(:func:`check_updated`), and by its log-probs of a prompt under the run's weights (:func:`check_log_probs`).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 SCONTROL_SECONDS = 30.0
 POLL_SECONDS = 0.5
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Of config.json: what the shapes of the weights and the result of a forward pass depend on.
+# Fields of config.json that the shapes of the weights and the result of a forward pass depend on.
 _ARCHITECTURE = (
     "model_type",
     "vocab_size",
@@ -66,11 +65,12 @@ class WrongModelError(RuntimeError):
 
 
 def find_servers(rollout: RolloutConfig) -> list[str]:
-    """Base addresses of the servers that ``rollout.servers``, ``rollout.nodes`` or ``rollout.router`` name; none where
-    all are unset.
+    """Return the base addresses of the servers that ``rollout.servers``, ``rollout.nodes`` or ``rollout.router`` name;
+    none where all are unset.
 
-    Raises :class:`DiscoveryError`, for a router that lists no server at the latest after
-    ``rollout.startup_timeout_seconds``.
+    Raises:
+        DiscoveryError: they cannot be found out; for a router that lists no server, after
+            ``rollout.startup_timeout_seconds``.
     """
     if rollout.nodes:
         return node_servers(expand_host_list(rollout.nodes), rollout.port, rollout.servers_per_node)
@@ -80,15 +80,18 @@ def find_servers(rollout: RolloutConfig) -> list[str]:
 
 
 def check_access(rollout: RolloutConfig) -> None:
-    """Refuse a run whose external servers, or router, do not take its API key, before anything else is done. Those that
-    do not answer yet are asked again when the run needs them.
+    """Refuse a run whose external servers, or router, do not take its API key, before anything else is done.
 
-    Raises :class:`AccessError`, and :class:`DiscoveryError` where ``rollout.nodes`` cannot be expanded.
+    Servers that do not answer yet are asked again when the run needs them.
+
+    Raises:
+        AccessError: a server refuses the key, or asks for one.
+        DiscoveryError: ``rollout.nodes`` cannot be expanded.
     """
     urls = [rollout.router] if rollout.router else find_servers(rollout)
     if not urls:
         return
-    # A router is asked like a server, and nobody a second time.
+    # A router is asked like a server, and each address once.
     client = make_client(dataclasses.replace(rollout, max_retries=0, backoff_seconds=0.0, router=None), urls)
 
     async def check() -> None:
@@ -102,8 +105,8 @@ def check_access(rollout: RolloutConfig) -> None:
 
 
 def expand_host_list(hosts: str) -> list[str]:
-    """The host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises
-    :class:`DiscoveryError`."""
+    """Return the host names of a Slurm host list like ``gpu[01-04,07]``, in its order, by ``scontrol``; raises
+    DiscoveryError."""
     command = shutil.which("scontrol")
     if command is None:
         raise DiscoveryError(
@@ -122,7 +125,7 @@ def expand_host_list(hosts: str) -> list[str]:
             f"rollout.nodes={hosts}: scontrol show hostnames failed ({what}); name the servers in rollout.servers"
         ) from error
     names = done.stdout.split("\n")[:-1]
-    # It ends with status 0 for what it cannot read, and takes "gpu[01-04" for the host "gpu]".
+    # scontrol ends with status 0 for lists that it cannot read, and takes "gpu[01-04" for the host "gpu]".
     if done.returncode or not names or not all(map(_HOST_NAME.fullmatch, names)):
         said = " ".join(f"{done.stderr} {done.stdout}".split())[:300] or "nothing"
         raise DiscoveryError(
@@ -135,15 +138,19 @@ def expand_host_list(hosts: str) -> list[str]:
 
 
 def node_servers(nodes: Sequence[str], first_port: int, servers_per_node: int) -> list[str]:
-    """Addresses of ``servers_per_node`` servers on each node, at consecutive ports."""
+    """Return the addresses of ``servers_per_node`` servers on each node, at consecutive ports."""
     return [f"http://{node}:{first_port + index}" for node in nodes for index in range(servers_per_node)]
 
 
 def router_servers(router: str, timeout_seconds: float) -> list[str]:
-    """Addresses of the servers that the sglang-router at ``router`` lists, sorted, once there is one.
+    """Return the addresses of the servers that the sglang-router at ``router`` lists, sorted, once there is one.
 
-    It lists those alone that have answered it: start it when they are up (``dasd router`` waits for them). Raises
-    :class:`DiscoveryError`, at once where ``router`` is no router.
+    It lists only servers that have answered it, so it has to be started when they are up (``dasd router`` waits for
+    them).
+
+    Raises:
+        DiscoveryError: it lists no server in time, or at once where ``router`` is no router.
+        AccessError: it refuses the API key, or asks for one.
     """
     deadline, key = time.monotonic() + timeout_seconds, access.api_key()
     with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(key)) as http:
@@ -157,7 +164,7 @@ def router_servers(router: str, timeout_seconds: float) -> list[str]:
                     raise AccessError(
                         f"rollout.router={router}: {'; '.join(access.refusal(response.status_code, key))}"
                     )
-                found = _listed(router, response)
+                found = _read_listed_servers(router, response)
                 if found:
                     return found
                 waiting_for = "it lists no server"
@@ -170,7 +177,8 @@ def router_servers(router: str, timeout_seconds: float) -> list[str]:
             time.sleep(POLL_SECONDS)
 
 
-def _listed(router: str, response: httpx.Response) -> list[str]:
+def _read_listed_servers(router: str, response: httpx.Response) -> list[str]:
+    """Return the servers of a router's answer, sorted; raises DiscoveryError."""
     try:
         workers = response.json()["workers"]
         # With --dp-aware it lists the replicas of a server one by one, as address@rank.
@@ -189,18 +197,23 @@ def _listed(router: str, response: httpx.Response) -> list[str]:
 
 
 async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> list[str]:
-    """Compare what every server that answers says of its model with the model of the run, before it is given weights.
+    """Compare what every server says of its model with the model of the run, before it is given weights.
 
-    Both engines name the architecture, the embedded one the vocabulary size too. The rest stands in the ``config.json``
-    of the directory that a server was started from, where this process can read it. Worth its while: real SGLang 0.5.23
-    goes down when it is given weights of other shapes from disk. Returns the addresses of those that have answered.
+    Both engines name the architecture, the embedded one the vocabulary size too. The rest is in the ``config.json`` of
+    the directory that a server was started from, where this process can read it. The check protects servers: real
+    SGLang 0.5.23 goes down when it is given weights of other shapes from disk.
 
-    Raises :class:`WrongModelError`, and RolloutServerError where no server answers.
+    Returns:
+        The addresses of the servers that have answered.
+
+    Raises:
+        WrongModelError: a server has another model.
+        RolloutServerError: no server answers.
     """
     wrong = []
     answered = await client.descriptions()
     for url, info in answered.items():
-        differences = _differences(info, hf_config)
+        differences = _find_differences(info, hf_config)
         if differences:
             wrong.append(f"{url} serves another model ({info.get('model_path')}): {', '.join(differences)}")
     if wrong:
@@ -208,12 +221,13 @@ async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> li
     return list(answered)
 
 
-def _differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[str]:
+def _find_differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[str]:
+    """Return the differences, in words, between what a server says and the model of the run."""
     if info.get("is_generation") is False:
         return ["it does not generate text"]
     said = {name: info.get(name) for name in ("architectures", "model_type", "vocab_size")}
     path = Path(str(info.get("model_path")))
-    # A relative path is one of the server's working directory.
+    # A relative path starts from the server's working directory, which is unknown here.
     stored = _read_config(path) if path.is_absolute() else {}
     expected = {name: getattr(hf_config, name, None) for name in ("architectures", *_ARCHITECTURE)}
     found = {name: stored.get(name) for name in _ARCHITECTURE} | {
@@ -227,7 +241,8 @@ def _differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> list[s
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a directory, nothing where this machine does not have it: the server may be on another one."""
+    """Return the config.json of a directory, empty where this machine does not have it: the server may be on another
+    machine."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -236,9 +251,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 async def check_updated(client: RolloutClient) -> None:
-    """After the first weight sync: refuse a server that answers and has not taken the weights, with what it said then.
+    """Refuse a server that answers and has not taken the weights, after the first weight sync.
 
-    Servers that do not answer are the pool's business. Raises :class:`WrongModelError`.
+    Servers that do not answer are left to the pool.
+
+    Raises:
+        WrongModelError: with what the server said of the weights.
     """
     pool = client.pool
     without = {url: pool.reasons.get(url, "") for url in client.urls if pool.health[url].status is not Status.SERVING}
@@ -249,15 +267,17 @@ async def check_updated(client: RolloutClient) -> None:
 
 
 async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> dict[str, list[float]]:
-    """Each serving server's log-probs of the prompt ``input_ids``, by address: natural, before temperature, of every
-    token but the first.
+    """Return each serving server's log-probs of the prompt ``input_ids``, by address: natural, before temperature, of
+    every token but the first.
 
-    A server that fails is left out, and the pool hears of it. Raises RequestRefusedError with the words of a server
-    that refuses the prompt, which one with a smaller vocabulary does.
+    A server that fails is left out, and the pool hears of it.
+
+    Raises:
+        RequestRefusedError: a server refuses the prompt, as it does with a smaller vocabulary; with its words.
     """
     found = {}
 
-    async def one(url: str) -> None:
+    async def probe(url: str) -> None:
         try:
             found[url] = await client.prompt_log_probs(url, input_ids)
         except RequestRefusedError:
@@ -265,19 +285,22 @@ async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> di
         except RolloutServerError as error:
             client.pool.record(url, Event.FAILED, reason=error.what)
 
-    await asyncio.gather(*map(one, client.pool.with_status(Status.SERVING)))
+    await asyncio.gather(*map(probe, client.pool.with_status(Status.SERVING)))
     return found
 
 
 def check_log_probs(found: Mapping[str, Sequence[float]], expected: Sequence[float], tolerance: float) -> None:
     """Compare the result of :func:`probe_log_probs` with the trainer's own log-probs of the same tokens.
 
-    tolerance: largest mean difference, nats a token. Raises :class:`WrongModelError`.
+    tolerance: largest mean difference, nats a token.
+
+    Raises:
+        WrongModelError: a server differs by more.
     """
     wrong = []
     for url, log_probs in found.items():
         difference = sum(abs(a - b) for a, b in zip(log_probs, expected, strict=True)) / len(expected)
-        # Negated, so that nan is refused.
+        # The comparison is negated so that nan is refused.
         if not difference <= tolerance:
             wrong.append(
                 f"{url} gives a prompt other log-probs than the trainer does, by {difference:.3g} nats a token (limit "

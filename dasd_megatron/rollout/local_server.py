@@ -25,8 +25,8 @@ TERMINATE_SECONDS = 10.0
 TAIL_LINES = 20
 SGLANG_STARTER = Path(__file__).parent / "sglang" / "start_server.py"
 ROUTER_STARTER = SGLANG_STARTER.with_name("start_router.py")
-# What SGLang needs where there is no GPU: its kernels in plain PyTorch, and none of the tricks that hide launches
-# behind another batch.
+# Without a GPU, SGLang takes its kernels in plain PyTorch, and does without the tricks that hide the launches of one
+# batch behind another.
 _SGLANG_CPU_ARGUMENTS = [
     "--device",
     "cpu",
@@ -35,7 +35,7 @@ _SGLANG_CPU_ARGUMENTS = [
     "--disable-overlap-schedule",
     "--sleep-on-idle",
 ]
-
+# Variables that speak of this environment and of this rank.
 _NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
     prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }
@@ -50,10 +50,10 @@ class PortInUseError(ServerStartError):
 
 
 class LocalServer:
-    """A rollout server of ours in its own process; it ends with this process, however that ends.
+    """A rollout server that this process starts; it ends with this process, however that ends.
 
-    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: which engine,
-    where to listen, its resources and time limits; log_path: the file that its output is appended to.
+    model_path: Hugging Face directory; weight_version: the version that it is served under; rollout: the engine, where
+    it listens, its resources and time limits; log_path: the file that its output is appended to.
     """
 
     def __init__(self, model_path: str | Path, weight_version: str, rollout: RolloutConfig, log_path: str | Path):
@@ -62,8 +62,8 @@ class LocalServer:
         self.rollout = rollout
         self.log_path = Path(log_path)
         self._port = rollout.port
-        self._held: socket.socket | None = None
-        self._process: subprocess.Popen | None = None
+        self._port_holder: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> LocalServer:
         self.start()
@@ -74,8 +74,8 @@ class LocalServer:
 
     @property
     def url(self) -> str:
-        """Base address, known once :meth:`start` was called. It survives :meth:`restart`; outside Linux, unless another
-        process took the port."""
+        """Base address, known once :meth:`start` was called. It stays the same over a :meth:`restart`; outside Linux it
+        does unless another process took the port."""
         if self._port == 0:
             raise ServerStartError("the rollout server has no address yet: call start() first")
         host = f"[{self.rollout.host}]" if ":" in self.rollout.host else self.rollout.host
@@ -87,16 +87,16 @@ class LocalServer:
         return None if self._process is None else self._process.pid
 
     def alive(self) -> bool:
-        """Whether the process is running; says nothing of its health."""
+        """Return whether the process is running, which says nothing of its health."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the process and return once it is healthy.
 
-        Raises PortInUseError before anything is started when ``rollout.port`` is taken, and ServerStartError with the
-        end of the
-        log when the process ends or is not healthy within ``rollout.startup_timeout_seconds``; nothing is left running
-        then.
+        Raises:
+            PortInUseError: ``rollout.port`` is taken; nothing has been started.
+            ServerStartError: the process ended, or was not healthy within ``rollout.startup_timeout_seconds``; with the
+                end of its log. Nothing is left running.
         """
         if self.alive():
             raise ServerStartError(f"the rollout server is already running at {self.url}")
@@ -119,7 +119,7 @@ class LocalServer:
         # using it; this copy is closed at once, so that connections are refused, not left waiting, when the child dies.
         with sock, self.log_path.open("ab") as log:
             try:
-                self._process = subprocess.Popen(
+                process = self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
                     stdout=log,
@@ -134,28 +134,28 @@ class LocalServer:
                     "of the environment that has SGLang (make sglang-cpu builds .venv-sglang)"
                 ) from error
         try:
-            self._wait_until_healthy()
+            self._wait_until_healthy(process)
             if not embedded:
-                self._check_listener()
+                self._check_listener(process)
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End the process and all that it started: its input is closed and SIGTERM sent, SIGKILL after 10 s. Nothing
-        happens when it is
-        not running. The port is free then."""
+        """End the process and all that it started, and free the port. Its input is closed and SIGTERM sent, and SIGKILL
+        after 10 s. Nothing happens where it is not running."""
         self._end_process()
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self._port_holder is not None:
+            self._port_holder.close()
+            self._port_holder = None
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
         if process is None:
             return
-        family = self._descendants(process)
-        process.stdin.close()
+        family = _session_members(process)
+        if process.stdin is not None:
+            process.stdin.close()
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(TERMINATE_SECONDS)
@@ -171,16 +171,6 @@ class LocalServer:
         self._end_process()
         self.model_path, self.weight_version = str(model_path), weight_version
         self.start()
-
-    def _descendants(self, process: subprocess.Popen) -> list[psutil.Process]:
-        """The processes of the session that ``process`` leads, or led: those that SGLang starts outlive it when it is
-        killed."""
-        family = []
-        for member in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-                if member.pid != process.pid and os.getsid(member.pid) == process.pid:
-                    family.append(member)
-        return family
 
     def _embedded_command(self, descriptor: int) -> list[str]:
         rollout = self.rollout
@@ -201,11 +191,13 @@ class LocalServer:
             ) from error
 
     def _hold_port(self) -> None:
-        """Keep the port from being given to others while nobody listens on it: SGLang binds it half a minute after its
-        start, and a server that died is started again at the same address. A second socket that is bound and does not
-        listen does that on Linux, where the server's own may be bound beside it."""
-        if self._held is None and sys.platform == "linux":
-            self._held = bind(self.rollout.host, self._port)
+        """Keep the port from being given to others while nobody listens on it.
+
+        SGLang binds it half a minute after its start, and a server that died is started again at the same address. On
+        Linux a second socket does that, which is bound and does not listen: the server's own may be bound beside it.
+        """
+        if self._port_holder is None and sys.platform == "linux":
+            self._port_holder = bind(self.rollout.host, self._port)
 
     def _environment(self) -> dict[str, str]:
         environment = {
@@ -221,15 +213,15 @@ class LocalServer:
             return environment | {"PYTHONPATH": os.pathsep.join(paths)}
         return for_sglang(environment)
 
-    def _wait_until_healthy(self) -> None:
+    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
         limit = self.rollout.startup_timeout_seconds
         deadline = time.monotonic() + limit
         with httpx.Client(timeout=10.0, trust_env=False) as http:
             while time.monotonic() < deadline:
                 stopping.raise_if_requested()
-                if not self.alive():
+                if process.poll() is not None:
                     raise ServerStartError(
-                        f"the rollout server ended with status {self._process.returncode}. {self.log_tail()}"
+                        f"the rollout server ended with status {process.returncode}. {self.log_tail()}"
                     )
                 try:
                     if http.get(f"{self.url}/health").status_code == 200:
@@ -241,26 +233,39 @@ class LocalServer:
             f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}"
         )
 
-    def _check_listener(self) -> None:
-        """See that it is our SGLang that answers: it binds its port late in its start, and by then the port may be
-        another's. What the server says of itself proves nothing, since a run that finds it may have given it newer
-        weights already."""
-        for member in [psutil.Process(self._process.pid), *self._descendants(self._process)]:
+    def _check_listener(self, process: subprocess.Popen[bytes]) -> None:
+        """Refuse a server that answers and is not the one that was started.
+
+        SGLang binds its port late in its start, and by then the port may be another's. What the server says of itself
+        proves nothing, since another run may have given it newer weights already.
+        """
+        for member in [psutil.Process(process.pid), *_session_members(process)]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                for connection in member.net_connections("inet"):
-                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self._port:
-                        return
+                connections = member.net_connections("inet")
+                if any(found.status == psutil.CONN_LISTEN and found.laddr.port == self._port for found in connections):
+                    return
         raise ServerStartError(f"another server answers at {self.url}: choose another rollout.port. {self.log_tail()}")
 
     def log_tail(self) -> str:
-        """The log's last lines, under the path of the file."""
+        """Return the log's last lines, under the path of the file."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"The end of {self.log_path}:\n" + "\n".join(lines)
 
 
+def _session_members(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the other processes of the session that ``process`` leads, or led: those that SGLang starts outlive it
+    when it is killed."""
+    members = []
+    for member in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if member.pid != process.pid and os.getsid(member.pid) == process.pid:
+                members.append(member)
+    return members
+
+
 def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without the variables that are this environment's alone: SGLang's is another one. And what torchrun says of the
-    trainer's ranks is not for it: its own rendezvous would wait for the agent's."""
+    """Return ``environment`` without the variables that are this Python's alone, since SGLang has another one, and
+    without what torchrun says of the trainer's ranks: SGLang's own rendezvous would wait for torchrun's agent."""
     return {
         name: value
         for name, value in environment.items()
@@ -269,7 +274,7 @@ def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def sglang_command(rollout: RolloutConfig, model_path: str, port: int) -> list[str]:
-    """The command line of a real SGLang server, by ``rollout`` and ``rollout.sglang``; without its weight version."""
+    """Return the command line of a real SGLang server, without its weight version."""
     settings = rollout.sglang
     command = [settings.python or sys.executable, str(SGLANG_STARTER), settings.backend]
     command += ["--model-path", model_path, "--host", rollout.host, "--port", str(port), "--dtype", rollout.dtype]

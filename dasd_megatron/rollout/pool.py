@@ -1,8 +1,7 @@
-"""Which rollout servers are asked: the health of each as a pure state machine, and the choice of the least loaded
-healthy one.
+"""The health of rollout servers as a pure state machine, and the choice of the least loaded healthy one.
 
-Nothing here talks to a server. :class:`~dasd_megatron.rollout.client.RolloutClient` reports what it saw and asks whom
-to send to.
+Nothing here talks to a server. :class:`~dasd_megatron.rollout.client.RolloutClient` reports what it saw and asks which
+server to send a request to.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ DEAD_AFTER = 3
 
 
 class Status(enum.Enum):
-    """In the order in which :meth:`ServerPool.choose` takes them, but for those that it does not take."""
+    """States of a server. :meth:`ServerPool.choose` prefers the earlier ones, and never takes a stale server."""
 
     SERVING = "serving"
     """Answers, under the current weights."""
@@ -31,12 +30,14 @@ class Status(enum.Enum):
     DEAD = "dead"
     """Failed several times in a row, or broke off an update, so that nobody knows what it holds."""
     DRAINING = "draining"
-    """Said that it is shutting down: like one that is dead, it is asked where there is no other."""
+    """Said that it is shutting down: like a dead server, it is asked where there is no other."""
     STALE = "stale"
-    """Answers, but under other weights: serves again only after a completed update."""
+    """Answers, but under other weights: it serves again only after a complete update."""
 
 
 class Event(enum.Enum):
+    """Things that a client reports of a server."""
+
     ANSWERED = "answered"
     """A request, a probe or a weight update succeeded; its version is what the server holds now."""
     FAILED = "failed"
@@ -49,7 +50,7 @@ class Event(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What is known of one server. ``failures`` in a row; ``version``: the weights that it last said to hold, None
+    """State of one server. ``failures``: how many in a row; ``version``: the weights that it last said to hold, None
     where unknown."""
 
     status: Status = Status.STARTING
@@ -58,8 +59,10 @@ class Health:
 
 
 def transition(health: Health, event: Event, *, current: str | None, version: str | None = None) -> Health:
-    """The health after ``event``. current: the weight version that counts, None where any does; version: of ANSWERED,
-    the server's."""
+    """Return the health after ``event``.
+
+    current: the weight version that counts, None where any does; version: the server's, with ANSWERED alone.
+    """
     match event:
         case Event.ANSWERED:
             fits = current is None or version == current
@@ -70,7 +73,8 @@ def transition(health: Health, event: Event, *, current: str | None, version: st
             return Health(Status.DEAD, health.failures + 1, None)
         case Event.FAILED:
             failures = health.failures + 1
-            # One that was shutting down has done so; one under other weights does not become a candidate by failing.
+            # A server that was shutting down has done so. One under other weights must not become a candidate again by
+            # failing.
             if failures >= DEAD_AFTER or health.status in (Status.DEAD, Status.DRAINING):
                 return Health(Status.DEAD, failures, health.version)
             return Health(Status.STALE if health.status is Status.STALE else Status.SUSPECT, failures, health.version)
@@ -87,7 +91,7 @@ class ServerPool:
         self.current: str | None = None
         self.health = {url.rstrip("/"): Health() for url in urls}
         self.reasons: dict[str, str] = {}
-        """Of the last event of each server."""
+        """The reason of each server's last event."""
         self._in_flight = dict.fromkeys(self.health, 0)
         self._lock = threading.Lock()
 
@@ -107,14 +111,14 @@ class ServerPool:
             self._set(url, transition(before, event, current=self.current, version=version), self.reasons[url], strayed)
 
     def doubt(self, reason: str) -> None:
-        """One of these servers may have failed, nobody knows which: those that serve are suspect until they have
-        answered again."""
+        """Suspect all servers that serve until they have answered again: one of them may have failed, and nobody knows
+        which."""
         with self._lock:
             for url in self.with_status(Status.SERVING):
                 self._set(url, Health(Status.SUSPECT, 0, self.health[url].version), reason)
 
     def expect(self, version: str | None) -> None:
-        """From now on ``version`` counts: a server that serves another is stale."""
+        """Let ``version`` count from now on: a server that serves another is stale."""
         with self._lock:
             self.current = version
             for url, health in self.health.items():
@@ -122,11 +126,14 @@ class ServerPool:
                     self.health[url] = Health(Status.STALE, 0, health.version)
 
     def with_status(self, *statuses: Status) -> list[str]:
+        """Return the servers in one of these states."""
         return [url for url, health in self.health.items() if health.status in statuses]
 
     def choose(self, avoid: Collection[str] = ()) -> str | None:
-        """Whom to send the next request: of the servers in the best status the one with the fewest requests. Those in
-        ``avoid``, which have failed this request before, come last. None where all are stale."""
+        """Return the server for the next request: of those in the best state the one with the fewest requests.
+
+        Servers in ``avoid``, which have failed this request before, come last. None where all are stale.
+        """
         for candidates in ([url for url in self.health if url not in avoid], list(avoid)):
             for statuses in ((Status.SERVING,), (Status.STARTING,), (Status.SUSPECT,), (Status.DEAD, Status.DRAINING)):
                 able = [url for url in candidates if self.health[url].status in statuses]
@@ -135,11 +142,12 @@ class ServerPool:
         return None
 
     def begin(self, url: str) -> None:
-        """A request to ``url`` begins; :meth:`end` follows."""
+        """Count a request to ``url`` as under way; :meth:`end` follows."""
         with self._lock:
             self._in_flight[url] += 1
 
     def end(self, url: str) -> None:
+        """Count a request to ``url`` as done."""
         with self._lock:
             self._in_flight[url] -= 1
 

@@ -1,9 +1,8 @@
-"""Buckets of weights for a server on the same machine: the bytes stay where they are, and what is sent says where that
-is.
+"""Buckets of weights for a server on the same machine: the bytes stay where they are, and the payload says where.
 
-The text is what SGLang's ``/update_weights_from_tensor`` reads under ``load_format=flattened_bucket``: a pickle, in
-base64, of the bucket's memory and of the tensors in it. It is written without SGLang, of globals that its own unpickler
-allows. On the CPU the memory is a file in /dev/shm, on a GPU a CUDA IPC handle.
+The payload is what SGLang's ``/update_weights_from_tensor`` reads under ``load_format=flattened_bucket``: a pickle, in
+base64, of the bucket's memory and of the tensors in it. It is written without SGLang, and names only globals that
+SGLang's unpickler allows. On the CPU the memory is a file in /dev/shm, on a GPU a CUDA IPC handle.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing import reductions
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
-"""Name, dtype and shape of one tensor of a bucket, where they lie one behind another without gaps."""
+"""Name, dtype and shape of one tensor of a bucket, in which the tensors lie end to end."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -34,36 +33,36 @@ class PayloadError(ValueError):
 
 
 class SharedBuffer:
-    """Memory of ``size`` bytes that unrelated processes can open: ``bytes`` [size] uint8. It is given back by
-    :meth:`close`, or when this process ends.
+    """Memory of ``size`` bytes that unrelated processes can open: ``bytes`` [size] uint8. It is freed by :meth:`close`,
+    or when this process ends.
 
     Raises:
         PayloadError: /dev/shm has no room.
     """
 
     def __init__(self, size: int) -> None:
-        # Beyond the limit the kernel ends the process that writes, without a word.
+        # Beyond the limit the kernel ends the process that writes, without any message.
         free = shutil.disk_usage(SHARED_MEMORY).free
         if size > free:
             raise PayloadError(
                 f"a bucket takes {size} bytes of shared memory and {SHARED_MEMORY} has {free} free: lower "
                 "rollout.weight_bucket_bytes, or mount a larger one (docker run --shm-size)"
             )
-        # torch's helper process removes the file when this process ends, however it does.
+        # torch's helper process removes the file when this process ends, however it ends.
         storage = torch.UntypedStorage._new_using_filename_cpu(size)
-        # The file is removed here alone: a receiver that was slow and comes last would remove it again, and fail.
+        # Without this count a slow receiver that closes last would remove the file too, and fail.
         storage._shared_incref()
         self.path = SHARED_MEMORY / storage._share_filename_cpu_()[1].decode().lstrip("/")
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
 
     def close(self) -> None:
-        """Receivers that have opened it keep what they hold."""
+        """Free the memory. Receivers that have opened it keep what they have."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
         self.path.unlink(missing_ok=True)
 
 
 class _Call:
-    """Pickled as the call ``function(*arguments)``."""
+    """An object that is pickled as the call ``function(*arguments)``."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self._call = function, arguments
@@ -73,7 +72,7 @@ class _Call:
 
 
 def pack(flat: torch.Tensor, entries: Sequence[Entry]) -> str:
-    """The payload of one bucket for one receiving process, which may open it once.
+    """Return the payload of a bucket for one receiving process, which may open it once.
 
     flat: [bytes] uint8, the head of a :class:`SharedBuffer`, or memory of a GPU.
     """
@@ -92,8 +91,8 @@ def pack(flat: torch.Tensor, entries: Sequence[Entry]) -> str:
 
 
 def _shared_memory(flat: torch.Tensor) -> _Call:
-    # By hand what reduce_tensor does under the sharing strategy file_system, which would have to be set for the whole
-    # process.
+    # This is what torch's reduce_tensor does under the sharing strategy file_system, which could only be set for the
+    # whole process.
     storage = flat.untyped_storage()
     place = storage._share_filename_cpu_()
     # The receiver counts down once when it opens the file.
@@ -105,25 +104,24 @@ def _shared_memory(flat: torch.Tensor) -> _Call:
 
 def _cuda_memory(flat: torch.Tensor) -> _Call:
     function, arguments = reductions.reduce_tensor(flat)
-    # The seventh names the device by its number, which another process may count differently; SGLang takes the identity
-    # too.
+    # The seventh argument is the device's number, and another process may count devices differently. SGLang takes the
+    # device's identity too.
     uuid = str(torch.cuda.get_device_properties(flat.device).uuid)
     return _Call(function, *arguments[:6], uuid, *arguments[7:])
 
 
-# ---- Reading, from the network: nothing of a payload is ever called
-# -----------------------------------------------------------
+# Reading. A payload comes from the network, and nothing that it names is ever called.
 
 
 class _Record:
-    """What a payload would have called, with what."""
+    """The arguments of a call that a payload asks for, in the place of the call."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
 
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
-# Stand for themselves, as data.
+# Names that a payload may use as plain data.
 _PLAIN = {
     ("torch", "Tensor"): "Tensor",
     ("torch.storage", "UntypedStorage"): "UntypedStorage",
@@ -133,11 +131,11 @@ _PLAIN = {
 
 
 class _Reader(pickle.Unpickler):
-    """Reads a payload into records; what it names beyond those is refused."""
+    """Reads a payload into records, and refuses all other names."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
-        # Of this payload alone: a pickle can change the attributes of classes that it names.
+        # These classes are made anew for each payload, since a pickle can change the attributes of classes it names.
         self.tensor, self.storage, self.file, self.metadata = (
             type(name, (_Record,), {}) for name in ("tensor", "storage", "file", "metadata")
         )
@@ -156,11 +154,11 @@ class _Reader(pickle.Unpickler):
 
 
 def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a payload, by name, views of the sender's memory: to be copied before it is told that they are.
+    """Return the tensors of a payload with their names. They are views of the sender's memory, and have to be copied
+    before the sender gets an answer.
 
-    data: the pickle. It is read without calling anything that it names: what it may name becomes records, and shared
-    memory is opened
-    only once these make a bucket.
+    data: the pickle. Nothing that it names is called: it is read into records, and shared memory is opened only once
+    these make a bucket.
 
     Raises:
         PayloadError: it is anything else, or its memory is gone.
@@ -174,10 +172,10 @@ def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
         raise PayloadError(f"not a pickle of a bucket: {type(error).__name__}: {error}") from error
     try:
         flat, metadata = content["flattened_tensor"], content["metadata"]
-        _, typed, (offset, (size,), (stride,), _) = _checked(flat, reader.tensor).arguments
-        opened, dtype = _checked(typed, reader.storage).arguments
-        _, manager, handle, stored, *_ = _checked(opened, reader.file).arguments
-        tensors = [_tensor(vars(_checked(entry, reader.metadata)), size) for entry in metadata]
+        _, typed, (offset, (size,), (stride,), _) = _require(flat, reader.tensor).arguments
+        opened, dtype = _require(typed, reader.storage).arguments
+        _, manager, handle, stored, *_ = _require(opened, reader.file).arguments
+        places = [_read_tensor(vars(_require(entry, reader.metadata)), size) for entry in metadata]
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise PayloadError(f"not a bucket of tensors: {error}") from error
     if (
@@ -187,17 +185,29 @@ def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
         or not 0 < size <= stored
     ):
         raise PayloadError("not a bucket of tensors: its memory has to be bytes without gaps")
-    memory = _open(manager, handle, stored)[:size]
-    return [(name, memory[start:end].view(dtype).reshape(shape)) for name, dtype, shape, start, end in tensors]
+    memory = _open_shared_memory(manager, handle, stored)[:size]
+    return [(place.name, memory[place.start : place.end].view(place.dtype).reshape(place.shape)) for place in places]
 
 
-def _checked(value: Any, kind: type) -> Any:
+class _Place(NamedTuple):
+    """A tensor of a bucket, and the bytes that it takes there."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def _require(value: Any, kind: type) -> Any:
+    """Return ``value`` if it is of exactly this class; raises ValueError."""
     if type(value) is not kind:
         raise ValueError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
-def _tensor(fields: dict[str, Any], size: int) -> tuple[str, torch.dtype, tuple[int, ...], int, int]:
+def _read_tensor(fields: dict[str, Any], size: int) -> _Place:
+    """Check a tensor's metadata against a bucket of ``size`` bytes; raises KeyError, TypeError, ValueError."""
     name, dtype, start, end = (fields[key] for key in ("name", "dtype", "start_idx", "end_idx"))
     shape = tuple(fields["shape"])
     whole = (
@@ -209,10 +219,11 @@ def _tensor(fields: dict[str, Any], size: int) -> tuple[str, torch.dtype, tuple[
         raise ValueError(f"tensor {name!r} is not within the bucket")
     if end - start != torch.Size(shape).numel() * dtype.itemsize or start % dtype.itemsize:
         raise ValueError(f"tensor {name!r} of shape {shape} does not fill bytes {start} to {end}")
-    return name, dtype, shape, start, end
+    return _Place(name, dtype, shape, start, end)
 
 
-def _open(manager: Any, handle: Any, size: int) -> torch.Tensor:
+def _open_shared_memory(manager: Any, handle: Any, size: int) -> torch.Tensor:
+    """Open ``size`` bytes of torch's shared memory, [size] uint8; raises PayloadError."""
     if (
         not isinstance(manager, bytes)
         or not isinstance(handle, bytes)

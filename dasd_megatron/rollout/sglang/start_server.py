@@ -14,10 +14,14 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 
-def prepare_cpu() -> None:
-    """Put the stand-ins in place and mend what SGLang's plain CPU path lacks."""
+def prepare_cpu() -> Any:
+    """Put the stand-ins in place and mend what SGLang's plain CPU path lacks.
+
+    Returns an object that has to live as long as the process, since definitions of operators are undone with it.
+    """
     sys.path.insert(0, str(Path(__file__).parent / "stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     # A few small functions are compiled otherwise, which takes a C++ compiler and asks Triton what it can do.
@@ -25,9 +29,9 @@ def prepare_cpu() -> None:
     import torch
 
     # torchvision's Python code registers kernels for these; the library that declares them is built for another torch.
-    prepare_cpu.torchvision = torch.library.Library("torchvision", "DEF")
+    torchvision = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
-        prepare_cpu.torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
 
@@ -37,6 +41,7 @@ def prepare_cpu() -> None:
     choices.add_deterministic_attention_backend_choices(["torch_native"])
     choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
     batch_invariant_ops.enable_batch_invariant_mode = lambda *_args, **_kwargs: None
+    return torchvision
 
 
 def keep_out_of_logs(secret: str) -> None:
@@ -56,7 +61,7 @@ def keep_out_of_logs(secret: str) -> None:
 # This is not in main because the processes that SGLang spawns need it too. They import this file again, under another
 # name.
 if sys.argv[1:2] == ["cpu"]:
-    prepare_cpu()
+    _DEFINITIONS = prepare_cpu()
 API_KEY = os.environ.get("DASD_API_KEY")
 if API_KEY is not None:
     keep_out_of_logs(API_KEY)

@@ -136,13 +136,15 @@ def test_a_server_that_comes_back_serves_only_after_an_update(tmp_path: Path) ->
 
 
 def test_who_is_back_is_of_use_if_the_weights_are_sent_again(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, a=FakeServer())
+    fleet = Fleet(tmp_path, dataclasses.replace(EXTERNAL, max_restarts=3), a=FakeServer())
     fleet.fleet.pool.expect("v1")
     fleet.fleet.pool.record(A, Event.UPDATE_FAILED)
     assert fleet.fleet.recover(fleet.streamed, fleet.directory) is None
     assert fleet.status() == {A: Status.STALE}
-    # From disk it would have got them by now, had it taken them.
+    # Where they are on disk nothing is sent again, and it would have got them by now.
     fleet.write("v1")
+    assert fleet.fleet.recover(fleet.streamed, fleet.directory) == "and no server is back"
+    assert fleet.status() == {A: Status.STALE}
     fleet.servers.by_url[A].failing = {"/update_weights_from_disk"}
     assert fleet.fleet.recover(fleet.disk, fleet.directory) == "and no server is back"
     assert fleet.status() == {A: Status.DEAD}

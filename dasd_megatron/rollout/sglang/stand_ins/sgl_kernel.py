@@ -1,5 +1,5 @@
-"""In the place of SGLang's compiled kernels: the two that its plain CPU path calls, in Python; the others raise when
-they are called.
+"""Stand-in for SGLang's compiled kernels: the two that its plain CPU path calls are here in Python. The others raise
+when they are called.
 
 ``torch.ops.sgl_kernel.convert_weight_packed`` must stay undefined: SGLang takes its presence for an AMX build.
 """

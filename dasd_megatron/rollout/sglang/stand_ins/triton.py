@@ -1,5 +1,5 @@
-"""In the place of Triton: enough for SGLang's kernel definitions to be read. None of them can run, and on a CPU none is
-asked to."""
+"""Stand-in for Triton: enough for SGLang's kernel definitions to be imported. None of them can run, and on a CPU none
+has to."""
 
 import importlib.abc
 import importlib.machinery
@@ -11,7 +11,7 @@ __path__ = []
 
 
 class _Placeholder:
-    """For classes of Triton that others derive from or annotate with."""
+    """The class in the place of each class of Triton, which others derive from or annotate with."""
 
     def __init__(self, *_args, **_kwargs):
         pass
@@ -21,7 +21,8 @@ class _Placeholder:
 
 
 class _Name(types.ModuleType):
-    """Whatever is looked up in Triton: a module, a decorator that gives its function back, a type in an annotation."""
+    """The object in the place of everything else in Triton: a module, a decorator that returns its function, a type in
+    an annotation."""
 
     def __init__(self, name):
         super().__init__(name)
