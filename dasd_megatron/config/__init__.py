@@ -1,36 +1,34 @@
-"""The typed configuration, its loading and its checks."""
+"""The typed configuration, its checks and its loading."""
 
-from dasd_megatron.config.schema import (
-    FUNCTION_PATH,
-    UMASKS,
-    WATCH_CONDITIONS,
+from dasd_megatron.config.checks import validate
+from dasd_megatron.config.checks_rollout import check_servers, is_loopback
+from dasd_megatron.config.fields import FUNCTION_PATH
+from dasd_megatron.config.loading import load_config, read_config, save_config
+from dasd_megatron.config.pipeline import stage_layers
+from dasd_megatron.config.schema import UMASKS, Config, RunConfig, field_limits, known_fields
+from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
+from dasd_megatron.config.schema_rollout import (
+    DataConfig,
+    DataSourceConfig,
+    EvaluationConfig,
+    RolloutConfig,
+    SGLangConfig,
+    VerifyConfig,
+)
+from dasd_megatron.config.schema_training import (
+    PRIVILEGED_KINDS,
     AlgorithmConfig,
     BackendConfig,
     BatchConfig,
     CheckpointConfig,
-    Config,
-    DataSourceConfig,
-    EvaluationConfig,
-    HealthConfig,
-    LoggingConfig,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PolicyLossConfig,
     PrecisionConfig,
-    RolloutConfig,
-    SGLangConfig,
+    TeacherConfig,
     TinyModelConfig,
-    VerifyConfig,
-    WatchConfig,
-    check_servers,
-    field_limits,
-    is_loopback,
-    known_fields,
-    load_config,
-    read_config,
-    save_config,
-    stage_layers,
-    validate,
+    WarmStartConfig,
 )
 
 __all__ = [
@@ -39,21 +37,27 @@ __all__ = [
     "BatchConfig",
     "CheckpointConfig",
     "Config",
+    "DataConfig",
     "DataSourceConfig",
     "EvaluationConfig",
     "FUNCTION_PATH",
     "HealthConfig",
     "LoggingConfig",
+    "ModelConfig",
     "OptimizerConfig",
+    "PRIVILEGED_KINDS",
     "ParallelConfig",
     "PolicyLossConfig",
     "PrecisionConfig",
     "RolloutConfig",
+    "RunConfig",
     "SGLangConfig",
+    "TeacherConfig",
     "TinyModelConfig",
     "UMASKS",
     "VerifyConfig",
     "WATCH_CONDITIONS",
+    "WarmStartConfig",
     "WatchConfig",
     "check_servers",
     "field_limits",

@@ -13,7 +13,7 @@ import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dasd_megatron.config import FUNCTION_PATH, Config
+from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, Config
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import load_function
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHIPPED = Path(__file__).with_name("templates")
-PRIVILEGED_KINDS = ("solution", "hint", "answer")
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 

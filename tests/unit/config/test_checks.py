@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import pathlib
-import re
 
 import pytest
 
-import dasd_megatron
-from dasd_megatron.config import (
-    Config,
-    ParallelConfig,
-    known_fields,
-    load_config,
-    read_config,
-    save_config,
-    stage_layers,
-)
+from dasd_megatron.config import load_config
 from dasd_megatron.errors import ConfigError
 
 QUICK = "experiment=quickstart"
@@ -226,60 +214,6 @@ def test_loggers_that_are_not_installed_are_refused(
     load_config([QUICK, override], needs_files=False)
 
 
-def test_the_nodes_of_a_job_are_read_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_NODELIST_HET_GROUP_1", "gpu[01-04,07]")
-    nodes = ["rollout.nodes=${oc.env:SLURM_JOB_NODELIST_HET_GROUP_1}", "rollout.port=30000"]
-    assert load_config([QUICK, "rollout=external", *nodes]).rollout.nodes == "gpu[01-04,07]"
-
-
-def test_required_fields_are_asked_for() -> None:
-    with pytest.raises(ConfigError, match="is required"):
-        load_config([])
-
-
-def test_saved_configuration_reads_back_equal(tmp_path: pathlib.Path) -> None:
-    config = load_config([QUICK, "optimizer.lr=3e-5", "evaluation.ks=[1,4]"])
-    save_config(config, tmp_path / "config.yaml")
-    assert read_config(tmp_path / "config.yaml") == config
-
-
-def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path) -> None:
-    checkpoint, data, rollouts = tmp_path / "step_000001", tmp_path / "train.jsonl", tmp_path / "rollouts"
-    checkpoint.mkdir()
-    rollouts.mkdir()
-    data.touch()
-    overrides = [
-        QUICK,
-        "evaluation=none",
-        f"resume={checkpoint}",
-        f"rollout.replay={rollouts}",
-        "data.train.generator=null",
-    ]
-    config = load_config([*overrides, f"data.train.path={data}"])
-    save_config(config, tmp_path / "config.yaml")
-    checkpoint.rmdir()
-    rollouts.rmdir()
-    data.unlink()
-    assert read_config(tmp_path / "config.yaml") == config
-    with pytest.raises(ConfigError, match="no such file"):
-        load_config([*overrides, f"data.train.path={data}"])
-
-
-def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "o'er, there=1"
-    (folder / "experiment").mkdir(parents=True)
-    (folder / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - quickstart\nrun:\n  name: mine\n  steps: 7\n"
-    )
-    config = load_config(["experiment=mine", "run.steps=8"], folder)
-    assert (config.run.name, config.run.steps, config.warm_start.steps) == ("mine", 8, 400)
-    assert load_config([QUICK], folder).run.name == "quickstart"
-    with pytest.raises(ConfigError, match="mine"):
-        load_config(["experiment=mine"])
-    with pytest.raises(ConfigError, match="--config-dir .* is no directory"):
-        load_config([QUICK], folder / "experiment" / "mine.yaml")
-
-
 @pytest.mark.parametrize("server", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1"])
 def test_servers_of_this_machine_can_share_memory(server: str) -> None:
     overrides = [
@@ -289,55 +223,3 @@ def test_servers_of_this_machine_can_share_memory(server: str) -> None:
         f"rollout.servers=['{server}']",
     ]
     assert load_config([QUICK, *overrides]).rollout.servers == [server]
-
-
-@pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])
-def test_every_algorithm_group_composes(algorithm: str) -> None:
-    assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm
-
-
-def test_every_field_is_documented_and_read() -> None:
-    """A field that nothing outside config/ names would be a knob that does nothing."""
-    fields = known_fields()
-    assert all(text for text in fields.values())
-    package = pathlib.Path(dasd_megatron.__file__).parent
-    source = "\n".join(path.read_text() for path in package.rglob("*.py") if path.parent.name != "config")
-    unread = [name for name in fields if not re.search(rf"\b{name.rsplit('.', 1)[-1]}\b", source)]
-    assert not unread
-    assert {name.split(".")[0] for name in fields} == {field.name for field in dataclasses.fields(Config)}
-
-
-STAGES = [
-    ({}, 8, [2, 2, 2, 2]),
-    ({"first_pipeline_num_layers": 1, "last_pipeline_num_layers": 1}, 8, [1, 3, 3, 1]),
-    ({"last_pipeline_num_layers": 3}, 9, [2, 2, 2, 3]),
-    ({"first_pipeline_num_layers": 4, "virtual_pipeline_model_parallel_size": 2}, 10, [4, 2, 2, 2]),
-    ({"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 3}, 8, [5, 3]),
-    ({"pipeline_model_parallel_size": 1}, 7, [7]),
-]
-
-
-@pytest.mark.parametrize(("fields", "layers", "expected"), STAGES)
-def test_layers_of_pipeline_stages(fields: dict[str, int], layers: int, expected: list[int]) -> None:
-    assert stage_layers(ParallelConfig(**({"pipeline_model_parallel_size": 4} | fields)), layers) == expected
-
-
-@pytest.mark.parametrize(
-    ("fields", "layers", "named"),
-    [
-        ({}, 9, ["pipeline_model_parallel_size = 4", "first_pipeline_num_layers"]),
-        ({"first_pipeline_num_layers": 2}, 9, ["first_pipeline_num_layers=2", "7 layers", "3 other"]),
-        ({"first_pipeline_num_layers": 8}, 8, ["0 layers"]),
-        ({"first_pipeline_num_layers": 9}, 8, ["-1 layers"]),
-        (
-            {"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 5, "last_pipeline_num_layers": 2},
-            8,
-            ["1 layers", "0 other"],
-        ),
-        ({"first_pipeline_num_layers": 3, "virtual_pipeline_model_parallel_size": 2}, 9, ["virtual", "3 layers"]),
-    ],
-)
-def test_layers_that_do_not_come_out_whole_are_refused(fields: dict[str, int], layers: int, named: list[str]) -> None:
-    with pytest.raises(ConfigError) as refused:
-        stage_layers(ParallelConfig(**({"pipeline_model_parallel_size": 4} | fields)), layers)
-    assert all(name in str(refused.value) for name in named), refused.value

@@ -1,0 +1,346 @@
+"""Sections of the configuration that the trainer reads: processes, model, method, loss, batch and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, QUANTILE_SIDES
+from dasd_megatron.config.fields import REQUIRED, alternatives, setting
+
+DECAY_STYLES = ("constant", "linear", "cosine")
+"""Courses of the learning rate after the warm-up."""
+
+PRIVILEGED_KINDS = ("solution", "hint", "answer")
+"""Kinds of text that the teacher is shown beside the problem."""
+
+
+@dataclass
+class BackendConfig:
+    """The hardware of the trainer and the limits of its processes."""
+
+    kind: str = setting(
+        "cpu", "cpu (gloo, local layers) or cuda (NCCL); cuda without a GPU is refused", choices=("cpu", "cuda")
+    )
+    transformer_impl: str = setting(
+        "auto",
+        "auto, transformer_engine or local; auto takes Transformer Engine where it is installed",
+        choices=("auto", "transformer_engine", "local"),
+    )
+    threads: int = setting(1, "CPU threads of each training process", low=1)
+    timeout_seconds: float = setting(
+        1800.0,
+        "limit of every collective, of the process group's start-up and of nodes waiting for one another, seconds; "
+        "more than rollout.step_timeout_seconds",
+        low=1,
+    )
+
+
+@dataclass
+class ParallelConfig:
+    """The spread of the model and the batch over processes."""
+
+    tensor_model_parallel_size: int = setting(1, "TP: ranks that share each layer", low=1)
+    pipeline_model_parallel_size: int = setting(1, "PP: ranks that share the stack of layers", low=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, "VPP: model chunks on each pipeline rank; null: 1F1B without interleaving", low=2
+    )
+    data_parallel_size: int = setting(1, "DP: replicas; the number of processes is TP x CP x PP x DP", low=1)
+    sequence_parallel: bool = setting(
+        False, "shard activations between tensor-parallel regions along the sequence; needs TP > 1"
+    )
+    context_parallel_size: int = setting(
+        1, "CP: ranks that share each sequence; above 1 it needs a GPU and Transformer Engine", low=1
+    )
+    first_pipeline_num_layers: int | None = setting(
+        None,
+        "layers of the first pipeline stage, over all its chunks; null: as many as the stages in the middle",
+        low=1,
+    )
+    last_pipeline_num_layers: int | None = setting(
+        None,
+        "layers of the last pipeline stage, which also has the LM head and the loss; null: as many as the stages "
+        "in the middle",
+        low=1,
+    )
+    overlap_grad_reduce: bool = setting(
+        False, "reduce gradients over replicas bucket by bucket during the last backward pass"
+    )
+    overlap_param_gather: bool = setting(
+        False,
+        "gather updated weights from the replicas bucket by bucket during the next minibatch's forward pass; needs "
+        "optimizer.distributed and overlap_grad_reduce",
+    )
+    bucket_size: int | None = setting(
+        None,
+        "overlap only: parameters that are reduced and gathered at once; null: Megatron's max(40e6, 1e6 x DP)",
+        low=1,
+    )
+
+    @property
+    def replica_size(self) -> int:
+        """Processes of one replica."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all replicas."""
+        return self.replica_size * self.data_parallel_size
+
+
+@dataclass
+class TinyModelConfig:
+    """Sizes of the model that is made in code."""
+
+    hidden_size: int = setting(192, "width", low=1)
+    num_layers: int = setting(2, "transformer layers", low=1)
+    num_attention_heads: int = setting(4, "query heads", low=1)
+    num_key_value_heads: int = setting(2, "key/value heads", low=1)
+    head_dim: int = setting(48, "width of one head", low=1)
+    intermediate_size: int = setting(704, "width of the SwiGLU feed-forward", low=1)
+    max_position_embeddings: int = setting(256, "longest sequence, tokens", low=1)
+
+
+@dataclass
+class ModelConfig:
+    """The model that the run begins from."""
+
+    path: str | None = setting(
+        None,
+        "Hugging Face directory (config.json, tokenizer, safetensors) or checkpoint from `dasd convert`; null: make "
+        "a tiny Qwen3 with random weights from model.tiny",
+    )
+    architecture: dict[str, Any] = setting(
+        {},
+        "sizes of a preset, named as in config.json: `dasd plan` reads them where model.path is null, and "
+        "config.json of model.path must agree",
+    )
+    tiny: TinyModelConfig = setting(TinyModelConfig, "architecture of the model made in code when model.path is null")
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats and recomputation in training."""
+
+    params_dtype: str = setting(
+        "fp32",
+        "fp32 or bf16: weights and activations in training; statistics, optimizer state and gradients stay fp32",
+        choices=("fp32", "bf16"),
+    )
+    recompute: str = setting(
+        "none",
+        "activations computed again in the backward pass: none, selective (those of recompute_modules) or full "
+        "(whole layers)",
+        choices=("none", "selective", "full"),
+    )
+    recompute_modules: list[str] = setting(
+        ["mlp"],
+        "recompute=selective, of each layer: mlp (most of its activations) and core_attn (little to gain, since it "
+        "is fused)",
+    )
+    fp8: str = setting(
+        "none",
+        "none, or Transformer Engine's recipe for the matrix products of the layers: delayed, tensorwise, blockwise "
+        "(from Hopper on) or mxfp8 (from Blackwell on). The LM head, the loss and its statistics stay in bf16 and "
+        "float32",
+        choices=("none", "delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_format: str = setting("hybrid", "hybrid (E4M3 forward, E5M2 backward) or e4m3", choices=("hybrid", "e4m3"))
+    bf16_first_layers: int = setting(0, "under fp8, layers at the bottom of the model that stay in bf16", low=0)
+    bf16_last_layers: int = setting(0, "under fp8, layers at the top of the model that stay in bf16", low=0)
+    fp8_check_every: int = setting(
+        20,
+        "under fp8, steps between comparisons of its log-probs with those of bf16, on the first micro-batch of a "
+        "step; 0: none",
+        low=0,
+    )
+    fp8_max_diff: float = setting(
+        0.1, "mean difference in that comparison, nats a token, above which the run warns", low=0
+    )
+
+
+@dataclass
+class AlgorithmConfig:
+    """The method that makes an advantage of each token from rewards and the teacher."""
+
+    name: str = setting("dasd", alternatives(METHODS), choices=tuple(METHODS))
+    verifier_weight: float = setting(
+        1.0, "weight of the group-relative verifier advantage; 0 trains on the teacher alone", low=0
+    )
+    normalize_std: bool = setting(True, "divide a group's centred rewards by their standard deviation")
+    beta: float = setting(REQUIRED, "weight of the teacher term; our choice, no public value", low=0)
+    rho: float = setting(0.2, "share of a rollout's tokens on the far side of the entropy threshold", low=0, high=1)
+    quantile_side: str = setting(
+        "upper",
+        "upper: tau is the (1-rho)-quantile, so the most uncertain rho are pushed away (our choice); lower: tau is "
+        "the rho-quantile",
+        choices=QUANTILE_SIDES,
+    )
+    scale_floor: float = setting(
+        REQUIRED, "least scale of the log-evidence gap in one rollout, nats; our choice, no public value", low=0
+    )
+    gate: bool = setting(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
+    rlsd_clip: float = setting(
+        0.2, "rlsd only: the teacher scales the verifier advantage by at most 1 +/- this", low=0, below=1
+    )
+    objective: str = setting(
+        "sampled",
+        "sampled: the teacher acts through the advantage of the sampled token; distributional: through a divergence "
+        "over the full vocabulary, weighted by omega, beside the verifier's surrogate",
+        choices=OBJECTIVES,
+    )
+    divergence: str = setting(
+        "reverse_kl",
+        "distributional only: reverse_kl, KL(student || teacher); forward_kl; or jsd",
+        choices=("reverse_kl", "forward_kl", "jsd"),
+    )
+    divergence_weight: float = setting(
+        0.1, "distributional only: weight of the divergence term; our choice, no public value", low=0
+    )
+    divergence_cap: float = setting(
+        2.0,
+        "distributional only: a token is not pushed away from the teacher beyond this divergence, nats; our choice",
+        low=0,
+    )
+    jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
+
+
+@dataclass
+class TeacherConfig:
+    """The self-teacher: its weights and what it is shown."""
+
+    weights: str = setting(
+        "live", "live (the current student), frozen (the student at step 0) or ema", choices=("live", "frozen", "ema")
+    )
+    ema_decay: float = setting(0.99, "teacher.weights=ema: decay per training step", low=0, high=1)
+    privileged: str = setting(
+        "solution",
+        "what the teacher sees beside the problem: solution, hint (its first part) or answer (the final answer only)",
+        choices=PRIVILEGED_KINDS,
+    )
+    hint_fraction: float = setting(
+        0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown", above=0, high=1
+    )
+    template: str | None = setting(
+        None,
+        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }} and {{ privileged }}; or "
+        "module:function, which gets the Problem and the privileged text; null: teacher.jinja",
+    )
+
+
+@dataclass
+class PolicyLossConfig:
+    """The policy loss and what happens when it is not finite."""
+
+    clip_low: float = setting(0.2, "PPO clip below: ratio >= 1 - clip_low", low=0, high=1)
+    clip_high: float = setting(0.28, "PPO clip above: ratio <= 1 + clip_high", low=0)
+    dual_clip: float | None = setting(None, "bound on the surrogate at negative advantages, > 1; null: none", above=1)
+    importance_sampling: str = setting(
+        "none",
+        "correct for the rollout engine's probabilities being others than the trainer's: none, token (each token's "
+        "ratio) or sequence (the response's), truncated, on the surrogate alone",
+        choices=("none", "token", "sequence"),
+    )
+    importance_cap: float = setting(2.0, "importance_sampling: largest ratio", above=0)
+    kl_coef: float = setting(
+        0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept", low=0
+    )
+    fused_linear: bool = setting(
+        True,
+        "token statistics straight from hidden states and LM head, block by block; false materialises all logits "
+        "of a micro-batch",
+    )
+    block_tokens: int = setting(1024, "fused_linear only: tokens of one block of logits", low=1)
+    block_columns: int = setting(8192, "fused_linear only: vocabulary columns of one block of logits", low=1)
+    max_skipped_steps: int = setting(
+        3,
+        "steps in a row with updates skipped, because logits or gradients are not finite, before the run goes back "
+        "to the last good checkpoint, with problems that come after theirs",
+        low=0,
+    )
+    max_rollbacks: int = setting(1, "times that a run goes back in this way; then it stops", low=0)
+
+
+@dataclass
+class BatchConfig:
+    """Rollouts of one step and their division into forward passes."""
+
+    groups: int = setting(16, "prompts of one step", low=1)
+    samples_per_group: int = setting(8, "rollouts of each prompt", low=1)
+    minibatches: int = setting(1, "optimizer steps over one batch of rollouts", low=1)
+    epochs: int = setting(1, "passes over one batch of rollouts", low=1)
+    micro_batch_size: int = setting(16, "most sequences of one forward pass", low=1)
+    micro_batch_tokens: int | None = setting(
+        32768,
+        "most tokens of one forward pass, padding included, so that long rollouts go in smaller groups, at least "
+        "one; null: no limit",
+        low=1,
+    )
+    packing: bool = setting(
+        False,
+        "lay the sequences of a micro-batch end to end instead of padding them to the longest; each attends to "
+        "itself alone. Micro-batches then hold nearly equal numbers of tokens",
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam and the learning rate."""
+
+    lr: float = setting(REQUIRED, "peak learning rate", low=0)
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0)
+    warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
+    decay_style: str = setting("constant", "constant, linear or cosine", choices=DECAY_STYLES)
+    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
+    adam_beta1: float = setting(0.9, "Adam's first-moment decay", low=0, below=1)
+    adam_beta2: float = setting(0.95, "Adam's second-moment decay", low=0, below=1)
+    adam_eps: float = setting(1e-8, "Adam's epsilon", low=0)
+    clip_grad: float = setting(1.0, "gradients are scaled to at most this global L2 norm", low=0)
+    distributed: bool = setting(True, "shard optimizer state over data-parallel ranks")
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised fine-tuning before reinforcement."""
+
+    steps: int = setting(0, "steps of supervised fine-tuning before reinforcement; 0: none", low=0)
+    batch_size: int = setting(64, "examples of one step", low=1)
+    micro_batch_size: int | None = setting(None, "sequences of one forward pass; null: batch.micro_batch_size", low=1)
+    lr: float = setting(1e-3, "peak learning rate, after a linear warm-up", low=0)
+    decay_style: str = setting(
+        "cosine", "constant, linear or cosine; the last two end at a tenth of the peak", choices=DECAY_STYLES
+    )
+    warmup_steps: int = setting(20, "steps of linear warm-up", low=0)
+    hidden_dropout: float = setting(
+        0.0, "share of the hidden states that is dropped; reinforcement drops none", low=0, high=1, below=1
+    )
+    privileged_share: float = setting(
+        0.5,
+        "share of examples whose prompt shows the reference solution, so that the self-teacher can use it",
+        low=0,
+        high=1,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints and exports are written and how long they are kept."""
+
+    every: int = setting(10, "steps between checkpoints; 0: only at the end and on failure", low=0)
+    keep_last: int = setting(2, "checkpoints to keep", low=1)
+    keep_every: int = setting(
+        0, "checkpoints whose step is a multiple of this are kept for good, beside keep_last; 0: none", low=0
+    )
+    async_save: bool = setting(True, "a process of its own writes and hashes the files while training goes on")
+    export_every: int = setting(
+        0,
+        "beside checkpoints whose step is a multiple of this, the model as a Hugging Face directory step_<n>.hf, "
+        "kept for good; 0: none",
+        low=0,
+    )
+    grace_seconds: float = setting(
+        300.0,
+        "limit for saving and ending after SIGTERM or SIGUSR1, seconds; then the processes are killed, and the "
+        "last checkpoint holds",
+        low=1,
+    )

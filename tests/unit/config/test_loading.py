@@ -1,0 +1,71 @@
+"""Configurations are composed of groups and overrides, saved, and read back."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from dasd_megatron.config import load_config, read_config, save_config
+from dasd_megatron.errors import ConfigError
+
+QUICK = "experiment=quickstart"
+
+
+def test_the_nodes_of_a_job_are_read_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST_HET_GROUP_1", "gpu[01-04,07]")
+    nodes = ["rollout.nodes=${oc.env:SLURM_JOB_NODELIST_HET_GROUP_1}", "rollout.port=30000"]
+    assert load_config([QUICK, "rollout=external", *nodes]).rollout.nodes == "gpu[01-04,07]"
+
+
+def test_required_fields_are_asked_for() -> None:
+    with pytest.raises(ConfigError, match="is required"):
+        load_config([])
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: pathlib.Path) -> None:
+    config = load_config([QUICK, "optimizer.lr=3e-5", "evaluation.ks=[1,4]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path) -> None:
+    checkpoint, data, rollouts = tmp_path / "step_000001", tmp_path / "train.jsonl", tmp_path / "rollouts"
+    checkpoint.mkdir()
+    rollouts.mkdir()
+    data.touch()
+    overrides = [
+        QUICK,
+        "evaluation=none",
+        f"resume={checkpoint}",
+        f"rollout.replay={rollouts}",
+        "data.train.generator=null",
+    ]
+    config = load_config([*overrides, f"data.train.path={data}"])
+    save_config(config, tmp_path / "config.yaml")
+    checkpoint.rmdir()
+    rollouts.rmdir()
+    data.unlink()
+    assert read_config(tmp_path / "config.yaml") == config
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config([*overrides, f"data.train.path={data}"])
+
+
+def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "o'er, there=1"
+    (folder / "experiment").mkdir(parents=True)
+    (folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - quickstart\nrun:\n  name: mine\n  steps: 7\n"
+    )
+    config = load_config(["experiment=mine", "run.steps=8"], folder)
+    assert (config.run.name, config.run.steps, config.warm_start.steps) == ("mine", 8, 400)
+    assert load_config([QUICK], folder).run.name == "quickstart"
+    with pytest.raises(ConfigError, match="mine"):
+        load_config(["experiment=mine"])
+    with pytest.raises(ConfigError, match="--config-dir .* is no directory"):
+        load_config([QUICK], folder / "experiment" / "mine.yaml")
+
+
+@pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])
+def test_every_algorithm_group_composes(algorithm: str) -> None:
+    assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm
