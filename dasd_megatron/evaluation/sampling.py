@@ -28,7 +28,8 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
 from dasd_megatron.files import replace_file
 from dasd_megatron.observability.progress import Phase, ProgressDisplay
-from dasd_megatron.rollout.client import Completion, RolloutClient, sampling_params, sampling_seed
+from dasd_megatron.rollout.answers import Completion
+from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader

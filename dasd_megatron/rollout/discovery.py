@@ -23,15 +23,14 @@ import httpx
 from dasd_megatron import access
 from dasd_megatron.access import AccessError
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import (
+from dasd_megatron.rollout.client import RolloutClient, make_client
+from dasd_megatron.rollout.pool import Event, Status
+from dasd_megatron.rollout.transport import (
     DENIED_STATUS,
     AccessDeniedError,
     RequestRefusedError,
-    RolloutClient,
     RolloutServerError,
-    make_client,
 )
-from dasd_megatron.rollout.pool import Event, Status
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

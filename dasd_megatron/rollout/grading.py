@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.rollout.client import Completion, RolloutClient, sampling_params
+from dasd_megatron.rollout.answers import Completion
+from dasd_megatron.rollout.client import RolloutClient, sampling_params
 from dasd_megatron.rollout.limits import step_limit
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader

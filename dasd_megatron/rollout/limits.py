@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from dasd_megatron import stopping
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import RolloutServerError
+from dasd_megatron.rollout.transport import RolloutServerError
 
 ALONGSIDE_SECONDS = 2.0
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from transformers import PretrainedConfig
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import ClientFactory, MemoryTag, RolloutClient, RolloutServerError, make_client
+from dasd_megatron.rollout.client import ClientFactory, MemoryTag, RolloutClient, make_client
 from dasd_megatron.rollout.discovery import (
     WrongModelError,
     check_log_probs,
@@ -26,6 +26,7 @@ from dasd_megatron.rollout.discovery import (
 )
 from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.training.export import StoredWeights, WeightDirectory
 from dasd_megatron.training.weight_sync.base import WeightSync, WeightSyncError
 

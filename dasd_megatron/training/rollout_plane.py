@@ -21,11 +21,12 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import RolloutClient, RolloutServerError
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.collector import Batch, Collector
 from dasd_megatron.rollout.discovery import DiscoveryError, WrongModelError, find_servers
 from dasd_megatron.rollout.local_server import ServerStartError
 from dasd_megatron.rollout.pool import Status
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares

@@ -1,6 +1,6 @@
 """Sampling that gives each response which did not come to an end a second chance."""
 
-from dasd_megatron.rollout.client import Completion
+from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.collector import Generate, RolloutRequest
 
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.rollout.client import RolloutClient, WeightVersionError
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
     WrongModelError,
@@ -32,6 +32,7 @@ from dasd_megatron.rollout.discovery import (
 )
 from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.rollout.pool import Status
+from dasd_megatron.rollout.transport import WeightVersionError
 from tests.support.runs import SMALL
 from tests.support.servers import router_python, routing, sglang_python
 

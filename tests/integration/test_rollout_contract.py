@@ -33,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.models.tiny import character_tokenizer, make_tiny_model
-from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.local_server import LocalServer, PortInUseError, ServerStartError
+from dasd_megatron.rollout.transport import RequestRefusedError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 from tests.support.servers import sglang_python

@@ -13,7 +13,8 @@ import torch
 from transformers import Qwen3Config
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import Answer, RolloutClient
+from dasd_megatron.rollout.answers import Answer
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.local_server import ServerStartError
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_payload import Entry

@@ -22,6 +22,10 @@ class GrowingLayer(DynamicLayer):
     [B, heads, length, head_dim] of the filled part.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+    buffers: tuple[torch.Tensor, ...]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +45,7 @@ class GrowingLayer(DynamicLayer):
     def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take over keys and values of another batch or length."""
         self.keys, self.values = keys, values
-        self.buffers: tuple[torch.Tensor, ...] = (keys, values)
+        self.buffers = (keys, values)
 
 
 def _with_columns(states: torch.Tensor, filled: int, columns: int) -> torch.Tensor:
@@ -51,14 +55,16 @@ def _with_columns(states: torch.Tensor, filled: int, columns: int) -> torch.Tens
     return buffer
 
 
-def new_cache(num_layers: int) -> DynamicCache:
-    """Return an empty cache of full-length layers, even for sliding-window models.
+class GrowingCache(DynamicCache):
+    """An empty cache of full-length layers, even for sliding-window models.
 
     The attention mask still limits the window, and rows of unequal age can be merged.
     """
-    cache = DynamicCache()
-    cache.layers = [GrowingLayer() for _ in range(num_layers)]
-    return cache
+
+    def __init__(self, num_layers: int):
+        super().__init__()
+        self.growing_layers = [GrowingLayer() for _ in range(num_layers)]
+        self.layers = [*self.growing_layers]
 
 
 class DecodingBatch:
@@ -69,7 +75,7 @@ class DecodingBatch:
     next_ids stand in their own sequences.
     """
 
-    def __init__(self, rows: list[Row], cache: DynamicCache, mask: torch.Tensor, positions: torch.Tensor):
+    def __init__(self, rows: list[Row], cache: GrowingCache, mask: torch.Tensor, positions: torch.Tensor):
         self.rows = rows
         self.cache = cache
         self.mask = mask
@@ -100,7 +106,7 @@ class DecodingBatch:
         mask = self.mask[index]
         start = int(mask.any(0).nonzero()[0])
         self.mask = mask[:, start:]
-        for layer in self.cache.layers:
+        for layer in self.cache.growing_layers:
             layer.replace(layer.keys[index, :, start:], layer.values[index, :, start:])
         self.positions, self.next_ids = self.positions[index], self.next_ids[index]
         self.rows = [self.rows[i] for i in keep]
@@ -118,9 +124,9 @@ class DecodingBatch:
         # All layers are computed before any is changed. Where memory runs out, this batch stays as it was.
         layers = [
             [torch.cat([pad(a, -2), pad(b, -2)]) for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))]
-            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
+            for mine, theirs in zip(self.cache.growing_layers, other.cache.growing_layers, strict=True)
         ]
-        for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
+        for layer, (keys, values) in zip(self.cache.growing_layers, layers, strict=True):
             layer.replace(keys, values)
         self.mask = torch.cat([pad(self.mask, -1), pad(other.mask, -1)])
         self.positions = torch.cat([self.positions, other.positions])

@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from dasd_megatron.rollout.embedded.batch import (
     DecodingBatch,
-    new_cache,
+    GrowingCache,
     pad_left,
     positions_of,
     prefill_groups,
@@ -90,12 +89,14 @@ class Engine:
         self.dtype = dtype
         self.max_batch_size = max_batch_size
         self.deterministic = deterministic
-        self.vocab_size = self.model.get_input_embeddings().weight.shape[0]
-        self.context_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(self.context_length, int):
+        embeddings: Any = self.model.get_input_embeddings()
+        self.vocab_size: int = embeddings.weight.shape[0]
+        context_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(context_length, int):
             raise ModelDirectoryError(
                 f"{model_path}/config.json has no max_position_embeddings: the context length is unknown"
             )
+        self.context_length = context_length
         self.eos_ids = self._end_of_sequence_ids()
         self.num_layers = self.config.get_text_config().num_hidden_layers
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
@@ -130,7 +131,7 @@ class Engine:
 
         Batched decoding would be silently wrong otherwise. Raises ModelDirectoryError.
         """
-        cache = new_cache(self.num_layers)
+        cache = GrowingCache(self.num_layers)
         token = torch.zeros(1, 1, dtype=torch.int64)
         try:
             self._forward(token, torch.ones_like(token), torch.zeros_like(token), cache, last_only=True)
@@ -139,7 +140,7 @@ class Engine:
                 f"the embedded server cannot run {self.model_path}: {type(error).__name__}: "
                 f"{message_in_one_line(error)}"
             ) from error
-        if not all(layer.is_initialized and layer.keys.shape[-2] == 1 for layer in cache.layers):
+        if not all(layer.is_initialized and layer.keys.shape[-2] == 1 for layer in cache.growing_layers):
             raise ModelDirectoryError(
                 f"{self.model_path} is not a pure attention model: it does not keep its state in a key/value cache. "
                 "Serve it with SGLang."
@@ -444,12 +445,12 @@ class Engine:
         length = batch.mask.shape[1]
         # The last token of each row is drawn, but not yet read.
         ids, _ = pad_left([[*row.prompt, *row.output_ids[:-1]][-length:] for row in batch.rows], length)
-        cache = new_cache(self.num_layers)
+        cache = GrowingCache(self.num_layers)
         self._forward(ids, batch.mask, positions_of(batch.mask), cache, last_only=True)
         batch.cache = cache
 
     def _forward(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, last_only: bool
+        self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: GrowingCache, last_only: bool
     ) -> torch.Tensor:
         """Run [B, S] tokens at the end of the cache; returns logits [B, S, V], or [B, 1, V] with ``last_only``."""
         past = mask.shape[1] - input_ids.shape[1]
@@ -506,14 +507,14 @@ class Engine:
         index = {prompt: i for i, prompt in enumerate(distinct)}
         longest = max(map(len, distinct))
         ids, mask = pad_left(distinct, longest)
-        cache = new_cache(self.num_layers)
+        cache = GrowingCache(self.num_layers)
         wants_prompt = any(row.logprob_start < len(row.prompt) for row in rows)
         logits = self._forward(ids, mask, positions_of(mask), cache, last_only=not wants_prompt)
         select = torch.tensor([index[tuple(row.prompt)] for row in rows])
         if wants_prompt:
             for row, i in zip(rows, select.tolist(), strict=True):
                 record_prompt_log_probs(row, logits[i, longest - len(row.prompt) :])
-        for layer in cache.layers:
+        for layer in cache.growing_layers:
             layer.replace(layer.keys[select], layer.values[select])
         batch = DecodingBatch(rows, cache, mask[select], mask.sum(-1)[select])
         self._draw_tokens(batch, logits[select, -1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -37,7 +38,8 @@ def load_model(path: str, dtype: torch.dtype, config: PretrainedConfig | None = 
         _check_same_architecture(path, config)
     try:
         with torch.inference_mode(False):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            # The type is a pair where output_loading_info is set, which transformers does not declare.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=copy.deepcopy(config),
                 dtype=dtype,
@@ -51,6 +53,7 @@ def load_model(path: str, dtype: torch.dtype, config: PretrainedConfig | None = 
         raise ModelDirectoryError(
             f"cannot load a causal LM from {path}: {type(error).__name__}: {message_in_one_line(error)}"
         ) from error
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])

@@ -55,7 +55,10 @@ def _log_prob_fields(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     }
     if row.top_logprobs:
         for name, tops in (("input_top_logprobs", row.input_top), ("output_top_logprobs", row.top)):
-            fields[name] = [None if top is None else _triples(*zip(*top, strict=True), speller) for top in tops]
+            fields[name] = [
+                None if top is None else _triples([log_prob for log_prob, _ in top], [i for _, i in top], speller)
+                for top in tops
+            ]
     return fields
 
 

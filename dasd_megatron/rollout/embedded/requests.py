@@ -314,6 +314,7 @@ def _request_ids(rid: str | list[str] | None, single: bool, size: int, n: int) -
             raise InvalidRequestError(f"Duplicate request IDs detected within the request: {duplicates}")
         if n == 1:
             return rid
-    if rid is None or n > 1:  # SGLang gives parallel samples fresh ids
-        return [uuid.uuid4().hex for _ in range(size * n)]
-    return [rid] if single else [f"{rid}_{i}" for i in range(size)]
+    if isinstance(rid, str) and n == 1:
+        return [rid] if single else [f"{rid}_{i}" for i in range(size)]
+    # SGLang gives parallel samples fresh ids.
+    return [uuid.uuid4().hex for _ in range(size * n)]

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import ClientFactory, RolloutServerError, make_client
+from dasd_megatron.rollout.client import ClientFactory, make_client
 from dasd_megatron.rollout.pool import ServerPool
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import Entry
 from dasd_megatron.training.weight_sync.send import LEAVE_SECONDS, BucketSender, BucketSync, Future

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import ClientFactory, RolloutServerError, make_client
+from dasd_megatron.rollout.client import ClientFactory, make_client
 from dasd_megatron.rollout.pool import ServerPool
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_payload import Entry, PayloadError
 from dasd_megatron.training.export import Policy
 from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import ClientFactory, RolloutServerError, make_client
+from dasd_megatron.rollout.client import ClientFactory, make_client
 from dasd_megatron.rollout.pool import ServerPool
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.training.weight_sync.base import WeightSyncError
 

@@ -20,7 +20,8 @@ from dasd_megatron.evaluation.standalone import evaluate_model
 from dasd_megatron.evaluation.summary import MACRO_AVERAGE, OURS, print_table, write_metrics
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.client import Completion, RolloutServerError
+from dasd_megatron.rollout.answers import Completion
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()

@@ -18,9 +18,11 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.plugins import PluginError
+from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import Completion, RolloutClient, RolloutServerError
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.collector import Collector
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.samples import version_name
 from dasd_megatron.verify.grader import Grader
 

@@ -16,7 +16,7 @@ from transformers import Qwen3Config
 
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import discovery
-from dasd_megatron.rollout.client import RequestRefusedError, RolloutClient, RolloutServerError
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.discovery import (
     DiscoveryError,
     WrongModelError,
@@ -30,6 +30,7 @@ from dasd_megatron.rollout.discovery import (
     router_servers,
 )
 from dasd_megatron.rollout.pool import Event, Status
+from dasd_megatron.rollout.transport import RequestRefusedError, RolloutServerError
 
 MODEL = Qwen3Config(
     architectures=["Qwen3ForCausalLM"],

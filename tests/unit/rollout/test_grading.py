@@ -15,9 +15,11 @@ from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout import limits
-from dasd_megatron.rollout.client import Answer, Completion, RolloutClient, RolloutServerError, make_client
+from dasd_megatron.rollout.answers import Answer, Completion
+from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.grading import generate, make_samples
 from dasd_megatron.rollout.limits import meanwhile, step_limit
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.verify.grader import Grader
 
 TOKENIZER = character_tokenizer()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import RolloutServerError
 from dasd_megatron.rollout.discovery import WrongModelError
 from dasd_megatron.rollout.pool import Event, Status
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.training import export
 from dasd_megatron.training.export import Policy, StoredWeights, WeightDirectory
 from dasd_megatron.training.fleet import ServerFleet

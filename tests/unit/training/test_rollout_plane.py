@@ -16,8 +16,9 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
-from dasd_megatron.rollout.client import RolloutClient, RolloutServerError
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.pool import Event
+from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.training import export, rollout_plane
 from dasd_megatron.training.export import Policy

@@ -12,7 +12,7 @@ from dasd_megatron.config import VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.rollout.client import Completion
+from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader

@@ -1,0 +1,303 @@
+"""What rollout servers answer: an answer is checked here in whole, and read only when it is sound.
+
+A sound answer of /generate has as many rows as were asked for, at least one token a row and no more than were asked
+for, ids of the vocabulary, one finite log-prob per token, and the expected weight version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+LOG_PROB_TOLERANCE = 1e-3
+"""Rounding may put a certain token's log-prob a little above 0."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled response.
+
+    ``log_probs`` are natural logs after temperature, one per token of ``output_ids``, the stop token included.
+    weight_versions: (version, tokens) of each stretch of tokens, in order; more than one where the weights were updated
+    meanwhile. response_mask: as in :class:`~dasd_megatron.samples.Sample`; servers sample every token.
+    """
+
+    output_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+    weight_versions: list[tuple[str, int]]
+    text: str
+    response_mask: list[int] | None = None
+
+    @property
+    def weight_version(self) -> str:
+        """The version of its last token, which the server held when it answered."""
+        return self.weight_versions[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server sent back to a request for ``path``."""
+
+    path: str
+    status: int
+    content: bytes
+
+
+class FailedTryError(Exception):
+    """A request that got no answer, or one that cannot be used. It may be made again."""
+
+
+class OtherVersionError(FailedTryError):
+    """An answer under another weight version than the expected one: under ``version``, where that is known."""
+
+    def __init__(self, what: str, version: str | None = None):
+        super().__init__(what)
+        self.version = version
+
+
+def ignore_answer(response: Answer) -> None:
+    """Accept any answer, where the status says it all."""
+
+
+def check_success(response: Answer) -> None:
+    """Raise FailedTryError unless the answer says that the call succeeded."""
+    answer = read_json_object(response)
+    if answer.get("success") is not True:
+        raise FailedTryError(f"{response.path} failed: {answer.get('message')!r}")
+
+
+def read_json(response: Answer) -> Any:
+    """Parse an answer; raises FailedTryError where it is not JSON."""
+    try:
+        return orjson.loads(response.content)
+    except ValueError as error:
+        raise FailedTryError(
+            f"{response.path} answered what is not JSON ({error}): {response.content[:80]!r}"
+        ) from error
+
+
+def read_json_object(response: Answer) -> dict[str, Any]:
+    """Parse an answer; raises FailedTryError where it is not a JSON object."""
+    answer = read_json(response)
+    if not isinstance(answer, dict):
+        raise FailedTryError(f"{response.path} answered {_type_name(answer)} instead of an object")
+    return answer
+
+
+def _type_name(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def error_message(response: Answer) -> str:
+    """Return the server's own words, from any of SGLang's error bodies."""
+    try:
+        body = orjson.loads(response.content)
+    except ValueError:
+        return response.content.decode(errors="replace")[:300]
+    if isinstance(body, dict):
+        error = body.get("error")
+        message = error.get("message") if isinstance(error, dict) else error
+        return str(message or body.get("message") or body.get("detail") or body)[:1000]
+    return str(body)[:300]
+
+
+def read_checksums(response: Answer) -> list[dict[str, str]]:
+    """Return the checksums of /weights_checker: those of each process, in the order of tensor-parallel ranks."""
+    check_success(response)
+    ranks: Any = read_json_object(response).get("ranks")
+    try:
+        return [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
+    except (TypeError, KeyError, IndexError) as error:
+        raise FailedTryError(f"{response.path} answered no checksums: {str(ranks)[:80]}") from error
+
+
+def read_completions(
+    response: Answer,
+    sampling_params: Sequence[dict[str, Any]],
+    weight_version: str | Collection[str] | None,
+    vocab_size: int | None = None,
+) -> list[Completion]:
+    """Read the completions of an answer of /generate; raises as :func:`check_completions`."""
+    with _without_cycle_collection():
+        return check_completions(read_json(response), sampling_params, weight_version, vocab_size)
+
+
+@contextlib.contextmanager
+def _without_cycle_collection() -> Iterator[None]:
+    """Switch Python's search for cycles off in the body, which parses long answers.
+
+    Three lists a token would make Python search the whole process again and again, and JSON has no cycles.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def check_completions(
+    answer: Any,
+    sampling_params: Sequence[dict[str, Any]],
+    weight_version: str | Collection[str] | None,
+    vocab_size: int | None = None,
+) -> list[Completion]:
+    """Check a parsed batch answer of /generate and return its completions; raises FailedTryError for anything unsound.
+
+    sampling_params: those of the request, one per row; a row has at most its ``max_new_tokens`` tokens, where given.
+    weight_version: the version that every token must have, or the versions that it may have; None accepts any, and
+    another version raises OtherVersionError. vocab_size: ids are in [0, vocab_size); None sets no upper bound.
+    """
+    rows = len(sampling_params)
+    if not isinstance(answer, list):
+        raise FailedTryError(f"/generate answered {_type_name(answer)} instead of a list of {rows} rows")
+    if len(answer) != rows:
+        raise FailedTryError(f"/generate answered {len(answer)} rows instead of {rows}")
+    return [
+        _read_row(row, index, params.get("max_new_tokens"), weight_version, vocab_size)
+        for index, (row, params) in enumerate(zip(answer, sampling_params, strict=True))
+    ]
+
+
+def _read_row(
+    row: Any,
+    index: int,
+    max_new_tokens: int | None,
+    weight_version: str | Collection[str] | None,
+    vocab_size: int | None,
+) -> Completion:
+    meta = row.get("meta_info") if isinstance(row, dict) else None
+    if not isinstance(meta, dict):
+        raise _unsound(index, "no meta_info")
+    reason = meta.get("finish_reason")
+    if not isinstance(reason, dict) or not isinstance(reason.get("type"), str):
+        raise _unsound(index, f"finish_reason is {reason!r}")
+    if reason["type"] == "abort":
+        raise FailedTryError(f"row {index} was aborted by the server: {reason.get('message')!r}")
+    ids = _read_ids(row, index, reason["type"], max_new_tokens, vocab_size)
+    log_probs = _read_log_probs(meta, index, ids)
+    text = row.get("text", "")  # a server started without a tokenizer sends none
+    if not isinstance(text, str):
+        raise _unsound(index, f"text is {_type_name(text)}")
+    versions = _read_versions(meta, index, len(ids))
+    if weight_version is not None:
+        accepted = {weight_version} if isinstance(weight_version, str) else weight_version
+        if any(version not in accepted for version, _ in versions):
+            found = " and ".join(sorted({repr(version) for version, _ in versions}))
+            wanted = " or ".join(sorted(map(repr, accepted)))
+            raise OtherVersionError(
+                f"expected weight version {wanted}, but row {index} was sampled under {found}",
+                str(meta.get("weight_version")),
+            )
+    return Completion(ids, log_probs, reason["type"], versions, text)
+
+
+def _unsound(index: int, what: str) -> FailedTryError:
+    return FailedTryError(f"/generate answered garbage in row {index}: {what}")
+
+
+def _read_ids(
+    row: dict[str, Any], index: int, reason: str, max_new_tokens: int | None, vocab_size: int | None
+) -> list[int]:
+    ids = row.get("output_ids")
+    if not isinstance(ids, list) or not _all_of_type(ids, int):
+        raise _unsound(index, "output_ids is not a list of integers")
+    if not ids:
+        # Every response ends with a stop token or at the limit, so that even the shortest has one token.
+        raise _unsound(index, f"no tokens, but finish_reason {reason!r}")
+    if max_new_tokens is not None and len(ids) > max_new_tokens:
+        raise _unsound(index, f"{len(ids)} tokens, but max_new_tokens is {max_new_tokens}")
+    largest = math.inf if vocab_size is None else vocab_size - 1
+    if min(ids) < 0 or max(ids) > largest:
+        position, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token <= largest)
+        bounds = "is negative" if vocab_size is None else f"is outside the vocabulary of {vocab_size}"
+        raise _unsound(index, f"id {token} of token {position} {bounds}")
+    return ids
+
+
+def _read_log_probs(meta: dict[str, Any], index: int, ids: list[int]) -> list[float]:
+    """Return the log-prob of each of ``ids``."""
+    triples = meta.get("output_token_logprobs")
+    if not isinstance(triples, list) or not _all_of_type(triples, list):
+        triples = []
+    columns = list(zip(*triples, strict=False))
+    if len(columns) < 2:  # as many as the shortest triple has
+        raise _unsound(index, "output_token_logprobs is missing or not a list of [log-prob, id, text]")
+    if len(triples) != len(ids):
+        raise _unsound(index, f"{len(triples)} log-probs for {len(ids)} tokens")
+    # All values are checked at once, at the speed of C. They are looked at singly only to say which is wrong.
+    log_probs, tokens = columns[:2]
+    if (
+        not _all_of_type(log_probs, int, float)
+        or not all(map(math.isfinite, log_probs))
+        or max(log_probs) > LOG_PROB_TOLERANCE
+    ):
+        position, value = next((i, value) for i, value in enumerate(log_probs) if not _is_log_prob(value))
+        raise _unsound(index, f"log-prob {value!r} of token {position}")
+    if list(tokens) != ids:
+        position = next(i for i, (token, drawn) in enumerate(zip(tokens, ids, strict=True)) if token != drawn)
+        raise _unsound(index, f"log-prob {position} belongs to token {tokens[position]!r}, not to {ids[position]}")
+    return list(map(float, log_probs))
+
+
+def _all_of_type(values: Sequence[Any], *types: type) -> bool:
+    """Return whether each value is of exactly one of ``types``: True is no int."""
+    found = list(map(type, values))
+    return sum(map(found.count, types)) == len(found)
+
+
+def _is_log_prob(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value <= LOG_PROB_TOLERANCE
+
+
+def _read_versions(meta: dict[str, Any], index: int, length: int) -> list[tuple[str, int]]:
+    """Return (version, tokens) of each stretch of a response of ``length`` tokens."""
+    spans = meta.get("weight_versions")
+    if not spans:
+        return [(str(meta.get("weight_version")), length)]
+    versions, end = [], 0
+    for span in spans if isinstance(spans, list) else []:
+        if (
+            not isinstance(span, dict)
+            or span.get("start") != end
+            or type(span.get("end")) is not int
+            or span["end"] < end
+        ):
+            break
+        if span["end"] > end:
+            versions.append((str(span.get("version")), span["end"] - end))
+        end = span["end"]
+    else:
+        if end == length:
+            return versions
+    raise _unsound(index, f"weight_versions {spans!r} are not spans of {length} tokens")
+
+
+def read_prompt_log_probs(response: Answer, input_ids: Sequence[int]) -> list[float]:
+    """Return the log-probs of all of ``input_ids`` but the first; raises FailedTryError for an unsound answer."""
+    answer = read_json(response)
+    if not isinstance(answer, list) or len(answer) != 1 or not isinstance(answer[0], dict):
+        raise _unsound_prompt(f"{_type_name(answer)} instead of a list of one row")
+    meta = answer[0].get("meta_info")
+    triples = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
+    if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) >= 2 for t in triples):
+        raise _unsound_prompt("input_token_logprobs is missing or not a list of [log-prob, id, text]")
+    if [triple[1] for triple in triples] != list(input_ids):
+        raise _unsound_prompt("input_token_logprobs are not those of the prompt")
+    values = [triple[0] for triple in triples[1:]]
+    for value in values:
+        if not _is_log_prob(value):
+            raise _unsound_prompt(f"log-prob {value!r} of a prompt token")
+    return [float(value) for value in values]
+
+
+def _unsound_prompt(what: str) -> FailedTryError:
+    return FailedTryError(f"/generate answered garbage: {what}")
