@@ -1,4 +1,4 @@
-"""What rollout servers answer: an answer is checked here in whole, and read only when it is sound.
+"""Checks on what rollout servers answer: an answer is read only when it is sound in whole.
 
 A sound answer of /generate has as many rows as were asked for, at least one token a row and no more than were asked
 for, ids of the vocabulary, one finite log-prob per token, and the expected weight version.
@@ -43,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server sent back to a request for ``path``."""
+    """The response of a server to a request for ``path``."""
 
     path: str
     status: int
