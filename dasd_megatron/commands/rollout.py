@@ -52,7 +52,7 @@ def sample_steps(config: Config, root: Path) -> None:
         ConfigError: the configuration cannot run, or ``model.path`` is a Megatron checkpoint.
         RolloutServerError, PluginError, GraderError: see :meth:`Collector.take`; the steps that are done stay.
     """
-    require_hf_directory(config)
+    require_hf_directory(config.model.path)
     paths = prepare_run(config, root)
     model = start_path(config, paths)
     tokenizer = load_tokenizer(start_hf_files(config, paths))

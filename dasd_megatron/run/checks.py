@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.access import AccessError, api_key
 from dasd_megatron.algorithms.methods import METHODS
@@ -35,12 +36,11 @@ def check_key(config: Config) -> None:
         check_access(config.rollout)
 
 
-def require_hf_directory(config: Config) -> None:
+def require_hf_directory(model_path: str | None) -> None:
     """Refuse (ConfigError) a ``model.path`` that a rollout server cannot be started from."""
-    if config.model.path is not None and is_megatron_checkpoint(config.model.path):
+    if model_path is not None and is_megatron_checkpoint(model_path):
         raise ConfigError(
-            f"model.path={config.model.path} is a Megatron checkpoint: make a directory of it with dasd convert "
-            "megatron-to-hf"
+            f"model.path={model_path} is a Megatron checkpoint: make a directory of it with dasd convert megatron-to-hf"
         )
 
 
@@ -49,10 +49,10 @@ def check_warm_start_lengths(
     hf_config: PretrainedConfig,
     renderer: PromptRenderer,
     tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
+    problems: Sequence[Problem],
 ) -> None:
-    """Refuse problems whose prompt, reference solution and end-of-sequence token do not fit into the model's
-    positions."""
+    """Refuse (ConfigError) problems whose prompt, reference solution and end-of-sequence token do not fit into the
+    model's positions."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"warm_start.steps={config.warm_start.steps} needs a tokenizer with an end-of-sequence token: "
@@ -72,18 +72,19 @@ def check_warm_start_lengths(
 
 
 def check_prompt_lengths(
-    config: Config, renderer: PromptRenderer, train: list[Problem], heldout: list[Problem]
+    config: Config, renderer: PromptRenderer, train: Sequence[Problem], heldout: Sequence[Problem]
 ) -> None:
-    """Refuse problems whose prompt, and for training ones the privileged prompt, exceed
-    ``rollout.max_prompt_tokens``."""
+    """Refuse (DataError) problems whose prompt exceeds ``rollout.max_prompt_tokens``; of training problems the
+    privileged prompt must not exceed it either, where it is used."""
     check_lengths(
         train, renderer, config.rollout.max_prompt_tokens, teacher=needs_teacher(config) or config.warm_start.steps > 0
     )
     check_lengths(heldout, renderer, config.rollout.max_prompt_tokens, teacher=False)
 
 
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by their dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat

@@ -1,4 +1,4 @@
-"""Where a run's files are: its directory, the places in it, and the model that it starts from."""
+"""The places of a run's files: its directory, the files in it, and the model that it starts from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from dasd_megatron.config import (
-    Config,
-    DataSourceConfig,
-)
+from dasd_megatron.config import Config, DataSourceConfig
 from dasd_megatron.data.prompts import Problem, load_problems
-from dasd_megatron.models.hf_config import (
-    hf_folder,
-)
+from dasd_megatron.models.hf_config import hf_folder
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class RunPaths:
 
     @property
     def start_model(self) -> Path:
-        """The tiny model made in code, where model.path is null."""
+        """The tiny model that is made in code where model.path is null."""
         return self.root / "start"
 
     @property
@@ -41,7 +36,7 @@ class RunPaths:
 
     @property
     def weights(self) -> Path:
-        """Weights handed to the rollout server, one folder a version."""
+        """The weights that are handed to the rollout servers, one folder a version."""
         return self.root / "weights"
 
     @property
@@ -53,17 +48,19 @@ class RunPaths:
 
 
 def start_path(config: Config, paths: RunPaths) -> Path:
-    """The model that the run begins from, before any warm start: a Hugging Face directory or a converted checkpoint."""
+    """Return the model that the run begins from, before any warm start: a Hugging Face directory or a converted
+    checkpoint."""
     return Path(config.model.path) if config.model.path is not None else paths.start_model
 
 
 def start_hf_files(config: Config, paths: RunPaths) -> Path:
-    """Where its config and tokenizer are."""
+    """Return the directory of the config and the tokenizer of the model that the run begins from."""
     return hf_folder(start_path(config, paths))
 
 
 def choose_run_dir(config: Config) -> Path:
-    """``run.dir``, or ``runs/<name>/<date-time>``, or with ``resume=auto`` the newest run of that name."""
+    """Return ``run.dir``; where it is null ``runs/<name>/<date-time>``, or with ``resume=auto`` the newest run of that
+    name."""
     if config.run.dir is not None:
         return Path(config.run.dir)
     runs = Path("runs") / config.run.name
@@ -75,5 +72,5 @@ def choose_run_dir(config: Config) -> Path:
 
 
 def run_problems(paths: RunPaths, name: str) -> list[Problem]:
-    """The problems ``train`` or ``heldout`` that :func:`prepare_run` has written for a run."""
+    """Return the problems ``train`` or ``heldout`` that :func:`dasd_megatron.run.prepare.prepare_run` has written."""
     return load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False)

@@ -1,10 +1,8 @@
-"""A run that cannot work is refused before any process starts, with one line; a run that goes on does so with its own
-model and data."""
+"""A run that cannot work is refused before any process starts, with one line."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,25 +12,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load, save_file
 
-import dasd_megatron
-from dasd_megatron.config import Config, TinyModelConfig, load_config
-from dasd_megatron.errors import ConfigError
+from dasd_megatron.config import load_config
 from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
-from dasd_megatron.models.tiny import make_tiny_model
-from dasd_megatron.run import prepare
 from dasd_megatron.run.prepare import prepare_run
+from tests.support.small_configs import GOOD, SMALL, configure, refusal
 
-SMALL = [
-    "experiment=quickstart",
-    "parallel=single",
-    "model.tiny.hidden_size=32",
-    "model.tiny.intermediate_size=48",
-    "model.tiny.head_dim=8",
-    "model.tiny.num_layers=4",
-    "batch.groups=2",
-    "warm_start.steps=0",
-]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -40,54 +25,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-GOOD = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "1 + 1 = 2\n#### 2"}
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """Overrides that read small problem files instead of generating problems."""
-    for name, first in (("train", 1), ("heldout", 5)):
-        lines = [json.dumps({**GOOD, "problem": f"{number} + 1 ="}) + "\n" for number in range(first, first + 3)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    sources = [f"data.{name}.path={tmp_path / name}.jsonl" for name in ("train", "heldout")]
-    return [
-        "data=jsonl",
-        *sources,
-        *(f"data.{name}.{field}=null" for name in ("train", "heldout") for field in ("generator", "size")),
-    ]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = TinyModelConfig(hidden_size=32, num_layers=4, head_dim=8, intermediate_size=48)
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", sizes, 1)
-
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a tiny model with changed fields in config.json."""
-
-    def make(**fields: Any) -> Path:
-        path = tmp_path / "hf"
-        shutil.copytree(tiny, path)
-        values = json.loads((path / "config.json").read_text())
-        # One entry a layer, which transformers derives again where it is absent.
-        values.pop("layer_types")
-        (path / "config.json").write_text(json.dumps({**values, **fields}))
-        return path
-
-    return make
-
-
-def refusal(work: Callable[[], Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
-        work()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def configure(*overrides: str) -> Config:
-    return load_config([*SMALL, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -236,106 +173,6 @@ def test_launcher_does_not_import_megatron() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_resuming_keeps_the_problems(files: list[str], tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    paths = prepare_run(configure(*files), root)
-    saved = {name: paths.problems(name).stat().st_ino for name in ("train", "heldout")}
-    prepare_run(configure(*files, "resume=auto"), root)
-    assert {name: paths.problems(name).stat().st_ino for name in saved} == saved
-
-
-@pytest.mark.parametrize("name", ["train", "heldout"])
-def test_resuming_with_changed_problems_is_refused(files: list[str], tmp_path: Path, name: str) -> None:
-    root = tmp_path / "run"
-    paths = prepare_run(configure(*files), root)
-    before = paths.problems(name).read_bytes()
-    with (tmp_path / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps({**GOOD, "problem": "8 + 8 ="}) + "\n")
-    message = refusal(lambda: prepare_run(configure(*files, "resume=auto"), root))
-    assert message.startswith(f"data.{name}: ") and "changed since the run began" in message
-    assert paths.problems(name).read_bytes() == before
-
-
-def test_checkpoint_of_another_run_fixes_the_same_fields(files: list[str], tmp_path: Path) -> None:
-    checkpoint = tmp_path / "first" / "checkpoints" / "step_000001"
-    prepare_run(configure(*files), tmp_path / "first")
-    checkpoint.mkdir(parents=True)
-    resumed = [*files, f"resume={checkpoint}"]
-    message = refusal(lambda: prepare_run(configure(*resumed, "run.seed=7"), tmp_path / "second"))
-    assert "run.seed=7" in message and "run.seed=1" in message
-    prepare_run(configure(*resumed, "optimizer.lr=2e-5"), tmp_path / "second")
-
-
-def _checkout(top: Path, package: Path) -> None:
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
-    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "one"]):
-        subprocess.run(["git", "-C", top, *arguments], check=True, timeout=20)
-
-
-def test_revision_is_recorded_of_this_project_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / "own" / "dasd_megatron"
-    _checkout(tmp_path / "own", own)
-    monkeypatch.setattr(dasd_megatron, "__file__", str(own / "__init__.py"))
-    head = subprocess.run(
-        ["git", "-C", own, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=20
-    ).stdout.strip()
-    assert prepare._git_revision() == head
-    installed = tmp_path / "other" / "site-packages" / "dasd_megatron"
-    _checkout(tmp_path / "other", installed)
-    monkeypatch.setattr(dasd_megatron, "__file__", str(installed / "__init__.py"))
-    assert prepare._git_revision() is None
-
-
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 10)], ids=["missing", "hangs"]
-)
-def test_git_that_does_not_work_is_no_reason_to_stop(
-    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    config = configure(*files)
-    monkeypatch.setattr(subprocess, "run", fail)
-    prepare_run(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_revision"] is None
-
-
-@pytest.mark.parametrize("job", [None, "77"])
-def test_a_run_directory_in_use_is_refused(
-    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str | None
-) -> None:
-    """At once; a requeued job waits until its former self is gone."""
-    root = tmp_path / "run"
-    root.mkdir()
-    hold = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); "
-        "file.write(sys.argv[2]); file.flush()"
-    )
-    owner = '{"host": "node1", "pid": 12, "slurm_job": "77"}'
-    command = [
-        sys.executable,
-        "-c",
-        f"{hold}; print('held', flush=True); time.sleep(float(sys.argv[3]))",
-        str(root / "owner.json"),
-        owner,
-    ]
-    with subprocess.Popen([*command, "2" if job else "60"], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "held\n"
-        config = load_config([*SMALL, *files, f"run.dir={root}"])
-        if job is None:
-            with pytest.raises(ConfigError, match=r'is in use by another process \(\{"host": "node1"'):
-                prepare_run(config, root)
-            holder.kill()
-        else:
-            monkeypatch.setenv("SLURM_JOB_ID", job)
-            prepare_run(config, root)
-            assert holder.wait() == 0
-            assert json.loads((root / "owner.json").read_text())["slurm_job"] == "77"
 
 
 @pytest.mark.parametrize(("readers", "mode"), [("owner", 0o700), ("group", 0o750), ("all", 0o755)])

@@ -1,0 +1,70 @@
+"""Checks of a run that goes on from another one, or from where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dasd_megatron.config import Config
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.errors import ConfigError
+from dasd_megatron.run.checks import flatten
+from dasd_megatron.run.paths import RunPaths
+
+# The tensors of a checkpoint, or the meaning of its data position, depend on these. Everything else may change when a
+# run goes on.
+_FIXED_ON_RESUME = (
+    "model",
+    "data",
+    "run.seed",
+    "batch.groups",
+    "warm_start",
+    "precision.params_dtype",
+    "optimizer.distributed",
+    "teacher.weights",
+)
+# What a problem set holds is compared itself, since its file may have moved.
+_MAY_DIFFER = ("resume", "run.dir", "data.train.path", "data.heldout.path")
+
+
+def find_continued_runs(resume: str, paths: RunPaths) -> list[RunPaths]:
+    """Return the runs that this one goes on from: the one in its directory, and the one that the checkpoint in
+    ``resume`` belongs to."""
+    runs = [paths] if paths.config.exists() else []
+    if resume not in ("none", "auto"):
+        other = RunPaths(Path(resume).resolve().parent.parent)
+        if other.config.exists() and other.root != paths.root.resolve():
+            runs.append(other)
+    return runs
+
+
+def check_same_run(previous: Config, config: Config) -> None:
+    """Refuse (ConfigError) to resume with another model or other data, and print what else has changed."""
+    before, after = flatten(dataclasses.asdict(previous)), flatten(dataclasses.asdict(config))
+    for name, value in after.items():
+        if name in _MAY_DIFFER or before.get(name) == value:
+            continue
+        if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
+            raise ConfigError(
+                f"{name}={value} differs from {before.get(name)} in the run to resume: write "
+                f"{name}={before.get(name)}, or start a new run"
+            )
+        print(f"resuming with {name}={value} (was {before.get(name)})", flush=True)
+
+
+def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) -> None:
+    """Refuse (ConfigError) to go on with other problems than those the run began with: the data position would mean
+    something else."""
+    for name, problems in loaded.items():
+        path = run.problems(name)
+        if not path.exists():
+            continue
+        # Only the newline byte ends a line: str.splitlines would also break inside a problem's text.
+        saved = [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if saved != problems:
+            raise ConfigError(
+                f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "
+                "restore it, or start a new run"
+            )
