@@ -1,8 +1,9 @@
-"""A rollout server without a model: it parses just enough HTTP to find where a request ends, and answers /generate at
-once with the same sound bytes every time. For measuring what the client alone costs.
+"""A rollout server without a model, to measure what the client alone costs.
 
-    python benchmarks/canned_server.py --rows 1 --tokens 32     # prints its address, and serves until its standard
-    input ends
+It parses just enough HTTP to find where a request ends, and answers /generate at once with the same sound bytes every
+time.
+
+    python benchmarks/canned_server.py --rows 1 --tokens 32     # prints its address; serves until its input ends
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ VOCAB_SIZE = 49152
 
 
 def canned_answer(rows: int, tokens: int) -> bytes:
-    """The body of an answer to /generate as SGLang's: ``rows`` rows of ``tokens`` tokens, with log-probs of full
+    """Return the body of an answer to /generate as SGLang's: ``rows`` rows of ``tokens`` tokens, with log-probs of full
     precision."""
     ids = [(7919 * position) % VOCAB_SIZE for position in range(tokens)]
     log_probs = [-abs(math.sin(position)) for position in range(tokens)]

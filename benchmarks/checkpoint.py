@@ -1,13 +1,13 @@
-"""How long a checkpoint takes, and how long training stands still for it: written while training waits, and in the
+"""Time that a checkpoint takes, and time that training stands still for it: written while training waits, and in the
 background.
 
     python benchmarks/checkpoint.py                  # SmolLM2-135M's sizes with random weights, one process
     python benchmarks/checkpoint.py --layers 2       # a quick look
 
-The trainer has taken one optimizer step and computes (matrix products on one thread) while a checkpoint is written; its
-length is from the call to the rename. ``slower`` is by how much the same products took longer beside the writing
-process than alone. Medians of ``--rounds`` after three that are not counted: what does not change from one checkpoint
-to the next is worked out in these. Writes ``benchmarks/results/checkpoint.json``.
+The trainer has taken one optimizer step. It computes matrix products on one thread while a checkpoint is written. The
+length of a checkpoint is from the call to the rename. ``slower`` is by how much the same products took longer beside
+the writing process than alone. Figures are medians of ``--rounds`` after three that are not counted: the ranks work out
+in these what does not change from one checkpoint to the next. Writes ``benchmarks/results/checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     environment = backend.process_environment(BackendConfig())
     if not environment.items() <= os.environ.items():
-        # As the launcher starts a trainer: the C library reads them before Python runs.
+        # The launcher starts a trainer with these variables: the C library reads them before Python runs.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
     os.environ.update(
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29678"}
@@ -57,7 +57,8 @@ def main() -> None:
 
 
 def make_model(layers: int, folder: Path) -> Config:
-    """A random model of SmolLM2-135M's sizes as a Hugging Face directory, and the configuration that trains it."""
+    """Write a random model of SmolLM2-135M's sizes as a Hugging Face directory; return the configuration that trains
+    it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

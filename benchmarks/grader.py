@@ -1,10 +1,10 @@
-"""How long the grader takes over answers of MATH-500: each reference against the end of its solution, and against
+"""Time that the grader takes over answers of MATH-500: each reference against the end of its solution, and against
 another reference.
 
     python benchmarks/grader.py --data data        # a folder with math-500/test.jsonl or math500/test.jsonl
 
-A thousand pairs by two workers: the 500 expected answers against the answers that the reference solutions mark, and
-against the expected answers of the next problem, which math-verify has to look at. The workers' start, about two
+Two workers grade a thousand pairs: the 500 expected answers against the answers that the reference solutions mark, and
+against the expected answers of the next problem, which only math-verify can judge. The workers' start, about two
 seconds, is reported apart. Writes ``benchmarks/results/grader.json`` unless told otherwise.
 """
 

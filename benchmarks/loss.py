@@ -4,14 +4,14 @@
     python benchmarks/loss.py --parts 1    # one of them; what the results file has of the other stays
 
 Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against
-Megatron-Core's ``vocab_parallel_cross_entropy`` and against straightforward autograd. Part 2, from hidden states:
-``linear_token_stats`` against the
-matrix product followed by ``vocab_parallel_token_stats``, one process, all cores.
+Megatron-Core's ``vocab_parallel_cross_entropy`` and against straightforward autograd.
 
-Variants alternate; times are medians over the rounds of the slowest process, memory is the peak beyond the inputs,
-measured in processes
-of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each call, made outside the
-clock.
+Part 2, from hidden states: ``linear_token_stats`` against the matrix product followed by
+``vocab_parallel_token_stats``, one process, all cores.
+
+Variants alternate. Times are medians over the rounds of the slowest process. Memory is the peak beyond the inputs,
+measured in processes of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each
+call, made outside the clock.
 
 Writes ``benchmarks/results/loss.json`` unless told otherwise.
 """
@@ -46,7 +46,7 @@ Prepare = Callable[[], Callable[[], None]]
 def naive_statistics(
     logits: torch.Tensor, teacher: torch.Tensor, owned: torch.Tensor, local: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of log-prob, entropy and reverse KL as one would write them down, differentiated by autograd."""
+    """Return the sum of log-prob, entropy and reverse KL by their formulas, differentiated by autograd."""
 
     def log_softmax(values: torch.Tensor) -> torch.Tensor:
         maximum = values.detach().amax(-1)
@@ -64,7 +64,7 @@ def naive_statistics(
 
 
 def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str, Prepare]:
-    """Name -> a function that prepares one call, untimed, and returns it."""
+    """Return by name a function that prepares one call, untimed, and returns it."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     from dasd_megatron.losses import vocab_parallel_token_stats
@@ -111,7 +111,7 @@ def vocab_parallel_variants(tokens: int, vocab_size: int, rank: int) -> dict[str
 
 
 def measure(variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[float]], list[float]]) -> dict[str, Any]:
-    """Per variant the [wall, CPU] seconds of each alternated round; with ``rounds`` 0 instead the peak memory of one
+    """Return the [wall, CPU] seconds of each alternated round by variant; with ``rounds`` 0, the peak memory of a
     call."""
     if rounds == 0:
         return {name: peak_bytes(prepare()) for name, prepare in variants.items()}
@@ -119,12 +119,14 @@ def measure(variants: dict[str, Prepare], rounds: int, slowest: Callable[[list[f
     for round_index in range(rounds + 1):
         for name, prepare in variants.items():
             call = prepare()
-            slowest([0.0, 0.0])  # start together
+            # All processes start together.
+            slowest([0.0, 0.0])
             wall, cpu_time = time.perf_counter(), time.process_time()
             call()
             elapsed = slowest([time.perf_counter() - wall, time.process_time() - cpu_time])
             del call
-            if round_index:  # the first one warms up
+            # The first round warms up.
+            if round_index:
                 seconds[name].append(elapsed)
     return seconds
 
@@ -215,11 +217,13 @@ def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int, 
 
 
 def table(measured: dict[str, Any], baseline: str, memory_unit: str, memory_bytes: int) -> dict[str, Any]:
-    """Print medians and ratios to ``baseline``; returns them. Ratios are medians of the ratios within each round."""
+    """Print medians and ratios to ``baseline``, and return them. Ratios are medians of the ratios within each round."""
     rows = {}
     reference = measured["seconds"][baseline]
+    memory_heading = f"peak memory / {memory_unit}"
     print(
-        f"{'forward + backward':44}{'wall ms':>10}{'ratio':>7}{'spread':>13}{'CPU ms':>10}{'ratio':>7}{'peak memory / ' + memory_unit:>34}"
+        f"{'forward + backward':44}{'wall ms':>10}{'ratio':>7}{'spread':>13}{'CPU ms':>10}{'ratio':>7}"
+        f"{memory_heading:>34}"
     )
     for name, rounds in measured["seconds"].items():
         wall, cpu_time = ([row[column] for row in rounds] for column in (0, 1))

@@ -1,12 +1,15 @@
-"""The token statistics on a GPU: kernels against the speed of a copy, and from hidden states against PyTorch and the
-bare matrix product.
+"""Time of the token statistics on a GPU: kernels against the speed of a copy, and from hidden states against PyTorch
+and the bare matrix product.
 
     python benchmarks/loss_cuda.py             # needs one CUDA device, Triton, and 30 GiB of its memory
 
 Part 1, V=151,936, T=8192, bfloat16, one process: bytes that the forward and the backward kernel have to move, per
-second, as a share of what a device-to-device copy of the same logits reaches in the same run. Part 2, h=4096:
-``linear_token_stats`` against materialised logits with PyTorch's cross-entropy and entropy, and against its matrix
-products alone. Medians of alternated rounds, by CUDA events.
+second, as a share of what a device-to-device copy of the same logits reaches in the same run.
+
+Part 2, h=4096: ``linear_token_stats`` against materialised logits with PyTorch's cross-entropy and entropy, and against
+its matrix products alone.
+
+Figures are medians of alternated rounds, by CUDA events.
 
 Writes ``benchmarks/results/loss_cuda_<device>.json`` unless told otherwise.
 """
@@ -29,7 +32,7 @@ Call = Callable[[], object]
 
 
 def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median time of each call; the first two rounds, which compile and warm up, do not count."""
+    """Return the median time of each call. The first two rounds compile and warm up, and do not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_index in range(rounds + 2):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its results file, and the peak memory of a call."""
+"""The machine of a benchmark, for its results file, and the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, caches, memory and versions; the GPU where there is one."""
+    """Return processor, cores, caches and versions; the GPU where there is one."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", cpuinfo)
     cache = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
@@ -32,8 +32,8 @@ def describe() -> dict[str, Any]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Most resident memory that ``call`` had beyond what was resident before it. Linux only: it resets the process's
-    high-water mark."""
+    """Return the most resident memory that ``call`` had beyond what was resident before it. Linux only: it resets the
+    process's high-water mark."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()

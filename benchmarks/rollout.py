@@ -1,20 +1,23 @@
-"""Tokens a second of the rollout servers, as ratios to ``transformers.generate`` in the same run, and what the client
-alone costs.
+"""Tokens a second of the rollout servers, as ratios to ``transformers.generate`` in the same run, and the cost of the
+client alone.
 
     python benchmarks/rollout.py --model models/smollm2      # both parts
     python benchmarks/rollout.py --parts client              # one of them; what the results file has of the other stays
     python benchmarks/rollout.py --quick --output out.json   # a tiny model and few rounds, to see that it works
 
-Part ``generation``: the same weights, dtype, threads, prompts and number of new tokens (the end of sequence is ignored)
-in every way: ``transformers.generate`` on one batch in this process; the embedded server with all streams in one
-request, which is one batch whatever ``rollout.deterministic`` says, and with the streams in several requests at once,
-which are merged unless it is set; real SGLang on the CPU. The servers return log-probs and ``generate`` does not.
-Seconds are from request to checked completions, reading the prompts included;
-every round has prompts of its own, so that no prefix cache helps.
+Part ``generation`` uses the same weights, dtype, threads, prompts and number of new tokens in every way; the end of
+sequence is ignored. The ways are
 
-Part ``client``: :class:`RolloutClient` against a server without a model (``canned_server.py``), in another process.
-Peers are bare
-HTTP clients with as many requests in flight, which do not look at what they get, and bare JSON parsers.
+- ``transformers.generate`` on one batch in this process;
+- the embedded server with all streams in one request, which is one batch whatever ``rollout.deterministic`` says;
+- the embedded server with the streams in several requests at once, which are merged unless it is set;
+- real SGLang on the CPU.
+
+The servers return log-probs and ``generate`` does not. Seconds are from request to checked completions, reading the
+prompts included. Every round has prompts of its own, so that no prefix cache helps.
+
+Part ``client`` runs :class:`RolloutClient` against a server without a model (``canned_server.py``), in another process.
+Peers are bare HTTP clients with as many requests in flight, which do not read their answers, and bare JSON parsers.
 
 Ways alternate, every other round in reverse. Figures are medians over the rounds with the least and the most; ratios
 are taken within each round. Writes ``benchmarks/results/rollout.json`` unless told otherwise.
@@ -32,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,8 @@ Work = Callable[[], object]
 
 
 def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[str, Any]]:
-    """``units`` a second of each way: the median over the rounds, [least, most], and the median ratio to the first
-    way."""
+    """Return ``units`` a second of each way: the median over the rounds, [least, most], and the median ratio to the
+    first way."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):
@@ -65,7 +68,7 @@ def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[st
         name: {
             "rate": statistics.median(found),
             "spread": [min(found), max(found)],
-            "ratio": statistics.median(one / other for one, other in zip(found, base, strict=True)),
+            "ratio": statistics.median(rate / base_rate for rate, base_rate in zip(found, base, strict=True)),
         }
         for name, found in rates.items()
     }
@@ -76,15 +79,15 @@ def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[st
 
 
 class Prompts:
-    """Random prompts, the same ones for all ways of a round: a way's n-th call gets the n-th set."""
+    """Random prompts, the same for all ways of a round: a way's n-th call gets the n-th set."""
 
-    def __init__(self, streams: int, tokens: int, vocab_size: int):
+    def __init__(self, streams: int, tokens: int, vocab_size: int) -> None:
         self.shape = (streams, tokens)
         self.vocab_size = vocab_size
         self.calls: dict[str, int] = {}
 
     def next(self, way: str) -> torch.Tensor:
-        """[streams, tokens] int64."""
+        """Return prompts, [streams, tokens] int64."""
         self.calls[way] = self.calls.get(way, 0) + 1
         return torch.randint(self.vocab_size, self.shape, generator=torch.Generator().manual_seed(self.calls[way]))
 
@@ -121,13 +124,57 @@ def load_baseline(options: argparse.Namespace) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.dtype), local_files_only=True
     )
-    # what stands there, like an end of sequence, would come back
+    # The model's own settings, like an end of sequence, would count beside those of the call.
     model.generation_config = transformers.GenerationConfig()
     return model.eval().requires_grad_(False)
 
 
+def start_servers(
+    options: argparse.Namespace, config: RolloutConfig, folder: Path, stack: contextlib.ExitStack
+) -> dict[str, tuple[str, int]]:
+    """Start the servers, which end with ``stack``; return address and number of requests of each way through them."""
+
+    def start(name: str, rollout: RolloutConfig) -> str:
+        return stack.enter_context(LocalServer(options.model, "start", rollout, folder / f"{name}.log")).url
+
+    merging, deterministic = (
+        start(f"embedded-{value}", dataclasses.replace(config, deterministic=value)) for value in (False, True)
+    )
+    servers = {"embedded, one request": (merging, 1)}
+    if options.requests > 1:
+        servers[f"embedded, {options.requests} requests, merged"] = (merging, options.requests)
+        servers[f"embedded, {options.requests} requests, deterministic"] = (deterministic, options.requests)
+    if options.quick:
+        print("SGLang is left out: --quick", file=sys.stderr)
+    elif not options.sglang_python.is_file():
+        print(f"SGLang is left out: {options.sglang_python} is missing (make sglang-cpu builds it)", file=sys.stderr)
+    else:
+        room = max(4096, 2 * max(options.streams) * (options.prompt_tokens + options.new_tokens))
+        settings = SGLangConfig(backend="cpu", python=str(options.sglang_python), max_total_tokens=room)
+        rollout = dataclasses.replace(
+            config, engine="sglang", sglang=settings, deterministic=False, startup_timeout_seconds=240.0
+        )
+        servers["SGLang, one request"] = (start("sglang", rollout), 1)
+    return servers
+
+
+def generation_ways(
+    model: Any, config: RolloutConfig, servers: dict[str, tuple[str, int]], prompts: Prompts, new_tokens: int
+) -> dict[str, Work]:
+    """Return the ways to draw ``new_tokens`` for each of the prompts, the baseline first."""
+    streams = prompts.shape[0]
+    ways: dict[str, Work] = {BASELINE: lambda: by_transformers(model, prompts.next(BASELINE), new_tokens)}
+    for name, (url, requests) in servers.items():
+        # Fewer streams than requests would be the way with one request again.
+        if requests <= streams:
+            ways[name] = lambda name=name, url=url, requests=requests: by_server(
+                config, url, prompts.next(name), new_tokens, requests
+            )
+    return ways
+
+
 def generation(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second at each number of streams; the servers stand by, idle, while another way runs."""
+    """Measure tokens a second at each number of streams; the servers stand by, idle, while another way runs."""
     model = load_baseline(options)
     config = RolloutConfig(
         max_new_tokens=options.new_tokens,
@@ -138,52 +185,17 @@ def generation(options: argparse.Namespace) -> dict[str, Any]:
         request_timeout_seconds=240.0,
         max_retries=0,
     )
-    embedded = {
-        deterministic: dataclasses.replace(config, deterministic=deterministic) for deterministic in (False, True)
-    }
     cells: dict[str, dict[int, Any]] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-
-        def start(name: str, rollout: RolloutConfig) -> str:
-            return stack.enter_context(LocalServer(options.model, "start", rollout, folder / f"{name}.log")).url
-
-        urls = {
-            deterministic: start(f"embedded-{deterministic}", rollout) for deterministic, rollout in embedded.items()
-        }
-        servers = {"embedded, one request": (urls[False], 1)}
-        if options.requests > 1:
-            servers[f"embedded, {options.requests} requests, merged"] = (urls[False], options.requests)
-            servers[f"embedded, {options.requests} requests, deterministic"] = (urls[True], options.requests)
-        if options.quick:
-            print("SGLang is left out: --quick", file=sys.stderr)
-        elif not options.sglang_python.is_file():
-            print(
-                f"SGLang is left out: {options.sglang_python} is missing (make sglang-cpu builds it)", file=sys.stderr
-            )
-        else:
-            room = max(4096, 2 * max(options.streams) * (options.prompt_tokens + options.new_tokens))
-            settings = SGLangConfig(backend="cpu", python=str(options.sglang_python), max_total_tokens=room)
-            rollout = dataclasses.replace(
-                config, engine="sglang", sglang=settings, deterministic=False, startup_timeout_seconds=240.0
-            )
-            servers["SGLang, one request"] = (start("sglang", rollout), 1)
+        servers = start_servers(options, config, folder, stack)
         for streams in options.streams:
             prompts = Prompts(streams, options.prompt_tokens, model.config.vocab_size)
-
-            def ways(new_tokens: int, streams: int = streams, prompts: Prompts = prompts) -> dict[str, Work]:
-                found: dict[str, Work] = {BASELINE: lambda: by_transformers(model, prompts.next(BASELINE), new_tokens)}
-                for name, (url, requests) in servers.items():
-                    if requests <= streams:  # fewer are nothing but one request
-                        found[name] = lambda name=name, url=url, requests=requests: by_server(
-                            config, url, prompts.next(name), new_tokens, requests
-                        )
-                return found
-
-            for warm_up in ways(min(2, options.new_tokens)).values():
+            for warm_up in generation_ways(model, config, servers, prompts, min(2, options.new_tokens)).values():
                 warm_up()
             print(f"{streams} streams", file=sys.stderr)
-            for name, row in measure(ways(options.new_tokens), options.rounds, streams * options.new_tokens).items():
+            ways = generation_ways(model, config, servers, prompts, options.new_tokens)
+            for name, row in measure(ways, options.rounds, streams * options.new_tokens).items():
                 cells.setdefault(name, {})[streams] = row
     names = ("dtype", "threads", "streams", "requests", "prompt_tokens", "new_tokens", "rounds")
     return {
@@ -219,7 +231,8 @@ def generation_table(part: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def canned_server(rows: int, tokens: int) -> Iterator[str]:
-    """The address of a server in another process that answers every request with ``rows`` rows of ``tokens`` tokens."""
+    """Yield the address of a server in another process that answers every request with ``rows`` rows of ``tokens``
+    tokens."""
     command = [
         sys.executable,
         str(Path(__file__).with_name("canned_server.py")),
@@ -250,43 +263,49 @@ def by_client(url: str, requests: int, rows: int, tokens: int, in_flight: int) -
 
 
 def by_bare_client(library: str, url: str, requests: int, tokens: int) -> None:
-    """As many requests by an HTTP library alone."""
-    import aiohttp
-    import httpx
-
+    """Send as many requests by an HTTP library alone."""
     params = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": tokens, "sampling_seed": 1}
     body = json.dumps(
         {"input_ids": [list(range(tokens))], "sampling_params": [params], "return_logprob": True}
     ).encode()
     headers = {"Content-Type": "application/json"}
-    left = iter(range(requests))
+    send_all = _send_by_httpx if library == "httpx" else _send_by_aiohttp
+    asyncio.run(send_all(f"{url}/generate", body, headers, requests))
 
-    async def workers(send: Callable[[], Any]) -> None:
-        async def work() -> None:
-            for _ in left:
-                await send()
 
-        await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
+async def _send_by_httpx(url: str, body: bytes, headers: dict[str, str], requests: int) -> None:
+    import httpx
 
-    async def run() -> None:
-        if library == "httpx":
-            limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
-            async with httpx.AsyncClient(limits=limits, timeout=60.0, trust_env=False) as http:
-                await workers(lambda: http.post(f"{url}/generate", content=body, headers=headers))
-        else:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT)) as session:
+    limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=IN_FLIGHT)
+    async with httpx.AsyncClient(limits=limits, timeout=60.0, trust_env=False) as http:
+        await _repeat(lambda: http.post(url, content=body, headers=headers), requests)
 
-                async def send() -> None:
-                    async with session.post(f"{url}/generate", data=body, headers=headers) as response:
-                        await response.read()
 
-                await workers(send)
+async def _send_by_aiohttp(url: str, body: bytes, headers: dict[str, str], requests: int) -> None:
+    import aiohttp
 
-    asyncio.run(run())
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=IN_FLIGHT)) as session:
+
+        async def send() -> None:
+            async with session.post(url, data=body, headers=headers) as response:
+                await response.read()
+
+        await _repeat(send, requests)
+
+
+async def _repeat(send: Callable[[], Awaitable[object]], count: int) -> None:
+    """Send ``count`` times, with :data:`IN_FLIGHT` requests at once."""
+    left = iter(range(count))
+
+    async def work() -> None:
+        for _ in left:
+            await send()
+
+    await asyncio.gather(*(work() for _ in range(IN_FLIGHT)))
 
 
 def client(options: argparse.Namespace) -> dict[str, Any]:
-    """Requests a second with short answers, tokens a second with long ones."""
+    """Measure requests a second with short answers, and tokens a second with long ones."""
     import orjson
 
     short, (rows, tokens) = 32, (4, 64) if options.quick else (64, 4096)

@@ -1,13 +1,13 @@
-"""One experiment with several seeds: Avg@16, Pass@16 and entropy before and after, with their spread, and the time each
-took.
+"""One experiment with several seeds: Avg@16, Pass@16 and entropy before and after, with their spread, and the time of
+each seed.
 
     python benchmarks/seeds.py                                      # the quickstart, seeds 1 2 3
     python benchmarks/seeds.py --output grpo.json -- experiment=quickstart algorithm=grpo
     python benchmarks/seeds.py --output out.json -- --config-dir examples/smollm2_arithmetic experiment=chain_sum
 
 Prints a Markdown table and exits with 1 if any seed gains less than ``--points``. A seed whose run stands complete
-under ``--runs`` is
-not run again. Entropy is the mean over the response tokens of the first and of the last step's rollouts.
+under ``--runs`` is not run again. Entropy is the mean over the response tokens of the first and of the last step's
+rollouts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run_seed(seed: int, arguments: list[str], folder: Path) -> dict[str, float]:
 
 
 def table(results: list[dict[str, float]]) -> str:
-    """Markdown: one row for each seed, and the means with standard deviations."""
+    """Return a Markdown table: one row for each seed, and the means with standard deviations."""
     kinds = {"Avg@16": ("avg@16", "{:.1%}"), "Pass@16": ("pass@16", "{:.1%}"), "entropy, nats": ("entropy", "{:.3f}")}
     lines = [
         "| seed | " + " | ".join(f"{title} before | after" for title in kinds) + " | seconds |",

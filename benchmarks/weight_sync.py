@@ -1,6 +1,8 @@
-"""Seconds and GB/s to hand a model's weights to one rollout server: from disk, and over a process group and out of
-shared memory with several bucket sizes, next to a bare gloo broadcast of the same bytes between two processes; and the
-memory that the trainer needs beyond its own, shared memory included.
+"""Seconds and GB/s to hand a model's weights to one rollout server, and the memory that the trainer needs for it.
+
+The ways are from disk, over a process group, and out of shared memory, the last two with several bucket sizes. Beside
+them stands a bare gloo broadcast of the same bytes between two processes. Memory is what the trainer needs beyond its
+own, shared memory included.
 
     python benchmarks/weight_sync.py --model models/smollm2                      # the embedded server
     python benchmarks/weight_sync.py --model models/smollm2 --engine sglang      # real SGLang on the CPU
@@ -58,7 +60,7 @@ def _seconds(call: Callable[[], object], rounds: int) -> list[float]:
 
 
 def bare_broadcast(size: int, rounds: int) -> list[float]:
-    """Seconds of gloo broadcasts of ``size`` bytes to another process that does nothing else."""
+    """Return the seconds of gloo broadcasts of ``size`` bytes to another process that does nothing else."""
     import torch
     import torch.distributed as dist
 

@@ -1,16 +1,14 @@
 """Every algorithm from one warm start, with several seeds, on two tasks; the results page with means, deviations,
 curves and paired tests.
 
-    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it was
-    stopped
+    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it stopped
     python examples/compare_algorithms/compare.py --runs RUNS --seeds 1 2 --tasks countdown --methods grpo dasd
     python examples/compare_algorithms/compare.py --runs RUNS --only-results    # the page from what is there
 
 Runs are made two at a time (``--parallel``), one core each. Every run of a task begins from the same weights and is
-evaluated on the same problems with the same sampling seeds; ``run.seed`` decides the order of the problems and the
+evaluated on the same problems with the same sampling seeds. ``run.seed`` decides the order of the problems and the
 rollouts. Methods are compared in pairs of runs with the same seed: the mean difference, its deviation over seeds, and p
-of a paired t test, two-sided and not corrected for the
-number of comparisons.
+of a paired t test, two-sided and not corrected for the number of comparisons.
 
 Writes ``results.json`` and ``RESULTS.md`` with its pictures beside this script, or under ``--output``.
 """
@@ -47,12 +45,15 @@ METHODS: dict[str, list[str]] = {
     "dasd, beta 0.1, rho from below": ["algorithm=dasd", "algorithm.beta=0.1", "algorithm.quantile_side=lower"],
     "dasd, distributional": ["algorithm=dasd", "algorithm.objective=distributional"],
 }
-"""Where nothing else is said, beta and the floor are the defaults of the project: 0.02 and 1 nat."""
+"""The settings of each method. Beta and the floor are otherwise the defaults of the project: 0.02 and 1 nat."""
 BASELINE = "grpo"
 """The method of :data:`METHODS` that every other one is compared with."""
 SAME_BETA = [
-    ("dasd", "opsd"), ("dasd, beta 0.1", "opsd, beta 0.1"), ("reversed", "opsd"), ("reversed, beta 0.1", "opsd, beta 0.1"),
-]  # fmt: skip
+    ("dasd", "opsd"),
+    ("dasd, beta 0.1", "opsd, beta 0.1"),
+    ("reversed", "opsd"),
+    ("reversed, beta 0.1", "opsd, beta 0.1"),
+]
 """Pairs that differ in nothing but the direction."""
 LAST_STEPS = 5
 """Entropy and length are means over so many steps at the end, and points of the curves over so many steps up to
@@ -69,7 +70,7 @@ MEASURES = {
 
 
 def train(folder: Path, *overrides: str) -> float:
-    """A whole run in ``folder``, unless it is there; its wall seconds."""
+    """Make a whole run in ``folder``, unless it is there; return its wall seconds."""
     done = folder / "seconds"
     if not done.exists():
         started = time.perf_counter()
@@ -91,7 +92,7 @@ def train(folder: Path, *overrides: str) -> float:
 
 
 def warm_start(runs: Path, task: str) -> Path:
-    """The model that all runs of a task begin from."""
+    """Train the model that all runs of a task begin from; return its directory."""
     folder = runs / task / "warm_start"
     train(
         folder,
@@ -112,18 +113,22 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         for future in [pool.submit(warm_start, runs, task) for task in tasks]:
             future.result()
-    # Seed by seed, so that what is there after an interruption can be compared.
+    # The jobs go seed by seed, so that the runs that are complete after an interruption can be compared.
     jobs = [(task, method, seed) for seed in seeds for task in tasks for method in methods]
     lock, done, began = threading.Lock(), 0, time.perf_counter()
 
-    def one(job: tuple[str, str, int]) -> None:
+    def run_job(job: tuple[str, str, int]) -> None:
         nonlocal done
         task, method, seed = job
         model = ["model=hf", f"model.path={runs / task / 'warm_start' / 'model'}"]
         seconds = train(
-            runs / task / slug(method) / f"seed{seed}", f"experiment=compare_{task}", *model, *METHODS[method], f"run.seed={seed}",
+            runs / task / slug(method) / f"seed{seed}",
+            f"experiment=compare_{task}",
+            *model,
+            *METHODS[method],
+            f"run.seed={seed}",
             "evaluation.before=false",
-        )  # fmt: skip
+        )
         with lock:
             done += 1
             left = (time.perf_counter() - began) / done * (len(jobs) - done)
@@ -135,7 +140,7 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         try:
-            for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
+            for future in concurrent.futures.as_completed([pool.submit(run_job, job) for job in jobs]):
                 future.result()
         except BaseException:
             # The runs under way end; no other begins.
@@ -144,7 +149,7 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What is compared of one run."""
+    """Return the numbers of one run that are compared."""
     before, after = (
         json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1])
         for place in (folder.parents[1] / "warm_start", folder)
@@ -169,7 +174,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_all(
     runs: Path, tasks: list[str], methods: list[str], seeds: list[int]
 ) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """Results by task, method and seed, of the runs that are complete."""
+    """Return results by task, method and seed, of the runs that are complete."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for task in tasks:
         for method in methods:
@@ -183,8 +188,8 @@ def read_all(
 def paired(
     ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str
 ) -> tuple[float, float, float] | None:
-    """(mean difference, its deviation, p of the paired t test) over the seeds that both have; None under two, or where
-    one lacks it."""
+    """Return (mean difference, its deviation, p of the paired t test) over the seeds that both have; None with fewer
+    than two."""
     differences = [
         ours[seed][key] - theirs[seed][key]
         for seed in sorted(ours.keys() & theirs.keys())
@@ -199,8 +204,8 @@ def paired(
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided p of Student's t of ``freedom`` degrees, by the finite sums of Abramowitz and Stegun, 26.7.3 and
-    26.7.4."""
+    """Return the two-sided p of Student's t of ``freedom`` degrees, by the finite sums of Abramowitz and Stegun, 26.7.3
+    and 26.7.4."""
     angle = math.atan2(abs(t), math.sqrt(freedom))
     cosine, sine = math.cos(angle), math.sin(angle)
     term, total = (1.0, 1.0) if freedom % 2 == 0 else (cosine, cosine)
@@ -213,7 +218,7 @@ def student_p(t: float, freedom: int) -> float:
 
 
 def difference_row(methods: dict[str, dict[int, dict[str, Any]]], method: str, other: str) -> str:
-    """``method`` minus ``other`` in the first three measures, as a row of a table."""
+    """Return ``method`` minus ``other`` in the first three measures, as a row of a table."""
     cells = []
     for key, scale, _, decimals in list(MEASURES.values())[:3]:
         result = paired(methods[method], methods[other], key)
@@ -226,6 +231,7 @@ def difference_row(methods: dict[str, dict[int, dict[str, Any]]], method: str, o
 
 
 def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
+    """Return the results page; ``pictures`` has the file of each task's curves."""
     lines = [
         "# Results",
         "",
@@ -236,12 +242,15 @@ def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[
         runs = [run for seeds in methods.values() for run in seeds.values()]
         first_entropy = statistics.mean(run["entropy curve"][0] for run in runs)
         lines += [
-            f"## {task}", "",
+            f"## {task}",
+            "",
             f"Before: Avg@16 {runs[0]['avg@16 before']:.1%}, Pass@16 {runs[0]['pass@16 before']:.1%}, entropy of the "
             f"first step {first_entropy:.3f} nats. {len(runs)} runs of "
-            f"{statistics.median(run['seconds'] for run in runs):.0f} s (median). After, mean ± deviation over seeds:", "",
-            "| method | seeds | " + " | ".join(MEASURES) + " |", "|---|---|" + "---|" * len(MEASURES),
-        ]  # fmt: skip
+            f"{statistics.median(run['seconds'] for run in runs):.0f} s (median). After, mean ± deviation over seeds:",
+            "",
+            "| method | seeds | " + " | ".join(MEASURES) + " |",
+            "|---|---|" + "---|" * len(MEASURES),
+        ]
         for method, seeds in methods.items():
             cells = []
             for key, scale, unit, decimals in MEASURES.values():
@@ -286,7 +295,7 @@ _COLOURS = (
 
 
 def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Accuracy of the rollouts and entropy by step, means over seeds and the last steps, as SVG."""
+    """Draw accuracy of the rollouts and entropy by step, means over seeds and the last steps, as SVG."""
     width, height, left, gap = 360, 240, 44, 60
     parts = []
     for place, (title, key) in enumerate(

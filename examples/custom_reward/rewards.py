@@ -4,6 +4,6 @@ from dasd_megatron.samples import Sample
 
 
 def brief(sample: Sample) -> float:
-    """1 for a right answer and up to 0.2 more the fewer tokens it took; 0 for a wrong one, which brevity must not
-    redeem."""
+    """Return 1 for a right answer, and up to 0.2 more the fewer tokens it took. A wrong answer gets 0, however brief it
+    is."""
     return sample.reward * (1.0 + 0.2 / (1.0 + len(sample.sampled) / 16))

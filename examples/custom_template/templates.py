@@ -4,11 +4,11 @@ from dasd_megatron.data.prompts import Problem
 
 
 def student(problem: Problem) -> str:
-    """The sum with spaces around its signs."""
+    """Return the sum with spaces around its signs."""
     return problem.problem.replace("+", " + ").replace("-", " - ").replace("=", " =")
 
 
 def teacher(problem: Problem, privileged: str) -> list[dict[str, str]]:
-    """Asked once, answered by the solution, and asked again."""
+    """Return a conversation: the question, the solution as its answer, and the question again."""
     question = {"role": "user", "content": student(problem)}
     return [question, {"role": "assistant", "content": privileged}, question]
