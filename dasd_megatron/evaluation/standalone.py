@@ -22,6 +22,7 @@ from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import nemo_skills
 from dasd_megatron.evaluation.sampling import (
     EvaluationError,
+    Records,
     check_settings,
     finished_samples,
     model_digest,
@@ -75,18 +76,19 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
     samples = config.evaluation.samples
     for name in problems:
         check_settings(root / name, sample_settings(config, served, problems[name], prompts[name]))
-    results = {name: finished_samples(root / name, problems[name], samples) for name in problems}
+    finished = {name: finished_samples(root / name, problems[name], samples) for name in problems}
+    results: dict[str, Records] = {}
     timing: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(total_steps=0))
         grader = stack.enter_context(Grader(config.verify))
-        if not external and (None in results.values() or config.evaluation.nemo_skills == "eval"):
+        if not external and (None in finished.values() or config.evaluation.nemo_skills == "eval"):
             log = root / "logs" / "rollout_server.log"
             urls = [stack.enter_context(LocalServer(model, _VERSION, config.rollout, log)).url]
-        for name, finished in results.items():
+        for name, records in finished.items():
             started = time.perf_counter()
-            if finished is None:
-                results[name] = sample_benchmark(
+            if records is None:
+                records = sample_benchmark(
                     config,
                     root / name,
                     problems[name],
@@ -97,6 +99,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
                     weight_version=served.get("weight_version", _VERSION),
                     display=display,
                 )
+            results[name] = records
             timing[name] = time.perf_counter() - started
         metrics = write_metrics(config, root, results)
         replace_file(root / "timing.json", json.dumps({"seconds": timing}, indent=2) + "\n")
@@ -117,7 +120,7 @@ def load_benchmarks(evaluation: EvaluationConfig, heldout: DataSourceConfig) -> 
     return {"heldout": load_problems(heldout, "heldout", needs_solution=False)}
 
 
-def read_served_model(rollout: RolloutConfig, urls: Sequence[str]) -> dict[str, str]:
+def read_served_model(rollout: RolloutConfig, urls: Sequence[str]) -> dict[str, str | None]:
     """Return the model and the weight version that external servers name.
 
     Raises:
@@ -126,7 +129,7 @@ def read_served_model(rollout: RolloutConfig, urls: Sequence[str]) -> dict[str, 
     return asyncio.run(_ask_servers(make_client(rollout, urls)))
 
 
-async def _ask_servers(client: RolloutClient) -> dict[str, str]:
+async def _ask_servers(client: RolloutClient) -> dict[str, str | None]:
     async with client:
         found = await client.model_info()
     models = [{"model": info.get("model_path"), "weight_version": info.get("weight_version")} for info in found]
@@ -139,7 +142,7 @@ async def _ask_servers(client: RolloutClient) -> dict[str, str]:
 
 
 def sample_settings(
-    config: Config, served: Mapping[str, str], problems: Sequence[Problem], prompts: Sequence[Sequence[int]]
+    config: Config, served: Mapping[str, str | None], problems: Sequence[Problem], prompts: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """Return all that the samples of a benchmark depend on, by the names of fields where there are some."""
     rollout, evaluation, verify = config.rollout, config.evaluation, config.verify

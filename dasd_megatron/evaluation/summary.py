@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +35,7 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
     benchmarks. Each benchmark's folder gets ``health.json``."""
     evaluation = config.evaluation
     metrics: dict[str, Any] = {}
-    drawn: dict[str, np.ndarray] = {}
+    drawn: dict[str, NDArray[np.float64]] = {}
     names: list[str] = []
     for name, records in results.items():
         # NeMo-Skills counts files in the order of their names: rs10 comes before rs2.
@@ -54,7 +56,9 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
         OURS: {
             "num_benchmarks": len(results),
             **{metric: sum(metrics[name][OURS][metric] for name in results) / len(results) for metric in names},
-            "confidence_intervals": _intervals(names, sum(drawn.values()) / len(drawn), evaluation.confidence),
+            "confidence_intervals": _intervals(
+                names, functools.reduce(np.add, drawn.values()) / len(drawn), evaluation.confidence
+            ),
             "confidence": evaluation.confidence,
             "bootstrap_resamples": evaluation.bootstrap_resamples,
         }
@@ -79,7 +83,7 @@ def _benchmark_metrics(records: Records, scores: Mapping[str, float]) -> dict[st
     }
 
 
-def _intervals(names: Sequence[str], means: np.ndarray, confidence: float) -> dict[str, list[float]]:
+def _intervals(names: Sequence[str], means: NDArray[np.float64], confidence: float) -> dict[str, list[float]]:
     low, high = interval(means, confidence)
     return {name: [float(low[index]), float(high[index])] for index, name in enumerate(names)}
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 
 from dasd_megatron.observability.report.page import write_report
-from dasd_megatron.observability.report.run_files import ReportError
-from tests.support.report_runs import inspected, load_page, make_run
+from dasd_megatron.observability.report.run_files import ReportError, Run, read_run, shorten, to_number
+from tests.support.report_runs import inspected, load_page, make_run, write_lines
 
 
 def test_damage_is_listed_not_hidden(tmp_path):
@@ -54,3 +56,31 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
         write_report([tmp_path / "absent"])
     with pytest.raises(ReportError, match="holds no run"):
         write_report([tmp_path])
+
+
+def test_the_last_line_about_an_evaluation_counts(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    write_lines(run / "evaluation.jsonl", [rows[0], rows[0] | {"avg@2": 0.125}, rows[1]])
+    found = read_run(run)
+    assert [row["label"] for row in found.evaluations] == ["before", "after"]
+    assert found.evaluation("before")["avg@2"] == 0.125 and found.evaluation("step") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(1, 1.0), (0.5, 0.5), ("Infinity", math.inf), (10**400, math.inf), (-(10**400), -math.inf)]
+    + [(True, None), ("1", None), (None, None), ([1], None)],
+)
+def test_numbers_are_read_leniently(value, number):
+    assert to_number(value) == number
+
+
+def test_settings_are_found_by_dotted_names():
+    run = Run(Path("."), config={"a": {"b": {"c": 1}}, "d": 2})
+    assert (run.setting("a.b.c"), run.setting("d"), run.setting("d.e"), run.setting("a.x")) == (1, 2, None, None)
+
+
+def test_long_text_says_what_is_cut():
+    assert shorten("abc", 3) == "abc"
+    assert shorten("a\u202eb" + "c" * 2000, 3) == "a‹U … (2,007 more characters in the file)"
