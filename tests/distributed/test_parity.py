@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,30 @@ SHORT = (
 KINDS = [pytest.param("short"), pytest.param("whole", marks=pytest.mark.drill)]
 
 
-def cases() -> Iterator[Any]:
-    for kind in KINDS:
-        for objective in OBJECTIVES:
-            for layout in SHORT if kind.values == ("short",) else LAYOUTS:
-                if (objective, layout) != ("distributional", "materialised logits"):
-                    yield pytest.param(*kind.values, objective, layout, marks=kind.marks)
+def cases() -> list[Any]:
+    """Kind of table, objective and layout."""
+    return [
+        pytest.param(*kind.values, objective, layout, marks=kind.marks)
+        for kind in KINDS
+        for objective in OBJECTIVES
+        for layout in (SHORT if kind.values == ("short",) else LAYOUTS)
+        if (objective, layout) != ("distributional", "materialised logits")
+    ]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("parity") / "parity.json"
-    only = [f"--only={name}" for name in (*SHORT, "dropout")] if request.param == "short" else []
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measure(tmp_path_factory.mktemp("parity"), [f"--only={name}" for name in (*SHORT, "dropout")])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return measure(tmp_path_factory.mktemp("parity"), [])
+
+
+def measure(folder: Path, options: list[str]) -> dict[str, Any]:
+    """Results by objective and layout; also of dropout, and of what has to differ."""
+    path = folder / "parity.json"
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -53,7 +64,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "TOKENIZERS_PARALLELISM": "false",
     }
     process = subprocess.Popen(
-        [sys.executable, str(PARITY), "--output", str(path), *only],
+        [sys.executable, str(PARITY), "--output", str(path), *options],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -66,19 +77,21 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize(("results", "objective", "layout"), cases(), indirect=["results"])
-def test_a_layout_trains_as_one_process_does(results: dict[str, Any], objective: str, layout: str) -> None:
-    found = results[objective][layout]
+@pytest.mark.parametrize(("kind", "objective", "layout"), cases())
+def test_a_layout_trains_as_one_process_does(
+    request: pytest.FixtureRequest, kind: str, objective: str, layout: str
+) -> None:
+    found = request.getfixturevalue(kind)[objective][layout]
     assert found["weights moved"] > 1e-3
     assert {name: value for name, value in found.items() if value > LIMITS.get(name, 1.0)} == {}
 
 
 @pytest.mark.parametrize("case", DROPOUT)
-@pytest.mark.parametrize("results", KINDS, indirect=True)
-def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_is_the_same(request: pytest.FixtureRequest, kind: str, case: str) -> None:
     """With recomputation as without, bit for bit; under TP as in one process. That ranks agree on what they share is
     checked inside."""
-    found = results["dropout"][case]
+    found = request.getfixturevalue(kind)["dropout"][case]
     assert found["weights moved"] > 5e-4
     if "TP" not in case or "SP" in case:
         assert found["loss"] == found["gradient norm"] == found["weights"] == 0.0
@@ -86,7 +99,7 @@ def test_dropout_is_the_same(results: dict[str, Any], case: str) -> None:
 
 
 @pytest.mark.parametrize("control", ["another objective", "another dropout"])
-@pytest.mark.parametrize("results", KINDS, indirect=True)
-def test_another_computation_shows(results: dict[str, Any], control: str) -> None:
-    found = results["controls"][control]
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_computation_shows(request: pytest.FixtureRequest, kind: str, control: str) -> None:
+    found = request.getfixturevalue(kind)["controls"][control]
     assert all(found[name] > 100 * LIMITS[name] for name in ("loss", "gradient norm", "weights"))
