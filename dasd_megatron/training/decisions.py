@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Signals:
-    """What the ranks tell each other after a step; each is true if it is true on any rank.
+    """Flags that the ranks exchange after a step; each is true if it is true on any rank.
 
     ``stop``: a signal asks the run to stop. ``writing``: a checkpoint is still being written. ``end`` and ``pause``:
     the watch on training asks for it.
@@ -22,7 +22,7 @@ class Signals:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run is after a step, alike on every rank.
+    """State of a run after a step, alike on every rank.
 
     ``step`` of ``steps`` are done, the last ``skipped`` of them without an update. ``checkpoint_pending``: a checkpoint
     has been begun and not finished.
@@ -36,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the loop does between two steps, in the order of the fields.
+    """Actions of the loop between two steps, in the order of the fields.
 
     ``end``: why the run ends here, if it does; nothing that follows is done then. ``save`` comes before the evaluation,
     which takes long and which a resumed run makes up.

@@ -106,7 +106,7 @@ def _run(trainer: Trainer) -> None:
 
 @dataclass(frozen=True)
 class _Advice:
-    """What the watch asks for after a step, and why; on rank 0, which alone judges."""
+    """Request of the watch after a step, and its reason; on rank 0, which alone judges."""
 
     end: bool = False
     pause: bool = False

@@ -67,7 +67,7 @@ class ScoredRollouts:
 
     @property
     def bounds(self) -> list[int]:
-        """Where each rollout begins among the packed tokens, and where the last one ends; B + 1 numbers."""
+        """Places among the packed tokens where each rollout begins, and where the last one ends; B + 1 numbers."""
         return [0, *self.lengths.cumsum(0).tolist()]
 
 
@@ -80,7 +80,7 @@ class Importance(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What a step's rollouts are to teach.
+    """Advantages and directions of a step's rollouts.
 
     ``verifier_advantage`` is float32 [B], each rollout's reward relative to its group; ``advantage`` is float32 [N],
     each response token's from verifier and teacher together; ``importance`` is None without importance sampling.

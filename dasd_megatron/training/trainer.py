@@ -1,4 +1,4 @@
-"""What a training run is made of, and how it is opened: logger, model, checkpoints, grader and rollout servers."""
+"""The parts of a training run and their opening: logger, model, checkpoints, grader and rollout servers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Learner(NamedTuple):
 
 @dataclass(kw_only=True)
 class Trainer:
-    """What the steps of one run share.
+    """The parts of a run that its steps share.
 
     ``logger`` is there on rank 0 alone, which reports. ``reported_non_finite``: numbers that are not finite have been
     described once in this run.

@@ -1,0 +1,57 @@
+"""Routing of a replica's share of a step: groups are whole for the advantage, wherever their samples are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
+from dasd_megatron.training.batching import ReplicaShare
+from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
+from dasd_megatron.training.step import Timers, route
+
+REWARDS = [1.0, 0.0, 0.0, 1.0]
+GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0.0)
+
+
+def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig = GRPO) -> Routing:
+    """Routing of the rollouts at ``places``, of which each has two tokens of other log-probs at the servers."""
+    count = 2 * len(places)
+    scores = ScoredRollouts(
+        student=TokenScores(torch.zeros(count), torch.ones(count)),
+        teacher_log_prob=torch.zeros(count),
+        start_log_prob=None,
+        rollout_log_prob=torch.tensor([-1.0, 0.0] * len(places)),
+        lengths=torch.full((len(places),), 2),
+    )
+    return route(settings, loss, ReplicaShare([], places, REWARDS), scores, samples_per_group=2)
+
+
+def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:
+    whole = routed([0, 1, 2, 3], PolicyLossConfig())
+    assert whole.verifier_advantage.tolist() == [0.5, -0.5, -0.5, 0.5]
+    for places in ([0, 3], [1, 2]):
+        part = routed(places, PolicyLossConfig())
+        assert part.verifier_advantage.tolist() == whole.verifier_advantage[places].tolist()
+        assert part.advantage.tolist() == part.verifier_advantage.repeat_interleave(2).tolist()
+
+
+def test_importance_weights_act_on_the_advantage_that_is_trained_on() -> None:
+    plain = routed([0, 1], PolicyLossConfig())
+    assert plain.importance is None and plain.weighted_advantage is plain.advantage
+    weighted = routed([0, 1], PolicyLossConfig(importance_sampling="token", importance_cap=2.0))
+    assert weighted.importance is not None
+    assert weighted.importance.weights.tolist() == [2.0, 1.0, 2.0, 1.0]
+    assert weighted.importance.cut.tolist() == [True, False, True, False]
+    assert weighted.advantage.tolist() == plain.advantage.tolist()
+    assert weighted.weighted_advantage.tolist() == [1.0, 0.5, -1.0, -0.5]
+
+
+def test_seconds_of_grading_are_taken_from_those_of_the_rollout() -> None:
+    timers = Timers()
+    with timers("rollout"):
+        pass
+    timers.seconds["rollout"] = 3.0
+    timers.move("rollout", "verify", 1.0)
+    assert timers.seconds == {"rollout": 2.0, "verify": 1.0}
+    assert timers.finish()["total"] == pytest.approx(0.0, abs=5.0)
