@@ -9,8 +9,7 @@ exported, and every token of the first step is scored once more. Differences are
 weights, float32. Dropout is compared in supervised updates, which are the ones that can have it.
 
 The processes of a layout are forked from one that has imported everything. Writes ``benchmarks/results/parity.json``
-unless told
-otherwise; with ``--only``, what stands there of other layouts stays if seed and versions are the same.
+unless told otherwise. With ``--only``, the results of other layouts in it stay if seed and versions are the same.
 """
 
 from __future__ import annotations
@@ -164,10 +163,25 @@ def draw_rollouts(folder: Path, seed: int) -> None:
                 log_probs = [-4.0 if mask is None or mask[place] else 0.0 for place in range(len(response))]
                 samples.append(
                     Sample(
-                        group, sample, group, f"p{group}", problem, "1", f"{problem} is 1", prompt, response, log_probs, "", "stop",
-                        [["step_000000", len(response)]], float(draw.random() < 0.5), None, False, mask,
+                        group,
+                        sample,
+                        group,
+                        f"p{group}",
+                        problem,
+                        "1",
+                        f"{problem} is 1",
+                        prompt,
+                        response,
+                        log_probs,
+                        "",
+                        "stop",
+                        [["step_000000", len(response)]],
+                        float(draw.random() < 0.5),
+                        None,
+                        False,
+                        mask,
                     )
-                )  # fmt: skip
+                )
         save_samples(rollouts_path(folder / "rollouts", step), samples)
 
 
@@ -366,8 +380,8 @@ def fork_and_wait(arguments: list[tuple], target: Any = serve) -> None:
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
-    """What a layout's result differs from another's by: absolute, but for the gradient norm, and the weights' beside
-    how far they moved."""
+    """Return the differences of a layout's result from another's: absolute, but for the gradient norm, and of the
+    weights beside how far they moved."""
     import torch
 
     assert found["weights"].keys() == expected["weights"].keys()

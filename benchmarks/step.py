@@ -1,11 +1,10 @@
-"""What a training step costs beside its model: phases of whole steps, and the update against a bare Megatron loop.
+"""Cost of a training step beside its model: phases of whole steps, and the update against a bare Megatron loop.
 
     python benchmarks/step.py loop experiment=quickstart evaluation=none run.steps=8 warm_start.steps=0
-    python benchmarks/step.py loop --config-dir examples/smollm2_arithmetic experiment=chain_sum evaluation=none
-    run.steps=8
+    python benchmarks/step.py loop --config-dir examples/smollm2_arithmetic experiment=chain_sum evaluation=none \\
+        run.steps=8
     python benchmarks/step.py update --model models/smollm2 precision=bf16 backend.threads=2
-    python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise     #
-    one GPU
+    python benchmarks/step.py update --preset qwen3_0.6b backend.kind=cuda precision=bf16 precision.fp8=tensorwise
 
 ``loop`` runs ``dasd train`` with these overrides and reports, as medians over the steps after the first two, the
 seconds of each phase and the share of a step spent outside rollouts and the model's forward and backward passes.
@@ -13,8 +12,8 @@ seconds of each phase and the share of a step spent outside rollouts and the mod
 
 ``update`` compares, in alternating rounds on the same micro-batches and the same model in one process, our policy
 update with a Megatron loop: the model's own cross-entropy on its logits, Megatron's schedule, the same optimizer. It
-says tokens per second, the share of the GPU's peak (``--peak`` TFLOP/s), peak memory, and for a GPU what ``dasd plan``
-predicts.
+reports tokens per second, the share of the GPU's peak (``--peak`` TFLOP/s), peak memory, and for a GPU what ``dasd
+plan`` predicts.
 
 ``--preset`` writes a model of that preset's sizes with random weights. Results go to
 ``benchmarks/results/step_NAME.json`` with ``--name``.
@@ -23,6 +22,7 @@ predicts.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -34,26 +34,42 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from machine import describe
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, load_config, read_config
 
+if TYPE_CHECKING:
+    from dasd_megatron.models.gpt import ShardedModel
+    from dasd_megatron.training.batching import MicroBatch
+    from dasd_megatron.training.optimizer import OptimizerState
+
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("rollout", "verify", "score", "route", "update", "sync", "checkpoint")
-# What a configuration needs and a measurement of the update does not read.
+# A configuration needs these fields; a measurement of the update does not read them.
 _UPDATE = (
-    "run.name=step", "run.steps=1", "optimizer.lr=1e-6", "evaluation=none", "data.train.generator=chain_sum",
-    "data.heldout.generator=chain_sum", "data.train.size=8", "data.heldout.size=1", "rollout.replay=/", "rollout.max_prompt_tokens=64",
-    "rollout.max_new_tokens=64", "batch.groups=4", "batch.samples_per_group=4", "loss.kl_coef=0.0",
+    "run.name=step",
+    "run.steps=1",
+    "optimizer.lr=1e-6",
+    "evaluation=none",
+    "data.train.generator=chain_sum",
+    "data.heldout.generator=chain_sum",
+    "data.train.size=8",
+    "data.heldout.size=1",
+    "rollout.replay=/",
+    "rollout.max_prompt_tokens=64",
+    "rollout.max_new_tokens=64",
+    "batch.groups=4",
+    "batch.samples_per_group=4",
+    "loss.kl_coef=0.0",
     "model.tiny.max_position_embeddings=1000000",
-)  # fmt: skip
+)
 
 
 def random_model(preset: str, path: Path, dtype: str) -> Path:
-    """A Hugging Face directory of the preset's sizes, with random weights and a tokenizer of characters."""
+    """Write a Hugging Face directory of the preset's sizes, with random weights and a tokenizer of characters."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +89,8 @@ def random_model(preset: str, path: Path, dtype: str) -> Path:
 
 
 def random_rollouts(folder: Path, config: Config, prompt: int, response: int, vocab_size: int) -> None:
-    """Rollouts of all steps in the format of replay: random tokens, responses of half to the whole of ``response``."""
+    """Write rollouts of all steps in the format of replay: random tokens, responses of half to the whole of
+    ``response``."""
     from dasd_megatron.samples import Sample, rollouts_path, save_samples, version_name
 
     seed = secrets.randbelow(2**31)
@@ -87,16 +104,30 @@ def random_rollouts(folder: Path, config: Config, prompt: int, response: int, vo
                 response_ids = [draw.randrange(vocab_size) for _ in range(draw.randint(response // 2, response))]
                 samples.append(
                     Sample(
-                        group, sample, (step - 1) * config.batch.groups + group, str(group), "1 + 1", "2", "1 + 1 = 2", prompt_ids,
-                        response_ids, [-12.0] * len(response_ids), "", "stop", [[version_name(step - 1), len(response_ids)]],
-                        float(draw.random() < 0.5), "2", False,
+                        group,
+                        sample,
+                        (step - 1) * config.batch.groups + group,
+                        str(group),
+                        "1 + 1",
+                        "2",
+                        "1 + 1 = 2",
+                        prompt_ids,
+                        response_ids,
+                        [-12.0] * len(response_ids),
+                        "",
+                        "stop",
+                        [[version_name(step - 1), len(response_ids)]],
+                        float(draw.random() < 0.5),
+                        "2",
+                        False,
                     )
-                )  # fmt: skip
+                )
         save_samples(rollouts_path(folder, step), samples)
 
 
 def worker(root: Path) -> None:
-    """One rank of ``loop``: training as it is, with the seconds inside Megatron's schedules in each step's metrics."""
+    """Run one rank of ``loop``: training as it is, with the seconds inside Megatron's schedules in each step's
+    metrics."""
     config = read_config(root / "config.yaml")
     backend.select(config.backend)
     import torch
@@ -132,6 +163,7 @@ def worker(root: Path) -> None:
 
 
 def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Train, and return and print the seconds of each phase."""
     from dasd_megatron.models.hf_config import read_hf_config
     from dasd_megatron.run.prepare import prepare_run
 
@@ -168,9 +200,10 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (scratch / "run" / "metrics.jsonl").read_text().splitlines()][2:]
     seconds = {name: statistics.median(row.get(f"seconds/{name}", 0.0) for row in rows) for name in (*PHASES, "model")}
     whole = [row["seconds/total"] + row["seconds/sync"] + row["seconds/checkpoint"] for row in rows]
+    # The rest is grading, routing, batching, optimizer, weight sync, checkpoints and logs.
     outside = [
         1 - (row["seconds/rollout"] + row["seconds/model"]) / total for row, total in zip(rows, whole, strict=True)
-    ]  # what is left: grading, routing, batching, optimizer, weight sync, checkpoints, logs
+    ]
     record = {
         "steps": len(rows),
         "seconds_of_a_step": statistics.median(whole),
@@ -192,9 +225,8 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
-    """Floating-point operations of one pass over sequences of these lengths: two for each parameter of a matrix and
-    token, and the
-    products of causal attention; three times that with the backward pass."""
+    """Return the floating-point operations of one pass over sequences of these lengths: two for each parameter of a
+    matrix and token, and the products of causal attention; three times that with the backward pass."""
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     query, key = head_dim * hf_config.num_attention_heads, head_dim * hf_config.num_key_value_heads
     layer = hf_config.hidden_size * (2 * query + 2 * key + 3 * hf_config.intermediate_size)
@@ -203,34 +235,10 @@ def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
     return (2 * matrices * sum(lengths) + attention) * (3 if backward else 1)
 
 
-def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    config = load_config([*_UPDATE, "parallel=single", *options.overrides], options.config_dir)
-    backend.select(config.backend).check_precision(config.precision)
-    import torch
-    from megatron.core.tensor_parallel import ColumnParallelLinear
-    from megatron.core.utils import unwrap_model
-
-    from dasd_megatron.models.gpt import HiddenStatesHead, build_model
-    from dasd_megatron.planning.estimate import Architecture
-    from dasd_megatron.planning.plan import OVERHEAD_BYTES, make_plan
-    from dasd_megatron.training import parallel
+def random_batches(config: Config, model: ShardedModel) -> tuple[list[MicroBatch], list[list[int]]]:
+    """Return the micro-batches of random prompts and responses, and the responses."""
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
-    from dasd_megatron.training.optimizer import build_optimizer
-    from dasd_megatron.training.passes import run_schedule, score
-    from dasd_megatron.training.passes import update as policy_update
 
-    cuda = config.backend.kind == "cuda"
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
-    path = (
-        random_model(options.preset, scratch / "model", config.precision.params_dtype)
-        if options.preset
-        else options.model
-    )
-    parallel.initialize(config)
-    model = build_model(config, path)
-    optimizer = build_optimizer(config.optimizer, model, steps=10_000, updates_per_step=1)
-    hf_config = model.bridge.hf_config
-    device = backend.current().device()
     draw = random.Random(secrets.randbelow(2**31))
     prompt, response = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
     count = config.batch.groups * config.batch.samples_per_group
@@ -239,53 +247,35 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         [draw.randrange(model.vocab_size) for _ in range(draw.randint(response // 2, response))] for _ in range(count)
     ]
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
-    batches = make_micro_batches(prompts, responses, layout)
-    lengths = [prompt + len(one) - 1 for one in responses]
-    tokens = sum(lengths)
-    response_tokens = sum(map(len, responses))
-    old_log_prob = torch.full((response_tokens,), -12.0, device=device)
-    advantage = torch.randn(response_tokens, device=device)
+    return make_micro_batches(prompts, responses, layout), responses
 
-    def ours() -> None:
-        policy_update(
-            model,
-            optimizer,
-            batches,
-            old_log_prob=old_log_prob,
-            advantage=advantage,
-            start_log_prob=None,
-            distillation=None,
-            settings=config.loss,
-            temperature=1.0,
-        )
 
-    def scoring() -> None:
-        score(model, batches, config.loss, temperature=1.0)
+def make_bare_update(model: ShardedModel, optimizer: OptimizerState, batches: list[MicroBatch]) -> Callable[[], None]:
+    """Return pre-training as Megatron does it: cross-entropy of the labels over the model's logits."""
+    import torch
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.utils import unwrap_model
+
+    from dasd_megatron.models.gpt import HiddenStatesHead
 
     head = unwrap_model(model.chunks[-1])
     labels = {id(batch): torch.zeros_like(batch.tokens) for batch in batches}
-    masks = {id(batch): torch.zeros(batch.tokens.shape, device=device) for batch in batches}
+    masks = {id(batch): torch.zeros(batch.tokens.shape, device=batch.tokens.device) for batch in batches}
     for batch in batches:
         labels[id(batch)][batch.rows, batch.columns] = batch.targets
         masks[id(batch)][batch.rows, batch.columns] = 1.0
 
-    def bare() -> None:
-        """Pre-training as Megatron does it: cross-entropy of the labels over the model's logits."""
-        from functools import partial
+    def loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total = (output.float() * mask).sum()
+        return total, mask.sum().int(), {"loss": total.detach()}
 
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(iterator)
+        output = chunk(batch.tokens, batch.position_ids, None, labels=labels[id(batch)])
+        return output, functools.partial(loss, masks[id(batch)])
 
-        def loss(
-            mask: torch.Tensor, output: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            total = (output.float() * mask).sum()
-            return total, mask.sum().int(), {"loss": total.detach()}
-
-        def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-            batch = next(iterator)
-            output = chunk(batch.tokens, batch.position_ids, None, labels=labels[id(batch)])
-            return output, partial(loss, masks[id(batch)])
-
+    def bare_update() -> None:
         head.output_layer.__class__ = ColumnParallelLinear
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
@@ -303,24 +293,63 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if model.fused_linear:
             head.output_layer.__class__ = HiddenStatesHead
 
+    return bare_update
+
+
+def make_calls(
+    config: Config, model: ShardedModel, optimizer: OptimizerState, batches: list[MicroBatch], response_tokens: int
+) -> dict[str, Callable[[], None]]:
+    """Return what is timed, by name."""
+    import torch
+
+    from dasd_megatron.training.passes import run_schedule, score
+    from dasd_megatron.training.passes import update as policy_update
+
+    device = backend.current().device()
+    old_log_prob = torch.full((response_tokens,), -12.0, device=device)
+    advantage = torch.randn(response_tokens, device=device)
+
+    def our_update() -> None:
+        policy_update(
+            model,
+            optimizer,
+            batches,
+            old_log_prob=old_log_prob,
+            advantage=advantage,
+            start_log_prob=None,
+            distillation=None,
+            settings=config.loss,
+            temperature=1.0,
+        )
+
+    def scoring() -> None:
+        score(model, batches, config.loss, temperature=1.0)
+
+    def last_stage(_batch: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # This loss costs nothing but reaches every parameter.
+        loss = output.float().sum()
+        return loss, torch.tensor(1, dtype=torch.int, device=device), loss.detach()
+
     def forward_and_backward_alone() -> None:
-        """The schedule of our update, with a loss that costs nothing but reaches every parameter."""
-
-        def last_stage(_batch: Any, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            loss = output.float().sum()
-            return loss, torch.tensor(1, dtype=torch.int, device=device), loss.detach()
-
         run_schedule(model, batches, last_stage, forward_only=False)
 
-    calls = {
-        "ours": ours,
-        "bare Megatron": bare,
+    return {
+        "ours": our_update,
+        "bare Megatron": make_bare_update(model, optimizer, batches),
         "scoring": scoring,
         "layers, forward and backward": forward_and_backward_alone,
     }
+
+
+def time_calls(
+    calls: dict[str, Callable[[], None]], rounds: int, cuda: bool
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Return by name the seconds of each alternated round after the first, and on a GPU the peak bytes of the last."""
+    import torch
+
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     peaks: dict[str, int] = {}
-    for round_index in range(options.rounds + 1):
+    for round_index in range(rounds + 1):
         for name, call in calls.items():
             if cuda:
                 torch.cuda.synchronize()
@@ -332,51 +361,97 @@ def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 seconds[name].append(time.perf_counter() - started)
             if cuda:
                 peaks[name] = torch.cuda.max_memory_allocated()
-    ratios = [one / other for one, other in zip(seconds["ours"], seconds["bare Megatron"], strict=True)]
+    return seconds, peaks
+
+
+def update(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Time updates, and return and print tokens a second, ratios and memory."""
+    config = load_config([*_UPDATE, "parallel=single", *options.overrides], options.config_dir)
+    backend.select(config.backend).check_precision(config.precision)
+    import torch
+
+    from dasd_megatron.models.gpt import build_model
+    from dasd_megatron.training import parallel
+    from dasd_megatron.training.optimizer import build_optimizer
+
+    cuda = config.backend.kind == "cuda"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    path = (
+        random_model(options.preset, scratch / "model", config.precision.params_dtype)
+        if options.preset
+        else options.model
+    )
+    parallel.initialize(config)
+    model = build_model(config, path)
+    optimizer = build_optimizer(config.optimizer, model, steps=10_000, updates_per_step=1)
+    batches, responses = random_batches(config, model)
+    lengths = [config.rollout.max_prompt_tokens + len(response) - 1 for response in responses]
+    calls = make_calls(config, model, optimizer, batches, sum(map(len, responses)))
+    seconds, peaks = time_calls(calls, options.rounds, cuda)
+    ratios = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare Megatron"], strict=True)]
     record: dict[str, Any] = {
         "model": options.preset or str(path),
         "overrides": options.overrides,
-        "sequences": count,
-        "tokens": tokens,
+        "sequences": len(responses),
+        "tokens": sum(lengths),
         "padded_tokens": sum(batch.tokens.numel() for batch in batches),
         "micro_batches": len(batches),
         "rounds": options.rounds,
         "ratio_to_bare_megatron": statistics.median(ratios),
         "spread_of_ratio": [min(ratios), max(ratios)],
     }
-    print(f"\n{tokens:,} tokens in {len(batches)} micro-batches, medians of {options.rounds} rounds")
-    print("| | seconds | tokens/s |" + (" share of peak | peak GB |" if cuda else ""))
-    print("|---|---|---|" + ("---|---|" if cuda else ""))
-    for name in calls:
-        median = statistics.median(seconds[name])
+    print(f"\n{sum(lengths):,} tokens in {len(batches)} micro-batches, medians of {options.rounds} rounds")
+    record |= report_calls(model.bridge.hf_config, lengths, seconds, peaks, options.peak)
+    print(f"ours / bare Megatron: {record['ratio_to_bare_megatron']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    if cuda:
+        record |= report_plan(config, model.bridge.hf_config, peaks["ours"])
+    torch.distributed.destroy_process_group()
+    return record
+
+
+def report_calls(
+    hf_config: Any, lengths: list[int], seconds: dict[str, list[float]], peaks: dict[str, int], peak_teraflops: float
+) -> dict[str, Any]:
+    """Print a row for each call, and return what is recorded of it. ``peaks`` is empty without a GPU."""
+    entries: dict[str, Any] = {}
+    tokens = sum(lengths)
+    print("| | seconds | tokens/s |" + (" share of peak | peak GB |" if peaks else ""))
+    print("|---|---|---|" + ("---|---|" if peaks else ""))
+    for name, found in seconds.items():
+        median = statistics.median(found)
         entry: dict[str, Any] = {
             "seconds": median,
-            "spread": [min(seconds[name]), max(seconds[name])],
+            "spread": [min(found), max(found)],
             "tokens_per_second": tokens / median,
         }
         cells = f"| {name} | {median:.3f} | {tokens / median:,.0f} |"
-        if cuda:
-            entry["share_of_peak"] = (
-                operations(hf_config, lengths, backward=name != "scoring") / median / (options.peak * 1e12)
-            )
+        if peaks:
+            work = operations(hf_config, lengths, backward=name != "scoring")
+            entry["share_of_peak"] = work / median / (peak_teraflops * 1e12)
             entry["peak_bytes"] = peaks[name]
             cells += f" {entry['share_of_peak']:.1%} | {peaks[name] / 1e9:.2f} |"
-        record[name] = entry
+        entries[name] = entry
         print(cells)
-    print(f"ours / bare Megatron: {record['ratio_to_bare_megatron']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-    if cuda:
-        engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
-        plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine)
-        # The reserve of a plan is for what torch does not allocate.
-        record["planned_bytes"] = plan.fullest.total - OVERHEAD_BYTES
-        record["allocated_before_step"] = torch.cuda.memory_allocated()
-        print(
-            f"peak of our update: {peaks['ours'] / 1e9:.2f} GB; dasd plan, without its reserve: "
-            f"{record['planned_bytes'] / 1e9:.2f} GB"
-        )
-        record["kernels"] = backend.current().kernels(config.backend.transformer_impl)
-    torch.distributed.destroy_process_group()
-    return record
+    return entries
+
+
+def report_plan(config: Config, hf_config: Any, peak: int) -> dict[str, Any]:
+    """Print the peak of our update beside what ``dasd plan`` predicts, and return the plan's bytes and the kernels."""
+    import torch
+
+    from dasd_megatron.planning.estimate import Architecture
+    from dasd_megatron.planning.plan import OVERHEAD_BYTES, make_plan
+
+    engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
+    plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine)
+    # The reserve of a plan is for memory that torch does not allocate.
+    planned = plan.fullest.total - OVERHEAD_BYTES
+    print(f"peak of our update: {peak / 1e9:.2f} GB; dasd plan, without its reserve: {planned / 1e9:.2f} GB")
+    return {
+        "planned_bytes": planned,
+        "allocated_before_step": torch.cuda.memory_allocated(),
+        "kernels": backend.current().kernels(config.backend.transformer_impl),
+    }
 
 
 def main() -> None:
