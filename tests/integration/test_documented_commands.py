@@ -57,7 +57,8 @@ ELSEWHERE = {
     "sbatch slurm/train_dasd_tiny.sh": ("tests/integration/test_slurm.py", "train_dasd_tiny.sh"),
     "python -m pytest tests/integration/test_slurm.py": ("tests/integration/test_slurm.py", "def test_"),
 }
-MAKE_GOALS_OF_CI = {"quickstart", "test", "sglang-cpu", "lint", "docs", "format"}
+# make test-all is what make test and make test-drills do.
+MAKE_GOALS_OF_CI = {"quickstart", "test", "test-drills", "test-all", "sglang-cpu", "lint", "docs", "format"}
 RUN = "dasd train experiment=quickstart run.dir=RUN logging.save_rollouts_every=1"
 RUN_SIZES = ["run.steps=3", "warm_start.steps=1", "warm_start.batch_size=4", "warm_start.micro_batch_size=2"]
 
