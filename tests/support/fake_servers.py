@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -37,6 +38,8 @@ class FakeServer:
         self.asked: list[str] = []
         self.released: set[str] = set()
         self.log_prob = -1.0
+        self.checksums: list[dict[str, str]] = [{}]
+        """By name of tensor, for each of its processes."""
 
     def count(self, path: str) -> int:
         """How often it was asked for ``path``."""
@@ -63,6 +66,12 @@ class FakeServer:
                     self.down = True
                     raise aiohttp.ServerDisconnectedError
                 self.released -= set(body["tags"])
+            case "/weights_checker":
+                ranks = [
+                    {"parallelism_info": [{"tp_rank": rank}], "checksums": checksums}
+                    for rank, checksums in enumerate(self.checksums)
+                ]
+                return 200, {"success": True, "ranks": ranks}
             case "/generate":
                 triples = [[self.log_prob, token, None] for token in body["input_ids"][0]]
                 return 200, [{"meta_info": {"input_token_logprobs": triples}}]
@@ -172,10 +181,16 @@ class FakeBridge:
     def __init__(self, *tensors: tuple[str, torch.Tensor]) -> None:
         self.tensors, self.passed, self.hf_config = tensors, 0, MODEL
 
-    def export_weights(self, _chunks: Any) -> Any:
+        self.hf_shapes = {name: tensor.shape for name, tensor in tensors}
+
+    def export_plan(self, _chunks: Any) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in self.hf_shapes]
+
+    def export_weights(self, _chunks: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.tensors:
-            self.passed += 1
-            yield name, tensor
+            if only is None or name in only:
+                self.passed += 1
+                yield name, tensor
 
 
 class FakeModel:
