@@ -195,7 +195,7 @@ def bucket_sync(
     from dasd_megatron.training.weight_sync.tensor import TensorSender
 
     sender_class = {"distributed": DistributedSender, "tensor": TensorSender}[kind]
-    sender = sender_class(config.rollout, [url], {url: 1}, ServerPool([url]))
+    sender = sender_class(config.rollout, {url: 1}, ServerPool([url]))
     numbers = itertools.count(1)
 
     def sync() -> None:

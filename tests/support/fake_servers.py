@@ -155,17 +155,11 @@ class FakeSender(BucketSender):
         super().__init__(*arguments)
         self.buckets: list[tuple[bytes, list[Entry]]] = []
         self.drops = 0
-        self._memory = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         type(self).made.append(self)
 
     @property
     def joined(self) -> bool:
         return True
-
-    def buffer(self, index: int, size: int) -> torch.Tensor:
-        if self._memory[index].numel() < size:
-            self._memory[index] = torch.zeros(size, dtype=torch.uint8)
-        return self._memory[index]
 
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
         self.buckets.append((bytes(flat.tolist()), entries))

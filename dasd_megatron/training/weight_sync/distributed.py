@@ -8,16 +8,13 @@ import dataclasses
 import datetime
 import socket
 import uuid
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
-from dasd_megatron.config import RolloutConfig
-from dasd_megatron.rollout.client import ClientFactory, make_client
-from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import Entry
@@ -29,20 +26,10 @@ T = TypeVar("T")
 class DistributedSender(BucketSender):
     """Broadcasts buckets over a process group, which is made when it is first needed, and again after a failure."""
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        urls: Sequence[str],
-        sizes: Mapping[str, int],
-        pool: ServerPool,
-        make_client: ClientFactory = make_client,
-    ) -> None:
-        super().__init__(config, urls, sizes, pool, make_client)
-        self._group: dist.ProcessGroup | None = None
-        self._store: dist.TCPStore | None = None
-        self._name = ""
-        self._buffers = [torch.empty(0, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        self._leaving: Future | None = None
+    _group: dist.ProcessGroup | None = None
+    _store: dist.TCPStore | None = None
+    _name = ""
+    _leaving: Future | None = None
 
     @property
     def joined(self) -> bool:
@@ -103,11 +90,6 @@ class DistributedSender(BucketSender):
         if self._group is None:
             self.finish(self.run(self._join()))
         super().begin()
-
-    def buffer(self, index: int, size: int) -> torch.Tensor:
-        if self._buffers[index].numel() < size:
-            self._buffers[index] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return self._buffers[index]
 
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
         names, dtypes, shapes = zip(*entries, strict=True)

@@ -40,22 +40,22 @@ class BucketSender(ABC):
 
     Every step has the limit ``rollout.weight_sync_timeout_seconds``.
 
-    urls: addresses of the servers; sizes: the processes of each that take part, its tensor-parallel size; pool: hears
-    who serves the weights.
+    sizes: the servers' addresses, with the processes of each that take part, its tensor-parallel size; pool: hears who
+    serves the weights.
     """
 
     def __init__(
         self,
         config: RolloutConfig,
-        urls: Sequence[str],
         sizes: Mapping[str, int],
         pool: ServerPool,
         make_client: ClientFactory = make_client,
     ) -> None:
-        self.config, self.urls = config, list(urls)
-        self.sizes = [sizes[url] for url in self.urls]
+        self.config, self.urls, self.sizes = config, list(sizes), list(sizes.values())
         self.make_client = make_client
         self.device = backend.current().device()
+        self.buffers: dict[int, torch.Tensor] = {}
+        """Memory of the device, by number of the buffer."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
         # All servers have to be asked at once, since each may wait for the others.
@@ -93,9 +93,11 @@ class BucketSender(ABC):
     def joined(self) -> bool:
         """True where the next sync needs no new connection."""
 
-    @abstractmethod
     def buffer(self, index: int, size: int) -> torch.Tensor:
         """Return one of the two buffers, with room for ``size`` bytes at least: one fills while the other travels."""
+        if index not in self.buffers or self.buffers[index].numel() < size:
+            self.buffers[index] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.buffers[index]
 
     @abstractmethod
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
@@ -164,8 +166,8 @@ class BucketSync(WeightSync):
         sizes = self.receivers.tensor_parallel_sizes(able)
         if self._sender is not None:
             self._sender.close()
-        urls = [url for url in able if url in sizes]
-        self._sender = self.sender_class(self.config, urls, sizes, self.receivers.pool, self.make_client)
+        answering = {url: sizes[url] for url in able if url in sizes}
+        self._sender = self.sender_class(self.config, answering, self.receivers.pool, self.make_client)
 
     def _leave_out(self, failure: WeightSyncError) -> bool:
         return self._sender is not None and self.receivers.leave_out(self._sender.urls, failure)

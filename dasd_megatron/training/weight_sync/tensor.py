@@ -3,7 +3,7 @@ GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -21,14 +21,12 @@ class TensorSender(BucketSender):
     def __init__(
         self,
         config: RolloutConfig,
-        urls: Sequence[str],
         sizes: Mapping[str, int],
         pool: ServerPool,
         make_client: ClientFactory = make_client,
     ) -> None:
-        super().__init__(config, urls, sizes, pool, make_client)
+        super().__init__(config, sizes, pool, make_client)
         self._shared: dict[int, SharedBuffer] = {}
-        self._on_device: dict[int, torch.Tensor] = {}
 
     @property
     def joined(self) -> bool:
@@ -36,9 +34,7 @@ class TensorSender(BucketSender):
 
     def buffer(self, index: int, size: int) -> torch.Tensor:
         if self.device.type == "cuda":
-            if index not in self._on_device or self._on_device[index].numel() < size:
-                self._on_device[index] = torch.empty(size, dtype=torch.uint8, device=self.device)
-            return self._on_device[index]
+            return super().buffer(index, size)
         if index not in self._shared or self._shared[index].bytes.numel() < size:
             if index in self._shared:
                 self._shared.pop(index).close()
@@ -58,8 +54,8 @@ class TensorSender(BucketSender):
         """Give the shared memory back."""
         while self._shared:
             self._shared.popitem()[1].close()
-        if self._on_device:
-            self._on_device.clear()
+        if self.buffers:
+            self.buffers.clear()
             torch.cuda.ipc_collect()
 
 

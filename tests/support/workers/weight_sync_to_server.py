@@ -51,7 +51,7 @@ with contextlib.ExitStack() as stack:
         server = stack.enter_context(LocalServer(arguments["path"], "start", config.rollout, Path(arguments["log"])))
         urls = [server.url]
         pool = ServerPool(urls)
-        sender = WAYS[config.rollout.weight_sync].sender_class(config.rollout, urls, {server.url: 1}, pool)
+        sender = WAYS[config.rollout.weight_sync].sender_class(config.rollout, {server.url: 1}, pool)
         stack.callback(sender.close)
 
     def send(version: str) -> str:

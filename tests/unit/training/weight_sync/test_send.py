@@ -42,7 +42,7 @@ def senders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeSender]]:
 
 def one_sender(servers: FakeServers) -> FakeSender:
     pool = ServerFleet(CONFIG, servers.urls, Path("log")).pool
-    return FakeSender(CONFIG, servers.urls, dict.fromkeys(servers.urls, 1), pool, servers.make_client)
+    return FakeSender(CONFIG, dict.fromkeys(servers.urls, 1), pool, servers.make_client)
 
 
 def test_tensors_arrive_whole_in_order_and_once() -> None:
