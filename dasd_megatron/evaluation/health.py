@@ -99,7 +99,7 @@ def repetition(tokens: ArrayLike, lengths: ArrayLike, n: int) -> Repetition:
     for index, (start, own) in enumerate(zip(starts.tolist(), (lengths - n + 1).tolist(), strict=True)):
         if own < 2:
             continue
-        # The place in the low bits: one sort then groups equal n-grams with their earliest place in front.
+        # The low bits have the place: a sort then groups equal n-grams with their earliest place in front.
         low = np.uint64((1 << own.bit_length()) - 1)
         keys = (grams[start : start + own] & ~low) | np.arange(own, dtype=np.uint64)
         keys.sort()
@@ -141,7 +141,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> float | None:
     if not positives or not negatives:
         return None
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    # Ranks from 1, equal scores sharing the mean of theirs.
+    # Ranks count from 1, and equal scores share the mean of their ranks.
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 

@@ -62,7 +62,7 @@ class MetricHistory:
     @property
     def before(self) -> float | None:
         """The level of the steps before the last ``lag``."""
-        # The step being judged is not in here yet: the last lag steps are it and lag - 1 of these.
+        # The step under judgement is not in here yet. The last lag steps are that one and lag - 1 of these.
         end = len(self._recent) - (self._lag - 1)
         if end < self._width:
             return None

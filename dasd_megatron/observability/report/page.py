@@ -113,7 +113,7 @@ def render(runs: Sequence[Run]) -> str:
             "script": Markup(script),
             "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             "data": Markup(_to_embedded_json(_script_data(runs, rollouts, groups))),
-            # Last: reading the rest adds to the notes.
+            # The notes come last, since reading the rest adds to them.
             "notes": _named_texts(runs, lambda run: run.notes),
         }
     )

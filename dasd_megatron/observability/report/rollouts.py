@@ -21,7 +21,7 @@ from dasd_megatron.observability.report.run_files import (
     to_text,
 )
 
-# Rollouts of long runs are terabytes: reading for the table of groups stays some seconds of work.
+# Rollouts of long runs are terabytes. This bound keeps reading for the table of groups at some seconds.
 ROLLOUT_BYTES = 200_000_000
 GROUPS_KEPT = 30
 SAMPLES_PER_GROUP = 4
@@ -330,7 +330,7 @@ def heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _add_sample(problems: dict[str, dict[str, Any]], side_name: str, sample: Row, chars: int) -> None:
     """Add one sample to its problem's record, unless the page has enough problems already."""
-    # The first words of runs on other data differ, whatever they call their problems.
+    # Runs on other data may use the same ids, so the text of the problem is part of the key.
     key = f"{sample.get('problem_id')} {sample.get('problem')}"
     if key not in problems and len(problems) >= HELDOUT_PROBLEMS:
         return

@@ -22,7 +22,7 @@ from dasd_megatron.observability.watch import WARNINGS
 Row = dict[str, Any]
 """One line of a JSONL file."""
 
-# Control, zero-width and direction characters.
+# These are control, zero-width and direction characters.
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
