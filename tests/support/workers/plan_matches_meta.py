@@ -14,15 +14,15 @@ import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-from dasd_megatron.commands.dry_run import as_rank  # noqa: E402
 from dasd_megatron.models.convert import meta_chunks  # noqa: E402
 from dasd_megatron.planning.estimate import Architecture, chunk_parameters, total_parameters  # noqa: E402
 from dasd_megatron.planning.plan import plan_config  # noqa: E402
+from dasd_megatron.training.rehearsal import as_rank  # noqa: E402
 
 for overrides, rank, published in cases:
     config = plan_config(overrides)
     hf_config = AutoConfig.for_model(**config.model.architecture)
-    with as_rank(config, rank):
+    with as_rank(config.parallel, rank):
         _, chunks = meta_chunks(hf_config, torch.bfloat16)
         stage = parallel_state.get_pipeline_model_parallel_rank()
     arch = Architecture.of(hf_config)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import random
 import shlex
 from pathlib import Path
 
 import pytest
 
 from dasd_megatron.cli import main
-from dasd_megatron.commands.dry_run import _commands, _parser, dry_run
+from dasd_megatron.commands.dry_run import _parser, dry_run
 from dasd_megatron.commands.router import _parser as router_parser
 from dasd_megatron.commands.serve import _parser as server_parser
-from dasd_megatron.config import ParallelConfig, load_config
+from dasd_megatron.commands.start_commands import Cluster, start_commands
+from dasd_megatron.config import load_config
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture
-from dasd_megatron.planning.layout import Place, place_of
 from dasd_megatron.planning.plan import model_sizes
 
 TP, PP, DP = (
@@ -74,27 +72,13 @@ def test_nothing_is_written_and_no_mask_is_changed(tmp_path: Path, monkeypatch: 
         os.umask(mask)
 
 
-def test_places_are_those_of_nested_loops() -> None:
-    draw = random.Random()
-    for _ in range(20):
-        tensor, context, data, pipeline = (draw.randint(1, 4) for _ in range(4))
-        parallel = ParallelConfig(
-            tensor_model_parallel_size=tensor,
-            context_parallel_size=context,
-            data_parallel_size=data,
-            pipeline_model_parallel_size=pipeline,
-        )
-        loops = itertools.product(range(pipeline), range(data), range(context), range(tensor))
-        assert [place_of(parallel, rank) for rank in range(parallel.world_size)] == [
-            Place(t, c, d, p) for p, d, c, t in loops
-        ]
-
-
 def commands(*arguments: str) -> dict[str, list[list[str]]]:
     """The words of the lines that a dry run would print, by their title."""
     options = _parser().parse_intermixed_args(["--dry-run", *arguments])
     config = load_config(options.overrides, needs_files=False)
-    found = _commands(config, options, ["a", "b"], Architecture.of(model_sizes(config)), 80e9)
+    cluster = Cluster(["a", "b"], options.gpus_per_node, 80e9, options.server_tp)
+    arch = Architecture.of(model_sizes(config))
+    found = start_commands(config, cluster, arch, options.overrides, options.config_dir)
     return {title: [shlex.split(line) for line in lines] for title, lines in found.items()}
 
 
