@@ -43,21 +43,21 @@ quickstart: $(VENV)/.installed
 
 # One OpenMP thread in each process, and none that spins: the tests' processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-# Two files at a time: runs of several processes leave a core idle while they wait, and tests of one file share what they set up.
+# Three files at a time on two cores: many tests wait, for limits to run out or for a cluster. Tests of one file share what they set up.
 # tests/conftest.py makes a group of each file and puts the longest first.
-TWO_FILES := -n 2 --dist loadgroup --no-loadscope-reorder
+FILES_AT_ONCE := -n 3 --dist loadgroup --no-loadscope-reorder
 
 # Everything but the drills, of which it has short forms.
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(TWO_FILES) -m "not drill"
+	$(PYTEST) $(FILES_AT_ONCE) -m "not drill"
 
 # The drills, with fewer moments of the crash matrix.
 test-drills: $(VENV)/.installed-dev
-	CRASH_MOMENTS=6 $(PYTEST) $(TWO_FILES) -m drill
+	CRASH_MOMENTS=6 $(PYTEST) $(FILES_AT_ONCE) -m drill
 
 # Everything, drills in whole.
 test-all: $(VENV)/.installed-dev
-	CRASH_MOMENTS=20 $(PYTEST) $(TWO_FILES)
+	CRASH_MOMENTS=20 $(PYTEST) $(FILES_AT_ONCE)
 
 $(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(MEGATRON_NEXT_VENV)
@@ -69,7 +69,7 @@ $(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
 
 # Models, updates, checkpoints' contents and every parallel layout, on gloo.
 test-megatron-next: $(MEGATRON_NEXT_VENV)/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MEGATRON_NEXT_VENV)/bin/python -m pytest $(TWO_FILES) tests/distributed
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MEGATRON_NEXT_VENV)/bin/python -m pytest $(FILES_AT_ONCE) tests/distributed
 
 parity: $(VENV)/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/parity.py

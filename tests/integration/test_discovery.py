@@ -33,6 +33,7 @@ from dasd_megatron.rollout.discovery import (
 from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.rollout.pool import Status
 from dasd_megatron.rollout.transport import WeightVersionError
+from tests.support.preloaded import started_by
 from tests.support.runs import SMALL
 from tests.support.servers import router_python, routing, sglang_python
 
@@ -163,7 +164,7 @@ def test_a_server_behind_the_router_dies_and_comes_back_with_older_weights(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_router_ends_with_its_command(number: int, servers: list[LocalServer], tmp_path: Path) -> None:
     with routing(tmp_path / "router", "--servers", servers[0].url) as (command, url):
-        (router,) = psutil.Process(command.pid).children()
+        (router,) = started_by(command)
         assert httpx.get(f"{url}/readiness", timeout=5).status_code == 200
         command.send_signal(number)
         assert command.wait(30) == (-9 if number == signal.SIGKILL else 0)

@@ -40,6 +40,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 _SCRIPTS = (ROOT / "tests" / "support" / "workers", ROOT / "benchmarks")
 _MODULES = ("torch.distributed.run", "dasd_megatron.", "tests.support.")
@@ -60,6 +62,7 @@ _OTHERS = (
 # Variables of Python that a forked process follows. Any other one has to be the template's.
 _FOLLOWED = {"PYTHONPATH", "PYTHONFAULTHANDLER", "PYTHONUNBUFFERED", "PYTHONWARNINGS"}
 _ROOM_BYTES = 6000
+_NAME = "preloaded"
 
 # Of linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
@@ -110,9 +113,7 @@ def _imitable(command: list[str], environment: dict[bytes, bytes]) -> bool:
         follows_template = text.startswith(("PYTHON", "LC_", "LD_")) or text in ("LANG", "TZ")
         if follows_template and text not in _FOLLOWED and environment.get(name) != _TEMPLATE_ENVIRONMENT.get(name):
             return False
-    # Python runs these before anything else, and they change what is imported.
-    folders = environment.get(b"PYTHONPATH", b"").decode().split(os.pathsep)
-    return not any((Path(folder) / "sitecustomize.py").is_file() for folder in folders if folder)
+    return True
 
 
 _TEMPLATE_ENVIRONMENT = dict(os.environb)
@@ -165,6 +166,15 @@ def real_start() -> Iterator[None]:
         yield
     finally:
         _enabled = before
+
+
+def started_by(process: subprocess.Popen) -> list[psutil.Process]:
+    """Return the children of a process but its template."""
+    return [one for one in psutil.Process(process.pid).children() if not is_template(one)]
+
+
+def is_template(process: psutil.Process) -> bool:
+    return [word.strip() for word in process.cmdline()[-1:]] == [_NAME]
 
 
 def _fork_or_exec(*arguments: Any) -> int:
@@ -225,7 +235,7 @@ def _own_template() -> _Template:
             with theirs:
                 # Its command line and environment are the room for those of the processes that are forked from it.
                 subprocess.Popen(
-                    [*arguments, "preloaded" + " " * _ROOM_BYTES],
+                    [*arguments, _NAME + " " * _ROOM_BYTES],
                     cwd=ROOT,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -398,6 +408,10 @@ def _enter(command: Command, path: list[str]) -> None:
     sys.argv = [name or program.script or "", *program.arguments]
     sys.orig_argv = list(command.arguments)
     importlib.invalidate_caches()
+    if any((Path(one) / "sitecustomize.py").is_file() for one in value.split(os.pathsep) if one):
+        # Python runs it before it imports anything else; here everything has been imported.
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
     unbuffered = program.unbuffered or bool(os.environ.get("PYTHONUNBUFFERED"))
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     sys.stdout = sys.__stdout__ = _writer(1, "strict", os.isatty(1), unbuffered)
