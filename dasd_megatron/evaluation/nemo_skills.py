@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dasd_megatron.access import api_key
-from dasd_megatron.config import Config, EvaluationConfig
+from dasd_megatron.config import EvaluationConfig, RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
@@ -223,7 +223,8 @@ def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_eval(
-    config: Config,
+    settings: EvaluationConfig,
+    rollout: RolloutConfig,
     root: Path,
     problems: Mapping[str, Sequence[Problem]],
     urls: Sequence[str],
@@ -236,8 +237,7 @@ def run_eval(
         ConfigError: the server lacks OpenAI's API.
         EvaluationError: ``ns eval`` fails, leaves something out, or counts otherwise.
     """
-    settings = config.evaluation
-    if config.rollout.engine == "embedded":
+    if rollout.engine == "embedded":
         raise ConfigError(
             "evaluation.nemo_skills=eval asks over OpenAI's API, which the embedded server lacks: write "
             "rollout=sglang_cpu or external"
@@ -267,8 +267,8 @@ def run_eval(
             f"--model={model.absolute()}",
             f"++inference.temperature={settings.temperature}",
             f"++inference.top_p={settings.top_p}",
-            f"++inference.tokens_to_generate={config.rollout.max_new_tokens}",
-            f"++max_concurrent_requests={config.rollout.max_in_flight}",
+            f"++inference.tokens_to_generate={rollout.max_new_tokens}",
+            f"++max_concurrent_requests={rollout.max_in_flight}",
         )
     results = folder / "eval-results"
     graded = {

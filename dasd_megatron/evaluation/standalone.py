@@ -108,7 +108,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
         if config.evaluation.nemo_skills == "grade":
             nemo_skills.compare_grading(config.evaluation, root, results, display)
         elif config.evaluation.nemo_skills == "eval":
-            nemo_skills.run_eval(config, root, problems, urls, model, display)
+            nemo_skills.run_eval(config.evaluation, config.rollout, root, problems, urls, model, display)
 
 
 def load_benchmarks(evaluation: EvaluationConfig, heldout: DataSourceConfig) -> dict[str, list[Problem]]:

@@ -207,10 +207,11 @@ def test_ns_eval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
-    arguments = (config, tmp_path, {"sums": PROBLEMS}, ["http://server"], tmp_path / "model", display())
+    evaluation, rollout = config.evaluation, config.rollout
+    arguments = (evaluation, rollout, tmp_path, {"sums": PROBLEMS}, ["http://server"], tmp_path / "model", display())
     with pytest.raises(ConfigError, match="the embedded server lacks"):
         run_eval(*arguments)
-    config.rollout.engine = "external"
+    rollout.engine = "external"
     if message is None:
         run_eval(*arguments)
         assert "ns eval: sums 50.0% of 4 problems x 2" in capsys.readouterr().out
