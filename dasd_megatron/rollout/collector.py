@@ -1,8 +1,8 @@
-"""Collects the groups of rollouts that a step trains on: samples, grades, filters, and goes on while the trainer
+"""Collection of the groups of rollouts that a step trains on: sampled, graded and filtered, also while the trainer
 computes.
 
-One process has one, which talks to all servers; the work is done in a thread with an event loop. What is drawn, in
-flight and ready is :class:`~dasd_megatron.rollout.buffer.GroupBuffer`'s to decide.
+One process has one collector, which talks to all servers. The work is done in a thread with an event loop.
+:class:`~dasd_megatron.rollout.buffer.GroupBuffer` decides what is drawn, in flight and ready.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron import stopping
-from dasd_megatron.config import Config
+from dasd_megatron.config import BatchConfig, RolloutConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What a function of ``rollout.function`` is given: one prompt, and the sampling parameters of each response that
-    is wanted to it."""
+    """Argument of a function of ``rollout.function``: one prompt, and the sampling parameters of each response that is
+    wanted to it."""
 
     problem: Problem
     prompt_ids: list[int]
@@ -68,15 +68,17 @@ class Generate(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The groups of one step. ``grading_seconds``: of the wait for them, what came after the last response had been
-    sampled."""
+    """The groups of one step.
+
+    ``grading_seconds``: the part of the wait for them that came after the last response had been sampled.
+    """
 
     groups: list[Group]
     counts: Counts
     grading_seconds: float
 
     def samples(self) -> list[Sample]:
-        """All of them, group after group, each numbered by its group's place in the step."""
+        """Return all samples, group after group, each numbered by its group's place in the step."""
         for index, group in enumerate(self.groups):
             for sample in group.samples:
                 sample.group = index
@@ -84,48 +86,50 @@ class Batch:
 
 
 class Collector:
-    """Draws the prompts of ``problems`` in the order of a :class:`~dasd_megatron.data.order.DataOrder` and collects
-    their rollouts.
+    """Draws the prompts of ``problems`` in ``order`` and collects their rollouts.
 
     :meth:`connect` and :meth:`after_sync` come before the first step. Methods are called from one thread and block; a
     step's rollouts may go on between them.
 
     Args:
+        order: its seed, the run's, seeds the sampling too.
         vocab_size: number of logits the model has.
         state: where to go on.
     """
 
     def __init__(
         self,
-        config: Config,
+        rollout: RolloutConfig,
+        batch: BatchConfig,
         problems: Sequence[Problem],
+        order: DataOrder,
         renderer: PromptRenderer,
         grader: Grader,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         state: BufferState,
     ):
-        rollout = config.rollout
-        self.config, self.problems, self.grader, self.vocab_size = config, problems, grader, vocab_size
-        # The trainer uses its own while these are used in a thread, and tokenizers do not like that.
+        self.rollout, self.batch = rollout, batch
+        self.problems, self.order, self.grader, self.vocab_size = problems, order, grader, vocab_size
+        # The trainer uses its own tokenizer and renderer while these are used in a thread, which tokenizers do not bear.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.renderer = copy.copy(renderer)
         self.renderer.tokenizer = self.tokenizer
-        self.order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
         self.buffer = GroupBuffer(
-            config.batch.groups,
+            batch.groups,
             over_sampling=rollout.over_sampling,
             filter_limit=rollout.filter_limit,
             wait_for_all=rollout.unfinished == "finish",
             max_staleness=rollout.max_staleness,
-            state=_of_size(state, config.batch.samples_per_group),
+            state=_without_groups_of_other_size(state, batch.samples_per_group),
         )
-        self.keep = load_function(rollout.filter, "rollout.filter")
+        self.filter = load_function(rollout.filter, "rollout.filter")
         self.function = load_function(rollout.function, "rollout.function")
         self._client: RolloutClient | None = None
         self._version = 0
         self._accepted: set[str] = set()
-        self._steps = 0  # steps' worth of groups that are to be ready or in flight
+        # Steps whose groups are to be ready or in flight.
+        self._steps = 0
         self._tasks: dict[asyncio.Task, list[int]] = {}
         self._failure: Exception | None = None
         self._sampled_at = 0.0
@@ -136,25 +140,25 @@ class Collector:
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        # The work has limits of its own, longer than this only where nothing is done: a user's function must not block
-        # the loop.
-        limit = 2 * self.config.rollout.step_timeout_seconds + STUCK_SECONDS
+        """Do ``work`` in the loop's thread and wait for it; raises PluginError where the loop is stuck."""
+        # The work has shorter limits of its own. This one passes only where a user's function blocks the loop.
+        limit = 2 * self.rollout.step_timeout_seconds + STUCK_SECONDS
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(limit)
         except concurrent.futures.TimeoutError as error:
             if future.done():
                 raise
-            function = self.config.rollout.function
             raise PluginError(
-                f"rollouts are stuck for {limit:g} s: rollout.function={function} has to await what it waits for"
+                f"rollouts are stuck for {limit:g} s: rollout.function={self.rollout.function} has to await what it "
+                "waits for"
             ) from error
 
     def connect(self, client: RolloutClient) -> None:
         """Ask the servers of ``client`` from now on. What was in flight elsewhere is started again."""
 
         async def change() -> None:
-            await self._break_off(list(self._tasks))
+            await self._cancel(list(self._tasks))
             old, self._client = self._client, client
             if old is not None:
                 await old.aclose()
@@ -162,22 +166,24 @@ class Collector:
         self._run(change())
 
     def start_ahead(self, steps: int) -> None:
-        """Go on collecting while the trainer computes, until the groups of the next ``steps`` steps are there; 0: no
-        more."""
+        """Go on collecting while the trainer computes, until the groups of the next ``steps`` steps are there.
+
+        0 steps end it.
+        """
 
         async def start() -> None:
             self._steps = steps
-            self._start()
+            self._start_missing()
 
         self._run(start())
 
     def take(self, alongside: Callable[[], Awaitable[None]] | None = None) -> Batch:
-        """Wait for the groups of a step. ``alongside`` is done meanwhile, and cancelled where it is not done soon
-        after.
+        """Wait for the groups of a step. ``alongside`` is done meanwhile, and cancelled where it is not done soon after.
 
         Raises:
-            RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost: it
-            can be tried again. GraderError, PluginError: the rollouts cannot be graded or filtered.
+            RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost, and
+                the call can be made again.
+            GraderError, PluginError: the rollouts cannot be graded or filtered.
         """
         return self._run(self._take(alongside))
 
@@ -186,10 +192,10 @@ class Collector:
         self._steps = max(self._steps, 1)
         try:
             async with (
-                step_limit(self.config.rollout, self._client.urls, "a step's rollouts, or their grading,"),
+                step_limit(self.rollout, self._servers().urls, "a step's rollouts, or their grading,"),
                 meanwhile(alongside),
             ):
-                self._start()
+                self._start_missing()
                 while self._failure is None and not self.buffer.can_take():
                     self._changed.clear()
                     await self._changed.wait()
@@ -202,62 +208,78 @@ class Collector:
             raise
         groups, counts = self.buffer.take()
         self._steps -= 1
-        if self.config.rollout.max_staleness == 0:
-            # They would be too old for the next step.
+        if self.rollout.max_staleness == 0:
+            # What is still in flight would be too old for the next step.
             await self._abort()
         return Batch(groups, counts, max(0.0, time.perf_counter() - max(started, self._sampled_at)))
 
     def before_sync(self) -> None:
-        """The servers are about to get other weights: wait for what is in flight, break it off or suspend it, by
-        ``rollout.unfinished``."""
+        """Prepare for other weights on the servers: what is in flight is waited for, broken off or suspended.
+
+        ``rollout.unfinished`` says which.
+        """
         self._run(self._before_sync())
 
     async def _before_sync(self) -> None:
-        rollout = self.config.rollout
-        if rollout.unfinished == "finish" and self._tasks:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(rollout.step_timeout_seconds):
-                    while self._tasks and not stopping.requested():
-                        self._changed.clear()
-                        with contextlib.suppress(TimeoutError):
-                            async with asyncio.timeout(STOP_POLL_SECONDS):
-                                await self._changed.wait()
-            if self._tasks and not stopping.requested():
+        if self.rollout.unfinished == "finish":
+            await self._wait_for_tasks()
+        self._open.clear()
+        if not self._tasks:
+            return
+        if self.rollout.unfinished == "retract":
+            self._suspended = True
+            await self._servers().pause_generation("retract")
+        else:
+            await self._abort()
+
+    async def _wait_for_tasks(self) -> None:
+        """Wait until nothing is in flight, for ``rollout.step_timeout_seconds``, or until the run is asked to stop."""
+        limit = self.rollout.step_timeout_seconds
+        end = self._loop.time() + limit
+        while self._tasks and not stopping.requested():
+            left = end - self._loop.time()
+            if left <= 0:
                 logger.warning(
                     "%d rollout requests are broken off and started again: not done within "
                     "rollout.step_timeout_seconds=%g",
                     len(self._tasks),
-                    rollout.step_timeout_seconds,
+                    limit,
                 )
-        self._open.clear()
-        if rollout.unfinished == "retract" and self._tasks:
-            self._suspended = True
-            await self._client.pause_generation("retract")
-        elif self._tasks:
-            await self._abort()
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), min(left, STOP_POLL_SECONDS))
 
     def after_sync(self, step: int) -> None:
-        """The servers have the weights after ``step`` steps. Rollouts that are too old by now are started again."""
+        """Go on with the weights after ``step`` steps, which the servers have now.
+
+        Rollouts that are too old by now are started again.
+        """
         self._run(self._after_sync(step))
 
     async def _after_sync(self, step: int) -> None:
         self._version = step
         self._accepted.clear()
-        oldest = step - self.config.rollout.max_staleness if self.config.rollout.unfinished == "retract" else step
+        oldest = step - self.rollout.max_staleness if self.rollout.unfinished == "retract" else step
         self._accepted.update(version_name(version) for version in range(max(oldest, 0), step + 1))
         late = set(self.buffer.age(step))
-        await self._break_off([task for task, positions in self._tasks.items() if late.intersection(positions)])
-        await self._go_on()
+        await self._cancel([task for task, positions in self._tasks.items() if late.intersection(positions)])
+        await self._end_suspension()
         if isinstance(self._failure, RolloutServerError):
             logger.warning("rollouts ahead of their step failed and are started again: %s", self._failure)
             self._failure = None
         self._open.set()
-        self._start()
+        self._start_missing()
 
-    async def _go_on(self) -> None:
+    async def _end_suspension(self) -> None:
         if self._suspended:
             self._suspended = False
-            await self._client.continue_generation()
+            await self._servers().continue_generation()
+
+    def _servers(self) -> RolloutClient:
+        if self._client is None:
+            raise RuntimeError("connect() comes before the first step")
+        return self._client
 
     def start_over(self) -> None:
         """Forget what is in flight and ready: its prompts are sampled again after the next sync."""
@@ -270,6 +292,7 @@ class Collector:
         self._run(forget())
 
     def state(self) -> BufferState:
+        """Return what has to be saved, to go on there."""
         async def read() -> BufferState:
             return self.buffer.state()
 
@@ -283,28 +306,28 @@ class Collector:
 
         async def end() -> None:
             self._steps = 0
-            await self._break_off(list(self._tasks))
+            await self._cancel(list(self._tasks))
             if self._client is not None:
-                await self._go_on()
+                await self._end_suspension()
                 await self._client.aclose()
 
         future = asyncio.run_coroutine_threadsafe(end(), self._loop)
         concurrent.futures.wait([future], timeout=STUCK_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    # In the thread of the event loop.
+    # The following methods run in the thread of the event loop.
 
-    def _start(self) -> None:
+    def _start_missing(self) -> None:
         """Start what is missing, unless something has failed that has to be dealt with first."""
         if self._failure is not None or not self._open.is_set():
             return
-        started, size = self.buffer.start(self._steps, self._version), self.config.rollout.groups_per_request
+        started, size = self.buffer.start(self._steps, self._version), self.rollout.groups_per_request
         for first in range(0, len(started), size):
             positions = started[first : first + size]
             self._tasks[self._loop.create_task(self._collect(positions))] = positions
 
-    async def _break_off(self, tasks: Sequence[asyncio.Task]) -> None:
-        """Cancel them, and their prompts go back. Servers notice that the connection is gone."""
+    async def _cancel(self, tasks: Sequence[asyncio.Task]) -> None:
+        """Cancel tasks and give their prompts back. Servers notice that the connection is gone."""
         for task in tasks:
             self.buffer.give_back(self._tasks.pop(task))
             task.cancel()
@@ -314,11 +337,13 @@ class Collector:
     async def _abort(self) -> None:
         if not self._tasks:
             return
-        await self._break_off(list(self._tasks))
-        await self._client.abort_request()
+        await self._cancel(list(self._tasks))
+        await self._servers().abort_request()
 
     async def _collect(self, positions: list[int]) -> None:
         """Sample, grade and filter the groups of one request, and start what is then missing."""
+        task = asyncio.current_task()
+        assert task is not None, "it runs as a task"
         try:
             problems = [self.problems[self.order.indices(position, 1)[0]] for position in positions]
             prompts = await self._in_thread(lambda: [self.renderer.student(problem) for problem in problems])
@@ -328,21 +353,23 @@ class Collector:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it is, the trainer has to hear of it
-            self.buffer.give_back(self._tasks.pop(asyncio.current_task()))
+            self.buffer.give_back(self._tasks.pop(task))
             if self._failure is None:
                 self._failure = error
         else:
-            del self._tasks[asyncio.current_task()]
+            del self._tasks[task]
             for group, keep in graded:
                 self.buffer.finish(group, keep)
-            # Where time must not decide, what is missing is counted when nothing is on its way.
+            # Where time must not decide, missing groups are counted when nothing is on its way.
             if not (self.buffer.wait_for_all and self.buffer.in_flight):
-                self._start()
+                self._start_missing()
         self._changed.set()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """``work`` in a thread, one at a time, since it uses the tokenizer. A user's function that hangs there must not
-        keep the process from ending, as a pool's would."""
+        """Do ``work`` in a thread, one at a time, since it uses the tokenizer.
+
+        A user's function that hangs there must not keep the process from ending, as a thread of a pool would.
+        """
         done = self._loop.create_future()
 
         def settle(result: T | None, error: BaseException | None) -> None:
@@ -363,26 +390,27 @@ class Collector:
     async def _sample(
         self, positions: list[int], problems: list[Problem], prompts: list[list[int]]
     ) -> list[Completion]:
-        rollout, groups, n = self.config.rollout, self.config.batch.groups, self.config.batch.samples_per_group
-        # A prompt's seeds are its own, however often and in whatever company it is sampled.
-        params = [
-            sampling_params(
-                rollout,
-                [
-                    sampling_seed(self.config.run.seed, position // groups + 1, position % groups, sample)
-                    for sample in range(n)
-                ],
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-            )
-            for position in positions
-        ]
+        n = self.batch.samples_per_group
+        params = [self._params(position) for position in positions]
         if self.function is None:
             repeated = [prompt for prompt in prompts for _ in range(n)]
             return await self._generate(repeated, list(itertools.chain.from_iterable(params)))
         requests = [RolloutRequest(*parts, self.tokenizer) for parts in zip(problems, prompts, params, strict=True)]
-        answers = await asyncio.gather(*map(self._own_rollout, requests))
+        answers = await asyncio.gather(*(self._call_function(self.function, request) for request in requests))
         return list(itertools.chain.from_iterable(answers))
+
+    def _params(self, position: int) -> list[dict[str, Any]]:
+        """Return the sampling parameters of a prompt's responses.
+
+        A prompt's seeds are its own, however often and with whatever others it is sampled.
+        """
+        groups, n = self.batch.groups, self.batch.samples_per_group
+        seeds = [
+            sampling_seed(self.order.seed, position // groups + 1, position % groups, sample) for sample in range(n)
+        ]
+        return sampling_params(
+            self.rollout, seeds, temperature=self.rollout.temperature, top_p=self.rollout.top_p
+        )
 
     async def _generate(
         self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
@@ -391,7 +419,7 @@ class Collector:
             await self._open.wait()
             version = self._version
             try:
-                return await self._client.generate(
+                return await self._servers().generate(
                     prompts,
                     sampling_params,
                     weight_version=self._accepted,
@@ -399,14 +427,15 @@ class Collector:
                     vocab_size=self.vocab_size,
                 )
             except RolloutServerError:
-                # While weights change, servers refuse what comes; afterwards it is another matter.
+                # While weights change, servers refuse what comes, and it is asked again afterwards.
                 if self._open.is_set() and version == self._version:
                     raise
 
-    async def _own_rollout(self, request: RolloutRequest) -> list[Completion]:
-        where = f"rollout.function={self.config.rollout.function} on problem {request.problem.id}"
+    async def _call_function(self, function: Callable[..., Any], request: RolloutRequest) -> list[Completion]:
+        """Let a user's function sample one prompt and check what it returns; raises PluginError."""
+        where = f"rollout.function={self.rollout.function} on problem {request.problem.id}"
         try:
-            completions = await self.function(request, self._generate)
+            completions = await function(request, self._generate)
         except RolloutServerError:  # of the servers
             raise
         except Exception as error:  # the user's code may raise anything
@@ -421,31 +450,31 @@ class Collector:
                 raise PluginError(
                     f"{where} gave a Completion of the weights {sorted(older)}, not of {sorted(self._accepted)}"
                 )
-            unsound = _unsound(completion, self.vocab_size, self.config.rollout.max_new_tokens)
-            if unsound:
-                raise PluginError(f"{where} gave a Completion with {unsound}")
+            fault = completion_fault(completion, self.vocab_size, self.rollout.max_new_tokens)
+            if fault:
+                raise PluginError(f"{where} gave a Completion with {fault}")
         return completions
 
     def _grade(
         self, positions: list[int], problems: list[Problem], prompts: list[list[int]], completions: list[Completion]
     ) -> list[tuple[Group, bool]]:
-        """The groups of one request, and which are to be trained on. In the worker's thread."""
-        n = self.config.batch.samples_per_group
+        """Return the groups of one request, and whether each is to be trained on; runs in the worker's thread."""
+        n = self.batch.samples_per_group
         samples = make_samples(
             problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer
         )
         graded = []
         for index in range(len(positions)):
             members = samples[index * n : (index + 1) * n]
-            graded.append((make_group(members), self._wanted(members)))
+            graded.append((make_group(members), self._passes_filter(members)))
         return graded
 
-    def _wanted(self, members: list[Sample]) -> bool:
-        if self.keep is None:
+    def _passes_filter(self, members: list[Sample]) -> bool:
+        if self.filter is None:
             return True
-        where = f"rollout.filter={self.config.rollout.filter} on problem {members[0].problem_id}"
+        where = f"rollout.filter={self.rollout.filter} on problem {members[0].problem_id}"
         try:
-            wanted = self.keep(members)
+            wanted = self.filter(members)
         except Exception as error:  # the user's code may raise anything
             raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
         if not isinstance(wanted, bool):
@@ -453,9 +482,11 @@ class Collector:
         return wanted
 
 
-def _of_size(state: BufferState, samples_per_group: int) -> BufferState:
-    """Of a run that goes on with another number of samples, prompts whose groups have the former one are sampled
-    again."""
+def _without_groups_of_other_size(state: BufferState, samples_per_group: int) -> BufferState:
+    """Let prompts whose groups have another number of samples be sampled again.
+
+    There are such groups where a run goes on with another number of samples.
+    """
     other = [group.position for group in [*state.ready, *state.refused] if len(group.samples) != samples_per_group]
     ready, refused = (
         [group for group in groups if group.position not in other] for groups in (state.ready, state.refused)
@@ -463,8 +494,8 @@ def _of_size(state: BufferState, samples_per_group: int) -> BufferState:
     return dataclasses.replace(state, pending=[*state.pending, *other], ready=ready, refused=refused)
 
 
-def _unsound(completion: Any, vocab_size: int, max_new_tokens: int) -> str | None:
-    """What is wrong with a response that did not come from a server straight away; None if nothing is."""
+def completion_fault(completion: Any, vocab_size: int, max_new_tokens: int) -> str | None:
+    """Return the fault of a response that did not come from a server straight away; None for a sound one."""
     if not isinstance(completion, Completion):
         return f"a {type(completion).__name__} in its place"
     ids, log_probs = completion.output_ids, completion.log_probs

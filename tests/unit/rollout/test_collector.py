@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from dasd_megatron.config import Config, load_config
+from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
@@ -109,7 +110,15 @@ def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
         config = configuration(*overrides)
         grader = Grader(config.verify)
         collector = Collector(
-            config, PROBLEMS, PromptRenderer(TOKENIZER), grader, TOKENIZER, 1000, state or BufferState()
+            config.rollout,
+            config.batch,
+            PROBLEMS,
+            DataOrder(len(PROBLEMS), config.run.seed, config.data.shuffle),
+            PromptRenderer(TOKENIZER),
+            grader,
+            TOKENIZER,
+            1000,
+            state or BufferState(),
         )
         made.append((collector, grader))
         servers = Servers()
