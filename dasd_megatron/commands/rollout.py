@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
 from dasd_megatron.config import Config
+from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.observability.progress import ProgressDisplay
@@ -66,9 +67,12 @@ def sample_steps(config: Config, root: Path) -> None:
             urls = [stack.enter_context(LocalServer(model, version, config.rollout, log)).url]
         else:
             asyncio.run(_load(make_client(config.rollout, urls), model.absolute(), read_hf_config(model)))
+        problems = run_problems(paths, "train")
         collector = Collector(
-            config,
-            run_problems(paths, "train"),
+            config.rollout,
+            config.batch,
+            problems,
+            DataOrder(len(problems), config.run.seed, config.data.shuffle),
             make_renderer(config, tokenizer),
             grader,
             tokenizer,

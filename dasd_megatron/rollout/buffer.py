@@ -1,9 +1,8 @@
-"""Which prompts are drawn, under way, ready or refused: the bookkeeping of collecting a step's groups, without a server
-or a clock.
+"""Bookkeeping of the groups that a step collects, without a server or a clock.
 
-A prompt is known by its position in the endless order of training problems. It is drawn once and then always in one
-place: pending (its rollouts have to be started, or started again), in flight, ready, or refused by the filter; until a
-step takes it.
+A prompt is known by its position in the endless order of training problems. It is drawn once. From then on it is in
+one place until a step takes it: pending (its rollouts have to be started, or started again), in flight, ready, or
+refused by the filter.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from dasd_megatron.samples import Sample, read_samples, version_step
 
 @dataclass(slots=True)
 class Group:
-    """The graded responses to one prompt. ``version``: training steps behind the oldest weights that one of their
-    tokens is from."""
+    """The graded responses to one prompt.
+
+    ``version``: training steps behind the oldest weights that a token of theirs is from.
+    """
 
     position: int
     version: int
@@ -29,17 +30,16 @@ class Group:
 
 
 def make_group(samples: list[Sample]) -> Group:
-    """The group of all responses to one prompt; ValueError for weight versions that are not a training run's."""
-    return Group(
-        samples[0].position,
-        min(version_step(name) for sample in samples for name, _ in sample.weight_versions),
-        samples,
-    )
+    """Return the group of all responses to one prompt.
+
+    Raises ValueError for weight versions that are not a training run's.
+    """
+    names = {str(name) for sample in samples for name, _ in sample.weight_versions}
+    return Group(samples[0].position, min(map(version_step, names)), samples)
 
 
 def read_groups(path: Path) -> list[Group]:
-    """The groups of a file of :func:`~dasd_megatron.samples.save_samples`, where the samples of each follow one
-    another."""
+    """Read the groups of a file of :func:`~dasd_megatron.samples.save_samples`, each group's samples in a row."""
     return [
         make_group(list(samples))
         for _, samples in itertools.groupby(read_samples(path), key=lambda sample: sample.position)
@@ -48,8 +48,7 @@ def read_groups(path: Path) -> list[Group]:
 
 @dataclass
 class Counts:
-    """What happened since the last step was taken, in groups: ``drawn`` newly, ``filtered`` out, ``restarted``
-    unfinished or too old."""
+    """Groups since the last step was taken: ``drawn`` newly, ``filtered`` out, ``restarted`` unfinished or too old."""
 
     drawn: int = 0
     filtered: int = 0
@@ -58,9 +57,8 @@ class Counts:
 
 @dataclass
 class BufferState:
-    """What has to be saved of a buffer: the position of the next prompt to draw, prompts to start again, groups not yet
-    taken, and what
-    has happened for the next step so far."""
+    """The part of a buffer that is saved: the position of the next prompt to draw, prompts to start again, groups that
+    no step has taken yet, and the counts for the next step until now."""
 
     position: int = 0
     pending: list[int] = field(default_factory=list)
@@ -74,9 +72,9 @@ class GroupBuffer:
 
     Args:
         over_sampling: so many times the groups that are missing are started, at least 1.
-        filter_limit: after ``filter_limit * groups`` refused groups in one step, refused ones count as ready, lest it
-        never end. wait_for_all: a step is complete only when nothing is in flight, so that what it consists of does not
-        depend on time.
+        filter_limit: after ``filter_limit * groups`` refused groups in one step, refused ones count as ready, since
+            the step might never end otherwise.
+        wait_for_all: a step is complete only when nothing is in flight, so that its groups do not depend on time.
         max_staleness: how many steps older than the step's weights a group's oldest token may be.
     """
 
@@ -98,23 +96,24 @@ class GroupBuffer:
         self.position = state.position
         self.pending = sorted(state.pending)
         self.ready = list(state.ready)
+        # For each position the version that its rollouts began under.
         self.in_flight: dict[int, int] = {}
-        """Position: the version that its rollouts began under."""
         self.refused = list(state.refused)
         self.counts = dataclasses.replace(state.counts)
 
     def state(self) -> BufferState:
-        """To be saved; what is in flight would have to be started again."""
+        """Return what has to be saved; what is in flight counts as pending, since it would have to be started again."""
         pending = sorted([*self.pending, *self.in_flight])
         return BufferState(
             self.position, pending, list(self.ready), list(self.refused), dataclasses.replace(self.counts)
         )
 
     def start(self, steps: int, version: int) -> list[int]:
-        """The positions to start now under the weights ``version``, so that ``steps`` steps' groups are ready or in
-        flight: none as long
-        as they are, else ``over_sampling`` times those that are missing. Prompts that wait to be started again come
-        first."""
+        """Put positions in flight under the weights ``version``, for ``steps`` steps' groups, and return them.
+
+        These are none while enough groups are ready or in flight, and else ``over_sampling`` times the missing ones.
+        Prompts that wait to be started again come first.
+        """
         missing = steps * self.groups - len(self.in_flight) - len(self._usable())
         if missing <= 0:
             return []
@@ -127,26 +126,29 @@ class GroupBuffer:
         return [*again, *new]
 
     def finish(self, group: Group, keep: bool) -> None:
-        """A group is complete and graded, and the filter has said whether to ``keep`` it."""
+        """Take in a group that is complete and graded; the filter has said whether to ``keep`` it."""
         del self.in_flight[group.position]
         (self.ready if keep else self.refused).append(group)
         self.counts.filtered += not keep
 
     def give_back(self, positions: Iterable[int]) -> None:
-        """What was in flight was broken off."""
+        """Make positions pending whose rollouts were broken off in flight."""
         positions = list(positions)
         for position in positions:
             del self.in_flight[position]
-        self._again(positions)
+        self._restart(positions)
 
     def can_take(self) -> bool:
+        """Return whether the groups of a step are there."""
         if self.wait_for_all and self.in_flight:
             return False
         return len(self._usable()) >= self.groups
 
     def take(self) -> tuple[list[Group], Counts]:
-        """The groups of a step, in the order of their prompts, the earliest of those that are ready; and what happened
-        since the last."""
+        """Take the groups of a step out: the earliest that are ready, in the order of their prompts.
+
+        Returns them, and the counts since the last step.
+        """
         chosen = self._usable()[: self.groups]
         taken = {group.position for group in chosen}
         self.ready = [group for group in self.ready if group.position not in taken]
@@ -154,27 +156,29 @@ class GroupBuffer:
         return sorted(chosen, key=lambda group: group.position), counts
 
     def age(self, version: int) -> list[int]:
-        """The next step trains the weights ``version``: what is too old for it is to be started again. Returns the
-        positions of what is in flight among it, which have to be broken off and given back."""
+        """Make groups pending that are too old for a step that trains the weights ``version``.
+
+        Returns the positions in flight that are too old. They have to be broken off and given back.
+        """
         oldest = version - self.max_staleness
         late = [group for group in self.ready if group.version < oldest]
         self.ready = [group for group in self.ready if group.version >= oldest]
         self.refused = [group for group in self.refused if group.version >= oldest]
-        self._again([group.position for group in late])
+        self._restart([group.position for group in late])
         return [position for position, began in self.in_flight.items() if began < oldest]
 
     def start_over(self) -> None:
-        """All that is ready or refused was sampled from a policy that is given up."""
+        """Make all that is ready or refused pending: it was sampled from a policy that is given up."""
         groups = [*self.ready, *self.refused]
         self.ready, self.refused = [], []
-        self._again([group.position for group in groups])
+        self._restart([group.position for group in groups])
 
-    def _again(self, positions: list[int]) -> None:
+    def _restart(self, positions: list[int]) -> None:
         self.counts.restarted += len(positions)
         self.pending = sorted([*self.pending, *positions])
 
     def _usable(self) -> list[Group]:
-        """Ready groups by position, and behind them the refused ones once there are too many of these."""
+        """Return ready groups by position, and behind them the refused ones once there are too many of these."""
         usable = sorted(self.ready, key=lambda group: group.position)
         if self.counts.filtered >= self.filter_limit * self.groups:
             usable += sorted(self.refused, key=lambda group: group.position)

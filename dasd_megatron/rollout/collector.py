@@ -111,7 +111,7 @@ class Collector:
     ):
         self.rollout, self.batch = rollout, batch
         self.problems, self.order, self.grader, self.vocab_size = problems, order, grader, vocab_size
-        # The trainer uses its own tokenizer and renderer while these are used in a thread, which tokenizers do not bear.
+        # The trainer uses its own tokenizer while this one is used in a thread, and a tokenizer bears one thread alone.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.renderer = copy.copy(renderer)
         self.renderer.tokenizer = self.tokenizer
@@ -178,7 +178,9 @@ class Collector:
         self._run(start())
 
     def take(self, alongside: Callable[[], Awaitable[None]] | None = None) -> Batch:
-        """Wait for the groups of a step. ``alongside`` is done meanwhile, and cancelled where it is not done soon after.
+        """Wait for the groups of a step.
+
+        ``alongside`` is done meanwhile, and cancelled where it is not done soon after.
 
         Raises:
             RolloutServerError: the servers failed, or ``rollout.step_timeout_seconds`` were over. Nothing is lost, and
@@ -293,6 +295,7 @@ class Collector:
 
     def state(self) -> BufferState:
         """Return what has to be saved, to go on there."""
+
         async def read() -> BufferState:
             return self.buffer.state()
 
@@ -408,9 +411,7 @@ class Collector:
         seeds = [
             sampling_seed(self.order.seed, position // groups + 1, position % groups, sample) for sample in range(n)
         ]
-        return sampling_params(
-            self.rollout, seeds, temperature=self.rollout.temperature, top_p=self.rollout.top_p
-        )
+        return sampling_params(self.rollout, seeds, temperature=self.rollout.temperature, top_p=self.rollout.top_p)
 
     async def _generate(
         self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]

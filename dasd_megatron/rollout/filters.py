@@ -1,4 +1,4 @@
-"""Which groups of rollouts are trained on: functions for ``rollout.filter``."""
+"""Functions for ``rollout.filter``, which choose the groups of rollouts that are trained on."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from dasd_megatron.samples import Sample
 
 
 def rewards_differ(group: Sequence[Sample]) -> bool:
-    """Keep a group where some responses fared better than others: in the others every group-relative advantage is 0."""
+    """Keep a group whose rewards differ: where they are all equal, every group-relative advantage is 0."""
     return any(sample.reward != group[0].reward for sample in group)

@@ -29,8 +29,9 @@ def generate(
     rows_per_request: int,
     vocab_size: int | None,
 ) -> list[Completion]:
-    """One completion for every prompt, in order; :class:`RolloutServerError` after ``config.step_timeout_seconds`` at
-    the latest.
+    """Sample one completion for every prompt, in order.
+
+    Raises :class:`RolloutServerError` after ``config.step_timeout_seconds`` at the latest.
 
     vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused.
     None sets no bound.
@@ -60,15 +61,16 @@ def make_samples(
     tokenizer: PreTrainedTokenizerBase,
     places: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples with reward
-    1 or 0, or what ``verify.reward`` makes of them; under ``verify.truncated_is_wrong`` those that end for their length
-    have no answer and 0.
+    """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples.
 
-    groups: the position of each problem in the order of training problems, or its index. places: of each completion
-    among its problem's; None: counted up.
+    The reward is 1 or 0, or what ``verify.reward`` makes of it. Under ``verify.truncated_is_wrong`` completions that
+    end for their length have no answer and reward 0.
 
-    What is graded and stored is the text of the tokens, without special tokens: the tokens are what is trained on, and
-    a server started without a tokenizer sends no text.
+    groups: the position of each problem in the order of training problems, or its index. places: the number of each
+    completion among its problem's; None counts them up.
+
+    The text of the tokens is graded and stored, without special tokens: the tokens are what is trained on, and a
+    server started without a tokenizer sends no text.
     """
     repeated = [part for part in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)]
     texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]

@@ -11,15 +11,16 @@ from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout.transport import RolloutServerError
 
 ALONGSIDE_SECONDS = 2.0
-
-
 STOP_POLL_SECONDS = 0.2
 
 
 @contextlib.asynccontextmanager
 async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
-    """End the body after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked
-    to stop with a :class:`~dasd_megatron.stopping.StopRequested`."""
+    """Limit the time of the body.
+
+    It ends after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked to stop
+    with a :class:`~dasd_megatron.stopping.StopRequested`.
+    """
 
     async def watch() -> None:
         while not stopping.requested():
@@ -45,8 +46,10 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> A
 
 @contextlib.asynccontextmanager
 async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
-    """Do ``work`` while the body runs; once that is done, wait for it a little longer and then cancel it. Its errors
-    are raised."""
+    """Do ``work`` while the body runs. Once the body is done, wait a little longer for the work and then cancel it.
+
+    Its errors are raised.
+    """
     if work is None:
         yield
         return

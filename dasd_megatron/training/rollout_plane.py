@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
+from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
@@ -105,7 +106,10 @@ class RolloutPlane:
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
         if rank0 and not replays:
-            self.collector = Collector(config, problems, renderer, grader, tokenizer, vocab_size, state)
+            order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
+            self.collector = Collector(
+                config.rollout, config.batch, problems, order, renderer, grader, tokenizer, vocab_size, state
+            )
 
     def __enter__(self) -> RolloutPlane:
         return self
