@@ -1,9 +1,8 @@
 """Between Hugging Face directories and sharded Megatron-Core models: mbridge, with what it gets wrong put right.
 
 mbridge 0.15.1 names layer norms for Transformer Engine's fused layers alone, shares one weight mapping between all
-models of a class,
-and treats every RoPE scaling as linear. :func:`make_bridge` returns the architecture's own mbridge class with these
-three corrected.
+models of a class, and treats every RoPE scaling as linear. :func:`make_bridge` returns the architecture's own mbridge
+class with these three corrected.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from transformers import PretrainedConfig
 
+from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
 from dasd_megatron.models.mbridge_families import Bridge, bridge_class
@@ -106,6 +107,10 @@ class _Corrections:
             "pre_mlp_layernorm.weight": [layer + "post_attention_layernorm.weight"],
         }
         self._OTHER_MAPPING = {**self._OTHER_MAPPING, "input_layernorm.weight": [layer + "input_layernorm.weight"]}
+
+    def _build_config(self) -> TransformerConfig:
+        family = FAMILIES[self.hf_config.model_type]
+        return self._build_base_config(add_qkv_bias=family.qkv_bias, qk_layernorm=family.qk_layernorm)
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         tied = self.hf_config.tie_word_embeddings

@@ -120,8 +120,7 @@ class ShardedModel:
     names.
 
     With ``fused_linear`` the last pipeline stage's output is ``[B, S, h]``, what the LM head is applied to, and else
-    the logits
-    ``[B, S, V_local]``.
+    the logits ``[B, S, V_local]``.
     """
 
     chunks: list[DistributedDataParallel]

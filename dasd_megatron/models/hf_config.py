@@ -1,5 +1,7 @@
-"""Hugging Face configs: which ones can be trained, and their rotary embedding in Megatron-Core's terms. Imports no
-Megatron, and torch and transformers only where a function needs them."""
+"""Hugging Face configs: the ones that can be trained, and their rotary embedding in Megatron-Core's terms.
+
+Imports no Megatron, and torch and transformers only where a function needs them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.errors import ConfigError, first_line
+from dasd_megatron.models.families import FAMILIES, enumerate_names
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +24,6 @@ _VOCAB_ALIGNMENT = 64
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Weights that a tied model's files may hold although the architecture has no use for them.
 TIED_HEAD = ("lm_head.weight",)
-# Biases that the architecture can have and mbridge drops without a word. Qwen2's are always there, and mbridge keeps
-# them.
-_DROPPED_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -39,13 +39,17 @@ _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that Megatron-Core
-    cannot represent."""
+    """Return GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that
+    Megatron-Core cannot represent."""
     arguments: dict[str, Any] = {"rotary_base": hf_config.rope_theta}
     scaling = getattr(hf_config, "rope_scaling", None)
     if not scaling:
         return arguments
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    supported = FAMILIES[hf_config.model_type].rope_types
+    if kind not in supported:
+        names = enumerate_names(supported, "and")
+        raise ConfigError(f"rope_scaling type {kind!r} is not supported: only {names} are")
     if kind == "linear":
         arguments["seq_len_interpolation_factor"] = scaling["factor"]
     elif kind == "llama3":
@@ -53,14 +57,12 @@ def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
             if scaling[name] != value:
                 raise ConfigError(f"rope_scaling.{name}={scaling[name]}; Megatron-Core has {value} built in")
         arguments.update(rope_scaling=True, rope_scaling_factor=scaling["factor"])
-    elif kind != "default":
-        raise ConfigError(f"rope_scaling type {kind!r} is not supported: only default, linear and llama3 are")
     return arguments
 
 
 def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedConfig:
-    """The config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what is not
-    supported.
+    """Return the config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what
+    is not supported.
 
     ``field``: what the caller's user has called the path.
     """
@@ -73,26 +75,43 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
     # another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        families = enumerate_names(tuple(FAMILIES), "or")
         raise ConfigError(
-            f"{field}={path}: config.json cannot be used ({first_line(error)}); give a qwen2, qwen3 or llama model"
+            f"{field}={path}: config.json cannot be used ({first_line(error)}); give a {families} model"
         ) from error
+    reason = _other_family(hf_config)
+    raw = json.loads((Path(path) / "config.json").read_text())
+    if reason is None and raw.get("rope_parameters") is not None and not hasattr(PretrainedConfig, "rope_parameters"):
+        reason = (
+            "rope_parameters in config.json is read by transformers 5 alone; write rope_theta and rope_scaling instead"
+        )
+    reason = reason or _wrong_type(hf_config) or _unsupported(hf_config)
+    if reason is not None:
+        raise ConfigError(f"{field}={path}: {reason}")
+    try:
+        rotary_arguments(hf_config)
+    except ConfigError as error:
+        raise ConfigError(f"{field}={path}: {error} (config.json)") from error
+    return hf_config
+
+
+def _other_family(hf_config: PretrainedConfig) -> str | None:
+    """Return why the architecture is none of the table, or None."""
     experts = next((name for name in _EXPERTS if getattr(hf_config, name, None)), None)
     if experts is not None:
-        raise ConfigError(
-            f"{field}={path}: {experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, "
-            "which needs expert parallelism and is not supported yet; give a dense qwen2, qwen3 or llama model"
+        return (
+            f"{experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, which needs expert "
+            f"parallelism and is not supported yet; give a dense {enumerate_names(tuple(FAMILIES), 'or')} model"
         )
-    if hf_config.model_type not in _DROPPED_BIASES:
-        raise ConfigError(
-            f"{field}={path}: model_type {hf_config.model_type!r} is not supported; qwen2, qwen3 and llama are"
-        )
-    raw = json.loads((Path(path) / "config.json").read_text())
-    if raw.get("rope_parameters") is not None and not hasattr(PretrainedConfig, "rope_parameters"):
-        raise ConfigError(
-            f"{field}={path}: rope_parameters in config.json is read by transformers 5 alone; write rope_theta and "
-            "rope_scaling instead"
-        )
-    kinds_of = {
+    if hf_config.model_type not in FAMILIES:
+        families = enumerate_names(tuple(FAMILIES), "and")
+        return f"model_type {hf_config.model_type!r} is not supported; {families} are"
+    return None
+
+
+def _wrong_type(hf_config: PretrainedConfig) -> str | None:
+    """Return which field that the package reads is missing or of another type, or None."""
+    kinds_of: dict[str, tuple[type, ...]] = {
         "tie_word_embeddings": (bool,),
         "rope_theta": (int, float),
         "rms_norm_eps": (int, float),
@@ -101,59 +120,49 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     for name, kinds in kinds_of.items():
         value = getattr(hf_config, name, None)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
-            raise ConfigError(
-                f"{field}={path}: {name}={value!r} in config.json; expected "
-                f"{' or '.join(kind.__name__ for kind in kinds)}"
-            )
+            return f"{name}={value!r} in config.json; expected {' or '.join(kind.__name__ for kind in kinds)}"
+    return None
+
+
+def _unsupported(hf_config: PretrainedConfig) -> str | None:
+    """Return what the model of a supported family asks for and Megatron-Core would pass over, or None."""
     if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError(
-            f"{field}={path}: use_sliding_window=true in config.json is not supported; give a model without it"
-        )
+        return "use_sliding_window=true in config.json is not supported; give a model without it"
     if hf_config.hidden_act != "silu":
-        raise ConfigError(
-            f"{field}={path}: hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is"
-        )
-    for name in _DROPPED_BIASES[hf_config.model_type]:
+        return f"hidden_act={hf_config.hidden_act!r} in config.json is not supported; silu is"
+    for name in FAMILIES[hf_config.model_type].refused_biases:
         if getattr(hf_config, name, False):
-            raise ConfigError(
-                f"{field}={path}: {name}=true in config.json is not supported; give a model without these biases"
-            )
+            return f"{name}=true in config.json is not supported; give a model without these biases"
     for name, supported in _ONLY.items():
         value = getattr(hf_config, name, None)
         if value is not None and value != supported:
-            raise ConfigError(f"{field}={path}: {name}={value!r} in config.json is not supported; {supported!r} is")
+            return f"{name}={value!r} in config.json is not supported; {supported!r} is"
     if "sliding_attention" in (getattr(hf_config, "layer_types", None) or []):
-        raise ConfigError(f"{field}={path}: layer_types has sliding_attention in config.json, which is not supported")
+        return "layer_types has sliding_attention in config.json, which is not supported"
     if getattr(hf_config, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"{field}={path}: quantization_config in config.json is not supported; give unquantised weights"
-        )
-    try:
-        rotary_arguments(hf_config)
-    except ConfigError as error:
-        raise ConfigError(f"{field}={path}: {error} (config.json)") from error
-    return hf_config
+        return "quantization_config in config.json is not supported; give unquantised weights"
+    return None
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of embedding and head, padding included, that ``tensor_parallel`` ranks share."""
+    """Return the rows of embedding and head, padding included, that ``tensor_parallel`` ranks share."""
     alignment = _VOCAB_ALIGNMENT * tensor_parallel
     return math.ceil(vocab_size / alignment) * alignment
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
-    """Whether ``path`` is a distributed checkpoint of Megatron-Core, and not a Hugging Face directory."""
+    """Return True where ``path`` is a distributed checkpoint of Megatron-Core, and not a Hugging Face directory."""
     return (Path(path) / ".metadata").is_file()
 
 
 def hf_folder(path: str | Path) -> Path:
-    """Where config and tokenizer of a model are: its directory, or the folder ``hf`` of a checkpoint that this package
-    has written."""
+    """Return the folder of a model's config and tokenizer: its directory, or the folder ``hf`` of a checkpoint that
+    this package has written."""
     return Path(path) / "hf" if is_megatron_checkpoint(path) else Path(path)
 
 
 def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of the architecture, as transformers has them; a tied head is not one."""
+    """Return name and shape of every weight of the architecture, as transformers has them; a tied head is not one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -166,7 +175,7 @@ def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
-    """The dtype of the weights by config.json; float32 where it does not say."""
+    """Return the dtype of the weights by config.json; float32 where it does not say."""
     import torch
 
     values = hf_config.to_dict()
@@ -179,7 +188,7 @@ def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
+    """Return the tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
     from transformers import AutoTokenizer
 
     try:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
+from dasd_megatron.models.families import FAMILIES
 
 
 def _skip_other_families() -> None:
@@ -31,7 +31,7 @@ _skip_other_families()
 
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge  # noqa: E402
 
-for _family in _FAMILIES:
+for _family in FAMILIES:
     importlib.import_module(f"mbridge.models.{_family}")
 
 

@@ -71,8 +71,7 @@ def read_metadata(path: Path) -> Metadata:
     them can run code.
 
     PyTorch's and Megatron's loaders trust ``.metadata`` and the objects in a checkpoint; whoever wrote it could make
-    them do anything.
-    Call this before they are given one.
+    them do anything. Call this before they are given one.
 
     Raises:
         WeightsError: a file names code, is damaged or is missing.

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-# Where config.json gives no head_dim, these divide the width among the heads; Qwen3 has a number of its own.
-_DIVIDED_WIDTH = ("llama", "qwen2")
-_MODEL_TYPES = (*_DIVIDED_WIDTH, "qwen3")
+from dasd_megatron.models.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,10 @@ def read_sizes(architecture: Mapping[str, Any]) -> ModelSizes | None:
     The caller then asks transformers, which knows the value of a field that is missing and what is wrong with another.
     """
     values = dict(architecture)
-    if values.get("model_type") not in _MODEL_TYPES:
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         return None
-    if values["model_type"] in _DIVIDED_WIDTH and values.get("head_dim") is None:
+    if FAMILIES[model_type].heads_divide_width and values.get("head_dim") is None:
         hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
         if type(hidden) is int and type(heads) is int and heads > 0:
             values["head_dim"] = hidden // heads

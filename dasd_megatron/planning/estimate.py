@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dasd_megatron.config import Config, stage_layers
+from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import padded_vocab_size
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Architecture:
 
     @classmethod
     def of(cls, hf_config: ModelSizes | PretrainedConfig) -> Architecture:
+        family = FAMILIES.get(hf_config.model_type)
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         return cls(
             hf_config.hidden_size,
@@ -54,8 +56,8 @@ class Architecture:
             head_dim,
             hf_config.vocab_size,
             hf_config.tie_word_embeddings,
-            qkv_bias=hf_config.model_type == "qwen2",
-            qk_norm=hf_config.model_type == "qwen3",
+            qkv_bias=family is not None and family.qkv_bias,
+            qk_norm=family is not None and family.qk_layernorm,
         )
 
     @property

@@ -93,8 +93,10 @@ def test_code_of_a_model_is_not_imported(model: Path, mark: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((model / name).read_text())
         content["auto_map"] = {
-            "AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", "evil.FastTokenizer"],
-        }  # fmt: skip
+            "AutoConfig": "evil.Config",
+            "AutoModelForCausalLM": "evil.Model",
+            "AutoTokenizer": ["evil.Tokenizer", "evil.FastTokenizer"],
+        }
         (model / name).write_text(json.dumps(content))
     read_everything(model)
     assert not mark.exists()

@@ -1,0 +1,54 @@
+"""The table of model families that can be trained: all that the rest of the package needs to know of an architecture.
+
+Reading of config.json, conversion, planning and the layers built in Megatron take their facts from :data:`FAMILIES`, so
+nothing else compares ``model_type``. To support another family, write its :class:`Family` here and a preset under
+``conf/model``; what Megatron cannot represent of it must be refused by ``read_hf_config``. Imports neither torch nor
+transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture as config.json names it, and how its layers differ from those of the others."""
+
+    model_type: str
+    """``model_type`` in config.json, also the name of mbridge's module and of its mapping of weights."""
+    architecture: str
+    """The class that transformers makes of it."""
+    qkv_bias: bool = False
+    """The projections to queries, keys and values have biases."""
+    qk_layernorm: bool = False
+    """Queries and keys are normalised in each head."""
+    heads_divide_width: bool = True
+    """Where config.json has no ``head_dim``, it is ``hidden_size / num_attention_heads``. False: the family has a
+    number of its own."""
+    refused_biases: tuple[str, ...] = ()
+    """Switches in config.json of biases that Megatron's layers of this family do not have, and that would be lost."""
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    """Kinds of RoPE scaling that Megatron-Core represents."""
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            qk_layernorm=True,
+            heads_divide_width=False,
+            refused_biases=("attention_bias",),
+        ),
+        Family("llama", "LlamaForCausalLM", refused_biases=("attention_bias", "mlp_bias")),
+    )
+}
+"""Every family by its ``model_type``, in the order in which messages list them."""
+
+
+def enumerate_names(names: tuple[str, ...], conjunction: str) -> str:
+    """Return ``a, b and c``."""
+    return f" {conjunction} ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
