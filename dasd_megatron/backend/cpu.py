@@ -1,8 +1,7 @@
-"""Megatron-Core on CPU and gloo: the shim that lets it run unpatched there, and the layer spec it needs.
+"""The CPU backend: Megatron-Core on CPU and gloo, with a shim that lets it run there unpatched.
 
 Megatron-Core names CUDA in a handful of places that have an exact CPU meaning. :func:`install` gives each of them that
-meaning, in this process only and only when the configuration asks for the CPU. Imported for its side effects before
-``megatron.core``.
+meaning, in this process only and only when the configuration asks for the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,8 +71,14 @@ def _cuda_literal_to_cpu(factory: Any) -> Any:
     return wrapped
 
 
+def _replace(owner: Any, **members: Any) -> None:
+    """Put other members into a module or class."""
+    for name, member in members.items():
+        setattr(owner, name, member)
+
+
 def install(config: BackendConfig) -> None:
-    """Prepare torch in this process for Megatron-Core on CPU; later calls only set the thread count."""
+    """Prepare torch in this process for Megatron-Core on CPU. Later calls only set the thread count."""
     global _installed
     torch.set_num_threads(config.threads)
     if _installed:
@@ -80,54 +86,61 @@ def install(config: BackendConfig) -> None:
     _installed = True
     # Megatron's jit_fuser is torch.compile, which needs a C++ compiler at run time and gains nothing here.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
-    torch.compile = lambda model=None, **_: model if model is not None else (lambda function: function)
+    _replace(torch, compile=lambda model=None, **_: model if model is not None else (lambda function: function))
 
-    # True, expected, or about streams, which there are none of here, and printed by every process.
+    # Every process would print these warnings. They are expected here, or about streams, of which there are none.
     for message in (r".*Apex (is|are) not installed", r"When using async grad allreduce"):
         warnings.filterwarnings("ignore", message=message)
 
-    cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
-    for name in ("synchronize", "empty_cache", "set_device"):
-        setattr(cuda, name, lambda *_, **__: None)
-    # A no-op would leave Megatron's RNG tracker, and so dropout and initialisation, unseeded.
-    cuda.manual_seed = torch.manual_seed
-    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.Event, cuda.Stream = _Event, _Stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: _Stream()
-    cuda.stream = lambda *_: contextlib.nullcontext()
-
+    _replace(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        # Three functions, and not one under three names: torch.compile's tables have an entry for each function.
+        **{name: lambda *_, **__: None for name in ("synchronize", "empty_cache", "set_device")},
+        # If this did nothing, Megatron's RNG tracker, and so dropout and initialisation, would stay unseeded.
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda *_, **__: torch.get_rng_state(),
+        set_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+        Event=_Event,
+        Stream=_Stream,
+        **dict.fromkeys(("current_stream", "default_stream"), lambda *_, **__: _Stream()),
+        stream=lambda *_: contextlib.nullcontext(),
+    )
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
-        setattr(torch, name, _cuda_literal_to_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self
+        _replace(torch, **{name: _cuda_literal_to_cpu(getattr(torch, name))})
+    for owner in (torch.Tensor, torch.nn.Module):
+        _replace(owner, cuda=lambda self, *_, **__: self)
     # Megatron's optimizer sorts parameters by the type string "torch.cuda.FloatTensor".
-    tensor_type = torch.Tensor.type
+    tensor_type: Callable[..., Any] = torch.Tensor.type
 
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return tensor_type(self, *args, **kwargs)
         return tensor_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_as_on_cuda
+    _replace(torch.Tensor, type=type_as_on_cuda)
 
     import megatron.core.tensor_parallel.random as megatron_random
 
-    # The one generator there is serves where Megatron expects a GPU's to change and the CPU's to stay.
+    # Megatron expects a GPU's generator to change and the CPU's to stay. Here one generator serves as both, so it would
+    # warn each time.
     logging.getLogger(megatron_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
-    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    _replace(
+        megatron_random,
+        _get_cuda_rng_state=lambda *_, **__: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *_, **__: torch.set_rng_state(state),
+    )
 
 
 def check_precision(config: PrecisionConfig) -> None:
-    """Nothing that the configuration lets through is missing here."""
+    """Accept everything that the configuration lets through."""
 
 
 def kernels(transformer_impl: str) -> dict[str, str]:
-    """Which implementation each part of a training step runs on."""
+    """Return the implementation that each part of a training step runs on."""
     return {
         "layers": "Megatron-Core local layers, PyTorch attention",
         "Adam": "torch.optim.AdamW",
@@ -136,6 +149,7 @@ def kernels(transformer_impl: str) -> dict[str, str]:
 
 
 def device() -> torch.device:
+    """Return the CPU."""
     return torch.device("cpu")
 
 
@@ -145,16 +159,18 @@ def init_process_group(timeout_seconds: float) -> None:
 
 
 def get_rng_state() -> torch.Tensor:
-    """State of the device's default generator, uint8."""
+    """Return the state of the default generator, uint8."""
     return torch.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
+    """Continue the default generator from ``state``."""
     torch.set_rng_state(state)
 
 
 def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
-    """TransformerConfig fields that this backend fixes: no CUDA-only fusion, weights initialised on the host."""
+    """Return the fields of the TransformerConfig that this backend fixes: no CUDA-only fusion, weights initialised on
+    the host."""
     return dict(
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
@@ -167,4 +183,5 @@ def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
 
 
 def uses_transformer_engine(transformer_impl: str) -> bool:
+    """Return False: Transformer Engine has no layers for the CPU."""
     return False

@@ -1,4 +1,4 @@
-"""Megatron-Core on CUDA and NCCL, with Transformer Engine layers where it is installed."""
+"""The CUDA backend: Megatron-Core on CUDA and NCCL, with Transformer Engine layers where it is installed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dasd_megatron.errors import ConfigError
 
 
 def install(config: BackendConfig) -> None:
-    """Bind this process to its GPU; :class:`ConfigError` when there is none, or Transformer Engine is asked for and
-    missing."""
+    """Bind this process to its GPU; :class:`ConfigError` when there is none, or when Transformer Engine is asked for
+    and missing."""
     if not torch.cuda.is_available():
         raise ConfigError(
             "backend.kind=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set "
@@ -32,8 +32,8 @@ def install(config: BackendConfig) -> None:
             f"backend.kind=cuda: local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
             "start fewer processes"
         )
-    # One queue keeps communication that was launched before a computation ahead of it, on which Megatron's overlap
-    # relies.
+    # With one queue, communication that was launched before a computation also starts before it. Megatron's overlap
+    # relies on that.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     torch.set_num_threads(config.threads)
@@ -48,7 +48,7 @@ _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0),
 
 
 def check_precision(config: PrecisionConfig) -> None:
-    """:class:`ConfigError` where this GPU or this environment has not what ``config`` asks for."""
+    """Refuse (:class:`ConfigError`) what this GPU or this environment does not have."""
     if config.fp8 == "none":
         return
     if not _transformer_engine_installed():
@@ -65,7 +65,8 @@ def check_precision(config: PrecisionConfig) -> None:
 
 
 def kernels(transformer_impl: str) -> dict[str, str]:
-    """Which implementation each part of a training step runs on, by what is installed; imports Megatron-Core."""
+    """Return the implementation that each part of a training step runs on, by what is installed. Imports
+    Megatron-Core."""
     from megatron.core.optimizer import Adam
 
     fused_gradients = transformer_config_overrides(transformer_impl)["gradient_accumulation_fusion"]
@@ -83,6 +84,7 @@ def kernels(transformer_impl: str) -> dict[str, str]:
 
 
 def device() -> torch.device:
+    """Return the GPU that this process is bound to."""
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -94,17 +96,18 @@ def init_process_group(timeout_seconds: float) -> None:
 
 
 def get_rng_state() -> torch.Tensor:
-    """State of the device's default generator, uint8."""
+    """Return the state of the GPU's default generator, uint8."""
     return torch.cuda.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
+    """Continue the GPU's default generator from ``state``."""
     torch.cuda.set_rng_state(state)
 
 
 def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
-    """TransformerConfig fields that this backend fixes; fusions that need Transformer Engine or Apex follow what is
-    installed."""
+    """Return the fields of the TransformerConfig that this backend fixes. Fusions that need Transformer Engine or Apex
+    follow what is installed."""
     transformer_engine = uses_transformer_engine(transformer_impl)
     return dict(
         use_cpu_initialization=False,
@@ -118,5 +121,5 @@ def transformer_config_overrides(transformer_impl: str) -> dict[str, Any]:
 
 
 def uses_transformer_engine(transformer_impl: str) -> bool:
-    """Whether layers are Transformer Engine's: as configured, or with auto wherever it is installed."""
+    """Return True where layers are Transformer Engine's: as configured, or with ``auto`` wherever it is installed."""
     return transformer_impl == "transformer_engine" or (transformer_impl == "auto" and _transformer_engine_installed())

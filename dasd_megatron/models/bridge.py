@@ -27,28 +27,35 @@ from dasd_megatron.models.mbridge_families import Bridge, bridge_class
 
 @dataclass(frozen=True)
 class ExportEntry:
-    """One Megatron parameter: its pipeline stage, chunk and name there; its name in the whole model; its shard's shape
-    and dtype, and the dimension that tensor-parallel ranks share, None where each has all of it."""
+    """One Megatron parameter: where it is, and the shape of its shard."""
 
     stage: int
+    """Pipeline stage."""
     chunk: int
+    """Model chunk on that stage."""
     local_name: str
+    """Name in the chunk."""
     name: str
+    """Name in the whole model."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     partition_dim: int | None
+    """Dimension that tensor-parallel ranks share; None where each has all of it."""
 
 
-class _Corrections:
-    """Mixed in before an mbridge class; set up by :func:`make_bridge`."""
+class _Corrections(Bridge):
+    """Methods that :func:`make_bridge` puts before those of an mbridge class."""
 
     _plan: list[ExportEntry] | None = None
+    _DIRECT_MAPPING: dict[str, str]
+    _MLP_MAPPING: dict[str, list[str]]
+    _OTHER_MAPPING: dict[str, list[str]]
 
     def export_plan(self, chunks: list[torch.nn.Module]) -> list[ExportEntry]:
-        """Every parameter of the model, in the order of :meth:`export_weights`, the same on all ranks.
+        """Return every parameter of the model, in the order of :meth:`export_weights`, the same on all ranks.
 
-        Kept: mbridge asks other ranks about each tensor anew, which takes longer than the tensors themselves. The first
-        call gathers objects over the pipeline ranks.
+        The plan is made once, because mbridge asks other ranks about each tensor anew, which takes longer than the
+        tensors themselves. The first call gathers objects over the pipeline ranks.
         """
         if self._plan is None:
             mine = []
@@ -67,7 +74,8 @@ class _Corrections:
     def export_weights(
         self, chunks: list[torch.nn.Module], only: Collection[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face's names and tensors, on every rank; with ``only`` those made of these parameters of the plan.
+        """Yield Hugging Face's names and tensors, on every rank; with ``only`` those made of these parameters of the
+        plan.
 
         Collectives: per parameter a broadcast over the pipeline ranks and an all-gather over the tensor-parallel ranks,
         where there are several. Tensors may be views of the parameters.
@@ -78,7 +86,7 @@ class _Corrections:
             if only is not None and entry.name not in only:
                 continue
             if entry.stage == self.mpu.pp_rank:
-                shard = parameters[entry.chunk][entry.local_name]
+                shard: Any = parameters[entry.chunk][entry.local_name]
             else:
                 shard = torch.empty(entry.shape, dtype=entry.dtype, device=device)
                 if entry.partition_dim is not None:
@@ -96,7 +104,7 @@ class _Corrections:
 
     @functools.cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every Hugging Face tensor; kept, since every weight sync asks."""
+        """Name and shape of every Hugging Face tensor. Every weight sync asks for them, so they are computed once."""
         return expected_tensors(self.hf_config)
 
     def use_local_layer_norm_names(self) -> None:
@@ -131,7 +139,7 @@ class _Corrections:
 def make_bridge(
     hf_config: PretrainedConfig, *, dtype: torch.dtype, transformer_engine: bool, **transformer_config: Any
 ) -> Bridge:
-    """The bridge for ``hf_config`` on the parallel state initialised in this process.
+    """Return the bridge for ``hf_config`` on the parallel state initialised in this process.
 
     ``transformer_config`` overrides fields of the TransformerConfig that mbridge derives from the Hugging Face config.
     """
@@ -141,7 +149,7 @@ def make_bridge(
         bridge.use_local_layer_norm_names()
     bridge.set_extra_args(**transformer_config)
     bridge.vocab_size = hf_config.vocab_size
-    # mbridge cuts the padding off where the second is set.
+    # mbridge cuts the padding off only where make_vocab_size_divisible_by is set.
     bridge.padded_vocab_size = bridge.make_vocab_size_divisible_by = padded_vocab_size(
         hf_config.vocab_size, bridge.mpu.tp_size
     )
@@ -155,16 +163,16 @@ def export_hf(
     """Write the sharded model's weights as a Hugging Face directory at ``path``, tensor by tensor, by global rank 0.
 
     Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
-    Rank 0 holds one whole tensor at a time. An error of its disk is kept until every tensor has gone by, so that no
-    other rank waits for it.
+    Rank 0 holds one whole tensor at a time. If its disk fails, it goes on until every tensor has come, so that no other
+    rank waits for it.
 
     Args:
         template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
         manifest: note the SHA-256 of each tensor; costs a pass over the bytes.
 
     Returns:
-        What is left to do for rank 0 alone: it raises the error (OSError or WeightsError), or lets the directory
-            appear.
+        What is left to do for rank 0 alone: raise the disk's error (OSError or WeightsError), or let the directory
+        appear.
     """
     failure: Exception | None = None
     writer = None
@@ -186,6 +194,7 @@ def export_hf(
             writer.close()
         if failure is not None:
             raise failure
-        writer.finish({"kind": "hf"})
+        if writer is not None:
+            writer.finish({"kind": "hf"})
 
     return finish

@@ -1,9 +1,8 @@
 """Between Hugging Face directories and Megatron-Core's distributed checkpoints, in one process that holds one tensor at
 a time.
 
-The tensors that Megatron expects, their keys and shapes, are asked of a model on the meta device; how they are made of
-Hugging Face's is the bridge's business, the same that the trainer's weight sync goes through. Needs the CPU backend
-selected.
+A model on the meta device says which tensors Megatron expects, with their keys and shapes. The bridge, which the
+trainer's weight sync goes through too, says how they are made of Hugging Face's. Needs the CPU backend selected.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, Checkpoint
 # Called with the tensors done and in all.
 Progress = Callable[[int, int], None]
 VERIFY_TOKENS = 64
-# A model whose weights come from elsewhere, if from anywhere.
+# Arguments of a model whose weights are loaded, or never needed: nothing is initialised.
 _SINGLE = dict(
     **cpu.transformer_config_overrides("local"),
     sequence_parallel=False,
@@ -44,7 +43,7 @@ _SINGLE = dict(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: tensors on either side, all of them used; the bytes and dtype of the weights that were
+    """The result of a conversion: tensors on either side, all of them used, and the bytes and dtype of the weights
     written."""
 
     hf_tensors: int
@@ -55,7 +54,7 @@ class Conversion:
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """A process group and Megatron's parallel state of this process alone."""
+    """Set up a process group and Megatron's parallel state of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
@@ -66,15 +65,18 @@ def single_process() -> Iterator[None]:
 
 
 def meta_chunks(hf_config: PretrainedConfig, dtype: torch.dtype, **layout: Any) -> tuple[Bridge, list[GPTModel]]:
-    """This rank's part of the model without storage, inside :func:`single_process` the whole of it; and its bridge.
-    ``layout``: fields of Megatron's TransformerConfig."""
+    """Return the bridge and this rank's part of the model without storage; inside :func:`single_process` the whole
+    model.
+
+    ``layout``: fields of Megatron's TransformerConfig.
+    """
     bridge = make_bridge(hf_config, dtype=dtype, transformer_engine=False, **_SINGLE | layout)
     with torch.device("meta"):
         return bridge, build_chunks(bridge, transformer_engine=False)
 
 
 def _entries(model: GPTModel) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Megatron's name of every weight and how it is stored."""
+    """Return Megatron's name of every weight and how it is stored."""
     state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group()})
     return {name: entry for name, entry in state.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
 
@@ -84,10 +86,10 @@ def _chunks(entry: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
 
 
 def _split(shard: ShardedTensor, axis: int | None, parts: int) -> list[ShardedTensor]:
-    """``shard`` in ``parts`` along ``axis`` of its data, as that many tensor-parallel ranks read it."""
+    """Return ``shard`` in ``parts`` along ``axis`` of its data, as that many tensor-parallel ranks read it."""
     if axis is None or parts == 1:
         return [shard]
-    pieces = []
+    pieces: list[ShardedTensor] = []
     for data in shard.data.chunk(parts, dim=axis):
         offset = list(shard.global_offset)
         offset[shard.prepend_axis_num + axis] += sum(piece.local_shape[axis] for piece in pieces)
@@ -111,7 +113,7 @@ def hf_to_megatron(
     A job that was killed goes on where it was when it is started again with the same arguments.
 
     Args:
-        dtype: of the weights written; None keeps the one in config.json.
+        dtype: of the weights written; None keeps that of config.json.
         tensor_parallel: tensors are stored in chunks for this many ranks, so that each reads its own part alone. Any
             other layout can load the checkpoint too.
 
@@ -208,7 +210,7 @@ def megatron_to_hf(
         expected = expected_tensors(hf_config)
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
         _check_all_used(names, set(expected))
-        # The order in which the tensors come, so that files fill one after another.
+        # In the order in which the tensors come, so that files fill one after another.
         shapes = {hf_name: expected[hf_name] for found in names.values() for hf_name in found}
         record = {"kind": "hf", "source": str(path.resolve()), "dtype": str(dtype)}
         job = {**record, "files": fingerprint(path), "config": fingerprint(template_dir)}
@@ -220,7 +222,9 @@ def megatron_to_hf(
                 progress(count, len(entries))
                 if all(hf_name in writer for hf_name in names[name]):
                     continue
-                for hf_name, converted in zip(*bridge._weight_to_hf_format(name, _read_one(files, entry)), strict=True):
+                for hf_name, converted in zip(
+                    *bridge._weight_to_hf_format(name, _read_entry(files, entry)), strict=True
+                ):
                     writer.write(hf_name, converted)
             writer.finish(record)
         progress(len(entries), len(entries))
@@ -229,14 +233,15 @@ def megatron_to_hf(
 
 
 def _check_all_used(names: dict[str, list[str]], expected: set[str]) -> None:
-    """Every tensor of the Hugging Face model goes into a Megatron tensor, and none is asked for that it has not."""
+    """Refuse (WeightsError) a mapping that leaves a tensor of the Hugging Face model unused, or asks for one that it
+    does not have."""
     mapped = {hf_name for found in names.values() for hf_name in found}
     if mapped != expected:
         unused, unknown = sorted(expected - mapped)[:3], sorted(mapped - expected)[:3]
         raise WeightsError(f"the mapping to Megatron does not cover the model: unused {unused}, unknown {unknown}")
 
 
-def _read_one(files: CheckpointFiles, entry: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
+def _read_entry(files: CheckpointFiles, entry: ShardedTensor | ShardedTensorFactory) -> torch.Tensor:
     if isinstance(entry, ShardedTensorFactory):
         return entry.merge_fn([files.read(chunk) for chunk in entry.build()])
     return files.read(entry)
@@ -244,8 +249,8 @@ def _read_one(files: CheckpointFiles, entry: ShardedTensor | ShardedTensorFactor
 
 @torch.no_grad()
 def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Logits of a Megatron checkpoint and of a Hugging Face directory on one fixed prompt of :data:`VERIFY_TOKENS`
-    tokens.
+    """Compare the logits of a Megatron checkpoint and of a Hugging Face directory on a fixed prompt of
+    :data:`VERIFY_TOKENS` tokens.
 
     Both models are whole in memory, one after the other, their weights rounded to ``dtype`` and their arithmetic
     float32.

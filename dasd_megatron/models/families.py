@@ -24,7 +24,7 @@ class Family:
     qk_layernorm: bool = False
     """Queries and keys are normalised in each head."""
     heads_divide_width: bool = True
-    """Where config.json has no ``head_dim``, it is ``hidden_size / num_attention_heads``. False: the family has a
+    """True: ``head_dim`` is ``hidden_size / num_attention_heads`` where config.json has none. False: the family has a
     number of its own."""
     refused_biases: tuple[str, ...] = ()
     """Switches in config.json of biases that Megatron's layers of this family do not have, and that would be lost."""

@@ -47,8 +47,8 @@ class WeightsError(RuntimeError):
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The contiguous bytes of a host tensor, without a copy where it is contiguous already."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    """Return the contiguous bytes of a host tensor, without a copy where it is contiguous already."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def sha256(data: memoryview | bytes) -> str:
@@ -56,13 +56,13 @@ def sha256(data: memoryview | bytes) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Read piece by piece: files of checkpoints are gigabytes."""
+    """Return the SHA-256 of a file, read piece by piece, since files of checkpoints have gigabytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(folder: Path) -> list[list[Any]]:
-    """Name, size and time of change of every file in a folder: what a resumed job's source must still have."""
+    """Return name, size and time of change of every file in a folder, which a resumed job's source must still have."""
     return [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir()) if path.is_file()
     ]
@@ -198,7 +198,7 @@ class HfWeights:
                 )
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in its stored dtype, mapped from its file.
+        """Return a tensor in its stored dtype, mapped from its file.
 
         Raises:
             WeightsError: its bytes are not those that the manifest was written for.
@@ -217,7 +217,7 @@ def _some(names: list[str]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest's contents; :class:`WeightsError` when it is damaged."""
+    """Return a manifest's contents; :class:`WeightsError` when it is damaged."""
     try:
         manifest = json.loads(path.read_text())
         assert manifest["format"] == 1 and isinstance(manifest.get("tensors", manifest.get("files")), dict)
@@ -227,10 +227,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """What of an output has been written, so that a job that was killed goes on where it was.
+    """The record of what has been written of an output, so that a job that was killed goes on where it was.
 
-    The folder is ``<output>.partial``. Its journal begins with a description of the job; where another job left it, it
-    starts anew.
+    The folder is ``<output>.partial``. Its journal begins with a description of the job. A folder of another job is
+    emptied.
 
     Raises:
         WeightsError: the folder exists and is not this package's.
@@ -285,8 +285,8 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """config.json with ``dtype`` in it, tokenizer, chat template and generation config, from one Hugging Face directory
-    to another."""
+    """Copy config.json with ``dtype`` in it, tokenizer, chat template and generation config from one Hugging Face
+    directory to another."""
     hf_config = json.loads((source / "config.json").read_text())
     # transformers 4.56 renamed the key and reads both; other readers know the old one.
     hf_config.pop("dtype", None)
@@ -300,8 +300,10 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 def shard_plan(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
 ) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Which tensors go into which file, in order, and the bytes of each tensor. One file if all fit, else transformers'
-    naming."""
+    """Return the tensors of each file, in order, and the bytes of each tensor.
+
+    There is one file if all tensors fit into it, else several with transformers' names.
+    """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
@@ -397,15 +399,15 @@ class HfDirectoryWriter:
         return sha256(os.pread(descriptor, self._sizes[name], offset)) == record["sha256"]
 
     def __contains__(self, name: str) -> bool:
-        """Whether ``name`` is written."""
+        """Return True where ``name`` is written."""
         return name in self._journal.done
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor into its file, cast to the directory's dtype; of a name that is written already nothing
-        happens.
+        """Put a tensor into its file, cast to the directory's dtype. A tensor that is written already is left as it is.
 
         Raises:
-            WeightsError: it is not one of ``shapes``, or of another shape. OSError: the disk is full.
+            WeightsError: the name is not in ``shapes``, or the shape is another.
+            OSError: the disk is full.
         """
         if name in self:
             return
@@ -420,7 +422,7 @@ class HfDirectoryWriter:
         self._journal.add(name, {"sha256": sha256(data)} if self.hashes else {})
 
     def finish(self, record: dict[str, Any] | None = None) -> None:
-        """Add what stands beside the weights and let the directory appear. ``record`` goes into the manifest.
+        """Add the files beside the weights and let the directory appear. ``record`` goes into the manifest.
 
         Raises:
             WeightsError: tensors have not been written.

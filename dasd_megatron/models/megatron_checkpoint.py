@@ -67,8 +67,8 @@ class _MetadataReader(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What a distributed checkpoint holds and where, after a look at every pickle that loading it would read: none of
-    them can run code.
+    """Return what a distributed checkpoint holds and where, after a check that no pickle that loading it would read can
+    run code.
 
     PyTorch's and Megatron's loaders trust ``.metadata`` and the objects in a checkpoint; whoever wrote it could make
     them do anything. Call this before they are given one.
@@ -113,7 +113,8 @@ class CheckpointWriter:
     Args:
         path: where it will appear; a directory that is there is replaced.
         job: what is written from what; chunks that a killed writer of the same job left behind are kept, after a look
-        at their bytes. total_bytes: of all weights that will be added.
+            at their bytes.
+        total_bytes: of all weights that will be added.
 
     Raises:
         WeightsError: the disk has no room for them.
@@ -136,7 +137,7 @@ class CheckpointWriter:
         return path.is_file() and path.stat().st_size == record["bytes"] and file_sha256(path) == record["sha256"]
 
     def has(self, shard: ShardedTensor) -> bool:
-        """Whether this chunk is written; its ``data`` is not looked at."""
+        """Return True where this chunk is written; its ``data`` is not looked at."""
         return self._name(shard) in self._journal.done
 
     @staticmethod
@@ -144,7 +145,7 @@ class CheckpointWriter:
         return f"{shard.key}@{','.join(map(str, shard.global_offset))}"
 
     def add(self, shard: ShardedTensor, dtype: torch.dtype) -> None:
-        """Write one chunk, or only take it up into the checkpoint where it is written already.
+        """Write a chunk, or only enter it into the checkpoint where it is written already.
 
         Raises:
             OSError: the disk is full.
@@ -172,7 +173,9 @@ class CheckpointWriter:
     def finish(self, record: dict[str, Any]) -> None:
         """Write the metadata and a manifest with ``record`` and every file's SHA-256, and let the checkpoint appear."""
         planner_data = {key: (key,) for key in self._entries}
-        metadata = Metadata(state_dict_metadata=self._entries, planner_data=planner_data, storage_data=self._storage)
+        metadata = Metadata(
+            state_dict_metadata={**self._entries}, planner_data=planner_data, storage_data=self._storage
+        )
         with open(self.folder / ".metadata", "wb") as file:
             pickle.dump(metadata, file)
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, self.folder / "common.pt")
@@ -185,7 +188,7 @@ class CheckpointWriter:
 
 
 class CheckpointFiles:
-    """What a distributed checkpoint says it holds, and whether the files bear it out.
+    """The tensors that a distributed checkpoint says it holds, checked against its files.
 
     Raises:
         WeightsError: no checkpoint there, a file is missing or too short.
@@ -230,7 +233,7 @@ class CheckpointFiles:
                 )
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights.
+        """Return the dtype of the weights.
 
         Raises:
             WeightsError: they have several.
@@ -267,7 +270,8 @@ class CheckpointFiles:
                 raise WeightsError(f"{self.path}: {key} has shape {stored}, and the model's config calls for {wanted}")
 
     def read(self, shard: ShardedTensor) -> torch.Tensor:
-        """The part of a stored tensor that ``shard`` describes, whatever the chunks; rows past the stored ones are 0.
+        """Return the part of a stored tensor that ``shard`` describes, whatever the chunks; rows past the stored ones
+        are 0.
 
         Files that the manifest lists are compared with it the first time that something is read from them.
 

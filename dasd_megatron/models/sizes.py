@@ -11,7 +11,7 @@ from dasd_megatron.models.families import FAMILIES
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What memory, traffic and the layout of a model depend on, as config.json names it."""
+    """The sizes that memory, traffic and the layout of a model depend on, as config.json names them."""
 
     model_type: str
     hidden_size: int

@@ -1,0 +1,45 @@
+"""The interface of a backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dasd_megatron.config import BackendConfig, PrecisionConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Backend(Protocol):
+    """One kind of device that a run computes on. The modules ``cpu`` and ``cuda`` are the two implementations."""
+
+    def install(self, config: BackendConfig) -> None:
+        """Prepare this process; :class:`~dasd_megatron.errors.ConfigError` when the backend cannot run on this machine.
+
+        Has to come before the first import of ``megatron.core``.
+        """
+
+    def check_precision(self, config: PrecisionConfig) -> None:
+        """Refuse (ConfigError) what this device, or what is installed here, cannot compute in."""
+
+    def kernels(self, transformer_impl: str) -> dict[str, str]:
+        """Return the implementation that each part of a training step runs on, for people to read."""
+
+    def device(self) -> torch.device:
+        """Return the device of this process."""
+
+    def init_process_group(self, timeout_seconds: float) -> None:
+        """Start the default process group over the environment's rendezvous. Every collective fails after
+        ``timeout_seconds``."""
+
+    def get_rng_state(self) -> torch.Tensor:
+        """Return the state of the device's default generator, uint8 on the host."""
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Continue the device's default generator from a state of :meth:`get_rng_state`."""
+
+    def transformer_config_overrides(self, transformer_impl: str) -> dict[str, Any]:
+        """Return the fields of Megatron's TransformerConfig that this backend fixes."""
+
+    def uses_transformer_engine(self, transformer_impl: str) -> bool:
+        """Return True where the layers are Transformer Engine's, False where they are Megatron's local ones."""

@@ -1,0 +1,38 @@
+"""Both backends have what the interface asks for, and one is chosen by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from dasd_megatron import backend
+from dasd_megatron.backend import Backend, cpu, cuda
+from dasd_megatron.config import BackendConfig
+from dasd_megatron.errors import ConfigError
+
+FUNCTIONS = {name: function for name, function in vars(Backend).items() if inspect.isfunction(function)}
+
+
+@pytest.mark.parametrize("module", [cpu, cuda], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.startswith("_")])
+def test_a_backend_has_the_functions_of_the_interface(module: object, name: str) -> None:
+    wanted = inspect.signature(FUNCTIONS[name])
+    found = inspect.signature(getattr(module, name))
+    assert [*found.parameters.values()] == [*wanted.parameters.values()][1:]
+    assert found.return_annotation == wanted.return_annotation
+
+
+def test_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_selected", None)
+    with pytest.raises(ConfigError, match="backend.kind='tpu' is unknown: write cpu or cuda"):
+        backend.select(BackendConfig(kind="tpu"))
+    with pytest.raises(RuntimeError, match="no backend selected"):
+        backend.current()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_processes_wait_without_spinning(kind: str) -> None:
+    environment = backend.process_environment(BackendConfig(kind=kind, threads=3))
+    assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+    assert ("MALLOC_TRIM_THRESHOLD_" in environment) is (kind == "cpu")
