@@ -116,7 +116,8 @@ def check_case(rank: int, world_size: int, case: dict, message: str) -> None:
         torch.testing.assert_close(got, want, **tolerance, msg=lambda m, name=name: f"{message} {name}: {m}")
         if tokens:
             assert_equal_on_all_ranks(got.detach(), f"{message} {name}")
-    gradient = {torch.float64: dict(rtol=1e-8, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=3e-6)}
+    # Sums in another order: of sixty seeds one differs by 9e-6 at temperature 0.6, where logits reach 13.
+    gradient = {torch.float64: dict(rtol=1e-8, atol=1e-10), torch.float32: dict(rtol=1e-5, atol=2e-5)}
     torch.testing.assert_close(
         leaf.grad,
         whole.grad[:, columns],
