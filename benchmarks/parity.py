@@ -253,7 +253,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
 
     assert isinstance(config.data.train, DataSourceConfig)
     tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
-    renderer = make_renderer(config, tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
     learner = build_learner(config, Path(config.model.path))
     model = learner.model
     state, problems = TrainerState(), [Problem("p", "1", "1", "1")]

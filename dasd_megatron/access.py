@@ -1,8 +1,7 @@
 """The API key of rollout servers, which stands in the environment variable ``DASD_API_KEY`` and nowhere else.
 
-Both sides read it: servers and routers that are started with it refuse requests without it, and the trainer's client
-sends it. It is kept out of command lines, which everybody on a machine can list, and out of everything that a run
-writes.
+Servers and routers that are started with the key refuse requests without it, and the trainer's client sends it. The key
+stays out of command lines, which everybody on a machine can list, and out of everything that a run writes.
 """
 
 from __future__ import annotations
@@ -25,12 +24,15 @@ class AccessError(RuntimeError):
 
 
 def api_key() -> str | None:
-    """The key in the environment, None where there is none. Raises :class:`AccessError` for one that is empty, short or
-    not ASCII."""
+    """Return the key in the environment, or None where there is none.
+
+    Raises:
+        AccessError: the key is empty, short or not ASCII.
+    """
     key = os.environ.get(VARIABLE)
     if key is None:
         return None
-    # An empty one is a file that was not there, or a failed command: going on without a key would open the servers.
+    # An empty key comes from a missing file or a failed command. To go on without a key would open the servers.
     if len(key) < LEAST_CHARACTERS or not re.fullmatch(r"[!-~]+", key):
         raise AccessError(
             f"{VARIABLE} has {len(key)} characters and has to be {LEAST_CHARACTERS} or more of ASCII that are no "
@@ -40,19 +42,22 @@ def api_key() -> str | None:
 
 
 def headers(key: str | None) -> dict[str, str]:
-    """What a request carries to show the key."""
+    """Return the HTTP headers by which a request shows the key."""
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def shows_key(authorization: bytes, key: str) -> bool:
-    """Whether the value of an Authorization header is ``key`` as a bearer token; takes equally long for every wrong one
-    of its length."""
+    """Return whether the value of an Authorization header is ``key`` as a bearer token.
+
+    The comparison takes equally long for every wrong token of one length, so that its time does not betray the key.
+    """
     scheme, _, token = authorization.partition(b" ")
     return scheme.lower() == b"bearer" and hmac.compare_digest(token, key.encode())
 
 
 def refusal(status: int, key: str | None) -> tuple[str, str]:
-    """What happened and what to do, where a server has answered ``status``, 401 or 403, to a request with ``key``."""
+    """Return what happened and what to do, when a server has answered ``status`` (401 or 403) to a request with
+    ``key``."""
     if key is None:
         return f"it asks for an API key ({status})", f"set {VARIABLE} to the one that it was started with"
     return (
@@ -61,13 +66,13 @@ def refusal(status: int, key: str | None) -> tuple[str, str]:
     )
 
 
-def warn_if_open(host: str, what: str) -> None:
-    """Say so where ``what`` is about to listen beyond this machine without a key."""
+def warn_if_open(host: str, listener: str) -> None:
+    """Warn that ``listener`` is about to listen beyond this machine without a key, if that is so."""
     if not is_loopback(host) and api_key() is None:
         logger.warning(
             "%s listens on %s without an API key: whoever reaches that address can use it and replace its weights; "
             "set %s on it and on the trainer, or listen on 127.0.0.1",
-            what,
+            listener,
             host,
             VARIABLE,
         )

@@ -1,7 +1,7 @@
-"""Errors that a user can mend, and how a command reports them.
+"""Errors that a user can mend, and the way in which a command reports them.
 
-Such an error belongs to this package and is one line: what is wrong, where, and what to do. Any other error is a defect
-and keeps its traceback.
+Such an error is a class of this package. Its message is one line: what is wrong, where, and what to do. Any other error
+is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dasd_megatron import stopping
 
 
 def report_errors(work: Callable[[], None]) -> int:
-    """Run ``work``; an error that the user can mend is one line on standard error and exit status 1, anything else a
-    traceback.
+    """Run ``work`` and return the exit status of the command.
 
-    A run that a signal has stopped has exit status 75, and one that the watch has stopped 76.
+    An error that the user can mend becomes one line on standard error and exit status 1; any other error is raised. A
+    run that a signal has stopped has exit status 75, and one that the watch has stopped 76.
     """
     try:
         work()
@@ -26,7 +26,7 @@ def report_errors(work: Callable[[], None]) -> int:
             print(f"dasd: {stop}", file=sys.stderr, flush=True)
         return stop.exit_status
     except Exception as error:
-        # Errors that name a cause and a remedy are this package's own; others are defects and keep their traceback.
+        # Errors that name a cause and a remedy are classes of this package. Others are defects.
         if type(error).__module__.startswith("dasd_megatron."):
             rank = os.environ.get("RANK", "0")
             if rank == "0":
@@ -43,5 +43,5 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, for a message of one line; its class where it says nothing."""
+    """Return the first line of an error's text, or the name of its class where it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]

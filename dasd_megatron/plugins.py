@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 from dasd_megatron.errors import ConfigError, first_line
 
 
 class PluginError(RuntimeError):
-    """A function of the user's own failed, or gave what cannot be used. It would fail again: trying again is of no
-    use."""
+    """A function of the user's own failed, or gave what cannot be used. It would fail again, so nothing tries again."""
+
+
+@overload
+def load_function(path: str, field: str) -> Callable[..., Any]: ...
+
+
+@overload
+def load_function(path: str | None, field: str) -> Callable[..., Any] | None: ...
 
 
 def load_function(path: str | None, field: str) -> Callable[..., Any] | None:
-    """The function at ``path``, ``module:function`` like ``my_package.rewards:score``; None for None.
+    """Return the function at ``path``, ``module:function`` like ``my_package.rewards:score``; None for None.
 
     Args:
+        path: where the function is, or None.
         field: the field of the configuration that names it, like ``verify.reward``; used in messages.
 
     Raises:

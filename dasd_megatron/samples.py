@@ -1,4 +1,4 @@
-"""One graded rollout, and its file format: the record that training reads and replay reads again."""
+"""A graded rollout and its file format, which training writes and replay reads."""
 
 from __future__ import annotations
 
@@ -19,21 +19,17 @@ class ReplayError(ValueError):
 
 @dataclass(slots=True)
 class Sample:
-    """A response with what made it.
+    """A response, its prompt and its grade.
 
-    group: place of its prompt in the batch of its step; sample: its place among the responses to that prompt; position:
-    place of the
-    prompt in the endless order of training problems, which no other group of a run has. rollout_log_probs: natural
-    logs, after
-    temperature, one per token of ``response_ids``. weight_versions: [version, tokens] of each stretch of tokens, in
-    order. response_mask: one per token, 1 for those that the policy sampled and 0 for those that stand there as
-    context, like a tool's answer; None: it sampled all. Only sampled tokens are trained on and counted; the log-prob of
-    the others is 0.0.
+    Only tokens that the policy sampled are trained on and counted.
     """
 
     group: int
+    """Place of the prompt in the batch of its step."""
     sample: int
+    """Place of the response among those to its prompt."""
     position: int
+    """Place of the prompt in the endless order of training problems; no two groups of a run share it."""
     problem_id: str
     problem: str
     expected_answer: str
@@ -41,13 +37,17 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]
     rollout_log_probs: list[float]
+    """Natural logs after temperature, one for each of ``response_ids``; 0.0 for tokens that were not sampled."""
     text: str
     finish_reason: str
     weight_versions: list[list[str | int]]
+    """[version, number of tokens] of each stretch of tokens that came from the same weights, in order."""
     reward: float
     predicted_answer: str | None
     timed_out: bool
     response_mask: list[int] | None = None
+    """One for each of ``response_ids``: 1 for a token that the policy sampled, 0 for context like a tool's answer.
+    None: it sampled all."""
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -58,31 +58,31 @@ class Sample:
 
     @property
     def weight_version(self) -> str:
-        """The version of its first token: the oldest."""
-        return self.weight_versions[0][0]
+        """The version of the weights behind the first token, which is the oldest."""
+        return str(self.weight_versions[0][0])
 
 
 def version_name(step: int) -> str:
-    """Name of the weights after ``step`` training steps."""
+    """Return the name of the weights after ``step`` training steps."""
     return f"step_{step:06d}"
 
 
 def version_step(name: str) -> int:
-    """The step of a :func:`version_name`; ValueError for other names."""
+    """Return the step of a :func:`version_name`; raise ValueError for other names."""
     if not re.fullmatch(r"step_\d{6,}", name):
         raise ValueError(f"{name!r} is not a weight version of a training run")
     return int(name.removeprefix("step_"))
 
 
 def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None:
-    """What is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if nothing
-    is."""
+    """Return what is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if
+    nothing is."""
     if mask is None:
         return None
     if (
         not isinstance(mask, list)
         or len(mask) != len(log_probs)
-        or any(one not in (0, 1) for one in mask)
+        or any(value not in (0, 1) for value in mask)
         or 1 not in mask
     ):
         return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
@@ -92,7 +92,7 @@ def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None
 
 
 def response_fault(sample: Sample) -> str | None:
-    """What keeps a sample made elsewhere from being trained on, for an error message; None if nothing does."""
+    """Return what keeps a sample made elsewhere from being trained on, for an error message; None if nothing does."""
     ids, log_probs = sample.response_ids, sample.rollout_log_probs
     if len(ids) != len(log_probs) or not ids:
         return "response_ids and rollout_log_probs must be of one length and not empty"
@@ -105,7 +105,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Sample)]
 
 
 def rollouts_path(folder: str | Path, step: int) -> Path:
-    """File of the rollouts of training step ``step`` (counted from 1)."""
+    """Return the file of the rollouts of training step ``step`` (counted from 1)."""
     return Path(folder) / f"step_{step:06d}.jsonl"
 
 
@@ -118,12 +118,16 @@ def save_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read a file of :func:`save_samples`; :class:`ReplayError` names a broken line."""
+    """Read a file of :func:`save_samples`.
+
+    Raises:
+        ReplayError: names a broken line.
+    """
     samples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
-            # Absent in files from before it.
+            # Older files have no such field.
             record.setdefault("response_mask", None)
             sample = Sample(**{name: record[name] for name in _FIELDS})
             fault = response_fault(sample)
@@ -136,7 +140,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def load_samples(path: Path, *, groups: int, samples_per_group: int) -> list[Sample]:
-    """The rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
+    """Read the rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
 
     Raises:
         ReplayError: missing file, broken line, or not exactly ``samples_per_group`` rollouts of each of ``groups``

@@ -73,7 +73,7 @@ def sample_steps(config: Config, root: Path) -> None:
             config.batch,
             problems,
             DataOrder(len(problems), config.run.seed, config.data.shuffle),
-            make_renderer(config, tokenizer),
+            make_renderer(config.data, config.teacher, tokenizer),
             grader,
             tokenizer,
             read_hf_config(model).vocab_size,

@@ -1,5 +1,7 @@
-"""Public benchmarks of mathematics: where their problems come from, and how a local file of them is read. None comes
-with this package."""
+"""Public benchmarks of mathematics: the sources of their problems, and the reading of a local file of them.
+
+No problem comes with this package.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,21 @@ from dasd_megatron.verify.answers import extract_answer
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """``problems``: how many the test split has; ``rights``: what is known of the licence; ``aliases``: other names of
-    its folder."""
+    """A public benchmark and the source of its problems."""
 
     title: str
     problems: int
+    """Number of problems in the test split."""
     source: str
     rights: str
+    """Known facts about the licence."""
     aliases: tuple[str, ...] = ()
+    """Other names of its folder."""
 
 
 _FIELD_SETTING = re.compile(r"set data\.benchmark\.[a-z_]+,? or ")
 _MAA = "problems by the Mathematical Association of America, all rights reserved"
-# By NeMo-Skills' names, so that it finds the right metric for a folder of results.
+# The names are those of NeMo-Skills, so that it finds the right metric for a folder of results.
 BENCHMARKS = {
     "aime24": Benchmark("AIME 2024", 30, "NeMo-Skills, nemo_skills/dataset/aime24/test.txt", _MAA),
     "aime25": Benchmark("AIME 2025", 30, "NeMo-Skills, nemo_skills/dataset/aime25/test.txt", _MAA),
@@ -55,18 +59,19 @@ BENCHMARKS = {
 
 
 def benchmark_problems(entries: list[str], data_dir: Path, size: int | None) -> dict[str, list[Problem]]:
-    """Problems of each entry of ``evaluation.benchmarks``, by the name of its folder of results.
+    """Return the problems of each entry of ``evaluation.benchmarks``, by the name of its folder of results.
 
     An entry is a name of :data:`BENCHMARKS` or one of its aliases, read from ``<data_dir>/<name>/test.jsonl``, or the
-    path of a JSONL
-    file, whose name without its suffix is the folder's.
+    path of a JSONL file, whose name without its suffix is the folder's.
 
     Args:
+        entries: names and paths.
+        data_dir: folder of the benchmarks.
         size: problems to take from the head of each; None: all.
 
     Raises:
-        ConfigError: an unknown name, or two entries with one name. DataError: a file that is missing, or that has an
-            unusable problem.
+        ConfigError: an unknown name, or two entries with one name.
+        DataError: a file that is missing, or that has an unusable problem.
     """
     found: dict[str, list[Problem]] = {}
     names = {alias: name for name, benchmark in BENCHMARKS.items() for alias in (name, *benchmark.aliases)}
@@ -93,7 +98,7 @@ def benchmark_problems(entries: list[str], data_dir: Path, size: int | None) -> 
             message = str(error).replace(
                 "set data.benchmark.path to", f"evaluation.benchmarks names {entry}, which has to be"
             )
-            # Which fields a benchmark has is no setting.
+            # The names of a benchmark's fields are no setting.
             raise DataError(_FIELD_SETTING.sub("", message)) from error
         if size is not None and size > len(problems):
             raise DataError(
@@ -117,11 +122,13 @@ def _find_file(name: str, data_dir: Path) -> Path:
 
 
 def usual_fields(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """A record under this project's names of fields, from those that the benchmarks' own files use.
+    """Return a record under this project's names of fields, from the names that the benchmarks' own files use.
 
-    ``question`` is a problem; ``answer`` and the first of ``final_answer`` are expected answers, and where there is
-    neither the answer is taken from the solution; ``solution`` is a reference solution. ``where`` begins the message of
-    a :class:`DataError`.
+    ``question`` is a problem. ``answer`` and the first of ``final_answer`` are expected answers; where there is
+    neither, the answer is taken from the solution. ``solution`` is a reference solution.
+
+    Raises:
+        DataError: there is no problem or no answer; the message begins with ``where``.
     """
     solution = _first(record, "reference_solution", "solution")
     if isinstance(solution, list):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, normalize_text
@@ -16,25 +16,28 @@ def generate_problems(
 ) -> list[Problem]:
     """Make ``source.size`` distinct problems with reasoning-gym's dataset ``source.generator``.
 
-    ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces and not in reasoning-gym's
-    English sentence: the tokens are characters, and these would be most of the prompt. The worked solution has one
-    running sum a line and ends in the
-    answer: ``3``, ``#### -4``. ``countdown``: all of some numbers are to be added and subtracted to a target, as in ``4
-    1 7 = 2``; the worked solution, one of many, has an equation a line: ``7-4=3``, ``3-1=2``, ``#### 7-4-1``. The
-    expected answer is the target, and ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers`` grades
-    responses. ``gsm_symbolic``: word problems of grade-school mathematics as reasoning-gym states them, with its worked
-    solution, with the answer behind ``####`` at its end. reasoning-gym draws
-    with replacement; repeated problems are dropped here.
+    ``chain_sum``: the problem is the bare expression, as in ``4-1-7=``, without spaces. reasoning-gym's English
+    sentence is left out, because the tokens are characters and it would be most of the prompt. The worked solution has
+    a running sum on each line and ends in the answer: ``3``, ``#### -4``.
+
+    ``countdown``: all of some numbers are to be added and subtracted to a target, as in ``4 1 7 = 2``. The worked
+    solution, one of many, has an equation on each line: ``7-4=3``, ``3-1=2``, ``#### 7-4-1``. The expected answer is
+    the target, and ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers`` grades responses.
+
+    ``gsm_symbolic``: word problems of grade-school mathematics as reasoning-gym states them. Its worked solution is
+    given the answer behind ``####`` at its end.
+
+    reasoning-gym draws with replacement; repeated problems are dropped here.
 
     Args:
-        source: generator, its arguments, number of problems and seed; equal sources give equal problems.
+        source: generator, its arguments, number of problems and seed. Equal sources give equal problems.
         name: the place of ``source`` in the configuration, ``train`` or ``heldout``; used in messages.
         exclude: problems that must not come up, compared by their text.
 
     Raises:
         DataError: unknown generator or argument, or fewer distinct problems exist than asked for.
     """
-    if source.generator not in GENERATORS:
+    if source.generator is None or source.generator not in GENERATORS:
         raise DataError(f"data.{name}.generator is {source.generator!r}; known: {', '.join(GENERATORS)}")
     if source.size is None or source.size < 1:
         raise DataError(
@@ -44,7 +47,7 @@ def generate_problems(
     num_excluded = len(seen)
     problems: list[Problem] = []
     repeats = 0
-    for problem in _stream(source, name):
+    for problem in _stream(GENERATORS[source.generator], source, name):
         key = normalize_text(problem.problem)
         if key not in seen:
             seen.add(key)
@@ -66,11 +69,10 @@ def generate_problems(
 
 
 def generate_splits(train: DataSourceConfig, heldout: DataSourceConfig) -> tuple[list[Problem], list[Problem]]:
-    """Generate a training and a held-out set that share no problem: the held-out set is drawn first, training skips
-    what stands in it.
+    """Generate a training and a held-out set that share no problem.
 
-    Two seeds alone do not separate the sets: reasoning-gym seeds item ``i`` with ``seed + i``, so datasets of near
-    seeds overlap almost wholly.
+    The held-out set is drawn first, and training skips its problems. Two seeds alone do not separate the sets:
+    reasoning-gym seeds item ``i`` with ``seed + i``, so datasets of near seeds overlap almost wholly.
 
     Returns:
         The training problems and the held-out problems.
@@ -83,7 +85,7 @@ def generate_splits(train: DataSourceConfig, heldout: DataSourceConfig) -> tuple
 
 
 def worked_sum(expression: str) -> str:
-    """Running sums of an expression like ``4 - 1 - 7``, one a line, the last one behind ``#### ``."""
+    """Return the running sums of an expression like ``4 - 1 - 7``, one on each line, the last one behind ``#### ``."""
     first, *rest = expression.split(" ")
     sums = [int(first)]
     for operator, term in zip(rest[::2], rest[1::2], strict=True):
@@ -97,7 +99,7 @@ def _chain_sum(item: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def worked_chain(expression: str) -> str:
-    """The equations of a chain like ``4 - 1 - 7``, one a line, and the chain itself behind ``#### ``."""
+    """Return the equations of a chain like ``4 - 1 - 7``, one on each line, and the chain itself behind ``#### ``."""
     first, *rest = expression.split(" ")
     lines, value = [], int(first)
     for operator, term in zip(rest[::2], rest[1::2], strict=True):
@@ -119,16 +121,25 @@ def _countdown(item: dict[str, Any]) -> tuple[str, str, str]:
 
 def _gsm_symbolic(item: dict[str, Any]) -> tuple[str, str, str]:
     solution = item["metadata"]["answer_cot"].rstrip()
-    # Most of its templates end so, and the response has to.
+    # Most of its templates end in the answer. A response has to end so, and it learns from the solution.
     end = f"#### {item['answer']}"
     return item["question"], item["answer"], solution if solution.endswith(end) else f"{solution}\n{end}"
 
 
-# Module, configuration and dataset of reasoning-gym, and what makes (problem, answer, worked solution) of an item.
+class Generator(NamedTuple):
+    """A dataset of reasoning-gym, and the function that makes a problem of its items."""
+
+    module: str
+    config: str
+    dataset: str
+    convert: Callable[[dict[str, Any]], tuple[str, str, str]]
+    """Returns problem, answer and worked solution of an item."""
+
+
 GENERATORS = {
-    "chain_sum": ("reasoning_gym.arithmetic.chain_sum", "ChainSumConfig", "ChainSumDataset", _chain_sum),
-    "countdown": ("reasoning_gym.games.countdown", "CountdownConfig", "CountdownDataset", _countdown),
-    "gsm_symbolic": (
+    "chain_sum": Generator("reasoning_gym.arithmetic.chain_sum", "ChainSumConfig", "ChainSumDataset", _chain_sum),
+    "countdown": Generator("reasoning_gym.games.countdown", "CountdownConfig", "CountdownDataset", _countdown),
+    "gsm_symbolic": Generator(
         "reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic",
         "GSMSymbolicDatasetConfig",
         "GSMSymbolicDataset",
@@ -136,16 +147,38 @@ GENERATORS = {
     ),
 }
 
-# gsm_symbolic draws the kinds of all its items when it is made.
+# The length is bounded because gsm_symbolic draws the kinds of all its items when it is made.
 _STREAM_LENGTH = 1_000_000
 
 
-def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
-    """A long stream of problems, with repeats."""
-    # Imported here: reasoning-gym loads every dataset that it has, and runs on a prompt file need none of them.
-    module_name, config_name, dataset_name, convert = GENERATORS[source.generator]
-    module = importlib.import_module(module_name)
-    config_class, dataset_class = getattr(module, config_name), getattr(module, dataset_name)
+def _stream(generator: Generator, source: DataSourceConfig, name: str) -> Iterator[Problem]:
+    """Yield a long stream of problems, with repeats."""
+    # Imported here, because reasoning-gym loads every dataset that it has, and runs on a file of problems need none.
+    module = importlib.import_module(generator.module)
+    config_class, dataset_class = getattr(module, generator.config), getattr(module, generator.dataset)
+    arguments = _checked_arguments(source, name, config_class)
+    config = config_class(seed=source.seed, size=_STREAM_LENGTH, **arguments)
+    try:
+        config.validate()
+    except AssertionError as error:
+        raise DataError(f"data.{name}.generator_args: {error}") from error
+    dataset = dataset_class(config)
+    for index in range(_STREAM_LENGTH):
+        problem, answer, solution = generator.convert(dataset[index])
+        yield Problem(
+            id=f"{source.generator}-{source.seed}-{index}",
+            problem=problem,
+            expected_answer=answer,
+            reference_solution=solution,
+        )
+
+
+def _checked_arguments(source: DataSourceConfig, name: str, config_class: Any) -> dict[str, Any]:
+    """Return ``source.generator_args`` as the dataset's own configuration takes them.
+
+    Raises:
+        DataError: an argument that it does not know, or a value of another type.
+    """
     arguments: dict[str, Any] = dict(source.generator_args)
     defaults = {
         field.name: field.default for field in dataclasses.fields(config_class) if field.name not in ("seed", "size")
@@ -166,18 +199,4 @@ def _stream(source: DataSourceConfig, name: str) -> Iterator[Problem]:
         if type(value) is not expected and not (expected is float and type(value) is int):
             kind = {bool: "true or false", int: "an integer", float: "a number"}[expected]
             raise DataError(f"data.{name}.generator_args.{argument} is {value!r}; it must be {kind}")
-    config = config_class(seed=source.seed, size=_STREAM_LENGTH, **arguments)
-    try:
-        config.validate()
-    except AssertionError as error:
-        raise DataError(f"data.{name}.generator_args: {error}") from error
-    dataset = dataset_class(config)
-    for index in range(_STREAM_LENGTH):
-        item = dataset[index]
-        problem, answer, solution = convert(item)
-        yield Problem(
-            id=f"{source.generator}-{source.seed}-{index}",
-            problem=problem,
-            expected_answer=answer,
-            reference_solution=solution,
-        )
+    return arguments

@@ -1,4 +1,4 @@
-"""Problems: what one is, how a file of them is read, checked and written."""
+"""Problems, and the JSONL files that they are read from and written to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem; ``reference_solution`` is empty where the source has none."""
+    """A problem with its answer; ``reference_solution`` is empty where the source has none."""
 
     id: str
     problem: str
@@ -41,21 +41,21 @@ def load_problems(
 ) -> list[Problem]:
     """Read problems from the JSONL file ``source.path``, in file order.
 
-    Lines are UTF-8 (a byte-order mark and blank lines are tolerated). A problem's id is its ``id`` field, else ``<file
+    Lines are UTF-8; a byte-order mark and blank lines are tolerated. A problem's id is its ``id`` field, else ``<file
     stem>-<index of the line, from 0>``. An answer that is a JSON number becomes its text. With ``source.size`` the file
     is read up to that many problems and no further.
 
-    GSM8K style: where ``answer_field`` is absent, a ``#### 72`` at the end of the solution gives the answer; an answer
-    that itself ends that way is taken as a solution. Calculator marks (``<<48/2=24>>``) are removed from solutions; the
-    ``####`` line stays, because the solution is also what supervised warm-up imitates, and the response must end in an
+    Files in the style of GSM8K: where ``answer_field`` is absent, a ``#### 72`` at the end of the solution gives the
+    answer. An answer that itself ends that way is taken as a solution. Calculator marks (``<<48/2=24>>``) are removed
+    from solutions. The ``####`` line stays, because the warm start imitates the solution, and a response must end in an
     answer that the verifier finds.
 
     Args:
-        source: which file, which fields, how many.
+        source: the file, its fields, and the number of problems.
         name: the place of ``source`` in the configuration, ``train`` or ``heldout``; used in messages.
         needs_solution: refuse problems without a reference solution.
-        prepare: makes of the record of each line, and of where it stands, one with the fields that ``source`` names;
-            None: it has them.
+        prepare: turns the record of a line, and the place of that line for messages, into a record with the fields
+            that ``source`` names. None: the records have them already.
 
     Raises:
         DataError: the file is missing, unreadable, empty or too short, or a line is not a usable problem.
@@ -95,8 +95,10 @@ def load_problems(
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
-    """Write problems as JSONL that :func:`load_problems` reads back under its default field names; replaces ``path`` in
-    one step."""
+    """Write problems as JSONL that :func:`load_problems` reads back under its default field names.
+
+    The file appears whole or not at all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -104,7 +106,8 @@ def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
 
 
 def normalize_text(text: str) -> str:
-    """The text by which two problems count as the same: Unicode NFKC, case folded, runs of white space as one space."""
+    """Return the text by which two problems count as the same: Unicode NFKC, case folded, runs of white space as one
+    space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -136,14 +139,17 @@ def _read_lines(path: Path, name: str) -> list[bytes]:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); set data.{name}.path to a readable JSONL file"
         ) from error
-    # Only the newline byte ends a line: str.splitlines would also break at characters such as U+2028, which JSON allows
+    # Only the newline byte ends a line. str.splitlines would also break at characters such as U+2028, which JSON allows
     # inside a string.
     return content.split(b"\n")
 
 
 def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
-    """The JSON object of line ``index`` (from 0) of a file, None for a blank line; :class:`DataError` where it is
-    none."""
+    """Return the JSON object of line ``index`` (from 0) of a file, or None for a blank line.
+
+    Raises:
+        DataError: the line holds something else; the message begins with ``where``.
+    """
     try:
         text = line.decode("utf-8-sig" if index == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -165,7 +171,15 @@ def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
 def parse_record(
     record: dict[str, Any], where: str, default_id: str, source: DataSourceConfig, prefix: str, needs_solution: bool
 ) -> Problem:
-    """The problem in one record; see :func:`load_problems`. ``prefix``: what a setting's name begins with in messages.
+    """Return the problem in a record, as :func:`load_problems` describes it.
+
+    Args:
+        record: the JSON object of a line.
+        where: place of that line, at the head of messages.
+        default_id: id of a problem without one.
+        source: names of the fields.
+        prefix: prefix of the settings' names in messages, like ``data.train.``.
+        needs_solution: refuse a problem without a reference solution.
 
     Raises:
         DataError: it is not a usable problem.

@@ -1,19 +1,22 @@
-"""Prompts: the student's and the teacher's message from a Jinja template or a function of the user's, through the
-tokenizer's chat template where it has one."""
+"""Prompts: the student's and the teacher's message, and their token ids.
+
+A message comes from a Jinja template or from a function of the user's. Where the tokenizer has a chat template, the
+message goes through it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, Config
+from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, DataConfig, TeacherConfig
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import load_function
@@ -25,7 +28,6 @@ SHIPPED = Path(__file__).with_name("templates")
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
 
-
 Message = str | list[dict[str, str]]
 """One user turn as text, or all turns as chat messages, each with a role and a content."""
 
@@ -34,13 +36,22 @@ class TemplateError(ValueError):
     """A template that cannot be read or rendered. The message names the file or function and the fix."""
 
 
+class _MessageMaker(Protocol):
+    """Source of messages: a template file or a function."""
+
+    def describe(self, problem: Problem) -> str:
+        """Return the setting, the file or function, and the problem, for the head of an error."""
+
+    def message(self, problem: Problem, *privileged: str) -> Message:
+        """Return the message for a problem; the teacher's gets the privileged text too."""
+
+
 class PromptRenderer:
     """Token ids of the student's prompt (the problem) and of the teacher's (the problem and privileged information).
 
-    A text goes through ``tokenizer``'s chat template as one user turn, with the generation prompt behind it; a
-    tokenizer without a chat template encodes the text and a newline, with its beginning-of-sequence token if it adds
-    one and without an end-of-sequence token. A function may give chat messages instead, for a tokenizer with a chat
-    template.
+    A text goes through ``tokenizer``'s chat template as one user turn, followed by the generation prompt. A tokenizer
+    without a chat template encodes the text and a newline, with its beginning-of-sequence token if it adds one and
+    without an end-of-sequence token. A function may give chat messages instead, for a tokenizer with a chat template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -50,8 +61,9 @@ class PromptRenderer:
         teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; the function gets the problem and
             the privileged text. None for the problem, a newline, ``Solution: `` and the privileged text.
         privileged: what the teacher sees: ``solution``, ``hint`` (the solution's first part) or ``answer`` (the final
-        answer only). hint_fraction: with ``hint``, the share of the solution's characters shown, over 0 and at most 1;
-        at least one character is.
+            answer only).
+        hint_fraction: with ``hint``, the share of the solution's characters that is shown, over 0 and at most 1; at
+            least one character is.
 
     Raises:
         TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it
@@ -67,7 +79,7 @@ class PromptRenderer:
         teacher_template: str | Path | None = None,
         privileged: str = "solution",
         hint_fraction: float = 0.5,
-    ):
+    ) -> None:
         if privileged not in PRIVILEGED_KINDS:
             raise ValueError(f"teacher.privileged is {privileged!r}; write one of {', '.join(PRIVILEGED_KINDS)}")
         if not 0 < hint_fraction <= 1:
@@ -81,20 +93,24 @@ class PromptRenderer:
         )
 
     def student(self, problem: Problem) -> list[int]:
-        """Token ids of the prompt that the policy answers."""
-        return self._encode(self.student_message(problem), self._student.on(problem))
+        """Return the token ids of the prompt that the policy answers."""
+        return self._encode(self.student_message(problem), self._student.describe(problem))
 
     def teacher(self, problem: Problem) -> list[int]:
-        """Token ids of the same prompt with privileged information; :class:`DataError` where the problem lacks it."""
-        return self._encode(self.teacher_message(problem), self._teacher.on(problem))
+        """Return the token ids of the same prompt with privileged information.
+
+        Raises:
+            DataError: the problem has no such information.
+        """
+        return self._encode(self.teacher_message(problem), self._teacher.describe(problem))
 
     def student_message(self, problem: Problem) -> Message:
-        """The student's message, before the chat template."""
-        # What is not there cannot leak into the prompt by mistake.
+        """Return the student's message, before the chat template."""
+        # An answer that is taken out cannot leak into the prompt by mistake.
         return self._student.message(dataclasses.replace(problem, expected_answer="", reference_solution=""))
 
     def teacher_message(self, problem: Problem) -> Message:
-        """The teacher's message, before the chat template; :class:`DataError` as :meth:`teacher`."""
+        """Return the teacher's message, before the chat template. Raises as :meth:`teacher`."""
         return self._teacher.message(problem, self._privileged_text(problem))
 
     def _privileged_text(self, problem: Problem) -> str:
@@ -115,12 +131,12 @@ class PromptRenderer:
                 raise TemplateError(
                     f"{where} gave chat messages, and the tokenizer has no chat template; return text instead"
                 )
-            ids = tokenizer(message + "\n")["input_ids"]
+            ids: list[int] = tokenizer(message + "\n")["input_ids"]
             # A prompt is open-ended, but some tokenizers are set to close every text.
             return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
         turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
         try:
-            return tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
         except jinja2.TemplateError as error:
             if isinstance(message, str):
                 raise TemplateError(
@@ -131,26 +147,36 @@ class PromptRenderer:
                 f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return "
                 "messages that it takes"
             ) from error
+        return ids
+
+
+def make_renderer(data: DataConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+    """Return the renderer that the configuration asks for. Raises as :class:`PromptRenderer`."""
+    return PromptRenderer(tokenizer, data.template, teacher.template, teacher.privileged, teacher.hint_fraction)
 
 
 def check_lengths(
     problems: Sequence[Problem], renderer: PromptRenderer, max_prompt_tokens: int, *, teacher: bool = True
 ) -> None:
-    """Refuse problems whose prompt is longer than ``max_prompt_tokens`` or has characters that the tokenizer does not
-    know, and templates that do not give one prompt for one problem or the teacher no other than the student.
+    """Refuse problems and templates that do not give usable prompts.
+
+    A prompt may not be longer than ``max_prompt_tokens``, nor have characters that the tokenizer does not know. A
+    template has to give the same prompt each time, and the teacher another one than the student.
 
     Args:
         problems: checked in order; the first that fails is named.
         renderer: makes the prompts.
         max_prompt_tokens: the limit, ``rollout.max_prompt_tokens``.
-        teacher: check the teacher's prompt as well as the student's; false for problems that are only evaluated on.
+        teacher: check the teacher's prompt as well as the student's; False for problems that are only evaluated on.
 
     Raises:
         DataError: names the problem, its length, the limit and the field; or the text that has no token.
         TemplateError: a function or template fails on a problem.
     """
     unknown_id = _unknown_token_id(renderer.tokenizer)
-    sides = {"student": (renderer.student_message, renderer._student)}
+    sides: dict[str, tuple[Callable[[Problem], Message], _MessageMaker]] = {
+        "student": (renderer.student_message, renderer._student)
+    }
     if teacher:
         sides["teacher"] = (renderer.teacher_message, renderer._teacher)
     for problem in problems:
@@ -160,49 +186,50 @@ def check_lengths(
             # Every rank renders for itself, in every step.
             if message_of(problem) != message:
                 raise TemplateError(
-                    f"{template.on(problem)} gives another message each time; make it depend on the problem alone"
+                    f"{template.describe(problem)} gives another message each time; make it depend on the problem alone"
                 )
-            prompts[kind] = renderer._encode(message, template.on(problem))
+            prompts[kind] = renderer._encode(message, template.describe(problem))
             length = len(prompts[kind])
             if length > max_prompt_tokens:
                 raise DataError(
                     f"problem {problem.id!r}: the {kind}'s prompt is {length} tokens long, "
                     f"over rollout.max_prompt_tokens={max_prompt_tokens}; raise it, or remove the problem"
                 )
-            texts = [message] if isinstance(message, str) else [turn["content"] for turn in message]
-            for text in texts if unknown_id is not None else []:
-                encoded = renderer.tokenizer(
-                    text, add_special_tokens=False, return_offsets_mapping=renderer.tokenizer.is_fast
+            unknown = None if unknown_id is None else _text_without_token(message, renderer.tokenizer, unknown_id)
+            if unknown is not None:
+                raise DataError(
+                    f"problem {problem.id!r}: the {kind}'s prompt has {unknown}, for which the tokenizer has no "
+                    "token; use a model with a larger vocabulary, or remove the problem"
                 )
-                if unknown_id in encoded["input_ids"]:
-                    position = encoded["input_ids"].index(unknown_id)
-                    span = (
-                        repr(text[slice(*encoded["offset_mapping"][position])])
-                        if renderer.tokenizer.is_fast
-                        else f"token {position}"
-                    )
-                    raise DataError(
-                        f"problem {problem.id!r}: the {kind}'s prompt has {span}, for which the tokenizer has no "
-                        "token; use a model with a larger vocabulary, or remove the problem"
-                    )
         if teacher and prompts["teacher"] == prompts["student"]:
             raise TemplateError(
-                f"{renderer._teacher.on(problem)} gives the student's prompt; show the privileged text in the teacher's"
+                f"{renderer._teacher.describe(problem)} gives the student's prompt; show the privileged text in the "
+                "teacher's"
             )
 
 
-def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> _Template | _Function:
-    return (
-        _Function(str(path), variables, setting)
-        if FUNCTION_PATH.fullmatch(str(path))
-        else _Template(path, variables, setting)
-    )
+def _text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> str | None:
+    """Return the first part of a message that the tokenizer has no token for, as an error shows it."""
+    for text in [message] if isinstance(message, str) else [turn["content"] for turn in message]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        if unknown_id in encoded["input_ids"]:
+            position = encoded["input_ids"].index(unknown_id)
+            if not tokenizer.is_fast:
+                return f"token {position}"
+            return repr(text[slice(*encoded["offset_mapping"][position])])
+    return None
+
+
+def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> _MessageMaker:
+    if FUNCTION_PATH.fullmatch(str(path)):
+        return _Function(str(path), variables, setting)
+    return _Template(path, variables, setting)
 
 
 class _Template:
-    """One template file, checked when it is read."""
+    """A template file, checked when it is read."""
 
-    def __init__(self, path: str | Path, variables: tuple[str, ...], setting: str):
+    def __init__(self, path: str | Path, variables: tuple[str, ...], setting: str) -> None:
         self.setting, self.variables = setting, variables
         self.path = self._find(Path(path), setting)
         try:
@@ -226,15 +253,14 @@ class _Template:
                 "here"
             )
         for variable in variables:
-            # Short and long text: a template may depend on the length.
+            # Both short and long text is tried, because a template may depend on the length.
             probes = [(dict.fromkeys(variables, "1" * length), "2" * length) for length in (1, 1000)]
             if all(self.render(**probe) == self.render(**{**probe, variable: other}) for probe, other in probes):
                 raise TemplateError(
                     f"{setting}: {self.path} does not show {{{{ {variable} }}}}; add it to the template"
                 )
 
-    def on(self, problem: Problem) -> str:
-        """What and where, at the head of an error."""
+    def describe(self, problem: Problem) -> str:
         return f"{self.setting}: {self.path} on problem {problem.id!r}"
 
     def message(self, problem: Problem, *privileged: str) -> str:
@@ -264,36 +290,39 @@ class _Template:
 
 
 class _Function:
-    """A function of the user's in place of a template file. It is checked by what it gives: a made-up problem may be
-    none that it takes."""
+    """A function of the user's in place of a template file.
 
-    def __init__(self, path: str, variables: tuple[str, ...], setting: str):
+    Its results are checked, and not the function itself: it may not take a problem that is made up for the check.
+    """
+
+    def __init__(self, path: str, variables: tuple[str, ...], setting: str) -> None:
         self.path, self.variables, self.setting = path, variables, setting
         self.function = load_function(path, setting)
 
-    def on(self, problem: Problem) -> str:
+    def describe(self, problem: Problem) -> str:
         return f"{self.setting}={self.path} on problem {problem.id!r}"
 
     def message(self, problem: Problem, *privileged: str) -> Message:
         try:
             message = self.function(problem, *privileged)
-        except Exception as error:  # the user's code may raise anything
+        # The user's code may raise anything.
+        except Exception as error:
             raise TemplateError(
-                f"{self.on(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is called "
-                f"with ({', '.join(self.variables)})"
+                f"{self.describe(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is "
+                f"called with ({', '.join(self.variables)})"
             ) from error
         fault = _message_fault(message)
         if fault is not None:
             raise TemplateError(
-                f"{self.on(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', 'content': "
-                "'text'}]"
+                f"{self.describe(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', "
+                "'content': 'text'}]"
             )
-        # A copy: the function may go on with its list.
+        # The messages are copied, since the function may go on to change its list.
         return message if isinstance(message, str) else [dict(turn) for turn in message]
 
 
 def _message_fault(message: object) -> str | None:
-    """What is wrong with a function's result, or None."""
+    """Return what is wrong with a function's result, for an error; None if nothing is."""
     if isinstance(message, str):
         return None if message.strip() else "an empty text"
     if not isinstance(message, list) or not message:
@@ -307,19 +336,12 @@ def _message_fault(message: object) -> str | None:
 
 
 def _unknown_token_id(tokenizer: Any) -> int | None:
-    """The id that stands for text without a token; some fast tokenizers have one that ``unk_token_id`` does not
-    show."""
-    if tokenizer.unk_token_id is not None:
-        return tokenizer.unk_token_id
-    unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) if tokenizer.is_fast else None
-    return None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+    """Return the id that stands for text without a token.
 
-
-def make_renderer(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-    return PromptRenderer(
-        tokenizer,
-        config.data.template,
-        config.teacher.template,
-        config.teacher.privileged,
-        config.teacher.hint_fraction,
-    )
+    Some fast tokenizers have such an id although ``unk_token_id`` is None.
+    """
+    unknown_id: int | None = tokenizer.unk_token_id
+    if unknown_id is None and tokenizer.is_fast:
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        unknown_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+    return unknown_id

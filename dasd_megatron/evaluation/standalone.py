@@ -63,7 +63,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
     check_key(config)
     problems = load_benchmarks(config.evaluation, config.data.heldout)
     tokenizer = load_tokenizer(hf_folder(config.model.path))
-    renderer = make_renderer(config, tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
     for of_benchmark in problems.values():
         check_lengths(of_benchmark, renderer, config.rollout.max_prompt_tokens, teacher=False)
     prompts = {name: [renderer.student(problem) for problem in of_benchmark] for name, of_benchmark in problems.items()}

@@ -146,7 +146,7 @@ def _check_problems(
     train: list[Problem],
     heldout: list[Problem],
 ) -> None:
-    renderer = make_renderer(config, tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
     check_prompt_lengths(config, renderer, train, heldout)
     if config.warm_start.steps > 0:
         check_warm_start_lengths(config, hf_config, renderer, tokenizer, train)

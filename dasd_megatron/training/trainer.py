@@ -90,7 +90,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
     """
     hf_files = start_hf_files(config, paths)
     tokenizer = load_tokenizer(hf_files)
-    renderer = make_renderer(config, tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
     train_problems, heldout_problems = run_problems(paths, "train"), run_problems(paths, "heldout")
     checkpoint = find_checkpoint(config.resume, paths.root)
     first_step = 0 if checkpoint is None else _checked_step(checkpoint, hf_files)

@@ -10,63 +10,43 @@ _ANSWER_IS = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
 _FULL_STOP = re.compile(r"(?<!\\right)\.\Z")
 _LATEX_SPACING = re.compile(r"\\[!,;:]|\\(?:left|right)(?![a-z])|\\?\$")
-# Space between two digits stays: "1 2" is not 12.
+# Space between two digits stays, because "1 2" is not 12.
 _SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
 _NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+)(?:\.([0-9]*))?")
 _UNEVALUATED = re.compile(r"(?=.*[0-9)][ ]*[-+*/])[-0-9+*/(). ,]+", re.DOTALL)
 _OPERATORS = re.compile(r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00f7\u22c5]")
 _POWER_OF_TEN = re.compile(
-    r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]|(?:\\times|\\cdot|[\u00d7\u22c5*])10\^)|10\^)\{?([+-]?[0-9]{1,3})\}?"
+    r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]|(?:\\times|\\cdot|[\u00d7\u22c5*])10\^)|10\^)"
+    r"\{?([+-]?[0-9]{1,3})\}?"
 )
 _E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]+)(?![\w.])")
-# A quantity: 18 dollars, 5 m/s, 12 cm^2, 3 pints per day. Words that make another number of it are no units.
+# Quantities are like 18 dollars, 5 m/s, 12 cm^2 or 3 pints per day. Words that make another number of the digits are no
+# units.
 _QUANTITY = re.compile(r"(.*[0-9.])\s+((?:[^\W\d_]+/[^\W\d_]+|[^\W\d_]{2,}(?:\^\{?[23]\}?)?)(?:\s+[^\W\d_]+)*)")
 _QUANTITY_CHARS = 100
 _NO_UNITS = frozenset(
     (
-        "and",
-        "or",
-        "to",
-        "of",
-        "hundred",
-        "hundreds",
-        "thousand",
-        "thousands",
-        "million",
-        "millions",
-        "billion",
-        "billions",
-        "trillion",
+        "and", "or", "to", "of", "hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion",
+        "billions", "trillion", "trillions", "dozen", "pi", "sqrt", "times", "plus", "minus", "over", "mod", "squared",
+        "cubed", "factorial", "half", "halves", "third", "thirds", "quarter", "quarters", "sin", "cos", "tan", "log",
+        "ln", "exp",
     )
-    + (
-        "trillions",
-        "dozen",
-        "pi",
-        "sqrt",
-        "times",
-        "plus",
-        "minus",
-        "over",
-        "mod",
-        "squared",
-        "cubed",
-        "factorial",
-        "half",
-        "halves",
-    )
-    + ("third", "thirds", "quarter", "quarters", "sin", "cos", "tan", "log", "ln", "exp")
-)
+)  # fmt: skip
 _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})
 
 
 def extract_answer(response: str) -> str | None:
-    r"""The final answer that ``response`` marks as such, or None.
+    r"""Return the final answer that ``response`` marks as such, or None.
 
-    Three marks count, the first that is present at all deciding: the last ``\boxed{...}`` with balanced braces; the
-    rest of the line after the last ``####``; the sentence after the last ``answer is`` or ``answer:``, any case, up to
-    its end or the line's. A mark without an answer behind it, such as a box that a length limit cut open, gives None
-    rather than an earlier attempt. A response without a mark gives None even where it ends in ``= 12``: the format is
-    part of the task, and guessing at the last number would reward intermediate steps.
+    Three marks count, and the first of them that is present at all decides:
+
+    - the last ``\boxed{...}`` with balanced braces;
+    - the rest of the line after the last ``####``;
+    - the sentence after the last ``answer is`` or ``answer:``, any case, up to its end or the line's.
+
+    A mark without an answer behind it gives None rather than an earlier attempt; a length limit can cut a box open. A
+    response without a mark gives None even where it ends in ``= 12``: the format is part of the task, and to guess at
+    the last number would reward intermediate steps.
 
     The time is linear in the length of the response.
     """
@@ -84,15 +64,20 @@ def extract_answer(response: str) -> str | None:
 
 
 def compare_plain(predicted: str, expected: str) -> bool | None:
-    """Whether two answers are equal, where text and numbers alone can tell; None where they cannot.
+    """Return whether two answers are equal, where text and numbers alone can tell; None where they cannot.
 
-    Equal text is equal; dollar signs, LaTeX spacing, a percent sign at the end and white space (but not between digits)
-    aside. So are equal plain numbers: an optional sign (``+``, ``-`` or a typographic minus), digits with or without
-    commas or spaces at the thousands, an optional decimal part, or one times a power of ten; ``12.0``, ``012`` and
-    ``1.2e1`` are 12. Where a number is expected, words behind another's digits are its unit. Where an integer or a
-    power of ten is expected, another plain number is wrong, and so is arithmetic left undone, like ``3+9``, for an
-    integer: repeating the problem as its own answer must not pay. All else (fractions, LaTeX, text, decimals that may
-    be rounded, lists) is undecided.
+    Equal text is equal. Dollar signs, LaTeX spacing, a percent sign at the end and white space that is not between
+    digits do not count.
+
+    Equal plain numbers are equal. A plain number has an optional sign (``+``, ``-`` or a typographic minus), digits
+    with or without commas or spaces at the thousands, and an optional decimal part, or is such a number times a power
+    of ten. ``12.0``, ``012`` and ``1.2e1`` are 12. Where a number is expected, words behind the digits of the other
+    answer are its unit.
+
+    Where an integer or a power of ten is expected, another plain number is wrong. For an integer so is arithmetic left
+    undone, like ``3+9``: to repeat the problem as its own answer must not pay.
+
+    All else (fractions, LaTeX, text, decimals that may be rounded, lists) is undecided.
     """
     if _compact(predicted) == _compact(expected):
         return True
@@ -115,20 +100,24 @@ def compare_plain(predicted: str, expected: str) -> bool | None:
 
 
 def for_algebra(answer: str) -> str:
-    """``answer`` as math-verify understands it: it would read ``2e5`` as a product with Euler's number, and a percent
-    sign as text."""
+    """Return ``answer`` as math-verify understands it.
+
+    math-verify would read ``2e5`` as a product with Euler's number, and a percent sign as text.
+    """
     return _E_NOTATION.sub(r"\1\\times 10^{\2}", _without_percent(answer))
 
 
 def normalize_answer(answer: str) -> str:
-    """One spelling for answers that text and numbers alone show to be equal: of a plain number without leading or
-    trailing zeros, else the text without dollar signs, LaTeX spacing and white space, as :func:`compare_plain` compares
-    them."""
+    """Return the one spelling of all answers that text and numbers alone show to be equal, as :func:`compare_plain`
+    compares them.
+
+    A plain number has no leading or trailing zeros. Other text has no dollar signs, LaTeX spacing and white space.
+    """
     return _plain_number(answer) or _compact(answer)
 
 
 def _balanced(text: str, start: int) -> str | None:
-    """``text[start:]`` up to the brace that closes one opened before ``start``; escaped braces do not count."""
+    """Return ``text[start:]`` up to the brace that closes one opened before ``start``; escaped braces do not count."""
     depth, position = 1, start
     while position < len(text):
         character = text[position]
@@ -145,7 +134,7 @@ def _balanced(text: str, start: int) -> str | None:
 
 
 def _clean(answer: str) -> str | None:
-    """Without surrounding space, Markdown emphasis and a full stop; None where nothing is left."""
+    """Remove surrounding space, Markdown emphasis and a full stop; return None where nothing is left."""
     return _FULL_STOP.sub("", answer.strip().strip("*").strip()).rstrip() or None
 
 
@@ -154,13 +143,13 @@ def _compact(answer: str) -> str:
 
 
 def _spelled(answer: str) -> str:
-    """With white space, but otherwise in one spelling."""
+    """Return the answer in one spelling, but with its white space."""
     text = answer.translate(_MINUS_SIGNS).replace("{,}", ",").replace("\\ ", " ")
     return _without_percent(_LATEX_SPACING.sub("", text))
 
 
 def _without_percent(answer: str) -> str:
-    """50% is said for 50 where percents are asked for."""
+    """Remove a percent sign at the end: 50% is said for 50 where percents are asked for."""
     stripped = answer.rstrip()
     return stripped[:-1].removesuffix("\\").rstrip() if stripped.endswith("%") else answer
 
@@ -173,8 +162,10 @@ def _without_unit(answer: str) -> str:
 
 
 def _plain_number(answer: str) -> str | None:
-    """A number's one spelling without leading or trailing zeros; text, since Python refuses to make an int of thousands
-    of digits."""
+    """Return a number's one spelling without leading or trailing zeros; None for other text.
+
+    It is text, because Python refuses to make an int of thousands of digits.
+    """
     spelled = _spelled(answer).strip()
     # A comma and white space separate two numbers.
     if re.search(r",\s", spelled):
@@ -192,7 +183,7 @@ def _plain_number(answer: str) -> str | None:
 
 
 def _shifted(mantissa: str, exponent: int) -> str:
-    """The digits of mantissa x 10^exponent."""
+    """Return the digits of mantissa x 10^exponent."""
     whole, _, decimals = mantissa.partition(".")
     digits, point = whole + decimals, len(whole) + exponent
     if point <= 0:

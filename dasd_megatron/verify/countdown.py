@@ -11,8 +11,11 @@ _CHAIN = re.compile(r"\d{1,9}(?: ?[+-] ?\d{1,9})*")
 
 
 def uses_all_numbers(sample: Sample) -> float:
-    """1.0 if the last line that begins with ``####`` is a chain of sums that uses each number of the problem once and
-    gives the target, else 0.0. ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers``."""
+    """Return 1.0 for a right answer to a countdown problem, else 0.0.
+
+    The last line that begins with ``####`` has to be a chain of sums that uses each number of the problem once and
+    gives the target. Named by ``verify.reward=dasd_megatron.verify.countdown:uses_all_numbers``.
+    """
     problem = _PROBLEM.fullmatch(sample.problem.strip())
     if problem is None:
         raise ValueError(f"{sample.problem!r} is not a countdown problem like '4 1 7 = 2'")

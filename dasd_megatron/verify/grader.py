@@ -13,6 +13,8 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
 
 import pebble
 
@@ -35,20 +37,29 @@ class GraderError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The grade of one response. ``predicted_answer`` is None where the response marks none or one over the length
-    cap."""
+    """The grade of a response. ``predicted_answer`` is None where the response marks no answer, or a longer one than
+    the limit."""
 
     correct: bool
     predicted_answer: str | None
     timed_out: bool
 
 
-class Grader:
-    """Grades responses; a context manager that owns ``config.workers`` processes.
+class _Attempt(NamedTuple):
+    """Comparisons of pairs by the workers."""
 
-    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`).
-    What that leaves open goes to math-verify in a worker process: the first such answer starts the workers, about two
-    seconds. With ``workers=0`` it is wrong.
+    results: dict[Pair, bool]
+    """Without the pairs whose comparison took too long."""
+    died: list[Pair]
+    """Pairs whose worker died."""
+
+
+class Grader:
+    """Grader of responses: a context manager that owns ``config.workers`` processes.
+
+    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`). An
+    answer that this leaves open goes to math-verify in a worker process. The first such answer starts the workers,
+    which takes about two seconds. With ``workers=0`` such an answer is wrong.
 
     math-verify can take minutes and any amount of memory on a hostile answer, and its own timeouts need the main thread
     of a process. So each comparison runs in a worker's main thread with those timeouts off, and the worker is killed
@@ -57,7 +68,7 @@ class Grader:
     :meth:`grade` may be called from any thread; concurrent calls that need workers take turns.
     """
 
-    def __init__(self, config: VerifyConfig):
+    def __init__(self, config: VerifyConfig) -> None:
         if config.workers < 0:
             raise ValueError(f"verify.workers is {config.workers}; it must be 0 or more")
         if config.timeout_seconds <= 0:
@@ -78,7 +89,7 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the workers, waiting for a :meth:`grade` under way in another thread; harmless when called twice."""
+        """End the workers, after a :meth:`grade` that is under way in another thread. Harmless when called twice."""
         with self._lock:
             self._closed = True
             self._stop_pool()
@@ -86,8 +97,9 @@ class Grader:
     def grade(self, responses: Sequence[str], expected_answers: Sequence[str]) -> list[Verdict]:
         """Grade each response against the expected answer at the same place.
 
-        An answer longer than ``config.max_answer_chars`` is wrong, ungraded. A comparison over its time limit is wrong
-        with ``timed_out`` set; so is one whose worker died twice. Equal pairs of answers are compared once.
+        An answer longer than ``config.max_answer_chars`` is wrong without a comparison. A comparison over its time
+        limit is wrong with ``timed_out`` set, and so is one whose worker died twice. Equal pairs of answers are
+        compared once.
 
         Raises:
             ValueError: the two sequences differ in length.
@@ -130,14 +142,17 @@ class Grader:
         return None if answer is not None and len(answer) > self.config.max_answer_chars else answer
 
     def _compare_in_workers(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
+        """Return for each pair whether math-verify finds it equal; None where no comparison ended in time."""
         results: dict[Pair, bool | None] = dict.fromkeys(pairs)
+        remaining = pairs
         with self._lock:
-            left = pairs
             for _ in range(_TRIES):
-                left = self._try_pairs(left, results)
-                if not left:
+                attempt = self._try_pairs(remaining)
+                results |= attempt.results
+                remaining = attempt.died
+                if not remaining:
                     break
-        for predicted, expected in left:
+        for predicted, expected in remaining:
             logger.warning(
                 "the grading worker died %d times over answer %.80r (expected %.80r); it counts as timed out",
                 _TRIES,
@@ -146,18 +161,17 @@ class Grader:
             )
         return results
 
-    def _try_pairs(self, pairs: list[Pair], results: dict[Pair, bool | None]) -> list[Pair]:
-        """Compare pairs, writing to ``results``; returns those whose worker died."""
+    def _try_pairs(self, pairs: list[Pair]) -> _Attempt:
         pool = self._running_pool()
         timeout = self.config.timeout_seconds
-        # Only a pool that has stopped working passes this; a hanging answer is ended by the pool itself, at
-        # ``timeout``.
+        # The pool itself ends a hanging answer at ``timeout``, so only a pool that has stopped working passes this.
         deadline = time.monotonic() + STARTUP_TIMEOUT_SECONDS + 2 * timeout * len(pairs)
         try:
             futures = [pool.schedule(symbolically_equal, args=(*pair, timeout), timeout=timeout) for pair in pairs]
         except RuntimeError:
             # A worker that dies while idle breaks a pebble pool.
-            return pairs
+            return _Attempt({}, pairs)
+        results: dict[Pair, bool] = {}
         died: list[Pair] = []
         for pair, future in zip(pairs, futures, strict=True):
             try:
@@ -168,7 +182,7 @@ class Grader:
                 )
             except (pebble.ProcessExpired, BrokenProcessPool):
                 died.append(pair)
-            # math-verify catches its own errors; one that escapes must cost one reward, not the run.
+            # math-verify catches its own errors. An error that escapes must cost one reward and not the run.
             except Exception:
                 logger.warning(
                     "math-verify failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True
@@ -176,9 +190,14 @@ class Grader:
                 results[pair] = False
         if time.monotonic() > deadline:
             self._stop_pool()
-        return died
+        return _Attempt(results, died)
 
     def _running_pool(self) -> pebble.ProcessPool:
+        """Return the pool of workers, started and probed if there is none that works.
+
+        Raises:
+            GraderError: the workers do not start, or the grader is closed.
+        """
         if self._closed:
             raise GraderError("the grader is closed; grade inside its with block")
         if self._pool is not None and not self._pool.active:
@@ -203,15 +222,20 @@ class Grader:
         return self._pool
 
     def _stop_pool(self) -> None:
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            pool.stop()
-            pool.join()
+        if self._pool is None:
+            return
+        pool = self._pool
+        self._pool = None
+        pool.stop()
+        pool.join()
 
 
 def _result(pool: pebble.ProcessPool, future: Future[bool], deadline: float) -> bool:
-    """The future's result or error; :class:`BrokenProcessPool` when the pool has died, which leaves futures open, or at
-    ``deadline``."""
+    """Return the future's result, or raise its error.
+
+    Raises:
+        BrokenProcessPool: at ``deadline``, or when the pool has died, which leaves its futures open.
+    """
     while not wait([future], timeout=0.5).done:
         if not pool.active or time.monotonic() > deadline:
             raise BrokenProcessPool("the pool stopped working")
@@ -221,19 +245,19 @@ def _result(pool: pebble.ProcessPool, future: Future[bool], deadline: float) -> 
 class _WorkerProcess(SpawnProcess):
     """A spawned process that does not import its parent's main module.
 
-    multiprocessing lets a spawned child import it, for functions defined there. Under a trainer that import is torch
-    and Megatron, seconds and gigabytes in each worker, and there is no public switch.
+    multiprocessing lets a spawned child import it, for functions that are defined there. Under a trainer that import is
+    torch and Megatron, seconds and gigabytes in each worker, and there is no public switch.
     """
 
     _launch_lock = threading.Lock()
 
     @staticmethod
-    def _Popen(process: SpawnProcess) -> multiprocessing.popen_spawn_posix.Popen:
+    def _Popen(process: BaseProcess) -> multiprocessing.popen_spawn_posix.Popen:
         launching_thread = threading.get_ident()
         with _WorkerProcess._launch_lock:
             original = multiprocessing.spawn.get_preparation_data
 
-            def without_main(name: str) -> dict:
+            def without_main(name: str) -> dict[str, Any]:
                 data = original(name)
                 if threading.get_ident() == launching_thread:
                     data.pop("init_main_from_name", None)

@@ -1,4 +1,4 @@
-"""Rewards of the user's own: what the function that ``verify.reward`` names gives."""
+"""Rewards from the function of the user's own that ``verify.reward`` names."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ class RewardError(PluginError):
 
 
 def own_reward(function: Callable[[Sample], float], sample: Sample) -> float:
-    """``function``'s reward of a sample, a finite number; :class:`RewardError` names the function and the sample
-    otherwise."""
+    """Return ``function``'s reward of a sample, a finite number.
+
+    Raises:
+        RewardError: the function failed or gave something else; the message names it and the sample.
+    """
     # A callable object, like a partial function, has no name.
     name = getattr(function, "__name__", repr(function))
     where = f"verify.reward: {function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
     try:
         reward = float(function(sample))
-    except Exception as error:  # the user's code may raise anything
+    # The user's code may raise anything.
+    except Exception as error:
         raise RewardError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
     if not math.isfinite(reward):
         raise RewardError(f"{where} gave {reward}; a reward is a finite number")

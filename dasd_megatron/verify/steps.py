@@ -1,4 +1,4 @@
-"""Whether the steps that a response writes are right, for generated tasks whose steps can be checked."""
+"""Checks of the steps that a response writes, for generated tasks whose steps can be checked."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class StepCheck(NamedTuple):
 
 
 def running_sums(problem: str) -> list[int] | None:
-    """The sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. Spaces do not count. None for other
-    problems."""
+    """Return the sums after each term but the first, for a chain like ``4-1-7=``: 3, -4. None for other problems.
+
+    Spaces do not count.
+    """
     chain = _CHAIN.fullmatch("".join(problem.split()))
     if chain is None:
         return None
@@ -40,12 +42,12 @@ def running_sums(problem: str) -> list[int] | None:
 def chain_sum_steps(problem: str, response: str) -> StepCheck | None:
     """Check each running sum of a ``chain_sum`` problem; None for other problems, which replayed rollouts may have.
 
-    A line that is a number alone is a step, and so is each number behind ``=`` in other lines; lines with neither are
-    none. The last line that begins with ``####`` is the answer, the step behind which nothing counts. The answer is
-    compared with the last sum and the others with the sums at their places, so that a step which is left out makes
-    those behind it wrong; in front of the answer it may stand once more as a step. Steps beyond the expected ones do
-    not lower
-    ``correct``, but the first of them is the first wrong step.
+    A line that is a number alone is a step, and so is each number behind ``=`` in other lines. The last line that
+    begins with ``####`` is the answer, and nothing behind it counts.
+
+    The answer is compared with the last sum, and the other steps with the sums at their places. So a step that is left
+    out makes the steps behind it wrong. The last sum may stand once more as a step in front of the answer. Steps beyond
+    the expected ones do not lower ``correct``, but the first of them is the first wrong step.
     """
     sums = running_sums(problem)
     if sums is None:
@@ -62,18 +64,17 @@ def chain_sum_steps(problem: str, response: str) -> StepCheck | None:
             steps.pop()
     at_place = [step == str(value) for step, value in zip(steps, places, strict=False)]
     right = at_place + [False] * (len(places) - len(at_place)) + right
-    if not all(right):
-        first_wrong = right.index(False) + 1
-        if len(steps) > len(places):
-            first_wrong = min(first_wrong, len(places) + 1)
-    else:
-        first_wrong = len(places) + 1 if len(steps) > len(places) else None
-    return StepCheck(sum(right), len(sums), first_wrong)
+    wrong = [right.index(False) + 1] if not all(right) else []
+    if len(steps) > len(places):
+        wrong.append(len(places) + 1)
+    return StepCheck(sum(right), len(sums), min(wrong, default=None))
 
 
 def _steps_of(line: str) -> list[str]:
-    """The numbers that a line states, in their one spelling: text, since Python refuses to make an int of thousands of
-    digits."""
+    """Return the numbers that a line states, in their one spelling.
+
+    They are text, because Python refuses to make an int of thousands of digits.
+    """
     alone = _NUMBER_ALONE.fullmatch(line.removeprefix(_ANSWER).strip())
     return [_spelling(number) for number in ([alone[1]] if alone else _RESULT.findall(line))]
 
@@ -84,7 +85,8 @@ def _spelling(number: str) -> str:
 
 
 StepChecker = Callable[[str, str], StepCheck | None]
-"""Takes the problem's text and the response's; None where the problem's steps cannot be checked."""
+"""Function of the problem's text and the response's. It returns None where the problem's steps cannot be checked."""
 
 STEP_CHECKERS: dict[str, StepChecker] = {"chain_sum": chain_sum_steps}
-"""By the name of the generator (``data.train.generator``). A task with checkable steps registers its function here."""
+"""Checkers by the name of the generator (``data.train.generator``). A task with checkable steps registers its function
+here."""

@@ -1,5 +1,7 @@
-"""What a grading worker runs: math-verify on one pair of answers. Imported in workers only, which must stay light: no
-torch."""
+"""The work of a grading process: math-verify on a pair of answers.
+
+Every worker imports this module, so it must stay light and not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import logging
 import math
 import resource
 import signal
+from typing import Any
 
 from dasd_megatron.verify.answers import for_algebra
 
@@ -16,11 +19,11 @@ _ORPHAN_GRACE_SECONDS = 5
 
 def prepare_worker() -> None:
     """Load math-verify and bound what an answer can do to the machine."""
-    # The pool stops a worker by SIGTERM. Its own Python handler would wait for the end of, say, a giant integer power;
-    # the default action does not.
+    # The pool stops a worker by SIGTERM. A handler in Python would wait for the end of, say, a giant integer power. The
+    # default action does not.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # math-verify warns once per process that its timeouts are off; the pool has its own.
+    # math-verify warns once per process that its timeouts are off. The pool has timeouts of its own.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     import math_verify
 
@@ -32,17 +35,20 @@ def prepare_worker() -> None:
 
 
 def symbolically_equal(predicted: str, expected: str, timeout_seconds: float) -> bool:
-    """Whether math-verify finds the two answers equal. The caller kills the worker at ``timeout_seconds``."""
+    """Return whether math-verify finds the two answers equal. The caller kills the worker at ``timeout_seconds``."""
     import math_verify
 
-    # Should the caller itself be killed while an answer hangs, nobody is left to stop this process but the kernel.
+    # If the caller itself is killed while an answer hangs, only the kernel is left to stop this process.
     signal.alarm(math.ceil(timeout_seconds) + _ORPHAN_GRACE_SECONDS)
     try:
-        gold = _parse(math_verify, expected)
-        return bool(gold) and math_verify.verify(gold, _parse(math_verify, predicted), timeout_seconds=None)
+        gold = _parse(expected)
+        return bool(gold) and bool(math_verify.verify(gold, _parse(predicted), timeout_seconds=None))
     finally:
         signal.alarm(0)
 
 
-def _parse(math_verify, answer: str) -> list:
-    return math_verify.parse(f"\\boxed{{{for_algebra(answer)}}}", parsing_timeout=None)
+def _parse(answer: str) -> list[Any]:
+    import math_verify
+
+    parsed: list[Any] = math_verify.parse(f"\\boxed{{{for_algebra(answer)}}}", parsing_timeout=None)
+    return parsed
