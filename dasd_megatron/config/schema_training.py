@@ -7,6 +7,7 @@ from typing import Any
 
 from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, QUANTILE_SIDES
 from dasd_megatron.config.fields import REQUIRED, alternatives, setting
+from dasd_megatron.losses.divergences import DIVERGENCES
 
 DECAY_STYLES = ("constant", "linear", "cosine")
 """Courses of the learning rate after the warm-up."""
@@ -192,7 +193,7 @@ class AlgorithmConfig:
     divergence: str = setting(
         "reverse_kl",
         "distributional only: reverse_kl, KL(student || teacher); forward_kl; or jsd",
-        choices=("reverse_kl", "forward_kl", "jsd"),
+        choices=tuple(DIVERGENCES),
     )
     divergence_weight: float = setting(
         0.1, "distributional only: weight of the divergence term; our choice, no public value", low=0
