@@ -223,10 +223,8 @@ def _own_template() -> _Template:
             # Not as the main module, whose place the programs of the processes take.
             program = "from tests.support.preloaded import main; main()"
             arguments = [sys.executable, "-c", program, str(theirs.fileno())]
-            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {
                 **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
                 "OMP_NUM_THREADS": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "TOKENIZERS_PARALLELISM": "false",
@@ -490,8 +488,11 @@ def main() -> None:
     del os.environ["DASD_TEST_ROOM"]
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
-    given = {"", os.getcwd(), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
-    path = [one for one in sys.path if one not in given]
+    # Without the folder it was started in, and what the environment names.
+    path = sys.path[1:]
+    for one in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if os.path.abspath(one) in path:
+            path.remove(os.path.abspath(one))
     try:
         _preload()
         threads = os.listdir("/proc/self/task")

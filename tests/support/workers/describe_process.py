@@ -16,7 +16,7 @@ print(
             "name": __name__,
             "file": __file__,
             "folder": sys.path[0],
-            "path": [one for one in sys.path if "marker" in one],
+            "path": sys.path,
             "directory": os.getcwd(),
             "variable": os.environ.get("DASD_TEST_VARIABLE"),
             "variables": sorted(set(os.environ) - {"DASD_TEST_VARIABLE"}),
