@@ -12,7 +12,6 @@ from tests.support import preloaded
 # What takes longest comes first, so that all workers are busy until the end. The rest takes less than half a minute.
 LONGEST = (
     "integration/rollout_contract",
-    "integration/test_rollout_contract",
     "integration/test_documented_commands.py",
     "distributed/test_parity.py",
     "integration/test_fault_drill.py",
