@@ -1,8 +1,8 @@
 """The checks of ``dasd doctor`` that import torch: ``python -m dasd_megatron.commands.doctor_probe NAME ...``.
 
-They run in short-lived child processes. So a broken installation shows as a row and not as a traceback, the parent loads
-nothing heavy, and no CUDA context is left behind. Each answer is printed as soon as it is there, so a check that kills
-its process does not take the answers before it along.
+They run in short-lived child processes. So a broken installation shows as a row and not as a traceback, the parent
+loads nothing heavy, and no CUDA context is left behind. Each answer is printed as soon as it is there, so that a check
+that kills its process does not take the answers before it along.
 """
 
 from __future__ import annotations

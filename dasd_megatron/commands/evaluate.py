@@ -14,7 +14,8 @@ def evaluate(arguments: list[str]) -> None:
     """Run ``dasd evaluate``, with the defaults of the experiment ``evaluate`` where no other is named.
 
     Raises:
-        Exception: what :func:`dasd_megatron.evaluation.standalone.evaluate_model` raises, and ConfigError for a configuration that cannot be read.
+        Exception: what :func:`dasd_megatron.evaluation.standalone.evaluate_model` raises, and ConfigError for a
+            configuration that cannot be read.
     """
     if asks_for_help(arguments):
         print_fields("evaluate")

@@ -19,7 +19,8 @@ DEFAULT_PYTHON = ".venv-sglang/bin/python"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dasd router",
-        description="Put sglang-router before rollout servers that run already. Arguments after -- are the router's own.",
+        description="Put sglang-router before rollout servers that run already. Arguments after -- are the router's "
+        "own.",
     )
     parser.add_argument("--servers", nargs="+", default=[], metavar="URL", help="addresses like http://10.0.0.1:30000")
     parser.add_argument("--nodes", metavar="HOSTS", help="instead of --servers, a Slurm host list like gpu[01-04]")

@@ -21,8 +21,8 @@ FOLLOW_SECONDS = 0.2
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dasd serve --engine sglang",
-        description="Serve a Hugging Face directory with SGLang; its log goes to standard output. Arguments after -- are "
-        "SGLang's own.",
+        description="Serve a Hugging Face directory with SGLang; its log goes to standard output. Arguments after -- "
+        "are SGLang's own.",
     )
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
     parser.add_argument("--backend", choices=("cuda", "cpu"), default="cuda", help="default: cuda")

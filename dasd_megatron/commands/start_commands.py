@@ -26,8 +26,8 @@ _ANY_ADDRESS = "0.0.0.0"
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines of a run. ``gpu_bytes``: memory of one GPU; ``server_tp``: GPUs of one SGLang server, None for as few
-    as hold the weights well."""
+    """The machines of a run. ``gpu_bytes``: memory of one GPU. ``server_tp``: GPUs of one SGLang server, or None for as
+    few as hold the weights well."""
 
     hosts: list[str]
     gpus_per_node: int

@@ -1,4 +1,4 @@
-"""What one rank of a training run holds and sends, by arithmetic alone: no GPU, no Megatron, no weights.
+"""Memory and traffic of one rank of a training run, by arithmetic alone: no GPU, no Megatron, no weights.
 
 Parameters, gradients and optimizer state follow Megatron-Core's buffers to the byte, padding included; the tests
 compare them with the real ones. Activations are the tensors that autograd keeps in local layers, measured on CPU; for
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
-# Buffers of one block's logits that the fused loss works in, student and teacher: logits, probabilities, and the
-# gradient.
+# The fused loss works in so many buffers of one block's logits: logits, probabilities and the gradient, of student and
+# teacher.
 _LOSS_BUFFERS = 6
 
 
@@ -45,6 +45,7 @@ class Architecture:
 
     @classmethod
     def of(cls, hf_config: ModelSizes | PretrainedConfig) -> Architecture:
+        """Return the sizes of a Hugging Face config."""
         family = FAMILIES.get(hf_config.model_type)
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         return cls(
@@ -62,18 +63,22 @@ class Architecture:
 
     @property
     def query(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def key(self) -> int:
+        """Width of all key heads together, and of all value heads."""
         return self.kv_heads * self.head_dim
 
     def padded_vocab(self, tensor_parallel: int) -> int:
+        """Return the rows of embedding and head, padding included, that ``tensor_parallel`` ranks share."""
         return padded_vocab_size(self.vocab, tensor_parallel)
 
 
 def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
-    """Elements of each parameter of one layer on one rank, in the order in which local layers register them."""
+    """Return the elements of each parameter of one layer on one rank, in the order in which local layers register
+    them."""
     query, key, ffn = arch.query // tensor_parallel, arch.key // tensor_parallel, arch.ffn // tensor_parallel
     sizes = [arch.hidden, arch.hidden * query, arch.hidden * (query + 2 * key)]
     if arch.qkv_bias:
@@ -84,8 +89,8 @@ def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
 
 
 def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[list[tuple[int, bool]]]:
-    """Per model chunk of a rank on pipeline ``stage``: (elements, whether it is the embedding that two stages share) of
-    each parameter."""
+    """Return, for each model chunk of a rank on pipeline ``stage``, (elements, True for the embedding that two stages
+    share) of each parameter."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
@@ -107,7 +112,7 @@ def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[lis
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of what a rank keeps from step to step, and the number of its parameters."""
+    """Bytes that a rank keeps from step to step, and the number of its parameters."""
 
     parameters: int
     weights: int
@@ -116,13 +121,13 @@ class State:
 
 
 def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
-    """Weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and optimizer
-    allocate them."""
+    """Return the weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and
+    optimizer allocate them."""
     parallel, distributed = config.parallel, config.optimizer.distributed
     # Ranks that share a sequence have the same weights, and count as replicas here.
     replicas = parallel.data_parallel_size * parallel.context_parallel_size
     weight_bytes = DTYPE_BYTES[config.precision.params_dtype]
-    # Two moments, and float32 weights where the model's are not.
+    # Adam keeps two moments, and float32 weights where the model's have another type.
     adam_bytes = 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
     parameters = weights = gradients = optimizer = 0
     for index, sizes in enumerate(chunk_parameters(arch, config, stage)):
@@ -137,23 +142,27 @@ def training_state(arch: Architecture, config: Config, stage: int, data_rank: in
         # Megatron makes one bucket of what it reduces when nothing is left to overlap with.
         if parallel.overlap_grad_reduce and stage == 0 and index == 0:
             bucket_size = parallel.bucket_size or max(40_000_000, 1_000_000 * replicas)
-        buckets, places = _buffer(sizes, replicas, bucket_size)
+        buckets, places = _place_parameters(sizes, replicas, bucket_size)
         total = buckets[-1][1]
         weights, gradients = weights + total * weight_bytes, gradients + total * _FP32
         for start, end in buckets:
             share = (end - start) // replicas
             low, high = start + data_rank * share, start + (data_rank + 1) * share
-            held = [min(high, stop) - max(low, begin) for begin, stop in places if min(high, stop) > max(low, begin)]
-            optimizer += sum(held) * adam_bytes + len(held) * _FP32
+            # A parameter may lie in the shares of several ranks.
+            parts = [min(high, stop) - max(low, begin) for begin, stop in places if min(high, stop) > max(low, begin)]
+            optimizer += sum(parts) * adam_bytes + len(parts) * _FP32
     return State(parameters, weights, gradients, optimizer)
 
 
-def _buffer(
+def _place_parameters(
     sizes: list[tuple[int, bool]], data_parallel: int, bucket_size: int | None
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Buckets and places of parameters in the buffer of a distributed optimizer: from the last parameter to the first,
-    each at a multiple of 64 elements, a shared embedding in a bucket of its own, buckets divisible by 128 and by the
-    number of replicas, and closed when they have ``bucket_size`` elements."""
+    """Return the (start, end) of buckets and of parameters in the buffer of a distributed optimizer.
+
+    Parameters lie from the last to the first, each at a multiple of 64 elements, and a shared embedding has a bucket of
+    its own. A bucket is closed when it has ``bucket_size`` elements, and its end is divisible by 128 and by the number
+    of replicas.
+    """
 
     def padded(value: int, divisor: int) -> int:
         return math.ceil(value / divisor) * divisor
@@ -183,7 +192,7 @@ def _buffer(
 
 
 def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
-    """Bytes per token that autograd keeps of one layer on one rank, without recomputation."""
+    """Return the bytes per token that autograd keeps of one layer on one rank, without recomputation."""
     tensor = config.parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[config.precision.params_dtype]
     # Sequence parallelism shards what lies between the tensor-parallel products; else every rank has all of it.
@@ -203,7 +212,7 @@ def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_en
 
 
 def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
-    """Of :func:`layer_activation_bytes`, what is not kept but computed again in the backward pass."""
+    """Return the part of :func:`layer_activation_bytes` that is not kept but computed again in the backward pass."""
     precision, parallel = config.precision, config.parallel
     if precision.recompute == "none":
         return 0.0
@@ -223,7 +232,8 @@ def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: 
 def activation_bytes(
     arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool
 ) -> float:
-    """Peak bytes of activations of a rank on pipeline ``stage`` with micro-batches of ``tokens`` padded tokens.
+    """Return the peak bytes of activations of a rank on pipeline ``stage``, for micro-batches of ``tokens`` padded
+    tokens.
 
     Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds
     more.
@@ -240,7 +250,7 @@ def activation_bytes(
         in_flight = min(pipeline - stage, micro_batches)
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual)
-    # What is computed again is there once, for one layer at a time.
+    # Activations that are computed again exist once, for one layer at a time.
     again = recomputed_bytes(arch, config, transformer_engine=transformer_engine)
     kept = in_flight * layers * (layer - again) + again
     # The last norm and the hidden states that the head reads.
@@ -248,9 +258,9 @@ def activation_bytes(
     return tokens * (kept + ends)
 
 
-def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens: int) -> tuple[float, float]:
-    """Bytes of logits and loss buffers on the last stage: (materialised, fused). Fused, also the gradient of the hidden
-    states."""
+def loss_bytes(arch: Architecture, config: Config, tokens: float, response_tokens: float) -> tuple[float, float]:
+    """Return the bytes of logits and loss buffers on the last stage: (materialised, fused). The fused ones include the
+    gradient of the hidden states."""
     tensor = config.parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[config.precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
@@ -261,7 +271,7 @@ def loss_bytes(arch: Architecture, config: Config, tokens: int, response_tokens:
 
 
 def bubble_fraction(config: Config, micro_batches: int) -> float:
-    """Share of a step's forward and backward time that a pipeline stage waits."""
+    """Return the share of a step's forward and backward time that a pipeline stage waits."""
     pipeline, virtual = (
         config.parallel.pipeline_model_parallel_size,
         config.parallel.virtual_pipeline_model_parallel_size or 1,
@@ -270,12 +280,12 @@ def bubble_fraction(config: Config, micro_batches: int) -> float:
 
 
 def kv_bytes_per_token(arch: Architecture, rollout_tensor_parallel: int) -> float:
-    """Bytes of keys and values of one token on one GPU of a rollout engine in bf16."""
+    """Return the bytes of keys and values of one token on one GPU of a rollout engine in bf16."""
     return 2 * arch.layers * arch.key * 2 / min(rollout_tensor_parallel, arch.kv_heads)
 
 
 def total_parameters(arch: Architecture) -> int:
-    """Parameters of the model by itself, without padding or copies."""
+    """Return the parameters of the model by itself, without padding or copies."""
     vocabulary = arch.vocab * arch.hidden
     return arch.layers * sum(layer_parameters(arch, 1)) + arch.hidden + vocabulary * (1 if arch.tied else 2)
 
@@ -292,8 +302,11 @@ class Communication:
 
 
 def communication(arch: Architecture, config: Config, tokens: int, state: State) -> Communication:
-    """For ``tokens`` padded tokens of one replica in one step: forward and backward of the update, and the forward
-    passes that score student and teacher. Weight sync counts what global rank 0 writes for the rollout servers."""
+    """Return the traffic of ``tokens`` padded tokens of one replica in one step.
+
+    It counts forward and backward passes of the update, and the forward passes that score student and teacher. Weight
+    sync counts the bytes that global rank 0 writes for the rollout servers.
+    """
     parallel, batch = config.parallel, config.batch
     width = DTYPE_BYTES[config.precision.params_dtype]
     tensor, pipeline, data = (
@@ -308,8 +321,8 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
         recomputed = batch.epochs / 2
     tokens /= parallel.context_parallel_size
     layers = max(stage_layers(parallel, arch.layers))
-    # Two all-reduces a layer and direction; under sequence parallelism an all-gather and a reduce-scatter in place of
-    # each.
+    # Every layer has two all-reduces in each direction. Under sequence parallelism an all-gather and a reduce-scatter
+    # stand in place of each.
     reduces = 2 * layers * (forwards + batch.epochs + recomputed)
     tensor_bytes = tokens * arch.hidden * width * reduces * 2 * (tensor - 1) / tensor
     # Keys and values go round the ranks that share a sequence, and backward they and their gradients.
@@ -320,7 +333,8 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
     share = tensor if parallel.sequence_parallel else 1
     pipeline_bytes = tokens * arch.hidden * width * hops * (forwards + batch.epochs) / share
     updates = batch.minibatches * batch.epochs
-    # Gradients reduce-scattered in float32, weights all-gathered; without a distributed optimizer one all-reduce.
+    # A distributed optimizer reduce-scatters gradients in float32 and all-gathers weights; otherwise there is one
+    # all-reduce.
     moved = state.gradients + (state.weights if config.optimizer.distributed else state.gradients)
     data *= parallel.context_parallel_size
     data_bytes = updates * moved * (data - 1) / data

@@ -1,4 +1,4 @@
-"""How a parallel layout divides a model and its ranks, by arithmetic alone."""
+"""Division of a model and of ranks by a parallel layout, by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Place:
 
 
 def place_of(parallel: ParallelConfig, rank: int) -> Place:
-    """Return the place of a rank in Megatron-Core's order: tensor-parallel ranks are neighbours, then come context, data
-    and pipeline-parallel ones."""
+    """Return the place of a rank in Megatron-Core's order: tensor-parallel ranks are neighbours, then come context,
+    data and pipeline-parallel ones."""
     rank, tensor = divmod(rank, parallel.tensor_model_parallel_size)
     rank, context = divmod(rank, parallel.context_parallel_size)
     pipeline, data = divmod(rank, parallel.data_parallel_size)

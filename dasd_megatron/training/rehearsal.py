@@ -92,7 +92,8 @@ class StepDivision(NamedTuple):
 
 
 def divide_step(config: Config, prompt: int, lengths: Sequence[int]) -> StepDivision:
-    """Cut rollouts with prompts of ``prompt`` tokens and responses of ``lengths`` into the micro-batches of one step."""
+    """Cut rollouts with prompts of ``prompt`` tokens and responses of ``lengths`` tokens into the micro-batches of one
+    step."""
     share = len(lengths) // config.batch.minibatches
     division = StepDivision([], [], [])
     with as_rank(config.parallel, 0):

@@ -1,0 +1,275 @@
+"""Problem sets in this project's format from Hugging Face datasets, JSONL or Parquet: cleaned, de-duplicated, and
+checked against evaluation sets."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from dasd_megatron.config import DataSourceConfig
+from dasd_megatron.data.prompts import DataError, Problem, normalize_text, parse_line, parse_record, write_problems
+from dasd_megatron.errors import first_line
+
+MANIFEST_FORMAT = 1
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[-+*/^=<>%\u00d7\u00f7\u2212\u22c5]")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The arguments of ``tools/prepare_data.py``, which the manifest repeats by these names. Either ``input`` or
+    ``dataset`` is given."""
+
+    input: Path | None
+    dataset: str | None
+    config: str | None
+    split: str
+    output: Path
+    problem_field: str
+    answer_field: str
+    solution_field: str
+    allow_missing_solution: bool
+    tokenizer: Path | None
+    max_problem_tokens: int | None
+    max_solution_tokens: int | None
+    contamination: list[Path]
+    ngram: int
+
+    @property
+    def source(self) -> str:
+        """The file, or the name of the dataset."""
+        return str(self.dataset or self.input)
+
+
+Rows = Iterator[tuple[str, dict[str, Any] | DataError]]
+"""(where, record) of every row of a source. A row that is no record comes as the error that says why."""
+
+
+def _source_rows(options: PrepareOptions) -> Rows:
+    if options.dataset is not None:
+        return _dataset_rows(options.dataset, options.config, options.split)
+    assert options.input is not None, "the arguments name a file or a dataset"
+    return _file_rows(options.input)
+
+
+def _dataset_rows(name: str, config: str | None, split: str) -> Rows:
+    for index, record in enumerate(_load_dataset(name, config, split)):
+        yield f"{name} row {index}", dict(record)
+
+
+def _file_rows(path: Path) -> Rows:
+    return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+
+
+def _parquet_rows(path: Path) -> Rows:
+    _require_datasets("a Parquet file")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}); give another --input") from error
+    index = 0
+    for batch in file.iter_batches():
+        for record in batch.to_pylist():
+            yield f"{path} row {index}", record
+            index += 1
+
+
+def _jsonl_rows(path: Path) -> Rows:
+    if not path.is_file():
+        raise DataError(f"{path} is not a file; give the path of a JSONL or Parquet file")
+    with open(path, "rb") as file:
+        for index, line in enumerate(file):
+            where = f"{path} line {index + 1}"
+            try:
+                record = parse_line(line, where, index)
+            except DataError as error:
+                yield where, error
+                continue
+            if record is not None:
+                yield where, record
+
+
+def _require_datasets(what: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(f"{what} needs the datasets package: pip install 'dasd-megatron[data]', or give a JSONL file")
+
+
+def _load_dataset(name: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
+    _require_datasets("--dataset")
+    import datasets
+
+    try:
+        if Path(name).is_dir() and (Path(name) / "state.json").exists():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, config, split=split)
+    # datasets raises many classes for a name, a configuration or a split that does not exist, and for a hub that cannot
+    # be reached.
+    except Exception as error:
+        raise DataError(f"--dataset {name} cannot be loaded ({first_line(error)})") from error
+
+
+def words_of(text: str) -> list[str]:
+    """Return words, numbers, mathematical signs, and single characters of scripts without spaces. Punctuation and case
+    do not count."""
+    return _WORD.findall(normalize_text(text))
+
+
+def ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """Return every run of ``n`` words."""
+    words = words_of(text)
+    return {tuple(words[start : start + n]) for start in range(len(words) - n + 1)}
+
+
+class Contamination:
+    """Evaluation problems. A training problem is in it if it repeats one: with the same text, or with ``n`` words in a
+    row in common.
+
+    Evaluation problems of fewer than ``n`` words are found by their whole text alone.
+    """
+
+    def __init__(self, paths: Sequence[Path], field: str, n: int) -> None:
+        self.n = n
+        self._texts: set[str] = set()
+        self._ngrams: set[tuple[str, ...]] = set()
+        self.problems = 0
+        for path in paths:
+            for where, record in _file_rows(path):
+                if isinstance(record, DataError):
+                    raise record
+                self._add(where, record, field)
+
+    def _add(self, where: str, record: dict[str, Any], field: str) -> None:
+        names = (field, "problem", "question")
+        text = next((record[name] for name in names if isinstance(record.get(name), str)), None)
+        if text is None:
+            raise DataError(f"{where}: none of {field}, problem and question is there as text; set --problem-field")
+        self.problems += 1
+        self._texts.add(" ".join(words_of(text)))
+        self._ngrams |= ngrams(text, self.n)
+
+    def __contains__(self, text: str) -> bool:
+        return " ".join(words_of(text)) in self._texts or not self._ngrams.isdisjoint(ngrams(text, self.n))
+
+
+def _token_counter(path: Path) -> Callable[[str], int]:
+    """Return a function that counts tokens with the tokenizer of a Hugging Face directory."""
+    from dasd_megatron.models.hf_config import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+class _Selection:
+    """Decides row by row what is kept, and keeps the reasons for what is not."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self.kept: list[Problem] = []
+        self.rejected: list[dict[str, str]] = []
+        self._count_tokens = _token_counter(options.tokenizer) if options.tokenizer is not None else None
+        self.contamination = Contamination(options.contamination, options.problem_field, options.ngram)
+        self._limits = {
+            "problem": options.max_problem_tokens,
+            "reference_solution": options.max_solution_tokens,
+        }
+        self._seen: dict[str, str] = {}
+        self._ids: set[str] = set()
+
+    def add(self, where: str, problem: Problem) -> None:
+        """Keep a problem, or reject it with the reason."""
+        reason = self._reason_to_drop(problem)
+        if reason is not None:
+            self.reject(where, *reason)
+            return
+        self._seen[normalize_text(problem.problem)] = where
+        self._ids.add(problem.id)
+        self.kept.append(problem)
+
+    def reject(self, where: str, reason: str, detail: str) -> None:
+        self.rejected.append({"where": where, "reason": reason, "detail": detail})
+
+    def _reason_to_drop(self, problem: Problem) -> tuple[str, str] | None:
+        key = normalize_text(problem.problem)
+        if key in self._seen:
+            return "duplicate", f"the same problem as {self._seen[key]}"
+        if problem.problem in self.contamination:
+            return "contamination", "stands in an evaluation set, or shares a run of words with it"
+        for name, limit in self._limits.items():
+            if limit is None or self._count_tokens is None:
+                continue
+            tokens = self._count_tokens(getattr(problem, name))
+            if tokens > limit:
+                return f"{name} too long", f"{tokens} tokens, over {limit}"
+        if problem.id in self._ids:
+            return "duplicate id", f"id {problem.id!r} was given before"
+        return None
+
+
+def prepare_problems(options: PrepareOptions) -> dict[str, Any]:
+    """Write ``options.output``, and ``.rejected.jsonl`` and ``.manifest.json`` beside it, and return the manifest.
+
+    Raises:
+        DataError: the source cannot be read, or nothing of it is kept.
+    """
+    source = DataSourceConfig(
+        problem_field=options.problem_field, answer_field=options.answer_field, solution_field=options.solution_field
+    )
+    needs_solution = not options.allow_missing_solution
+    selection = _Selection(options)
+    for index, (where, record) in enumerate(track(_source_rows(options), description="reading")):
+        name = f"{options.output.stem}-row-{index}"
+        try:
+            if isinstance(record, DataError):
+                raise record
+            problem = parse_record(record, where, name, source, "--", needs_solution=needs_solution)
+        except DataError as error:
+            selection.reject(where, "unusable", str(error))
+            continue
+        selection.add(where, problem)
+    kept, rejected = selection.kept, selection.rejected
+    if not kept:
+        first = f": {rejected[0]['detail']}" if rejected else "; it is empty"
+        raise DataError(f"nothing of {options.source} was kept ({len(rejected)} rows dropped){first}")
+    write_problems(options.output, kept)
+    rejects = options.output.with_suffix(".rejected.jsonl")
+    rejects.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected), encoding="utf-8")
+    manifest = _make_manifest(options, selection)
+    options.output.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _make_manifest(options: PrepareOptions, selection: _Selection) -> dict[str, Any]:
+    reasons = collections.Counter(entry["reason"] for entry in selection.rejected)
+    return {
+        "format": MANIFEST_FORMAT,
+        "source": options.source,
+        "source_sha256": None if options.input is None else _file_sha256(options.input),
+        "output_sha256": _file_sha256(options.output),
+        "kept": len(selection.kept),
+        "dropped": dict(sorted(reasons.items())),
+        "with_reference_solution": sum(bool(problem.reference_solution) for problem in selection.kept),
+        "contamination_problems": selection.contamination.problems,
+        "options": {name: _plain(value) for name, value in vars(options).items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
