@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dasd_megatron import stopping
 
@@ -45,3 +45,9 @@ class ConfigError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its class where it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def enumerate_names(names: Iterable[str], conjunction: str) -> str:
+    """Return names as people list them: ``a, b or c`` with the conjunction ``or``."""
+    *others, last = names
+    return f"{', '.join(others)} {conjunction} {last}" if others else last

@@ -27,7 +27,7 @@ from dasd_megatron.config.checks_rollout import (
     check_unfinished,
     check_weight_sync,
 )
-from dasd_megatron.config.fields import Limits, alternatives, limits_of, walk_fields
+from dasd_megatron.config.fields import Limits, limits_of, walk_fields
 from dasd_megatron.config.schema import Config, RunConfig
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig
@@ -42,7 +42,7 @@ from dasd_megatron.config.schema_training import (
     PrecisionConfig,
     WarmStartConfig,
 )
-from dasd_megatron.errors import ConfigError
+from dasd_megatron.errors import ConfigError, enumerate_names
 
 
 def validate(config: Config) -> None:
@@ -252,7 +252,7 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             "trains on nothing: raise one of them"
         )
     if distributional and not has_direction:
-        directed = alternatives(method.name for method in METHODS.values() if method.has_direction)
+        directed = enumerate_names((method.name for method in METHODS.values() if method.has_direction), "or")
         raise ConfigError(
             f"algorithm.objective=distributional has no direction under algorithm.name={algorithm.name}: "
             f"write {directed}, or objective=sampled"

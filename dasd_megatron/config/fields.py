@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 REQUIRED: Any = "???"
@@ -53,12 +53,6 @@ def setting(
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def alternatives(names: Iterable[str]) -> str:
-    """Return names as people list them: ``a, b or c``."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
 
 
 def limits_of(field: dataclasses.Field[Any]) -> Limits:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, QUANTILE_SIDES
-from dasd_megatron.config.fields import REQUIRED, alternatives, setting
+from dasd_megatron.config.fields import REQUIRED, setting
+from dasd_megatron.errors import enumerate_names
 from dasd_megatron.losses.divergences import DIVERGENCES
 
 DECAY_STYLES = ("constant", "linear", "cosine")
@@ -164,7 +165,7 @@ class PrecisionConfig:
 class AlgorithmConfig:
     """The method that makes an advantage of each token from rewards and the teacher."""
 
-    name: str = setting("dasd", alternatives(METHODS), choices=tuple(METHODS))
+    name: str = setting("dasd", enumerate_names(METHODS, "or"), choices=tuple(METHODS))
     verifier_weight: float = setting(
         1.0, "weight of the group-relative verifier advantage; 0 trains on the teacher alone", low=0
     )

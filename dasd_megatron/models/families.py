@@ -47,8 +47,3 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """Every family by its ``model_type``, in the order in which messages list them."""
-
-
-def enumerate_names(names: tuple[str, ...], conjunction: str) -> str:
-    """Return ``a, b and c``."""
-    return f" {conjunction} ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dasd_megatron.errors import ConfigError, first_line
-from dasd_megatron.models.families import FAMILIES, enumerate_names
+from dasd_megatron.errors import ConfigError, enumerate_names, first_line
+from dasd_megatron.models.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
     # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
     # another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        families = enumerate_names(tuple(FAMILIES), "or")
+        families = enumerate_names(FAMILIES, "or")
         raise ConfigError(
             f"{field}={path}: config.json cannot be used ({first_line(error)}); give a {families} model"
         ) from error
@@ -101,10 +101,10 @@ def _other_family(hf_config: PretrainedConfig) -> str | None:
     if experts is not None:
         return (
             f"{experts}={getattr(hf_config, experts)} in config.json makes it a mixture of experts, which needs expert "
-            f"parallelism and is not supported yet; give a dense {enumerate_names(tuple(FAMILIES), 'or')} model"
+            f"parallelism and is not supported yet; give a dense {enumerate_names(FAMILIES, 'or')} model"
         )
     if hf_config.model_type not in FAMILIES:
-        families = enumerate_names(tuple(FAMILIES), "and")
+        families = enumerate_names(FAMILIES, "and")
         return f"model_type {hf_config.model_type!r} is not supported; {families} are"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dasd_megatron.errors import ConfigError, first_line, report_errors
+from dasd_megatron.errors import ConfigError, enumerate_names, first_line, report_errors
 from dasd_megatron.stopping import StopRequested, WatchStopped
 
 
@@ -65,3 +65,9 @@ def test_defects_keep_their_traceback(error: BaseException) -> None:
 def test_first_line_of_an_error() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+
+
+def test_names_as_people_list_them() -> None:
+    assert enumerate_names(["a", "b", "c"], "or") == "a, b or c"
+    assert enumerate_names(["a", "b"], "and") == "a and b"
+    assert enumerate_names(["a"], "or") == "a"

@@ -11,7 +11,7 @@ import pytest
 
 from dasd_megatron.config import Config, load_config, validate
 from dasd_megatron.config.checks import check_fields
-from dasd_megatron.config.fields import REQUIRED, Limits, alternatives, limits_of, setting, walk_fields
+from dasd_megatron.config.fields import REQUIRED, Limits, limits_of, setting, walk_fields
 from dasd_megatron.errors import ConfigError
 
 FIELDS = dict(walk_fields(Config))
@@ -155,9 +155,3 @@ def test_fields_of_sections_within_have_dotted_names() -> None:
     first.names.append("b")
     first.table["c"] = 1
     assert (second.inner.size, second.names, second.table) == (3, ["a"], {})
-
-
-def test_names_as_people_list_them() -> None:
-    assert alternatives(["a", "b", "c"]) == "a, b or c"
-    assert alternatives(["a", "b"]) == "a or b"
-    assert alternatives(["a"]) == "a"

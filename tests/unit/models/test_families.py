@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import dasd_megatron
-from dasd_megatron.models.families import FAMILIES, Family, enumerate_names
+from dasd_megatron.models.families import FAMILIES, Family
 from dasd_megatron.models.hf_config import expected_tensors
 from dasd_megatron.models.sizes import read_sizes
 from dasd_megatron.planning.estimate import Architecture, total_parameters
@@ -86,12 +86,6 @@ def test_presets_are_of_families_of_the_table() -> None:
     found = {architecture["model_type"] for architecture in architectures if architecture}
     assert found == set(FAMILIES)
     assert all(family.model_type == name for name, family in FAMILIES.items())
-
-
-def test_names_are_listed_as_in_a_sentence() -> None:
-    assert enumerate_names(("a", "b", "c"), "and") == "a, b and c"
-    assert enumerate_names(("a", "b"), "or") == "a or b"
-    assert enumerate_names(("a",), "or") == "a"
 
 
 def test_the_table_imports_neither_torch_nor_transformers() -> None:
