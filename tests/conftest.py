@@ -37,6 +37,8 @@ def pytest_configure() -> None:
     preloaded.fork_children()
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
 
