@@ -44,8 +44,8 @@ quickstart: $(VENV)/.installed
 # One OpenMP thread in each process, and none that spins: the tests' processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 # Three files at a time on two cores: many tests wait, for limits to run out or for a cluster. Tests of one file share what they set up.
-# tests/conftest.py makes a group of each file and puts the longest first.
-FILES_AT_ONCE := -n 3 --dist loadgroup --no-loadscope-reorder
+# tests/conftest.py hands out whole files, the longest first.
+FILES_AT_ONCE := -n 3
 
 # Everything but the drills, of which it has short forms.
 test: $(VENV)/.installed-dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,18 +38,28 @@ def pytest_configure() -> None:
     preloaded.fork_children()
 
 
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {item: item.path.relative_to(Path(__file__).parent).as_posix() for item in items}
+    folder = Path(__file__).parent
 
     def order(item: pytest.Item) -> int:
-        return next((index for index, place in enumerate(LONGEST) if places[item].startswith(place)), len(LONGEST))
+        place = item.path.relative_to(folder).as_posix()
+        return next((index for index, start in enumerate(LONGEST) if place.startswith(start)), len(LONGEST))
 
     items.sort(key=order)
-    for item in items:
-        group = next((place for place in TOGETHER if places[item].startswith(place)), places[item])
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker a file at a time, or files that belong together, in the order of the tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return next((place for place in TOGETHER if file.startswith(f"tests/{place}")), file)
+
+    config.option.loadscopereorder = False
+    return FileScheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
