@@ -85,6 +85,7 @@ evaluate-drill: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The documentation as a site, in site/.
 docs: $(VENV)/.installed-dev

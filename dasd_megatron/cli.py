@@ -12,11 +12,14 @@ _USAGE = """usage: dasd COMMAND ...
 
 commands:
   train     OVERRIDES           train; for example: dasd train experiment=quickstart algorithm.beta=0.1
-            --dry-run OVERRIDES print what it would do on a whole cluster, without data, GPUs or servers (--help lists the options)
+            --dry-run OVERRIDES print what it would do on a whole cluster, without data, GPUs or servers \
+(--help lists the options)
   evaluate  OVERRIDES           evaluate model.path on evaluation.benchmarks, or on data.heldout
             --compare DIR DIR   where two gradings of the same responses differ
-  rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, for rollout.replay
-  plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU (--help lists the options)
+  rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, \
+for rollout.replay
+  plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU \
+(--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
   serve     [--engine sglang] --model-path DIR   serve a Hugging Face directory for rollouts (--help lists the options)
   router    --servers URL ...   put sglang-router before rollout servers (--help lists the options)

@@ -38,7 +38,7 @@ class RolloutStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """What the rest of the package needs to know of a method."""
+    """A method, as far as the rest of the package needs to know it."""
 
     name: str
     """``algorithm.name`` in the configuration, and the name of the yaml."""

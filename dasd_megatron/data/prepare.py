@@ -112,8 +112,10 @@ def _load_dataset(name: str, config: str | None, split: str) -> Iterable[dict[st
 
     try:
         if Path(name).is_dir() and (Path(name) / "state.json").exists():
-            return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, config, split=split)
+            rows: Iterable[dict[str, Any]] = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, config, split=split)
+        return rows
     # datasets raises many classes for a name, a configuration or a split that does not exist, and for a hub that cannot
     # be reached.
     except Exception as error:

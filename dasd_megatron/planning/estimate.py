@@ -230,7 +230,7 @@ def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: 
 
 
 def activation_bytes(
-    arch: Architecture, config: Config, tokens: int, stage: int, *, micro_batches: int, transformer_engine: bool
+    arch: Architecture, config: Config, tokens: float, stage: int, *, micro_batches: int, transformer_engine: bool
 ) -> float:
     """Return the peak bytes of activations of a rank on pipeline ``stage``, for micro-batches of ``tokens`` padded
     tokens.
@@ -301,7 +301,7 @@ class Communication:
     weight_sync: float
 
 
-def communication(arch: Architecture, config: Config, tokens: int, state: State) -> Communication:
+def communication(arch: Architecture, config: Config, tokens: float, state: State) -> Communication:
     """Return the traffic of ``tokens`` padded tokens of one replica in one step.
 
     It counts forward and backward passes of the update, and the forward passes that score student and teacher. Weight
@@ -316,7 +316,7 @@ def communication(arch: Architecture, config: Config, tokens: int, state: State)
     )
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     forwards = 2 + batch.epochs
-    recomputed = batch.epochs if config.precision.recompute == "full" else 0
+    recomputed: float = batch.epochs if config.precision.recompute == "full" else 0
     if config.precision.recompute == "selective" and "mlp" in config.precision.recompute_modules:
         recomputed = batch.epochs / 2
     tokens /= parallel.context_parallel_size

@@ -106,9 +106,14 @@ def divide_step(config: Config, prompt: int, lengths: Sequence[int]) -> StepDivi
             count = max(len(_cut(layout, prompt, of_replica, lambda own: own)) for of_replica in responses)
             division.counts.append(count)
             for of_replica in responses:
-                division.padded.extend(_cut(layout, prompt, of_replica, lambda _, count=count: count))
+                division.padded.extend(_cut(layout, prompt, of_replica, _always(count)))
                 division.per_replica.append(sum(prompt + length for length in of_replica))
     return division
+
+
+def _always(count: int) -> Callable[[int], int]:
+    """Return the answer of replicas that have agreed on ``count`` micro-batches."""
+    return lambda _: count
 
 
 def _cut(layout: BatchLayout, prompt: int, responses: Sequence[int], same_count: Callable[[int], int]) -> list[int]:

@@ -330,11 +330,12 @@ def test_a_server_of_an_evaluation_holds_its_model(gigabytes: int, gpus: str, tm
 def test_a_controller_that_does_not_answer_is_asked_again(
     squeue: str, scontrol: str, said: str, tries: int, tmp_path: Path
 ) -> None:
+    answer = "true" if scontrol == "true" else f"(($(wc -l < {tmp_path}/tries) > 1))"
     commands = f"""
         source slurm/common.sh
         JOB_ID=7
         squeue() {{ {squeue}; }}
-        scontrol() {{ echo x >> {tmp_path}/tries; {"true" if scontrol == "true" else f"(($(wc -l < {tmp_path}/tries) > 1))"}; }}
+        scontrol() {{ echo x >> {tmp_path}/tries; {answer}; }}
         sleep() {{ :; }}
         end_job 75
     """

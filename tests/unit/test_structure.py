@@ -1,4 +1,4 @@
-"""The package's structure: imports point one way."""
+"""The package's structure: imports point one way, and modules and functions can be read at a glance."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ ORDER = (
     "commands",
     "cli",
 )
+MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION, DEEPEST_NESTING = 600, 80, 4
+# A table with a row for each metric.
+TABLES = ("observability/metric_docs.py",)
 # Resources and code for other processes, which nothing imports.
 OUTSIDE = ("conf/", "rollout/sglang/stand_ins")
 
@@ -102,3 +105,44 @@ def test_the_arithmetic_knows_nothing_of_ours():
         if module != "dasd_megatron" and part(module) in ("losses", "algorithms"):
             assert {part(target) for target in targets} <= {"losses", "algorithms"}
             assert "megatron.core" not in MODULES[module].read_text(encoding="utf-8")
+
+
+BLOCKS = (
+    *(ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef),
+    *(ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match),
+)
+
+
+def nesting(node: ast.AST) -> int:
+    """Return how many blocks inside ``node`` contain one another at most; an ``elif`` is beside its ``if``."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, nesting(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def test_nesting_is_counted():
+    source = "def f():\n for x in y:\n  if x:\n   with x: pass\n  elif y:\n   with y:\n    pass\n"
+    assert nesting(ast.parse(source)) == 4
+    assert nesting(ast.parse("if x: pass\nelif y: pass\nelif z: pass")) == 1
+
+
+def test_modules_are_short():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()
+    }
+    assert {
+        name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_A_MODULE and name not in TABLES
+    } == {}
+
+
+def test_functions_are_short_and_flat():
+    found = {}
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines, depth = node.end_lineno - node.lineno + 1, nesting(node)
+                if lines > MOST_LINES_OF_A_FUNCTION or depth > DEEPEST_NESTING:
+                    found[f"{path.relative_to(ROOT)}:{node.name}"] = (lines, depth)
+    assert found == {}

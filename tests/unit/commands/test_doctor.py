@@ -82,8 +82,8 @@ def test_where_the_tests_run_the_cpu_path_runs(real):
 def test_it_loads_nothing_heavy_into_its_own_process():
     code = (
         "import sys; from dasd_megatron.commands import doctor, doctor_checks; doctor_checks.package_rows(); "
-        "doctor_checks.optional_rows(); doctor_checks.machine_rows(); print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in "
-        "sys.modules])"
+        "doctor_checks.optional_rows(); doctor_checks.machine_rows(); "
+        "print([m for m in ('torch', 'transformers', 'megatron', 'apex', 'numpy') if m in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "[]"

@@ -219,7 +219,8 @@ def shows_all(problem, *privileged): return repr((problem, *privileged))
 def chat(problem, *privileged): return [
     {"role": "system", "content": "Add."}, {"role": "user", "content": " ".join([problem.problem, *privileged])}]
 def strange(problem, *privileged): return "\u2019" + problem.problem
-def strange_chat(problem, *privileged): return [{"role": "system", "content": "4"}, {"role": "user", "content": "\u2019"}]
+def strange_chat(problem, *privileged):
+    return [{"role": "system", "content": "4"}, {"role": "user", "content": "\u2019"}]
 def same(problem, *privileged): return problem.problem
 def counted(problem, *privileged): return problem.problem + str(next(count))
 def grows(problem, *privileged):
@@ -232,7 +233,8 @@ def empty(problem, *privileged): return " "
 def no_turns(problem, *privileged): return []
 def no_role(problem, *privileged): return [{"content": "4"}]
 def no_text(problem, *privileged): return [{"role": "user", "content": None}]
-def assistant_last(problem, *privileged): return [{"role": "user", "content": "4"}, {"role": "assistant", "content": "4"}]
+def assistant_last(problem, *privileged):
+    return [{"role": "user", "content": "4"}, {"role": "assistant", "content": "4"}]
 """
 
 

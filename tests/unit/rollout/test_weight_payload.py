@@ -31,7 +31,8 @@ RECEIVER = """
 import base64, sys
 from dasd_megatron.rollout.weight_payload import unpack
 tensors = unpack(base64.b64decode(sys.stdin.readline()))
-print([(name, str(tensor.dtype), list(tensor.shape), tensor.double().sum().item()) for name, tensor in tensors], flush=True)
+found = [(name, str(tensor.dtype), list(tensor.shape), tensor.double().sum().item()) for name, tensor in tensors]
+print(found, flush=True)
 sys.stdin.readline()
 print(tensors[0][1].double().sum().item(), flush=True)
 """
