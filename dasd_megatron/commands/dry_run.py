@@ -86,8 +86,8 @@ def dry_run(arguments: list[str]) -> None:
     config = load_config(options.overrides, options.config_dir, needs_files=False)
     lengths = _response_lengths(config, options.response_tokens)
     described = _choose_preset(config)
-    sizes = model_sizes(described)
-    check_layout(config, sizes)
+    sizes = model_sizes(described.model)
+    check_layout(config.model, config.parallel, config.rollout, sizes)
     hosts = _hosts(config.parallel, options)
     arch = Architecture.of(sizes)
     on_gpu = config.backend.kind == "cuda"
@@ -107,7 +107,7 @@ def dry_run(arguments: list[str]) -> None:
     _print_section("run", _settings_lines(config, arch))
     _print_section("layout", _layout_lines(config.parallel, hosts, options.gpus_per_node))
     _print_section("memory of one rank, as dasd plan estimates it", _memory_lines(plan, limit))
-    hf_config, world = model_config(described), config.parallel.world_size
+    hf_config, world = model_config(described.model), config.parallel.world_size
     ranks = {rank: build_rank(config, hf_config, rank) for rank in sorted({0, world // 2, world - 1})}
     _print_section(
         "Megatron-Core's model of some ranks, on the meta device",
@@ -257,7 +257,7 @@ def _memory_lines(plan: Plan, limit: float) -> list[str]:
 def _rank_line(config: Config, arch: Architecture, rank: int, model: RankModel) -> str:
     """Compare Megatron's model of a rank with the plan, and describe it."""
     place, sizes = model.place, model.sizes
-    planned = [[size for size, _ in chunk] for chunk in chunk_parameters(arch, config, place.pipeline)]
+    planned = [[size for size, _ in chunk] for chunk in chunk_parameters(arch, config.parallel, place.pipeline)]
     # Both are this package's or Megatron's to get right, not the user's.
     assert place == place_of(config.parallel, rank), (place, rank)
     assert sizes == planned, f"rank {rank}: the plan has other parameters than Megatron's model"
@@ -285,7 +285,7 @@ def _step_lines(config: Config, lengths: Sequence[int], *, given: bool) -> list[
         f"of {min(padded):,} to {max(padded):,} tokens on a rank; {1 - inputs / sum(padded):.1%} are padding",
         f"tokens of a replica's minibatch: {min(per_replica):,} to {max(per_replica):,}",
         _schedule_line(config.parallel, least),
-        f"a pipeline stage waits {bubble_fraction(config, least):.1%} of its time",
+        f"a pipeline stage waits {bubble_fraction(config.parallel, least):.1%} of its time",
     ]
 
 

@@ -56,7 +56,7 @@ def plan(arguments: list[str]) -> None:
     if options.gpus is not None and not options.search:
         raise ConfigError("--gpus belongs to --search; without it the parallel sizes say how many GPUs there are")
     config = plan_config(options.overrides, options.config_dir)
-    sizes = model_sizes(config)
+    sizes = model_sizes(config.model)
     transformer_engine = (
         config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers
     )
@@ -65,7 +65,7 @@ def plan(arguments: list[str]) -> None:
             raise ConfigError("--search needs --gpus N, the number of GPUs of the job")
         _print_search(config, sizes, options, transformer_engine)
         return
-    check_layout(config, sizes)
+    check_layout(config.model, config.parallel, config.rollout, sizes)
     arch = Architecture.of(sizes)
     found = make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
     _print_plan(config, arch, found, options)

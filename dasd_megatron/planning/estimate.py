@@ -12,7 +12,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dasd_megatron.config import Config, stage_layers
+from dasd_megatron.config import (
+    Config,
+    OptimizerConfig,
+    ParallelConfig,
+    PolicyLossConfig,
+    PrecisionConfig,
+    stage_layers,
+)
 from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import padded_vocab_size
 
@@ -88,10 +95,9 @@ def layer_parameters(arch: Architecture, tensor_parallel: int) -> list[int]:
     return [*sizes, arch.hidden, arch.hidden * 2 * ffn, arch.hidden * ffn]
 
 
-def chunk_parameters(arch: Architecture, config: Config, stage: int) -> list[list[tuple[int, bool]]]:
+def chunk_parameters(arch: Architecture, parallel: ParallelConfig, stage: int) -> list[list[tuple[int, bool]]]:
     """Return, for each model chunk of a rank on pipeline ``stage``, (elements, True for the embedding that two stages
     share) of each parameter."""
-    parallel = config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
     layers = stage_layers(parallel, arch.layers)[stage] // virtual
@@ -120,23 +126,29 @@ class State:
     optimizer: int
 
 
-def training_state(arch: Architecture, config: Config, stage: int, data_rank: int = 0) -> State:
+def training_state(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    optimizer: OptimizerConfig,
+    stage: int,
+    data_rank: int = 0,
+) -> State:
     """Return the weights, float32 gradients and Adam's state of one rank on pipeline ``stage``, as Megatron's DDP and
     optimizer allocate them."""
-    parallel, distributed = config.parallel, config.optimizer.distributed
     # Ranks that share a sequence have the same weights, and count as replicas here.
     replicas = parallel.data_parallel_size * parallel.context_parallel_size
-    weight_bytes = DTYPE_BYTES[config.precision.params_dtype]
+    weight_bytes = DTYPE_BYTES[precision.params_dtype]
     # Adam keeps two moments, and float32 weights where the model's have another type.
     adam_bytes = 2 * _FP32 + (_FP32 if weight_bytes != _FP32 else 0)
-    parameters = weights = gradients = optimizer = 0
-    for index, sizes in enumerate(chunk_parameters(arch, config, stage)):
+    parameters = weights = gradients = adam = 0
+    for index, sizes in enumerate(chunk_parameters(arch, parallel, stage)):
         count = sum(size for size, _ in sizes)
         parameters += count
-        if not distributed:
+        if not optimizer.distributed:
             weights, gradients = weights + count * weight_bytes, gradients + count * _FP32
             # torch's Adam counts the steps of each parameter.
-            optimizer += count * adam_bytes + len(sizes) * _FP32
+            adam += count * adam_bytes + len(sizes) * _FP32
             continue
         bucket_size = None
         # Megatron makes one bucket of what it reduces when nothing is left to overlap with.
@@ -150,8 +162,8 @@ def training_state(arch: Architecture, config: Config, stage: int, data_rank: in
             low, high = start + data_rank * share, start + (data_rank + 1) * share
             # A parameter may lie in the shares of several ranks.
             parts = [min(high, stop) - max(low, begin) for begin, stop in places if min(high, stop) > max(low, begin)]
-            optimizer += sum(parts) * adam_bytes + len(parts) * _FP32
-    return State(parameters, weights, gradients, optimizer)
+            adam += sum(parts) * adam_bytes + len(parts) * _FP32
+    return State(parameters, weights, gradients, adam)
 
 
 def _place_parameters(
@@ -191,12 +203,14 @@ def _place_parameters(
     return buckets, places
 
 
-def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
+def layer_activation_bytes(
+    arch: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, *, transformer_engine: bool
+) -> float:
     """Return the bytes per token that autograd keeps of one layer on one rank, without recomputation."""
-    tensor = config.parallel.tensor_model_parallel_size
-    width = DTYPE_BYTES[config.precision.params_dtype]
+    tensor = parallel.tensor_model_parallel_size
+    width = DTYPE_BYTES[precision.params_dtype]
     # Sequence parallelism shards what lies between the tensor-parallel products; else every rank has all of it.
-    hidden = arch.hidden / (tensor if config.parallel.sequence_parallel else 1)
+    hidden = arch.hidden / (tensor if parallel.sequence_parallel else 1)
     query, key, ffn = arch.query / tensor, arch.key / tensor, arch.ffn / tensor
     projected, rotated, context = query + 2 * key, query + key, query
     log_sum_exp = _FP32 * arch.heads / tensor
@@ -211,16 +225,17 @@ def layer_activation_bytes(arch: Architecture, config: Config, *, transformer_en
     return norms + head_norms + width * (projected + rotated + context + 5 * ffn) + log_sum_exp
 
 
-def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: bool) -> float:
+def recomputed_bytes(
+    arch: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, *, transformer_engine: bool
+) -> float:
     """Return the part of :func:`layer_activation_bytes` that is not kept but computed again in the backward pass."""
-    precision, parallel = config.precision, config.parallel
     if precision.recompute == "none":
         return 0.0
     tensor = parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[precision.params_dtype]
     hidden = arch.hidden / (tensor if parallel.sequence_parallel else 1)
     if precision.recompute == "full":
-        return layer_activation_bytes(arch, config, transformer_engine=transformer_engine) - width * hidden
+        return layer_activation_bytes(arch, parallel, precision, transformer_engine=transformer_engine) - width * hidden
     saved = 0.0
     if "mlp" in precision.recompute_modules:
         saved += width * (hidden + 3 * arch.ffn / tensor if transformer_engine else 5 * arch.ffn / tensor)
@@ -230,7 +245,14 @@ def recomputed_bytes(arch: Architecture, config: Config, *, transformer_engine: 
 
 
 def activation_bytes(
-    arch: Architecture, config: Config, tokens: float, stage: int, *, micro_batches: int, transformer_engine: bool
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    tokens: float,
+    stage: int,
+    *,
+    micro_batches: int,
+    transformer_engine: bool,
 ) -> float:
     """Return the peak bytes of activations of a rank on pipeline ``stage``, for micro-batches of ``tokens`` padded
     tokens.
@@ -238,12 +260,11 @@ def activation_bytes(
     Under 1F1B a stage holds as many micro-batches at once as there are stages from it to the last; interleaving holds
     more.
     """
-    parallel = config.parallel
     tokens /= parallel.context_parallel_size
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    width = DTYPE_BYTES[config.precision.params_dtype]
+    width = DTYPE_BYTES[precision.params_dtype]
     hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-    layer = layer_activation_bytes(arch, config, transformer_engine=transformer_engine)
+    layer = layer_activation_bytes(arch, parallel, precision, transformer_engine=transformer_engine)
     layers = stage_layers(parallel, arch.layers)[stage] / virtual
     # Chunks of the model in flight on this stage.
     if virtual == 1:
@@ -251,31 +272,35 @@ def activation_bytes(
     else:
         in_flight = min(2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1, micro_batches * virtual)
     # Activations that are computed again exist once, for one layer at a time.
-    again = recomputed_bytes(arch, config, transformer_engine=transformer_engine)
+    again = recomputed_bytes(arch, parallel, precision, transformer_engine=transformer_engine)
     kept = in_flight * layers * (layer - again) + again
     # The last norm and the hidden states that the head reads.
     ends = (2 * _FP32 + width) * hidden + width * hidden if stage == pipeline - 1 else 0.0
     return tokens * (kept + ends)
 
 
-def loss_bytes(arch: Architecture, config: Config, tokens: float, response_tokens: float) -> tuple[float, float]:
+def loss_bytes(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    loss: PolicyLossConfig,
+    tokens: float,
+    response_tokens: float,
+) -> tuple[float, float]:
     """Return the bytes of logits and loss buffers on the last stage: (materialised, fused). The fused ones include the
     gradient of the hidden states."""
-    tensor = config.parallel.tensor_model_parallel_size
-    width = DTYPE_BYTES[config.precision.params_dtype]
+    tensor = parallel.tensor_model_parallel_size
+    width = DTYPE_BYTES[precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
     materialised = tokens * columns * (width + _FP32) + response_tokens * columns * _FP32
-    rows = min(config.loss.block_tokens, response_tokens)
-    block = rows * min(config.loss.block_columns, columns) * _FP32 * _LOSS_BUFFERS
+    rows = min(loss.block_tokens, response_tokens)
+    block = rows * min(loss.block_columns, columns) * _FP32 * _LOSS_BUFFERS
     return materialised, block + 2 * response_tokens * arch.hidden * _FP32
 
 
-def bubble_fraction(config: Config, micro_batches: int) -> float:
+def bubble_fraction(parallel: ParallelConfig, micro_batches: int) -> float:
     """Return the share of a step's forward and backward time that a pipeline stage waits."""
-    pipeline, virtual = (
-        config.parallel.pipeline_model_parallel_size,
-        config.parallel.virtual_pipeline_model_parallel_size or 1,
-    )
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     return (pipeline - 1) / (virtual * micro_batches + pipeline - 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dasd_megatron.config import Config, ParallelConfig, stage_layers
+from dasd_megatron.config import ModelConfig, ParallelConfig, RolloutConfig, stage_layers
 from dasd_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,12 +33,13 @@ def place_of(parallel: ParallelConfig, rank: int) -> Place:
     return Place(tensor, context, data, pipeline)
 
 
-def check_layout(config: Config, sizes: ModelSizes | PretrainedConfig) -> None:
+def check_layout(
+    model: ModelConfig, parallel: ParallelConfig, rollout: RolloutConfig, sizes: ModelSizes | PretrainedConfig
+) -> None:
     """Refuse (ConfigError) a parallel layout that does not divide the architecture, and sequences longer than its
     positions."""
-    parallel, rollout = config.parallel, config.rollout
-    where = f"config.json of model.path={config.model.path}" if config.model.path is not None else "model.tiny"
-    if config.model.path is None and config.model.architecture:
+    where = f"config.json of model.path={model.path}" if model.path is not None else "model.tiny"
+    if model.path is None and model.architecture:
         where = "model.architecture"
     tensor = parallel.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dasd_megatron.algorithms.methods import METHODS
-from dasd_megatron.config import Config, load_config, stage_layers, validate
+from dasd_megatron.config import Config, ModelConfig, PrecisionConfig, load_config, stage_layers, validate
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.models.sizes import ModelSizes, read_sizes
@@ -101,29 +101,29 @@ def plan_config(overrides: Sequence[str], config_dir: str | None = None) -> Conf
     return load_config([*_DEFAULTS, *overrides], config_dir)
 
 
-def model_config(config: Config) -> PretrainedConfig:
+def model_config(model: ModelConfig) -> PretrainedConfig:
     """Return the Hugging Face config of ``model.path``, of the preset, or of the tiny model."""
-    if config.model.path is not None:
-        return read_hf_config(hf_folder(config.model.path))
+    if model.path is not None:
+        return read_hf_config(hf_folder(model.path))
     from transformers import AutoConfig, Qwen3Config
 
-    if config.model.architecture:
-        return AutoConfig.for_model(**config.model.architecture)
-    tiny = dataclasses.asdict(config.model.tiny)
+    if model.architecture:
+        return AutoConfig.for_model(**model.architecture)
+    tiny = dataclasses.asdict(model.tiny)
     return Qwen3Config(num_hidden_layers=tiny.pop("num_layers"), vocab_size=100, tie_word_embeddings=True, **tiny)
 
 
-def model_sizes(config: Config) -> ModelSizes | PretrainedConfig:
+def model_sizes(model: ModelConfig) -> ModelSizes | PretrainedConfig:
     """Return the sizes of :func:`model_config`. Those of a preset and of the tiny model are read without
     transformers."""
     sizes = None
-    if config.model.path is None and config.model.architecture:
-        sizes = read_sizes(config.model.architecture)
-    elif config.model.path is None:
-        tiny = dataclasses.asdict(config.model.tiny)
+    if model.path is None and model.architecture:
+        sizes = read_sizes(model.architecture)
+    elif model.path is None:
+        tiny = dataclasses.asdict(model.tiny)
         tiny |= {"model_type": "qwen3", "num_hidden_layers": tiny.pop("num_layers")}
         sizes = read_sizes({**tiny, "vocab_size": 100, "tie_word_embeddings": True})
-    return sizes if sizes is not None else model_config(config)
+    return sizes if sizes is not None else model_config(model)
 
 
 def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transformer_engine: bool) -> Plan:
@@ -131,13 +131,21 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
     batches = _divide_batch(config)
     pipeline = config.parallel.pipeline_model_parallel_size
     share = batches.rows / config.parallel.context_parallel_size
-    materialised, fused = loss_bytes(arch, config, share * batches.length, share * config.rollout.max_new_tokens)
+    materialised, fused = loss_bytes(
+        arch,
+        config.parallel,
+        config.precision,
+        config.loss,
+        share * batches.length,
+        share * config.rollout.max_new_tokens,
+    )
     loss = fused if config.loss.fused_linear else materialised
     stages = []
     for stage in range(pipeline):
         kept = activation_bytes(
             arch,
-            config,
+            config.parallel,
+            config.precision,
             batches.rows * batches.length,
             stage,
             micro_batches=batches.micro_batches,
@@ -145,7 +153,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         )
         stages.append(_stage_memory(config, arch, stage, batches, kept, loss if stage == pipeline - 1 else 0.0))
     fullest = max(stages, key=lambda memory: memory.total)
-    bubble = bubble_fraction(config, batches.micro_batches)
+    bubble = bubble_fraction(config.parallel, batches.micro_batches)
     traffic = communication(arch, config, batches.sequences * batches.length, fullest.state)
     seconds = _step_seconds(config, arch, batches, bubble, traffic, gpus_per_node)
     return Plan(stages, fullest, materialised, fused, batches.micro_batches, batches.rows, bubble, traffic, seconds)
@@ -167,7 +175,7 @@ def _stage_memory(
 ) -> StageMemory:
     parallel, teacher = config.parallel, config.teacher.weights
     needs_teacher = METHODS[config.algorithm.name].needs_teacher
-    state = training_state(arch, config, stage)
+    state = training_state(arch, parallel, config.precision, config.optimizer, stage)
     width = DTYPE_BYTES[config.precision.params_dtype]
     # Copies of the weights: the starting model, or the averaged teacher in float32.
     copies = width * (config.loss.kl_coef > 0 or (needs_teacher and teacher == "frozen"))
@@ -187,7 +195,7 @@ def _step_seconds(
     """Return the estimated time of a step, which is good for comparing layouts and for nothing else."""
     parallel, epochs = config.parallel, config.batch.epochs
     # Forward passes count two operations a parameter and token, backward passes four.
-    forwards = 2 + epochs * (1 + _recomputed_share(config, arch))
+    forwards = 2 + epochs * (1 + _recomputed_share(config.precision, arch))
     operations = batches.sequences * batches.length * total_parameters(arch) * 2 * (forwards + 2 * epochs)
     # The stage with the most layers sets the pace.
     slowest = max(stage_layers(parallel, arch.layers)) * parallel.pipeline_model_parallel_size / arch.layers
@@ -201,11 +209,11 @@ def _step_seconds(
     return seconds + traffic.data / (_NVLINK if replicas_inside else _NETWORK)
 
 
-def _recomputed_share(config: Config, arch: Architecture) -> float:
+def _recomputed_share(precision: PrecisionConfig, arch: Architecture) -> float:
     """Return the share of a forward pass that the backward pass does again."""
-    if config.precision.recompute == "full":
+    if precision.recompute == "full":
         return 1.0
-    if config.precision.recompute == "none" or "mlp" not in config.precision.recompute_modules:
+    if precision.recompute == "none" or "mlp" not in precision.recompute_modules:
         return 0.0
     return arch.layers * 3 * arch.hidden * arch.ffn / total_parameters(arch)
 
@@ -248,7 +256,7 @@ def search_layouts(
     for changed in _layouts(config, arch, gpus, gpus_per_node, recomputes):
         try:
             validate(changed)
-            check_layout(changed, sizes)
+            check_layout(changed.model, changed.parallel, changed.rollout, sizes)
         except ConfigError as error:
             refused_fields.append(str(error).split("=")[0].split(" ")[0])
             continue

@@ -113,7 +113,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
                 f"model.path={model.path}: config.json has {name}={getattr(hf_config, name, None)}, the chosen "
                 f"preset {expected}: choose the preset of that model, or model=hf"
             )
-    check_layout(config, hf_config)
+    check_layout(config.model, config.parallel, config.rollout, hf_config)
     tokenizer = load_tokenizer(start_hf_files(config, paths))
     if model.path is not None and not is_megatron_checkpoint(model.path):
         with HfWeights(model.path) as weights:

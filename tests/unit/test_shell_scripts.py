@@ -182,7 +182,9 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     parallel = config.parallel
     # Slurm's warning leaves time for a save, and the grace for a step of full length by the plan's estimate besides.
     signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
-    step = make_plan(config, Architecture.of(model_sizes(config)), gpus_per_node=8, transformer_engine=True).seconds
+    step = make_plan(
+        config, Architecture.of(model_sizes(config.model)), gpus_per_node=8, transformer_engine=True
+    ).seconds
     assert step + 600 < config.checkpoint.grace_seconds < int(signal[1])
     processes = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size

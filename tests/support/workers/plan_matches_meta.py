@@ -27,7 +27,7 @@ for overrides, rank, published in cases:
         stage = parallel_state.get_pipeline_model_parallel_rank()
     arch = Architecture.of(hf_config)
     found = [[(p.numel(), bool(getattr(p, "shared_embedding", False))) for p in chunk.parameters()] for chunk in chunks]
-    predicted = chunk_parameters(arch, config, stage)
+    predicted = chunk_parameters(arch, config.parallel, stage)
     assert [[size for size, _ in chunk] for chunk in predicted] == [[size for size, _ in chunk] for chunk in found], (
         overrides,
         rank,

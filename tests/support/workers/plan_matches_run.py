@@ -26,7 +26,7 @@ model = build_model(config, arguments["path"])
 optimizer = build_optimizer(config.optimizer, model, steps=1, updates_per_step=1)
 stage, replica = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
 arch = Architecture.of(read_hf_config(arguments["path"]))
-plan = training_state(arch, config, stage, replica)
+plan = training_state(arch, config.parallel, config.precision, config.optimizer, stage, replica)
 
 storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
 gradients = sum(
@@ -80,9 +80,11 @@ if config.parallel.pipeline_model_parallel_size == 1:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.chunks[0](tokens, torch.arange(length)[None].expand(rows, length), None)
     measured = sum(kept.values())
-    predicted = activation_bytes(arch, config, rows * length, stage, micro_batches=1, transformer_engine=False)
+    predicted = activation_bytes(
+        arch, config.parallel, config.precision, rows * length, stage, micro_batches=1, transformer_engine=False
+    )
     # What is computed again lives in the backward pass only.
-    predicted -= rows * length * recomputed_bytes(arch, config, transformer_engine=False)
+    predicted -= rows * length * recomputed_bytes(arch, config.parallel, config.precision, transformer_engine=False)
     print(f"activations: measured {measured}, planned {predicted:.0f}, ratio {predicted / measured:.3f}", flush=True)
     assert abs(predicted / measured - 1) < 0.2, (measured, predicted)
 dist.destroy_process_group()

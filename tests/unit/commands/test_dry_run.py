@@ -77,7 +77,7 @@ def commands(*arguments: str) -> dict[str, list[list[str]]]:
     options = _parser().parse_intermixed_args(["--dry-run", *arguments])
     config = load_config(options.overrides, needs_files=False)
     cluster = Cluster(["a", "b"], options.gpus_per_node, 80e9, options.server_tp)
-    arch = Architecture.of(model_sizes(config))
+    arch = Architecture.of(model_sizes(config.model))
     found = start_commands(config, cluster, arch, options.overrides, options.config_dir)
     return {title: [shlex.split(line) for line in lines] for title, lines in found.items()}
 
