@@ -258,7 +258,16 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     model = learner.model
     state, problems = TrainerState(), [Problem("p", "1", "1", "1")]
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
-        plane = RolloutPlane(config, paths, problems, None, renderer, tokenizer, model.vocab_size, state.rollouts)
+        plane = RolloutPlane(
+            config,
+            paths=paths,
+            problems=problems,
+            grader=None,
+            renderer=renderer,
+            tokenizer=tokenizer,
+            vocab_size=model.vocab_size,
+            state=state.rollouts,
+        )
         trainer = Trainer(
             config=config,
             paths=paths,

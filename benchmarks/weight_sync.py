@@ -190,12 +190,10 @@ def bucket_sync(
 ) -> Iterator[Callable[[], None]]:
     """Yield what hands the weights over in buckets, over one connection."""
     from dasd_megatron.rollout.pool import ServerPool
-    from dasd_megatron.training.weight_sync.distributed import DistributedSender
+    from dasd_megatron.training.weight_sync import weight_sync_class
     from dasd_megatron.training.weight_sync.send import send_weights
-    from dasd_megatron.training.weight_sync.tensor import TensorSender
 
-    sender_class = {"distributed": DistributedSender, "tensor": TensorSender}[kind]
-    sender = sender_class(config.rollout, {url: 1}, ServerPool([url]))
+    sender = weight_sync_class(kind).sender_class(config.rollout, {url: 1}, ServerPool([url]))
     numbers = itertools.count(1)
 
     def sync() -> None:

@@ -71,13 +71,13 @@ def sample_steps(config: Config, root: Path) -> None:
         collector = Collector(
             config.rollout,
             config.batch,
-            problems,
-            DataOrder(len(problems), config.run.seed, config.data.shuffle),
-            make_renderer(config.data, config.teacher, tokenizer),
-            grader,
-            tokenizer,
-            read_hf_config(model).vocab_size,
-            BufferState(),
+            problems=problems,
+            order=DataOrder(len(problems), config.run.seed, config.data.shuffle),
+            renderer=make_renderer(config.data, config.teacher, tokenizer),
+            grader=grader,
+            tokenizer=tokenizer,
+            vocab_size=read_hf_config(model).vocab_size,
+            state=BufferState(),
         )
         stack.callback(collector.close)
         collector.connect(make_client(config.rollout, urls))

@@ -14,6 +14,7 @@ from dasd_megatron.config.fields import FUNCTION_PATH
 from dasd_megatron.config.schema_rollout import RolloutConfig, SGLangConfig, VerifyConfig
 from dasd_megatron.config.schema_training import BackendConfig
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.weight_ways import WEIGHT_WAYS
 
 
 def check_servers(rollout: RolloutConfig) -> None:
@@ -137,8 +138,7 @@ def check_weight_sync(rollout: RolloutConfig, backend: BackendConfig) -> None:
     if rollout.replay is not None:
         return
     _check_shared_memory(rollout)
-    if rollout.weight_sync != "disk":
-        _check_direct_sync(rollout, backend)
+    _check_device_memory(rollout, backend)
     if backend.timeout_seconds <= 4 * rollout.weight_sync_timeout_seconds:
         raise ConfigError(
             "backend.timeout_seconds must exceed four times "
@@ -163,10 +163,11 @@ def _check_shared_memory(rollout: RolloutConfig) -> None:
     remote += [name for name in (rollout.nodes, rollout.router) if name]
     if not remote:
         return
-    if rollout.weight_sync == "tensor":
+    way = WEIGHT_WAYS[rollout.weight_sync]
+    if way.shares_memory:
         raise ConfigError(
-            f"rollout.weight_sync=tensor needs servers on the trainer's machine, not {remote[0]}: give rollout.servers "
-            "like http://127.0.0.1:30000, or write distributed"
+            f"rollout.weight_sync={way.name} needs servers on the trainer's machine, not {remote[0]}: give "
+            "rollout.servers like http://127.0.0.1:30000, or write distributed"
         )
     if rollout.release_memory:
         raise ConfigError(
@@ -174,24 +175,24 @@ def _check_shared_memory(rollout: RolloutConfig) -> None:
         )
 
 
-def _check_direct_sync(rollout: RolloutConfig, backend: BackendConfig) -> None:
+def _check_device_memory(rollout: RolloutConfig, backend: BackendConfig) -> None:
     """Refuse weights that would go from the trainer's memory into servers of another kind, or behind one address."""
-    way, on_gpu = rollout.weight_sync, backend.kind == "cuda"
-    if rollout.engine == "embedded" and on_gpu:
-        route = "over NCCL" if way == "distributed" else "out of GPU memory"
+    way, on_gpu = WEIGHT_WAYS[rollout.weight_sync], backend.kind == "cuda"
+    if rollout.engine == "embedded" and on_gpu and way.gpu_route is not None:
         raise ConfigError(
-            f"rollout.weight_sync={way} {route} needs servers on GPUs: write rollout.engine=sglang or external, or disk"
+            f"rollout.weight_sync={way.name} {way.gpu_route} needs servers on GPUs: write rollout.engine=sglang or "
+            "external, or disk"
         )
     if rollout.engine != "sglang":
         return
-    if way == "tensor" and on_gpu != (rollout.sglang.backend == "cuda"):
+    if way.shares_memory and on_gpu != (rollout.sglang.backend == "cuda"):
         raise ConfigError(
-            f"rollout.weight_sync=tensor shares memory of one kind: backend.kind={backend.kind} needs "
+            f"rollout.weight_sync={way.name} shares memory of one kind: backend.kind={backend.kind} needs "
             f"rollout.sglang.backend={backend.kind}, or write disk"
         )
-    if rollout.sglang.data_parallel_size > 1:
+    if rollout.sglang.data_parallel_size > 1 and not way.reaches_replicas:
         raise ConfigError(
-            f"rollout.weight_sync={way} does not reach the replicas behind rollout.sglang.data_parallel_size="
+            f"rollout.weight_sync={way.name} does not reach the replicas behind rollout.sglang.data_parallel_size="
             f"{rollout.sglang.data_parallel_size}: write 1 and start more servers, or weight_sync=disk"
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dasd_megatron.config.fields import REQUIRED, setting
+from dasd_megatron.weight_ways import WEIGHT_WAYS
 
 
 @dataclass
@@ -120,9 +121,8 @@ class RolloutConfig:
     )
     weight_sync: str = setting(
         "disk",
-        "disk: a Hugging Face directory that trainer and servers share; distributed: broadcast over a process group "
-        "of trainer and servers; tensor: memory that trainer and servers share, on one machine",
-        choices=("disk", "distributed", "tensor"),
+        "; ".join(f"{way.name}: {way.description}" for way in WEIGHT_WAYS.values()),
+        choices=tuple(WEIGHT_WAYS),
     )
     weight_bucket_bytes: int = setting(
         512 * 2**20,

@@ -101,6 +101,7 @@ class Collector:
         self,
         rollout: RolloutConfig,
         batch: BatchConfig,
+        *,
         problems: Sequence[Problem],
         order: DataOrder,
         renderer: PromptRenderer,

@@ -246,8 +246,8 @@ class ServerFleet:
         if self.server is not None:
             return self._restart_server(self.server, sync, directory.newest)
         asyncio.run(self.update_returned_servers(sync))
-        # Where the current weights are not on disk, they are sent again, to servers that have other ones too.
-        usable = (Status.SERVING,) if directory.holds(self.pool.current) else (Status.SERVING, Status.STALE)
+        # Weights that these servers could not catch up with are sent again, so that stale servers are of use too.
+        usable = (Status.SERVING,) if sync.can_catch_up(self.pool.current) else (Status.SERVING, Status.STALE)
         return None if self.pool.with_status(*usable) else "and no server is back"
 
     async def update_returned_servers(self, sync: WeightSync) -> None:

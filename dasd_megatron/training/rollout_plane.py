@@ -84,6 +84,7 @@ class RolloutPlane:
     def __init__(
         self,
         config: Config,
+        *,
         paths: RunPaths,
         problems: list[Problem],
         grader: Grader,
@@ -108,7 +109,15 @@ class RolloutPlane:
         if rank0 and not replays:
             order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
             self.collector = Collector(
-                config.rollout, config.batch, problems, order, renderer, grader, tokenizer, vocab_size, state
+                config.rollout,
+                config.batch,
+                problems=problems,
+                order=order,
+                renderer=renderer,
+                grader=grader,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                state=state,
             )
 
     def __enter__(self) -> RolloutPlane:
@@ -237,8 +246,7 @@ class RolloutPlane:
                 refusal = broadcast_from_rank0(on_selected_rank(rank0, self._recover, ()))
                 if refusal is not None:
                     raise RolloutsUnavailableError(f"{error} ({refusal})") from error
-                # Servers that are back have got what is on disk, and nothing newer.
-                unsent = None if self.directory.holds(self.weight_version) else self._policy
+                unsent = None if self.sync.can_catch_up(self.weight_version) else self._policy
             else:
                 return self._raise_everywhere(result)
 

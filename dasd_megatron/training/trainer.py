@@ -128,7 +128,14 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
         grader = stack.enter_context(Grader(config.verify))
         plane = stack.enter_context(
             RolloutPlane(
-                config, paths, train_problems, grader, renderer, tokenizer, learner.model.vocab_size, state.rollouts
+                config,
+                paths=paths,
+                problems=train_problems,
+                grader=grader,
+                renderer=renderer,
+                tokenizer=tokenizer,
+                vocab_size=learner.model.vocab_size,
+                state=state.rollouts,
             )
         )
         yield Trainer(

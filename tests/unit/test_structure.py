@@ -20,6 +20,7 @@ ORDER = (
     "losses",
     "algorithms",
     "samples",
+    "weight_ways",
     "config",
     "plugins",
     "backend",

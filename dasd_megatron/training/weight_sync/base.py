@@ -7,7 +7,8 @@ The trainer drives each of them with the same loop, on every rank:
             sync.send(policy)          # all ranks; the servers have the weights then, or rank 0 knows where they are
             on_selected_rank(rank0, sync.deliver, ...)
         except PeerError:
-            ...                        # rank 0 recovers servers; the loop goes on while some are left
+            ...                        # rank 0 recovers servers; the loop goes on while some are left, without send
+                                       # where sync.can_catch_up says that the servers that are back need none
         else:
             break
     verify_weights(...)                # all ranks; whatever the way
@@ -84,7 +85,8 @@ class WeightSync(ABC):
         """Do what needs the weights of all ranks. Collective over all of them.
 
         Raises:
-            PeerError: the servers did not take the weights; on every rank.
+            PeerError: the servers did not take the weights; on every rank. Trying again can help.
+            ExportError: the weights could not be written; on every rank. The run ends.
         """
 
     @abstractmethod
@@ -103,6 +105,14 @@ class WeightSync(ABC):
         Raises:
             RolloutServerError: none of them took the weights.
         """
+
+    def can_catch_up(self, version: str | None) -> bool:
+        """Return whether servers that came back get ``version`` without another :meth:`send`, on every rank the same.
+
+        The trainer's own server starts from the directory, whatever the way. A way whose :meth:`catch_up` takes the
+        weights from elsewhere overrides this.
+        """
+        return self.directory.holds(version)
 
     @abstractmethod
     def disconnect(self) -> None:

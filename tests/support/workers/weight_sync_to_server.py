@@ -24,7 +24,7 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.rollout.local_server import LocalServer  # noqa: E402
 from dasd_megatron.rollout.pool import ServerPool  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.weight_sync import WAYS  # noqa: E402
+from dasd_megatron.training.weight_sync import weight_sync_class  # noqa: E402
 from dasd_megatron.training.weight_sync.send import send_weights  # noqa: E402
 from dasd_megatron.training.weight_sync.verify import verify_weights  # noqa: E402
 
@@ -51,7 +51,7 @@ with contextlib.ExitStack() as stack:
         server = stack.enter_context(LocalServer(arguments["path"], "start", config.rollout, Path(arguments["log"])))
         urls = [server.url]
         pool = ServerPool(urls)
-        sender = WAYS[config.rollout.weight_sync].sender_class(config.rollout, {server.url: 1}, pool)
+        sender = weight_sync_class(config.rollout.weight_sync).sender_class(config.rollout, {server.url: 1}, pool)
         stack.callback(sender.close)
 
     def send(version: str) -> str:

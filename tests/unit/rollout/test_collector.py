@@ -112,13 +112,13 @@ def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
         collector = Collector(
             config.rollout,
             config.batch,
-            PROBLEMS,
-            DataOrder(len(PROBLEMS), config.run.seed, config.data.shuffle),
-            PromptRenderer(TOKENIZER),
-            grader,
-            TOKENIZER,
-            1000,
-            state or BufferState(),
+            problems=PROBLEMS,
+            order=DataOrder(len(PROBLEMS), config.run.seed, config.data.shuffle),
+            renderer=PromptRenderer(TOKENIZER),
+            grader=grader,
+            tokenizer=TOKENIZER,
+            vocab_size=1000,
+            state=state or BufferState(),
         )
         made.append((collector, grader))
         servers = Servers()

@@ -25,8 +25,8 @@ from dasd_megatron.training.export import Policy
 from dasd_megatron.training.fleet import ServerFleet
 from dasd_megatron.training.parallel import on_selected_rank
 from dasd_megatron.training.rollout_plane import RolloutPlane, RolloutsUnavailableError
-from dasd_megatron.training.weight_sync import DiskSync
 from dasd_megatron.training.weight_sync.base import WeightSync
+from dasd_megatron.training.weight_sync.disk import DiskSync
 from tests.support.fake_servers import FakeModel, FakeServers
 from tests.support.thread_ranks import ThreadRanks
 
@@ -87,8 +87,8 @@ class Run:
         def be_rank(_rank: int) -> Any:
             renderer, problems = PromptRenderer(TOKENIZER), [Problem("p", "1+1 =", "2", "2")]
             paths = RunPaths(self.folder)
-            arguments: list[Any] = [CONFIG, paths, problems, None, renderer, TOKENIZER, 100, BufferState()]
-            with RolloutPlane(*arguments) as plane:
+            arguments: dict[str, Any] = {"paths": paths, "problems": problems, "grader": None, "renderer": renderer}
+            with RolloutPlane(CONFIG, **arguments, tokenizer=TOKENIZER, vocab_size=100, state=BufferState()) as plane:
                 return work(plane)
 
         return self.ranks.run(be_rank)
