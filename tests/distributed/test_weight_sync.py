@@ -31,6 +31,7 @@ TP2_PP2 = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
 @pytest.mark.parametrize(
     ("engine", "layout", "processes"),
     [
+        # The short form of the drill that follows. It stays in `make test`, with the embedded server.
         ("embedded", TP2_PP2, 4),
         pytest.param("sglang", ["parallel=single"], 1, marks=pytest.mark.drill),
     ],

@@ -92,7 +92,10 @@ def start(
     return cluster.submit(*options, f"--output={folder}/job.log", str(ROOT / "slurm" / script), *overrides, **settings)
 
 
-# Two starts of five processes that import torch: seconds on an idle machine, minutes on a busy one.
+# Two starts of five processes that import torch: seconds on an idle machine, minutes on a busy one. Its short forms in
+# `make test` are test_a_trainer_that_asks_for_it_is_started_again below, for the second start of a job, and
+# test_a_server_that_ends_is_started_again in tests/unit/test_shell_scripts.py, for the lost server. That a signal makes
+# the trainers save is shown by tests/integration/test_stopping.py, without Slurm.
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: SlurmCluster, tmp_path: Path) -> None:
@@ -131,6 +134,9 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     assert not any(key.encode() in path.read_bytes() for path in [log, *run.rglob("*")] if path.is_file())
 
 
+# Its short forms in `make test` are test_a_trainer_that_fails_ends_the_job below, after which no process of the job is
+# left either, and in tests/unit/test_shell_scripts.py test_colocated, for the layout, and
+# test_the_end_of_a_job_ends_its_servers_and_starts_none_again.
 @pytest.mark.drill
 @pytest.mark.timeout(600)
 def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_servers_of_others_give_their_memory_back_for_every_update(tmp_path: Pat
     assert order == [wanted[3], "/generate", *step * 3]
 
 
+# Its short forms in `make test` are test_the_run_is_that_of_weights_from_disk above, with the embedded server, and the
+# contract of real SGLang's updates in tests/integration/rollout_contract/test_update_over_group.py and
+# test_update_from_memory.py.
 @pytest.mark.drill
 @pytest.mark.parametrize("way", ["distributed", "tensor"])
 def test_real_sglang_draws_from_the_weights_of_every_step(way: str, tmp_path: Path) -> None:

@@ -346,3 +346,43 @@ def test_a_controller_that_does_not_answer_is_asked_again(
     )
     assert done.returncode == 75 and said in done.stdout, done.stderr
     assert (tmp_path / "tries").read_text().count("x") == tries
+
+
+def run_with_common(commands: str) -> subprocess.CompletedProcess[str]:
+    """Run commands in a shell that has the functions of the batch scripts."""
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f"source slurm/common.sh\nJOB_ID=7\nLOG_DIR=logs\n{commands}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_server_that_ends_is_started_again(tmp_path: Path) -> None:
+    done = run_with_common(f"""
+        DASD_SERVER_RESTARTS=2
+        sleep() {{ :; }}
+        keep "server 0 on n3" bash -c 'echo x >> {tmp_path}/starts; exit 137'
+        wait
+    """)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "starts").read_text().count("x") == 3
+    for restart in (1, 2):
+        assert (
+            f"server 0 on n3 ended with status 137; started again ({restart} of 2), its log is in logs" in done.stdout
+        )
+    assert "server 0 on n3 ended 3 times in a row and stays down" in done.stdout
+
+
+def test_the_end_of_a_job_ends_its_servers_and_starts_none_again(tmp_path: Path) -> None:
+    done = run_with_common(f"""
+        DASD_SERVER_RESTARTS=2
+        keep "server 0 on n3" bash -c 'echo $$ >> {tmp_path}/starts; exec sleep 50'
+        until [[ -s {tmp_path}/starts ]]; do sleep 0.05; done
+        end_servers
+    """)
+    assert done.returncode == 0, done.stderr
+    (process,) = (tmp_path / "starts").read_text().split()
+    assert not Path(f"/proc/{process}").exists()
+    assert "started again" not in done.stdout and "stays down" not in done.stdout

@@ -3,9 +3,7 @@ client."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import time
 from collections.abc import Awaitable, Callable
 
 import orjson
@@ -14,11 +12,9 @@ import pytest
 from dasd_megatron.config import RolloutConfig, VerifyConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.rollout import limits
 from dasd_megatron.rollout.answers import Answer, Completion
 from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.grading import generate, make_samples
-from dasd_megatron.rollout.limits import meanwhile, step_limit
 from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.verify.grader import Grader
 
@@ -88,38 +84,3 @@ def test_the_vocabulary_bounds_what_servers_answer(
     else:
         with pytest.raises(RolloutServerError, match="id 99 of token 0 is outside the vocabulary of 99"):
             generate(client, [[1]], [0], config, **options)
-
-
-@pytest.mark.parametrize(("seconds", "finished"), [(0.0, True), (0.2, True), (60.0, False)])
-async def test_what_is_done_meanwhile_is_waited_for_a_little(
-    seconds: float, finished: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = []
-
-    async def alongside() -> None:
-        await asyncio.sleep(seconds)
-        done.append(True)
-
-    monkeypatch.setattr(limits, "ALONGSIDE_SECONDS", 0.5)
-    started = time.monotonic()
-    async with meanwhile(alongside):
-        pass
-    assert bool(done) == finished and time.monotonic() - started < 5
-
-
-async def test_an_error_meanwhile_is_not_lost() -> None:
-    async def alongside() -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        async with meanwhile(alongside):
-            pass
-
-
-async def test_a_step_has_an_end() -> None:
-    config = RolloutConfig(max_new_tokens=1, max_prompt_tokens=8, step_timeout_seconds=0.05)
-    with pytest.raises(
-        RolloutServerError, match=r"two rollouts did not finish within rollout\.step_timeout_seconds=0\.05"
-    ):
-        async with step_limit(config, ["http://server"], "two rollouts"):
-            await asyncio.sleep(60)
