@@ -347,7 +347,7 @@ def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, 
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
             )
-            parallel.split_world(config)
+            parallel.split_world(config.parallel, config.backend.timeout_seconds, config.run.seed)
             gpt.CausalAttention = gathering_attention() if config.parallel.context_parallel_size > 1 else attention
             result = (train_with_dropout if dropout else train)(config, folder)
             if rank == 0:

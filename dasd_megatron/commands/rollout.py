@@ -55,8 +55,8 @@ def sample_steps(config: Config, root: Path) -> None:
     """
     require_hf_directory(config.model.path)
     paths = prepare_run(config, root)
-    model = start_path(config, paths)
-    tokenizer = load_tokenizer(start_hf_files(config, paths))
+    model = start_path(config.model, paths)
+    tokenizer = load_tokenizer(start_hf_files(config.model, paths))
     version = version_name(0)
     with contextlib.ExitStack() as stack:
         display = stack.enter_context(ProgressDisplay(total_steps=0))

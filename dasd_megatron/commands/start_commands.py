@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from dasd_megatron.access import VARIABLE
-from dasd_megatron.config import Config, RolloutConfig, is_loopback
+from dasd_megatron.config import Config, PrecisionConfig, RolloutConfig, SGLangConfig, is_loopback
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import DTYPE_BYTES, Architecture, total_parameters
 from dasd_megatron.rollout.discovery import DiscoveryError, expand_host_list, node_servers
@@ -48,9 +48,9 @@ def start_commands(
     if rollout.replay is not None:
         commands["rollouts"] = [f"from {rollout.replay}"]
     elif rollout.engine == "external":
-        tensor = cluster.server_tp or _server_gpus(config, arch, cluster)
+        tensor = cluster.server_tp or _server_gpus(rollout.sglang, config.precision, arch, cluster)
         servers = _server_urls(rollout)
-        commands |= _server_commands(config, cluster.gpus_per_node, servers, model, tensor)
+        commands |= _server_commands(rollout, config.precision, cluster.gpus_per_node, servers, model, tensor)
         if rollout.router:
             commands["router, on its node"] = _router_lines(rollout.router, servers)
     elif rollout.engine == "sglang":
@@ -89,12 +89,12 @@ def _train_lines(config: Config, hosts: Sequence[str], arguments: Sequence[str])
     ]
 
 
-def _server_gpus(config: Config, arch: Architecture, cluster: Cluster) -> int:
+def _server_gpus(sglang: SGLangConfig, precision: PrecisionConfig, arch: Architecture, cluster: Cluster) -> int:
     """Return the GPUs of one server, a power of two times the configured number, whose weights leave room."""
-    tensor = config.rollout.sglang.tensor_parallel_size
+    tensor = sglang.tensor_parallel_size
     if not math.isfinite(cluster.gpu_bytes):
         return tensor
-    width = 1 if config.rollout.sglang.quantization == "fp8" else DTYPE_BYTES[config.precision.params_dtype]
+    width = 1 if sglang.quantization == "fp8" else DTYPE_BYTES[precision.params_dtype]
     room = SERVER_WEIGHTS_SHARE * cluster.gpu_bytes
     while total_parameters(arch) * width / tensor > room and tensor < cluster.gpus_per_node:
         tensor *= 2
@@ -117,11 +117,16 @@ def _listen_address(host: str) -> str:
 
 
 def _server_commands(
-    config: Config, gpus_per_node: int, servers: Sequence[str], model: str, tensor: int
+    rollout: RolloutConfig,
+    precision: PrecisionConfig,
+    gpus_per_node: int,
+    servers: Sequence[str],
+    model: str,
+    tensor: int,
 ) -> dict[str, list[str]]:
-    rollout, lines = config.rollout, []
+    lines = []
     on_gpu = rollout.sglang.backend == "cuda"
-    dtype = "float32" if config.precision.params_dtype == "fp32" else "bfloat16"
+    dtype = "float32" if precision.params_dtype == "fp32" else "bfloat16"
     slots: dict[str, int] = {}
     for url in servers:
         address = urlsplit(url)

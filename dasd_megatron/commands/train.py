@@ -46,7 +46,7 @@ def _launch_workers(config: Config) -> None:
     from dasd_megatron.run.paths import choose_run_dir
     from dasd_megatron.training.launch import check_gpus, launch, read_nodes
 
-    nodes = read_nodes(config, config.parallel.world_size, os.environ)
+    nodes = read_nodes(config.run, config.parallel.world_size, os.environ)
     root = choose_run_dir(config)
     if config.backend.kind == "cuda":
         check_gpus(nodes.processes)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from dasd_megatron.config import Config
+from dasd_megatron.config import BatchConfig, Config, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
 from dasd_megatron.files import replace_file
@@ -91,9 +91,9 @@ def model_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def samples_per_request(config: Config) -> int:
+def samples_per_request(evaluation: EvaluationConfig, rollout: RolloutConfig, batch: BatchConfig) -> int:
     """Return how many samples a request asks for: by default as many as in training."""
-    return config.evaluation.samples_per_request or config.rollout.groups_per_request * config.batch.samples_per_group
+    return evaluation.samples_per_request or rollout.groups_per_request * batch.samples_per_group
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ def _draw_missing(
 ) -> None:
     """Ask for all requests that have a missing sample at once, and append the samples to the journal as they come."""
     config = benchmark.config
-    size = samples_per_request(config)
+    size = samples_per_request(config.evaluation, config.rollout, config.batch)
     requests = [places[start : start + size] for start in range(0, len(places), size)]
     requests = [request for request in requests if any(place not in journal.known for place in request)]
     outcomes: list[bool] = []

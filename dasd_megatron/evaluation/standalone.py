@@ -101,7 +101,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
                 )
             results[name] = records
             timing[name] = time.perf_counter() - started
-        metrics = write_metrics(config, root, results)
+        metrics = write_metrics(config.evaluation, config.health, root, results, seed=config.run.seed)
         replace_file(root / "timing.json", json.dumps({"seconds": timing}, indent=2) + "\n")
         print_table(metrics, config.evaluation.confidence)
         print(f"samples and metrics.json in {root.absolute()}")
@@ -159,7 +159,7 @@ def sample_settings(
         "rollout.engine": rollout.engine,
         "rollout.dtype": rollout.dtype,
         "rollout.deterministic": rollout.deterministic,
-        "evaluation.samples_per_request": samples_per_request(config),
+        "evaluation.samples_per_request": samples_per_request(evaluation, rollout, config.batch),
         "verify.reward": verify.reward,
         "verify.truncated_is_wrong": verify.truncated_is_wrong,
         "verify.max_answer_chars": verify.max_answer_chars,

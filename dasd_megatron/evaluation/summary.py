@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dasd_megatron.config import Config
+from dasd_megatron.config import EvaluationConfig, HealthConfig
 from dasd_megatron.data.benchmarks import BENCHMARKS
 from dasd_megatron.evaluation import nemo_skills
 from dasd_megatron.evaluation.health import from_rows, health_metrics, health_tables
@@ -30,10 +30,11 @@ NeMo-Skills'."""
 MACRO_AVERAGE = "macro_average"
 
 
-def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) -> dict[str, Any]:
+def write_metrics(
+    evaluation: EvaluationConfig, health_limits: HealthConfig, root: Path, results: Mapping[str, Records], *, seed: int
+) -> dict[str, Any]:
     """Write ``metrics.json`` and return it: NeMo-Skills' entries of each benchmark, ours beside them, and the mean over
-    benchmarks. Each benchmark's folder gets ``health.json``."""
-    evaluation = config.evaluation
+    benchmarks. Each benchmark's folder gets ``health.json``. ``seed`` is that of the bootstrap."""
     metrics: dict[str, Any] = {}
     drawn: dict[str, NDArray[np.float64]] = {}
     names: list[str] = []
@@ -44,12 +45,13 @@ def write_metrics(config: Config, root: Path, results: Mapping[str, Records]) ->
         scores = problem_scores(answers, outcomes, range(1, evaluation.samples + 1))
         names = list(scores)
         # Each benchmark has a generator of its own, so that benchmarks of equal size are drawn independently.
-        seed = [config.run.seed, zlib.crc32(name.encode())]
-        drawn[name] = bootstrap(list(zip(*scores.values(), strict=True)), evaluation.bootstrap_resamples, seed)
+        drawn[name] = bootstrap(
+            list(zip(*scores.values(), strict=True)), evaluation.bootstrap_resamples, [seed, zlib.crc32(name.encode())]
+        )
         ours = _benchmark_metrics(records, {metric: mean(values) for metric, values in scores.items()})
         metrics[name] = {**nemo_skills_metrics(answers, outcomes, tokens), OURS: ours}
         health = from_rows([record["health"] for row in records for record in row])
-        ours |= health_metrics(health, config.health)
+        ours |= health_metrics(health, health_limits)
         replace_file(root / name / "health.json", json.dumps(health_tables(health), indent=2) + "\n")
         ours["confidence_intervals"] = _intervals(names, drawn[name], evaluation.confidence)
     metrics[MACRO_AVERAGE] = {

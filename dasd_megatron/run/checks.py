@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.access import AccessError, api_key
 from dasd_megatron.algorithms.methods import METHODS
-from dasd_megatron.config import Config
+from dasd_megatron.config import AlgorithmConfig, Config, ModelConfig, WarmStartConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer, check_lengths
 from dasd_megatron.errors import ConfigError
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-def needs_teacher(config: Config) -> bool:
+def needs_teacher(algorithm: AlgorithmConfig) -> bool:
     """Return whether the teacher scores the rollouts of this run."""
-    return METHODS[config.algorithm.name].needs_teacher
+    return METHODS[algorithm.name].needs_teacher
 
 
 def check_key(config: Config) -> None:
@@ -45,7 +45,8 @@ def require_hf_directory(model_path: str | None) -> None:
 
 
 def check_warm_start_lengths(
-    config: Config,
+    model: ModelConfig,
+    warm_start: WarmStartConfig,
     hf_config: PretrainedConfig,
     renderer: PromptRenderer,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,17 +56,17 @@ def check_warm_start_lengths(
     model's positions."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"warm_start.steps={config.warm_start.steps} needs a tokenizer with an end-of-sequence token: "
-            f"set eos_token in tokenizer_config.json of model.path={config.model.path}, or write warm_start.steps=0"
+            f"warm_start.steps={warm_start.steps} needs a tokenizer with an end-of-sequence token: "
+            f"set eos_token in tokenizer_config.json of model.path={model.path}, or write warm_start.steps=0"
         )
     limit = hf_config.max_position_embeddings
     for problem in problems:
         prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
         solution = len(tokenizer.encode(problem.reference_solution, add_special_tokens=False))
         if prompt + solution + 1 > limit:
-            where = "model.tiny" if config.model.path is None else f"config.json of model.path={config.model.path}"
+            where = "model.tiny" if model.path is None else f"config.json of model.path={model.path}"
             raise ConfigError(
-                f"warm_start.steps={config.warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a "
+                f"warm_start.steps={warm_start.steps}: problem {problem.id!r} has a prompt of {prompt} and a "
                 f"solution of {solution} tokens, with its end over max_position_embeddings={limit} ({where}): remove "
                 "it from data.train, or write 0"
             )
@@ -77,7 +78,10 @@ def check_prompt_lengths(
     """Refuse (DataError) problems whose prompt exceeds ``rollout.max_prompt_tokens``; of training problems the
     privileged prompt must not exceed it either, where it is used."""
     check_lengths(
-        train, renderer, config.rollout.max_prompt_tokens, teacher=needs_teacher(config) or config.warm_start.steps > 0
+        train,
+        renderer,
+        config.rollout.max_prompt_tokens,
+        teacher=needs_teacher(config.algorithm) or config.warm_start.steps > 0,
     )
     check_lengths(heldout, renderer, config.rollout.max_prompt_tokens, teacher=False)
 

@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from dasd_megatron.config import Config, DataSourceConfig
+from dasd_megatron.config import Config, DataSourceConfig, ModelConfig
 from dasd_megatron.data.prompts import Problem, load_problems
 from dasd_megatron.models.hf_config import hf_folder
 
@@ -47,15 +47,15 @@ class RunPaths:
         return self.root / "data" / f"{name}.jsonl"
 
 
-def start_path(config: Config, paths: RunPaths) -> Path:
+def start_path(model: ModelConfig, paths: RunPaths) -> Path:
     """Return the model that the run begins from, before any warm start: a Hugging Face directory or a converted
     checkpoint."""
-    return Path(config.model.path) if config.model.path is not None else paths.start_model
+    return Path(model.path) if model.path is not None else paths.start_model
 
 
-def start_hf_files(config: Config, paths: RunPaths) -> Path:
+def start_hf_files(model: ModelConfig, paths: RunPaths) -> Path:
     """Return the directory of the config and the tokenizer of the model that the run begins from."""
-    return hf_folder(start_path(config, paths))
+    return hf_folder(start_path(model, paths))
 
 
 def choose_run_dir(config: Config) -> Path:

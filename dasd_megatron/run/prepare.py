@@ -105,7 +105,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
         make_tiny_model(paths.start_model, model.tiny, config.run.seed)
     # The config comes before the tokenizer: of an architecture that is not supported, it is the config that should be
     # complained about.
-    hf_config = read_hf_config(start_hf_files(config, paths))
+    hf_config = read_hf_config(start_hf_files(model, paths))
     for name, expected in model.architecture.items():
         # The context length is not part of the weights: releases of one model differ in it.
         if name != "max_position_embeddings" and getattr(hf_config, name, None) != expected:
@@ -114,7 +114,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
                 f"preset {expected}: choose the preset of that model, or model=hf"
             )
     check_layout(config.model, config.parallel, config.rollout, hf_config)
-    tokenizer = load_tokenizer(start_hf_files(config, paths))
+    tokenizer = load_tokenizer(start_hf_files(model, paths))
     if model.path is not None and not is_megatron_checkpoint(model.path):
         with HfWeights(model.path) as weights:
             weights.check_coverage(expected_tensors(hf_config), ignored=TIED_HEAD)
@@ -123,7 +123,9 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
 
 def _load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return the training and the held-out problems, which have none in common."""
-    needs_solution = config.warm_start.steps > 0 or (needs_teacher(config) and config.teacher.privileged != "answer")
+    needs_solution = config.warm_start.steps > 0 or (
+        needs_teacher(config.algorithm) and config.teacher.privileged != "answer"
+    )
     sources = config.data
     if sources.train.generator is not None and sources.heldout.generator is not None:
         return generate_splits(sources.train, sources.heldout)
@@ -149,7 +151,7 @@ def _check_problems(
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     check_prompt_lengths(config, renderer, train, heldout)
     if config.warm_start.steps > 0:
-        check_warm_start_lengths(config, hf_config, renderer, tokenizer, train)
+        check_warm_start_lengths(config.model, config.warm_start, hf_config, renderer, tokenizer, train)
     if config.batch.groups > len(train):
         raise ConfigError(
             f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more "

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from dasd_megatron import backend, stopping
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, RunConfig
 from dasd_megatron.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Nodes:
     run_id: str = "dasd"
 
 
-def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) -> Nodes:
+def read_nodes(run: RunConfig, world_size: int, environment: Mapping[str, str]) -> Nodes:
     """Read torchrun's own variables PET_NNODES, PET_NODE_RANK, PET_RDZV_ENDPOINT and PET_RDZV_ID; one node without
     them.
 
@@ -95,7 +95,7 @@ def read_nodes(config: Config, world_size: int, environment: Mapping[str, str]) 
         raise ConfigError(
             f"PET_RDZV_ENDPOINT={endpoint!r}: PET_NNODES={count} needs the first node's address, like node01:29500"
         )
-    if config.run.dir is None:
+    if run.dir is None:
         raise ConfigError(
             f"run.dir is required with PET_NNODES={count}: write the same directory, on a shared file system, on "
             "every node"

@@ -132,7 +132,7 @@ def _open_watch(trainer: Trainer) -> Watch | None:
     """Open the watch on rank 0, which alone judges."""
     if trainer.logger is None:
         return None
-    return open_watch(trainer.paths.root, trainer.config.watch, has_teacher=needs_teacher(trainer.config))
+    return open_watch(trainer.paths.root, trainer.config.watch, has_teacher=needs_teacher(trainer.config.algorithm))
 
 
 def _log_step(trainer: Trainer, watch: Watch | None, metrics: dict[str, Any]) -> _Advice:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from dasd_megatron import backend, stopping
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, ParallelConfig
 from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.stopping import StopRequested
 
@@ -72,7 +72,7 @@ def initialize(config: Config) -> None:
     """
     _check_transformer_engine(config)
     backend.current().init_process_group(config.backend.timeout_seconds)
-    split_world(config)
+    split_world(config.parallel, config.backend.timeout_seconds, config.run.seed)
 
 
 def _check_transformer_engine(config: Config) -> None:
@@ -91,10 +91,9 @@ def _check_transformer_engine(config: Config) -> None:
         )
 
 
-def split_world(config: Config) -> None:
-    """Split an initialised process group into TP x CP x PP x DP and seed all generators, as :func:`initialize`
-    does."""
-    parallel = config.parallel
+def split_world(parallel: ParallelConfig, timeout_seconds: float, seed: int) -> None:
+    """Split an initialised process group into TP x CP x PP x DP and seed all generators, as :func:`initialize` does.
+    ``timeout_seconds`` is the limit of each collective."""
     expected = parallel.world_size
     if dist.get_world_size() != expected:
         raise ConfigError(
@@ -108,11 +107,11 @@ def split_world(config: Config) -> None:
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         # Megatron-Core makes a timedelta of it, so a fraction of a minute is fine.
-        distributed_timeout_minutes=config.backend.timeout_seconds / 60,
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     # Each stage has a seed of its own: with one for all, the first layer of every stage would drop the same hidden
     # states, and so on.
-    seed = config.run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
 

@@ -112,7 +112,7 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         with learner.start.applied(learner.model):
             start_log_prob = score(learner.model, batches, config.loss, temperature=temperature).log_prob
     teacher_log_prob, teacher = student.log_prob, None
-    if needs_teacher(config):
+    if needs_teacher(config.algorithm):
         teacher_log_prob, teacher = _score_teacher(trainer, samples, layout)
     log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
     return ScoredRollouts(

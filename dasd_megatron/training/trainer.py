@@ -77,7 +77,7 @@ class Trainer:
     @property
     def hf_files(self) -> Path:
         """The directory with config and tokenizer, which every copy of the policy gets."""
-        return start_hf_files(self.config, self.paths)
+        return start_hf_files(self.config.model, self.paths)
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
     Raises:
         CheckpointError: the checkpoint cannot be read, or is another model's.
     """
-    hf_files = start_hf_files(config, paths)
+    hf_files = start_hf_files(config.model, paths)
     tokenizer = load_tokenizer(hf_files)
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     train_problems, heldout_problems = run_problems(paths, "train"), run_problems(paths, "heldout")
@@ -104,7 +104,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
             logger = stack.enter_context(
                 open_logger(config.logging, paths.root, display, resumed=checkpoint is not None, first_step=first_step)
             )
-        model_path = start_path(config, paths)
+        model_path = start_path(config.model, paths)
         if config.warm_start.steps:
             if warm_started is None:
                 _warm_start(config, paths, train_problems, renderer, tokenizer, display, logger)
@@ -161,7 +161,7 @@ def build_learner(config: Config, model_path: Path) -> Learner:
     optimizer = build_optimizer(
         config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
     )
-    teacher_weights = config.teacher.weights if needs_teacher(config) else None
+    teacher_weights = config.teacher.weights if needs_teacher(config.algorithm) else None
     start = WeightSnapshot(model) if config.loss.kl_coef > 0 or teacher_weights == "frozen" else None
     average = WeightSnapshot(model, dtype=torch.float32) if teacher_weights == "ema" else None
     return Learner(model, optimizer, start, average)

@@ -42,7 +42,7 @@ def warm_start(
         report: called after every step with step, loss (nats per response token), lr and grad_norm.
     """
     settings = config.warm_start
-    model = build_model(config, start_path(config, paths), hidden_dropout=settings.hidden_dropout)
+    model = build_model(config, start_path(config.model, paths), hidden_dropout=settings.hidden_dropout)
     optimizer = build_optimizer(
         OptimizerConfig(
             lr=settings.lr,
@@ -85,4 +85,4 @@ def warm_start(
         stop_if_requested()
         report({"step": step + 1, **result.means, "lr": result.lr, "grad_norm": result.grad_norm})
     model.gather_parameters()
-    export_model(model, paths.warm_started_model, template_dir=start_hf_files(config, paths))
+    export_model(model, paths.warm_started_model, template_dir=start_hf_files(config.model, paths))

@@ -2,83 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import io
 import json
 import random
 from pathlib import Path
 
 import pytest
 
-from dasd_megatron.commands.evaluate import hf_directory
-from dasd_megatron.config import Config, VerifyConfig, load_config
-from dasd_megatron.data.prompts import Problem
-from dasd_megatron.errors import ConfigError
-from dasd_megatron.evaluation.sampling import EvaluationError, Records, check_settings, model_digest, sample_benchmark
-from dasd_megatron.evaluation.standalone import evaluate_model
-from dasd_megatron.evaluation.summary import MACRO_AVERAGE, OURS, print_table, write_metrics
-from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.rollout.answers import Completion
+from dasd_megatron.config import Config
+from dasd_megatron.evaluation.sampling import EvaluationError, check_settings, model_digest
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.verify.grader import Grader
-
-TOKENIZER = character_tokenizer()
-PROBLEMS = [Problem(f"p{i}", f"{i}+1 =", str(i + 1), "") for i in range(7)]
-PROMPTS = [TOKENIZER.encode(problem.problem) for problem in PROBLEMS]
-
-
-class Engine:
-    """Answers by the seed alone, in a random order of requests, and fails at the request ``last``."""
-
-    def __init__(self, last: int | None = None, *, same: bool = False, log_prob: float | None = None) -> None:
-        self.last, self.same, self.log_prob, self.requests = last, same, log_prob, []
-
-    async def __aenter__(self) -> Engine:
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
-
-    async def generate(self, prompts, params, *, weight_version, rows_per_request) -> list[Completion]:
-        assert len(prompts) <= rows_per_request and weight_version == "w"
-        await asyncio.sleep(random.random() / 200)
-        if self.last is not None and len(self.requests) >= self.last:
-            raise RolloutServerError("http://server", "gone", 1, "look at its log")
-        self.requests.append([one["sampling_seed"] for one in params])
-        return [self.completion(prompt, one["sampling_seed"]) for prompt, one in zip(prompts, params, strict=True)]
-
-    def completion(self, prompt: list[int], seed: int) -> Completion:
-        term = int(TOKENIZER.decode(prompt).split("+")[0])
-        noise = 0 if self.same else seed % 3
-        text = "no mark" if noise == 2 else f"{seed % 1000 if not self.same else ''} #### {term + 1 + noise}"
-        ids = [*TOKENIZER.encode(text), TOKENIZER.eos_token_id]
-        log_prob = -(seed % 97) / 7 if self.log_prob is None else self.log_prob
-        return Completion(ids, [log_prob] * len(ids), "length" if noise == 2 else "stop", [("w", len(ids))], "")
-
-
-@pytest.fixture
-def config() -> Config:
-    config = load_config(
-        ["experiment=quickstart", "evaluation.samples=3", "evaluation.ks=[1]", "evaluation.samples_per_request=4"]
-    )
-    return config
-
-
-def draw(config: Config, folder: Path, engine: Engine) -> Records:
-    folder.mkdir(exist_ok=True)
-    with Grader(VerifyConfig(workers=0)) as grader, ProgressDisplay(total_steps=0, stream=io.StringIO()) as display:
-        return sample_benchmark(
-            config,
-            folder,
-            PROBLEMS,
-            PROMPTS,
-            client=engine,
-            grader=grader,
-            tokenizer=TOKENIZER,
-            weight_version="w",
-            display=display,
-        )
+from tests.support.evaluation_samples import Engine, draw
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -183,68 +117,3 @@ def test_a_changed_model_has_another_digest(tmp_path: Path) -> None:
     assert model_digest(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20 - 1) + b"x")
     assert model_digest(tmp_path) != before
-
-
-def test_metrics_of_several_benchmarks(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    records = draw(config, tmp_path / "one", Engine())
-    right = [[{**record, "symbolic_correct": True, "predicted_answer": "1"} for record in row] for row in records]
-    for name in ("gsm8k", "mine"):
-        (tmp_path / name).mkdir()
-    metrics = write_metrics(config, tmp_path, {"gsm8k": records, "mine": right})
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    ours = metrics["gsm8k"][OURS]
-    flat = [record for row in records for record in row]
-    assert ours["avg@3"] == pytest.approx(sum(record["symbolic_correct"] for record in flat) / 21)
-    assert (
-        ours["no_answer_share"]
-        == ours["truncated_share"]
-        == sum(record["predicted_answer"] is None for record in flat) / 21
-    )
-    assert metrics["gsm8k"]["pass@1[avg-of-3]"]["symbolic_correct"] == pytest.approx(100 * ours["avg@3"])
-    assert set(metrics["gsm8k"]) == {"pass@1", *(f"{kind}@{k}" for kind in ("pass", "majority") for k in (2, 3)), *(f"pass@1[avg-of-{k}]" for k in (2, 3)), OURS}  # fmt: skip # noqa: E501
-    # Through the files' JSON, as what was measured on the samples themselves.
-    assert ours["health/length_p50"] == sorted(record["num_generated_tokens"] for record in flat)[10]
-    assert ours["health/distinct_paths"] == pytest.approx(
-        sum(len({record["generation"] for record in row}) for row in records) / 7
-    )
-    # The steps of sums are checked, and none of these responses has one.
-    assert ours["health/step_accuracy"] == 0.0
-    table = json.loads((tmp_path / "gsm8k" / "health.json").read_text())["calibration"]
-    assert sum(entry["responses"] for entry in table) == 21
-    low, high = ours["confidence_intervals"]["avg@3"]
-    assert 0 <= low < ours["avg@3"] < high <= 1
-    average = metrics[MACRO_AVERAGE][OURS]
-    assert average["avg@3"] == pytest.approx((ours["avg@3"] + 1) / 2)
-    # Half of one benchmark's uncertainty, and of the other's, which is none.
-    width = average["confidence_intervals"]["avg@3"][1] - average["confidence_intervals"]["avg@3"][0]
-    assert width == pytest.approx((high - low) / 2)
-    print_table(metrics, 0.95)
-    table = capsys.readouterr().out
-    assert "GSM8K" in table and "mine" in table and "mean" in table and "Avg@3 [95%]" in table and "100.0%" in table
-
-
-def test_a_model_is_needed(config: Config) -> None:
-    with pytest.raises(ConfigError, match="model.path is required to evaluate"):
-        evaluate_model(config, hf_directory)
-
-
-def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> None:
-    config = load_config(
-        ["experiment=evaluate", f"model.path={tmp_path}", "evaluation.benchmarks=[gsm8k]", "evaluation.samples=4"]
-    )
-    assert (config.rollout.engine, config.evaluation.temperature, config.data.template) == (
-        "embedded",
-        0.6,
-        "student_math.jinja",
-    )
-    with pytest.raises(ConfigError, match="evaluation.nemo_skills=grade runs in an environment of its own"):
-        load_config(
-            [
-                "experiment=evaluate",
-                f"model.path={tmp_path}",
-                "evaluation.benchmarks=[a]",
-                "evaluation.nemo_skills=grade",
-            ]
-        )
-    with pytest.raises(ConfigError, match="data.train: give either .*needs neither with evaluation.benchmarks"):
-        load_config(["experiment=evaluate", f"model.path={tmp_path}"])

@@ -13,7 +13,7 @@ TWO = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_RDZV_ENDPOINT": "node0:2950
 
 
 def nodes(world_size: int, environment: dict[str, str], *overrides: str) -> Nodes:
-    return read_nodes(load_config(["experiment=quickstart", *overrides]), world_size, environment)
+    return read_nodes(load_config(["experiment=quickstart", *overrides]).run, world_size, environment)
 
 
 def test_one_node_without_variables_and_several_with_them() -> None:

@@ -1,0 +1,90 @@
+"""Checks of a run against its model and its problems, with a tokenizer of characters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dasd_megatron.access import AccessError
+from dasd_megatron.config import AlgorithmConfig, ModelConfig, WarmStartConfig
+from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.templates import make_renderer
+from dasd_megatron.models.tiny import character_tokenizer
+from dasd_megatron.run.checks import (
+    check_key,
+    check_prompt_lengths,
+    check_warm_start_lengths,
+    flatten,
+    needs_teacher,
+    require_hf_directory,
+)
+from tests.support.small_configs import configure, refusal
+
+KEY = "k-0123456789abcdefghijklmnopqrstuv"
+
+
+def test_grpo_alone_needs_no_teacher() -> None:
+    names = ("dasd", "grpo", "opsd", "reversed", "rlsd")
+    assert [name for name in names if not needs_teacher(AlgorithmConfig(name=name))] == ["grpo"]
+
+
+def test_a_key_in_the_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASD_API_KEY", KEY)
+    config = configure()
+    check_key(config)
+    config.run.name = f"a-{KEY}"
+    with pytest.raises(AccessError, match="stands in the configuration too"):
+        check_key(config)
+
+
+def test_a_checkpoint_of_megatron_is_no_start_for_a_server(tmp_path: Path) -> None:
+    require_hf_directory(None)
+    require_hf_directory(str(tmp_path))
+    (tmp_path / ".metadata").touch()
+    assert "dasd convert megatron-to-hf" in refusal(lambda: require_hf_directory(str(tmp_path)))
+
+
+def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
+    config, tokenizer = configure(), character_tokenizer()
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
+    problem = Problem("p", "1 + 1 =", "2", "1 + 1 = 2")
+    prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
+    # The end-of-sequence token counts too.
+    length = prompt + len(problem.reference_solution) + 1
+
+    def check(positions: int, path: str | None = None) -> None:
+        model, sizes = ModelConfig(path=path), SimpleNamespace(max_position_embeddings=positions)
+        check_warm_start_lengths(model, WarmStartConfig(steps=3), sizes, renderer, tokenizer, [problem])
+
+    check(length)
+    message = refusal(lambda: check(length - 1))
+    assert "warm_start.steps=3: problem 'p'" in message and f"{length - 1} (model.tiny)" in message
+    assert "(config.json of model.path=/m)" in refusal(lambda: check(length - 1, "/m"))
+    tokenizer.eos_token = None
+    assert "end-of-sequence token" in refusal(lambda: check(length, "/m"))
+
+
+@pytest.mark.parametrize(("method", "warm_start"), [("dasd", 0), ("grpo", 0), ("grpo", 1)])
+def test_privileged_prompts_are_limited_where_they_are_used(method: str, warm_start: int) -> None:
+    config = configure(f"algorithm={method}", f"warm_start.steps={warm_start}")
+    renderer = make_renderer(config.data, config.teacher, character_tokenizer())
+    problem = Problem("p", "1 + 1 =", "2", "1 + 1 = 2")
+    student, teacher = len(renderer.student(problem)), len(renderer.teacher(problem))
+    assert student < teacher
+    config.rollout.max_prompt_tokens = student
+    # No teacher sees held-out problems.
+    check_prompt_lengths(config, renderer, [], [problem])
+    if method == "grpo" and not warm_start:
+        check_prompt_lengths(config, renderer, [problem], [])
+    else:
+        with pytest.raises(DataError, match="max_prompt_tokens"):
+            check_prompt_lengths(config, renderer, [problem], [])
+    config.rollout.max_prompt_tokens = student - 1
+    with pytest.raises(DataError, match="max_prompt_tokens"):
+        check_prompt_lengths(config, renderer, [], [problem])
+
+
+def test_nested_mappings_are_flattened() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": []}, "e": None}) == {"a.b.c": 1, "a.d": [], "e": None}
