@@ -1,4 +1,5 @@
-"""The package's structure: imports point one way, and modules and functions can be read at a glance."""
+"""The package's structure: imports point one way, each decision has one place, and modules and functions can be read at
+a glance. The tests' own: they share helpers, and not each other."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import dasd_megatron
+from dasd_megatron.algorithms.methods import METHODS
+from dasd_megatron.models.families import FAMILIES
 
 ROOT = Path(dasd_megatron.__file__).parent
+TESTS = Path(__file__).parents[1]
 
 # From the ground up: a package or module may import what stands before it, and nothing else of this project.
 ORDER = (
@@ -42,6 +46,11 @@ MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION, DEEPEST_NESTING = 600, 80, 4
 TABLES = ("observability/metric_docs.py",)
 # Resources and code for other processes, which nothing imports.
 OUTSIDE = ("conf/", "rollout/sglang/stand_ins")
+# The tests that name sys.path. Programs that a test has as a string are not searched: they may set up their own.
+MAY_NAME_SYS_PATH = {
+    "support/preloaded.py": "gives a forked process the path that Python would have started with",
+    "support/workers/describe_process.py": "prints the path, for the test that forked processes have the right one",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -147,3 +156,58 @@ def test_functions_are_short_and_flat():
                 if lines > MOST_LINES_OF_A_FUNCTION or depth > DEEPEST_NESTING:
                     found[f"{path.relative_to(ROOT)}:{node.name}"] = (lines, depth)
     assert found == {}
+
+
+def compared_strings(tree: ast.AST) -> set[str]:
+    """Return the strings that stand in a comparison: alone, or in a tuple, list or set."""
+    return {
+        part.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare)
+        for side in (node.left, *node.comparators)
+        for part in (side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else (side,))
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    }
+
+
+def test_comparisons_are_found():
+    tree = ast.parse('a == "b"; "c" != a; a in ("d", "e"); f("g") == h["i"]')
+    assert compared_strings(tree) == {"b", "c", "d", "e"}
+
+
+@pytest.mark.parametrize(
+    ("home", "names"), [("algorithms", METHODS), ("models", FAMILIES)], ids=["methods", "families"]
+)
+def test_names_are_compared_in_their_home_alone(home, names):
+    found = {
+        str(path.relative_to(ROOT)): compared & set(names)
+        for module, path in MODULES.items()
+        if module != "dasd_megatron"
+        and part(module) != home
+        and (compared := compared_strings(ast.parse(path.read_text(encoding="utf-8")))) & set(names)
+    }
+    assert found == {}
+
+
+def test_tests_share_helpers_and_not_each_other():
+    path_users, test_imports = set(), set()
+    for file in TESTS.rglob("*.py"):
+        name = file.relative_to(TESTS).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path":
+                path_users.add(name)
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            test_imports |= {
+                f"{name} imports {module}"
+                for module in imported
+                if module.startswith("tests.") and not module.startswith("tests.support")
+            }
+    assert path_users == set(MAY_NAME_SYS_PATH)
+    assert test_imports == set()
+
+
+def test_unit_tests_follow_the_folders_of_the_package():
+    folders = {file.parent.relative_to(TESTS / "unit") for file in (TESTS / "unit").rglob("test_*.py")}
+    assert [folder for folder in sorted(folders) if not (ROOT / folder).is_dir()] == []
