@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 
@@ -42,15 +41,10 @@ COMMANDS = {
 """Each subcommand and the function that runs it with its arguments. It is imported when it is chosen, so that no
 command waits for what another one imports."""
 
-_ALLOCATIONS_PER_COLLECTION = 100_000
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand with its arguments, by default those of this process, and return its exit status."""
     if arguments is None:
-        # While modules are imported there is hardly any garbage to collect, and looking for it at Python's default
-        # rate would take a fifth of the time.
-        gc.set_threshold(_ALLOCATIONS_PER_COLLECTION)
         arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)

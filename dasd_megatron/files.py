@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from pathlib import Path
 
 class RunDirectoryError(RuntimeError):
     """A run directory that cannot be written or read. The message names the path and what to do."""
+
+
+PARTIAL_FILE = re.compile(r"\..+\.\d+\.tmp")
+"""Names of the temporary files of :func:`atomic_file`, of which a writer that is killed leaves its own."""
 
 
 @contextlib.contextmanager

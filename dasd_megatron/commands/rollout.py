@@ -46,8 +46,7 @@ def sample_steps(config: Config, root: Path) -> None:
     ``<root>/rollouts``.
 
     Prompts, seeds, filters and files are those of training, so ``rollout.replay=<root>/rollouts`` trains on them.
-    External servers load
-    the model from ``model.path``, which they have to reach.
+    External servers load the model from ``model.path``, which they have to reach.
 
     Raises:
         ConfigError: the configuration cannot run, or ``model.path`` is a Megatron checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import TextIO
 
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.files import PARTIAL_FILE
 
 _LOST_NODE_SECONDS = 300.0
+# Trackers write beside the run, in a directory of their own.
+_WRITTEN_BY_RUNS = ("checkpoints", "data", "evaluations", "inspect", "rollouts")
 # Open files hold the locks, so they stay open as long as this process lives.
 _claimed: dict[Path, TextIO] = {}
 
@@ -35,7 +39,7 @@ def claim_directory(root: Path) -> None:
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it holds the lock as long as the process lives
     job = os.environ.get("SLURM_JOB_ID")
     try:
-        _lock(file, root, job)
+        is_locked = _lock(file, root, job)
     except ConfigError:
         file.close()
         raise
@@ -43,15 +47,25 @@ def claim_directory(root: Path) -> None:
     file.write(json.dumps({"host": platform.node(), "pid": os.getpid(), "slurm_job": job}))
     file.flush()
     _claimed[path] = file
+    if is_locked:
+        _remove_partial_files(root)
 
 
-def _lock(file: TextIO, root: Path, job: str | None) -> None:
-    """Lock the file; where the file system knows no locks, say so and go on."""
+def _remove_partial_files(root: Path) -> None:
+    """Remove what writers that were killed have left, which can be as large as the files themselves; see
+    :func:`~dasd_megatron.files.atomic_file`."""
+    for path in itertools.chain(root.iterdir(), *((root / name).glob("*") for name in _WRITTEN_BY_RUNS)):
+        if PARTIAL_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, root: Path, job: str | None) -> bool:
+    """Lock the file; where the file system knows no locks, say so and return False."""
     deadline = None
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return True
         except BlockingIOError as error:
             file.seek(0)
             owner = file.read().strip()
@@ -72,4 +86,4 @@ def _lock(file: TextIO, root: Path, job: str | None) -> None:
                 error.strerror,
                 root,
             )
-            return
+            return False

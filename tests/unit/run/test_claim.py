@@ -11,6 +11,7 @@ import pytest
 
 from dasd_megatron.config import load_config
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.run.claim import claim_directory
 from dasd_megatron.run.prepare import prepare_run
 from tests.support.small_configs import SMALL
 
@@ -46,3 +47,18 @@ def test_a_run_directory_in_use_is_refused(
             prepare_run(config, root)
             assert holder.wait() == 0
             assert json.loads((root / "owner.json").read_text())["slurm_job"] == "77"
+
+
+def test_files_of_writers_that_were_killed_go_with_the_next_claim(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from dasd_megatron.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1])) as partial:\n"
+        "    partial.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    (tmp_path / "rollouts").mkdir()
+    for path in (tmp_path / "config.yaml", tmp_path / "rollouts" / "step_000001.jsonl"):
+        subprocess.run([sys.executable, "-c", program, str(path)], check=False, timeout=60)
+        assert len(list(path.parent.glob(f".{path.name}.*"))) == 1
+    (tmp_path / "rollouts" / "step_000002.jsonl").touch()
+    claim_directory(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["owner.json", "step_000002.jsonl"]
