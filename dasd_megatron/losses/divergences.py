@@ -1,9 +1,10 @@
 """The table of divergences between the student's distribution p and the teacher's q over the full vocabulary.
 
-A :class:`Divergence` says which sums the kernels take and how the gradient follows from them, so nothing else compares
-names. To add one, write its gradient here and its record in :data:`DIVERGENCES`; sums that no divergence has needed yet
-are one more value of ``weighted_by`` and a branch in each kernel, where it is read. The functions call tensors' own
-methods, so that this module, which the configuration takes its choices from, imports no torch.
+A :class:`Divergence` says which sums the kernels take, and how its value and gradient follow from them, so nothing else
+compares names. To add one, write its value and its gradient here and its record in :data:`DIVERGENCES`; sums that no
+divergence has needed yet are one more value of ``weighted_by`` and a branch in each kernel, where it is read. The
+functions call tensors' own methods, so that this module, which the configuration takes its choices from, imports no
+torch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,31 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second
+# distribution lead there.
+_INFINITE_NATS = 1e7
+
+
+class Sums(NamedTuple):
+    """What the kernels have summed over the whole vocabulary, ``[T]`` float64 in nats.
+
+    The logits behind the means and the normalisers are shifted by their own distribution's maximum. Sums that a
+    divergence does not ask for are 0.
+    """
+
+    student_mean: Tensor
+    """Mean of the student's logits under p."""
+    student_log_z: Tensor
+    teacher_mean: Tensor
+    """Mean of the teacher's logits under q; 0 unless ``weighted_by`` is ``teacher``."""
+    teacher_log_z: Tensor
+    cross: Tensor
+    """Mean of the other distribution's logits under the one that ``weighted_by`` names."""
+    student_to_mixture: Tensor
+    """KL(p || m)."""
+    teacher_to_mixture: Tensor
+    """KL(q || m)."""
 
 
 class GradientTerms(NamedTuple):
@@ -32,7 +58,7 @@ class GradientTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class Divergence:
-    """The sums and the gradient of one divergence."""
+    """The sums, the value and the gradient of one divergence."""
 
     name: str
     """``algorithm.divergence`` in the configuration."""
@@ -40,13 +66,38 @@ class Divergence:
     weighted_by: Literal["student", "teacher"] | None
     """Whose probabilities weight the logarithms of both distributions in the sums of the first pass. None: a second
     pass sums both distributions against the mixture m = w p + (1 - w) q instead."""
+    value: Callable[[Sums, float], Tensor]
+    """``[T]`` in nats, from the sums and the mixture's weight w of the student."""
     gradient: Callable[[Tensor, Tensor, float], GradientTerms]
     """From the incoming gradient ``[T]``, the value ``[T]`` in nats (KL(p || m) for one that uses the mixture), and the
     mixture's weight w of the student."""
+    note: str = ""
+    """What the documentation of ``algorithm.divergence`` adds to the name."""
 
     @property
     def uses_mixture(self) -> bool:
         return self.weighted_by is None
+
+
+def _kullback_leibler(mean: Tensor, log_z: Tensor, cross: Tensor, other_log_z: Tensor) -> Tensor:
+    """Return the divergence of one distribution from another, from the means of both logits under the first one.
+
+    Rounding below 0 is removed, and what stands for an infinite divergence is made infinite.
+    """
+    divergence = (mean - cross) - (log_z - other_log_z)
+    return divergence.clamp_min(0.0).masked_fill(divergence > _INFINITE_NATS, math.inf)
+
+
+def _reverse_kl(sums: Sums, _: float) -> Tensor:
+    return _kullback_leibler(sums.student_mean, sums.student_log_z, sums.cross, sums.teacher_log_z)
+
+
+def _forward_kl(sums: Sums, _: float) -> Tensor:
+    return _kullback_leibler(sums.teacher_mean, sums.teacher_log_z, sums.cross, sums.student_log_z)
+
+
+def _jensen_shannon(sums: Sums, weight: float) -> Tensor:
+    return (weight * sums.student_to_mixture + (1.0 - weight) * sums.teacher_to_mixture).clamp_min(0.0)
 
 
 def _reverse_kl_gradient(grad: Tensor, value: Tensor, _: float) -> GradientTerms:
@@ -71,9 +122,11 @@ def _jensen_shannon_gradient(grad: Tensor, student_to_mixture: Tensor, weight: f
 DIVERGENCES: dict[str, Divergence] = {
     divergence.name: divergence
     for divergence in (
-        Divergence("reverse_kl", "KL(p || q)", "student", _reverse_kl_gradient),
-        Divergence("forward_kl", "KL(q || p)", "teacher", _forward_kl_gradient),
-        Divergence("jsd", "w KL(p || m) + (1 - w) KL(q || m)", None, _jensen_shannon_gradient),
+        Divergence(
+            "reverse_kl", "KL(p || q)", "student", _reverse_kl, _reverse_kl_gradient, note="KL(student || teacher)"
+        ),
+        Divergence("forward_kl", "KL(q || p)", "teacher", _forward_kl, _forward_kl_gradient),
+        Divergence("jsd", "w KL(p || m) + (1 - w) KL(q || m)", None, _jensen_shannon, _jensen_shannon_gradient),
     )
 }
 """Every divergence by its name, in the order in which messages list them."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.losses.divergences import DIVERGENCES, Divergence
+from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, Sums
 from dasd_megatron.losses.torch_kernels import (
     CROSS,
     MAX,
@@ -30,10 +30,6 @@ from dasd_megatron.losses.torch_kernels import (
     TEACHER_Z,
     Z,
 )
-
-# A Kullback-Leibler divergence beyond this is reported as infinite: only columns without mass in the second
-# distribution lead there.
-_INFINITE_NATS = 1e7
 
 
 class TokenStats(NamedTuple):
@@ -292,30 +288,14 @@ def finish(
     teacher_log_z = teacher.whole.z.log()
     teacher_log_prob = (rows[TEACHER_TARGET].sum(0) - teacher.whole.maximum) * inverse_temperature - teacher_log_z
     teacher_distribution = Distribution(teacher.whole.maximum.to(dtype), teacher_log_z.to(dtype))
+    zeros = torch.zeros_like(mean)
+    sums = Sums(mean, log_z, teacher.mean, teacher_log_z, teacher.cross, zeros, zeros)
     if objective.divergence.uses_mixture and mixture_sums is not None:
-        sums = all_gather(mixture_sums(distribution, teacher_distribution), shard)
-        value, centre = jensen_shannon(sums, objective.jsd_weight)
-    elif objective.divergence.weighted_by == "student":
-        value = centre = _kullback_leibler(mean, log_z, teacher.cross, teacher_log_z)
-    else:
-        value = centre = _kullback_leibler(teacher.mean, teacher_log_z, teacher.cross, log_z)
+        both = all_gather(mixture_sums(distribution, teacher_distribution), shard).double().sum(0)
+        sums = sums._replace(student_to_mixture=both[0], teacher_to_mixture=both[1])
+    value = objective.divergence.value(sums, objective.jsd_weight)
+    centre = sums.student_to_mixture if objective.divergence.uses_mixture else value
     return Finished(log_prob, entropy, distribution, Comparison(teacher_distribution, teacher_log_prob, value, centre))
-
-
-def _kullback_leibler(mean: Tensor, log_z: Tensor, cross: Tensor, other_log_z: Tensor) -> Tensor:
-    """Return the divergence of one distribution from another, from the means of both logits under the first one.
-
-    Rounding below 0 is removed, and what stands for an infinite divergence is made infinite.
-    """
-    divergence = (mean - cross) - (log_z - other_log_z)
-    return torch.where(divergence > _INFINITE_NATS, math.inf, divergence.clamp_min(0.0))
-
-
-def jensen_shannon(sums: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Return the divergence and its student's part KL(p || m), float64 ``[T]``, from the mixture's sums of all ranks
-    ``[ranks, 2, T]``."""
-    student_to_mixture, teacher_to_mixture = sums.double().sum(0).unbind(0)
-    return (weight * student_to_mixture + (1.0 - weight) * teacher_to_mixture).clamp_min(0.0), student_to_mixture
 
 
 def gradient_coefficients(

@@ -157,6 +157,8 @@ def reference_partials(case: Case, divergence: str | None) -> tuple[Tensor, Tens
     if divergence is None:
         return torch.stack(rows), torch.stack(bounds)
     teacher_rows, teacher_bounds, e, q = _side(case.teacher, case)
+    if divergence not in ("reverse_kl", "forward_kl", "jsd"):
+        raise ValueError(f"the reference has no divergence {divergence!r}: write its sums here")
     if divergence != "forward_kl":
         teacher_rows[MEAN] = teacher_bounds[MEAN] = torch.zeros_like(rows[MEAN])
     cross = cross_bound = torch.zeros_like(rows[MEAN])

@@ -33,10 +33,12 @@ def dense(
         value = expectation(p, log_p - log_q)
     elif divergence == "forward_kl":
         value = expectation(q, log_q - log_p)
-    else:
+    elif divergence == "jsd":
         m = weight * p + (1 - weight) * q
         log_m = torch.where(m > 0, m, 1.0).log()
         value = weight * expectation(p, log_p - log_m) + (1 - weight) * expectation(q, log_q - log_m)
+    else:
+        raise ValueError(f"the reference has no divergence {divergence!r}: write its definition here")
     return TokenStats(log_prob, entropy, log_q.gather(1, targets[:, None])[:, 0], value)
 
 

@@ -1,4 +1,4 @@
-"""The table of divergences: importable without torch, and each gradient is the derivative of its formula."""
+"""The table of divergences: importable without torch; each value is its formula, each gradient the derivative."""
 
 from __future__ import annotations
 
@@ -10,9 +10,32 @@ import pytest
 import torch
 
 from dasd_megatron.losses import DIVERGENCES, Divergence
+from dasd_megatron.losses.divergences import Sums
 from tests.support.token_stats_reference import dense
 
 WEIGHT = 0.3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_the_value_of_the_sums_is_the_definition(divergence: Divergence) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits, teacher = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
+    want = dense(logits, torch.zeros(5, dtype=torch.int64), teacher, divergence.name, 1.0, 11, WEIGHT).divergence
+    log_p, log_q = logits.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = (WEIGHT * p + (1 - WEIGHT) * q).log()
+    d, e = logits - logits.amax(-1, keepdim=True), teacher - teacher.amax(-1, keepdim=True)
+    weights, other = (p, e) if divergence.weighted_by == "student" else (q, d)
+    sums = Sums(
+        student_mean=(p * d).sum(-1),
+        student_log_z=d.logsumexp(-1),
+        teacher_mean=(q * e).sum(-1),
+        teacher_log_z=e.logsumexp(-1),
+        cross=(weights * other).sum(-1),
+        student_to_mixture=(p * (log_p - log_m)).sum(-1),
+        teacher_to_mixture=(q * (log_q - log_m)).sum(-1),
+    )
+    torch.testing.assert_close(divergence.value(sums, WEIGHT), want)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
