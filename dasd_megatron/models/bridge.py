@@ -143,7 +143,7 @@ def make_bridge(
 
     ``transformer_config`` overrides fields of the TransformerConfig that mbridge derives from the Hugging Face config.
     """
-    base = bridge_class(hf_config.model_type)
+    base = bridge_class(FAMILIES[hf_config.model_type])
     bridge = type(base.__name__, (_Corrections, base), {})(hf_config, dtype=dtype)
     if not transformer_engine:
         bridge.use_local_layer_norm_names()

@@ -16,7 +16,7 @@ class Family:
     """One architecture as config.json names it, and how its layers differ from those of the others."""
 
     model_type: str
-    """``model_type`` in config.json, also the name of mbridge's module and of its mapping of weights."""
+    """``model_type`` in config.json."""
     architecture: str
     """The class that transformers makes of it."""
     qkv_bias: bool = False
@@ -30,6 +30,8 @@ class Family:
     """Switches in config.json of biases that Megatron's layers of this family do not have, and that would be lost."""
     rope_types: tuple[str, ...] = ("default", "linear", "llama3")
     """Kinds of RoPE scaling that Megatron-Core represents."""
+    mbridge_module: str | None = None
+    """Module of ``mbridge.models`` whose mapping of weights fits. None: the one that is named like ``model_type``."""
 
 
 FAMILIES: dict[str, Family] = {

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from dasd_megatron.models.families import FAMILIES
+from dasd_megatron.models.families import FAMILIES, Family
 
 
 def _skip_other_families() -> None:
@@ -31,10 +31,17 @@ _skip_other_families()
 
 from mbridge.core.bridge import _MODEL_REGISTRY, Bridge  # noqa: E402
 
-for _family in FAMILIES:
-    importlib.import_module(f"mbridge.models.{_family}")
+
+def _module_name(family: Family) -> str:
+    return f"mbridge.models.{family.mbridge_module or family.model_type}"
 
 
-def bridge_class(model_type: str) -> type[Bridge]:
-    """Return mbridge's own class for an architecture, by its ``model_type`` in config.json."""
-    return _MODEL_REGISTRY[model_type]
+for _family in FAMILIES.values():
+    importlib.import_module(_module_name(_family))
+
+
+def bridge_class(family: Family) -> type[Bridge]:
+    """Return mbridge's own class for a family."""
+    module = _module_name(family)
+    # A module may register its class under another name than its own.
+    return next(bridge for bridge in _MODEL_REGISTRY.values() if bridge.__module__ == module)
