@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         gather_packed_tokens,
     )
     from dasd_megatron.algorithms.credit_sums import CreditStatistics, credit_metrics, credit_statistics
-    from dasd_megatron.algorithms.methods import METHODS, Method
+    from dasd_megatron.algorithms.methods import METHODS, Method, MethodSettings
 
 __all__ = [
     "GAP_LIMIT",
@@ -27,6 +27,7 @@ __all__ = [
     "Credit",
     "CreditStatistics",
     "Method",
+    "MethodSettings",
     "NonFiniteTokenError",
     "context_parallel_credit",
     "credit_metrics",

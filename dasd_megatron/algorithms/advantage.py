@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms.credit import Credit, make_credit, output_dtype, rollout_statistics
-from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES
+from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, MethodSettings
 
 
 def group_relative_advantage(
@@ -77,19 +77,12 @@ def group_relative_advantage(
 
 def token_advantages(
     name: str,
+    settings: MethodSettings,
     *,
     rewards_advantage: Tensor,
     entropy: Tensor,
     delta: Tensor,
     lengths: Tensor,
-    verifier_weight: float,
-    beta: float,
-    rho: float,
-    quantile_side: str,
-    scale_floor: float,
-    gate: bool,
-    rlsd_clip: float,
-    objective: str = "sampled",
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
     """Return the advantage of each token under a method: ``verifier_weight * A + advantage_term``, with A the rollout's
@@ -106,11 +99,11 @@ def token_advantages(
 
     Args:
         name: a key of :data:`~dasd_megatron.algorithms.methods.METHODS`.
+        settings: the settings of all methods.
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
         entropy, delta: ``[N]`` packed response tokens, nats.
         lengths: ``[B]`` tokens of each rollout.
-        verifier_weight, beta, rho, quantile_side, scale_floor, gate, rlsd_clip, objective: the fields of the
-            algorithm's configuration.
+        eps: guard of the divisions, nats.
 
     Returns:
         advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient.
@@ -126,23 +119,34 @@ def token_advantages(
             f"rewards_advantage has shape {tuple(rewards_advantage.shape)} and lengths {tuple(lengths.shape)}; one "
             "entry per rollout"
         )
-    if not 0.0 <= rlsd_clip < 1.0:
+    if not 0.0 <= settings.rlsd_clip < 1.0:
         raise ValueError(
-            f"rlsd_clip is {rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays"
+            f"rlsd_clip is {settings.rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays"
         )
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(f"objective is {settings.objective!r}; expected one of {', '.join(OBJECTIVES)}")
     dtype = output_dtype(entropy)
     method = METHODS[name]
     statistics = rollout_statistics(
-        entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps
+        entropy,
+        delta,
+        lengths,
+        rho=settings.rho,
+        quantile_side=settings.quantile_side,
+        scale_floor=settings.scale_floor,
+        eps=eps,
     )
-    direction = method.direction(statistics) if method.direction is not None else torch.zeros_like(statistics.routed)
-    credit = make_credit(statistics, direction, beta=beta, gate=gate, dtype=dtype)
-    verifier = verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
+    if method.direction is not None:
+        direction = method.direction(statistics, settings)
+    else:
+        direction = torch.zeros_like(statistics.routed)
+    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype)
+    verifier = (
+        settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
+    )
     if method.verifier_factor is not None:
-        factor = method.verifier_factor(statistics, verifier, rlsd_clip)
+        factor = method.verifier_factor(statistics, verifier, settings)
         credit = credit._replace(advantage_term=(verifier * (factor - 1.0)).to(dtype))
-    if objective == "distributional":
+    if settings.is_distributional:
         credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
     return verifier.to(dtype) + credit.advantage_term, credit

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-OBJECTIVES = ("sampled", "distributional")
+SAMPLED, DISTRIBUTIONAL = OBJECTIVES = ("sampled", "distributional")
 QUANTILE_SIDES = ("upper", "lower")
 
 
@@ -36,6 +36,29 @@ class RolloutStatistics(NamedTuple):
     """``[N]`` (tau - H) / sigma."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Settings of the methods, each the field of ``algorithm`` in the configuration that has its name.
+
+    Every method gets all of them and reads its own. A further setting is a field here and a field of the
+    configuration.
+    """
+
+    verifier_weight: float
+    beta: float
+    rho: float
+    quantile_side: str
+    scale_floor: float
+    gate: bool
+    rlsd_clip: float
+    objective: str = SAMPLED
+
+    @property
+    def is_distributional(self) -> bool:
+        """True where the teacher acts through a divergence, and not through the advantage."""
+        return self.objective == DISTRIBUTIONAL
+
+
 @dataclass(frozen=True)
 class Method:
     """A method, as far as the rest of the package needs to know it."""
@@ -44,13 +67,13 @@ class Method:
     """``algorithm.name`` in the configuration, and the name of the yaml."""
     description: str
     """One line for people."""
-    direction: Callable[[RolloutStatistics], Tensor] | None = None
+    direction: Callable[[RolloutStatistics, MethodSettings], Tensor] | None = None
     """``[N]`` direction of each token before the reliability gate, in [-1, 1]. None: omega is 0 everywhere, so the
     teacher adds nothing to the verifier's advantage, and the distributional objective has nothing to weight a
     divergence with."""
-    verifier_factor: Callable[[RolloutStatistics, Tensor, float], Tensor] | None = None
-    """``[N]`` factor on the verifier's advantage of each token, from the statistics, that advantage ``[N]`` and
-    ``algorithm.rlsd_clip``. None: 1."""
+    verifier_factor: Callable[[RolloutStatistics, Tensor, MethodSettings], Tensor] | None = None
+    """``[N]`` factor on the verifier's advantage of each token, from the statistics, that advantage ``[N]`` and the
+    settings. None: 1."""
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
@@ -67,20 +90,20 @@ class Method:
         return self.direction is not None or self.verifier_factor is not None
 
 
-def _route_by_entropy(statistics: RolloutStatistics) -> Tensor:
+def _route_by_entropy(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
     return statistics.routed.tanh()
 
 
-def _pull_everywhere(statistics: RolloutStatistics) -> Tensor:
+def _pull_everywhere(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
     return statistics.routed.new_ones(statistics.routed.shape)
 
 
-def _push_everywhere(statistics: RolloutStatistics) -> Tensor:
+def _push_everywhere(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
     return -statistics.routed.new_ones(statistics.routed.shape)
 
 
-def _scale_by_gap(statistics: RolloutStatistics, verifier: Tensor, clip: float) -> Tensor:
-    return (verifier.sign() * statistics.gap).exp().clamp(1.0 - clip, 1.0 + clip)
+def _scale_by_gap(statistics: RolloutStatistics, verifier: Tensor, settings: MethodSettings) -> Tensor:
+    return (verifier.sign() * statistics.gap).exp().clamp(1.0 - settings.rlsd_clip, 1.0 + settings.rlsd_clip)
 
 
 METHODS: dict[str, Method] = {

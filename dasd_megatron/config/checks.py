@@ -244,7 +244,7 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 trains on nothing: write "
             "algorithm.verifier_weight=1"
         )
-    distributional = algorithm.objective == "distributional"
+    distributional = algorithm.is_distributional
     teacher_weight = "divergence_weight" if distributional else "beta"
     if algorithm.verifier_weight == 0 and getattr(algorithm, teacher_weight) == 0:
         raise ConfigError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, QUANTILE_SIDES
+from dasd_megatron.algorithms.methods import DISTRIBUTIONAL, METHODS, OBJECTIVES, QUANTILE_SIDES, MethodSettings
 from dasd_megatron.config.fields import REQUIRED, setting
 from dasd_megatron.errors import enumerate_names
 from dasd_megatron.losses.divergences import DIVERGENCES
@@ -15,6 +16,11 @@ DECAY_STYLES = ("constant", "linear", "cosine")
 
 PRIVILEGED_KINDS = ("solution", "hint", "answer")
 """Kinds of text that the teacher is shown beside the problem."""
+
+
+def _describe_divergences() -> str:
+    notes = [f"{name}, {divergence.note}" if divergence.note else name for name, divergence in DIVERGENCES.items()]
+    return "; ".join([*notes[:-1], f"or {notes[-1]}"])
 
 
 @dataclass
@@ -193,7 +199,7 @@ class AlgorithmConfig:
     )
     divergence: str = setting(
         "reverse_kl",
-        "distributional only: reverse_kl, KL(student || teacher); forward_kl; or jsd",
+        f"distributional only: {_describe_divergences()}",
         choices=tuple(DIVERGENCES),
     )
     divergence_weight: float = setting(
@@ -205,6 +211,16 @@ class AlgorithmConfig:
         low=0,
     )
     jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
+
+    @property
+    def is_distributional(self) -> bool:
+        """True where the teacher acts through a divergence, and not through the advantage."""
+        return self.objective == DISTRIBUTIONAL
+
+    @property
+    def method_settings(self) -> MethodSettings:
+        """The fields that the methods read."""
+        return MethodSettings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(MethodSettings)})
 
 
 @dataclass

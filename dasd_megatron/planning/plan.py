@@ -181,7 +181,7 @@ def _stage_memory(
     copies = width * (config.loss.kl_coef > 0 or (needs_teacher and teacher == "frozen"))
     copies += 4 * (needs_teacher and teacher == "ema")
     snapshots = float(state.parameters * copies)
-    if config.algorithm.objective == "distributional" and stage == parallel.pipeline_model_parallel_size - 1:
+    if config.algorithm.is_distributional and stage == parallel.pipeline_model_parallel_size - 1:
         states = batches.sequences * config.rollout.max_new_tokens * arch.hidden
         snapshots += states / parallel.tensor_model_parallel_size * width
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss

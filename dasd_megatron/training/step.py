@@ -145,7 +145,7 @@ def _score_teacher(
             batches,
             config.loss,
             temperature=config.rollout.temperature,
-            keep_hidden=config.algorithm.objective == "distributional",
+            keep_hidden=config.algorithm.is_distributional,
         )
         if scores.hidden is None:
             return scores.log_prob, None
@@ -171,18 +171,11 @@ def route(
     verifier_advantage = all_advantages[share.places]
     advantage, credit = token_advantages(
         settings.name,
+        settings.method_settings,
         rewards_advantage=verifier_advantage,
         entropy=scores.student.entropy,
         delta=scores.delta,
         lengths=scores.lengths,
-        verifier_weight=settings.verifier_weight,
-        beta=settings.beta,
-        rho=settings.rho,
-        quantile_side=settings.quantile_side,
-        scale_floor=settings.scale_floor,
-        gate=settings.gate,
-        rlsd_clip=settings.rlsd_clip,
-        objective=settings.objective,
     )
     importance = None
     if loss.importance_sampling != "none":
@@ -211,7 +204,7 @@ def update_policy(
         minibatch = samples[first : first + share]
         tokens = slice(bounds[first], bounds[first + share])
         distillation = None
-        if config.algorithm.objective == "distributional":
+        if config.algorithm.is_distributional:
             teacher = None if scores.teacher is None else scores.teacher.part(tokens)
             distillation = Distillation(routing.credit.omega[tokens], teacher, config.algorithm)
         results.append(

@@ -91,7 +91,7 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
     result = update(
         model, optimizer, batches, old_log_prob=expected.log_prob.float() + 0.05 * noise, advantage=advantage,
         start_log_prob=None,
-        distillation=distillation if config.algorithm.objective == "distributional" else None, settings=config.loss,
+        distillation=distillation if config.algorithm.is_distributional else None, settings=config.loss,
         temperature=1.0,
     )  # fmt: skip
     return student, torch.cat([parameter.main_grad.flatten().clone() for parameter in model.parameters()]), result

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ import yaml
 
 import dasd_megatron
 from dasd_megatron import algorithms
-from dasd_megatron.algorithms import METHODS, Method, token_advantages
+from dasd_megatron.algorithms import METHODS, Method, MethodSettings, token_advantages
 
 PRESETS = sorted((Path(dasd_megatron.__file__).parent / "conf/algorithm").glob("*.yaml"))
-SETTINGS = dict(
+SETTINGS = MethodSettings(
     verifier_weight=1.0, beta=0.3, rho=0.2, quantile_side="upper", scale_floor=0.5, gate=True, rlsd_clip=0.2
-)  # fmt: skip
+)
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -43,14 +44,14 @@ def test_every_preset_has_a_record_and_every_record_a_preset() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_method_without_need_of_the_teacher_does_not_read_it(method: Method) -> None:
     data = batch()
-    advantage, _ = token_advantages(method.name, **data, **SETTINGS)
-    other, _ = token_advantages(method.name, **data | {"delta": batch(1)["delta"]}, **SETTINGS)
+    advantage, _ = token_advantages(method.name, SETTINGS, **data)
+    other, _ = token_advantages(method.name, SETTINGS, **data | {"delta": batch(1)["delta"]})
     assert torch.equal(advantage, other) is not method.needs_teacher
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_method_with_a_direction_trains_without_the_verifier(method: Method) -> None:
-    advantage, credit = token_advantages(method.name, **batch(), **SETTINGS | {"verifier_weight": 0.0})
+    advantage, credit = token_advantages(method.name, replace(SETTINGS, verifier_weight=0.0), **batch())
     assert bool(advantage.any()) is method.has_direction
     assert bool(credit.omega.any()) is method.has_direction
     assert (credit.omega.abs() <= 1).all()
@@ -59,8 +60,8 @@ def test_a_method_with_a_direction_trains_without_the_verifier(method: Method) -
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_rho_matters_to_the_methods_that_route_by_entropy(method: Method) -> None:
     data = batch()
-    advantage, _ = token_advantages(method.name, **data, **SETTINGS)
-    other, _ = token_advantages(method.name, **data, **SETTINGS | {"rho": 0.7})
+    advantage, _ = token_advantages(method.name, SETTINGS, **data)
+    other, _ = token_advantages(method.name, replace(SETTINGS, rho=0.7), **data)
     assert torch.equal(advantage, other) is not method.routes_by_entropy
 
 

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from dasd_megatron.algorithms import METHODS
 from dasd_megatron.config import load_config, read_config, save_config
 from dasd_megatron.errors import ConfigError
 
@@ -66,6 +67,6 @@ def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
         load_config([QUICK], folder / "experiment" / "mine.yaml")
 
 
-@pytest.mark.parametrize("algorithm", ["dasd", "grpo", "opsd", "reversed", "rlsd"])
+@pytest.mark.parametrize("algorithm", METHODS)
 def test_every_algorithm_group_composes(algorithm: str) -> None:
     assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm

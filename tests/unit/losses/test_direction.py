@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dasd_megatron.algorithms import direction_adaptive_credit, token_advantages
+from dasd_megatron.algorithms import MethodSettings, direction_adaptive_credit, token_advantages
 from dasd_megatron.losses import (
     DIVERGENCES,
     linear_token_stats,
@@ -66,15 +68,11 @@ def test_sampled_raises_the_log_prob_exactly_where_the_term_is_positive(
     beta = 0.3
     advantage, credit = token_advantages(
         "dasd",
+        MethodSettings(verifier_weight=1.0, beta=beta, gate=True, rlsd_clip=0.2, **SETTINGS),
         rewards_advantage=torch.zeros(3),
         entropy=stats.entropy,
         delta=stats.teacher_log_prob - stats.log_prob,
         lengths=lengths,
-        verifier_weight=1.0,
-        beta=beta,
-        gate=True,
-        rlsd_clip=0.2,
-        **SETTINGS,
     )
     torch.testing.assert_close(advantage, beta * credit.omega * credit.delta_bar)
     loss, _ = policy_surrogate(stats.log_prob, stats.log_prob.detach(), advantage, clip_low=0.2, clip_high=0.2)
@@ -103,20 +101,15 @@ def test_both_terms_in_one_backward_are_the_sum_of_each_alone() -> None:
 
 
 def test_distributional_objective_leaves_the_advantage_to_the_verifier() -> None:
-    entropy, delta = torch.rand(10), torch.randn(10)
-    common = dict(
-        rewards_advantage=torch.tensor([0.7, -0.7]),
-        entropy=entropy,
-        delta=delta,
-        lengths=torch.tensor([4, 6]),
-        verifier_weight=0.5,
-        beta=1.0,
-        gate=True,
-        rlsd_clip=0.2,
-        **SETTINGS,
-    )
-    advantage, credit = token_advantages("dasd", objective="distributional", **common)
+    data = {
+        "entropy": torch.rand(10),
+        "delta": torch.randn(10),
+        "rewards_advantage": torch.tensor([0.7, -0.7]),
+        "lengths": torch.tensor([4, 6]),
+    }
+    sampled = MethodSettings(verifier_weight=0.5, beta=1.0, gate=True, rlsd_clip=0.2, **SETTINGS)
+    advantage, credit = token_advantages("dasd", replace(sampled, objective="distributional"), **data)
     assert advantage.tolist() == pytest.approx([0.35] * 4 + [-0.35] * 6) and (credit.advantage_term == 0).all()
-    assert torch.equal(credit.omega, token_advantages("dasd", **common)[1].omega) and (credit.omega != 0).any()
+    assert torch.equal(credit.omega, token_advantages("dasd", sampled, **data)[1].omega) and (credit.omega != 0).any()
     with pytest.raises(ValueError, match="objective is 'both'"):
-        token_advantages("dasd", objective="both", **common)
+        token_advantages("dasd", replace(sampled, objective="both"), **data)
