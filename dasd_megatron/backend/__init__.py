@@ -1,15 +1,19 @@
-"""The device that a run computes on. Nothing outside this package asks whether there is a GPU.
+"""The device that a run computes on: how a process is prepared for it, and the layers, collectives and environment that
+fit it. Code that is given a tensor asks the tensor for its device.
 
 Call :func:`select` before anything imports ``megatron.core``: the CPU backend has to prepare torch for it first.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from dasd_megatron.backend.base import Backend
 from dasd_megatron.config import BackendConfig
 from dasd_megatron.errors import ConfigError
 
-__all__ = ["Backend", "current", "process_environment", "select"]
+__all__ = ["Backend", "check_devices", "current", "process_environment", "select"]
 
 _selected: Backend | None = None
 
@@ -41,16 +45,28 @@ def process_environment(config: BackendConfig) -> dict[str, str]:
     """Return the environment variables that worker processes have to be started with, since libraries read them before
     any Python runs."""
     # Spinning OpenMP threads make the rollout server, and anything else on the machine, ten times slower.
-    environment = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    if config.kind == "cpu":
-        # By default glibc hands large freed blocks back to the system at once. Every activation then pays for its page
-        # faults again, which is a tenth of the quickstart's step.
-        environment |= {
-            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-            "MALLOC_TOP_PAD_": str(1 << 26),
-        }
-    return environment
+    common = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    return common | _load(config.kind).process_environment()
+
+
+def check_devices(config: BackendConfig, processes: int) -> None:
+    """Refuse (ConfigError) more processes on this machine than it has GPUs. Imports no torch."""
+    # The launcher has to block signals before torch makes threads, so it is not asked to load a backend for this.
+    if config.kind != "cuda":
+        return
+    # Another process asks torch, since the launcher must not have a CUDA context beside its workers'.
+    probe = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    if int(probe.stdout) < processes:
+        raise ConfigError(
+            f"backend.kind=cuda: the parallel sizes need {processes} GPUs on this machine and torch sees "
+            f"{probe.stdout.strip()}; lower them, start on more machines, or set backend.kind=cpu"
+        )
 
 
 def current() -> Backend:

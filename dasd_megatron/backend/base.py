@@ -19,6 +19,9 @@ class Backend(Protocol):
         Has to come before the first import of ``megatron.core``.
         """
 
+    def process_environment(self) -> dict[str, str]:
+        """Return the environment variables that worker processes on this device have to be started with."""
+
     def check_precision(self, config: PrecisionConfig) -> None:
         """Refuse (ConfigError) what this device, or what is installed here, cannot compute in."""
 
@@ -31,6 +34,9 @@ class Backend(Protocol):
     def init_process_group(self, timeout_seconds: float) -> None:
         """Start the default process group over the environment's rendezvous. Every collective fails after
         ``timeout_seconds``."""
+
+    def collective_backend(self) -> str:
+        """Return torch's name of the collectives for tensors on this device."""
 
     def get_rng_state(self) -> torch.Tensor:
         """Return the state of the device's default generator, uint8 on the host."""

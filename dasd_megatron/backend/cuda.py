@@ -43,6 +43,11 @@ def _transformer_engine_installed() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def process_environment() -> dict[str, str]:
+    """Return nothing: no library needs a variable before Python runs."""
+    return {}
+
+
 # Least compute capability of each FP8 recipe.
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
@@ -93,6 +98,11 @@ def init_process_group(timeout_seconds: float) -> None:
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl", timeout=datetime.timedelta(seconds=timeout_seconds), device_id=device()
     )
+
+
+def collective_backend() -> str:
+    """Return NCCL's name."""
+    return "nccl"
 
 
 def get_rng_state() -> torch.Tensor:

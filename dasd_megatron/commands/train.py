@@ -43,13 +43,13 @@ def _train_as_worker(config: Config) -> None:
 
 def _launch_workers(config: Config) -> None:
     # torch and transformers come with these. A configuration that is refused does not wait for them.
+    from dasd_megatron import backend
     from dasd_megatron.run.paths import choose_run_dir
-    from dasd_megatron.training.launch import check_gpus, launch, read_nodes
+    from dasd_megatron.training.launch import launch, read_nodes
 
     nodes = read_nodes(config.run, config.parallel.world_size, os.environ)
     root = choose_run_dir(config)
-    if config.backend.kind == "cuda":
-        check_gpus(nodes.processes)
+    backend.check_devices(config.backend, nodes.processes)
     if nodes.rank == 0:
         _check_port(config.rollout)
 

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -328,23 +327,6 @@ def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, 
     except SignalException as error:
         return 128 + error.sigval
     return 0
-
-
-def check_gpus(needed: int) -> None:
-    """Refuse (ConfigError) more processes than this machine has GPUs."""
-    # Another process asks torch, since the launcher must not have a CUDA context beside its workers'.
-    probe = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    if int(probe.stdout) < needed:
-        raise ConfigError(
-            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees "
-            f"{probe.stdout.strip()}; lower them, start on more machines, or set backend.kind=cpu"
-        )
 
 
 class _SignalForwarder(threading.Thread):

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from dasd_megatron import backend
 from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import Entry
@@ -66,7 +67,7 @@ class DistributedSender(BucketSender):
             timeout=datetime.timedelta(seconds=limit),
         )
         offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
-        kind = "nccl" if self.device.type == "cuda" else "gloo"
+        kind = backend.current().collective_backend()
         asked = self.client.init_weights_update_group(
             addresses, store.port, rank_offsets=offsets, world_size=world_size, name=name, backend=kind
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,24 @@ def test_processes_wait_without_spinning(kind: str) -> None:
     environment = backend.process_environment(BackendConfig(kind=kind, threads=3))
     assert (environment["OMP_NUM_THREADS"], environment["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
     assert ("MALLOC_TRIM_THRESHOLD_" in environment) is (kind == "cpu")
+
+
+@pytest.mark.parametrize(("module", "name"), [(cpu, "gloo"), (cuda, "nccl")], ids=["cpu", "cuda"])
+def test_collectives_are_those_of_the_device(module: Backend, name: str) -> None:
+    assert module.collective_backend() == name
+
+
+def test_a_machine_with_too_few_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "2\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    backend.check_devices(BackendConfig(kind="cpu"), 8)
+    assert not commands
+    backend.check_devices(BackendConfig(kind="cuda"), 2)
+    with pytest.raises(ConfigError, match="need 4 GPUs on this machine and torch sees 2; lower them"):
+        backend.check_devices(BackendConfig(kind="cuda"), 4)
+    assert {command[0] for command in commands} == {sys.executable}
