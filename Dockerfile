@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 #   docker build -t dasd_megatron .                    for GPUs; docker run --gpus all dasd_megatron runs the smoke test
 #   docker build -t dasd_megatron:cpu --target cpu .   docker run dasd_megatron:cpu trains the quickstart
-# Neither has been built yet; docs/slurm.md says what of it has run.
-# The image of 25.12 has Python 3.12, torch 2.10, CUDA 13.1, and Transformer Engine for them; `dasd doctor` says whether Apex is there.
+# Neither has been built yet; docs/slurm.md says what of it has run. The image of 25.12 has Python 3.12, torch 2.10,
+# CUDA 13.1, and Transformer Engine for them; `dasd doctor` says whether Apex is there.
 ARG NVIDIA_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
 ARG PYTHON_VERSION=3.11
 

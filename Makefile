@@ -2,18 +2,21 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The tested release. Where the package index offers only CUDA builds and there is no GPU, install a CPU build into .venv first to save
-# gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your CUDA first.
+# The tested release. Where the package index offers only CUDA builds and there is no GPU, install a CPU build into
+# .venv first to save gigabytes; an installed torch is left alone. On a GPU machine likewise install the build for your
+# CUDA first.
 TORCH ?= torch==2.13.0
 
 # An environment of its own for SGLang on the CPU, which needs other versions than the trainer: `make sglang-cpu`.
 SGLANG_VENV ?= .venv-sglang
 
-# An environment of its own for the next Megatron-Core: `make test-megatron-next`. Its metadata asks for Python 3.12; its wheel for 3.11 works.
+# An environment of its own for the next Megatron-Core: `make test-megatron-next`. Its metadata asks for Python 3.12;
+# its wheel for 3.11 works.
 MEGATRON_NEXT ?= megatron-core==0.19.0
 MEGATRON_NEXT_VENV ?= .venv-megatron-next
 
-.PHONY: quickstart sglang-cpu test test-drills test-all test-megatron-next crash-matrix evaluate-drill parity lint format test-gpu bench bench-gpu seeds clean docs
+.PHONY: quickstart sglang-cpu test test-drills test-all test-megatron-next test-gpu crash-matrix evaluate-drill parity
+.PHONY: lint format bench bench-gpu seeds clean docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,8 +46,8 @@ quickstart: $(VENV)/.installed
 
 # One OpenMP thread in each process, and none that spins: the tests' processes share the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-# Three files at a time on two cores: many tests wait, for limits to run out or for a cluster. Tests of one file share what they set up.
-# tests/conftest.py hands out whole files, the longest first.
+# Three files at a time on two cores: many tests wait, for limits to run out or for a cluster. Tests of one file share
+# what they set up. tests/conftest.py hands out whole files, the longest first.
 FILES_AT_ONCE := -n 3
 
 # Everything but the drills, of which it has short forms.
@@ -62,7 +65,8 @@ test-all: $(VENV)/.installed-dev
 $(MEGATRON_NEXT_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(MEGATRON_NEXT_VENV)
 	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(MEGATRON_NEXT_VENV)/bin/python -c "import torch" 2>/dev/null || $(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(MEGATRON_NEXT_VENV)/bin/python -c "import torch" 2>/dev/null || \
+		$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet "$(TORCH)"
 	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	$(MEGATRON_NEXT_VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python "$(MEGATRON_NEXT)"
 	touch $@
@@ -78,7 +82,8 @@ parity: $(VENV)/.installed
 crash-matrix: $(VENV)/.installed-dev
 	CRASH_MOMENTS=20 $(PYTEST) -s -m drill tests/integration/test_crash_matrix.py
 
-# 50 problems of GSM8K x 4 samples by SmolLM2-135M-Instruct, killed twice, end in the files of an evaluation that was not.
+# 50 problems of GSM8K x 4 samples by SmolLM2-135M-Instruct, killed twice, end in the files of an evaluation that was
+# not.
 evaluate-drill: $(VENV)/.installed-dev
 	EVALUATE_PROBLEMS=50 $(PYTEST) -s tests/integration/test_evaluate.py
 

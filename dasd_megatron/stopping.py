@@ -30,7 +30,7 @@ REPEAT_SECONDS = 2.0
 _POLL_SECONDS = 0.5
 
 _requested = threading.Event()
-# Set by a request and by the end of the run.
+# A request and the end of the run both set this, so that the watching thread wakes up for either.
 _news = threading.Event()
 _wakeup_descriptor: int | None = None
 

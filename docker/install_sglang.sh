@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install SGLang and its router into a virtual environment of their own, apart from the trainer, which needs other versions:
+# Install SGLang and its router into a virtual environment of their own, apart from the trainer, which needs other
+# versions:
 #   docker/install_sglang.sh DIRECTORY cuda|cpu [PYTHON]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Install the trainer into a virtual environment of its own, at the tested versions:
 #   docker/install_trainer.sh DIRECTORY [PYTHON]
-# Where PYTHON has a torch already, as in NVIDIA's image, that one stays in use, with the Transformer Engine and the Apex built for it;
-# what the image's own PIP_CONSTRAINT holds is held there. Elsewhere TORCH (default: requirements/trainer.txt's) is installed, from
-# TORCH_INDEX where that is set.
+# Where PYTHON has a torch already, as in NVIDIA's image, that one stays in use, with the Transformer Engine and the
+# Apex built for it; what the image's own PIP_CONSTRAINT holds is held there. Elsewhere TORCH (default:
+# requirements/trainer.txt's) is installed, from TORCH_INDEX where that is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${1:?usage: docker/install_trainer.sh DIRECTORY [PYTHON]}

@@ -1,13 +1,15 @@
 # shellcheck shell=bash
 # What the batch scripts share. They call, with bash -euo pipefail and the code as working directory:
 #
-#   begin_job SCRIPT ARGUMENTS...      slurm/env.sh checked, this job's nodes and directories; outside a job: submit SCRIPT
+#   begin_job SCRIPT ARGUMENTS...      check slurm/env.sh, find this job's nodes and directories; outside a job: submit
+#                                      SCRIPT
 #   run_training MODEL OVERRIDES...    rollout servers and training, to the end or to a requeue
 #   run_evaluation MODEL OVERRIDES...  rollout servers and `dasd evaluate` on one node
 #   run_alone NAME COMMAND...          one command on the first node
 #
-# With DRY_RUN=1 every command is printed and none is run: no cluster is needed, and no Slurm. A part of the job is one srun step in the
-# background, so that the batch shell, which alone gets the signals of `#SBATCH --signal=B:`, can wait and act on them.
+# With DRY_RUN=1 every command is printed and none is run: no cluster is needed, and no Slurm. A part of the job is one
+# srun step in the background, so that the batch shell, which alone gets the signals of `#SBATCH --signal=B:`, can wait
+# and act on them.
 
 # shellcheck source=slurm/env.sh
 source "${DASD_ENV:-slurm/env.sh}"
@@ -40,7 +42,7 @@ whole_number() {
     [[ ${!1} =~ ^[0-9]+$ ]] || fail "$1=${!1}: write a whole number, in slurm/env.sh"
 }
 
-# --- settings ---------------------------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 begin_job() {
     DASD_SCRIPT=$1
@@ -113,7 +115,8 @@ choose_programs() {
     esac
 }
 
-# What lies outside DASD_MOUNTS. The run directory is made before it is mounted; another path that is not there is complained about later.
+# What lies outside DASD_MOUNTS. The run directory is made before it is mounted; another path that is not there is
+# complained about later.
 add_mounts() {
     local path mount mounts inside
     for path in "$@"; do
@@ -133,7 +136,8 @@ gpus_for() {
     printf '%s' "$gpus"
 }
 
-# Outside a job: submit the script itself, with the account and partition of slurm/env.sh and as many nodes as its layout has.
+# Outside a job: submit the script itself, with the account and partition of slurm/env.sh and as many nodes as its
+# layout has.
 submit_unless_in_job() {
     local command=(sbatch --nodes=$((DASD_TRAIN_NODES + DASD_ROLLOUT_NODES)) "$DASD_SCRIPT" "$@")
     [[ -z ${SLURM_JOB_ID-} ]] || return 0
@@ -159,7 +163,7 @@ find_nodes() {
     if [[ $DASD_PLACEMENT == colocated ]]; then SERVE=("${TRAIN[@]}"); else SERVE=("${NODES[@]:DASD_TRAIN_NODES}"); fi
 }
 
-# --- steps ------------------------------------------------------------------------------------------------------------------------------
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 joined() {
     local IFS=,
@@ -172,8 +176,9 @@ show() {
     printf '\n'
 }
 
-# STEP: the srun command that runs COMMAND once on each of NODES (comma-separated), with the log LOG. Every step sees the whole node, since
-# servers and trainers may share one; --wait ends the other nodes' tasks some time after the first has ended, but lets them save before.
+# STEP: the srun command that runs COMMAND once on each of NODES (comma-separated), with the log LOG. Every step sees
+# the whole node, since servers and trainers may share one; --wait ends the other nodes' tasks some time after the first
+# has ended, but lets them save before.
 make_step() {
     local nodes=$1 log=$2 names count
     shift 2
@@ -183,8 +188,9 @@ make_step() {
         --kill-on-bad-exit=0 --wait="$DASD_END_SECONDS" --open-mode=append --output="$log" "${CONTAINER[@]}" "$@")
 }
 
-# Run the rest of the line in the background and start it again when it ends, until it has done so DASD_SERVER_RESTARTS times in a row within
-# ten minutes of its start, or the subshell gets SIGTERM. The trainer goes on with the other servers, and gives the new one its weights.
+# Run the rest of the line in the background and start it again when it ends, until it has done so DASD_SERVER_RESTARTS
+# times in a row within ten minutes of its start, or the subshell gets SIGTERM. The trainer goes on with the other
+# servers, and gives the new one its weights.
 keep() {
     local name=$1
     shift
@@ -228,7 +234,7 @@ end_servers() {
     KEEPERS=()
 }
 
-# --- rollout servers --------------------------------------------------------------------------------------------------------------------
+# --- rollout servers --------------------------------------------------------------------------------------------------
 
 # Start all servers on SERVE; URLS: their addresses.
 start_servers() {
@@ -296,7 +302,7 @@ wait_until_ready() {
     done
 }
 
-# --- training ---------------------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 # To the trainers on all nodes, through their srun, which hands on SIGUSR1 but takes SIGTERM for its own.
 on_signal() {
@@ -360,7 +366,8 @@ print_layout() {
     say "run directory $RUN_DIR; the logs of all parts are in $LOG_DIR"
 }
 
-# What is wrong with the configuration or the layout is known before servers load for half an hour. A requeued job has been through it.
+# What is wrong with the configuration or the layout is known before servers load for half an hour. A requeued job has
+# been through it.
 check_run() {
     local setting log=$LOG_DIR/check.log command=("${DASD[@]}" train --dry-run --nodes "${#TRAIN[@]}" --gpu-memory "$DASD_GPU_MEMORY")
     local -A data=()
@@ -381,8 +388,8 @@ check_run() {
 train() {
     local nodes seen launcher
     nodes=$(joined "${TRAIN[@]}")
-    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point. Enroot's hook for PyTorch images sets
-    # those of a single rank, and each node is to start several.
+    # torchrun's variables. Slurm numbers the step's nodes; the first one's name is the meeting point. Enroot's hook for
+    # PyTorch images sets those of a single rank, and each node is to start several.
     # shellcheck disable=SC2016
     launcher=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT PET_NNODES="${#TRAIN[@]}"
         PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT" PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
@@ -404,7 +411,8 @@ train() {
     TRAIN_PID=
 }
 
-# 0: done. Saved, or asked to stop: again, unless Slurm is already ending the job (scancel, or a requeue of its own). Else: failed.
+# 0: done. Saved, or asked to stop: again, unless Slurm is already ending the job (scancel, or a requeue of its own).
+# Else: failed.
 end_job() {
     local status=$1 state try
     if ((status == 0)); then
@@ -435,7 +443,7 @@ end_job() {
     exit "$status"
 }
 
-# --- one-node jobs ----------------------------------------------------------------------------------------------------------------------
+# --- one-node jobs ----------------------------------------------------------------------------------------------------
 
 run_evaluation() {
     local model=$1

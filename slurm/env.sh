@@ -2,7 +2,8 @@
 # The one file to edit. The scripts in this directory read it in the job; a variable that is set already, as in
 # `DASD_ROLLOUT_NODES=3 sbatch ...`, goes before what stands here.
 
-# Slurm's own variables, which `bash slurm/train_dasd_32b.sh` hands to sbatch, and `source slurm/env.sh` to your shell's sbatch.
+# Slurm's own variables, which `bash slurm/train_dasd_32b.sh` hands to sbatch, and `source slurm/env.sh` to your shell's
+# sbatch.
 # export SBATCH_ACCOUNT=my-project
 # export SBATCH_PARTITION=gpu
 # export SBATCH_CONSTRAINT=h100

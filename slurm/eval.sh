@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Avg@k, Pass@k and Maj@k of a Hugging Face directory on DASD_HELDOUT_DATA, or on evaluation.benchmarks=[...]: one node of rollout servers
-# that `dasd evaluate` asks.
+# Avg@k, Pass@k and Maj@k of a Hugging Face directory on DASD_HELDOUT_DATA, or on evaluation.benchmarks=[...]: one node
+# of rollout servers that `dasd evaluate` asks.
 #   sbatch slurm/eval.sh MODEL_DIRECTORY [field=value ...]
 #SBATCH --job-name=dasd_eval
 #SBATCH --nodes=1

@@ -37,7 +37,7 @@ __all__ = [
     "group_relative_advantage",
     "token_advantages",
 ]
-# From the lightest to the heaviest.
+# The lightest module is tried first, so that a name of a table loads no torch.
 _MODULES = ("methods", "credit", "credit_sums", "advantage")
 
 

@@ -18,8 +18,8 @@ from dasd_megatron.config import BackendConfig
 from dasd_megatron.errors import ConfigError
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
-# Of the largest logit; float32 arithmetic in another order stays a thousand times below it, a wrong weight or rotary
-# base far above.
+# Differences are judged as shares of the largest logit. Float32 arithmetic in another order stays a thousand times
+# below this bound; a wrong weight or a wrong rotary base lies far above it.
 _VERIFY_TOLERANCE = 1e-3
 
 

@@ -32,7 +32,7 @@ def doctor_report() -> list[Check]:
     It takes some seconds, in which child processes import torch, and Megatron-Core, mbridge and transformers.
     """
     torch, stack = start_probe("torch", "cuda", "gloo"), start_probe("cpu_stack")
-    # Imported while the children work.
+    # The import takes a moment, in which the children already work.
     from dasd_megatron.commands import doctor_checks as rows
 
     packages, optional = rows.package_rows(), rows.optional_rows()

@@ -27,7 +27,8 @@ def train(arguments: list[str]) -> None:
         print_fields("train")
         return
     config = load_arguments(arguments)
-    # Under a torchrun of the user's own. RANK alone says nothing: some containers set it for each node.
+    # Both variables are set under a torchrun of the user's own. RANK alone proves nothing: some containers set it for
+    # each node.
     if "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ:
         _train_as_worker(config)
     else:

@@ -28,7 +28,7 @@ __all__ = [
     "routed_divergence",
     "vocab_parallel_token_stats",
 ]
-# From the lightest to the heaviest.
+# The lightest module is tried first, so that a name of a table loads no torch.
 _MODULES = ("divergences", "policy", "kernels", "statistics", "token_stats", "linear_stats")
 
 

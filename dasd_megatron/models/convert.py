@@ -29,10 +29,10 @@ from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, Weight
 from dasd_megatron.models.mbridge_families import Bridge
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, CheckpointWriter
 
-# Called with the tensors done and in all.
 Progress = Callable[[int, int], None]
+"""A function that is called with the number of tensors that are done and the number of all."""
 VERIFY_TOKENS = 64
-# Arguments of a model whose weights are loaded, or never needed: nothing is initialised.
+# These arguments initialise nothing, because the weights are loaded afterwards or never needed.
 _SINGLE = dict(
     **cpu.transformer_config_overrides("local"),
     sequence_parallel=False,
@@ -210,7 +210,7 @@ def megatron_to_hf(
         expected = expected_tensors(hf_config)
         names = {name: bridge._weight_name_mapping_mcore_to_hf(name) for name in entries}
         _check_all_used(names, set(expected))
-        # In the order in which the tensors come, so that files fill one after another.
+        # The shapes have the order in which the tensors come, so that files fill one after another.
         shapes = {hf_name: expected[hf_name] for found in names.values() for hf_name in found}
         record = {"kind": "hf", "source": str(path.resolve()), "dtype": str(dtype)}
         job = {**record, "files": fingerprint(path), "config": fingerprint(template_dir)}

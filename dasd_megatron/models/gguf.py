@@ -39,13 +39,13 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     if tokenizer.chat_template is None:
         raise ConfigError(f"{file} has no chat template; give a chat model")
     for name in ("bos", "eos", "pad", "unk"):
-        # The file's ids; the tokenizer's reader guesses other ones.
+        # The ids come from the file, because the tokenizer's reader guesses other ids.
         tokenizer.init_kwargs.pop(f"{name}_token_id", None)
         token_id = getattr(model.config, f"{name}_token_id", None)
         if token_id is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    # As the file has it; transformers would put a first token in front of every text, and take the space before a
-    # question mark out.
+    # These settings are the file's. By default transformers would put a first token in front of every text and remove
+    # the space before a question mark.
     field = GGUFReader(file).get_field("tokenizer.ggml.add_bos_token")
     tokenizer.add_bos_token = bool(field.contents()) if field is not None else False
     tokenizer.clean_up_tokenization_spaces = False

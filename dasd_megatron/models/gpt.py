@@ -91,8 +91,8 @@ def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
     return dict(
         fp8=precision.fp8_format,
         fp8_recipe=precision.fp8,
-        # Read by delayed scaling alone: the largest value of the last thousand passes, where Megatron's default looks
-        # at the last one.
+        # Only delayed scaling reads this. It takes the largest value of the last thousand passes, where Megatron's
+        # default takes that of the last pass alone.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         first_last_layers_bf16=bool(precision.bf16_first_layers or precision.bf16_last_layers),
@@ -208,7 +208,7 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
     CheckpointFiles(Path(path))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    # What Transformer Engine keeps for FP8 scaling; weights that come from elsewhere have none.
+    # Transformer Engine keeps extra states for FP8 scaling. Weights that come from elsewhere have none.
     state = {
         name: {key: entry for key, entry in chunk.items() if "_extra_state" not in key} for name, chunk in state.items()
     }

@@ -32,9 +32,10 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
-# Names for the number of experts in a mixture of them.
+# Configs give the number of experts in a mixture under one of these names.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Fields that change what the model computes and that Megatron-Core, or mbridge, would pass over.
+# These fields change what the model computes, but Megatron-Core or mbridge would ignore them. So only these values
+# are accepted.
 _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
 
@@ -72,7 +73,7 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
 
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # What transformers raises for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
+    # transformers raises these for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
     # another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         families = enumerate_names(FAMILIES, "or")

@@ -42,10 +42,11 @@ from dasd_megatron.models.hf_weights import (
     sha256,
 )
 
-# Beside a model's tensors, what a checkpoint may hold that no model has.
+# A checkpoint may hold tensors under these names beside the model's, and no model has them.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
 
-# What Megatron-Core and PyTorch name in a checkpoint's .metadata; all of it makes plain records.
+# Megatron-Core and PyTorch use these names in a checkpoint's .metadata. All of them make plain records, so that
+# reading it runs no foreign code.
 _CHECKPOINT = "torch.distributed.checkpoint"
 _METADATA_NAMES = {
     *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
@@ -86,7 +87,7 @@ def read_metadata(path: Path) -> Metadata:
         for file in sorted(path.glob("*.pt")):
             torch.load(file, map_location="cpu", weights_only=True)
         for index, place in metadata.storage_data.items():
-            # Objects, as opposed to tensors, which are read with weights_only.
+            # Only objects are read here, to see that they are harmless. Tensors hold no code.
             if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
                 file = path / place.relative_path
                 with open(file, "rb") as stream:

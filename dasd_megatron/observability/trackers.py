@@ -73,10 +73,6 @@ Connect = Callable[[Mapping[str, Any], str, Path, State, Mapping[str, Any]], tup
 service's run and its id."""
 
 
-# ---- in the trainer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class Tracker:
     """The process that follows the run directory for one service. Nothing here raises for what goes wrong there.
 
@@ -143,10 +139,6 @@ class Tracker:
             f"{self.name} has not got all numbers: `python -m dasd_megatron.observability.trackers {self.name} "
             f"{self._run_dir}` sends the rest"
         )
-
-
-# ---- in the process of its own
-# -----------------------------------------------------------------------------------------------------------
 
 
 def public_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -438,7 +438,7 @@ class Collector:
         where = f"rollout.function={self.rollout.function} on problem {request.problem.id}"
         try:
             completions = await function(request, self._generate)
-        except RolloutServerError:  # of the servers
+        except RolloutServerError:  # a server's fault is not the function's
             raise
         except Exception as error:  # the user's code may raise anything
             raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-# Failures in a row after which a server is taken for dead.
 DEAD_AFTER = 3
+"""Number of failures in a row after which a server is taken for dead."""
 
 
 class Status(enum.Enum):

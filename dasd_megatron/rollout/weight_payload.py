@@ -110,7 +110,7 @@ def _cuda_memory(flat: torch.Tensor) -> _Call:
     return _Call(function, *arguments[:6], uuid, *arguments[7:])
 
 
-# Reading. A payload comes from the network, and nothing that it names is ever called.
+# The rest of this module reads payloads. They come from the network, so nothing that they name is ever called.
 
 
 class _Record:
@@ -121,7 +121,7 @@ class _Record:
 
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
-# Names that a payload may use as plain data.
+# A payload may use these names as plain data. Other names are refused.
 _PLAIN = {
     ("torch", "Tensor"): "Tensor",
     ("torch.storage", "UntypedStorage"): "UntypedStorage",

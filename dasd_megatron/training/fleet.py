@@ -30,7 +30,7 @@ from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.training.export import StoredWeights, WeightDirectory
 from dasd_megatron.training.weight_sync.base import WeightSync, WeightSyncError
 
-# Before the first weights a server that answers late is asked again, and need not be waited for longer.
+# Each step asks again before the first weights, so a server that answers late need not be waited for longer.
 _CHECK_SECONDS = 10.0
 
 
@@ -96,8 +96,6 @@ class ServerFleet:
         """Return a client of all servers."""
         return self._make_client(self.config, self.urls, self.pool)
 
-    # Checks of what is served.
-
     def check_served_models(self, hf_config: PretrainedConfig) -> None:
         """Wait for one of others' servers, and refuse those of another model. This comes before they get weights.
 
@@ -157,8 +155,6 @@ class ServerFleet:
                     self.pool.record(url, Event.FAILED, reason=error.what)
         return [url for url in urls if url in self._checked]
 
-    # Memory that servers lend to the trainer.
-
     def release_memory(self) -> None:
         """Let the servers give back their memory until the next sync; every replica has its rollouts by then."""
         for url in self.pool.with_status(Status.SERVING):
@@ -187,7 +183,7 @@ class ServerFleet:
             return False
         return True
 
-    # Who receives weights; see weight_sync.base.Receivers.
+    # The following three methods make the fleet the weight_sync.base.Receivers of a weight sync.
 
     def choose_receivers(self) -> list[str]:
         """Return the servers that are not known to be gone and serve the model of the run; all where none is left."""
@@ -214,8 +210,6 @@ class ServerFleet:
         for url in gone:
             self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
         return 0 < len(gone) < len(urls)
-
-    # Start and recovery.
 
     def start_server(self, weights: StoredWeights) -> None:
         """Start the trainer's own server with ``weights``, unless recovery has started it already.

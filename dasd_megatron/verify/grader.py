@@ -115,7 +115,7 @@ class Grader:
             (self._capped(extract_answer(response)), expected)
             for response, expected in zip(responses, expected_answers, strict=True)
         ]
-        # True, False, or None for a comparison that did not end in time.
+        # The value is None where a comparison did not end in time.
         results: dict[Pair, bool | None] = {}
         undecided: list[Pair] = []
         for predicted, expected in dict.fromkeys(pairs):

@@ -227,9 +227,6 @@ def stacked_chart(title: str, unit: str, x: Sequence[float], layers: Sequence[Se
     return _figure(title, unit, _svg(title, parts, hover, HEIGHT), legend, note, "")
 
 
-# ---- points and axes
-
-
 def _is_drawable(value: float) -> bool:
     """Return whether a value is finite, and small enough for differences of two such values to be finite as well."""
     return abs(value) < 1e300
@@ -336,9 +333,6 @@ def _tick_form(form: Format, step: float, largest: float) -> Format:
         decimals = max(0, -math.floor(math.log10(step) + 1e-9))
         return lambda value: f"{value:,.{decimals}f}"
     return form
-
-
-# ---- drawing
 
 
 def _axes(frame: _Frame, form: Format, x_label: str) -> Markup:

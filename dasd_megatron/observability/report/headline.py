@@ -45,9 +45,6 @@ def run_warnings(run: Run) -> list[str]:
     return [to_text(row.get("text")) for row in run.warnings]
 
 
-# ---- results of evaluations
-
-
 def result_cards(run: Run) -> list[dict[str, str]]:
     """Return the few results that stand in large letters: Avg@k, Maj@k, Pass@k of the largest k, and the length."""
     rows = evaluation_rows(run.evaluation("before"), run.evaluation("after"))
@@ -141,9 +138,6 @@ def _outcomes(run: Run, row: Mapping[str, Any]) -> dict[str, list[bool]]:
         for sample in read_objects(run, path):
             found.setdefault(str(sample.get("problem_id")), []).append(bool(sample.get("symbolic_correct")))
     return found
-
-
-# ---- facts and settings
 
 
 def run_facts(run: Run) -> dict[str, str]:

@@ -44,8 +44,6 @@ def halving_order(count: int) -> list[int]:
     return order
 
 
-# ---- groups
-
 GroupKey = tuple[int, int]
 """(step, number of the group)."""
 
@@ -157,9 +155,6 @@ def _add_to_group(group: dict[str, Any], step: int, row: Mapping[str, Any]) -> N
                 "end": to_text(row.get("finish_reason")),
             }
         )
-
-
-# ---- tokens
 
 
 @dataclass
@@ -309,9 +304,6 @@ def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -
         }
         for row in rows
     ]
-
-
-# ---- held-out samples
 
 
 def heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -150,9 +150,6 @@ def _read_rows(run: Run, name: str) -> list[Row]:
     return sound
 
 
-# ---- values of a run as text and as numbers
-
-
 def show_hidden(text: object) -> str:
     """Write out the characters of ``text`` that would not show or would mislead, as ‹U+202E›."""
     return _HIDDEN.sub(

@@ -20,9 +20,9 @@ from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.training.weight_sync.base import WeightSyncError
 
-# Tensors of SGLang that hold several of Hugging Face's one below another.
+# SGLang stacks several of Hugging Face's tensors one below another in these.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-# Tensors that SGLang pads: part of the name, dimension, to a multiple of.
+# SGLang pads tensors whose names have this part: in this dimension, to a multiple of this size.
 _PADDED = (("embed_tokens.", 0, 64), ("lm_head.", 0, 64), (".gate_up_proj.", 0, 32), (".down_proj.", 1, 32))
 
 Parts = Mapping[str, list[tuple[str, torch.Tensor]]]
