@@ -219,13 +219,13 @@ def gathering_attention() -> type:
             starts = [0, size * len(query)] if packed_seq_params is None else packed_seq_params.cu_seqlens_q.tolist()
             widths = [end - start for start, end in itertools.pairwise(starts)]
             mine = torch.from_numpy(sequence_parts(widths, rank, size))
-            places = torch.cat([torch.from_numpy(sequence_parts(widths, one, size)) for one in range(size)])
+            places = torch.cat([torch.from_numpy(sequence_parts(widths, shard, size)) for shard in range(size)])
             sequence = torch.bucketize(torch.arange(starts[-1]), torch.tensor(starts[1:]), right=True)
             mask = (mine[:, None] >= places) & (sequence[mine][:, None] == sequence[places])
-            parts = [query, *(gather_from_sequence_parallel_region(one, group=group) for one in (key, value))]
+            parts = [query, *(gather_from_sequence_parallel_region(states, group=group) for states in (key, value))]
             if packed_seq_params is not None:
-                parts = [one[:, None] for one in parts]
-            query, key, value = (one.permute(1, 2, 0, 3) for one in parts)
+                parts = [states[:, None] for states in parts]
+            query, key, value = (states.permute(1, 2, 0, 3) for states in parts)
             context = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, scale=self.softmax_scale, enable_gqa=True
             )
@@ -293,7 +293,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "rows": rows,
         "scores": [scores.log_prob, scores.entropy],
-        "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)},
+        "weights": {name: weight.clone() for name, weight in model.bridge.export_weights(model.chunks)},
     }
 
 
@@ -326,7 +326,10 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
             copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
             dist.all_gather(copies, parameter.detach().contiguous(), group=group)
             assert all(torch.equal(copies[0], copy) for copy in copies), f"{name} differs between tensor-parallel ranks"
-    return {"rows": rows, "weights": {name: one.clone() for name, one in model.bridge.export_weights(model.chunks)}}
+    return {
+        "rows": rows,
+        "weights": {name: weight.clone() for name, weight in model.bridge.export_weights(model.chunks)},
+    }
 
 
 def serve(rank: int, world_size: int, folder: Path, jobs: list[tuple[str, bool, Config]]) -> None:
@@ -373,7 +376,7 @@ def run_all(folder: Path, jobs: dict[str, tuple[bool, list[str]]]) -> None:
 
 def fork_and_wait(arguments: list[tuple], target: Any = serve) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=target, args=one) for one in arguments]
+    processes = [context.Process(target=target, args=process_arguments) for process_arguments in arguments]
     for process in processes:
         process.start()
     try:
@@ -396,14 +399,14 @@ def difference(found: dict[str, Any], expected: dict[str, Any], start: dict[str,
     assert found["weights"].keys() == expected["weights"].keys()
     result = {}
     for name, metric in METRICS.items():
-        pairs = [(one[metric], other[metric]) for one, other in zip(found["rows"], expected["rows"], strict=True)]
+        pairs = [(row[metric], other[metric]) for row, other in zip(found["rows"], expected["rows"], strict=True)]
         scale = [abs(other) if name == "gradient norm" else 1.0 for _, other in pairs]
-        result[name] = max(abs(one - other) / size for (one, other), size in zip(pairs, scale, strict=True))
+        result[name] = max(abs(value - other) / size for (value, other), size in zip(pairs, scale, strict=True))
     if "scores" in expected:
         both = zip(found["scores"], expected["scores"], strict=True)
-        result["token statistics"] = max(float((one - other).abs().max()) for one, other in both)
+        result["token statistics"] = max(float((values - other).abs().max()) for values, other in both)
         rows = zip(found["rows"], expected["rows"], strict=True)
-        result["routing"] = max(abs(one[name] - other[name]) for one, other in rows for name in ROUTING)
+        result["routing"] = max(abs(row[name] - other[name]) for row, other in rows for name in ROUTING)
     moved = {name: tensor - start[name] for name, tensor in expected["weights"].items()}
     result["weights"] = max(
         float((found["weights"][name] - tensor).abs().max()) for name, tensor in expected["weights"].items()

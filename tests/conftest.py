@@ -1,4 +1,4 @@
-"""How the tests start processes of the package, and in which order their files run."""
+"""Start of the package's processes in tests, and the order in which test files run."""
 
 from __future__ import annotations
 

@@ -62,11 +62,11 @@ def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage:
 
 
 def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
-    """Metrics from reduced statistics, by the names of the metrics file; nats where they are entropies or gaps.
+    """Return metrics from reduced statistics, by the names of the metrics file; entropies and gaps in nats.
 
     ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, and everything without
-    any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. Reads the
-    tensors back from their device.
+    any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. The
+    tensors are read back from their device.
     """
     total = dict(zip(_SUMS, statistics.sums.tolist(), strict=True))
     omega_max, minus_omega_min = statistics.maxima.tolist()

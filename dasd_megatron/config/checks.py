@@ -99,6 +99,7 @@ def _below_fault(value: Any, limits: Limits) -> str | None:
 
 
 def check_model_path(model: ModelConfig) -> None:
+    """Refuse model=hf without a path."""
     if model.path == "":
         raise ConfigError(
             "model.path is required with model=hf: give a Hugging Face directory or a Megatron checkpoint"
@@ -106,6 +107,7 @@ def check_model_path(model: ModelConfig) -> None:
 
 
 def check_run_name(run: RunConfig) -> None:
+    """Refuse names that cannot name a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", run.name):
         raise ConfigError(
             f"run.name={run.name!r}: use letters, digits, '.', '_' and '-' only, and no '.' in front, since it "
@@ -127,6 +129,7 @@ def check_parallel(parallel: ParallelConfig) -> None:
 
 
 def check_backend(backend: BackendConfig) -> None:
+    """Refuse Transformer Engine's layers on the CPU."""
     if backend.kind == "cpu" and backend.transformer_impl == "transformer_engine":
         raise ConfigError(
             "backend.transformer_impl=transformer_engine needs a GPU: set backend.kind=cuda, or write auto"
@@ -161,6 +164,7 @@ def check_fp8(precision: PrecisionConfig, backend: BackendConfig) -> None:
 
 
 def check_context_parallel(parallel: ParallelConfig, backend: BackendConfig) -> None:
+    """Refuse context parallelism without Transformer Engine's attention on GPUs."""
     if parallel.context_parallel_size > 1 and (backend.kind == "cpu" or backend.transformer_impl == "local"):
         raise ConfigError(
             f"parallel.context_parallel_size={parallel.context_parallel_size} needs Transformer Engine's attention on "
@@ -169,6 +173,7 @@ def check_context_parallel(parallel: ParallelConfig, backend: BackendConfig) -> 
 
 
 def check_pipeline_ends(parallel: ParallelConfig) -> None:
+    """Refuse layer counts of the first and the last stage without pipeline parallelism."""
     for name in ("first_pipeline_num_layers", "last_pipeline_num_layers"):
         if getattr(parallel, name) is not None and parallel.pipeline_model_parallel_size == 1:
             raise ConfigError(
@@ -191,6 +196,7 @@ def check_overlap(parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
 
 
 def check_recompute(precision: PrecisionConfig) -> None:
+    """Refuse to recompute modules other than the attention core and the MLP."""
     modules = precision.recompute_modules
     if not modules or set(modules) - {"core_attn", "mlp"}:
         raise ConfigError(f"precision.recompute_modules={modules}: write [mlp], [core_attn] or [mlp,core_attn]")
@@ -208,6 +214,7 @@ def check_health(health: HealthConfig) -> None:
 
 
 def check_watch(watch: WatchConfig) -> None:
+    """Refuse conditions that are not watched for."""
     for name in ("act_on", "ignore"):
         for condition in getattr(watch, name):
             if condition not in WATCH_CONDITIONS:
@@ -282,6 +289,7 @@ def check_warm_start(warm_start: WarmStartConfig, parallel: ParallelConfig) -> N
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Refuse a least learning rate above the highest."""
     if optimizer.min_lr > optimizer.lr:
         raise ConfigError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}: lower it")
 
@@ -312,6 +320,7 @@ def check_tiny_model(model: ModelConfig, rollout: RolloutConfig) -> None:
 
 
 def check_nemo_skills(evaluation: EvaluationConfig) -> None:
+    """Refuse NeMo-Skills without its interpreter."""
     if evaluation.nemo_skills != "none" and evaluation.nemo_skills_python is None:
         raise ConfigError(
             f"evaluation.nemo_skills={evaluation.nemo_skills} runs in an environment of its own: name its interpreter "

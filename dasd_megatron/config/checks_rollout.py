@@ -65,6 +65,7 @@ def _check_address(field: str, address: str) -> None:
 
 
 def check_sglang_arguments(sglang: SGLangConfig) -> None:
+    """Refuse keys among SGLang's arguments, where everybody could read them."""
     if any(re.match(r"--(admin-)?api-key\b", argument) for argument in sglang.arguments):
         raise ConfigError(
             "rollout.sglang.arguments: a key there would stand in config.yaml and in the list of processes: set "
@@ -119,6 +120,7 @@ def check_memory_release(rollout: RolloutConfig) -> None:
 
 
 def check_top_k(rollout: RolloutConfig) -> None:
+    """Refuse 0, which could mean off or no token."""
     if rollout.top_k == 0:
         raise ConfigError("rollout.top_k=0: write -1 for off, or at least 1")
 

@@ -342,7 +342,7 @@ class WarmStartConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints and exports are written and how long they are kept."""
+    """Times at which checkpoints and exports are written, and how long they are kept."""
 
     every: int = setting(10, "steps between checkpoints; 0: only at the end and on failure", low=0)
     keep_last: int = setting(2, "checkpoints to keep", low=1)

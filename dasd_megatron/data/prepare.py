@@ -101,9 +101,11 @@ def _jsonl_rows(path: Path) -> Rows:
                 yield where, record
 
 
-def _require_datasets(what: str) -> None:
+def _require_datasets(subject: str) -> None:
     if importlib.util.find_spec("datasets") is None:
-        raise DataError(f"{what} needs the datasets package: pip install 'dasd-megatron[data]', or give a JSONL file")
+        raise DataError(
+            f"{subject} needs the datasets package: pip install 'dasd-megatron[data]', or give a JSONL file"
+        )
 
 
 def _load_dataset(name: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:

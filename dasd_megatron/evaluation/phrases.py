@@ -69,6 +69,8 @@ def _plain(text: str) -> str:
 
 
 class SelfCorrection(NamedTuple):
+    """Finding on one text: does it say that it corrects itself, and does it."""
+
     has_phrase: bool
     """The text has a phrase of the list."""
     changes_result: bool

@@ -76,6 +76,7 @@ class Divergence:
 
     @property
     def uses_mixture(self) -> bool:
+        """True where a second pass sums both distributions against their mixture."""
         return self.weighted_by is None
 
 

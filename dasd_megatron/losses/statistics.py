@@ -101,6 +101,7 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, finished: Finished) -> Saved:
+        """Take what the backward pass reads out of finished statistics."""
         compared = finished.comparison
         if compared is None:
             return cls(finished.entropy, finished.student, None, None)
@@ -147,8 +148,8 @@ class Coefficients(NamedTuple):
 def make_shard(
     width: int, targets: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None, temperature: float
 ) -> Shard:
-    """The shard of this rank, ``width`` columns wide; ValueError on a vocabulary that does not fit the shards or a
-    target outside it."""
+    """Return the shard of this rank, ``width`` columns wide; ValueError on a vocabulary that does not fit the shards
+    and on a target outside it."""
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if vocab_size is None:
         vocab_size = width * world_size
@@ -187,7 +188,7 @@ def make_objective(divergence: str, jsd_weight: float) -> Objective:
 
 
 def all_gather(local: Tensor, shard: Shard) -> Tensor:
-    """``[n, T]`` of every rank as ``[ranks, n, T]``; one collective, none where the whole vocabulary is here."""
+    """Return ``[n, T]`` of every rank as ``[ranks, n, T]``; one collective, none where the whole vocabulary is here."""
     if shard.group is None or local.numel() == 0:
         return local.expand(shard.world_size, *local.shape)
     gathered = local.new_empty(shard.world_size * local.shape[0], local.shape[1])

@@ -313,13 +313,13 @@ def _terms(
 
 
 def accumulator(logits: Tensor) -> torch.dtype:
-    """The dtype of statistics of ``logits``."""
+    """Return the dtype of statistics of ``logits``."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @functools.lru_cache
 def _l2_cache_bytes(device: torch.device) -> int:
-    """Size of the L2 cache: of the GPU, or of one CPU core; 1 MiB where the system does not say."""
+    """Return the size of the L2 cache, of the GPU or of one CPU core; 1 MiB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:
@@ -330,7 +330,7 @@ def _l2_cache_bytes(device: torch.device) -> int:
 
 
 def rows_by_cache(logits: Tensor, columns: int, with_teacher: bool) -> int:
-    """Rows to work on at once when the caller leaves the choice open."""
+    """Return the number of rows to work on at once when the caller leaves the choice open."""
     row_bytes = max(columns, 1) * accumulator(logits).itemsize * (4 if with_teacher else 2)
     # Measured on CPU at 75,968 columns, 4 to 8 rows of them are fastest, in buffers of about eight times the L2 cache:
     # with fewer rows the calls cost as much as their arithmetic, with more the next cache level no longer catches what

@@ -569,8 +569,8 @@ def backward(
 
 
 def _lanes(columns: int, logits: Tensor, teacher: Tensor | None) -> tuple[int, int, int]:
-    """Lanes of a tile, columns per lane and warps per program: two loads of 16 bytes per thread and tensor, less for
-    few columns."""
+    """Return the lanes of a tile, the columns per lane and the warps per program. Each thread loads twice 16 bytes of
+    each tensor, less for few columns."""
     itemsize = logits.itemsize if teacher is None else min(logits.itemsize, teacher.itemsize)
     vector = 16 // itemsize
     lanes = min(2 * _THREADS, triton.next_power_of_2(max(triton.cdiv(columns, vector), 1)))
@@ -578,13 +578,13 @@ def _lanes(columns: int, logits: Tensor, teacher: Tensor | None) -> tuple[int, i
 
 
 def _block(columns: int, per_thread: int) -> tuple[int, int]:
-    """Columns per step and warps per program, fewer for few columns."""
+    """Return columns per step and warps per program, fewer for few columns."""
     block = min(per_thread * _THREADS, triton.next_power_of_2(max(columns, 1)))
     return block, max(min(block // per_thread, _THREADS) // 32, 1)
 
 
 def _splits(tokens: int, columns: int, tile: int) -> tuple[int, int]:
-    """Programs per row, and columns per program in whole tiles."""
+    """Return the programs per row, and the columns per program in whole tiles."""
     tiles = max(triton.cdiv(columns, tile), 1)
     if tokens >= _FEW_ROWS:
         return 1, tiles * tile

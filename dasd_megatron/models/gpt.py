@@ -85,7 +85,7 @@ class CausalAttention(DotProductAttention):
 
 
 def fp8_arguments(precision: PrecisionConfig) -> dict[str, Any]:
-    """Fields of the TransformerConfig for FP8 products in the layers; none without FP8."""
+    """Return the fields of the TransformerConfig for FP8 products in the layers; none without FP8."""
     if precision.fp8 == "none":
         return {}
     return dict(
@@ -110,6 +110,7 @@ class HiddenStatesHead(ColumnParallelLinear):
     """
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """Return the hidden states of the whole sequence, and no bias."""
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         return input_, None
@@ -131,7 +132,7 @@ class ShardedModel:
     fused_linear: bool
 
     def head_weight(self) -> torch.nn.Parameter:
-        """This rank's shard of the LM head, ``[V_local, h]``; on the last pipeline stage only."""
+        """Return this rank's shard of the LM head, ``[V_local, h]``; on the last pipeline stage only."""
         last = unwrap_model(self.chunks[-1])
         return (
             last.shared_embedding_or_output_weight()
@@ -140,11 +141,12 @@ class ShardedModel:
         )
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Return the parameters with Megatron's names, chunk by chunk."""
         return (pair for chunk in self.chunks for pair in unwrap_model(chunk).named_parameters())
 
     @contextlib.contextmanager
     def without_fp8(self) -> Iterator[None]:
-        """Inside the block the layers compute in the parameters' own dtype. For passes without gradient."""
+        """Let the layers compute in the parameters' own dtype inside the block. For passes without gradient."""
         fp8, self.config.fp8 = self.config.fp8, None
         try:
             yield
@@ -152,6 +154,7 @@ class ShardedModel:
             self.config.fp8 = fp8
 
     def parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters, chunk by chunk."""
         return [parameter for chunk in self.chunks for parameter in chunk.parameters()]
 
     def gather_parameters(self) -> None:
@@ -166,7 +169,8 @@ class ShardedModel:
 def layer_spec(
     config: TransformerConfig, *, transformer_engine: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Layers of this rank's pipeline stage: Transformer Engine's, or Megatron's local ones with :class:`RMSNorm`."""
+    """Return the layers of this rank's pipeline stage: Transformer Engine's, or Megatron's local ones with
+    :class:`RMSNorm`."""
     if transformer_engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -180,8 +184,8 @@ def layer_spec(
 
 
 def build_chunks(bridge: Bridge, *, transformer_engine: bool) -> list[GPTModel]:
-    """This rank's part of the model, one chunk per virtual pipeline stage, with the weights that Megatron initialises,
-    or on the meta device where that is torch's default."""
+    """Build this rank's part of the model, one chunk per virtual pipeline stage, with the weights that Megatron
+    initialises, or on the meta device where that is torch's default."""
     config = bridge.config
     vpp = config.virtual_pipeline_model_parallel_size
     return [

@@ -52,6 +52,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def sha256(data: memoryview | bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -444,6 +445,7 @@ class HfDirectoryWriter:
         self._journal.commit(self.path)
 
     def close(self) -> None:
+        """Close the files that are open for writing."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []

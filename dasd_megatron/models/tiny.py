@@ -21,7 +21,8 @@ CHAT_TEMPLATE = (
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character or newline, four special tokens, and a chat template."""
+    """Make a tokenizer of one token per printable ASCII character or newline, with four special tokens and a chat
+    template."""
     characters = ["\n", *(c for c in string.printable if c.isprintable())]
     tokenizer = Tokenizer(
         models.WordLevel({c: i for i, c in enumerate([PAD, END, USER, ASSISTANT, *characters])}, unk_token=PAD)

@@ -238,12 +238,14 @@ def evaluation_rows(
 
 
 def format_result(value: float | None, unit: str) -> str:
+    """Write a result with its unit; "-" where there is none."""
     if value is None:
         return "-"
     return {"share": f"{value:.1%}", "tokens": f"{value:.1f} tokens", "nats": f"{value:.3f} nats"}[unit]
 
 
 def format_difference(before: float | None, after: float | None, unit: str) -> str:
+    """Write the change of a result with its sign and unit; "-" where one side is missing."""
     if before is None or after is None:
         return "-"
     difference = after - before

@@ -63,14 +63,16 @@ class Service(Protocol):
     """A run at the service. ``log`` sends numbers at a step of their axis, which is ``warm_start`` or empty; it may
     raise anything."""
 
-    def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None: ...
+    def log(self, values: Mapping[str, float], axis: str, step: int, seconds: float) -> None:
+        """Log values at ``step`` of ``axis`` (empty: training), measured at ``seconds`` since the epoch."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the service's run, after everything has been sent."""
 
 
 Connect = Callable[[Mapping[str, Any], str, Path, State, Mapping[str, Any]], tuple[Service, str]]
-"""Takes the ``logging`` section, the run's name and directory, the state and the public configuration; returns the
-service's run and its id."""
+"""Function of the ``logging`` section, the run's name and directory, the state and the public configuration. It returns
+the service's run and its id."""
 
 
 class Tracker:
@@ -113,10 +115,10 @@ class Tracker:
         if status is None and not reason:
             return None
         self._warned = True
-        what = f"{self.name} gets no numbers: {reason or f'its process ended with status {status}'}"
+        failure = f"{self.name} gets no numbers: {reason or f'its process ended with status {status}'}"
         later = "it has ended" if status is not None else "it tries again"
         return (
-            f"{what}; {later}, training goes on, and {METRICS} has everything (see "
+            f"{failure}; {later}, training goes on, and {METRICS} has everything (see "
             f"{self._run_dir / 'trackers' / self.name}.log)"
         )
 
@@ -232,7 +234,7 @@ def _send(service: Service, file: str, row: dict[str, Any], state: State) -> Non
 
 
 class _Follower:
-    """Reads the whole lines that have been added to a file since the last read; all of them again once the file has
+    """Reader of the whole lines that have been added to a file since the last read; all of them again once the file has
     been replaced."""
 
     def __init__(self, path: Path) -> None:
@@ -274,6 +276,7 @@ def _write_state(run_dir: Path, name: str, state: State) -> None:
 def connect_wandb(
     settings: Mapping[str, Any], run_name: str, run_dir: Path, state: State, config: Mapping[str, Any]
 ) -> tuple[Service, str]:
+    """Begin or resume the run at Weights & Biases."""
     import wandb
 
     run = wandb.init(
@@ -312,6 +315,7 @@ def connect_wandb(
 def connect_mlflow(
     settings: Mapping[str, Any], run_name: str, run_dir: Path, state: State, config: Mapping[str, Any]
 ) -> tuple[Service, str]:
+    """Begin or resume the run at MLflow."""
     from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 

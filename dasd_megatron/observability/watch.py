@@ -168,8 +168,8 @@ def _filtered(values: Values, series: Histories, settings: WatchConfig) -> str |
     )
 
 
-def _share(share: float, limit: float, what: str, field: str) -> str | None:
-    return f"{share:.0%} {what} (watch.{field}={limit:g})" if share >= limit else None
+def _share(share: float, limit: float, subject: str, field: str) -> str | None:
+    return f"{share:.0%} {subject} (watch.{field}={limit:g})" if share >= limit else None
 
 
 def _teacher_equals_student(values: Values, series: Histories, settings: WatchConfig) -> str | None:

@@ -57,8 +57,8 @@ class FailedTryError(Exception):
 class OtherVersionError(FailedTryError):
     """An answer under another weight version than the expected one: under ``version``, where that is known."""
 
-    def __init__(self, what: str, version: str | None = None):
-        super().__init__(what)
+    def __init__(self, failure: str, version: str | None = None):
+        super().__init__(failure)
         self.version = version
 
 
@@ -200,8 +200,8 @@ def _read_row(
     return Completion(ids, log_probs, reason["type"], versions, text)
 
 
-def _unsound(index: int, what: str) -> FailedTryError:
-    return FailedTryError(f"/generate answered garbage in row {index}: {what}")
+def _unsound(index: int, fault: str) -> FailedTryError:
+    return FailedTryError(f"/generate answered garbage in row {index}: {fault}")
 
 
 def _read_ids(
@@ -299,5 +299,5 @@ def read_prompt_log_probs(response: Answer, input_ids: Sequence[int]) -> list[fl
     return [float(value) for value in values]
 
 
-def _unsound_prompt(what: str) -> FailedTryError:
-    return FailedTryError(f"/generate answered garbage: {what}")
+def _unsound_prompt(fault: str) -> FailedTryError:
+    return FailedTryError(f"/generate answered garbage: {fault}")

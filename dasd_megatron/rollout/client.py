@@ -190,7 +190,7 @@ class RolloutClient(Transport):
         for error in errors:
             if not isinstance(error, RolloutServerError):
                 raise error
-            self.pool.record(error.url, Event.UPDATE_FAILED, reason=error.what)
+            self.pool.record(error.url, Event.UPDATE_FAILED, reason=error.failure)
         if len(errors) == len(able):
             raise errors[0]
 
@@ -221,7 +221,7 @@ class RolloutClient(Transport):
                     "GET", "/model_info", read_json_object, index=index, tries=1, limit=PROBE_SECONDS
                 )
             except RolloutServerError as error:
-                self.pool.record(url, Event.FAILED, reason=error.what)
+                self.pool.record(url, Event.FAILED, reason=error.failure)
                 return False
             self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
             return True
@@ -267,7 +267,7 @@ class RolloutClient(Transport):
                 ]
             except RolloutServerError as error:
                 failure = error
-                self.pool.record(self.urls[index], Event.FAILED, reason=error.what)
+                self.pool.record(self.urls[index], Event.FAILED, reason=error.failure)
             else:
                 found[self.urls[index]] = model | settings
 
@@ -398,7 +398,7 @@ class RolloutClient(Transport):
             try:
                 await self._request("POST", path, ignore_answer, index=index, body=body, tries=1, limit=PROBE_SECONDS)
             except RolloutServerError as error:
-                self.pool.record(error.url, Event.FAILED, reason=error.what)
+                self.pool.record(error.url, Event.FAILED, reason=error.failure)
 
         dead = self.pool.with_status(Status.DEAD)
         await asyncio.gather(*(ask(index) for index, url in enumerate(self.urls) if url not in dead))
@@ -442,7 +442,7 @@ def sampling_seed(*parts: int | str) -> int:
 
 
 class ClientFactory(Protocol):
-    """Makes a client as :func:`make_client` does; tests give fleets and weight syncs others."""
+    """Factory of clients like :func:`make_client`; tests give fleets and weight syncs others."""
 
     def __call__(
         self, config: RolloutConfig, urls: Sequence[str], pool: ServerPool | None = None, /

@@ -141,7 +141,7 @@ class Collector:
         threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do ``work`` in the loop's thread and wait for it; raises PluginError where the loop is stuck."""
+        """Run ``work`` in the loop's thread and wait for it; raises PluginError where the loop is stuck."""
         # The work has shorter limits of its own. This one passes only where a user's function blocks the loop.
         limit = 2 * self.rollout.step_timeout_seconds + STUCK_SECONDS
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -370,7 +370,7 @@ class Collector:
         self._changed.set()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Do ``work`` in a thread, one at a time, since it uses the tokenizer.
+        """Run ``work`` in a thread, one at a time, since it uses the tokenizer.
 
         A user's function that hangs there must not keep the process from ending, as a thread of a pool would.
         """

@@ -100,7 +100,7 @@ def check_access(rollout: RolloutConfig) -> None:
     try:
         asyncio.run(check())
     except AccessDeniedError as error:
-        raise AccessError(f"{error.url}: {error.what}; {error.fix}") from error
+        raise AccessError(f"{error.url}: {error.failure}; {error.fix}") from error
 
 
 def expand_host_list(hosts: str) -> list[str]:
@@ -117,11 +117,11 @@ def expand_host_list(hosts: str) -> list[str]:
             [command, "show", "hostnames", hosts], capture_output=True, text=True, timeout=SCONTROL_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        what = (
+        reason = (
             f"no answer within {SCONTROL_SECONDS:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
         )
         raise DiscoveryError(
-            f"rollout.nodes={hosts}: scontrol show hostnames failed ({what}); name the servers in rollout.servers"
+            f"rollout.nodes={hosts}: scontrol show hostnames failed ({reason}); name the servers in rollout.servers"
         ) from error
     names = done.stdout.split("\n")[:-1]
     # scontrol ends with status 0 for lists that it cannot read, and takes "gpu[01-04" for the host "gpu]".
@@ -282,7 +282,7 @@ async def probe_log_probs(client: RolloutClient, input_ids: Sequence[int]) -> di
         except RequestRefusedError:
             raise
         except RolloutServerError as error:
-            client.pool.record(url, Event.FAILED, reason=error.what)
+            client.pool.record(url, Event.FAILED, reason=error.failure)
 
     await asyncio.gather(*map(probe, client.pool.with_status(Status.SERVING)))
     return found

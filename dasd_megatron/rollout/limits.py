@@ -15,7 +15,7 @@ STOP_POLL_SECONDS = 0.2
 
 
 @contextlib.asynccontextmanager
-async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> AsyncIterator[None]:
+async def step_limit(config: RolloutConfig, urls: Sequence[str], subject: str) -> AsyncIterator[None]:
     """Limit the time of the body.
 
     It ends after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked to stop
@@ -38,7 +38,7 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> A
         stopping.raise_if_requested()
         raise RolloutServerError(
             ", ".join(urls),
-            f"{what} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
+            f"{subject} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
             1,
             "look at the rollout server's log, or raise rollout.step_timeout_seconds",
         ) from error
@@ -46,7 +46,7 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], what: str) -> A
 
 @contextlib.asynccontextmanager
 async def meanwhile(work: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
-    """Do ``work`` while the body runs. Once the body is done, wait a little longer for the work and then cancel it.
+    """Run ``work`` while the body runs. Once the body is done, wait a little longer for the work and then cancel it.
 
     Its errors are raised.
     """

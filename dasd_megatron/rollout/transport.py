@@ -32,12 +32,12 @@ _JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 class RolloutServerError(RuntimeError):
-    """A rollout server that cannot be used: ``url``, ``what`` failed, after how many ``tries``."""
+    """A rollout server that cannot be used: ``url``, the ``failure`` in words, after how many ``tries``."""
 
-    def __init__(self, url: str, what: str, tries: int, fix: str):
-        super().__init__(f"{url}: {what} (after {tries} {'try' if tries == 1 else 'tries'}); {fix}")
+    def __init__(self, url: str, failure: str, tries: int, fix: str):
+        super().__init__(f"{url}: {failure} (after {tries} {'try' if tries == 1 else 'tries'}); {fix}")
         self.url = url
-        self.what = what
+        self.failure = failure
         self.tries = tries
         self.fix = fix
 
@@ -59,8 +59,8 @@ class _ClosingError(FailedTryError):
 
 
 class _DeniedError(FailedTryError):
-    def __init__(self, what: str, fix: str):
-        super().__init__(what)
+    def __init__(self, failure: str, fix: str):
+        super().__init__(failure)
         self.fix = fix
 
 
@@ -241,8 +241,8 @@ class Transport:
         if response.status in DENIED_STATUS:
             raise _DeniedError(*access.refusal(response.status, self._api_key))
         if response.status >= 400:
-            what = f"{path} refused with {response.status}: {error_message(response)}"
-            raise RequestRefusedError(url, what, number, "correct the request")
+            failure = f"{path} refused with {response.status}: {error_message(response)}"
+            raise RequestRefusedError(url, failure, number, "correct the request")
         return request.read(response)
 
     def _record_failure(self, url: str, failure: FailedTryError) -> None:

@@ -131,7 +131,7 @@ _PLAIN = {
 
 
 class _Reader(pickle.Unpickler):
-    """Reads a payload into records, and refuses all other names."""
+    """Unpickler that reads a payload into records, and refuses all other names."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data))

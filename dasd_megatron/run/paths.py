@@ -19,6 +19,7 @@ class RunPaths:
 
     @property
     def config(self) -> Path:
+        """The whole configuration of the run."""
         return self.root / "config.yaml"
 
     @property
@@ -28,10 +29,12 @@ class RunPaths:
 
     @property
     def warm_started_model(self) -> Path:
+        """The model after the warm start."""
         return self.root / "warm_start"
 
     @property
     def final_model(self) -> Path:
+        """The trained model."""
         return self.root / "model"
 
     @property
@@ -41,9 +44,11 @@ class RunPaths:
 
     @property
     def rollouts(self) -> Path:
+        """The folder of recorded rollouts."""
         return self.root / "rollouts"
 
     def problems(self, name: str) -> Path:
+        """The run's own copy of a problem set."""
         return self.root / "data" / f"{name}.jsonl"
 
 

@@ -24,14 +24,17 @@ STATE_FILE = "trainer.json"
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
+    """Return the folder of checkpoints of a run."""
     return run_dir / "checkpoints"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return the directory of the checkpoint after ``step``."""
     return checkpoints_folder(run_dir) / f"step_{step:06d}"
 
 
 def step_of(path: Path) -> int:
+    """Return the step of a checkpoint from its directory."""
     return int(path.name.removeprefix("step_"))
 
 

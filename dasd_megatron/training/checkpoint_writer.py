@@ -36,11 +36,13 @@ class ResultFile:
     path: Path
 
     def put(self, result: Any) -> None:
+        """Leave the result for the trainer."""
         # A full disk must not leave a part of the result, which the trainer would read.
         with atomic_file(self.path) as partial:
             partial.write_bytes(pickle.dumps(result))
 
     def get_nowait(self) -> Any:
+        """Take the result out; raises queue.Empty while there is none."""
         if not self.path.exists():
             raise queue.Empty
         result = pickle.loads(self.path.read_bytes())

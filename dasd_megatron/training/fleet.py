@@ -38,17 +38,21 @@ class OwnServer(Protocol):
     """A server that the trainer starts; :class:`~dasd_megatron.rollout.local_server.LocalServer` is one."""
 
     @property
-    def url(self) -> str: ...
+    def url(self) -> str:
+        """Address of the server."""
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Start the process and return once it is healthy."""
 
-    def restart(self, model_path: str | Path, weight_version: str) -> None: ...
+    def restart(self, model_path: str | Path, weight_version: str) -> None:
+        """Stop what is left of the process and start it again with these weights."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End the process and all that it started."""
 
 
 class ServerFactory(Protocol):
-    """Makes a server with the arguments of :class:`~dasd_megatron.rollout.local_server.LocalServer`."""
+    """Factory of servers, with the arguments of :class:`~dasd_megatron.rollout.local_server.LocalServer`."""
 
     def __call__(
         self, model_path: str | Path, weight_version: str, rollout: RolloutConfig, log_path: str | Path, /
@@ -152,7 +156,7 @@ class ServerFleet:
                 except WrongModelError as error:
                     self.pool.record(url, Event.UPDATE_FAILED, reason=str(error))
                 except RolloutServerError as error:
-                    self.pool.record(url, Event.FAILED, reason=error.what)
+                    self.pool.record(url, Event.FAILED, reason=error.failure)
         return [url for url in urls if url in self._checked]
 
     def release_memory(self) -> None:
@@ -179,7 +183,7 @@ class ServerFleet:
         try:
             asyncio.run(ask())
         except RolloutServerError as error:
-            self.pool.record(url, Event.UPDATE_FAILED, reason=error.what)
+            self.pool.record(url, Event.UPDATE_FAILED, reason=error.failure)
             return False
         return True
 

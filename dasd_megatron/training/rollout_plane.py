@@ -74,9 +74,9 @@ class _HandedOut(NamedTuple):
 
 
 class RolloutPlane:
-    """Hands weights to the servers and rollouts to the ranks. Methods are collective over all ranks.
+    """Traffic of weights to the servers and of rollouts to the ranks. Methods are collective over all ranks.
 
-    Owns the fleet of servers, the way that weights reach them and, on global rank 0, the collector of rollouts.
+    It owns the fleet of servers, the way that weights reach them and, on global rank 0, the collector of rollouts.
 
     state: where the order of problems and what was collected ahead go on; counts on rank 0.
     """
@@ -269,7 +269,7 @@ class RolloutPlane:
         return self._on_rank0_or_stop(check)
 
     def _on_rank0_or_stop(self, work: Callable[[], T]) -> T | None:
-        """Do ``work`` on rank 0; what trying again cannot mend stops the run on every rank."""
+        """Run ``work`` on rank 0; an error that trying again cannot mend stops the run on every rank."""
         try:
             return on_selected_rank(
                 dist.get_rank() == 0, work, (WrongModelError, RolloutServerError, WeightSyncError, PluginError, OSError)

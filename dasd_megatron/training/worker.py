@@ -109,6 +109,7 @@ def _tie_forked_processes() -> None:
 
 
 def main() -> int:
+    """Train as a worker of ``dasd train``, with the run directory as argument; return the exit status."""
     from dasd_megatron.errors import report_errors
 
     _end_with_launcher()

@@ -1,4 +1,4 @@
-"""What the distributed optimizer saves is what Megatron's own format gathers, and any other layout loads it to the
+"""The distributed optimizer saves what Megatron's own format gathers, and any other layout loads it to the
 bit."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What servers hold after a weight sync is the policy's, tensor for tensor, in every layout and for both ways without a
+"""After a weight sync servers hold the policy's weights, tensor for tensor, in every layout and for both ways without a
 file."""
 
 from __future__ import annotations

@@ -156,11 +156,11 @@ def test_a_distribution_against_itself(generator: torch.Generator) -> None:
     norm = normalisers(case, generator, others=False)
     norm = norm._replace(q_max=norm.p_max, q_log_z=norm.p_log_z)
     assert (check_mixture_sums(kernels, case, norm, 0.3) == 0).all(), f"seed {generator.initial_seed()}"
-    one = torch.ones(30, device="cuda")
+    ones = torch.ones(30, device="cuda")
     for weight in (None, 0.3):
         out = torch.empty_like(case.logits)
         kernels.backward(
-            case.logits, case.teacher, out, case.targets, constant=one - 1, linear=one, cross=one,
+            case.logits, case.teacher, out, case.targets, constant=ones - 1, linear=ones, cross=ones,
             mixture_weight=weight,
             **norm._asdict(), **case.place,
         )  # fmt: skip
@@ -225,7 +225,7 @@ def test_linear_token_stats(generator: torch.Generator, divergence: str | None, 
             **extra,
         )
         weighted_sum(stats, weights).backward()
-        exact = [one.detach().double().requires_grad_() for one in own]
+        exact = [tensor.detach().double().requires_grad_() for tensor in own]
         teacher_logits = None if divergence is None else teacher_hidden[:tokens].double() @ teacher_head.double().t()
         reference = dense(
             exact[0] @ exact[1].t(), targets, teacher_logits, divergence or "reverse_kl", 0.7, 20_000, 0.3

@@ -47,8 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(model: Path, tmp_path: Path) -> Iterator[LocalServer]:
-    with LocalServer(model, "start", RolloutConfig(threads=1), tmp_path / "server.log") as one:
-        yield one
+    with LocalServer(model, "start", RolloutConfig(threads=1), tmp_path / "server.log") as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -67,7 +67,9 @@ def nobody_is_told() -> Iterator[None]:
                     seen.extend(word for word in words if KEY in word)
                     if process.pid in family and {"dasd_megatron.cli", "dasd_megatron.rollout.server"} & set(words):
                         ports = [
-                            one.laddr for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN
+                            connection.laddr
+                            for connection in process.net_connections("inet")
+                            if connection.status == psutil.CONN_LISTEN
                         ]
                         seen.extend((words, port) for port in ports if not is_loopback(port.ip))
 

@@ -72,11 +72,11 @@ def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(
     options = [*NO_EVALUATION, "run.steps=3", "rollout.over_sampling=1.5", *rewards]
     for replicas in (1, 2):
         train(*options, f"parallel.data_parallel_size={replicas}", f"run.dir={tmp_path / str(replicas)}")
-    one, two = (rows(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
+    first, second = (rows(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
     assert positions(tmp_path / "1")[0] == positions(tmp_path / "2")[0]
-    assert sum(row["rollout/groups_filtered"] for row in one) > 0
-    assert max(row["reward/groups_all_correct"] + row["reward/groups_all_wrong"] for row in [*one, *two]) == 0.0
-    assert one[0]["update/loss"] == pytest.approx(two[0]["update/loss"], rel=1e-4)
+    assert sum(row["rollout/groups_filtered"] for row in first) > 0
+    assert max(row["reward/groups_all_correct"] + row["reward/groups_all_wrong"] for row in [*first, *second]) == 0.0
+    assert first[0]["update/loss"] == pytest.approx(second[0]["update/loss"], rel=1e-4)
     for name in ("1", "2"):
         drawn = [position for step in positions(tmp_path / name) for position in step]
         assert len(drawn) == len(set(drawn)) == 12

@@ -203,7 +203,7 @@ def moment(series: Series, kind: str) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Whether ``folder`` is on a disk of its own, which can be filled."""
+    """Return whether ``folder`` is on a disk of its own, which can be filled."""
     folder.mkdir(parents=True)
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], capture_output=True, text=True

@@ -86,14 +86,14 @@ def test_a_run_equals_that_of_one_process(layout: str, recorded: tuple[list[str]
         and expected[0]["reward/std"] > 0
         and expected[0]["update/divergence"] > 1e-3
     )
-    for one, other in zip(found, expected, strict=True):
+    for row, other in zip(found, expected, strict=True):
         for name in ("loss", "grad_norm", "kl_to_start", "divergence", "capped_share"):
-            assert one[f"update/{name}"] == pytest.approx(other[f"update/{name}"], rel=1e-5, abs=1e-5), (
-                one["step"],
+            assert row[f"update/{name}"] == pytest.approx(other[f"update/{name}"], rel=1e-5, abs=1e-5), (
+                row["step"],
                 name,
             )
         for name in ("entropy/mean", "credit/delta_mean", "credit/omega_mean"):
-            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (one["step"], name)
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), (row["step"], name)
         for name in (
             "reward/mean",
             "reward/std",
@@ -102,7 +102,7 @@ def test_a_run_equals_that_of_one_process(layout: str, recorded: tuple[list[str]
             "credit/pushed_share",
             "update/lr",
         ):
-            assert one[name] == pytest.approx(other[name], rel=1e-9), (one["step"], name)
+            assert row[name] == pytest.approx(other[name], rel=1e-9), (row["step"], name)
     weights, expected_weights, before = (
         load_file(path / "model.safetensors")
         for path in (tmp_path / "run" / "model", single / "model", single.parent / "made" / "warm_start")

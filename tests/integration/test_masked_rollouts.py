@@ -62,7 +62,7 @@ def replay(recorded: Path, run: Path, change: Callable[[Sample], None] | None, *
 
 
 def append_answer(sample: Sample) -> None:
-    """What a tool says behind the policy's last token."""
+    """Append what a tool says behind the policy's last token."""
     count = 1 + sample.sample
     sample.response_mask = [1] * len(sample.response_ids) + [0] * count
     sample.response_ids = sample.response_ids + [7 + sample.group] * count
@@ -78,9 +78,9 @@ def insert_answer(sample: Sample) -> None:
 
 
 def assert_same(found: list[dict], expected: list[dict]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.pop("weight_version") == other["weight_version"]
-        assert one == pytest.approx(
+    for row, other in zip(found, expected, strict=True):
+        assert row.pop("weight_version") == other["weight_version"]
+        assert row == pytest.approx(
             {name: value for name, value in other.items() if name != "weight_version"}, rel=1e-4, abs=1e-5
         )
 

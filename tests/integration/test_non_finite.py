@@ -57,7 +57,7 @@ def replay(source: Path, target: Path, token: int, steps: tuple[int, ...]) -> Pa
     for path in source.glob("*.jsonl"):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for record in records:
-            record["response_ids"] = [one - (one == token) for one in record["response_ids"]]
+            record["response_ids"] = [token_id - (token_id == token) for token_id in record["response_ids"]]
         if int(path.stem.removeprefix("step_")) in steps:
             records[5]["prompt_ids"][0] = token
         (target / path.name).write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -83,8 +83,8 @@ def test_a_step_with_nan_logits_is_skipped_described_and_counted(
         return
     # The skipped steps left no trace in the weights: they are those of the first step.
     train(*common, "run.steps=1", f"rollout.replay={folder}", f"run.dir={tmp_path / 'one'}")
-    skipped, one = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "one"))
-    assert all(torch.equal(tensor.nan_to_num(9.0), one[name].nan_to_num(9.0)) for name, tensor in skipped.items())
+    skipped, single = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "one"))
+    assert all(torch.equal(tensor.nan_to_num(9.0), single[name].nan_to_num(9.0)) for name, tensor in skipped.items())
 
 
 def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(

@@ -86,8 +86,8 @@ def make_run(path: Path, name: str, seed: int) -> Path:
                 sample
                 | {"group": place // SAMPLES, "expected_answer": "7", "predicted_answer": "7", "finish_reason": "stop"}
             )
-            numbers = {one: [noise.gauss(0, 1) for _ in words] for one in ("delta", "omega", "token_advantage")}
-            numbers |= {one: [-noise.random() for _ in words] for one in ("student_log_prob", "teacher_log_prob")}
+            numbers = {name: [noise.gauss(0, 1) for _ in words] for name in ("delta", "omega", "token_advantage")}
+            numbers |= {name: [-noise.random() for _ in words] for name in ("student_log_prob", "teacher_log_prob")}
             numbers |= {
                 "entropy": [noise.random() for _ in words],
                 "tokens": words,
@@ -103,7 +103,7 @@ def make_run(path: Path, name: str, seed: int) -> Path:
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for label, step in (("before", 0), ("after", STEPS)):
         line = {"step": step, "label": label, "num_problems": 9, "num_samples": 4}
-        line |= {one: noise.random() for one in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")}
+        line |= {name: noise.random() for name in ("avg@4", "pass@1", "pass@2", "pass@4", "maj@4")}
         with open(path / "evaluation.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     return path

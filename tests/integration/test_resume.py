@@ -74,10 +74,10 @@ def test_resume_in_another_layout_goes_on_from_the_same_weights(uninterrupted: P
     )  # fmt: skip
     expected, found = rows(uninterrupted / "metrics.jsonl")[12:], rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in found] == [13, 14]
-    for one, other in zip(found, expected, strict=True):
+    for row, other in zip(found, expected, strict=True):
         for name in ("update/loss", "update/grad_norm", "entropy/mean", "credit/delta_mean", "update/kl_to_start"):
-            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
-        assert one["update/loss"] == pytest.approx(other["update/loss"], rel=0, abs=1e-5)
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+        assert row["update/loss"] == pytest.approx(other["update/loss"], rel=0, abs=1e-5)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: Path, tmp_path: Path) -> None:

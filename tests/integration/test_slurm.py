@@ -46,8 +46,8 @@ else:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[SlurmCluster]:
-    with slurm_cluster() as one:
-        yield one
+    with slurm_cluster() as started:
+        yield started
 
 
 def free_block() -> int:
@@ -56,11 +56,11 @@ def free_block() -> int:
     return next(port for port in range(20000, 32000, PORTS) if not taken & set(range(port, port + PORTS)))
 
 
-def wait_for(what: str, done: Callable[[], object], log: Path, seconds: float) -> None:
+def wait_for(event: str, done: Callable[[], object], log: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, (
-            f"{what} did not happen within {seconds:g} s:\n{log.read_text() if log.exists() else 'no log'}"
+            f"{event} did not happen within {seconds:g} s:\n{log.read_text() if log.exists() else 'no log'}"
         )
         time.sleep(0.2)
 
@@ -103,10 +103,12 @@ def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: Slurm
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", f"run.steps={steps}")
     wait_for("the second step", lambda: len(rows(run / "metrics.jsonl")) >= 2, log, 300)
     server = next(
-        one for one in cluster.processes(job) if one.name() != "srun" and {"serve", "embedded"} <= set(one.cmdline())
+        process
+        for process in cluster.processes(job)
+        if process.name() != "srun" and {"serve", "embedded"} <= set(process.cmdline())
     )
     key = server.environ()["DASD_API_KEY"]
-    assert not any(key in word for one in cluster.processes(job) for word in one.cmdline())
+    assert not any(key in word for process in cluster.processes(job) for word in process.cmdline())
     server.kill()
     wait_for(
         "a restart of the server", lambda: "on n3 ended with status 137; started again" in log.read_text(), log, 60
@@ -146,10 +148,10 @@ def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_pa
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", *overrides, options=("--nodes=1",), **layout)
     wait_for("the first step", lambda: rows(tmp_path / "run" / "metrics.jsonl"), log, 300)
     here = cluster.processes(job)
-    assert {"serve", "train"} <= {word for one in here for word in one.cmdline()}
+    assert {"serve", "train"} <= {word for process in here for word in process.cmdline()}
     cluster.command("scancel", str(job))
     assert finish(cluster, job, log, 30) == "CANCELLED"
-    assert not any(one.is_running() for one in here)
+    assert not any(process.is_running() for process in here)
     # Its last words may be that it is not requeued.
     assert "requeued; it goes on" not in log.read_text() and cluster.job(job)["Restarts"] == "0"
 

@@ -117,7 +117,7 @@ async def browser_page(browser: str, folder: Path) -> AsyncIterator[Page]:
         port = announced.read_text().split()[0]
         async with aiohttp.ClientSession() as session:
             async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                tab = next(one for one in await answer.json() if one["type"] == "page")
+                tab = next(page for page in await answer.json() if page["type"] == "page")
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 page = Page(socket)
                 listener = asyncio.create_task(page.listen())

@@ -42,7 +42,7 @@ class FakeServer:
         """By name of tensor, for each of its processes."""
 
     def count(self, path: str) -> int:
-        """How often it was asked for ``path``."""
+        """Return how often it was asked for ``path``."""
         return self.asked.count(path)
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:

@@ -62,7 +62,7 @@ class Hosts:
             )
 
     def run(self, host: str, *command: str) -> str:
-        """What a command on a host prints."""
+        """Run a command on a host and return what it prints."""
         return subprocess.run(
             [*self._inside, "ip", "netns", "exec", host, *command],
             capture_output=True,
@@ -113,13 +113,13 @@ def hosts(*names: str) -> Iterator[Hosts]:
             space.stderr.close()
 
 
-def wait_until(what: str, condition, seconds: float, *alive: subprocess.Popen, log: Path | None = None) -> None:
+def wait_until(event: str, condition, seconds: float, *alive: subprocess.Popen, log: Path | None = None) -> None:
     """Return once ``condition()`` is true; fails after ``seconds``, and when a process that is needed for it has
     ended."""
     deadline = time.monotonic() + seconds
     while not condition():
         ended = [process.args for process in alive if process.poll() is not None]
         text = "" if log is None else log.read_text(errors="replace")[-4000:]
-        assert not ended, f"{what}: {ended} has ended\n{text}"
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s\n{text}"
+        assert not ended, f"{event}: {ended} has ended\n{text}"
+        assert time.monotonic() < deadline, f"{event}: not within {seconds} s\n{text}"
         time.sleep(0.05)

@@ -130,7 +130,7 @@ def _expectation(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _expectation_bound(weights: Tensor, values: Tensor, exponents: Tensor) -> Tensor:
-    """How far float32 may be from the expectation of ``values`` under weights ``exp(exponents)``."""
+    """Bound how far float32 may be from the expectation of ``values`` under weights ``exp(exponents)``."""
     mean = _expectation(weights, values.abs())
     spread = _expectation(weights, (values * exponents).abs()) + mean * _expectation(weights, exponents.abs())
     return _ROUNDING * mean + _EXPONENT_ROUNDING * spread

@@ -70,7 +70,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Command(NamedTuple):
-    """What a process is to run, and what it inherits. ``targets``: the numbers under which it gets its descriptors."""
+    """The command that a process is to run, and what it inherits. ``targets``: the numbers under which it gets its
+    descriptors."""
 
     arguments: list[str]
     environment: dict[bytes, bytes]
@@ -170,7 +171,7 @@ def real_start() -> Iterator[None]:
 
 def started_by(process: subprocess.Popen) -> list[psutil.Process]:
     """Return the children of a process but its template."""
-    return [one for one in psutil.Process(process.pid).children() if not is_template(one)]
+    return [child for child in psutil.Process(process.pid).children() if not is_template(child)]
 
 
 def is_template(process: psutil.Process) -> bool:
@@ -187,12 +188,12 @@ def _fork_or_exec(*arguments: Any) -> int:
     command = [os.fsdecode(word) for word in words]
     if not (_enabled and plain and command[0] == sys.executable and len(executables) == 1):
         return _fork_exec(*arguments)
-    environment = dict(os.environb) if variables is None else dict(one.split(b"=", 1) for one in variables)
+    environment = dict(os.environb) if variables is None else dict(variable.split(b"=", 1) for variable in variables)
     if not _imitable(command, environment):
         return _fork_exec(*arguments)
-    sources = [one if one >= 0 else number for number, one in enumerate((stdin, stdout, stderr))]
-    passed = [one for one in kept if one != error_pipe]
-    ignored = {one for one in signal.valid_signals() if signal.getsignal(one) is signal.SIG_IGN}
+    sources = [descriptor if descriptor >= 0 else number for number, descriptor in enumerate((stdin, stdout, stderr))]
+    passed = [descriptor for descriptor in kept if descriptor != error_pipe]
+    ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
     request = Command(
         command,
         environment,
@@ -201,9 +202,9 @@ def _fork_or_exec(*arguments: Any) -> int:
         new_session,
         process_group,
         _umask(),
-        {int(one) for one in signal.pthread_sigmask(signal.SIG_BLOCK, [])},
+        {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])},
         # Python ignores these two itself.
-        {int(one) for one in ignored} - {signal.SIGPIPE, signal.SIGXFSZ},
+        {int(number) for number in ignored} - {signal.SIGPIPE, signal.SIGXFSZ},
     )
     return _own_template().start(request, [*sources, *passed])
 
@@ -286,9 +287,9 @@ def _preload() -> None:
     from dasd_megatron.config import BackendConfig
 
     changed = (torch, torch.cuda, torch.Tensor, torch.nn.Module)
-    before = [dict(vars(one)) for one in changed]
+    before = [dict(vars(changed_object)) for changed_object in changed]
     backend.select(BackendConfig(kind="cpu"))
-    after = [dict(vars(one)) for one in changed]
+    after = [dict(vars(changed_object)) for changed_object in changed]
     import dasd_megatron
 
     for found in pkgutil.walk_packages(dasd_megatron.__path__, "dasd_megatron."):
@@ -297,13 +298,13 @@ def _preload() -> None:
     for name in _OTHERS:
         importlib.import_module(name)
     # A process that chooses the backend prepares torch for itself, as if nothing had been imported.
-    for one, old, new in zip(changed, before, after, strict=True):
+    for changed_object, old, new in zip(changed, before, after, strict=True):
         for name in new:
             if name in old and new[name] is not old[name]:
-                setattr(one, name, old[name])
-            elif name not in old and isinstance(one, type):
+                setattr(changed_object, name, old[name])
+            elif name not in old and isinstance(changed_object, type):
                 # A method that a base class has too.
-                delattr(one, name)
+                delattr(changed_object, name)
     import dasd_megatron.backend.cpu as cpu
 
     cpu._installed = False
@@ -332,8 +333,8 @@ def _serve(connection: socket.socket) -> Command:
                 return command
             continue
         os.close(writer)
-        for one in descriptors:
-            os.close(one)
+        for descriptor in descriptors:
+            os.close(descriptor)
         answer = os.read(reader, 4)
         os.close(reader)
         # Only when the intermediate process is gone has the new one its parent.
@@ -355,8 +356,8 @@ def _become(command: Command, descriptors: list[int]) -> socket.socket | None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(0)
-        for one in (ours.detach(), *descriptors):
-            os.close(one)
+        for descriptor in (ours.detach(), *descriptors):
+            os.close(descriptor)
         return theirs
     theirs.close()
     _place_descriptors(descriptors, command.targets)
@@ -370,21 +371,21 @@ def _place_descriptors(descriptors: list[int], targets: list[int]) -> None:
     import fcntl
 
     beyond = max(targets) + 1
-    moved = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, max(beyond, 64)) for one in descriptors]
-    for one in descriptors:
-        os.close(one)
-    for one, target in zip(moved, targets, strict=True):
-        os.dup2(one, target, inheritable=True)
-        os.close(one)
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, max(beyond, 64)) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, target in zip(moved, targets, strict=True):
+        os.dup2(descriptor, target, inheritable=True)
+        os.close(descriptor)
 
 
 def _show(command: Command) -> None:
     """Let ``ps`` and psutil show the command's words and environment for this process."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    places = [int(one) for one in fields[45:49]]
+    places = [int(place) for place in fields[45:49]]
     variables = [name + b"=" + value for name, value in command.environment.items()]
     for (start, end), strings in (
-        (places[:2], [os.fsencode(one) for one in command.arguments]),
+        (places[:2], [os.fsencode(word) for word in command.arguments]),
         (places[2:], variables),
     ):
         data = b"\0".join(strings)[: end - start - 1]
@@ -402,11 +403,11 @@ def _enter(command: Command, path: list[str]) -> None:
     os.environb.update(command.environment)
     name, value = program.module, os.environ.get("PYTHONPATH", "")
     first = os.getcwd() if name else str(Path(program.script or "").resolve().parent)
-    sys.path[:] = [first, *(one for one in value.split(os.pathsep) if one), *path]
+    sys.path[:] = [first, *(entry for entry in value.split(os.pathsep) if entry), *path]
     sys.argv = [name or program.script or "", *program.arguments]
     sys.orig_argv = list(command.arguments)
     importlib.invalidate_caches()
-    if any((Path(one) / "sitecustomize.py").is_file() for one in value.split(os.pathsep) if one):
+    if any((Path(entry) / "sitecustomize.py").is_file() for entry in value.split(os.pathsep) if entry):
         # Python runs it before it imports anything else; here everything has been imported.
         sys.modules.pop("sitecustomize", None)
         importlib.import_module("sitecustomize")
@@ -421,12 +422,14 @@ def _enter(command: Command, path: list[str]) -> None:
     import numpy
     import transformers.utils.hub
 
-    offline = any(os.environ.get(one, "") in ("1", "true", "ON") for one in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    offline = any(
+        os.environ.get(name, "") in ("1", "true", "ON") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
     huggingface_hub.constants.HF_HUB_OFFLINE = offline
     transformers.utils.hub._is_offline_mode = offline
     numpy.random.seed()
-    for one in command.ignored_signals:
-        signal.signal(one, signal.SIG_IGN)
+    for number in command.ignored_signals:
+        signal.signal(number, signal.SIG_IGN)
     fork_children()
     signal.pthread_sigmask(signal.SIG_SETMASK, command.blocked_signals)
 
@@ -478,9 +481,9 @@ def _end(run: Any) -> NoReturn:
 def _finish() -> None:
     threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are no daemons
     atexit._run_exitfuncs()
-    for one in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
-            one.flush()
+            stream.flush()
 
 
 def main() -> None:
@@ -490,9 +493,9 @@ def main() -> None:
     connection.set_inheritable(False)
     # Without the folder it was started in, and what the environment names.
     path = sys.path[1:]
-    for one in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        if os.path.abspath(one) in path:
-            path.remove(os.path.abspath(one))
+    for entry in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if os.path.abspath(entry) in path:
+            path.remove(os.path.abspath(entry))
     try:
         _preload()
         threads = os.listdir("/proc/self/task")

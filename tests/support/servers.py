@@ -1,4 +1,4 @@
-"""Where the tests find real SGLang and its router, and a proxy that makes servers fail."""
+"""Places of real SGLang and its router, and a proxy that makes servers fail."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class SlurmCluster:
         return int(self.command("sbatch", "--parsable", *arguments, **environment).split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What ``scontrol`` knows of a job, like ``JobState``, ``Restarts`` and ``ExitCode``."""
+        """Return what ``scontrol`` knows of a job, like ``JobState``, ``Restarts`` and ``ExitCode``."""
         return dict(re.findall(r"(\w+)=(\S*)", self.command("scontrol", "--oneliner", "show", "job", str(job))))
 
     def processes(self, job: int) -> list[psutil.Process]:

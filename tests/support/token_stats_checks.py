@@ -1,5 +1,5 @@
-"""What every process of a group checks: agreement with one process, bit-equal ranks, collectives counted. Run through
-``gloo_pool``."""
+"""Checks that every process of a group makes: agreement with one process, bit-equal ranks, collectives counted. Run
+through ``gloo_pool``."""
 
 from __future__ import annotations
 
@@ -188,8 +188,8 @@ def check_linear_case(rank: int, world_size: int, case: dict, message: str) -> N
 
 
 def check_features(rank: int, world_size: int, case: dict, message: str) -> None:
-    for one in feature_cases(world_size, case["seed"]):
-        check_case(rank, world_size, one, f"{message}, {one}")
+    for feature_case in feature_cases(world_size, case["seed"]):
+        check_case(rank, world_size, feature_case, f"{message}, {feature_case}")
 
 
 def feature_cases(world_size: int, seed: int) -> Iterator[dict]:

@@ -94,13 +94,13 @@ def test_the_page_has_means_and_deviations(
     assert "rlsd" not in text and "## chain_sum" not in text and "Avg@16 40.0%, Pass@16 90.0%" in text
     for other in ("grpo", "opsd, beta 0.1"):
         differences = [
-            100 * (one["pass@16"] - two["pass@16"])
-            for one, two in zip(made["dasd, beta 0.1"], made[other], strict=True)
+            100 * (first["pass@16"] - second["pass@16"])
+            for first, second in zip(made["dasd, beta 0.1"], made[other], strict=True)
         ]
         mean, deviation = statistics.mean(differences), statistics.stdev(differences)
         assert f"| dasd, beta 0.1 − {other} | " in text and f"| {mean:+.2f} ± {deviation:.2f} (" in text
     for method, results in made.items():
-        values = [100 * one["avg@16"] for one in results]
+        values = [100 * result["avg@16"] for result in results]
         assert f"| {method} | 3 | {statistics.mean(values):.2f}% ± {statistics.stdev(values):.2f} |" in text
     assert sorted(json.loads((tmp_path / "out" / "results.json").read_text())["countdown"]["grpo"]) == ["1", "10", "2"]
     ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())

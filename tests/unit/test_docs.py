@@ -1,5 +1,5 @@
-"""What the documentation tells people to type exists: commands, targets, scripts, fields; and the site builds without a
-warning."""
+"""Commands, targets, scripts and fields that the documentation tells people to type exist, and the site builds without
+a warning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _field(word: str) -> str | None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_people_are_told_to_type_exists(page: Path) -> None:
     text = page.read_text()
-    assert [(words, what) for words in words_of(text) if (what := wrong(words))] == []
+    assert [(words, fault) for words in words_of(text) if (fault := wrong(words))] == []
     # Fields that are spoken of: `rollout.max_staleness`, `batch.packing=true`.
     spoken = {
         match

@@ -1,4 +1,4 @@
-"""What a command says and returns when its work fails."""
+"""A command whose work fails says why and returns an exit status."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     path.write_text(
         "".join(json.dumps({key: value for key, value in row.items() if key != "response_mask"}) + "\n" for row in rows)
     )
-    assert [one.response_mask for one in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
+    assert [sample.response_mask for sample in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
 
 
 @pytest.mark.parametrize("mask", [[1], [0, 0], [0, 2], [1, None], [[1], 0], "01", 3])

@@ -83,7 +83,7 @@ def test_pins_are_what_the_package_accepts() -> None:
 
 
 def dry_run(script: str, *arguments: str, cwd: Path = ROOT, **environment: str) -> tuple[str, list[list[str]]]:
-    """What a script prints, and the commands in it."""
+    """Run a script dry; return what it prints and the commands in it."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "DASD_"))}
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / script), *arguments],
@@ -280,7 +280,7 @@ def test_settings_that_cannot_be_meant(settings: dict[str, str], message: str) -
 
 
 def test_env_names_every_setting() -> None:
-    """What common.sh reads stands in env.sh, with a default; what the scripts themselves set is theirs."""
+    """Settings that common.sh reads stand in env.sh, with a default, unless the scripts set them."""
     used = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "common.sh").read_text()))
     named = set(re.findall(r"\bDASD_[A-Z_]+", (ROOT / "slurm" / "env.sh").read_text()))
     assert used - named == {"DASD_SCRIPT", "DASD_ENV", "DASD_ENGINE", "DASD_RUN_DIR"}

@@ -85,6 +85,7 @@ class _Key(NamedTuple):
 
 
 def format_percent(value: float) -> str:
+    """Write a share as percent with one decimal."""
     return f"{100 * value:.1f}%"
 
 

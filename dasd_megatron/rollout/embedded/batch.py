@@ -29,6 +29,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the keys and values of new columns; return those of all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states)
             self.replace(key_states, value_states)

@@ -150,6 +150,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """True while the worker thread runs and the engine is not closing."""
         return self._thread.is_alive() and not self._closing
 
     @property
@@ -166,6 +167,7 @@ class Engine:
 
     @property
     def paused(self) -> PauseMode | None:
+        """Mode of the pause; None while the engine is not paused."""
         return self._paused
 
     @property

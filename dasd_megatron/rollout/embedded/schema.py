@@ -212,6 +212,8 @@ def _check_sampling_fields(params: dict[str, Any]) -> None:
 
 @pydantic_dataclass
 class UpdateWeightFromDiskReqInput:
+    """Body of /update_weights_from_disk."""
+
     model_path: str
     load_format: str | None = None
     abort_all_requests: bool = False
@@ -221,6 +223,8 @@ class UpdateWeightFromDiskReqInput:
 
 @pydantic_dataclass
 class InitWeightsUpdateGroupReqInput:
+    """Body of /init_weights_update_group."""
+
     master_address: str
     master_port: int
     rank_offset: int
@@ -231,11 +235,15 @@ class InitWeightsUpdateGroupReqInput:
 
 @pydantic_dataclass
 class DestroyWeightsUpdateGroupReqInput:
+    """Body of /destroy_weights_update_group."""
+
     group_name: str = "weight_update_group"
 
 
 @pydantic_dataclass
 class UpdateWeightsFromDistributedReqInput:
+    """Body of /update_weights_from_distributed."""
+
     names: list[str]
     dtypes: list[str]
     shapes: list[list[int]]
@@ -253,6 +261,8 @@ def _decode_base64(value: Any) -> Any:
 
 @pydantic_dataclass
 class UpdateWeightsFromTensorReqInput:
+    """Body of /update_weights_from_tensor."""
+
     serialized_named_tensors: list[Annotated[bytes, BeforeValidator(_decode_base64)]]
     load_format: str | None = None
     flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
@@ -260,32 +270,44 @@ class UpdateWeightsFromTensorReqInput:
 
 @pydantic_dataclass
 class MemoryOccupationReqInput:
+    """Body of /release_memory_occupation and /resume_memory_occupation."""
+
     tags: list[str] | None = None
 
 
 @pydantic_dataclass
 class CheckWeightsReqInput:
+    """Body of /weights_checker."""
+
     action: str = "checksum"
     skip_tensor_list: list[str] | None = None
 
 
 @pydantic_dataclass
 class UpdateWeightVersionReqInput:
+    """Body of /update_weight_version."""
+
     new_version: str
     abort_all_requests: bool = True
 
 
 @pydantic_dataclass
 class AbortReq:
+    """Body of /abort_request."""
+
     rid: str | None = None
     abort_all: bool = False
 
 
 @pydantic_dataclass
 class PauseGenerationReqInput:
+    """Body of /pause_generation."""
+
     mode: Literal["abort", "retract", "in_place"] = "abort"
 
 
 @pydantic_dataclass
 class ContinueGenerationReqInput:
+    """Body of /continue_generation."""
+
     torch_empty_cache: bool = True  # accepted for compatibility; there is no GPU

@@ -16,6 +16,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Start SGLang's router, which ends with its parent."""
     # A thread that waits for the parent's end would never run: the router does not give Python the interpreter back.
     # The kernel's signal works.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -68,6 +68,7 @@ if API_KEY is not None:
 
 
 def main() -> None:
+    """Start an SGLang server, which ends when its standard input does."""
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -30,8 +30,8 @@ class WeightSyncError(RuntimeError):
     """The servers did not take the weights; what they serve now is unknown. ``url``: the server that it failed for,
     where that is known."""
 
-    def __init__(self, what: str, url: str | None = None):
-        super().__init__(f"weight sync: {what}")
+    def __init__(self, failure: str, url: str | None = None):
+        super().__init__(f"weight sync: {failure}")
         self.url = url
 
 
@@ -82,7 +82,7 @@ class WeightSync(ABC):
 
     @abstractmethod
     def send(self, policy: Policy) -> None:
-        """Do what needs the weights of all ranks. Collective over all of them.
+        """Send the weights as far as that takes all ranks. Collective over all of them.
 
         Raises:
             PeerError: the servers did not take the weights; on every rank. Trying again can help.
@@ -91,7 +91,7 @@ class WeightSync(ABC):
 
     @abstractmethod
     def deliver(self) -> None:
-        """Do what is left for global rank 0 once the policy has been sent, before the servers serve it.
+        """Finish the sync on global rank 0, after :meth:`send` and before the servers serve the weights.
 
         Raises:
             RolloutServerError: no server took the weights.

@@ -11,7 +11,7 @@ from dasd_megatron.training.weight_sync.base import WeightSync
 
 
 class DiskSync(WeightSync):
-    """Writes each version to the run's directory of weights and tells the servers to load it."""
+    """Weight sync over the disk: each version is written to the run's directory of weights, and the servers load it."""
 
     def send(self, policy: Policy) -> None:
         """Write the weights; raises ExportError on every rank."""
@@ -32,4 +32,4 @@ class DiskSync(WeightSync):
             await client.update_weights_from_disk(str(weights.path.absolute()), weights.version)
 
     def disconnect(self) -> None:
-        """Nothing is connected between two requests."""
+        """Do nothing, since nothing is connected between two requests."""

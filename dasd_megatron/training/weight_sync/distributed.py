@@ -34,6 +34,7 @@ class DistributedSender(BucketSender):
 
     @property
     def joined(self) -> bool:
+        """True while the process group stands."""
         return self._group is not None
 
     def drop(self) -> None:
@@ -93,6 +94,7 @@ class DistributedSender(BucketSender):
         super().begin()
 
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
+        """Announce a bucket to the servers and broadcast it."""
         names, dtypes, shapes = zip(*entries, strict=True)
         announced = self.client.update_weights_from_distributed(
             names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name
@@ -100,11 +102,12 @@ class DistributedSender(BucketSender):
         return self.run(_await_both(announced, asyncio.to_thread(dist.broadcast, flat, 0, self._group)))
 
     def start_closing(self) -> list[Future]:
+        """Begin to close, and include the leaving of the group in what is waited for."""
         return super().start_closing() + ([self._leaving] if self._leaving is not None else [])
 
 
 class DistributedSync(BucketSync):
-    """Broadcasts each version over a process group."""
+    """Weight sync over a process group, in which each version is broadcast."""
 
     sender_class = DistributedSender
 

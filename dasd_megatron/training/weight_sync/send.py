@@ -35,7 +35,7 @@ Future = concurrent.futures.Future[Any]
 
 
 class BucketSender(ABC):
-    """Sends buckets of weights to a fixed set of servers. Lives on global rank 0, while :func:`send_weights` is
+    """Sender of buckets of weights to a fixed set of servers. It lives on global rank 0, while :func:`send_weights` is
     collective over all ranks.
 
     Every step has the limit ``rollout.weight_sync_timeout_seconds``.
@@ -146,10 +146,10 @@ class BucketSync(WeightSync):
         on_selected_rank(rank0, lambda: raise_failure(failure), (WeightSyncError,))
 
     def deliver(self) -> None:
-        """Nothing is left to do: the servers have the weights."""
+        """Do nothing, since the servers have the weights."""
 
     async def catch_up(self, urls: Sequence[str]) -> None:
-        """Nothing can be done by rank 0 alone."""
+        """Do nothing, since rank 0 alone has not all weights."""
 
     def disconnect(self) -> None:
         """Close the sender."""

@@ -30,9 +30,11 @@ class TensorSender(BucketSender):
 
     @property
     def joined(self) -> bool:
+        """True always, since nothing needs to be joined."""
         return True
 
     def buffer(self, index: int, size: int) -> torch.Tensor:
+        """Return memory for a bucket, on the CPU shared with the servers."""
         if self.device.type == "cuda":
             return super().buffer(index, size)
         if index not in self._shared or self._shared[index].bytes.numel() < size:
@@ -42,11 +44,13 @@ class TensorSender(BucketSender):
         return self._shared[index].bytes
 
     def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
+        """Hand a bucket to the servers."""
         # A server answers once it has copied the bucket; on a GPU, torch waits for that where it lets the memory go.
         payloads = [[pack(flat, entries) for _ in range(size)] for size in self.sizes]
         return self.run(self.client.update_weights_from_tensor(payloads))
 
     def end(self, version: str) -> None:
+        """Give the shared memory back and let the servers name the version."""
         self.drop()
         super().end(version)
 

@@ -56,14 +56,14 @@ def test_pause_aborts_and_holds_new_requests(target):
         "status": "ok",
     }
     assert {a["meta_info"]["finish_reason"]["type"] for a in running.answer()} == {"abort"}
-    held = long_request(target, rows=2)
+    waiting = long_request(target, rows=2)
     time.sleep(0.5)
-    assert not held.future.done()
+    assert not waiting.future.done()
     assert target.post("/continue_generation", {}).json() == {
         "message": "Generation continued successfully.",
         "status": "ok",
     }
-    assert {len(a["output_ids"]) for a in held.answer()} == {240}
+    assert {len(a["output_ids"]) for a in waiting.answer()} == {240}
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])

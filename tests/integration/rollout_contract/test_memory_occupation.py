@@ -31,9 +31,9 @@ def test_released_weights_have_to_be_sent_again(embedded, models):
     body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
     before = embedded.generate(**body)
 
-    def refused(what):
+    def refused(fault):
         answer = embedded.post("/generate", body)
-        assert answer.status_code == 400 and what in answer.json()["error"]["message"], answer.text
+        assert answer.status_code == 400 and fault in answer.json()["error"]["message"], answer.text
 
     assert embedded.post("/release_memory_occupation", {}).status_code == 200
     refused("resume_memory_occupation")

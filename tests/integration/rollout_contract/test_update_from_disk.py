@@ -92,12 +92,12 @@ def test_an_update_can_abort_what_runs(embedded, models):
 
 def test_an_update_during_a_pause_serves_held_requests_under_the_new_version(embedded, models):
     embedded.post("/pause_generation", {})
-    held = long_request(embedded, rows=2)
+    waiting = long_request(embedded, rows=2)
     embedded.wait_for("num_waiting_reqs", 2)
     assert (
         embedded.post("/update_weights_from_disk", {"model_path": models["b"], "weight_version": "v2"}).status_code
         == 200
     )
-    assert not held.future.done()
+    assert not waiting.future.done()
     embedded.post("/continue_generation", {})
-    assert {a["meta_info"]["weight_version"] for a in held.answer()} == {"v2"}
+    assert {a["meta_info"]["weight_version"] for a in waiting.answer()} == {"v2"}

@@ -66,8 +66,8 @@ assert 0 < gaps["before"] < 0.05
 assert gaps["without fp8"] == 0
 # Five large updates have moved them by more than a nat.
 assert gaps["after"] < 0.3
-for (one, norm), (other, other_norm) in zip(bf16[2], fp8[2], strict=True):
-    assert abs(one - other) < 0.02 * one and abs(norm - other_norm) < 0.1 * norm
+for (loss, norm), (other_loss, other_norm) in zip(bf16[2], fp8[2], strict=True):
+    assert abs(loss - other_loss) < 0.02 * loss and abs(norm - other_norm) < 0.1 * norm
 assert fp8[2][-1][0] < fp8[2][0][0] - 0.05
 
 # What is exported is what the layers compute with.

@@ -37,7 +37,7 @@ prompts = [draw(0, model.vocab_size, length) for length in draw(1, 12, 6)]
 responses = [draw(0, model.vocab_size, length) for length in draw(5, 15, 6)]
 # The last two tokens of each are none of the policy's.
 masks = [[1, 0, 1, *draw(0, 2, len(response) - 5), 0, 0] for response in responses]
-sampled = [(row, place) for row, mask in enumerate(masks) for place, one in enumerate(mask) if one]
+sampled = [(row, place) for row, mask in enumerate(masks) for place, counts in enumerate(mask) if counts]
 advantage = torch.randn(len(sampled), generator=generator)
 old_noise = 0.05 * torch.randn(len(sampled), generator=generator)
 

@@ -43,8 +43,8 @@ for seed, size in ((1, 1e-4), (2, 3.0)):
     their_state.scheduler.step(1)
     assert applied and norm == expected_norm, (norm, expected_norm)
     assert (norm > config.optimizer.clip_grad) == (seed == 2)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(parameter, other)
 
 before = [parameter.detach().clone() for parameter in ours.parameters()]
 schedule = our_state.scheduler.state_dict()
@@ -61,7 +61,7 @@ set_gradients(ours, 4, 1e-4)
 set_gradients(theirs, 4, 1e-4)
 our_state.step()
 their_state.optimizer.step()
-for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-    assert torch.equal(one, other)
+for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+    assert torch.equal(parameter, other)
 dist.barrier()
 dist.destroy_process_group()

@@ -100,11 +100,11 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
 padded, padded_gradient, padded_result = run(packing=False)
 packed, packed_gradient, packed_result = run(packing=True)
 for name in ("log_prob", "entropy"):
-    one, other, exact = (getattr(scores, name) for scores in (padded, packed, expected))
-    errors = [float((values.double() - exact).abs().mean()) for values in (one, other)]
+    own, other, exact = (getattr(scores, name) for scores in (padded, packed, expected))
+    errors = [float((values.double() - exact).abs().mean()) for values in (own, other)]
     print(f"{name}: mean error against float64: padded {errors[0]:.2e}, packed {errors[1]:.2e}", flush=True)
     assert errors[1] <= 1.25 * errors[0] + 1e-6, (name, errors)
-    torch.testing.assert_close(one, other, rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5)
+    torch.testing.assert_close(own, other, rtol=0.02 if half else 1e-5, atol=0.1 if half else 2e-5)
 gap = float((packed_gradient - padded_gradient).norm() / padded_gradient.norm())
 packed_loss, padded_loss = packed_result.means["loss"], padded_result.means["loss"]
 print(

@@ -48,17 +48,17 @@ if not config.optimizer.distributed:
     for parameter in model.parameters():
         parameter.main_grad.normal_()
 assert optimizer.step()[2]
-held = 0
+state_bytes = 0
 for inner in getattr(optimizer.optimizer, "chained_optimizers", [optimizer.optimizer]):
-    held += sum(tensor.nbytes for state in inner.optimizer.state.values() for tensor in tensors_of(state))
+    state_bytes += sum(tensor.nbytes for state in inner.optimizer.state.values() for tensor in tensors_of(state))
     if config.precision.params_dtype == "bf16":
-        held += sum(parameter.nbytes for group in inner.optimizer.param_groups for parameter in group["params"])
+        state_bytes += sum(parameter.nbytes for group in inner.optimizer.param_groups for parameter in group["params"])
 
 found = {
     "parameters": sum(p.numel() for p in model.parameters()),
     "weights": sum(storages.values()),
     "gradients": gradients,
-    "optimizer": held,
+    "optimizer": state_bytes,
 }
 expected = {name: getattr(plan, name) for name in found}
 assert found == expected, f"rank {dist.get_rank()}: found {found}, planned {expected}"

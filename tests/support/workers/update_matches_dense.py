@@ -52,7 +52,7 @@ for mask in masks[1:]:
     mask[int(torch.randint(0, len(mask), (1,), generator=generator))] = 1
 layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
 batches, teacher_batches = (
-    make_micro_batches(one, responses, layout, response_mask=masks) for one in (prompts, teacher_prompts)
+    make_micro_batches(contexts, responses, layout, response_mask=masks) for contexts in (prompts, teacher_prompts)
 )
 student = score(model, batches, config.loss, temperature=temperature)
 teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=True)
@@ -63,7 +63,10 @@ old_log_prob = student.log_prob + 0.05 * torch.randn(total, generator=generator)
 
 reference = AutoModelForCausalLM.from_pretrained(arguments["path"], torch_dtype=torch.float64)
 chosen = torch.cat(
-    [torch.ones(len(one)) if mask is None else torch.tensor(mask) for one, mask in zip(responses, masks, strict=True)]
+    [
+        torch.ones(len(response)) if mask is None else torch.tensor(mask)
+        for response, mask in zip(responses, masks, strict=True)
+    ]
 ).bool()
 
 

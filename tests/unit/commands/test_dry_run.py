@@ -1,4 +1,4 @@
-"""What ``dasd train --dry-run`` refuses before Megatron-Core is asked, and the commands that it prints."""
+"""``dasd train --dry-run`` refuses what it can before Megatron-Core is asked, and prints the commands to start."""
 
 from __future__ import annotations
 

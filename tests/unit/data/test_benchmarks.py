@@ -88,4 +88,7 @@ def test_real_files() -> None:
     for name, problems in found.items():
         assert len(problems) == BENCHMARKS[name].problems
         if name != "aime24":  # some of whose solutions mark other things too
-            assert all(compare_plain(extract_answer(one.reference_solution), one.expected_answer) for one in problems)
+            assert all(
+                compare_plain(extract_answer(problem.reference_solution), problem.expected_answer)
+                for problem in problems
+            )

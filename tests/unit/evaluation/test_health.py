@@ -49,7 +49,7 @@ def make_sample(group: int, sample: int, tokens: list[int], text: str, **changes
 
 
 def packed(rows: list[list]) -> tuple[list, list[int]]:
-    return [one for row in rows for one in row], [len(row) for row in rows]
+    return [value for row in rows for value in row], [len(row) for row in rows]
 
 
 def test_profile(draw):
@@ -79,8 +79,8 @@ def slow_repetition(row: list[int], n: int) -> tuple[float, int]:
     if len(grams) < 2:
         return 0.0, 0
     longest = current = 0
-    for one in repeated:
-        current = current + 1 if one else 0
+    for is_repeated in repeated:
+        current = current + 1 if is_repeated else 0
         longest = max(longest, current)
     return 1 - len(set(grams)) / len(grams), longest + n - 1 if longest else 0
 
@@ -95,7 +95,7 @@ def test_repetition(draw):
         rows[0] += rows[0][-draw.randint(1, 9) :] * draw.randint(1, 5)
         share, run = health.repetition(*packed(rows), n)
         expected = [slow_repetition(row, n) for row in rows]
-        assert share.tolist() == pytest.approx([one for one, _ in expected])
+        assert share.tolist() == pytest.approx([found for found, _ in expected])
         assert run.tolist() == [longest for _, longest in expected]
 
 
@@ -110,7 +110,7 @@ def test_distinct_per_group(draw):
         value = [draw.randrange(5) for _ in group]
         counts = [draw.random() < 0.6 for _ in group]
         expected = sum(
-            len({v for g, v, c in zip(group, value, counts, strict=True) if g == one and c}) for one in set(group)
+            len({v for g, v, c in zip(group, value, counts, strict=True) if g == member and c}) for member in set(group)
         )
         assert health.distinct_per_group(group, value, counts) == pytest.approx(expected / len(set(group)))
     assert health.distinct_per_group([1, 1, 2], [5, 5, 5]) == 1.0
@@ -135,15 +135,15 @@ def test_calibration(draw):
         confidence = [draw.choice([0.0, 0.1, 1.0, draw.random()]) for _ in range(draw.randint(1, 60))]
         right = [draw.random() < 0.5 for _ in confidence]
         bins = defaultdict(list)
-        for one, is_right in zip(confidence, right, strict=True):
-            bins[min(int(one * 10), 9)].append((one, is_right))
+        for value, is_right in zip(confidence, right, strict=True):
+            bins[min(int(value * 10), 9)].append((value, is_right))
         found = health.calibration(confidence, right)
         error = 0.0
         for place in range(10):
             members = bins[place]
             assert found.responses[place] == len(members)
             if members:
-                mean, accuracy = (sum(one) / len(members) for one in zip(*members, strict=True))
+                mean, accuracy = (sum(column) / len(members) for column in zip(*members, strict=True))
                 assert (found.confidence[place], found.accuracy[place]) == (
                     pytest.approx(mean),
                     pytest.approx(accuracy),
@@ -217,14 +217,14 @@ def test_the_metrics_of_samples(draw):
     answers = [
         {sample.predicted_answer.removesuffix(".0") for sample in group if sample.predicted_answer} for group in groups
     ]
-    assert metrics["health/distinct_answers"] == pytest.approx(np.mean([len(one) for one in answers]))
+    assert metrics["health/distinct_answers"] == pytest.approx(np.mean([len(found) for found in answers]))
     assert metrics["health/distinct_paths"] == pytest.approx(
         np.mean([len({sample.text for sample in group}) for group in groups])
     )
     correct = [len({sample.text for sample in group if sample.reward}) for group in groups]
     assert metrics["health/distinct_correct_paths"] == pytest.approx(np.mean(correct))
     means = [np.mean(entropies[own]) for own in tokens]
-    assert metrics["health/entropy_auroc"] == pytest.approx(health.auroc(means, [not one for one in right]))
+    assert metrics["health/entropy_auroc"] == pytest.approx(health.auroc(means, [not is_right for is_right in right]))
     confidence = [math.exp(np.mean(log_probs[own])) for own in tokens]
     assert metrics["health/calibration_error"] == pytest.approx(health.calibration(confidence, right).error)
     checks = [chain_sum_steps(sample.problem, sample.text) for sample in samples]

@@ -157,7 +157,7 @@ def test_grading_is_compared_and_differences_are_listed(
     assert "2 different verdicts" in output and "right in the second alone" in output
     found = [json.loads(line) for line in (run / "nemo_skills" / "differences.jsonl").read_text().splitlines()]
     assert [
-        (one["problem"], one["first"]["symbolic_correct"], one["second"]["symbolic_correct"]) for one in found
+        (row["problem"], row["first"]["symbolic_correct"], row["second"]["symbolic_correct"]) for row in found
     ] == 2 * [("2+1 =", False, True)]
     assert read_graded(run / "sums") == records, "our own files are not touched"
 

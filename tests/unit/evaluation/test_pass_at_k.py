@@ -144,22 +144,22 @@ def test_confidence_intervals_have_the_width_of_theory_and_their_seed():
     means = bootstrap(scores, 4000, seed=3)
     assert means.shape == (4000, 2) and (means == bootstrap(scores, 4000, seed=3)).all()
     assert (means != bootstrap(scores, 4000, seed=4)).any()
-    (low, one), (high, other) = interval(means, 0.95)
+    (low, top), (high, other_top) = interval(means, 0.95)
     # The mean of 400 fair coins has a standard deviation of 2.5 points.
     assert (low, high) == (pytest.approx(0.451, abs=0.006), pytest.approx(0.549, abs=0.006))
-    assert one == other == 1.0
+    assert top == other_top == 1.0
 
 
 def test_drawings_of_one_seed_and_another_name_are_independent():
     scores = [[problem / 30] for problem in range(30)]
-    one, other = (bootstrap(scores, 4000, [5, number])[:, 0] for number in (1, 2))
-    assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+    first, second = (bootstrap(scores, 4000, [5, number])[:, 0] for number in (1, 2))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
     generator = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for seed in range(300):
         low, high = interval(bootstrap((generator.random((60, 1)) < 0.3).astype(float), 400, seed), 0.9)
-        held += low[0] <= 0.3 <= high[0]
-    assert 0.82 < held / 300 < 0.95
+        covered += low[0] <= 0.3 <= high[0]
+    assert 0.82 < covered / 300 < 0.95

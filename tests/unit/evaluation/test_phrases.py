@@ -109,8 +109,8 @@ def test_self_correction_against_all_pairs(draw):
             and places[last]
             and places[first][0] == places[last][0]
             and places[first][1] != places[last][1]
-            for middle, one in enumerate(places)
-            if one is None
+            for middle, place in enumerate(places)
+            if place is None
             for first in range(middle)
             for last in range(middle + 1, len(places))
         )

@@ -1,4 +1,4 @@
-"""What one step of gradient descent does to a toy distribution: routing means what it says, under both objectives."""
+"""One step of gradient descent on a toy distribution: routing means what it says, under both objectives."""
 
 from __future__ import annotations
 

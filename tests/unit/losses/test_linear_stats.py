@@ -182,7 +182,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     for needs in ((True, False), (False, True)):
         inputs = [torch.randn(shape, requires_grad=flag) for shape, flag in zip(((2, 4), (9, 4)), needs, strict=True)]
         linear_token_stats(*inputs, targets).log_prob.sum().backward()
-        assert [one.grad is not None for one in inputs] == list(needs)
+        assert [tensor.grad is not None for tensor in inputs] == list(needs)
     assert not linear_token_stats(torch.randn(2, 4), torch.randn(9, 4), targets).log_prob.requires_grad
 
 

@@ -238,7 +238,7 @@ def test_masked_columns(seed: int, divergence: str) -> None:
 
 
 def test_student_masked_alone(seed: int) -> None:
-    """What only the student rules out: no part in the reverse KL, an infinite forward KL, a finite JSD."""
+    """A token that only the student rules out: no part in the reverse KL, an infinite forward KL, a finite JSD."""
     logits, teacher = torch.randn(2, 4, 20)
     logits[:, 3] = -math.inf
     targets = torch.randint(4, 20, (4,))
@@ -254,8 +254,8 @@ def test_student_masked_alone(seed: int) -> None:
 
 
 def test_teacher_masked_alone(seed: int) -> None:
-    """What only the teacher rules out: an infinite reverse KL without gradient for that token, and nothing for its
-    neighbours."""
+    """A token that only the teacher rules out: an infinite reverse KL without gradient for that token, and nothing for
+    its neighbours."""
     logits, teacher = torch.randn(2, 4, 20)
     teacher[1, 3] = -math.inf
     targets = torch.tensor([3, 3, 3, 3])

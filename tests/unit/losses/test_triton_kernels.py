@@ -405,7 +405,7 @@ def test_mixture_of_nearly_equal_distributions(kernels: ModuleType, generator: t
     norm = norm._replace(q_max=norm.p_max, q_log_z=norm.p_log_z)
     assert (check_mixture_sums(kernels, same, norm, 0.3, described(generator)) == 0).all()
     # No gradient either: linear log p and cross log m cancel exactly.
-    one = torch.ones(3)
+    ones = torch.ones(3)
     for weight in (0.3, None):
         out = torch.empty_like(case.logits)
         kernels.backward(
@@ -414,8 +414,8 @@ def test_mixture_of_nearly_equal_distributions(kernels: ModuleType, generator: t
             out,
             case.targets,
             constant=torch.zeros(3),
-            linear=one,
-            cross=one,
+            linear=ones,
+            cross=ones,
             mixture_weight=weight,
             **norm._asdict(),
             **case.place,
@@ -491,7 +491,7 @@ def test_public_functions_agree_with_the_pytorch_kernels(
                 implementation=implementation, **common,
             )  # fmt: skip
             weighted_sum(stats, weights).backward()
-            results += [*(one for one in stats if one is not None), leaf.grad]
+            results += [*(tensor for tensor in stats if tensor is not None), leaf.grad]
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
         stats = linear_token_stats(
             *leaves,
@@ -503,7 +503,7 @@ def test_public_functions_agree_with_the_pytorch_kernels(
             **common,
         )
         weighted_sum(stats, weights).backward()
-        return results + [*(one for one in stats if one is not None), *(leaf.grad for leaf in leaves)]
+        return results + [*(tensor for tensor in stats if tensor is not None), *(leaf.grad for leaf in leaves)]
 
     for got, want in zip(run("triton"), run("torch"), strict=True):
         # Relative to the largest entry: a gradient's entries are sums of rounded numbers of either sign.

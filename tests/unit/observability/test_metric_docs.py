@@ -27,7 +27,7 @@ def test_names_are_named_once_and_explained(file):
 
 
 def test_what_not_every_run_writes_is_in_the_code():
-    """What every run writes is compared with a run, in tests/integration/test_cli.py."""
+    """The metrics that every run writes are compared with a run, in tests/integration/test_cli.py."""
     source = "".join(
         path.read_text()
         for path in (ROOT / "dasd_megatron").rglob("*.py")

@@ -230,7 +230,7 @@ def leveldb_records(data: bytes, header: int):
 
 
 def wandb_runs(run_dir: Path) -> list[SimpleNamespace]:
-    """What W&B's files hold, one entry for each session in order: id, config, and rows of history."""
+    """Return what W&B's files hold, one entry for each session in order: id, config, and rows of history."""
     from wandb.proto import wandb_internal_pb2
 
     sessions = []

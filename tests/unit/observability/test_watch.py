@@ -134,8 +134,8 @@ def test_thresholds_are_not_stricter_than_documented(changes):
 
 
 def test_every_condition_is_known_to_the_configuration_and_tested():
-    assert tuple(one.name for one in CONDITIONS) == WATCH_CONDITIONS
-    assert {one for one, *_ in FIRES} == set(WATCH_CONDITIONS)
+    assert tuple(condition.name for condition in CONDITIONS) == WATCH_CONDITIONS
+    assert {name for name, *_ in FIRES} == set(WATCH_CONDITIONS)
     assert set(WatchConfig().act_on) <= set(WATCH_CONDITIONS)
 
 
@@ -229,6 +229,6 @@ def test_a_resumed_watch_says_what_an_uninterrupted_one_says(tmp_path: Path):
     assert wanted == [alert for alert in whole if alert.step > kept]
     lines = [json.loads(line) for line in (tmp_path / WARNINGS).read_text().splitlines()]
     assert [(line["step"], line["text"]) for line in lines] == [
-        (one.step, one.text) for one in whole if one.step <= kept
+        (alert.step, alert.text) for alert in whole if alert.step <= kept
     ]
     assert {(line["condition"], line["action"]) for line in lines} == {("entropy_low", "warn")}

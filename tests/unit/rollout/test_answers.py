@@ -42,7 +42,7 @@ def answer(content, status=200):
 
 
 def sound_by_the_definition(answer_row, limit, vocab_size):
-    """What makes tokens and log-probs sound, value by value."""
+    """Decide whether tokens and log-probs are sound, value by value."""
     ids, triples = answer_row["output_ids"], answer_row["meta_info"]["output_token_logprobs"]
     return (
         isinstance(ids, list)

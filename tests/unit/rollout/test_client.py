@@ -38,7 +38,7 @@ def row(prompt, seed, version=VERSION, reason="stop"):
 def sound(body):
     rows, params = body["input_ids"], body["sampling_params"]
     params = [params] * len(rows) if isinstance(params, dict) else params
-    return [row(prompt, one["sampling_seed"]) for prompt, one in zip(rows, params, strict=True)]
+    return [row(prompt, options["sampling_seed"]) for prompt, options in zip(rows, params, strict=True)]
 
 
 class FakeServer:
@@ -339,7 +339,7 @@ async def test_a_server_that_fails_gets_nothing_more_while_another_serves():
     async with bad.serve() as a, good.serve() as b, client(a, b, max_in_flight=1) as c:
         for _ in range(5):
             completions = await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=1)
-            assert [one.output_ids for one in completions] == EXPECTED
+            assert [completion.output_ids for completion in completions] == EXPECTED
         assert len(bad.requests) == 1
         assert c.pool.with_status(Status.SUSPECT) == [a] and c.pool.with_status(Status.SERVING) == [b]
 

@@ -48,7 +48,7 @@ class Servers(RolloutClient):
         self.asked: list[tuple[int, int]] = []
         """(problem, version) of each prompt that was asked."""
         self.seeds: dict[int, list[int]] = {}
-        self.told: list[str] = []
+        self.requests: list[str] = []
         self.error: Exception | None = None
         self.paused = False
 
@@ -76,15 +76,15 @@ class Servers(RolloutClient):
         return completions
 
     async def pause_generation(self, mode: str = "abort") -> None:
-        self.told.append(f"pause {mode}")
+        self.requests.append(f"pause {mode}")
         self.paused = True
 
     async def continue_generation(self) -> None:
-        self.told.append("continue")
+        self.requests.append("continue")
         self.paused = False
 
     async def abort_request(self, rid: str | None = None) -> None:
-        self.told.append("abort")
+        self.requests.append("abort")
 
 
 def configuration(*overrides: str) -> Config:
@@ -166,7 +166,7 @@ def test_on_policy_rollouts_are_sampled_when_they_are_asked_for(
     collector.start_ahead(0)
     sync(collector, servers)
     time.sleep(0.05)
-    assert [problem for problem, _ in servers.asked] == [0, 1] and servers.told == []
+    assert [problem for problem, _ in servers.asked] == [0, 1] and servers.requests == []
     assert positions(collector) == [2, 3]
 
 
@@ -201,7 +201,7 @@ def test_stragglers_are_broken_off_and_come_first_in_the_next_step(
     collector, servers = start("rollout.over_sampling=1.5", "rollout.unfinished=abort")
     servers.hold = {1}
     assert positions(collector) == [0, 2]
-    assert servers.told == ["abort"] and collector.state().pending == [1]
+    assert servers.requests == ["abort"] and collector.state().pending == [1]
     servers.hold = set()
     sync(collector, servers)
     batch = collector.take()
@@ -233,7 +233,7 @@ def test_an_update_waits_for_rollouts_in_flight(start: Callable[..., tuple[Colle
         lambda _: servers.hold.clear()
     )
     collector.before_sync()
-    assert not servers.hold and len(collector.state().ready) == 2 and servers.told == []
+    assert not servers.hold and len(collector.state().ready) == 2 and servers.requests == []
 
 
 def test_retracted_rollouts_go_on_and_carry_both_versions(start: Callable[..., tuple[Collector, Servers]]) -> None:
@@ -243,7 +243,7 @@ def test_retracted_rollouts_go_on_and_carry_both_versions(start: Callable[..., t
     collector.start_ahead(1)
     eventually(lambda: len(collector.state().ready) == 1)
     sync(collector, servers)
-    assert servers.told == ["pause retract", "continue"]
+    assert servers.requests == ["pause retract", "continue"]
     servers.hold = set()
     batch = collector.take()
     assert [(group.position, group.version) for group in batch.groups] == [(2, 0), (3, 0)]

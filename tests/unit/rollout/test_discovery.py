@@ -1,4 +1,4 @@
-"""Which servers a run uses, from a Slurm host list or a router, and which are refused for their model."""
+"""A run finds its servers by a Slurm host list or a router, and refuses those of another model."""
 
 from __future__ import annotations
 

@@ -52,7 +52,10 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
     count_multiple: int,
     more: int,
 ) -> None:
-    prompts, responses, masks = ([prompt for prompt, _ in sequences], *zip(*(one for _, one in sequences), strict=True))
+    prompts, responses, masks = (
+        [prompt for prompt, _ in sequences],
+        *zip(*(pair for _, pair in sequences), strict=True),
+    )
     needed: list[int] = []
 
     def same_count(count: int) -> int:
@@ -75,7 +78,7 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
     asked = min(needed[0] + more, len(sequences))
     assert len(batches) == min(-(-asked // count_multiple), len(sequences) // count_multiple) * count_multiple
     seen: list[int] = []
-    packed, context_of, held = [], [], []
+    packed, context_of, widths = [], [], []
     for prompt, (response, mask) in sequences:
         for place, token in enumerate(response):
             if not masked or mask is None or mask[place]:
@@ -84,8 +87,8 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
     for batch in batches:
         assert batch.tokens.shape[1] % pad_multiple == 0
         rounded_down = len(batches) < asked
-        held.append(sequences_of(batch))
-        size, used = len(held[-1]), sum(held[-1]) if packing else batch.tokens.numel()
+        widths.append(sequences_of(batch))
+        size, used = len(widths[-1]), sum(widths[-1]) if packing else batch.tokens.numel()
         assert size <= micro_batch_size or rounded_down
         assert micro_batch_tokens is None or size == 1 or used <= micro_batch_tokens or rounded_down
         for row, column, target, index in zip(
@@ -99,9 +102,9 @@ def test_every_sampled_token_has_its_inputs_and_its_place(
             assert not packing or int(column) - position in batch.starts.tolist()
             seen.append(index.item())
     assert sorted(seen) == list(range(len(packed)))
-    assert sum(map(len, held)) == len(sequences)
+    assert sum(map(len, widths)) == len(sequences)
     if packing:
-        assert max(map(sum, held)) - min(map(sum, held)) <= max(map(max, held))
+        assert max(map(sum, widths)) - min(map(sum, widths)) <= max(map(max, widths))
 
 
 def sequences_of(batch: MicroBatch) -> list[int]:
@@ -165,12 +168,12 @@ def test_replicas_get_every_sample_of_a_minibatch_once(data: st.DataObject, mini
     for replicas in (1, 2, 4):
         shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
         each = share // replicas
-        for one in shares:
-            assert [samples[place] for place in one.places] == one.samples and one.rewards == [
+        for replica in shares:
+            assert [samples[place] for place in replica.places] == replica.samples and replica.rewards == [
                 sample.reward for sample in samples
             ]
         for minibatch in range(minibatches):
-            mine = [one.places[minibatch * each : (minibatch + 1) * each] for one in shares]
+            mine = [replica.places[minibatch * each : (minibatch + 1) * each] for replica in shares]
             assert sorted(place for part in mine for place in part) == list(
                 range(minibatch * share, (minibatch + 1) * share)
             )
@@ -214,7 +217,7 @@ def test_context_parallel_ranks_share_every_token(
         assert sorted(int(place) for part in places for place in part) == list(range(width))
         for shard, part in zip(shards, places, strict=True):
             joined[:, part], positions[part] = shard.tokens, shard.position_ids[0]
-        expected = [torch.arange(one) for one in sizes]
+        expected = [torch.arange(size) for size in sizes]
         assert torch.equal(positions, torch.cat(expected))
         for shard, part in zip(shards, places, strict=True):
             for row, column, target, index in zip(

@@ -1,4 +1,4 @@
-"""Which files make a checkpoint, and what a crash, a bad disk or a rule of retention leaves of them."""
+"""The files of a checkpoint, and what a crash, a bad disk or a rule of retention leaves of them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_published_checkpoint_is_the_latest_and_lists_every_file(tmp_path: Path)
     files = listed_files(path)
     assert sorted(files) == ["__0_0.distcp", "hf/config.json", "trainer.json"]
     assert changed_file(path, files) is None
-    assert [one.name for one in resumable(tmp_path)] == ["step_000002", "step_000001"]
+    assert [path.name for path in resumable(tmp_path)] == ["step_000002", "step_000001"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_interrupted_saves_left_is_removed(tmp_path: Path) -> None:
     for suffix in (".dead.partial", ".replaced"):
         path.with_name(path.name + suffix).mkdir()
     remove(prune(tmp_path, keep_last=2, keep_every=0))
-    assert sorted(one.name for one in path.parent.iterdir()) == ["latest", "step_000001"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["latest", "step_000001"]
 
 
 def test_a_step_is_saved_again_in_place_of_the_former(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_departing_removes_what_is_later_and_setting_aside_does_not(tmp_path: Pa
     set_aside(checkpoint_path(tmp_path, 2))
     assert names(tmp_path) == ["step_000001", "step_000003"]
     depart_from(tmp_path, checkpoint_path(tmp_path, 1))
-    assert sorted(one.name for one in (tmp_path / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "latest",
         "step_000001",
         "step_000002.damaged",
@@ -129,13 +129,13 @@ def test_departing_removes_what_is_later_and_setting_aside_does_not(tmp_path: Pa
     # A checkpoint of another run is none of this run's business.
     write(tmp_path / "other", 5)
     depart_from(tmp_path, checkpoint_path(tmp_path / "other", 5))
-    assert [one.name for one in resumable(tmp_path)] == ["step_000001"]
+    assert [path.name for path in resumable(tmp_path)] == ["step_000001"]
 
 
 def test_latest_bounds_what_is_resumed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
     point_to(checkpoint_path(tmp_path, 2))
-    assert [one.name for one in resumable(tmp_path)] == ["step_000002", "step_000001"]
+    assert [path.name for path in resumable(tmp_path)] == ["step_000002", "step_000001"]
     (tmp_path / "checkpoints" / "latest").unlink()
     assert resumable(tmp_path) == []

@@ -1,4 +1,4 @@
-"""What the trainer learns of a process that writes its part of a checkpoint."""
+"""The trainer learns how a process fared that writes its part of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the training loop does between two steps, for all that may be known then."""
+"""Decisions of the training loop between two steps, for all that may be known then."""
 
 from __future__ import annotations
 

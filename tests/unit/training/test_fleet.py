@@ -1,4 +1,4 @@
-"""What the fleet does when servers fail, come back, or serve another model."""
+"""The fleet when servers fail, come back, or serve another model."""
 
 from __future__ import annotations
 
@@ -288,8 +288,8 @@ def test_a_restart_that_fails_is_told(tmp_path: Path) -> None:
     fleet.write("v1")
     fleet.fleet.start_server(fleet.directory.newest)
     fleet.servers.failing_starts = 1
-    told = fleet.fleet.recover(fleet.disk, fleet.directory)
-    assert told == "restart failed: the rollout server ended with status 1"
+    outcome = fleet.fleet.recover(fleet.disk, fleet.directory)
+    assert outcome == "restart failed: the rollout server ended with status 1"
 
 
 def test_a_start_that_recovery_has_made_up_for_is_not_repeated(tmp_path: Path) -> None:

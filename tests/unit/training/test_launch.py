@@ -1,4 +1,4 @@
-"""What torchrun's variables say of the nodes of a run, and which contradictions are refused."""
+"""The nodes of a run are read from torchrun's variables; contradictions are refused."""
 
 from __future__ import annotations
 

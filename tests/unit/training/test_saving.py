@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and which one it goes back to."""
+"""Choice of the checkpoint that a run resumes from, and of the one that it goes back to."""
 
 from __future__ import annotations
 

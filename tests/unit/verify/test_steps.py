@@ -17,7 +17,10 @@ def test_running_sums_are_those_of_the_worked_solutions():
         )
         for problem in generate_problems(source):
             lines = problem.reference_solution.split("\n")
-            assert [str(one) for one in running_sums(problem.problem)] == [*lines[:-1], lines[-1].removeprefix("#### ")]
+            assert [str(value) for value in running_sums(problem.problem)] == [
+                *lines[:-1],
+                lines[-1].removeprefix("#### "),
+            ]
             check = STEP_CHECKERS["chain_sum"](problem.problem, problem.reference_solution)
             assert check == StepCheck(len(lines), len(lines), None)
 
@@ -63,7 +66,7 @@ def test_one_wrong_step_is_found_wherever_it_stands():
         sums = running_sums(problem)
         assert sums[-1] == eval(problem.removesuffix("=").replace("--", "+").replace("+-", "-"))
         wrong = draw.randrange(len(sums))
-        written = [str(one + (place == wrong) * draw.randint(1, 9)) for place, one in enumerate(sums)]
+        written = [str(value + (place == wrong) * draw.randint(1, 9)) for place, value in enumerate(sums)]
         written[-1] = f"#### {written[-1]}"
         assert chain_sum_steps(problem, "\n".join(written)) == (len(sums) - 1, len(sums), wrong + 1)
 

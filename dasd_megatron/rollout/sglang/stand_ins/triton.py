@@ -76,8 +76,10 @@ def __getattr__(name):
 
 
 def cdiv(dividend, divisor):
+    """Return the quotient, rounded up."""
     return -(dividend // -divisor)
 
 
 def next_power_of_2(value):
+    """Return the least power of two that is not below ``value``."""
     return 1 << (value - 1).bit_length() if value > 0 else 1

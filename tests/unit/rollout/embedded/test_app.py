@@ -61,8 +61,8 @@ class FakeEngine:
         done.set_result(self.result)
         return done
 
-    def abort(self, **what):
-        self.aborted.append(what)
+    def abort(self, **request):
+        self.aborted.append(request)
 
     def name_weights(self, version):
         self.weight_version = version

@@ -1,4 +1,4 @@
-"""What a /generate body becomes: rows, their defaults, and what is refused."""
+"""A /generate body becomes rows with their defaults, or is refused."""
 
 from __future__ import annotations
 
