@@ -95,7 +95,8 @@ def install(config: BackendConfig) -> None:
     _replace(
         torch.cuda,
         current_device=lambda: torch.device("cpu"),
-        # Three functions, and not one under three names: torch.compile's tables have an entry for each function.
+        # These are three functions, and not one under three names: torch.compile's tables have an entry for each
+        # function.
         **{name: lambda *_, **__: None for name in ("synchronize", "empty_cache", "set_device")},
         # If this did nothing, Megatron's RNG tracker, and so dropout and initialisation, would stay unseeded.
         manual_seed=torch.manual_seed,

@@ -48,7 +48,7 @@ def process_environment() -> dict[str, str]:
     return {}
 
 
-# Least compute capability of each FP8 recipe.
+# Each FP8 recipe needs at least this compute capability.
 _FP8_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 

@@ -132,7 +132,7 @@ def _convert(options: argparse.Namespace) -> None:
         raise ConfigError(f"--tensor-parallel {options.tensor_parallel}: give 1 or more")
     if options.command == "megatron-to-hf" and not 0 < options.max_shard_gb < 1e6:
         raise ConfigError(f"--max-shard-gb {options.max_shard_gb}: give a number above 0")
-    # Megatron-Core's and PyTorch's own calls, which a user of this package cannot change.
+    # Megatron-Core's and PyTorch's own calls cause these, which a user of this package cannot change.
     for message in (r".*is deprecated", r".*Please use DTensor"):
         warnings.filterwarnings("ignore", message=message)
     backend.select(BackendConfig(kind="cpu", threads=os.cpu_count() or 1))

@@ -27,7 +27,7 @@ OK, INFO, WARN, FAIL = "ok", "info", "warn", "fail"
 DISTRIBUTION = "dasd-megatron"
 GIB = 2**30
 
-# Versions that the test-suite has run with; the ranges that are accepted stand in the package's own requirements.
+# The test suite has run with these versions; the ranges that are accepted stand in the package's own requirements.
 TESTED = {
     "torch": "2.13",
     "megatron-core": "0.16.1",

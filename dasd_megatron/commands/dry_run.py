@@ -31,8 +31,8 @@ from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_siz
 if TYPE_CHECKING:
     from dasd_megatron.training.rehearsal import RankModel
 
-# Lengths of made-up rollouts: prompts have this share of the longest; responses have a median of this share of the
-# longest, and a log-normal's spread.
+# Made-up rollouts have these lengths. Each prompt has this share of the longest; responses have a log-normal spread
+# about a median of this share of the longest.
 PROMPT_SHARE, MEDIAN_SHARE, SIGMA = 1 / 4, 1 / 4, 0.8
 
 

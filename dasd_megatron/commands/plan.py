@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from dasd_megatron.models.sizes import ModelSizes
 
-# The part of a GPU's memory that a rollout engine may take.
+# A rollout engine may take this part of a GPU's memory.
 _ROLLOUT_SHARE = 0.9
 
 

@@ -114,7 +114,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
 def _serve_sglang(sglang: LocalServer) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # While it starts, too: the exception ends the wait, and what was started.
+        # A signal may come while the server starts: the exception then ends the wait and the server.
         signal.signal(number, lambda *_: sys.exit(0) if not stop.is_set() else None)
     follower = threading.Thread(target=_follow, args=(sglang.log_path, stop), daemon=True)
     follower.start()

@@ -19,7 +19,7 @@ from dasd_megatron.rollout.local_server import sglang_command
 from dasd_megatron.rollout.sglang_router import router_command
 
 RENDEZVOUS_PORT = 29500
-# The share of a GPU's memory for a server's weights; the rest is for keys and values, activations and graphs.
+# A server's weights get this share of a GPU's memory; the rest is for keys and values, activations and graphs.
 SERVER_WEIGHTS_SHARE = 0.6
 _ANY_ADDRESS = "0.0.0.0"
 

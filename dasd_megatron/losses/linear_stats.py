@@ -296,7 +296,7 @@ def _partials(student: _Projector, teacher: _Projector | None, settings: _Settin
             parts.append(merge_partials(torch.stack(row_parts), objective.divergence, shard.inverse_temperature))
     if parts:
         return torch.cat(parts, dim=1)
-    # No tokens, or a shard that is all padding.
+    # There are no tokens, or the shard is all padding.
     empty = student.buffer.new_zeros(len(shard.targets), 0)
     return kernels.local_partials(
         empty, None if teacher is None else empty, shard.targets, columns=0, first_column=shard.first_column,

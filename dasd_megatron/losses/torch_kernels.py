@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dasd_megatron.losses.divergences import DIVERGENCES
 
-# Rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within them, in nats,
-# about its own maxima.
+# These are the rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within
+# them, in nats, about its own maxima.
 MAX, Z, MEAN, TARGET, TEACHER_MAX, TEACHER_Z, TEACHER_MEAN, TEACHER_TARGET, CROSS = range(9)
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -187,7 +187,7 @@ def mixture_sums(
 
     for rows in _chunks(logits, chunk_size):
         reduce(rows, None)
-        # 0 log 0, where both probabilities are below float32's least.
+        # A sum has 0 log 0 where both probabilities are below float32's least.
         if not bool(sums[:, rows].isfinite().all()):
             reduce(rows, least)
     return sums.mul_(_LN_2)

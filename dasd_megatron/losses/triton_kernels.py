@@ -30,7 +30,7 @@ _BITS = math.log2(math.e)
 # float32's most negative number, about. A logit of -inf stands as this where it is a factor, so that its product with a
 # probability of 0 is 0, and with any other hugely negative.
 _LOWEST = tl.constexpr(-3.4e38)
-# The same where a product with a gradient's coefficient must not overflow either.
+# This stands for it where a product with a gradient's coefficient must not overflow either.
 _FLOOR = tl.constexpr(-1e30)
 _LN2 = tl.constexpr(math.log(2.0))
 

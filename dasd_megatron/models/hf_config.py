@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _VOCAB_ALIGNMENT = 64
 # Megatron-Core's llama3 frequency scaling has these constants built in; only the factor is an argument.
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-# Weights that a tied model's files may hold although the architecture has no use for them.
+# A tied model's files may hold these weights although the architecture has no use for them.
 TIED_HEAD = ("lm_head.weight",)
 _SIZES = (
     "hidden_size",

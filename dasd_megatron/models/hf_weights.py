@@ -27,7 +27,7 @@ SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "dasd_manifest.json"
 JOURNAL_FILE = "journal.jsonl"
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Buffers that old files of Llama hold, and every model computes.
+# Old files of Llama hold these buffers, which every model computes.
 _RECOMPUTED = "rotary_emb.inv_freq"
 _SIDE_FILES = (
     "tokenizer.json",

@@ -265,7 +265,7 @@ class CheckpointFiles:
         for key, shard in expected.items():
             stored, wanted = tuple(self.entries[key].size), tuple(shard.global_shape)
             if shard.allow_shape_mismatch:
-                # Rows of the vocabulary, padded to the layout that saved them.
+                # Rows of the vocabulary were padded for the layout that saved them.
                 stored, wanted = (min(stored[0], vocab_size), *stored[1:]), (vocab_size, *wanted[1:])
             if stored != wanted:
                 raise WeightsError(f"{self.path}: {key} has shape {stored}, and the model's config calls for {wanted}")

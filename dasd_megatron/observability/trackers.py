@@ -175,11 +175,15 @@ def follow(name: str, run_dir: Path, ended: Callable[[], bool], connect: Connect
         last = ended()
         try:
             if service is None:
-                service = _connect(name, run_dir, state, connect)
-            for file, follower in files.items():
-                for row in follower.new_rows():
-                    _send(service, file, row, state)
-                    _write_state(run_dir, name, state)
+                service, state["id"] = _connect(run_dir, state, connect)
+                _write_state(run_dir, name, state)
+            for file, row in _new_rows(files):
+                sequence = _sequence_name(file, row)
+                if row["step"] > state["sent"].get(sequence, -1):
+                    _send(service, file, row)
+                    state["sent"][sequence] = row["step"]
+                    state["lines"] += 1
+                _write_state(run_dir, name, state)
             wait = pause
             if state["trouble"]:
                 state["trouble"] = ""
@@ -208,29 +212,25 @@ def _sleep(seconds: float, ended: Callable[[], bool]) -> None:
         time.sleep(min(0.2, seconds))
 
 
-def _connect(name: str, run_dir: Path, state: State, connect: Connect) -> Service:
+def _connect(run_dir: Path, state: State, connect: Connect) -> tuple[Service, str]:
     config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    service, state["id"] = connect(config["logging"], config["run"]["name"], run_dir, state, public_settings(config))
-    _write_state(run_dir, name, state)
-    return service
+    return connect(config["logging"], config["run"]["name"], run_dir, state, public_settings(config))
 
 
-def _send(service: Service, file: str, row: dict[str, Any], state: State) -> None:
-    """Send one line, unless its step has been sent already, and count it in ``state``."""
-    step = row["step"]
-    # Evaluations of one step differ by their label.
-    sequence = f"{file} {row.get('label', '')}".strip()
-    if step <= state["sent"].get(sequence, -1):
-        return
+def _sequence_name(file: str, row: Mapping[str, Any]) -> str:
+    """Return the name under which the last step sent is counted: evaluations of one step differ by their label."""
+    return f"{file} {row.get('label', '')}".strip()
+
+
+def _send(service: Service, file: str, row: dict[str, Any]) -> None:
+    """Send one line."""
     prefix = _PREFIXES[file]
     values = {
         f"{prefix}{key}": float(value)
         for key, value in restore_non_finite(row).items()
         if key not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    service.log(values, "warm_start" if file == WARM_START else "", step, row.get("time", time.time()))
-    state["sent"][sequence] = step
-    state["lines"] += 1
+    service.log(values, "warm_start" if file == WARM_START else "", row["step"], row.get("time", time.time()))
 
 
 class _Follower:
@@ -256,6 +256,13 @@ class _Follower:
                 row = json.loads(line)
                 if isinstance(row.get("step"), int):
                     yield row
+
+
+def _new_rows(files: Mapping[str, _Follower]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows that were added to the files since the last read, each with the name of its file."""
+    for file, follower in files.items():
+        for row in follower.new_rows():
+            yield file, row
 
 
 def _state_path(run_dir: Path, name: str) -> Path:

@@ -266,7 +266,7 @@ def activation_bytes(
     hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     layer = layer_activation_bytes(arch, parallel, precision, transformer_engine=transformer_engine)
     layers = stage_layers(parallel, arch.layers)[stage] / virtual
-    # Chunks of the model in flight on this stage.
+    # So many chunks of the model are in flight on this stage.
     if virtual == 1:
         in_flight = min(pipeline - stage, micro_batches)
     else:
@@ -274,7 +274,7 @@ def activation_bytes(
     # Activations that are computed again exist once, for one layer at a time.
     again = recomputed_bytes(arch, parallel, precision, transformer_engine=transformer_engine)
     kept = in_flight * layers * (layer - again) + again
-    # The last norm and the hidden states that the head reads.
+    # These are the last norm and the hidden states that the head reads.
     ends = (2 * _FP32 + width) * hidden + width * hidden if stage == pipeline - 1 else 0.0
     return tokens * (kept + ends)
 

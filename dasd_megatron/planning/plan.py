@@ -31,7 +31,8 @@ from dasd_megatron.planning.layout import check_layout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Fields that the configuration requires and a plan does not read, and a GPU job's choices where no override says more.
+# The configuration requires some of these fields, which a plan does not read. The others are a GPU job's choices where
+# no override says more.
 _DEFAULTS = (
     "run.name=plan",
     "run.steps=1",
@@ -177,7 +178,7 @@ def _stage_memory(
     needs_teacher = METHODS[config.algorithm.name].needs_teacher
     state = training_state(arch, parallel, config.precision, config.optimizer, stage)
     width = DTYPE_BYTES[config.precision.params_dtype]
-    # Copies of the weights: the starting model, or the averaged teacher in float32.
+    # There may be copies of the weights: the starting model, or the averaged teacher in float32.
     copies = width * (config.loss.kl_coef > 0 or (needs_teacher and teacher == "frozen"))
     copies += 4 * (needs_teacher and teacher == "ema")
     snapshots = float(state.parameters * copies)

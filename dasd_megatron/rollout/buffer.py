@@ -96,8 +96,8 @@ class GroupBuffer:
         self.position = state.position
         self.pending = sorted(state.pending)
         self.ready = list(state.ready)
-        # For each position the version that its rollouts began under.
         self.in_flight: dict[int, int] = {}
+        """The version that the rollouts of a position began under, by position."""
         self.refused = list(state.refused)
         self.counts = dataclasses.replace(state.counts)
 

@@ -129,8 +129,8 @@ class Collector:
         self._client: RolloutClient | None = None
         self._version = 0
         self._accepted: set[str] = set()
-        # Steps whose groups are to be ready or in flight.
         self._steps = 0
+        """Number of steps whose groups are to be ready or in flight."""
         self._tasks: dict[asyncio.Task, list[int]] = {}
         self._failure: Exception | None = None
         self._sampled_at = 0.0

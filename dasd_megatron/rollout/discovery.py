@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SCONTROL_SECONDS = 30.0
 POLL_SECONDS = 0.5
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Fields of config.json that the shapes of the weights and the result of a forward pass depend on.
+# The shapes of the weights and the result of a forward pass depend on these fields of config.json.
 _ARCHITECTURE = (
     "model_type",
     "vocab_size",

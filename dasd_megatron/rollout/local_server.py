@@ -35,7 +35,7 @@ _SGLANG_CPU_ARGUMENTS = [
     "--disable-overlap-schedule",
     "--sleep-on-idle",
 ]
-# Variables that speak of this environment and of this rank.
+# These variables speak of this environment and of this rank, and would mislead SGLang.
 _NOT_FOR_SGLANG = {"PYTHONPATH", "PYTHONHOME", "MASTER_ADDR", "MASTER_PORT"} | {
     prefix + name for prefix in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")
 }

@@ -55,7 +55,7 @@ def run_router(command: Sequence[str], url: str, servers: Sequence[str], startup
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        # In a session of its own: an interrupt at the terminal is this process's to handle.
+        # The router gets a session of its own: an interrupt at the terminal is this process's to handle.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

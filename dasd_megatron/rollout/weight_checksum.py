@@ -14,7 +14,7 @@ from dasd_megatron.models.hf_weights import tensor_bytes
 TILE_WORDS = 8192
 CHUNK_WORDS = 1024 * TILE_WORDS  # bounds the temporaries, which are six times as large
 _SEED = 0x243F6A88
-# Seed, multiplier of the position and its rotation, for each half of the checksum.
+# Each half of the checksum has a seed, a multiplier of the position and its rotation.
 _HALVES = ((_SEED, 0x27D4EB2D, 15), (((_SEED * 0x9E3779B1) ^ 0xDEADBEEF) & 0xFFFFFFFF, 0x165667B1, 13))
 
 

@@ -257,7 +257,7 @@ def _micro_batch(sequences: list[_Sequence], widths: list[int], layout: BatchLay
     else:
         grid = _pad_to_width(sequences, widths[0])
     own = sequence_parts(grid.sizes, layout.context_parallel_rank, layout.context_parallel_size)
-    # For each column of the grid its place on this rank, -1 where another context-parallel rank holds it.
+    # Each column of the grid gets its place on this rank, -1 where another context-parallel rank holds it.
     local = np.full(grid.tokens.shape[1], -1)
     local[own] = np.arange(len(own))
     here = local[grid.columns] >= 0

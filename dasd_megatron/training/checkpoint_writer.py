@@ -70,7 +70,7 @@ class PendingCheckpoint:
             return
         arguments = list(self.request.async_fn_args)
         if self.request.preload_fn is not None:
-            # From the GPU to host memory; the second argument is what is to be written.
+            # This copies from the GPU to host memory. The second argument is what is to be written.
             arguments[1] = self.request.preload_fn()
         work = (self.request.async_fn, arguments, dict(self.request.async_fn_kwargs), self.partial, dist.get_rank())
         try:

@@ -75,8 +75,8 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
         raise
     finally:
         end_exchange()
-    # Only after success: on an error the others may be inside a collective, and the process has to exit for the agent
-    # to end them.
+    # This comes only after success: on an error the others may be inside a collective, and the process has to exit for
+    # the agent to end them.
     dist.destroy_process_group()
 
 

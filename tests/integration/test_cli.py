@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dasd_megatron.observability.metric_docs import FILES, find_metric
+from dasd_megatron.observability.metric_docs import FILES
+from dasd_megatron.observability.metric_pages import find_metric
 from tests.support.runs import NO_EVALUATION, SMALL, one_threaded, rows, train
 
 pytestmark = pytest.mark.integration

@@ -10,8 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dasd_megatron.observability.metric_docs import explain
 from dasd_megatron.observability.metric_files import METRICS, WARM_START
+from dasd_megatron.observability.metric_pages import explain
 from dasd_megatron.observability.report.charts import (
     MAX_POINTS,
     Band,
@@ -36,7 +36,7 @@ PHASES = (
 BETWEEN_STEPS = ("sync", "checkpoint")
 """Phases whose seconds are not part of a step's total."""
 
-# A bound on the points of a chart of several runs, so that the page stays small whatever their number.
+# The points of a chart of several runs are bounded, so that the page stays small whatever the number of runs.
 POINTS_IN_ALL = 1600
 
 # Runs differ in colour (Okabe and Ito's, which colour-blind people can tell apart), and from the fifth on in dashes

@@ -47,7 +47,7 @@ from dasd_megatron.observability.report.run_files import (
 
 REPORT = "report.html"
 
-# Bounds on what is embedded, so that the page stays under 5 MB whatever the runs' lengths and their number.
+# The embedded data is bounded, so that the page stays under 5 MB whatever the runs' lengths and their number.
 TOKENS_IN_ALL = 48_000
 GROUPS_IN_ALL = 60
 CONFIG_CHARS = 60_000

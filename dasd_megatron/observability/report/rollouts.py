@@ -6,7 +6,7 @@ import heapq
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,15 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     worst = heapq.nsmallest(
         min(keep, len(means) // 2), set(means) - set(best), key=lambda key: (means[key], -key[0], key[1])
     )
-    chosen: dict[GroupKey, dict[str, Any]] = {}
+    chosen: dict[GroupKey, _GroupRecord] = {}
     wanted = {*best, *worst}
     for step in sorted({step for step, _ in wanted}):
         for row in read_objects(run, saved[step]):
             group = row.get("group")
             if isinstance(group, int) and (step, group) in wanted:
-                _add_to_group(chosen.setdefault((step, group), {}), step, row)
-    return Groups([chosen[key] for key in best], [chosen[key] for key in worst], len(means), len(steps), len(saved))
+                chosen.setdefault((step, group), _GroupRecord.of_problem(step, row)).add(row)
+    best_groups, worst_groups = ([asdict(chosen[key]) for key in keys] for keys in (best, worst))
+    return Groups(best_groups, worst_groups, len(means), len(steps), len(saved))
 
 
 def groups_rule(parts: Sequence[Groups]) -> str:
@@ -124,37 +125,50 @@ def _mean_rewards(run: Run, files: Mapping[int, Path]) -> dict[GroupKey, float]:
     return {key: sum(values) / len(values) for key, values in rewards.items()}
 
 
-def _add_to_group(group: dict[str, Any], step: int, row: Mapping[str, Any]) -> None:
-    """Add one rollout to the record of its group; the first one fills in what all share."""
-    if not group:
-        group |= {
-            "step": step,
-            "group": row["group"],
-            "problem": shorten(to_text(row.get("problem")), PROBLEM_CHARS),
-            "expected": shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
-            "solution": shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
-            "count": 0,
-            "rewards": [],
-            "tokens": 0,
-            "cut": 0,
-            "samples": [],
-        }
-    reward = to_number(row.get("reward"))
-    if reward is not None and not math.isfinite(reward):
-        reward = None
-    group["count"] += 1
-    group["rewards"].append(reward)
-    group["tokens"] += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0
-    group["cut"] += row.get("finish_reason") == "length"
-    if len(group["samples"]) < SAMPLES_PER_GROUP:
-        group["samples"].append(
-            {
-                "text": shorten(to_text(row.get("text")), SAMPLE_CHARS),
-                "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
-                "reward": reward,
-                "end": to_text(row.get("finish_reason")),
-            }
+@dataclass
+class _GroupRecord:
+    """A group as the page's script reads it. Rollouts are added one by one, since all of them together may be large."""
+
+    step: int
+    group: int
+    problem: str
+    expected: str
+    solution: str
+    count: int = 0
+    rewards: list[float | None] = field(default_factory=list)
+    tokens: int = 0
+    cut: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of_problem(cls, step: int, row: Mapping[str, Any]) -> _GroupRecord:
+        """Make the record, still without rollouts, from what all rollouts of the group share."""
+        return cls(
+            step,
+            row["group"],
+            shorten(to_text(row.get("problem")), PROBLEM_CHARS),
+            shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
+            shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
         )
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add one rollout; the first few are kept as samples."""
+        reward = to_number(row.get("reward"))
+        if reward is not None and not math.isfinite(reward):
+            reward = None
+        self.count += 1
+        self.rewards.append(reward)
+        self.tokens += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0
+        self.cut += row.get("finish_reason") == "length"
+        if len(self.samples) < SAMPLES_PER_GROUP:
+            self.samples.append(
+                {
+                    "text": shorten(to_text(row.get("text")), SAMPLE_CHARS),
+                    "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
+                    "reward": reward,
+                    "end": to_text(row.get("finish_reason")),
+                }
+            )
 
 
 @dataclass
@@ -309,42 +323,48 @@ def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -
 def heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the first problems of the held-out set with their first generation and all outcomes: before and after of
     one run, else the last of each run."""
-    problems: dict[str, dict[str, Any]] = {}
+    problems = _HeldoutProblems()
     for run in runs:
         evaluations = [(label, row) for label in ("before", "after") if (row := run.evaluation(label))]
         for label, row in evaluations if len(runs) == 1 else evaluations[-1:]:
             path = run.samples_path(row)
             name = label.capitalize() if len(runs) == 1 else f"{run.label}, {label}"
             for sample in read_objects(run, path) if path.exists() else ():
-                _add_sample(problems, name, sample, HELDOUT_CHARS // len(runs))
-    return list(problems.values())
+                problems.add(name, sample, HELDOUT_CHARS // len(runs))
+    return list(problems.by_key.values())
 
 
-def _add_sample(problems: dict[str, dict[str, Any]], side_name: str, sample: Row, chars: int) -> None:
-    """Add one sample to its problem's record, unless the page has enough problems already."""
-    # Runs on other data may use the same ids, so the text of the problem is part of the key.
-    key = f"{sample.get('problem_id')} {sample.get('problem')}"
-    if key not in problems and len(problems) >= HELDOUT_PROBLEMS:
-        return
-    problem = problems.setdefault(
-        key,
-        {
-            "problem": shorten(to_text(sample.get("problem")), HELDOUT_CHARS),
-            "expected": to_text(sample.get("expected_answer")),
-            "sides": {},
-        },
-    )
-    correct = bool(sample.get("symbolic_correct"))
-    side = problem["sides"].setdefault(
-        side_name,
-        {
-            "text": shorten(to_text(sample.get("generation")), chars),
-            "predicted": to_text(sample.get("predicted_answer")),
-            "accepted": correct,
-            "finish": to_text(sample.get("finish_reason")),
-            "correct": 0,
-            "of": 0,
-        },
-    )
-    side["of"] += 1
-    side["correct"] += correct
+@dataclass
+class _HeldoutProblems:
+    """The first held-out problems, as the page's script reads them, by identifier and text."""
+
+    by_key: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, side_name: str, sample: Row, chars: int) -> None:
+        """Add one sample to its problem's record, unless there are enough problems already."""
+        # Runs on other data may use the same ids, so the text of the problem is part of the key.
+        key = f"{sample.get('problem_id')} {sample.get('problem')}"
+        if key not in self.by_key and len(self.by_key) >= HELDOUT_PROBLEMS:
+            return
+        problem = self.by_key.setdefault(
+            key,
+            {
+                "problem": shorten(to_text(sample.get("problem")), HELDOUT_CHARS),
+                "expected": to_text(sample.get("expected_answer")),
+                "sides": {},
+            },
+        )
+        correct = bool(sample.get("symbolic_correct"))
+        side = problem["sides"].setdefault(
+            side_name,
+            {
+                "text": shorten(to_text(sample.get("generation")), chars),
+                "predicted": to_text(sample.get("predicted_answer")),
+                "accepted": correct,
+                "finish": to_text(sample.get("finish_reason")),
+                "correct": 0,
+                "of": 0,
+            },
+        )
+        side["of"] += 1
+        side["correct"] += correct

@@ -103,16 +103,16 @@ class Engine:
         self._keeps_last_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._check_cache()
 
-        # Decoding steps until now. The number moves while the engine is alive and busy.
         self.steps = 0
+        """Decoding steps until now. The number moves while the engine is alive and busy."""
         self._queue: deque[Row | UpdateJob] = deque()
         self._batch: DecodingBatch | None = None
-        # Rows whose prompts are being read, on their way into the batch.
         self._admitted: list[Row] = []
+        """Rows whose prompts are being read, on their way into the batch."""
         self._paused: PauseMode | None = None
         self._released: set[str] = set()
-        # Whether the weights were released and no others have come since.
         self._weights_lost = False
+        """True while the weights are released and no others have come since."""
         self._closing = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)

@@ -75,7 +75,7 @@ UNSUPPORTED_FIELDS = (
     "watermark",
 )
 
-# Sampling parameters of SGLang 0.5.23 in its order, with the JSON type that its schema check expects.
+# These are the sampling parameters of SGLang 0.5.23 in its order, with the JSON type that its schema check expects.
 SAMPLING_FIELDS = {
     "max_new_tokens": "i64",
     "stop": "StringOrList",
@@ -106,7 +106,7 @@ SAMPLING_FIELDS = {
     "watermark": "map",
     "choice": "StringList",
 }
-# The parameters that the embedded server does not implement, with the values at which they change nothing.
+# The embedded server does not implement these parameters. It takes the values at which they change nothing.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "stop_regex": ([],),
     "min_p": (0,),
@@ -144,7 +144,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# For each scalar kind, whether a JSON value is of it, and what SGLang says that it expected.
+# Each scalar kind has a test of JSON values, and the name that SGLang gives it in refusals.
 _SCALARS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "i64": (_is_int, "i64"),
     "f64": (lambda value: _is_int(value) or isinstance(value, float), "f64"),

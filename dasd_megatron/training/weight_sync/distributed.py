@@ -50,7 +50,8 @@ class DistributedSender(BucketSender):
                 with contextlib.suppress(RolloutServerError):  # it is down, or has left already
                     await client.destroy_weights_update_group(name)
 
-        # In a thread, because a broadcast that still waits for a dead peer may hold it up, up to its own limit.
+        # This runs in a thread, because a broadcast that still waits for a dead peer may hold it up, up to its own
+        # limit.
         await asyncio.gather(asyncio.to_thread(dist.destroy_process_group, group), *map(dismiss, self.urls))
 
     async def _join(self) -> None:

@@ -66,7 +66,7 @@ def verify_weights(
             members.append((name, tensor.to("cpu", getattr(torch, config.dtype))))
     if dist.get_rank() != 0:
         return None
-    # Whatever the servers call them, so that they read no more than what is compared.
+    # Both names of each tensor are skipped, whatever the servers call it, so that they read only what is compared.
     others = {
         name
         for hf_name in model.bridge.hf_shapes

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.observability.metric_docs import FILES, explain, find_metric, markdown
+from dasd_megatron.observability.metric_docs import FILES
+from dasd_megatron.observability.metric_pages import explain, find_metric, markdown
 
 ROOT = Path(__file__).parents[3]
 

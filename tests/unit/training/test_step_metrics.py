@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dasd_megatron.observability.metric_docs import find_metric
+from dasd_megatron.observability.metric_pages import find_metric
 from dasd_megatron.training.passes import UpdateResult
 from dasd_megatron.training.step_metrics import update_metrics
 
