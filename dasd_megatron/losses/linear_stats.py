@@ -188,7 +188,7 @@ def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Te
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """``left @ right`` into float32 or wider ``out``, accumulated in its precision, or added to it."""
+    """Compute ``left @ right`` into float32 or wider ``out``, accumulated in its precision, or added to it."""
     if left.dtype == out.dtype:
         return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
     if left.is_cuda:

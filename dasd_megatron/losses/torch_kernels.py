@@ -48,7 +48,7 @@ def local_partials(
     divergence: str,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """One pass over a shard's logits to the numbers from which all ranks together make the statistics.
+    """Pass over a shard's logits once, to the numbers from which all ranks together make the statistics.
 
     Args:
         logits, teacher: ``[T, V_local]``, float16, bfloat16, float32 or float64; the teacher may be None.
@@ -356,8 +356,8 @@ def _log2_scale(inverse_temperature: float, dtype: torch.dtype) -> float:
 
 
 def _scale_and_shift(logits: Tensor, scale: float, shift: Tensor, out: Tensor, floor: float | None) -> Tensor:
-    """``logits * scale - shift``, at least ``floor``, into the first rows of ``out``. Rounded once: PyTorch adds with
-    ``alpha`` by a fused multiply-add."""
+    """Write ``logits * scale - shift``, at least ``floor``, into the first rows of ``out``. Rounded once: PyTorch adds
+    with ``alpha`` by a fused multiply-add."""
     out = out[: logits.shape[0]]
     if logits.dtype != out.dtype:
         logits = out.copy_(logits)
@@ -372,7 +372,7 @@ def _shift_of(maximum: Tensor, scale: float) -> Tensor:
 
 
 def _about_maximum(logits: Tensor, scale: float, out: Tensor, out_max: Tensor, floor: float | None) -> Tensor:
-    """Logits scaled and shifted by their row maxima, which go into ``out_max`` unscaled."""
+    """Return logits scaled and shifted by their row maxima, which go into ``out_max`` unscaled."""
     if logits.dtype == out_max.dtype:
         torch.amax(logits, -1, out=out_max)
     else:

@@ -54,8 +54,8 @@ def _rebase(old, new, bits):
 
 @triton.jit
 def _about(weighted, moved, mass):
-    """``sum w v`` from the same sum about another maximum, with ``mass = sum w``; saturates, so that a factor of 0
-    still gives 0."""
+    """Return ``sum w v`` from the same sum about another maximum, with ``mass = sum w``; saturates, so that a factor of
+    0 still gives 0."""
     return tl.maximum(weighted + moved * mass, _LOWEST)
 
 
@@ -214,8 +214,8 @@ def _partials_kernel(
 
 @triton.jit
 def _log_probs(z, x, p_max, q_max, p_log_z, q_log_z, bits, nats_to_bits):
-    """``log2 p``, ``log2 q`` and their difference, all finite where a logit is -inf. The difference is taken before
-    anything is rounded to the size of a log-prob, hence accurate where p is close to q."""
+    """Return ``log2 p``, ``log2 q`` and their difference, all finite where a logit is -inf. The difference is taken
+    before anything is rounded to the size of a log-prob, hence accurate where p is close to q."""
     d = tl.maximum(z - p_max, _FLOOR)
     e = tl.maximum(x - q_max, _FLOOR)
     gap = (d - e) * bits - (p_log_z - q_log_z) * nats_to_bits
@@ -296,7 +296,7 @@ def _mixture_kernel(
 
 @triton.jit
 def _load_block(row, cols, begin, columns, BLOCK: tl.constexpr):
-    """Logits ``[BLOCK]`` of a row from column ``begin`` on; -inf past the vocabulary.
+    """Load logits ``[BLOCK]`` of a row from column ``begin`` on; -inf past the vocabulary.
 
     Blocks inside the vocabulary load without a mask: one whose edge is not a multiple of the vector makes the access
     scalar.
@@ -397,7 +397,7 @@ def local_partials(
     inverse_temperature: float,
     divergence: str,
 ) -> Tensor:
-    """One pass over a shard: what it knows of each token, relative to its own maxima.
+    """Pass over a shard once: return what it knows of each token, relative to its own maxima.
 
     Args:
         logits: ``[T, V_local]``.
@@ -458,7 +458,7 @@ def mixture_sums(
     inverse_temperature: float,
     weight: float,
 ) -> Tensor:
-    """A shard's part of the two Kullback-Leibler divergences from the mixture m = w p + (1 - w) q.
+    """Return a shard's part of the two Kullback-Leibler divergences from the mixture m = w p + (1 - w) q.
 
     Args:
         logits, teacher: ``[T, V_local]``.

@@ -61,8 +61,8 @@ class CausalAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **__: Any,
     ) -> torch.Tensor:
-        """``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal, without
-        dropout.
+        """Attend: ``[S, B, n, d]`` queries and ``[S, B, n_kv, d]`` keys and values to ``[S, B, n * d]``; causal,
+        without dropout.
 
         Packed sequences come without B, and each attends to itself alone: the blocks of a block-diagonal mask, without
         the rest of it.

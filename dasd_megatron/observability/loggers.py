@@ -27,7 +27,7 @@ from dasd_megatron.observability.trackers import Tracker
 
 
 class MetricsLogger:
-    """Appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
+    """Logger that appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
 
     ``resume_step`` is the step that a resumed run continues from. TensorBoard then hides the events of later steps (its
     purge step), and :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the

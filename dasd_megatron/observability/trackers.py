@@ -363,7 +363,7 @@ CONNECT: dict[str, Connect] = {"wandb": connect_wandb, "mlflow": connect_mlflow}
 
 
 def main(arguments: list[str]) -> None:
-    """``NAME RUN`` sends what a run has, with ``--follow`` for as long as standard input is open and the parent is
+    """Send what a run has (``NAME RUN``), with ``--follow`` for as long as standard input is open and the parent is
     alive."""
     name, run_dir, *options = arguments
     parent = os.getppid()

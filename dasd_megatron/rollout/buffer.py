@@ -68,7 +68,7 @@ class BufferState:
 
 
 class GroupBuffer:
-    """Collects ``groups`` groups for each step.
+    """Buffer that collects ``groups`` groups for each step.
 
     Args:
         over_sampling: so many times the groups that are missing are started, at least 1.

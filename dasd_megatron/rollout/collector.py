@@ -59,7 +59,7 @@ class RolloutRequest:
 
 
 class Generate(Protocol):
-    """Samples one completion of each prompt (token ids) with the parameters at its place."""
+    """Function that samples one completion of each prompt (token ids) with the parameters at its place."""
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling_params: Sequence[dict[str, Any]]
@@ -86,7 +86,7 @@ class Batch:
 
 
 class Collector:
-    """Draws the prompts of ``problems`` in ``order`` and collects their rollouts.
+    """Collector that draws the prompts of ``problems`` in ``order`` and collects their rollouts.
 
     :meth:`connect` and :meth:`after_sync` come before the first step. Methods are called from one thread and block; a
     step's rollouts may go on between them.

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class DistributedSender(BucketSender):
-    """Broadcasts buckets over a process group, which is made when it is first needed, and again after a failure."""
+    """Sender over a process group, which is made when it is first needed, and again after a failure."""
 
     _group: dist.ProcessGroup | None = None
     _store: dist.TCPStore | None = None

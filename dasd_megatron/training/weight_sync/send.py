@@ -174,7 +174,7 @@ class BucketSync(WeightSync):
 
 
 class _Buckets:
-    """Packs tensors into buckets: one fills while the one before it travels. On global rank 0.
+    """Buckets that tensors are packed into: one fills while the one before it travels. On global rank 0.
 
     failure: the first failure. From then on nothing is done any more.
     """

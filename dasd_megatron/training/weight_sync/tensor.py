@@ -15,8 +15,8 @@ from dasd_megatron.training.weight_sync.send import BucketSender, BucketSync, Fu
 
 
 class TensorSender(BucketSender):
-    """Tells the servers where a bucket lies. Both buffers are there from the first bucket of a sync to its end or
-    failure."""
+    """Sender that tells the servers where a bucket lies. Both buffers are there from the first bucket of a sync to its
+    end or failure."""
 
     def __init__(
         self,
@@ -64,6 +64,6 @@ class TensorSender(BucketSender):
 
 
 class TensorSync(BucketSync):
-    """Hands each version over in memory of this machine."""
+    """Weight sync through memory of this machine."""
 
     sender_class = TensorSender
