@@ -74,10 +74,6 @@ def measure(ways: dict[str, Work], rounds: int, units: int) -> dict[str, dict[st
     }
 
 
-# ---- Generation
-# ------------------------------------------------------------------------------------------------------------
-
-
 class Prompts:
     """Random prompts, the same for all ways of a round: a way's n-th call gets the n-th set."""
 
@@ -223,10 +219,6 @@ def generation_table(part: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
-
-
-# ---- Client
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -27,4 +27,5 @@ fi
 # Older releases of pip overlook the extra by which math-verify and Hydra agree.
 "$target/bin/python" -m pip install --no-cache-dir --upgrade "pip>=25"
 "$target/bin/python" -m pip install --no-cache-dir --constraint "$constraints" .
-"$target/bin/python" -m pip check || echo "pip check: see above; in an image with packages of its own some of these are not ours"
+"$target/bin/python" -m pip check ||
+    echo "pip check: see above; in an image with packages of its own some of these are not ours"

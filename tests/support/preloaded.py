@@ -120,7 +120,7 @@ def _imitable(command: list[str], environment: dict[bytes, bytes]) -> bool:
 _TEMPLATE_ENVIRONMENT = dict(os.environb)
 
 
-# ---- the side that starts processes
+# From here on, the code runs in the process that starts others.
 
 
 class _Template:
@@ -248,7 +248,7 @@ def _own_template() -> _Template:
         return _template
 
 
-# ---- messages: a length, a pickle, and descriptors beside the first byte
+# A message is a length and a pickle, with descriptors beside the first byte.
 
 
 def _send(connection: socket.socket, message: object, descriptors: list[int]) -> None:
@@ -276,7 +276,7 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return bytes(parts)
 
 
-# ---- the template
+# From here on, the code runs in the template, and in the processes forked from it.
 
 
 def _preload() -> None:

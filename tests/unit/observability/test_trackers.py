@@ -209,8 +209,7 @@ def test_secrets_are_left_out(run_dir):
     assert settings["rollout.servers"] == "http://(left out)@host:1/x"
 
 
-# ---- the real libraries, in their real process, without a network
-# ------------------------------------------------------------------------
+# The tests from here on use the real libraries, in their real process, without a network.
 
 
 def leveldb_records(data: bytes, header: int):
