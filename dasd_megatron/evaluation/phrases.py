@@ -74,7 +74,7 @@ class SelfCorrection(NamedTuple):
     has_phrase: bool
     """The text has a phrase of the list."""
     changes_result: bool
-    """It also changes a result: a lower bound."""
+    """The text also changes a result: a lower bound."""
 
 
 def find_self_correction(text: str, places: Sequence[int]) -> SelfCorrection:

@@ -64,13 +64,13 @@ class Divergence:
     """``algorithm.divergence`` in the configuration."""
     formula: str
     weighted_by: Literal["student", "teacher"] | None
-    """Whose probabilities weight the logarithms of both distributions in the sums of the first pass. None: a second
+    """The distribution whose probabilities weight the logarithms of both in the sums of the first pass. None: a second
     pass sums both distributions against the mixture m = w p + (1 - w) q instead."""
     value: Callable[[Sums, float], Tensor]
     """``[T]`` in nats, from the sums and the mixture's weight w of the student."""
     gradient: Callable[[Tensor, Tensor, float], GradientTerms]
-    """From the incoming gradient ``[T]``, the value ``[T]`` in nats (KL(p || m) for one that uses the mixture), and the
-    mixture's weight w of the student."""
+    """Function of the incoming gradient ``[T]``, the value ``[T]`` in nats (KL(p || m) for one that uses the mixture),
+    and the mixture's weight w of the student."""
     note: str = ""
     """What the documentation of ``algorithm.divergence`` adds to the name."""
 

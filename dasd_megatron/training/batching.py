@@ -142,9 +142,9 @@ class ReplicaShare(NamedTuple):
     samples: list[Sample]
     """Minibatch after minibatch."""
     places: list[int]
-    """Of each sample among all of the step, which are in order of (group, sample)."""
+    """Place of each sample among all of the step, which are in order of (group, sample)."""
     rewards: list[float]
-    """Of all samples of the step: the advantage of one needs those of its group, which may be on other replicas."""
+    """Rewards of all samples of the step: an advantage needs those of its group, which may be on other replicas."""
 
 
 def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) -> list[ReplicaShare]:

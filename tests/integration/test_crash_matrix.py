@@ -57,7 +57,7 @@ class Series:
         self.run, self.overrides, self.draw, self.folder = folder / "run", overrides, draw, folder
         self.process: subprocess.Popen | None = None
         self.ending_seconds = 0.0
-        """What the last process that ended by itself took for it."""
+        """Seconds that the last process that ended by itself took to do so."""
 
     def alive(self, environment: dict[str, str] | None = None) -> subprocess.Popen:
         if self.process is None:

@@ -178,7 +178,7 @@ async def enter(page: Page, selector: str, place: int, value: str) -> None:
 
 
 async def middle(page: Page, selector: str) -> list[float]:
-    """Of an element that is brought into the window, x and y."""
+    """Bring an element into the window and return its x and y."""
     return await page.evaluate(
         f"""(() => {{ const one = document.querySelector('{selector}'); one.scrollIntoView({{block: 'center'}});
         const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; }})()"""

@@ -17,7 +17,7 @@ _PROGRAMS = (
 class Command(NamedTuple):
     text: str
     needs: str | None
-    """What its comment says after ``needs``, like ``a cluster``: something that the tests' machines lack."""
+    """The words of its comment after ``needs``, like ``a cluster``: something that the tests' machines lack."""
 
 
 def commands(page: str) -> list[Command]:

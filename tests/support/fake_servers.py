@@ -96,7 +96,7 @@ class FakeServers:
         self.starts: list[tuple[str, str]] = []
         """Folder and version of every start of the trainer's own server."""
         self.failing_starts = 0
-        """How many of the next starts fail."""
+        """Number of the next starts that fail."""
 
     @property
     def urls(self) -> list[str]:

@@ -195,7 +195,8 @@ class Normalisers(NamedTuple):
 
 
 def normalisers(case: Case, generator: torch.Generator, *, others: bool = True) -> Normalisers:
-    """Of this shard alone or, with ``others``, as if other shards held larger logits and most of the mass."""
+    """Return the numbers of this shard alone or, with ``others``, as if other shards held larger logits and most of
+    the mass."""
     result = []
     for logits in (case.logits, case.teacher):
         (maximum, mass, *_), *_ = _side(logits, case)
