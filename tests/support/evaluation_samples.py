@@ -38,7 +38,9 @@ class Engine:
         if self.last is not None and len(self.requests) >= self.last:
             raise RolloutServerError("http://server", "gone", 1, "look at its log")
         self.requests.append([options["sampling_seed"] for options in params])
-        return [self.completion(prompt, options["sampling_seed"]) for prompt, options in zip(prompts, params, strict=True)]
+        return [
+            self.completion(prompt, options["sampling_seed"]) for prompt, options in zip(prompts, params, strict=True)
+        ]
 
     def completion(self, prompt: list[int], seed: int) -> Completion:
         term = int(TOKENIZER.decode(prompt).split("+")[0])

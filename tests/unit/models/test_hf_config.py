@@ -1,4 +1,4 @@
-"""What is read from a Hugging Face config: rotary embedding, vocabulary, dtype and names of weights."""
+"""Reading of a Hugging Face config: rotary embedding, vocabulary, dtype and names of weights."""
 
 from __future__ import annotations
 

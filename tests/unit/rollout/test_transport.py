@@ -1,4 +1,4 @@
-"""What one request does when servers fail: tried again, at another server, or given up."""
+"""A request whose server fails is tried again, goes to another server, or is given up."""
 
 from __future__ import annotations
 
