@@ -34,6 +34,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -180,6 +181,9 @@ def is_template(process: psutil.Process) -> bool:
 
 def _fork_or_exec(*arguments: Any) -> int:
     """Stand in for ``_posixsubprocess.fork_exec``, whose arguments these are."""
+    # Other versions of Python pass other arguments, and start real interpreters.
+    if len(arguments) != 23:
+        return _fork_exec(*arguments)
     (
         words, executables, close_fds, kept, directory, variables, stdin, _, _, stdout, _, stderr, _, error_pipe,
         _, new_session, process_group, gid, gids, uid, umask, preexec, _,
@@ -321,6 +325,7 @@ def _serve(connection: socket.socket) -> Command:
         reader, writer = os.pipe()
         middle = os.fork()
         if middle == 0:
+            intermediate = os.getpid()
             child = os.fork()
             if child:
                 os.write(writer, struct.pack("!I", child))
@@ -328,6 +333,9 @@ def _serve(connection: socket.socket) -> Command:
             os.close(reader)
             os.close(writer)
             connection.close()
+            # Programs compare their parent with the one that started them, or with the one at their start.
+            while os.getppid() == intermediate:
+                time.sleep(0.001)
             connection = _become(command, descriptors)
             if connection is None:
                 return command
