@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from dasd_megatron.config import BackendConfig, PrecisionConfig
 
@@ -107,6 +108,9 @@ def install(config: BackendConfig) -> None:
         **dict.fromkeys(("current_stream", "default_stream"), lambda *_, **__: _Stream()),
         stream=lambda *_: contextlib.nullcontext(),
     )
+    # `with torch.device("meta")` knows the functions below by their identity, from its first use on. If that came after
+    # this, it would know the replacements alone, and a model of 70B parameters would take real memory.
+    _device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
         _replace(torch, **{name: _cuda_literal_to_cpu(getattr(torch, name))})
     for owner in (torch.Tensor, torch.nn.Module):

@@ -59,3 +59,18 @@ def test_a_machine_with_too_few_gpus_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="need 4 GPUs on this machine and torch sees 2; lower them"):
         backend.check_devices(BackendConfig(kind="cuda"), 4)
     assert {command[0] for command in commands} == {sys.executable}
+
+
+def test_the_meta_device_takes_no_memory_after_the_cpu_backend() -> None:
+    """A context that is used for the first time after the backend has prepared torch."""
+    program = (
+        "import torch; from dasd_megatron import backend; from dasd_megatron.config import BackendConfig\n"
+        "backend.select(BackendConfig(kind='cpu'))\n"
+        "with torch.device('meta'):\n"
+        "    made = [torch.empty(2), torch.zeros(2), torch.arange(2), torch.nn.Linear(2, 2).weight]\n"
+        "print({tensor.device.type for tensor in made}, torch.empty(2, device='cuda').device.type)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split("\n")[-2] == "{'meta'} cpu"
