@@ -17,11 +17,11 @@ class WeightWay:
     name: str
     """``rollout.weight_sync`` in the configuration."""
     description: str
-    """What carries the weights, for people."""
+    """Carrier of the weights, in words for people."""
     implementation: str
     """``module:Class`` of its :class:`~dasd_megatron.training.weight_sync.base.WeightSync`."""
     gpu_route: str | None = None
-    """How the weights leave the trainer's GPUs for those of the servers, in messages. None: the servers need no GPU."""
+    """Route of the weights between the GPUs of trainer and servers, in messages. None: the servers need no GPU."""
     shares_memory: bool = False
     """True where servers open the trainer's memory: they run on its machine, and on the same kind of device."""
     reaches_replicas: bool = False

@@ -43,7 +43,7 @@ def _train_as_worker(config: Config) -> None:
 
 
 def _launch_workers(config: Config) -> None:
-    # torch and transformers come with these. A configuration that is refused does not wait for them.
+    # A configuration that is refused does not wait for these imports.
     from dasd_megatron import backend
     from dasd_megatron.run.paths import choose_run_dir
     from dasd_megatron.training.launch import launch, read_nodes

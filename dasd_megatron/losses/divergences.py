@@ -23,7 +23,7 @@ _INFINITE_NATS = 1e7
 
 
 class Sums(NamedTuple):
-    """What the kernels have summed over the whole vocabulary, ``[T]`` float64 in nats.
+    """Sums of the kernels over the whole vocabulary, ``[T]`` float64 in nats.
 
     The logits behind the means and the normalisers are shifted by their own distribution's maximum. Sums that a
     divergence does not ask for are 0.
@@ -72,7 +72,7 @@ class Divergence:
     """Function of the incoming gradient ``[T]``, the value ``[T]`` in nats (KL(p || m) for one that uses the mixture),
     and the mixture's weight w of the student."""
     note: str = ""
-    """What the documentation of ``algorithm.divergence`` adds to the name."""
+    """Addition to the name in the documentation of ``algorithm.divergence``."""
 
     @property
     def uses_mixture(self) -> bool:
