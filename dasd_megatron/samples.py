@@ -39,6 +39,7 @@ class Sample:
     rollout_log_probs: list[float]
     """Natural logs after temperature, one for each of ``response_ids``; 0.0 for tokens that were not sampled."""
     text: str
+    """Text of the tokens that the policy sampled, which is graded. A tool's answer stands in ``response_ids`` alone."""
     finish_reason: str
     weight_versions: list[list[str | int]]
     """[version, number of tokens] of each stretch of tokens that came from the same weights, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,21 @@ def generate(
     return asyncio.run(bounded())
 
 
+def sampled_text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of the tokens that the policy sampled, without special tokens.
+
+    What others said, like a tool, is no part of it. Each stretch of sampled tokens is decoded by itself and begins a
+    line, so that the words before a tool's answer do not run into those behind it.
+    """
+    ids, mask = completion.output_ids, completion.response_mask
+    if mask is None:
+        stretches = [ids]
+    else:
+        runs = itertools.groupby(zip(mask, ids, strict=True), key=lambda pair: bool(pair[0]))
+        stretches = [[token for _, token in run] for sampled, run in runs if sampled]
+    return "\n".join(tokenizer.decode(stretch, skip_special_tokens=True) for stretch in stretches)
+
+
 def make_samples(
     problems: Sequence[Problem],
     groups: Sequence[int],
@@ -69,11 +85,11 @@ def make_samples(
     groups: the position of each problem in the order of training problems, or its index. places: the number of each
     completion among its problem's; None counts them up.
 
-    The text of the tokens is graded and stored, without special tokens: the tokens are what is trained on, and a
-    server started without a tokenizer sends no text.
+    The text that is graded and stored is made of the sampled tokens (:func:`sampled_text`): they are what is trained
+    on, and a server started without a tokenizer sends no text.
     """
     repeated = [part for part in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)]
-    texts = [tokenizer.decode(completion.output_ids, skip_special_tokens=True) for completion in completions]
+    texts = [sampled_text(completion, tokenizer) for completion in completions]
     cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
     graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
     verdicts = grader.grade(graded, [problem.expected_answer for problem, _, _ in repeated])

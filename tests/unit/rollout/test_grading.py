@@ -84,3 +84,31 @@ def test_the_vocabulary_bounds_what_servers_answer(
     else:
         with pytest.raises(RolloutServerError, match="id 99 of token 0 is outside the vocabulary of 99"):
             generate(client, [[1]], [0], config, **options)
+
+
+def masked(parts: list[tuple[str, int]]) -> Completion:
+    """Return a completion of stretches of text, each sampled (1) or of a tool (0)."""
+    stretches = [(TOKENIZER.encode(text), sampled) for text, sampled in parts]
+    ids = [token for stretch, _ in stretches for token in stretch]
+    mask = [sampled for stretch, sampled in stretches for _ in stretch]
+    return Completion(ids, [-0.5 * sampled for sampled in mask], "stop", [("7", len(ids))], "", mask)
+
+
+@pytest.mark.parametrize(
+    ("parts", "text", "answer"),
+    [
+        ([("I do not know", 1), ("\n#### 42\n", 0), ("bye", 1)], "I do not know\nbye", None),
+        # A mark that the policy writes and an answer that the tool gives are no answer together.
+        ([("\\boxed{", 1), ("42", 0), ("}", 1)], "\\boxed{\n}", None),
+        ([("#### 4", 1), (" and ", 0), ("2", 1)], "#### 4\n2", "4"),
+        ([("#### 42\n", 0), ("#### 41", 1)], "#### 41", "41"),
+        ([("#### 42", 1), ("\n#### 41", 0)], "#### 42", "42"),
+    ],
+)
+def test_what_a_tool_said_is_no_answer(parts: list[tuple[str, int]], text: str, answer: str | None) -> None:
+    problem = Problem("a", "6*7 =", "42", "")
+    with Grader(VerifyConfig(workers=0)) as grader:
+        [sample] = make_samples([problem], [0], [[1]], [masked(parts)], grader, samples_per_group=1, tokenizer=TOKENIZER)
+    # Own rewards and the health metrics read the text.
+    assert sample.text == text
+    assert (sample.reward, sample.predicted_answer) == (1.0 if answer == "42" else 0.0, answer)
