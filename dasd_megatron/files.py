@@ -57,6 +57,15 @@ def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
     )
 
 
+def lines_of(content: bytes) -> list[bytes]:
+    """Return the lines of a file of JSON lines, without the newline byte that ends each.
+
+    Only that byte ends a line. str.splitlines would also break at characters such as U+2028 and U+0085, which JSON
+    allows inside a string.
+    """
+    return content.removesuffix(b"\n").split(b"\n") if content else []
+
+
 def publish_directory(partial: Path, final: Path) -> None:
     """Flush the directory ``partial`` to disk and rename it to ``final``, which must not exist, or be empty."""
     fsync_tree(partial)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dasd_megatron.files import atomic_file
+from dasd_megatron.files import atomic_file, lines_of
 
 
 class ReplayError(ValueError):
@@ -125,14 +125,15 @@ def read_samples(path: Path) -> list[Sample]:
         ReplayError: names a broken line.
     """
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path.read_bytes()), 1):
         try:
             record = json.loads(line)
             # Older files have no such field.
             record.setdefault("response_mask", None)
             sample = Sample(**{name: record[name] for name in _FIELDS})
             fault = response_fault(sample)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        # A ValueError is also the error of bytes that are not UTF-8 and of integers with thousands of digits.
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
         if fault is not None:
             raise ReplayError(f"{path}:{number}: {fault}")

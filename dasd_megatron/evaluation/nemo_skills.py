@@ -24,7 +24,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
 from dasd_megatron.evaluation.sampling import EvaluationError, Records
-from dasd_megatron.files import replace_file
+from dasd_megatron.files import lines_of, replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
 
 FOLDER = "nemo_skills"
@@ -67,18 +67,19 @@ def read_graded(folder: Path) -> Records:
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
     records = []
-    # splitlines would also split at U+2028, which a line may hold.
-    for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(lines_of(file.read_bytes()), 1):
         try:
             record = json.loads(line)
             wrong = [name for name, kind in _GRADED.items() if not isinstance(record[name], kind)]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"{file} line {number} is no graded response ({type(error).__name__}: {error})"
             ) from error
         if wrong:
             raise EvaluationError(f"{file} line {number}: {wrong[0]} is {record[wrong[0]]!r:.40}")
         records.append(record)
+    if not records:
+        raise EvaluationError(f"{file} is empty")
     return records
 
 

@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import BatchConfig, Config, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.errors import first_line
 from dasd_megatron.evaluation.health import measure, to_rows
-from dasd_megatron.files import replace_file
+from dasd_megatron.files import lines_of, replace_file
 from dasd_megatron.observability.progress import Phase, ProgressDisplay
 from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
@@ -291,13 +292,28 @@ def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) ->
     files = [folder / f"output-rs{sample}.jsonl" for sample in range(samples)]
     if (folder / JOURNAL).exists() or not all(file.exists() for file in files):
         return None
-    columns = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    columns = [_read_records(file) for file in files]
     for file, column in zip(files, columns, strict=True):
         if [record.get("problem_id") for record in column] != [problem.id for problem in problems]:
             raise EvaluationError(
                 f"{file} does not have each problem once and in order: remove {folder} to sample anew"
             )
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _read_records(file: Path) -> list[Record]:
+    records = []
+    for number, line in enumerate(lines_of(file.read_bytes()), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EvaluationError(
+                f"{file} line {number} is damaged ({first_line(error)}): remove {file.parent} to sample anew"
+            ) from error
+        if not isinstance(record, dict):
+            raise EvaluationError(f"{file} line {number} is no sample: remove {file.parent} to sample anew")
+        records.append(record)
+    return records
 
 
 def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
@@ -326,12 +342,12 @@ def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict
     whole = content.rfind(b"\n") + 1
     os.truncate(path, whole)
     known: dict[Place, Record] = {}
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    for number, line in enumerate(lines_of(content[:whole]), 1):
         try:
             record = json.loads(line)
             problem, sample = record.pop("place")
             sound = problems[problem].id == record["problem_id"] and 0 <= sample < samples
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             sound = False
         if not sound:
             raise EvaluationError(

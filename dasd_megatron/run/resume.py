@@ -10,6 +10,7 @@ from pathlib import Path
 from dasd_megatron.config import Config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.files import lines_of
 from dasd_megatron.run.checks import flatten
 from dasd_megatron.run.paths import RunPaths
 
@@ -61,8 +62,7 @@ def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) 
         path = run.problems(name)
         if not path.exists():
             continue
-        # Only the newline byte ends a line: str.splitlines would also break inside a problem's text.
-        saved = [Problem(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        saved = [Problem(**json.loads(line)) for line in lines_of(path.read_bytes())]
         if saved != problems:
             raise ConfigError(
                 f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "

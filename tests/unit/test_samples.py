@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.rollout.client import sampling_seed
-from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, save_samples
+from dasd_megatron.samples import ReplayError, Sample, load_samples, read_samples, rollouts_path, save_samples
 
 
 def sample(group: int, index: int) -> Sample:
@@ -115,3 +115,44 @@ def test_sampling_seeds_are_distinct_and_fit_31_bits() -> None:
     ]
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(set(seeds)) == len(seeds)
+
+
+SEPARATORS = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e")
+RECORD = (
+    '{"group": 0, "sample": 0, "position": 0, "problem_id": "p", "problem": "a", "expected_answer": "1", '
+    '"reference_solution": "", "prompt_ids": [1], "response_ids": [2], "rollout_log_probs": [-0.1], "text": "x", '
+    '"finish_reason": "stop", "weight_versions": [["v", 1]], "reward": 0.0, "predicted_answer": null, '
+    '"timed_out": false}'
+)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_files_of_other_writers_may_hold_any_character_that_json_allows(end: str, tmp_path: Path) -> None:
+    text = "".join(character for character in SEPARATORS if ord(character) >= 32)
+    path = tmp_path / "step_000001.jsonl"
+    path.write_bytes((RECORD.replace('"x"', f'"x{text}y"') + end).encode() * 2)
+    assert [sample.text for sample in read_samples(path)] == [f"x{text}y"] * 2
+    saved = read_samples(path)[0]
+    saved.text = f"x{''.join(SEPARATORS)}y"
+    save_samples(path, [saved])
+    assert read_samples(path) == [saved]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff",
+        b"[" * 100_000,
+        b"[]",
+        RECORD.replace("-0.1", "7" * 5_000).encode(),
+        RECORD.encode()[:-1],
+        b"",
+    ],
+    ids=["not UTF-8", "deep", "no object", "5,000 digits", "cut", "blank"],
+)
+def test_damaged_lines_are_named(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.jsonl"
+    path.write_bytes(RECORD.encode() + b"\n" + line + b"\n")
+    with pytest.raises(ReplayError, match="step_000001.jsonl:2: not a saved rollout") as caught:
+        read_samples(path)
+    assert "\n" not in str(caught.value)

@@ -79,6 +79,25 @@ def test_final_files_that_are_not_whole_are_refused(config: Config, tmp_path: Pa
         draw(config, tmp_path, Engine())
 
 
+def test_final_files_may_hold_any_character_that_json_allows(config: Config, tmp_path: Path) -> None:
+    records = draw(config, tmp_path, Engine())
+    for sample in range(3):
+        rows = [{**row[sample], "generation": "a\u2028b\x85c"} for row in records]
+        lines = [json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows]
+        (tmp_path / f"output-rs{sample}.jsonl").write_bytes("".join(lines).encode())
+    assert {record["generation"] for row in draw(config, tmp_path, Engine()) for record in row} == {"a\u2028b\x85c"}
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b"7" * 5_000, b"[]", b"{"])
+def test_damaged_final_files_are_named(config: Config, tmp_path: Path, line: bytes) -> None:
+    draw(config, tmp_path, Engine())
+    file = tmp_path / "output-rs1.jsonl"
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    with pytest.raises(EvaluationError, match="output-rs1.jsonl line 8 is .*: remove .* to sample anew") as caught:
+        draw(config, tmp_path, Engine())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_policy_that_has_collapsed_is_no_fault_of_the_server(config: Config, tmp_path: Path) -> None:
     records = draw(config, tmp_path, Engine(same=True, log_prob=-0.01))
     assert all(len({record["generation"] for record in row}) == 1 for row in records)
