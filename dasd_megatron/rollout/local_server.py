@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,12 @@ from dasd_megatron.rollout.sockets import ListenError, bind
 POLL_SECONDS = 0.1
 TERMINATE_SECONDS = 10.0
 TAIL_LINES = 20
+TAIL_LINES_WITH_STACKS = 200
+TAIL_BYTES = 256 * 1024
+LINE_CHARS = 400
+STACKS_SIGNAL = signal.SIGUSR2
+"""Lets the processes of a server write the Python stacks of their threads into its log: start_server.py and the entry
+point of the embedded server register it."""
 SGLANG_STARTER = Path(__file__).parent / "sglang" / "start_server.py"
 ROUTER_STARTER = SGLANG_STARTER.with_name("start_router.py")
 # Without a GPU, SGLang takes its kernels in plain PyTorch, and does without the tricks that hide the launches of one
@@ -216,6 +223,7 @@ class LocalServer:
     def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
         limit = self.rollout.startup_timeout_seconds
         deadline = time.monotonic() + limit
+        asked, outcome = 0, "nothing"
         with httpx.Client(timeout=10.0, trust_env=False) as http:
             while time.monotonic() < deadline:
                 stopping.raise_if_requested()
@@ -223,14 +231,24 @@ class LocalServer:
                     raise ServerStartError(
                         f"the rollout server ended with status {process.returncode}. {self.log_tail()}"
                     )
+                asked += 1
                 try:
-                    if http.get(f"{self.url}/health").status_code == 200:
+                    status = http.get(f"{self.url}/health").status_code
+                except httpx.TransportError as error:
+                    # It does not listen before the model is loaded.
+                    outcome = f"no answer ({type(error).__name__})"
+                else:
+                    if status == 200:
                         return
-                except httpx.TransportError:
-                    pass  # it does not listen before the model is loaded
+                    outcome = f"status {status}"
                 time.sleep(POLL_SECONDS)
+        # Whether the processes wait, compute or are stopped tells a hang from a machine that is too busy. The requests
+        # do too: they are few where the machine stood still.
+        processes = _describe_processes(process)
+        _write_stacks(process)
         raise ServerStartError(
-            f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}. {self.log_tail()}"
+            f"the rollout server was not healthy within rollout.startup_timeout_seconds={limit:g}: {asked} requests "
+            f"for /health, the last with {outcome}. Its processes: {processes}. {self.log_tail(TAIL_LINES_WITH_STACKS)}"
         )
 
     def _check_listener(self, process: subprocess.Popen[bytes]) -> None:
@@ -246,10 +264,13 @@ class LocalServer:
                     return
         raise ServerStartError(f"another server answers at {self.url}: choose another rollout.port. {self.log_tail()}")
 
-    def log_tail(self) -> str:
-        """Return the log's last lines, under the path of the file."""
-        lines = self.log_path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return f"The end of {self.log_path}:\n" + "\n".join(lines)
+    def log_tail(self, lines: int = TAIL_LINES) -> str:
+        """Return the log's last lines, under the path of the file. Long lines are cut."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+            text = log.read(TAIL_BYTES).decode(errors="replace")
+        tail = [line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]} ..." for line in text.splitlines()[-lines:]]
+        return f"The end of {self.log_path}:\n" + "\n".join(tail)
 
 
 def _session_members(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -261,6 +282,25 @@ def _session_members(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
             if member.pid != process.pid and os.getsid(member.pid) == process.pid:
                 members.append(member)
     return members
+
+
+def _describe_processes(process: subprocess.Popen[bytes]) -> str:
+    """Return name, state and seconds of CPU time of ``process`` and the other processes of its session."""
+    found = []
+    for member in [psutil.Process(process.pid), *_session_members(process)]:
+        with contextlib.suppress(psutil.NoSuchProcess), member.oneshot():
+            times = member.cpu_times()
+            found.append(f"{member.pid} {member.name()} {member.status()}, {times.user + times.system:.1f} s of CPU")
+    return "; ".join(found) or "none"
+
+
+def _write_stacks(process: subprocess.Popen[bytes]) -> None:
+    """Let ``process`` and the other processes of its session write their Python stacks into the log, and give them a
+    second for it. Those that cannot yet are ended by the signal."""
+    for member in [psutil.Process(process.pid), *_session_members(process)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(STACKS_SIGNAL)
+    time.sleep(1.0)
 
 
 def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:

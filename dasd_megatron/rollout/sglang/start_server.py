@@ -9,8 +9,10 @@ writes its settings into its log, and the key is blotted out there. This file im
 SGLang's environment does not have it.
 """
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -58,8 +60,10 @@ def keep_out_of_logs(secret: str) -> None:
     logging.setLogRecordFactory(without_secret)
 
 
-# This is not in main because the processes that SGLang spawns need it too. They import this file again, under another
-# name.
+# This and what follows is not in main because the processes that SGLang spawns need it too. They import this file
+# again, under another name.
+# A start that takes too long is asked where it stands.
+faulthandler.register(signal.SIGUSR2)
 if sys.argv[1:2] == ["cpu"]:
     _DEFINITIONS = prepare_cpu()
 API_KEY = os.environ.get("DASD_API_KEY")

@@ -1,13 +1,18 @@
-"""The command line of a real SGLang server."""
+"""The command line of a real SGLang server, and what is said of a server that does not start."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig
-from dasd_megatron.rollout.local_server import sglang_command
+from dasd_megatron.rollout import local_server
+from dasd_megatron.rollout.local_server import LocalServer, ServerStartError, sglang_command
 
 
 @pytest.mark.parametrize(
@@ -24,3 +29,54 @@ def test_the_script_that_starts_sglang_is_there() -> None:
     rollout = RolloutConfig(max_new_tokens=8, max_prompt_tokens=8, sglang=SGLangConfig(python="python"))
     python, script, *_ = sglang_command(rollout, "model", 1)
     assert python == "python" and Path(script).is_file()
+
+
+@pytest.fixture
+def deaf_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalServer:
+    """A server that starts, has a process of its own, and never listens."""
+    waits = "import faulthandler, signal, time; faulthandler.register(signal.SIGUSR2)\n" + (
+        "def wait_for_ever():\n    print('begun', flush=True)\n    time.sleep(600)\n"
+    )
+    code = waits + (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {waits + 'wait_for_ever()'!r}])\n"
+        "print('x' * 5000, flush=True); wait_for_ever()\n"
+    )
+    monkeypatch.setattr(LocalServer, "_embedded_command", lambda *_: [sys.executable, "-c", code])
+    rollout = RolloutConfig(max_new_tokens=8, max_prompt_tokens=8, startup_timeout_seconds=0.2)
+    server = LocalServer("model", "v1", rollout, tmp_path / "log")
+    describe = local_server._describe_processes
+
+    def describe_once_both_wait(process: subprocess.Popen[bytes]) -> str:
+        deadline = time.monotonic() + 60
+        while server.log_path.read_text().count("begun") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return describe(process)
+
+    monkeypatch.setattr(local_server, "_describe_processes", describe_once_both_wait)
+    return server
+
+
+def test_a_start_that_takes_too_long_says_what_the_server_and_its_processes_were_doing(
+    deaf_server: LocalServer,
+) -> None:
+    with pytest.raises(ServerStartError) as caught:
+        deaf_server.start()
+    text = str(caught.value)
+    assert re.search(
+        # On a busy machine the time is over before the client for the requests has been made.
+        r"startup_timeout_seconds=0\.2: (0 requests for /health, the last with nothing|"
+        r"[1-9]\d* requests for /health, the last with no answer \(ConnectError\))\. "
+        r"Its processes: \d+ \S+ \w+, [\d.]+ s of CPU; \d+ \S+ \w+, [\d.]+ s of CPU\. The end of ",
+        text,
+    ), text
+    assert text.count("in wait_for_ever") == 2
+    assert not deaf_server.alive()
+
+
+def test_the_end_of_a_log_is_bounded(deaf_server: LocalServer) -> None:
+    deaf_server.log_path.write_text("first\n" + "y" * 500_000 + "\n" + "last\n" * 3)
+    tail = deaf_server.log_tail()
+    assert tail.endswith("last\nlast\nlast") and len(tail) < 1000
+    deaf_server.log_path.write_bytes(b"\xff" * 3)
+    assert deaf_server.log_tail().endswith("\ufffd\ufffd\ufffd")
