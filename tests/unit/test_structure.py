@@ -19,6 +19,7 @@ TESTS = Path(__file__).parents[1]
 # From the ground up: a package or module may import what stands before it, and nothing else of this project.
 ORDER = (
     "files",
+    "reading",
     "stopping",
     "errors",
     "losses",
