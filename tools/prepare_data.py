@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Problem sets in this project's format from Hugging Face datasets, JSONL or Parquet; --help lists the arguments."""
+"""Problem sets in this project's format from Hugging Face datasets and files of others; --help lists the arguments."""
 
 import sys
 

@@ -6,28 +6,36 @@ import argparse
 import os
 from pathlib import Path
 
+from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prepare import PrepareOptions, prepare_problems
 from dasd_megatron.data.prompts import DataError
 
 _DESCRIPTION = (
-    "Problem sets in our format from Hugging Face datasets, JSONL or Parquet: cleaned, de-duplicated, and checked "
-    "against evaluation sets."
+    "Problem sets in our format from Hugging Face datasets, JSON lines, JSON arrays or Parquet: cleaned, "
+    "de-duplicated, and checked against evaluation sets. The columns of published sets are found by themselves."
 )
 
 
 def _parse(arguments: list[str]) -> PrepareOptions:
     parser = argparse.ArgumentParser(description=_DESCRIPTION)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", type=Path, help="JSONL or Parquet file")
+    source.add_argument("--input", type=Path, help="JSON lines, JSON array or Parquet; a folder or a pattern of such")
     source.add_argument("--dataset", help="name of a Hugging Face dataset, or a directory that save_to_disk wrote")
     parser.add_argument("--config", help="configuration of --dataset, like 'main' of gsm8k")
     parser.add_argument("--split", default="train", help="split of --dataset (default: train)")
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument("--problem-field", default="problem", help="column of the problem's text")
     parser.add_argument(
-        "--answer-field", default="expected_answer", help="column of the final answer; GSM8K's 'answer' works too"
+        "--problem-field", help="column of the problem's text; a point leads into an object, like extra_info.question"
     )
-    parser.add_argument("--solution-field", default="reference_solution", help="column of the worked solution")
+    parser.add_argument("--answer-field", help="column of the final answer, like reward_model.ground_truth")
+    parser.add_argument("--solution-field", help="column of the worked solution")
+    parser.add_argument(
+        "--no-answer",
+        nargs="*",
+        metavar="WORD",
+        default=DataSourceConfig().no_answer,
+        help="words that stand for a missing answer (default: %(default)s)",
+    )
     parser.add_argument("--allow-missing-solution", action="store_true", help="keep problems without a worked solution")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face directory whose tokenizer counts the lengths")
     parser.add_argument("--max-problem-tokens", type=int, help="drop longer problems")
@@ -61,6 +69,8 @@ def main(arguments: list[str]) -> None:
         raise DataError(f"{options.output.parent} cannot be written to; give another --output")
     manifest = prepare_problems(options)
     print(f"kept {manifest['kept']} in {options.output}")
+    for line in manifest["found"]:
+        print(line)
     for reason, count in manifest["dropped"].items():
         print(f"dropped {count}: {reason}")
     if manifest["dropped"]:

@@ -174,7 +174,11 @@ class RolloutConfig:
 class DataSourceConfig:
     """One set of problems: a file or a generator."""
 
-    path: str | None = setting(None, "JSONL file, one problem a line")
+    path: str | None = setting(
+        None,
+        "problem file: JSON lines, a JSON array or Parquet, also gzipped; or a folder of such, or a pattern like "
+        "data/train-*.parquet",
+    )
     generator: str | None = setting(
         None, "instead of a path, a reasoning-gym dataset with worked solutions: chain_sum, countdown or gsm_symbolic"
     )
@@ -183,12 +187,20 @@ class DataSourceConfig:
     )
     size: int | None = setting(None, "problems to take from the head of the file, or to generate; null: the whole file")
     seed: int = setting(0, "seed of the generator")
-    problem_field: str = setting("problem", "JSON field of the problem's text")
-    answer_field: str = setting("expected_answer", "JSON field of the final answer")
-    solution_field: str = setting(
-        "reference_solution",
-        "JSON field of the worked solution; a GSM8K-style '#### 72' at its end gives the answer where answer_field "
-        "is absent",
+    problem_field: str | None = setting(
+        None,
+        "field of the problem's text, or of chat messages; a point leads into an object, like extra_info.question; "
+        "null: the usual names",
+    )
+    answer_field: str | None = setting(
+        None,
+        "field of the final answer, or of a list of several; null: the usual names; where it is absent, the solution's "
+        "'#### 72' or box gives the answer",
+    )
+    solution_field: str | None = setting(None, "field of the worked solution; null: the usual names")
+    no_answer: list[str] = setting(
+        ["proof", "notfound", "not found", "n/a", "none", "null", "nan"],
+        "words that stand for a missing answer, in any case; such a problem is refused",
     )
 
 
@@ -245,7 +257,7 @@ class EvaluationConfig:
     top_p: float = setting(1.0, "nucleus sampling of evaluation", low=1e-6, high=1)
     benchmarks: list[str] = setting(
         [],
-        "dasd evaluate only: names of benchmarks, like [gsm8k,math-500], and paths of JSONL files, one problem a "
+        "dasd evaluate only: names of benchmarks, like [gsm8k,math-500], and paths of problem files, one problem a "
         "line; []: data.heldout",
     )
     data_dir: str = setting("data", "dasd evaluate only: folder of the benchmarks, as <name>/test.jsonl")

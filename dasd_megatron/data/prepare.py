@@ -1,4 +1,4 @@
-"""Problem sets in this project's format from Hugging Face datasets, JSONL or Parquet: cleaned, de-duplicated, and
+"""Problem sets in this project's format from Hugging Face datasets and problem files: cleaned, de-duplicated, and
 checked against evaluation sets."""
 
 from __future__ import annotations
@@ -15,11 +15,26 @@ from typing import Any
 
 from rich.progress import track
 
-from dasd_megatron.config import DataSourceConfig
-from dasd_megatron.data.prompts import DataError, Problem, normalize_text, parse_line, parse_record, write_problems
+from dasd_megatron.config import VerifyConfig
+from dasd_megatron.data.columns import (
+    Columns,
+    Remedies,
+    Taken,
+    find_problem,
+    fold,
+    parse_record,
+    summaries,
+    value_at,
+)
+from dasd_megatron.data.prompts import DataError, NoAnswerError, Problem, normalize_text, write_problems
+from dasd_megatron.data.rows import Row, files_of, read_rows
 from dasd_megatron.errors import first_line
+from dasd_megatron.verify.answers import normalize_answer
 
 MANIFEST_FORMAT = 1
+_REMEDIES = Remedies(
+    "give --problem-field", "give --answer-field", "give --solution-field, or --allow-missing-solution"
+)
 _UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+|[-+*/^=<>%\u00d7\u00f7\u2212\u22c5]")
 
@@ -34,9 +49,10 @@ class PrepareOptions:
     config: str | None
     split: str
     output: Path
-    problem_field: str
-    answer_field: str
-    solution_field: str
+    problem_field: str | None
+    answer_field: str | None
+    solution_field: str | None
+    no_answer: list[str]
     allow_missing_solution: bool
     tokenizer: Path | None
     max_problem_tokens: int | None
@@ -50,66 +66,21 @@ class PrepareOptions:
         return str(self.dataset or self.input)
 
 
-Rows = Iterator[tuple[str, dict[str, Any] | DataError]]
-"""(where, record) of every row of a source. A row that is no record comes as the error that says why."""
-
-
-def _source_rows(options: PrepareOptions) -> Rows:
+def _source_rows(options: PrepareOptions) -> Iterator[Row]:
     if options.dataset is not None:
         return _dataset_rows(options.dataset, options.config, options.split)
     assert options.input is not None, "the arguments name a file or a dataset"
-    return _file_rows(options.input)
+    return read_rows(options.input, "--input")
 
 
-def _dataset_rows(name: str, config: str | None, split: str) -> Rows:
+def _dataset_rows(name: str, config: str | None, split: str) -> Iterator[Row]:
     for index, record in enumerate(_load_dataset(name, config, split)):
-        yield f"{name} row {index}", dict(record)
-
-
-def _file_rows(path: Path) -> Rows:
-    return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
-
-
-def _parquet_rows(path: Path) -> Rows:
-    _require_datasets("a Parquet file")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({first_line(error)}); give another --input") from error
-    index = 0
-    for batch in file.iter_batches():
-        for record in batch.to_pylist():
-            yield f"{path} row {index}", record
-            index += 1
-
-
-def _jsonl_rows(path: Path) -> Rows:
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; give the path of a JSONL or Parquet file")
-    with open(path, "rb") as file:
-        for index, line in enumerate(file):
-            where = f"{path} line {index + 1}"
-            try:
-                record = parse_line(line, where, index)
-            except DataError as error:
-                yield where, error
-                continue
-            if record is not None:
-                yield where, record
-
-
-def _require_datasets(subject: str) -> None:
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(
-            f"{subject} needs the datasets package: pip install 'dasd-megatron[data]', or give a JSONL file"
-        )
+        yield Row(f"{name} row {index}", index, dict(record))
 
 
 def _load_dataset(name: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
-    _require_datasets("--dataset")
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError("--dataset needs the datasets package: pip install 'dasd-megatron[data]', or give an --input")
     import datasets
 
     try:
@@ -143,22 +114,20 @@ class Contamination:
     Evaluation problems of fewer than ``n`` words are found by their whole text alone.
     """
 
-    def __init__(self, paths: Sequence[Path], field: str, n: int) -> None:
+    def __init__(self, paths: Sequence[Path], field: str | None, n: int) -> None:
         self.n = n
         self._texts: set[str] = set()
         self._ngrams: set[tuple[str, ...]] = set()
         self.problems = 0
         for path in paths:
-            for where, record in _file_rows(path):
-                if isinstance(record, DataError):
-                    raise record
-                self._add(where, record, field)
+            for row in read_rows(path, "--contamination"):
+                if isinstance(row.value, DataError):
+                    raise row.value
+                # The field is one of the source, whose name an evaluation set need not share.
+                chosen = None if field is None or value_at(row.value, field) is None else field
+                self._add(find_problem(row.value, row.where, Columns(_REMEDIES, problem=chosen))[0])
 
-    def _add(self, where: str, record: dict[str, Any], field: str) -> None:
-        names = (field, "problem", "question")
-        text = next((record[name] for name in names if isinstance(record.get(name), str)), None)
-        if text is None:
-            raise DataError(f"{where}: none of {field}, problem and question is there as text; set --problem-field")
+    def _add(self, text: str) -> None:
         self.problems += 1
         self._texts.add(" ".join(words_of(text)))
         self._ngrams |= ngrams(text, self.n)
@@ -180,6 +149,7 @@ class _Selection:
 
     def __init__(self, options: PrepareOptions) -> None:
         self.kept: list[Problem] = []
+        self.found: collections.Counter[Taken] = collections.Counter()
         self.rejected: list[dict[str, str]] = []
         self._count_tokens = _token_counter(options.tokenizer) if options.tokenizer is not None else None
         self.contamination = Contamination(options.contamination, options.problem_field, options.ngram)
@@ -187,18 +157,19 @@ class _Selection:
             "problem": options.max_problem_tokens,
             "reference_solution": options.max_solution_tokens,
         }
-        self._seen: dict[str, str] = {}
+        self._seen: dict[str, tuple[str, str]] = {}
         self._ids: set[str] = set()
 
-    def add(self, where: str, problem: Problem) -> None:
+    def add(self, where: str, problem: Problem, found: Taken) -> None:
         """Keep a problem, or reject it with the reason."""
         reason = self._reason_to_drop(problem)
         if reason is not None:
             self.reject(where, *reason)
             return
-        self._seen[normalize_text(problem.problem)] = where
+        self._seen[normalize_text(problem.problem)] = (where, problem.expected_answer)
         self._ids.add(problem.id)
         self.kept.append(problem)
+        self.found[found] += 1
 
     def reject(self, where: str, reason: str, detail: str) -> None:
         self.rejected.append({"where": where, "reason": reason, "detail": detail})
@@ -206,7 +177,10 @@ class _Selection:
     def _reason_to_drop(self, problem: Problem) -> tuple[str, str] | None:
         key = normalize_text(problem.problem)
         if key in self._seen:
-            return "duplicate", f"the same problem as {self._seen[key]}"
+            where, answer = self._seen[key]
+            same = normalize_answer(answer) == normalize_answer(problem.expected_answer)
+            other = "" if same else f", which has the answer {answer!r} where this has {problem.expected_answer!r}"
+            return "duplicate", f"the same problem as {where}{other}"
         if problem.problem in self.contamination:
             return "contamination", "stands in an evaluation set, or shares a run of words with it"
         for name, limit in self._limits.items():
@@ -226,21 +200,27 @@ def prepare_problems(options: PrepareOptions) -> dict[str, Any]:
     Raises:
         DataError: the source cannot be read, or nothing of it is kept.
     """
-    source = DataSourceConfig(
-        problem_field=options.problem_field, answer_field=options.answer_field, solution_field=options.solution_field
+    columns = Columns(
+        _REMEDIES,
+        options.problem_field,
+        options.answer_field,
+        options.solution_field,
+        fold(options.no_answer),
+        needs_solution=not options.allow_missing_solution,
+        max_answer_chars=VerifyConfig().max_answer_chars,
     )
-    needs_solution = not options.allow_missing_solution
     selection = _Selection(options)
-    for index, (where, record) in enumerate(track(_source_rows(options), description="reading")):
+    for index, row in enumerate(track(_source_rows(options), description="reading")):
         name = f"{options.output.stem}-row-{index}"
         try:
-            if isinstance(record, DataError):
-                raise record
-            problem = parse_record(record, where, name, source, "--", needs_solution=needs_solution)
+            if isinstance(row.value, DataError):
+                raise row.value
+            problem, found = parse_record(row.value, row.where, name, columns)
         except DataError as error:
-            selection.reject(where, "unusable", str(error))
+            reason = "no answer" if isinstance(error, NoAnswerError) else "unusable"
+            selection.reject(row.where, reason, str(error))
             continue
-        selection.add(where, problem)
+        selection.add(row.where, problem, found)
     kept, rejected = selection.kept, selection.rejected
     if not kept:
         first = f": {rejected[0]['detail']}" if rejected else "; it is empty"
@@ -258,10 +238,11 @@ def _make_manifest(options: PrepareOptions, selection: _Selection) -> dict[str, 
     return {
         "format": MANIFEST_FORMAT,
         "source": options.source,
-        "source_sha256": None if options.input is None else _file_sha256(options.input),
+        "source_sha256": None if options.input is None else _source_sha256(options.input),
         "output_sha256": _file_sha256(options.output),
         "kept": len(selection.kept),
         "dropped": dict(sorted(reasons.items())),
+        "found": list(summaries(selection.found)),
         "with_reference_solution": sum(bool(problem.reference_solution) for problem in selection.kept),
         "contamination_problems": selection.contamination.problems,
         "options": {name: _plain(value) for name, value in vars(options).items()},
@@ -272,6 +253,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [str(part) for part in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _source_sha256(path: Path) -> str:
+    """Return the hash of a file; of several the hash of their names and hashes."""
+    files = files_of(path, "--input")
+    if files == [path]:
+        return _file_sha256(path)
+    return hashlib.sha256("".join(f"{file} {_file_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _file_sha256(path: Path) -> str:

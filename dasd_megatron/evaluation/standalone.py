@@ -16,7 +16,8 @@ from typing import Any
 from dasd_megatron.config import Config, DataSourceConfig, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.benchmarks import benchmark_problems
 from dasd_megatron.data.generators import generate_problems
-from dasd_megatron.data.prompts import Problem, load_problems
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.reader import load_problems
 from dasd_megatron.data.templates import check_lengths, make_renderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import nemo_skills
@@ -61,7 +62,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
     if config.model.path is None:
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory or a Megatron checkpoint")
     check_key(config)
-    problems = load_benchmarks(config.evaluation, config.data.heldout)
+    problems = load_benchmarks(config.evaluation, config.data.heldout, config.verify.max_answer_chars)
     tokenizer = load_tokenizer(hf_folder(config.model.path))
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     for of_benchmark in problems.values():
@@ -111,13 +112,26 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
             nemo_skills.run_eval(config.evaluation, config.rollout, root, problems, urls, model, display)
 
 
-def load_benchmarks(evaluation: EvaluationConfig, heldout: DataSourceConfig) -> dict[str, list[Problem]]:
-    """Return the problems of each of ``evaluation.benchmarks``, or those of ``data.heldout`` where none are named."""
+def load_benchmarks(
+    evaluation: EvaluationConfig, heldout: DataSourceConfig, max_answer_chars: int
+) -> dict[str, list[Problem]]:
+    """Return the problems of each of ``evaluation.benchmarks``, or those of ``data.heldout`` where none are named.
+
+    Args:
+        max_answer_chars: longest answer that can be graded.
+    """
     if evaluation.benchmarks:
-        return benchmark_problems(evaluation.benchmarks, Path(evaluation.data_dir), evaluation.size)
+        return benchmark_problems(
+            evaluation.benchmarks,
+            Path(evaluation.data_dir),
+            evaluation.size,
+            max_answer_chars=max_answer_chars,
+            say=print,
+        )
     if heldout.generator is not None:
         return {"heldout": generate_problems(heldout, "heldout")}
-    return {"heldout": load_problems(heldout, "heldout", needs_solution=False)}
+    read = load_problems(heldout, "heldout", needs_solution=False, max_answer_chars=max_answer_chars, say=print)
+    return {"heldout": read}
 
 
 def read_served_model(rollout: RolloutConfig, urls: Sequence[str]) -> dict[str, str | None]:

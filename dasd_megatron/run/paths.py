@@ -6,8 +6,8 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from dasd_megatron.config import Config, DataSourceConfig, ModelConfig
-from dasd_megatron.data.prompts import Problem, load_problems
+from dasd_megatron.config import Config, ModelConfig
+from dasd_megatron.data.prompts import Problem, read_written_problems
 from dasd_megatron.models.hf_config import hf_folder
 
 
@@ -78,4 +78,4 @@ def choose_run_dir(config: Config) -> Path:
 
 def run_problems(paths: RunPaths, name: str) -> list[Problem]:
     """Return the problems ``train`` or ``heldout`` that :func:`dasd_megatron.run.prepare.prepare_run` has written."""
-    return load_problems(DataSourceConfig(path=str(paths.problems(name))), name, needs_solution=False)
+    return read_written_problems(paths.problems(name))

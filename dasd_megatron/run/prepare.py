@@ -3,6 +3,7 @@ check that needs no GPU."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from dasd_megatron.config import UMASKS, Config, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
-from dasd_megatron.data.prompts import Problem, check_disjoint, load_problems, write_problems
+from dasd_megatron.data.prompts import Problem, check_disjoint, write_problems
+from dasd_megatron.data.reader import load_problems
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import (
@@ -127,16 +129,25 @@ def _load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
         needs_teacher(config.algorithm) and config.teacher.privileged != "answer"
     )
     sources = config.data
+    say = functools.partial(print, flush=True)
     if sources.train.generator is not None and sources.heldout.generator is not None:
         return generate_splits(sources.train, sources.heldout)
     if sources.heldout.generator is not None:
         heldout = generate_problems(sources.heldout, "heldout")
     else:
-        heldout = load_problems(sources.heldout, "heldout", needs_solution=False)
+        heldout = load_problems(
+            sources.heldout, "heldout", needs_solution=False, max_answer_chars=config.verify.max_answer_chars, say=say
+        )
     if sources.train.generator is not None:
         train = generate_problems(sources.train, "train", exclude=heldout)
     else:
-        train = load_problems(sources.train, "train", needs_solution=needs_solution)
+        train = load_problems(
+            sources.train,
+            "train",
+            needs_solution=needs_solution,
+            max_answer_chars=config.verify.max_answer_chars,
+            say=say,
+        )
     check_disjoint(train, heldout)
     return train, heldout
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasd_megatron.config import Config
-from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.prompts import Problem, read_written_problems
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.files import lines_of
 from dasd_megatron.run.checks import flatten
 from dasd_megatron.run.paths import RunPaths
 
@@ -27,7 +25,15 @@ _FIXED_ON_RESUME = (
     "teacher.weights",
 )
 # What a problem set holds is compared itself, since its file may have moved.
-_MAY_DIFFER = ("resume", "run.dir", "data.train.path", "data.heldout.path")
+_MAY_DIFFER = (
+    "resume",
+    "run.dir",
+    *(
+        f"data.{name}.{field}"
+        for name in ("train", "heldout")
+        for field in ("path", "problem_field", "answer_field", "solution_field", "no_answer")
+    ),
+)
 
 
 def find_continued_runs(resume: str, paths: RunPaths) -> list[RunPaths]:
@@ -62,8 +68,7 @@ def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) 
         path = run.problems(name)
         if not path.exists():
             continue
-        saved = [Problem(**json.loads(line)) for line in lines_of(path.read_bytes())]
-        if saved != problems:
+        if read_written_problems(path) != problems:
             raise ConfigError(
                 f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "
                 "restore it, or start a new run"

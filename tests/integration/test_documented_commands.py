@@ -52,6 +52,8 @@ ELSEWHERE = {
         "tests/integration/test_fault_drill.py",
         "rollout=sglang_cpu",
     ),
+    "tools/prepare_data.py --input published/": ("tests/unit/data/test_published_sets.py", '"data.md"'),
+    "tools/prepare_data.py --input 'published/": ("tests/unit/data/test_published_sets.py", '"data.md"'),
     "dasd router": ("tests/integration/test_discovery.py", '"--servers", servers[0].url'),
     "DRY_RUN=1 bash slurm/train_dasd_32b.sh": ("tests/unit/test_shell_scripts.py", "DRY_RUN"),
     "sbatch slurm/train_dasd_tiny.sh": ("tests/integration/test_slurm.py", "train_dasd_tiny.sh"),

@@ -9,7 +9,8 @@ import pytest
 
 from dasd_megatron.commands.prepare_data import main
 from dasd_megatron.config import DataSourceConfig, TinyModelConfig
-from dasd_megatron.data.prompts import DataError, load_problems
+from dasd_megatron.data.prompts import DataError
+from dasd_megatron.data.reader import load_problems
 from dasd_megatron.models.tiny import make_tiny_model
 
 LONG = "A farmer has seven fields and plants three rows of twenty trees in each of them how many trees"
@@ -59,7 +60,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(
     rejected = [json.loads(line) for line in output.with_suffix(".rejected.jsonl").read_text().splitlines()]
     assert {entry["where"].split()[-1]: entry["reason"] for entry in rejected} == {
         "3": "duplicate",
-        "4": "unusable",
+        "4": "no answer",
         "5": "unusable",
         "6": "unusable",
         "7": "contamination",
@@ -69,12 +70,12 @@ def test_every_row_is_kept_or_dropped_for_a_reason(
         "11": "unusable",
         "13": "unusable",
     }
-    assert "set --answer_field" in rejected[1]["detail"] and "column" in rejected[-2]["detail"]
+    assert "give --answer-field" in rejected[1]["detail"] and "column" in rejected[-2]["detail"]
     manifest = json.loads(output.with_suffix(".manifest.json").read_text())
     assert manifest["kept"] == 2 and sum(manifest["dropped"].values()) == len(rejected) == 10
     assert manifest["contamination_problems"] == 2
     printed = capsys.readouterr().out
-    assert "kept 2" in printed and "dropped 5: unusable" in printed
+    assert "kept 2" in printed and "dropped 4: unusable" in printed and "dropped 1: no answer" in printed
 
 
 def test_missing_solutions_are_kept_on_request(source: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_bad_calls_are_refused_with_one_line(source: Path, tmp_path: Path) -> No
         (["--input", str(source), *output, "--max-problem-tokens", "3"], "--tokenizer"),
         (["--input", str(source), *output, *FIELDS, "--ngram", "0"], "--ngram"),
         (["--input", str(source), "--output", str(source), *FIELDS], "exists"),
-        (["--input", str(source), *output, *FIELDS, "--contamination", str(source)], "line 11"),
+        (["--input", str(source), *output, *FIELDS, "--contamination", str(source)], "line 5"),
     ):
         with pytest.raises(DataError) as caught:
             main(arguments)

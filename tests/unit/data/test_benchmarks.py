@@ -68,7 +68,7 @@ def test_folders_of_other_names_files_and_sizes(tmp_path: Path) -> None:
         (
             ["nowhere.jsonl"],
             None,
-            "nowhere.jsonl does not exist; evaluation.benchmarks names nowhere.jsonl, which has to be a JSONL file",
+            "nowhere.jsonl does not exist; set evaluation.benchmarks to JSON lines, a JSON array or Parquet",
         ),
     ],
 )
@@ -77,6 +77,27 @@ def test_what_cannot_be_read_is_named(entries: list[str], size: int | None, mess
     put(tmp_path, "gsm8k", {"question": "1", "answer": "#### 1"}, {"problem": "1"})
     with pytest.raises((ConfigError, DataError), match=message):
         benchmark_problems(entries, tmp_path, size)
+
+
+def test_a_problem_that_its_authors_published_twice_is_said_and_more_are_refused(tmp_path: Path) -> None:
+    rows = [{"problem": f"p{index}", "answer": "1"} for index in range(29)]
+    put(tmp_path, "aime24", *rows, rows[3])
+    said: list[str] = []
+    assert len(benchmark_problems(["aime24"], tmp_path, None, say=said.append)["aime24"]) == 30
+    assert "30 problems, 29 distinct: line 30 repeats line 4" in said[-1]
+    path = put(tmp_path, "aime24", *rows, *rows)
+    for entry in ("aime24", str(path)):
+        with pytest.raises(DataError, match="58 problems, 29 distinct: line 30 repeats line 1; confidence"):
+            benchmark_problems([entry], tmp_path, None)
+    assert len(benchmark_problems(["aime24"], tmp_path, 29)["aime24"]) == 29
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl.gz", "mine.parquet", "folder/mine"])
+def test_paths_of_other_forms(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist; set evaluation.benchmarks"):
+        benchmark_problems([str(tmp_path / name)], tmp_path, None)
+    put(tmp_path, "aime24", {"problem": "1", "answer": 1}).rename(tmp_path / "aime24" / "test.json")
+    assert len(benchmark_problems(["aime24"], tmp_path, None)["aime24"]) == 1
 
 
 @pytest.mark.skipif(

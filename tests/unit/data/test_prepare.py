@@ -36,5 +36,5 @@ def test_a_shared_run_of_words_is_contamination(tmp_path: Path) -> None:
 def test_an_evaluation_set_without_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"text": "1 + 1"}) + "\n")
-    with pytest.raises(DataError, match="line 1: none of problem, problem and question"):
+    with pytest.raises(DataError, match=r"line 1: no problem \(fields: 'text'\).*give --problem-field"):
         Contamination([path], "problem", 4)

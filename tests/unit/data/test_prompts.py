@@ -1,150 +1,20 @@
-from __future__ import annotations
+"""Problems in this project's own form, and the comparison of two sets."""
 
-import json
-import os
-from collections import Counter
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.config import DataSourceConfig
-from dasd_megatron.data.prompts import DataError, Problem, check_disjoint, load_problems, write_problems
-from dasd_megatron.verify.answers import compare_plain, extract_answer
-
-DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(),
-    reason=f"no benchmark files in {DATA}; set DASD_TEST_DATA to a folder with gsm8k, math500 and aime24",
+from dasd_megatron.data.prompts import (
+    DataError,
+    Problem,
+    check_disjoint,
+    normalize_text,
+    read_written_problems,
+    write_problems,
 )
-
-GOOD = {"problem": "1 + 1 =", "expected_answer": "2", "reference_solution": "1+1=2\n#### 2"}
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content: str | bytes, **fields) -> DataSourceConfig:
-        path = tmp_path / "set.jsonl"
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return DataSourceConfig(path=str(path), **fields)
-
-    return write
-
-
-def lines(*records) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def test_a_plain_file(write):
-    source = write(lines({**GOOD, "id": "a"}, GOOD, {**GOOD, "id": 7}))
-    expected = [Problem(id, "1 + 1 =", "2", "1+1=2\n#### 2") for id in ("a", "set-1", "7")]
-    assert load_problems(source, "train") == expected
-
-
-def test_byte_order_mark_blank_lines_and_line_ends_are_tolerated(write):
-    record = json.dumps({**GOOD, "problem": "a\u2028b"}, ensure_ascii=False)
-    source = write(f"\ufeff{record}\r\n\r\n  \n{record}".encode())
-    assert [(problem.id, problem.problem) for problem in load_problems(source, "train")] == [
-        ("set-0", "a\u2028b"),
-        ("set-3", "a\u2028b"),
-    ]
-
-
-def test_size_takes_the_head_and_reads_no_further(write):
-    source = write(lines(GOOD, GOOD) + "not JSON\n", size=2)
-    assert len(load_problems(source, "train")) == 2
-
-
-@pytest.mark.parametrize(("value", "text"), [(72, "72"), (-3, "-3"), (2.5, "2.5"), (" 1/2 ", "1/2"), (0, "0")])
-def test_answers_become_text(write, value, text):
-    (problem,) = load_problems(write(lines({**GOOD, "expected_answer": value})), "train")
-    assert problem.expected_answer == text
-
-
-@pytest.mark.parametrize("answer_field", ["expected_answer", "answer"])
-def test_gsm8k_style(write, answer_field):
-    record = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 clips.\nIn all <<48+24=72>>1,072.\n#### 1,072\n"}
-    source = write(lines(record), problem_field="question", solution_field="answer", answer_field=answer_field)
-    assert load_problems(source, "train") == [
-        Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")
-    ]
-    source.solution_field = "reference_solution"
-    source.answer_field = "answer"
-    assert load_problems(source, "train") == [
-        Problem("set-0", "How many?", "1,072", "48/2 = 24 clips.\nIn all 1,072.\n#### 1,072")
-    ]
-
-
-def test_an_answer_field_wins_over_the_solution(write):
-    (problem,) = load_problems(write(lines({**GOOD, "expected_answer": "3"})), "train")
-    assert problem.expected_answer == "3"
-
-
-def test_a_solution_may_be_missing_only_on_request(write):
-    for solution in ({}, {"reference_solution": ""}, {"reference_solution": None}):
-        source = write(lines({"problem": "1", "expected_answer": "2", **solution}))
-        assert load_problems(source, "heldout", needs_solution=False)[0].reference_solution == ""
-        with pytest.raises(
-            DataError,
-            match=r"set.jsonl line 1: no reference solution: field 'reference_solution'.*data.heldout.solution_field",
-        ):
-            load_problems(source, "heldout")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "holds no problems"),
-        ("\n\n", "holds no problems"),
-        (lines(GOOD) + "{oops\n", r"line 2: not JSON \(.*column 2\)"),
-        ("[" * 100_000, r"line 1: not JSON \(nested too deeply\)"),
-        ("[1]\n", "line 1: a JSON list, not an object"),
-        ("null\n", "line 1: a JSON NoneType, not an object"),
-        (lines({"question": "1"}), r"line 1: no field 'problem' \(fields: 'question'\); set data.train.problem_field"),
-        (lines({}), r"no field 'problem' \(fields: none\)"),
-        (lines({**GOOD, "problem": 5}), "line 1: field 'problem' is 5, not a string"),
-        (lines({**GOOD, "problem": None}), "field 'problem' is null, not a string"),
-        (lines({**GOOD, "problem": " \n"}), "line 1: field 'problem' is empty"),
-        (lines({**GOOD, "problem": "\ud800"}), "line 1: field 'problem' holds half of a surrogate pair at character 0"),
-        (lines({**GOOD, "reference_solution": ["a"]}), r"field 'reference_solution' is \[\"a\"\], not a string"),
-        (
-            lines({"problem": "1", "reference_solution": "two"}),
-            r"line 1: no answer: field 'expected_answer'.*set data.train.answer_field",
-        ),
-        (lines({**GOOD, "expected_answer": " ", "reference_solution": "x"}), "line 1: no answer"),
-        (lines({"problem": "1", "reference_solution": "#### "}), "line 1: no answer"),
-        (lines({**GOOD, "expected_answer": True}), "field 'expected_answer' is true; an answer must be"),
-        (lines({**GOOD, "expected_answer": ["2"]}), "an answer must be a string or a finite number"),
-        ('{"problem": "1", "expected_answer": NaN}\n', "field 'expected_answer' is NaN"),
-        (lines({**GOOD, "id": "a"}, GOOD, {**GOOD, "id": "a"}), "line 3: id 'a' already stands on line 1"),
-        (lines({**GOOD, "id": ["a"]}), "field 'id' is"),
-        (lines(GOOD).encode() + b'{"problem": "\xff"}\n', "line 2: not UTF-8 at byte 13"),
-        (lines(GOOD).encode("utf-16"), "line 1: not UTF-8"),
-    ],
-)
-def test_bad_content_is_refused(write, content, message):
-    with pytest.raises(DataError, match=message) as caught:
-        load_problems(write(content), "train")
-    assert "set.jsonl" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_shorter_than_asked_for_is_refused(write):
-    with pytest.raises(DataError, match=r"holds 1 problems, but data\.train\.size asks for 2"):
-        load_problems(write(lines(GOOD), size=2), "train")
-    with pytest.raises(DataError, match=r"data\.train\.size is 0"):
-        load_problems(write(lines(GOOD), size=0), "train")
-
-
-def test_missing_and_unreadable_files_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"absent.jsonl does not exist; set data\.heldout\.path"):
-        load_problems(DataSourceConfig(path=str(tmp_path / "absent.jsonl")), "heldout")
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
-        load_problems(DataSourceConfig(path=str(tmp_path)), "train")
-    with pytest.raises(DataError, match=r"data\.train\.path is not set"):
-        load_problems(DataSourceConfig(), "train")
-
+from dasd_megatron.reading import UnreadableError
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), min_size=1, max_size=20).map(str.strip).filter(bool)
 
@@ -152,13 +22,10 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8"), min_size=1, max_size=20).m
 @settings(max_examples=50)
 @given(st.lists(st.tuples(TEXT, TEXT, st.just("") | TEXT), min_size=1, max_size=5))
 def test_written_problems_read_back_the_same(tmp_path_factory, rows):
-    problems = [
-        Problem(f"p{i}", problem, f"{answer}.", solution.replace("<<", ""))
-        for i, (problem, answer, solution) in enumerate(rows)
-    ]
+    problems = [Problem(f"p{i}", problem, answer, solution) for i, (problem, answer, solution) in enumerate(rows)]
     path = tmp_path_factory.mktemp("problems") / "new" / "set.jsonl"
     write_problems(path, problems)
-    assert load_problems(DataSourceConfig(path=str(path)), "train", needs_solution=False) == problems
+    assert read_written_problems(path) == problems
     assert [file.name for file in path.parent.iterdir()] == ["set.jsonl"]
 
 
@@ -168,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_problems(path, old)
     with pytest.raises(UnicodeEncodeError):
         write_problems(path, [Problem("b", "\ud800", "2", "")])
-    assert load_problems(DataSourceConfig(path=str(path)), "train", needs_solution=False) == old
+    assert read_written_problems(path) == old
     assert [file.name for file in tmp_path.iterdir()] == ["set.jsonl"]
 
 
@@ -181,50 +48,20 @@ def test_check_disjoint_compares_normalized_text():
         check_disjoint(train, [Problem("h1", "other", "1", ""), same, same])
 
 
-@needs_data
-@pytest.mark.parametrize(("split", "count"), [("train", 7473), ("test", 1319)])
-def test_gsm8k(split, count):
-    source = DataSourceConfig(
-        path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer"
-    )
-    problems = load_problems(source, "train")
-    assert len(problems) == count
-    for problem in problems:
-        assert "<<" not in problem.reference_solution
-        assert extract_answer(problem.reference_solution) == problem.expected_answer
-        # Every GSM8K answer is a plain integer.
-        assert compare_plain(problem.expected_answer, str(int(problem.expected_answer.replace(",", "")))) is True
+def test_raised_digits_make_another_problem():
+    assert normalize_text("Compute 3\u00b2.") != normalize_text("Compute 32.")
+    assert normalize_text("x\u2081") != normalize_text("x1")
+    assert normalize_text("Compute 3\u00b2.") == normalize_text("compute  3^2.")
 
 
-@needs_data
-def test_math500():
-    source = DataSourceConfig(
-        path=str(DATA / "math500" / "test.jsonl"), answer_field="answer", solution_field="solution"
-    )
-    problems = load_problems(source, "heldout")
-    assert len(problems) == 500
-    verdicts = Counter(
-        compare_plain(extract_answer(problem.reference_solution), problem.expected_answer) for problem in problems
-    )
-    assert verdicts == {True: 500}
-
-
-@needs_data
-def test_aime24():
-    problems = load_problems(DataSourceConfig(path=str(DATA / "aime24" / "test.jsonl")), "heldout")
-    assert [problem.id for problem in problems] == [f"aime24-{i}" for i in range(30)]
-    assert all(0 <= int(problem.expected_answer) <= 999 for problem in problems)
-
-
-@needs_data
-def test_gsm8k_splits_are_disjoint():
-    train, test = (
-        load_problems(
-            DataSourceConfig(
-                path=str(DATA / "gsm8k" / f"{split}.jsonl"), problem_field="question", solution_field="answer"
-            ),
-            split,
-        )
-        for split in ("train", "test")
-    )
-    check_disjoint(train, test)
+@pytest.mark.parametrize("line", [b"\xff", b"{", b"[]", b"[" * 100_000, b'{"id": "a"}', b'{"id": 1}', b"7" * 5000])
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_damaged_problems_of_a_run_are_named(line, end, tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_problems(path, [Problem("a", "1", "2", "")])
+    path.write_bytes(path.read_bytes() + line + end)
+    with pytest.raises(UnreadableError, match=r"train.jsonl line 2 is damaged .*: restore it, or") as caught:
+        read_written_problems(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UnreadableError, match="absent"):
+        read_written_problems(tmp_path / "absent")

@@ -47,10 +47,10 @@ def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> Non
 
 
 def test_held_out_problems_are_taken_where_no_benchmark_is_named(config: Config, tmp_path: Path) -> None:
-    generated = load_benchmarks(config.evaluation, config.data.heldout)
+    generated = load_benchmarks(config.evaluation, config.data.heldout, 512)
     assert list(generated) == ["heldout"] and len(generated["heldout"]) == config.data.heldout.size
     write_problems(tmp_path / "mine.jsonl", PROBLEMS)
-    read = load_benchmarks(config.evaluation, DataSourceConfig(path=str(tmp_path / "mine.jsonl")))
+    read = load_benchmarks(config.evaluation, DataSourceConfig(path=str(tmp_path / "mine.jsonl")), 512)
     assert read == {"heldout": PROBLEMS}
 
 

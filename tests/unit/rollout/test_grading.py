@@ -108,7 +108,9 @@ def masked(parts: list[tuple[str, int]]) -> Completion:
 def test_what_a_tool_said_is_no_answer(parts: list[tuple[str, int]], text: str, answer: str | None) -> None:
     problem = Problem("a", "6*7 =", "42", "")
     with Grader(VerifyConfig(workers=0)) as grader:
-        [sample] = make_samples([problem], [0], [[1]], [masked(parts)], grader, samples_per_group=1, tokenizer=TOKENIZER)
+        [sample] = make_samples(
+            [problem], [0], [[1]], [masked(parts)], grader, samples_per_group=1, tokenizer=TOKENIZER
+        )
     # Own rewards and the health metrics read the text.
     assert sample.text == text
     assert (sample.reward, sample.predicted_answer) == (1.0 if answer == "42" else 0.0, answer)
