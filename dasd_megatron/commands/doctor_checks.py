@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from dasd_megatron import machine
 from dasd_megatron.commands.doctor_probe import Answers
 
 OK, INFO, WARN, FAIL = "ok", "info", "warn", "fail"
@@ -212,7 +212,7 @@ def machine_rows() -> list[Check]:
         Check(section, "system", f"{platform.system()} {platform.release()}, {platform.machine()}", OK, ""),
         Check(section, "cores", f"{cores:g} usable of {os.cpu_count()}", WARN if few else OK, hint),
     ]
-    free = _free_memory()
+    free = machine.free_memory()
     hint = "the quickstart's three processes want about 4 GiB; stop other programs, or expect swapping"
     scarce = free < 4 * GIB
     checks.append(
@@ -237,29 +237,10 @@ def _disk_row(section: str, item: str, folder: Path, need_gib: float) -> Check:
 def _cores() -> float:
     """Return the cores that this process may use, by its affinity and a container's quota."""
     cores = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
-    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    quota = machine.read_system_file("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
         cores = min(cores, int(quota[0]) / int(quota[1]))
     return cores
-
-
-def _free_memory() -> int:
-    """Return the bytes that can still be allocated, by the machine and by a container's limit (cgroup v2, then v1)."""
-    free = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        bound, taken = _read(limit), _read(used)
-        if bound.isdigit() and taken.isdigit():
-            free = min(free, max(0, int(bound) - int(taken)))
-    return free
-
-
-def _read(path: str) -> str:
-    """Return a small system file's text, "" where this system has no such file."""
-    file = Path(path)
-    return file.read_text().strip() if file.is_file() and os.access(file, os.R_OK) else ""
 
 
 def network_rows() -> list[Check]:

@@ -21,6 +21,7 @@ ORDER = (
     "files",
     "reading",
     "stopping",
+    "machine",
     "errors",
     "losses",
     "algorithms",

@@ -91,7 +91,6 @@ class DecodingBatch:
         self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.int64)
         self.seeds = np.array([p.seed for p in params], dtype=np.int64)
         self.longest_minimum = max((p.min_new_tokens for p in params), default=0)
-        self.top_logprobs = max((row.top_logprobs for row in self.rows), default=0)
 
     def compact(self) -> bool:
         """Drop finished rows once they are an eighth of the batch, and columns that are then all padding.
@@ -122,16 +121,17 @@ class DecodingBatch:
             missing = length - t.shape[dim]
             return t if missing == 0 else torch.nn.functional.pad(t, (0, 0, missing, 0) if dim == -2 else (missing, 0))
 
-        # All layers are computed before any is changed. Where memory runs out, this batch stays as it was.
+        # All is computed before anything is changed. Where memory runs out, this batch stays as it was.
         layers = [
             [torch.cat([pad(a, -2), pad(b, -2)]) for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))]
             for mine, theirs in zip(self.cache.growing_layers, other.cache.growing_layers, strict=True)
         ]
+        mask = torch.cat([pad(self.mask, -1), pad(other.mask, -1)])
+        positions = torch.cat([self.positions, other.positions])
+        next_ids = torch.cat([self.next_ids, other.next_ids])
         for layer, (keys, values) in zip(self.cache.growing_layers, layers, strict=True):
             layer.replace(keys, values)
-        self.mask = torch.cat([pad(self.mask, -1), pad(other.mask, -1)])
-        self.positions = torch.cat([self.positions, other.positions])
-        self.next_ids = torch.cat([self.next_ids, other.next_ids])
+        self.mask, self.positions, self.next_ids = mask, positions, next_ids
         self.rows = self.rows + other.rows
         self._read_params()
 
@@ -169,17 +169,20 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
-def record_prompt_log_probs(row: Row, logits: torch.Tensor) -> None:
+def record_prompt_log_probs(row: Row, logits: torch.Tensor, first: int) -> None:
     """Record raw log-probs of the prompt's tokens from ``logprob_start`` on; the first has none (SGLang's rule).
 
-    logits: [len(prompt), V].
+    logits: [positions, V], those of the prompt from position ``first`` on. Parts of a prompt come in order.
     """
-    start = row.logprob_start
-    if start >= len(row.prompt):
+    start, end = max(row.logprob_start, first), min(first + len(logits), len(row.prompt) - 1)
+    if row.logprob_start < len(row.prompt) and not row.input_log_probs:
+        row.input_log_probs = [None]
+        row.input_top = [None] if row.top_logprobs else []
+    if start >= end:
         return
-    log_probs = torch.log_softmax(logits[start : len(row.prompt) - 1].double(), dim=-1)
-    targets = torch.tensor(row.prompt[start + 1 :], dtype=torch.int64)
-    row.input_log_probs = [None, *log_probs.gather(-1, targets[:, None])[:, 0].tolist()]
+    log_probs = torch.log_softmax(logits[start - first : end - first].double(), dim=-1)
+    targets = torch.tensor(row.prompt[start + 1 : end + 1], dtype=torch.int64)
+    row.input_log_probs += log_probs.gather(-1, targets[:, None])[:, 0].tolist()
     if row.top_logprobs:
-        values, ids = (t.tolist() for t in log_probs.topk(min(row.top_logprobs, log_probs.shape[-1])))
-        row.input_top = [None, *(list(zip(v, i, strict=True)) for v, i in zip(values, ids, strict=True))]
+        values, ids = (t.tolist() for t in log_probs.topk(row.top_logprobs))
+        row.input_top += [list(zip(v, i, strict=True)) for v, i in zip(values, ids, strict=True)]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import inspect
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -18,15 +16,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from dasd_megatron.rollout.embedded.batch import (
-    DecodingBatch,
-    GrowingCache,
-    pad_left,
-    positions_of,
-    prefill_groups,
-    record_prompt_log_probs,
+from dasd_megatron.rollout.embedded.batch import DecodingBatch
+from dasd_megatron.rollout.embedded.decoder import Decoder, internal_error
+from dasd_megatron.rollout.embedded.loading import (
+    ModelDirectoryError,
+    load_model,
+    load_tokenizer,
+    load_update,
+    message_in_one_line,
 )
-from dasd_megatron.rollout.embedded.loading import ModelDirectoryError, load_model, load_tokenizer, message_in_one_line
 from dasd_megatron.rollout.embedded.requests import (
     GenerateJob,
     InvalidRequestError,
@@ -34,11 +32,15 @@ from dasd_megatron.rollout.embedded.requests import (
     build_job,
     running_future,
 )
-from dasd_megatron.rollout.embedded.sampling import counter_uniforms, sample_tokens
+from dasd_megatron.rollout.embedded.schema import brief
 from dasd_megatron.rollout.weight_checksum import cpu_checksum
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 CLOSING_MESSAGE = "The server is shutting down."
+MAX_UPDATES = 16
+"""Weight updates that may wait for their turn."""
+CACHE_COPIES = 3
+"""Times that keys and values may be in memory: with spare columns, and twice while rows join a batch."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -47,10 +49,7 @@ logger = logging.getLogger("dasd_megatron.rollout.server")
 
 
 class EngineClosedError(RuntimeError):
-    """Work for an engine that is shutting down."""
-
-    def __init__(self) -> None:
-        super().__init__(CLOSING_MESSAGE)
+    """Work for an engine that is shutting down, or whose thread has ended."""
 
 
 class UpdateResult(NamedTuple):
@@ -79,17 +78,24 @@ class Engine:
     """
 
     def __init__(
-        self, model_path: str, *, dtype: torch.dtype, max_batch_size: int, weight_version: str, deterministic: bool
+        self,
+        model_path: str,
+        *,
+        dtype: torch.dtype,
+        max_batch_size: int,
+        weight_version: str,
+        deterministic: bool,
+        cache_bytes: int,
     ):
-        self.model = load_model(model_path, dtype)
+        model = load_model(model_path, dtype)
         self.tokenizer = load_tokenizer(model_path)
-        self.config = copy.deepcopy(self.model.config)
+        self.config = copy.deepcopy(model.config)
         self.model_path = model_path
         self.weight_version = weight_version
         self.dtype = dtype
         self.max_batch_size = max_batch_size
         self.deterministic = deterministic
-        embeddings: Any = self.model.get_input_embeddings()
+        embeddings: Any = model.get_input_embeddings()
         self.vocab_size: int = embeddings.weight.shape[0]
         context_length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(context_length, int):
@@ -97,15 +103,17 @@ class Engine:
                 f"{model_path}/config.json has no max_position_embeddings: the context length is unknown"
             )
         self.context_length = context_length
-        self.eos_ids = self._end_of_sequence_ids()
-        self.num_layers = self.config.get_text_config().num_hidden_layers
-        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        self._keeps_last_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._check_cache()
+        self.eos_ids = _end_of_sequence_ids(self.config, model.generation_config, self.tokenizer)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._decoder = Decoder(model, self.tokenizer, context_length=context_length, model_path=model_path)
+        self.cache_tokens = cache_bytes // (CACHE_COPIES * self._decoder.cache_token_bytes)
+        """Tokens, padding included, whose keys and values a batch may hold."""
 
         self.steps = 0
         """Decoding steps until now. The number moves while the engine is alive and busy."""
         self._queue: deque[Row | UpdateJob] = deque()
+        self._updates = 0
+        """Number of updates in the queue."""
         self._batch: DecodingBatch | None = None
         self._admitted: list[Row] = []
         """Rows whose prompts are being read, on their way into the batch."""
@@ -113,45 +121,23 @@ class Engine:
         self._released: set[str] = set()
         self._weights_lost = False
         """True while the weights are released and no others have come since."""
-        self._closing = False
+        self._closed: str | None = None
+        """Why nothing is done any more; None while the engine works."""
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
-    def _end_of_sequence_ids(self) -> frozenset[int]:
-        ids: set[int] = set()
-        for source in (self.config, self.model.generation_config, self.tokenizer):
-            given = getattr(source, "eos_token_id", None)
-            ids |= set(given) if isinstance(given, (list, tuple)) else set() if given is None else {given}
-        return frozenset(ids)
-
-    @torch.inference_mode()
-    def _check_cache(self) -> None:
-        """Run one token through the model: its keys and values must land in our cache.
-
-        Batched decoding would be silently wrong otherwise. Raises ModelDirectoryError.
-        """
-        cache = GrowingCache(self.num_layers)
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        try:
-            self._forward(token, torch.ones_like(token), torch.zeros_like(token), cache, last_only=True)
-        except Exception as error:  # whatever the architecture trips over
-            raise ModelDirectoryError(
-                f"the embedded server cannot run {self.model_path}: {type(error).__name__}: "
-                f"{message_in_one_line(error)}"
-            ) from error
-        if not all(layer.is_initialized and layer.keys.shape[-2] == 1 for layer in cache.growing_layers):
-            raise ModelDirectoryError(
-                f"{self.model_path} is not a pure attention model: it does not keep its state in a key/value cache. "
-                "Serve it with SGLang."
-            )
+    @property
+    def model(self) -> PreTrainedModel:
+        """Model that is served now."""
+        return self._decoder.model
 
     # The following methods are called from the HTTP side.
 
     @property
     def alive(self) -> bool:
         """True while the worker thread runs and the engine is not closing."""
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and self._closed is None
 
     @property
     def running(self) -> int:
@@ -163,7 +149,7 @@ class Engine:
     def waiting(self) -> int:
         """Number of rows that wait."""
         with self._wake:
-            return sum(isinstance(item, Row) for item in self._queue)
+            return len(self._queue) - self._updates
 
     @property
     def paused(self) -> PauseMode | None:
@@ -190,19 +176,24 @@ class Engine:
     def submit(self, job: GenerateJob) -> None:
         """Queue a job.
 
-        Raises InvalidRequestError when one of its ids is in use or memory is released, and EngineClosedError when the
-        server is shutting down.
+        Raises InvalidRequestError when one of its ids is in use, a row does not fit into the cache or memory is
+        released, and EngineClosedError when the server is shutting down.
         """
+        largest = max((row.most_tokens for row in job.rows), default=0)
+        if largest > self.cache_tokens:
+            raise InvalidRequestError(
+                f"A sequence of {largest} tokens does not fit into the server's key-value cache of {self.cache_tokens} "
+                "tokens: ask for fewer tokens, or raise --cache-gib."
+            )
         with self._wake:
-            if self._closing:
-                raise EngineClosedError
+            self._check_open()
             missing = self.missing_memory
             if missing:
                 raise InvalidRequestError(missing)
             live = {row.rid for row in self._live_rows()}
             for row in job.rows:
                 if row.rid in live:
-                    raise InvalidRequestError(f"Duplicate request ID detected: {row.rid}")
+                    raise InvalidRequestError(f"Duplicate request ID detected: {brief(row.rid, quote=False)}")
             self._queue.extend(job.rows)
             if not job.rows:
                 job.done.set_result(None)
@@ -210,8 +201,9 @@ class Engine:
 
     def update_from_disk(self, model_path: str, weight_version: str | None) -> Future[UpdateResult]:
         """Queue a weight update behind the requests that came before it; raises EngineClosedError."""
+        weights = sum(shape.numel() for shape in self.shapes.values())
         return self._queue_update(
-            UpdateJob(lambda: load_model(model_path, self.dtype, self.config), model_path, weight_version)
+            UpdateJob(lambda: load_update(model_path, self.dtype, self.config, weights), model_path, weight_version)
         )
 
     def replace_model(self, model: PreTrainedModel) -> Future[UpdateResult]:
@@ -223,11 +215,18 @@ class Engine:
 
     def _queue_update(self, job: UpdateJob) -> Future[UpdateResult]:
         with self._wake:
-            if self._closing:
-                raise EngineClosedError
+            self._check_open()
+            if self._updates >= MAX_UPDATES:
+                job.done.set_result(UpdateResult(False, f"{MAX_UPDATES} weight updates wait for their turn already."))
+                return job.done
             self._queue.append(job)
+            self._updates += 1
             self._wake.notify_all()
         return job.done
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise EngineClosedError(self._closed)
 
     def abort(
         self, *, rid: str = "", everything: bool = False, job: GenerateJob | None = None, waiting: bool = True
@@ -245,14 +244,15 @@ class Engine:
             )
 
         with self._wake:
-            for row in self._live_rows():
-                if not is_meant(row):
-                    continue
+            ended = [row for row in self._live_rows() if is_meant(row)]
+            for row in ended:
                 if row.started:
                     row.abort = True
                 elif waiting:
-                    self._queue.remove(row)
                     self._finish_row(row, {"type": "abort", "message": "Abort in waiting queue"})
+            self._queue = deque(
+                item for item in self._queue if isinstance(item, UpdateJob) or item.finish_reason is None
+            )
             self._wake.notify_all()
 
     def pause(self, mode: PauseMode) -> list[Future]:
@@ -314,7 +314,8 @@ class Engine:
         with self._wake:
             for row in self._live_rows():
                 if row.started and version != row.weight_version:
-                    if row.output_ids:
+                    # A name that came and went without a token leaves nothing behind.
+                    if row.output_ids and len(row.output_ids) > (row.earlier_versions or [("", 0)])[-1][1]:
                         row.earlier_versions.append((row.weight_version, len(row.output_ids)))
                     row.weight_version = version
             self.weight_version = version
@@ -322,7 +323,7 @@ class Engine:
     def close(self) -> None:
         """Abort everything and refuse what comes; the thread ends after the step that it is in."""
         with self._wake:
-            self._closing = True
+            self._closed = self._closed or CLOSING_MESSAGE
             self._wake.notify_all()
 
     def _live_rows(self) -> list[Row]:
@@ -335,6 +336,16 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        try:
+            self._work()
+        # Whatever gets here is a defect. Nobody may wait for a thread that is gone, and /health has to say so.
+        except BaseException as error:
+            logger.exception("the decoding thread has ended")
+            with self._wake:
+                self._closed = f"The decoding thread has ended: {type(error).__name__}: {message_in_one_line(error)}"
+                self._end_all(internal_error(self._closed))
+
+    def _work(self) -> None:
         while True:
             with self._wake:
                 work = self._next_work()
@@ -353,6 +364,18 @@ class Engine:
                 logger.exception("decoding failed")
                 self._fail_rows(f"decoding failed: {type(error).__name__}: {message_in_one_line(error)}")
 
+    def _end_all(self, reason: dict[str, Any]) -> None:
+        """End all rows and refuse all updates, of an engine that is closed; the caller has the lock."""
+        assert self._closed is not None, "the engine works"
+        for row in self._live_rows():
+            self._finish_row(row, reason)
+        for item in self._queue:
+            if isinstance(item, UpdateJob):
+                item.done.set_result(UpdateResult(False, self._closed))
+        self._queue.clear()
+        self._updates = 0
+        self._batch, self._admitted = None, []
+
     def _fail_rows(self, message: str) -> None:
         """End the rows of a step that failed."""
         with self._wake:
@@ -362,7 +385,7 @@ class Engine:
             else:
                 failed, self._batch = self._batch.rows if self._batch is not None else [], None
             for row in failed:
-                self._finish_row(row, _internal_error(message))
+                self._finish_row(row, internal_error(message))
 
     def _next_work(self) -> None | Literal["close"] | UpdateJob | list[Row]:
         """Return what to do now; the caller has the lock.
@@ -370,19 +393,15 @@ class Engine:
         A list (perhaps empty) of rows to admit means a decoding step, and None means to wait.
         """
         self._drop_ended_rows()
-        if self._closing:
-            for row in self._live_rows():
-                self._finish_row(row, {"type": "abort", "message": CLOSING_MESSAGE})
-            for item in self._queue:
-                if isinstance(item, UpdateJob):
-                    item.done.set_result(UpdateResult(False, CLOSING_MESSAGE))
-            self._queue.clear()
-            self._batch = None
+        if self._closed is not None:
+            self._end_all({"type": "abort", "message": self._closed})
             return "close"
-        update = next((item for item in self._queue if isinstance(item, UpdateJob)), None)
-        if update is not None and (self._paused or (self._batch is None and self._queue[0] is update)):
-            self._queue.remove(update)
-            return update
+        if self._updates:
+            update = next(item for item in self._queue if isinstance(item, UpdateJob))
+            if self._paused or (self._batch is None and self._queue[0] is update):
+                self._queue.remove(update)
+                self._updates -= 1
+                return update
         if self._paused:
             return None
         admitted = self._admit_rows()
@@ -403,10 +422,15 @@ class Engine:
         if self.deterministic and self._batch is not None:
             return []
         rows: list[Row] = []
-        free = self.max_batch_size - self.running
-        while self._queue and len(rows) < free:
+        running = [] if self._batch is None else [row for row in self._batch.rows if row.finish_reason is None]
+        # Sequences are padded to the longest. So each may become as long as the longest of them is allowed to be.
+        columns = max((row.most_tokens for row in running), default=0)
+        while self._queue and len(running) + len(rows) < self.max_batch_size:
             row = self._queue[0]
             if isinstance(row, UpdateJob) or (self.deterministic and rows and row.request is not rows[0].request):
+                break
+            columns = max(columns, row.most_tokens)
+            if (len(running) + len(rows) + 1) * columns > self.cache_tokens:
                 break
             self._queue.popleft()
             row.started, row.weight_version = True, self.weight_version
@@ -432,162 +456,60 @@ class Engine:
             message = f"Failed to update weights: {error}. The served weights are unchanged."
             job.done.set_result(UpdateResult(False, message))
             return
+        # Any other error is a defect of loading. It must not end the thread that serves.
+        except Exception as error:
+            logger.exception("update_weights_from_disk failed")
+            what = f"{type(error).__name__}: {message_in_one_line(error)}"
+            job.done.set_result(
+                UpdateResult(False, f"Failed to update weights: {what}. The served weights are unchanged.")
+            )
+            return
         message = "Succeeded to update model weights."
         with self._wake:
-            self.model, self.model_path, self._weights_lost = model, job.model_path, False
+            self._decoder.model, self.model_path, self._weights_lost = model, job.model_path, False
             if job.weight_version is not None:
                 self.name_weights(job.weight_version)
                 message += f" Weight version updated to {job.weight_version}."
-            if self._batch is not None and self._paused == "retract":
-                self._recompute_cache(self._batch)
+            suspended = self._batch if self._paused == "retract" else None
+        if suspended is not None:
+            try:
+                self._decoder.recompute_cache(suspended)
+            # Without keys and values the suspended rows cannot go on. The update is complete all the same.
+            except Exception as error:
+                logger.exception("suspended requests failed")
+                self._fail_rows(f"decoding failed: {type(error).__name__}: {message_in_one_line(error)}")
         job.done.set_result(UpdateResult(True, message))
-
-    def _recompute_cache(self, batch: DecodingBatch) -> None:
-        """Compute the keys and values of what the batch has read and drawn under the weights that are served now."""
-        length = batch.mask.shape[1]
-        # The last token of each row is drawn, but not yet read.
-        ids, _ = pad_left([[*row.prompt, *row.output_ids[:-1]][-length:] for row in batch.rows], length)
-        cache = GrowingCache(self.num_layers)
-        self._forward(ids, batch.mask, positions_of(batch.mask), cache, last_only=True)
-        batch.cache = cache
-
-    def _forward(
-        self, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: GrowingCache, last_only: bool
-    ) -> torch.Tensor:
-        """Run [B, S] tokens at the end of the cache; returns logits [B, S, V], or [B, 1, V] with ``last_only``."""
-        past = mask.shape[1] - input_ids.shape[1]
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            cache_position=torch.arange(past, mask.shape[1]),
-            use_cache=True,
-            **({"logits_to_keep": 1} if last_only and self._keeps_last_logits else {}),
-        )
-        return output.logits[:, -1:] if last_only else output.logits
 
     def _step(self, admitted: list[Row]) -> None:
         """Read the admitted prompts and let them join; without any, draw one token of every running row."""
-        batch = self._join(admitted) if admitted else self._decode()
+        batch = self._batch
+        if admitted:
+            read, endings = self._decoder.read_prompts(admitted)
+            if batch is not None and read is not None:
+                batch.join(read)
+            batch = batch or read
+        else:
+            assert batch is not None, "a step without admitted rows needs a running batch"
+            endings = self._decoder.decode(batch)
         self.steps += 1
-        if not batch.compact():
-            self._batch = None
-
-    def _join(self, admitted: list[Row]) -> DecodingBatch:
-        """Read the rows' prompts, draw their first tokens and add them to the running batch, which is returned."""
-        batch = self._prefill(admitted)
-        if self._batch is not None:
-            self._batch.join(batch)
-            batch = self._batch
         with self._wake:
             self._batch, self._admitted = batch, []
-        return batch
+            for row, reason in endings:
+                self._finish_row(row, reason)
+        if batch is not None and not batch.compact():
+            self._batch = None
 
-    def _decode(self) -> DecodingBatch:
-        """Draw one token of every row of the running batch, which is returned."""
-        batch = self._batch
-        assert batch is not None, "a step without admitted rows needs a running batch"
-        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
-        ids, positions = batch.next_ids[:, None], batch.positions[:, None]
-        logits = self._forward(ids, batch.mask, positions, batch.cache, last_only=True)[:, -1]
-        # Finished rows stay in the batch until they are dropped. They must not run off a learned position table.
-        batch.positions = (batch.positions + 1).clamp_(max=self.context_length - 1)
-        self._draw_tokens(batch, logits)
-        return batch
 
-    def _prefill(self, rows: list[Row]) -> DecodingBatch:
-        """Read the rows' prompts, each distinct one once, and draw the first tokens."""
-        batches = map(self._prefill_group, prefill_groups(rows))
-        joined = next(batches)
-        for batch in batches:
-            joined.join(batch)
-        return joined
-
-    def _prefill_group(self, rows: list[Row]) -> DecodingBatch:
-        distinct = list(dict.fromkeys(tuple(row.prompt) for row in rows))
-        index = {prompt: i for i, prompt in enumerate(distinct)}
-        longest = max(map(len, distinct))
-        ids, mask = pad_left(distinct, longest)
-        cache = GrowingCache(self.num_layers)
-        wants_prompt = any(row.logprob_start < len(row.prompt) for row in rows)
-        logits = self._forward(ids, mask, positions_of(mask), cache, last_only=not wants_prompt)
-        select = torch.tensor([index[tuple(row.prompt)] for row in rows])
-        if wants_prompt:
-            for row, i in zip(rows, select.tolist(), strict=True):
-                record_prompt_log_probs(row, logits[i, longest - len(row.prompt) :])
-        for layer in cache.growing_layers:
-            layer.replace(layer.keys[select], layer.values[select])
-        batch = DecodingBatch(rows, cache, mask[select], mask.sum(-1)[select])
-        self._draw_tokens(batch, logits[select, -1])
-        return batch
-
-    def _draw_tokens(self, batch: DecodingBatch, logits: torch.Tensor) -> None:
-        """Draw the next token of every row from [B, V] logits, record it and decide which rows are finished."""
-        if batch.longest_minimum:
-            logits = _bar_stops(batch.rows, logits)
-        uniforms = torch.from_numpy(counter_uniforms(batch.seeds, batch.positions.numpy()))
-        tokens, log_probs = sample_tokens(logits, batch.temperature, batch.top_k, batch.top_p, uniforms)
-        batch.next_ids = tokens
-        chosen = log_probs.gather(-1, tokens[:, None])[:, 0].tolist()
-        top: list[list[tuple[float, int]]] = [[] for _ in batch.rows]
-        if batch.top_logprobs:
-            values, ids = (t.tolist() for t in log_probs.topk(min(batch.top_logprobs, log_probs.shape[-1])))
-            top = [list(zip(v, i, strict=True)) for v, i in zip(values, ids, strict=True)]
-        finished: list[tuple[Row, dict[str, Any]]] = []
-        for row, token, log_prob, best in zip(batch.rows, tokens.tolist(), chosen, top, strict=True):
-            if row.finish_reason is not None:
-                continue
-            if math.isnan(log_prob):
-                finished.append((row, _internal_error("the model returned NaN logits")))
-                continue
-            if row.params.max_new_tokens > 0:
-                row.output_ids.append(token)
-                row.log_probs.append(log_prob)
-                if row.top_logprobs:
-                    row.top.append(best[: row.top_logprobs])
-            reason = self._finish_reason(row)
-            if reason is not None:
-                finished.append((row, reason))
-        if finished:
-            with self._wake:
-                for row, reason in finished:
-                    self._finish_row(row, reason)
-
-    def _finish_reason(self, row: Row) -> dict[str, Any] | None:
-        """Return why a row is finished, or None; in SGLang's order of stop strings, stop tokens and length.
-
-        ``ignore_eos`` also silences stop_token_ids.
-        """
-        params = row.params
-        if row.output_ids:
-            if params.stop:
-                tail = self.tokenizer.decode(row.output_ids[-params.stop_tail :], skip_special_tokens=False)
-                for stop in params.stop:
-                    if stop in tail:
-                        return {"type": "stop", "matched": stop}
-            if not params.ignore_eos and row.output_ids[-1] in params.stop_ids:
-                return {"type": "stop", "matched": row.output_ids[-1]}
-        if len(row.output_ids) >= params.max_new_tokens:
-            return {"type": "length", "length": params.max_new_tokens}
-        return None
+def _end_of_sequence_ids(*sources: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for source in sources:
+        given = getattr(source, "eos_token_id", None)
+        ids |= set(given) if isinstance(given, (list, tuple)) else set() if given is None else {given}
+    return frozenset(ids)
 
 
 def _known_tags(tags: Sequence[str] | None) -> Sequence[str]:
     unknown = sorted(set(tags or ()) - set(MEMORY_TAGS))
     if unknown:
-        raise InvalidRequestError(f"unknown memory tag {unknown[0]!r}; {', '.join(MEMORY_TAGS)} are known")
+        raise InvalidRequestError(f"unknown memory tag {brief(unknown[0])}; {', '.join(MEMORY_TAGS)} are known")
     return tags or MEMORY_TAGS
-
-
-def _internal_error(message: str) -> dict[str, Any]:
-    return {"type": "abort", "message": message, "status_code": 500, "err_type": "InternalServerError"}
-
-
-def _bar_stops(rows: Sequence[Row], logits: torch.Tensor) -> torch.Tensor:
-    """Return [B, V] logits without mass on the stop tokens of rows that have too few tokens."""
-    logits = logits.clone()
-    for i, row in enumerate(rows):
-        if len(row.output_ids) < row.params.min_new_tokens:
-            logits[i, [token for token in row.params.stop_ids if 0 <= token < logits.shape[-1]]] = -math.inf
-    return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,9 +66,10 @@ def _log_prob_fields(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 def _triples(
     log_probs: Sequence[float | None], ids: Sequence[int], speller: PreTrainedTokenizerBase | None
 ) -> list[tuple[float | None, int, str | None]]:
-    """Return SGLang's (log-prob, id, text) of each token."""
+    """Return SGLang's (log-prob, id, text) of each token. A barred token's log-prob is null: JSON has no infinity."""
     texts = [None] * len(ids) if speller is None else speller.batch_decode([[i] for i in ids])
-    return list(zip(log_probs, ids, texts, strict=True))
+    finite = [log_prob if log_prob is not None and math.isfinite(log_prob) else None for log_prob in log_probs]
+    return list(zip(finite, ids, texts, strict=True))
 
 
 def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

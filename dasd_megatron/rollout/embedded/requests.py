@@ -6,9 +6,10 @@ import math
 import secrets
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +20,21 @@ from dasd_megatron.rollout.embedded.schema import (
     NEUTRAL_VALUES,
     UNSUPPORTED_FIELDS,
     GenerateReqInput,
+    brief,
     check_contract,
 )
 
 MAX_STOP_COUNT = 32
+MAX_STOP_BYTES = 1024
+"""Longest stop string. It is looked for in the text of as many tokens, at each token."""
+MAX_STOP_TOKEN_IDS = 1024
+MAX_CHARACTERS_PER_TOKEN = 64
+"""A text with more characters for each token of the context is refused before it is tokenized."""
+MAX_REQUEST_TOKENS = 1 << 22
+"""Most tokens of a request, as :func:`row_tokens` counts them."""
+ROW_TOKENS = 64
+"""Tokens that have the memory of an empty row."""
+_TEXTS_CHARACTERS = 1 << 20
 
 
 class InvalidRequestError(ValueError):
@@ -87,12 +99,17 @@ class Row:
     started: bool = False
     abort: bool = False
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the prompt and of the longest response."""
+        return len(self.prompt) + self.params.max_new_tokens
+
 
 @dataclass(slots=True, eq=False)
 class GenerateJob:
     """One HTTP request and its rows in the order of the answer.
 
-    ``done`` resolves to None once all rows have a finish reason.
+    ``done`` resolves to None once all rows have a finish reason. tokens: what its rows may take, by :func:`row_tokens`.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -103,6 +120,7 @@ class GenerateJob:
     created: float = field(default_factory=time.perf_counter)
     done: Future = field(default_factory=running_future)
     unfinished: int = 0
+    tokens: int = 0
 
 
 def parse_sampling_params(
@@ -118,8 +136,8 @@ def parse_sampling_params(
     for name, neutral in NEUTRAL_VALUES.items():
         if name in given and given[name] not in neutral:
             raise InvalidRequestError(
-                f"{name}={given[name]!r} is not supported by the embedded rollout server; leave it out or serve the "
-                "model with SGLang."
+                f"{name}={brief(given[name])} is not supported by the embedded rollout server; leave it out or serve "
+                "the model with SGLang."
             )
     if "max_new_tokens" in given and requested + prompt_length > context_length:
         raise InvalidRequestError(
@@ -134,6 +152,14 @@ def parse_sampling_params(
         raise InvalidRequestError(f"at most {MAX_STOP_COUNT} stop strings are allowed, got {len(stop)}")
     if "" in stop:
         raise InvalidRequestError("stop strings must not be empty.")
+    stop_lengths = [len(text.encode()) for text in stop]
+    if max(stop_lengths, default=0) > MAX_STOP_BYTES:
+        raise InvalidRequestError(
+            f"a stop string may have at most {MAX_STOP_BYTES} bytes, got one of {max(stop_lengths)}"
+        )
+    stop_token_ids = given.get("stop_token_ids", ())
+    if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(f"at most {MAX_STOP_TOKEN_IDS} stop_token_ids are allowed, got {len(stop_token_ids)}")
     temperature = float(given.get("temperature", 1.0))
     if not math.isfinite(temperature) or temperature < 0.0:
         raise InvalidRequestError(f"temperature must be a non-negative finite number, got {temperature}.")
@@ -158,18 +184,19 @@ def parse_sampling_params(
         raise InvalidRequestError(f"min_new_tokens must be in [0, max_new_tokens({requested})], got {min_new_tokens}.")
     seed = given.get("sampling_seed")
     if seed is not None and not -(2**63) <= seed < 2**63:
-        raise InvalidRequestError(f"sampling_seed must be in [-2**63, 2**63 - 1], got {seed}.")
+        raise InvalidRequestError(f"sampling_seed must be in [-2**63, 2**63 - 1], got {brief(seed)}.")
     return SamplingParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min(min_new_tokens, max_new_tokens),
         temperature=temperature,
         top_p=top_p,
-        top_k=top_k,
+        # Beyond the vocabulary top_k changes nothing. This value fits into the tensors of a batch.
+        top_k=min(top_k, TOP_K_ALL),
         stop=stop,
         # Every token carries at least one byte of text. So this many tokens hold a stop string that ends in the newest
         # token, and a little context before it in case the cut falls inside a character.
-        stop_tail=max((len(text.encode()) for text in stop), default=0) + 4,
-        stop_ids=eos_ids | frozenset(given.get("stop_token_ids", ())),
+        stop_tail=max(stop_lengths, default=0) + 4,
+        stop_ids=eos_ids | frozenset(stop_token_ids),
         ignore_eos=given.get("ignore_eos", False),
         skip_special_tokens=given.get("skip_special_tokens", True),
         no_stop_trim=given.get("no_stop_trim", False),
@@ -205,10 +232,11 @@ def build_job(
             raise InvalidRequestError(
                 f"{name} is not supported by the embedded rollout server; leave it out or serve the model with SGLang."
             )
-    prompts, single = _read_prompts(obj, tokenizer)
+    prompts, single = _read_prompts(obj, tokenizer, context_length)
     size = len(prompts)
     given = _params_per_prompt(obj.sampling_params, size)
     n = _sample_count(given)
+    _check_size(size * n * ROW_TOKENS)
     single = single and n == 1
     rids = _request_ids(obj.rid, single, size, n)
     return_logprob = _per_row(obj.return_logprob, False, "return_logprob", size, n)
@@ -224,26 +252,59 @@ def build_job(
     for i, prompt in enumerate(prompts):
         _check_prompt(prompt, vocab_size, context_length)
         start = _first_log_prob(logprob_start[i], return_logprob[i], len(prompt))
+        top = _top_count(top_logprobs[i], vocab_size) if return_logprob[i] else 0
+        params = parse_sampling_params(
+            given[i], prompt_length=len(prompt), context_length=context_length, eos_ids=eos_ids
+        )
+        if params.min_new_tokens and all(token in params.stop_ids for token in range(vocab_size)):
+            raise InvalidRequestError("min_new_tokens bars the stop tokens, and these are the whole vocabulary.")
+        job.tokens += n * row_tokens(len(prompt), params.max_new_tokens, len(prompt) - start, top)
+        _check_size(job.tokens)
         for sample in range(n):
-            params = parse_sampling_params(
-                given[i], prompt_length=len(prompt), context_length=context_length, eos_ids=eos_ids
-            )
+            drawn = sample > 0 and given[i].get("sampling_seed") is None
             job.rows.append(
                 Row(
                     request=job,
                     rid=rids[i * n + sample],
                     prompt=prompt,
-                    params=params,
+                    params=replace(params, seed=secrets.randbits(63)) if drawn else params,
                     return_logprob=return_logprob[i],
                     logprob_start=start,
-                    top_logprobs=top_logprobs[i] if return_logprob[i] else 0,
+                    top_logprobs=top,
                 )
             )
     job.unfinished = len(job.rows)
     return job
 
 
-def _read_prompts(obj: GenerateReqInput, tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], bool]:
+def row_tokens(prompt: int, new: int, read: int, top: int) -> int:
+    """Return how many tokens a row counts for in the bounds on memory.
+
+    These are the tokens of its prompt and its response, each of the ``top`` tokens beside a token with a log-prob, and
+    a constant for the row itself. A token takes at most about 300 bytes, most of them while its answer is written.
+
+    read: prompt tokens with log-probs.
+    """
+    return ROW_TOKENS + prompt + new + read + top * (new + read)
+
+
+def _check_size(tokens: int) -> None:
+    if tokens > MAX_REQUEST_TOKENS:
+        raise InvalidRequestError(
+            f"The request may take more than {MAX_REQUEST_TOKENS} tokens, counted over all rows with prompts, "
+            "max_new_tokens and top_logprobs_num. Send it in parts."
+        )
+
+
+def _top_count(top: int, vocab_size: int) -> int:
+    if top < 0:
+        raise InvalidRequestError(f"top_logprobs_num must be at least 0, got {brief(top)}.")
+    return min(top, vocab_size)
+
+
+def _read_prompts(
+    obj: GenerateReqInput, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> tuple[list[list[int]], bool]:
     """Return the prompts' token ids, and whether the body has one prompt outside of a list."""
     if obj.text is None and obj.input_ids is None:
         raise InvalidRequestError("Either text, input_ids or input_embeds should be provided.")
@@ -253,9 +314,31 @@ def _read_prompts(obj: GenerateReqInput, tokenizer: PreTrainedTokenizerBase) -> 
             raise InvalidRequestError("input_ids cannot be empty.")
         single = isinstance(obj.input_ids[0], int)
         return [obj.input_ids] if single else obj.input_ids, single
-    single = isinstance(obj.text, str)
-    texts = [obj.text] if single else obj.text
-    return tokenizer(texts)["input_ids"] if texts else [], single
+    if isinstance(obj.text, str):
+        return _tokenize([obj.text], tokenizer, context_length), True
+    return _tokenize(obj.text or [], tokenizer, context_length), False
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context_length: int) -> list[list[int]]:
+    """Return the token ids of texts. A tokenizer takes much memory for each, so it gets a part of them at a time."""
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_CHARACTERS_PER_TOKEN * context_length:
+        raise InvalidRequestError(
+            f"The input ({longest} characters) is longer than the model's context length ({context_length} tokens)."
+        )
+    prompts: list[list[int]] = []
+    tokens, start = 0, 0
+    while start < len(texts):
+        end, characters = start, 0
+        while end < len(texts) and (end == start or characters + len(texts[end]) <= _TEXTS_CHARACTERS):
+            characters += len(texts[end])
+            end += 1
+        part = tokenizer(list(texts[start:end]))["input_ids"]
+        tokens += sum(map(len, part)) + ROW_TOKENS * len(part)
+        _check_size(tokens)
+        prompts += part
+        start = end
+    return prompts
 
 
 def _params_per_prompt(params: list[dict[str, Any]] | dict[str, Any] | None, size: int) -> list[dict[str, Any]]:
@@ -272,7 +355,7 @@ def _sample_count(given: Sequence[dict[str, Any]]) -> int:
         raise InvalidRequestError("The parallel_sample_num should be the same for all samples in sample params.")
     n = counts.pop()
     if n < 1:
-        raise InvalidRequestError(f"n must be at least 1, got {n}.")
+        raise InvalidRequestError(f"n must be at least 1, got {brief(n)}.")
     return n
 
 
@@ -296,7 +379,7 @@ def _first_log_prob(start: int, return_logprob: bool, prompt_length: int) -> int
         return prompt_length
     if start > prompt_length:
         raise InvalidRequestError(
-            f"req.logprob_start_len={start} is higher than the number of input tokens "
+            f"req.logprob_start_len={brief(start)} is higher than the number of input tokens "
             f"len(req.origin_input_ids)={prompt_length}. Please use a smaller logprob_start_len."
         )
     return start
@@ -309,9 +392,9 @@ def _request_ids(rid: str | list[str] | None, single: bool, size: int, n: int) -
     if isinstance(rid, list):
         if len(rid) != size:
             raise InvalidRequestError("The specified rids length mismatch with the batch_size for batch processing.")
-        duplicates = sorted({name for name in rid if rid.count(name) > 1})
+        duplicates = sorted(name for name, count in Counter(rid).items() if count > 1)
         if duplicates:
-            raise InvalidRequestError(f"Duplicate request IDs detected within the request: {duplicates}")
+            raise InvalidRequestError(f"Duplicate request IDs detected within the request: {brief(duplicates)}")
         if n == 1:
             return rid
     if isinstance(rid, str) and n == 1:

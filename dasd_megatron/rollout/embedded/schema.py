@@ -4,11 +4,40 @@ from __future__ import annotations
 
 import base64
 import binascii
+import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PlainValidator, TypeAdapter
+from pydantic import BeforeValidator, Field, PlainValidator, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+# The server repeats names and versions in every row of an answer.
+MAX_NAME_LENGTH = 256
+MAX_PATH_LENGTH = 4096
+MAX_SKIPPED_TENSORS = 1024
+
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME_LENGTH)]
+# Without fail_fast each wrong element of a long list would be reported, with a copy of it.
+StringList = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _short_repr() -> reprlib.Repr:
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = 80
+    return short
+
+
+_SHORT_REPR = _short_repr()
+
+
+def brief(value: Any, *, quote: bool = True) -> str:
+    """Return a value of a request as a message may repeat it: one line of at most a few hundred characters."""
+    if isinstance(value, str) and not quote:
+        return value if len(value) <= 80 else f"{value[:77]}..."
+    if isinstance(value, int) and not -(10**80) < value < 10**80:
+        # Python refuses to write out the longest integers.
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT_REPR.repr(value)
 
 
 class ContractError(ValueError):
@@ -33,9 +62,13 @@ def _fault_of_int64_lists(value: Any) -> str | None:
         if not isinstance(row, list):
             return f"{where}must be list; got {type(row).__name__}"
         for x in row:
-            if not isinstance(x, int) or not -(2**63) <= x < 2**63:
-                return f"{where}contains non-int64 element: {x!r}"
+            if not isinstance(x, int) or not _fits_int64(x):
+                return f"{where}contains non-int64 element: {brief(x)}"
     return None
+
+
+def _fits_int64(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 @pydantic_dataclass
@@ -45,13 +78,13 @@ class GenerateReqInput:
     Those of UNSUPPORTED_FIELDS are refused, and all others ignored.
     """
 
-    rid: str | list[str] | None = None
-    text: list[str] | str | None = None
+    rid: Name | Annotated[list[Name], Field(fail_fast=True)] | None = None
+    text: StringList | str | None = None
     input_ids: Annotated[Any, PlainValidator(_check_int64_lists)] = None
-    sampling_params: list[dict[str, Any]] | dict[str, Any] | None = None
-    return_logprob: list[bool] | bool | None = None
-    logprob_start_len: list[int] | int | None = None
-    top_logprobs_num: list[int] | int | None = None
+    sampling_params: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | dict[str, Any] | None = None
+    return_logprob: Annotated[list[bool], Field(fail_fast=True)] | bool | None = None
+    logprob_start_len: Annotated[list[int], Field(fail_fast=True)] | int | None = None
+    top_logprobs_num: Annotated[list[int], Field(fail_fast=True)] | int | None = None
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
 
@@ -132,16 +165,20 @@ def _describe(value: Any) -> str:
     if isinstance(value, bool):
         return f"boolean `{str(value).lower()}`"
     if isinstance(value, int):
-        return f"integer `{value}`"
+        return f"integer `{brief(value)}`"
     if isinstance(value, float):
         return f"floating point `{value}`"
     if isinstance(value, str):
-        return f'string "{value}"'
+        return f'string "{brief(value, quote=False)}"'
     return "sequence" if isinstance(value, list) else "map"
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fits_float(value: int | float) -> bool:
+    return isinstance(value, float) or abs(value) < 2**1023
 
 
 # Each scalar kind has a test of JSON values, and the name that SGLang gives it in refusals.
@@ -161,6 +198,8 @@ def _check_type(value: Any, kind: str) -> None:
         accepts, expected = _SCALARS[kind]
         if not accepts(value):
             raise ContractError(f"invalid type: {_describe(value)}, expected {expected}")
+        if kind == "f64" and not _fits_float(value):
+            raise ContractError(f"invalid value: {_describe(value)}, expected {expected}")
         return
     element = {"String": "string", "Int64": "i64", "Bool": "boolean"}[kind.removesuffix("List").removesuffix("Or")]
     if isinstance(value, list):
@@ -205,19 +244,22 @@ def _check_sampling_fields(params: dict[str, Any]) -> None:
     for name, value in params.items():
         if name not in SAMPLING_FIELDS:
             listed = ", ".join(f"`{field}`" for field in SAMPLING_FIELDS)
-            raise ContractError(f"unknown field `{name}`, expected one of {listed}")
+            raise ContractError(f"unknown field `{brief(name, quote=False)}`, expected one of {listed}")
         if value is not None:
             _check_type(value, SAMPLING_FIELDS[name])
+        # A seed out of range has a message of its own. SGLang takes other integers of any size, and fails later.
+        if SAMPLING_FIELDS[name] == "i64" and name != "sampling_seed" and value is not None and not _fits_int64(value):
+            raise ContractError(f"invalid value: {_describe(value)}, expected i64")
 
 
 @pydantic_dataclass
 class UpdateWeightFromDiskReqInput:
     """Body of /update_weights_from_disk."""
 
-    model_path: str
-    load_format: str | None = None
+    model_path: Annotated[str, StringConstraints(max_length=MAX_PATH_LENGTH)]
+    load_format: Name | None = None
     abort_all_requests: bool = False
-    weight_version: str | None = None
+    weight_version: Name | None = None
     flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
 
 
@@ -225,30 +267,30 @@ class UpdateWeightFromDiskReqInput:
 class InitWeightsUpdateGroupReqInput:
     """Body of /init_weights_update_group."""
 
-    master_address: str
+    master_address: Name
     master_port: int
     rank_offset: int
     world_size: int
-    group_name: str = "weight_update_group"
-    backend: str = "nccl"
+    group_name: Name = "weight_update_group"
+    backend: Name = "nccl"
 
 
 @pydantic_dataclass
 class DestroyWeightsUpdateGroupReqInput:
     """Body of /destroy_weights_update_group."""
 
-    group_name: str = "weight_update_group"
+    group_name: Name = "weight_update_group"
 
 
 @pydantic_dataclass
 class UpdateWeightsFromDistributedReqInput:
     """Body of /update_weights_from_distributed."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    group_name: str = "weight_update_group"
-    load_format: str | None = None
+    names: StringList
+    dtypes: StringList
+    shapes: Annotated[list[Annotated[list[int], Field(fail_fast=True)]], Field(fail_fast=True)]
+    group_name: Name = "weight_update_group"
+    load_format: Name | None = None
     flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
 
 
@@ -263,8 +305,8 @@ def _decode_base64(value: Any) -> Any:
 class UpdateWeightsFromTensorReqInput:
     """Body of /update_weights_from_tensor."""
 
-    serialized_named_tensors: list[Annotated[bytes, BeforeValidator(_decode_base64)]]
-    load_format: str | None = None
+    serialized_named_tensors: Annotated[list[Annotated[bytes, BeforeValidator(_decode_base64)]], Field(fail_fast=True)]
+    load_format: Name | None = None
     flush_cache: bool = True  # accepted for compatibility; there is no cache to flush
 
 
@@ -272,22 +314,22 @@ class UpdateWeightsFromTensorReqInput:
 class MemoryOccupationReqInput:
     """Body of /release_memory_occupation and /resume_memory_occupation."""
 
-    tags: list[str] | None = None
+    tags: StringList | None = None
 
 
 @pydantic_dataclass
 class CheckWeightsReqInput:
     """Body of /weights_checker."""
 
-    action: str = "checksum"
-    skip_tensor_list: list[str] | None = None
+    action: Name = "checksum"
+    skip_tensor_list: Annotated[list[str], Field(fail_fast=True, max_length=MAX_SKIPPED_TENSORS)] | None = None
 
 
 @pydantic_dataclass
 class UpdateWeightVersionReqInput:
     """Body of /update_weight_version."""
 
-    new_version: str
+    new_version: Name
     abort_all_requests: bool = True
 
 
@@ -295,7 +337,7 @@ class UpdateWeightVersionReqInput:
 class AbortReq:
     """Body of /abort_request."""
 
-    rid: str | None = None
+    rid: Name | None = None
     abort_all: bool = False
 
 

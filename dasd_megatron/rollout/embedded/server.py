@@ -19,13 +19,16 @@ import torch
 import transformers
 import uvicorn
 
-from dasd_megatron import access
+from dasd_megatron import access, machine
 from dasd_megatron.rollout.embedded.app import build_app
+from dasd_megatron.rollout.embedded.connections import MAX_HEADER_BYTES, LimitedConnection
 from dasd_megatron.rollout.embedded.engine import Engine
 from dasd_megatron.rollout.embedded.loading import ModelDirectoryError
+from dasd_megatron.rollout.embedded.schema import MAX_NAME_LENGTH
 from dasd_megatron.rollout.sockets import ListenError, bind
 
 GRACEFUL_SHUTDOWN_SECONDS = 30
+GIB = 1 << 30
 
 # All modules of the embedded server log under the name of its entry point.
 logger = logging.getLogger("dasd_megatron.rollout.server")
@@ -84,12 +87,15 @@ def serve(args: argparse.Namespace) -> None:
         max_batch_size=args.max_batch_size,
         weight_version=args.weight_version,
         deterministic=args.deterministic,
+        cache_bytes=int(args.cache_gib * GIB) if args.cache_gib is not None else machine.free_memory() // 2,
     )
     host, port = sock.getsockname()[:2]
     config = uvicorn.Config(
         build_app(engine, _settings(args, engine, host, port)),
         log_level="warning",
         access_log=False,
+        http=LimitedConnection,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS,
         timeout_keep_alive=60,
     )
@@ -111,6 +117,7 @@ def _settings(args: argparse.Namespace, engine: Engine, host: str, port: int) ->
         "device": "cpu",
         "threads": args.threads,
         "max_running_requests": args.max_batch_size,
+        "cache_tokens": engine.cache_tokens,
         "context_length": engine.context_length,
         "vocab_size": engine.vocab_size,
         "deterministic": args.deterministic,
@@ -139,6 +146,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-batch-size", "--max-running-requests", type=int, default=256, help="sequences decoded at once"
     )
     parser.add_argument(
+        "--cache-gib",
+        type=float,
+        help="memory for keys and values in GiB; half of what is free at the start unless given",
+    )
+    parser.add_argument(
         "--weight-version", default="default", help="version of the weights that the server starts with"
     )
     parser.add_argument(
@@ -151,6 +163,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("threads", "max_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.port <= 65535:
+        parser.error(f"--port must be in [0, 65535], got {args.port}")
+    # NaN is in no range.
+    if args.cache_gib is not None and not 0 < args.cache_gib <= 1 << 20:
+        parser.error(f"--cache-gib must be in (0, {1 << 20}], got {args.cache_gib}")
+    if len(args.weight_version) > MAX_NAME_LENGTH:
+        parser.error(f"--weight-version may have at most {MAX_NAME_LENGTH} characters, got {len(args.weight_version)}")
     return args
 
 

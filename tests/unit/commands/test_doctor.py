@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from dasd_megatron import machine
 from dasd_megatron.commands import doctor, doctor_checks, doctor_probe
 from dasd_megatron.commands.doctor import doctor_report, exit_status, print_doctor
 from dasd_megatron.commands.doctor_checks import FAIL, INFO, OK, WARN, Check
@@ -239,12 +240,12 @@ def test_container_limits_count(monkeypatch):
         "/sys/fs/cgroup/memory.max": str(2 * 2**30),
         "/sys/fs/cgroup/memory.current": str(2**30),
     }
-    monkeypatch.setattr(doctor_checks, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(machine, "read_system_file", lambda path: files.get(path, ""))
     assert doctor_checks._cores() == 0.5
-    assert doctor_checks._free_memory() <= 2**30
+    assert machine.free_memory() <= 2**30
     assert {row(doctor_checks.machine_rows(), item).status for item in ("cores", "free memory")} == {WARN}
     files.update({"/sys/fs/cgroup/cpu.max": "max 100000", "/sys/fs/cgroup/memory.max": "max"})
-    assert doctor_checks._cores() >= 1 and doctor_checks._free_memory() > 0
+    assert doctor_checks._cores() >= 1 and machine.free_memory() > 0
 
 
 def test_a_disk_that_cannot_be_written(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
+from dasd_megatron.rollout.embedded.decoder import Decoder
 from dasd_megatron.rollout.embedded.engine import Engine, EngineClosedError
 from dasd_megatron.rollout.embedded.loading import ModelDirectoryError
 from dasd_megatron.rollout.embedded.replies import DecodingError, build_reply
@@ -26,9 +27,14 @@ def model_path(tmp_path_factory):
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", TINY, 0))
 
 
+def make_engine(model_path, **changes):
+    options = {"max_batch_size": 8, "weight_version": "1", "deterministic": False, "cache_bytes": 1 << 28}
+    return Engine(model_path, dtype=torch.float32, **{**options, **changes})
+
+
 @pytest.fixture
 def engine(model_path):
-    made = Engine(model_path, dtype=torch.float32, max_batch_size=8, weight_version="1", deterministic=False)
+    made = make_engine(model_path)
     yield made
     made.close()
     made._thread.join(10)
@@ -62,21 +68,26 @@ def test_nan_logits_are_a_server_error_and_the_engine_goes_on(engine):
 
 def test_a_failing_forward_pass_is_a_server_error_and_the_engine_goes_on(engine, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_forward", lambda *a, **k: 1 / 0)
+        patch.setattr(engine._decoder, "_forward", lambda *a, **k: 1 / 0)
         with pytest.raises(DecodingError, match="decoding failed: ZeroDivisionError"):
             run(engine, job(engine, 2, 5))
     assert len(run(engine, job(engine, 2, 5))) == 2
 
 
-def test_prompts_that_fail_do_not_take_running_rows_with_them(engine, monkeypatch):
-    prefill = Engine._prefill
+def fail_on(token, monkeypatch):
+    """Let the model run out of memory where it reads a prompt that begins with ``token``."""
+    read_group = Decoder._read_group
 
-    def fail_on_marked(self, rows):
-        if rows[0].prompt[0] == 77:
+    def read_or_fail(self, rows):
+        if any(row.prompt[0] == token for row in rows):
             raise MemoryError("no room")
-        return prefill(self, rows)
+        return read_group(self, rows)
 
-    monkeypatch.setattr(Engine, "_prefill", fail_on_marked)
+    monkeypatch.setattr(Decoder, "_read_group", read_or_fail)
+
+
+def test_prompts_that_fail_do_not_take_running_rows_with_them(engine, monkeypatch):
+    fail_on(77, monkeypatch)
     running = job(engine, 2, 200)
     engine.submit(running)
     while not engine.running:  # else both would be read in one pass
@@ -98,21 +109,16 @@ def test_rows_that_join_late_are_padded_to_the_running_batch(engine):
     apart = [run(engine, job(engine, 1, 30, input_ids=[prompt])) for prompt in ([5, 6, 7], [8] * 20)]
     old, young = (job(engine, 1, 30, input_ids=[prompt]) for prompt in ([5, 6, 7], [8] * 20))
     with torch.inference_mode():
-        batch = engine._prefill(old.rows)
-        batch.join(engine._prefill(young.rows))
+        batch = engine._decoder.read_prompts(old.rows).batch
+        batch.join(engine._decoder.read_prompts(young.rows).batch)
         assert batch.mask.shape == (2, 20) and batch.mask.sum(-1).tolist() == [3, 20]
         for _ in range(29):
-            batch.mask = torch.cat([batch.mask, batch.mask.new_ones(2, 1)], dim=1)
-            logits = engine._forward(batch.next_ids[:, None], batch.mask, batch.positions[:, None], batch.cache, True)[
-                :, -1
-            ]
-            batch.positions = batch.positions + 1
-            engine._draw_tokens(batch, logits)
+            engine._decoder.decode(batch)
     assert [made.rows[0].output_ids for made in (old, young)] == [answers[0]["output_ids"] for answers in apart]
 
 
 def test_an_engine_that_closes_answers_and_refuses(model_path):
-    engine = Engine(model_path, dtype=torch.float32, max_batch_size=2, weight_version="1", deterministic=True)
+    engine = make_engine(model_path, max_batch_size=2, deterministic=True)
     made = job(engine, 6, 200)
     engine.submit(made)
     update = engine.update_from_disk(model_path, "2")
@@ -177,5 +183,5 @@ def test_a_bad_directory_is_named_in_one_line(tmp_path, damage):
         for file in path.glob("*token*"):
             file.unlink()
     with pytest.raises(ModelDirectoryError) as caught:
-        Engine(str(path), dtype=torch.float32, max_batch_size=2, weight_version="1", deterministic=True)
+        make_engine(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
