@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 
 from dasd_megatron import stopping
 
+_LONGEST_LINE = 1000
+
 
 def report_errors(work: Callable[[], None]) -> int:
     """Run ``work`` and return the exit status of the command.
@@ -43,8 +45,13 @@ class ConfigError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its class where it has no text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, or the name of its class where it has no text.
+
+    The text may be of a file or a server from elsewhere. What would move a terminal's cursor is taken out, and of a
+    long line the beginning is left.
+    """
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return "".join(c if c.isprintable() else " " for c in line[:_LONGEST_LINE])
 
 
 def enumerate_names(names: Iterable[str], conjunction: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, read_config
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
@@ -54,6 +54,7 @@ def sample_steps(config: Config, root: Path) -> None:
     """
     require_hf_directory(config.model.path)
     paths = prepare_run(config, root)
+    config = read_config(paths.config)
     model = start_path(config.model, paths)
     tokenizer = load_tokenizer(start_hf_files(config.model, paths))
     version = version_name(0)

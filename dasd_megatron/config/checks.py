@@ -7,7 +7,9 @@ faults the one that is found first is named, so the order of the checks is part 
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
+import json
 import math
 import operator
 import os
@@ -43,6 +45,15 @@ from dasd_megatron.config.schema_training import (
     WarmStartConfig,
 )
 from dasd_megatron.errors import ConfigError, enumerate_names
+
+RESERVED_TEMPLATE_NAMES = (
+    *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"),
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "conversation", "chat_template", "continue_final_message", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
+"""Names that ``data.chat_template_kwargs`` may not have: what the renderer gives a chat template, the tokenizer's
+special tokens, and arguments of transformers' apply_chat_template that are no variables of a template."""
 
 
 def validate(config: Config) -> None:
@@ -347,6 +358,37 @@ def check_data(data: DataConfig, evaluation: EvaluationConfig) -> None:
             )
 
 
+def check_date(data: DataConfig) -> None:
+    """Refuse a day that is none."""
+    if data.date is None:
+        return
+    try:
+        is_day = datetime.date.fromisoformat(data.date).isoformat() == data.date
+    except ValueError:
+        is_day = False
+    if not is_day:
+        raise ConfigError(f"data.date={data.date}: write a day as YYYY-MM-DD, like 2026-11-29")
+
+
+def check_chat_template_kwargs(data: DataConfig) -> None:
+    """Refuse variables that the chat template is given anyway, and values that are not plain JSON."""
+    for name, value in data.chat_template_kwargs.items():
+        field = f"data.chat_template_kwargs.{name}"
+        if name in RESERVED_TEMPLATE_NAMES:
+            raise ConfigError(f"{field}: the prompt's renderer gives it, or does not take it; leave it out")
+        if not name.isidentifier():
+            raise ConfigError(f"{field}: no name of a variable in a template; write one like enable_thinking")
+        try:
+            is_plain = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError, RecursionError):
+            is_plain = False
+        if not is_plain:
+            raise ConfigError(
+                f"{field}={value!r:.80}: write true, false, null, a finite number, a text, or lists and mappings of "
+                "them"
+            )
+
+
 CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_model_path(config.model),
     check_fields,
@@ -376,6 +418,8 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_tiny_model(config.model, config.rollout),
     lambda config: check_nemo_skills(config.evaluation),
     lambda config: check_data(config.data, config.evaluation),
+    lambda config: check_date(config.data),
+    lambda config: check_chat_template_kwargs(config.data),
 )
 """All checks in their order, each with the sections that it reads."""
 

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from dasd_megatron.config.checks import check_loggers, check_paths, validate
+from dasd_megatron.config.fields import walk_fields
 from dasd_megatron.config.schema import Config, known_fields
 from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.files import atomic_file
+
+_MAPPING = re.compile(
+    "|".join(f"{re.escape(name)}[.=]" for name, field in walk_fields(Config) if str(field.type).startswith("dict["))
+)
+"""Beginning of an override of a field that is a mapping, or of an entry in it."""
 
 
 def load_config(overrides: list[str], config_dir: str | Path | None = None, *, needs_files: bool = True) -> Config:
@@ -80,6 +86,8 @@ def _compose(overrides: list[str], config_dir: str | Path | None) -> Any:
             )
         quoted = str(Path(config_dir).absolute()).replace("\\", "\\\\").replace("'", "\\'")
         overrides = [f"hydra.searchpath=['file://{quoted}']", *overrides]
+    # Hydra takes new entries of a mapping only as an addition, which its users should not have to know.
+    overrides = [f"++{override}" if _MAPPING.match(override) else override for override in overrides]
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_module("dasd_megatron.conf", version_base="1.3"):

@@ -218,6 +218,16 @@ class DataConfig:
         "which gets the dasd_megatron.data.prompts.Problem without its answer and solution and returns the message "
         "as text or chat messages; null: the problem as it is",
     )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {},
+        "further variables of the tokenizer's chat template, for student and teacher, like {enable_thinking: false} "
+        "for Qwen3; values as in JSON",
+    )
+    date: str | None = setting(
+        None,
+        "the day that a chat template with strftime_now shows as today's, like 2026-11-29; null: the day on which the "
+        "run began, which stays the same when it goes on",
+    )
     shuffle: bool = setting(True, "a new order of the training problems each epoch")
 
 

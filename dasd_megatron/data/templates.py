@@ -7,17 +7,21 @@ message goes through it.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, DataConfig, TeacherConfig
 from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.render_process import RenderProcess, text_digest
+from dasd_megatron.data.rendering import (
+    ChatTemplate,
+    MessageTemplate,
+    RenderError,
+    TemplateError,
+)
 from dasd_megatron.errors import first_line
 from dasd_megatron.plugins import load_function
 
@@ -26,17 +30,13 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).with_name("templates")
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
-
 Message = str | list[dict[str, str]]
 """One user turn as text, or all turns as chat messages, each with a role and a content."""
+Arguments = tuple[Problem, *tuple[str, ...]]
+"""A problem, and the privileged text for the teacher."""
 
 
-class TemplateError(ValueError):
-    """A template that cannot be read or rendered. The message names the file or function and the fix."""
-
-
-class _MessageMaker(Protocol):
+class MessageMaker(Protocol):
     """Source of messages: a template file or a function."""
 
     def describe(self, problem: Problem) -> str:
@@ -45,6 +45,10 @@ class _MessageMaker(Protocol):
     def message(self, problem: Problem, *privileged: str) -> Message:
         """Return the message for a problem; the teacher's gets the privileged text too."""
 
+    def try_messages(self, process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
+        """Return the :func:`message_digest` of what :meth:`message` gives for each of ``arguments``. A template is
+        rendered in ``process``, before it is anywhere else."""
+
 
 class PromptRenderer:
     """Token ids of the student's prompt (the problem) and of the teacher's (the problem and privileged information).
@@ -52,6 +56,9 @@ class PromptRenderer:
     A text goes through ``tokenizer``'s chat template as one user turn, followed by the generation prompt. A tokenizer
     without a chat template encodes the text and a newline, with its beginning-of-sequence token if it adds one and
     without an end-of-sequence token. A function may give chat messages instead, for a tokenizer with a chat template.
+
+    Templates that others have written are bounded by :func:`~dasd_megatron.data.prompt_checks.check_prompts`, which
+    comes before any other use of a renderer.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -64,6 +71,8 @@ class PromptRenderer:
             answer only).
         hint_fraction: with ``hint``, the share of the solution's characters that is shown, over 0 and at most 1; at
             least one character is.
+        date: the day that a chat template shows as today's, YYYY-MM-DD; None for templates that show none.
+        chat_template_kwargs: further variables of the chat template.
 
     Raises:
         TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it
@@ -79,6 +88,9 @@ class PromptRenderer:
         teacher_template: str | Path | None = None,
         privileged: str = "solution",
         hint_fraction: float = 0.5,
+        *,
+        date: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if privileged not in PRIVILEGED_KINDS:
             raise ValueError(f"teacher.privileged is {privileged!r}; write one of {', '.join(PRIVILEGED_KINDS)}")
@@ -87,14 +99,19 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.privileged = privileged
         self.hint_fraction = hint_fraction
-        self._student = _make_template(student_template or "student.jinja", ("problem",), "data.template")
-        self._teacher = _make_template(
-            teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template"
-        )
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.chat = chat_template(tokenizer, self.chat_template_kwargs, date)
+        """None for a tokenizer without a chat template."""
+        self.makers: dict[str, MessageMaker] = {
+            "student": _make_template(student_template or "student.jinja", ("problem",), "data.template"),
+            "teacher": _make_template(
+                teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template"
+            ),
+        }
 
     def student(self, problem: Problem) -> list[int]:
         """Return the token ids of the prompt that the policy answers."""
-        return self._encode(self.student_message(problem), self._student.describe(problem))
+        return self._prompt("student", problem)
 
     def teacher(self, problem: Problem) -> list[int]:
         """Return the token ids of the same prompt with privileged information.
@@ -102,16 +119,22 @@ class PromptRenderer:
         Raises:
             DataError: the problem has no such information.
         """
-        return self._encode(self.teacher_message(problem), self._teacher.describe(problem))
+        return self._prompt("teacher", problem)
 
     def student_message(self, problem: Problem) -> Message:
         """Return the student's message, before the chat template."""
-        # An answer that is taken out cannot leak into the prompt by mistake.
-        return self._student.message(dataclasses.replace(problem, expected_answer="", reference_solution=""))
+        return self.makers["student"].message(*self.arguments("student", problem))
 
     def teacher_message(self, problem: Problem) -> Message:
         """Return the teacher's message, before the chat template. Raises as :meth:`teacher`."""
-        return self._teacher.message(problem, self._privileged_text(problem))
+        return self.makers["teacher"].message(*self.arguments("teacher", problem))
+
+    def arguments(self, kind: str, problem: Problem) -> Arguments:
+        """Return what the maker of the messages of ``kind``, student or teacher, is called with."""
+        if kind == "student":
+            # An answer that is taken out cannot leak into the prompt by mistake.
+            return (dataclasses.replace(problem, expected_answer="", reference_solution=""),)
+        return problem, self._privileged_text(problem)
 
     def _privileged_text(self, problem: Problem) -> str:
         if self.privileged == "answer":
@@ -124,103 +147,99 @@ class PromptRenderer:
             )
         return solution if self.privileged == "solution" else solution[: math.ceil(len(solution) * self.hint_fraction)]
 
-    def _encode(self, message: Message, where: str) -> list[int]:
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
-            if not isinstance(message, str):
-                raise TemplateError(
-                    f"{where} gave chat messages, and the tokenizer has no chat template; return text instead"
-                )
-            ids: list[int] = tokenizer(message + "\n")["input_ids"]
-            # A prompt is open-ended, but some tokenizers are set to close every text.
-            return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-        turns = [{"role": "user", "content": message}] if isinstance(message, str) else message
+    def _prompt(self, kind: str, problem: Problem) -> list[int]:
+        maker = self.makers[kind]
+        message, where = maker.message(*self.arguments(kind, problem)), maker.describe(problem)
         try:
-            ids = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False)
-        except jinja2.TemplateError as error:
-            if isinstance(message, str):
-                raise TemplateError(
-                    f"the tokenizer's own chat template fails on a single user turn: {error}"
-                ) from error
-            roles = ", ".join(turn["role"] for turn in message)
+            return self.encode(self.text(message, where))
+        except RenderError as error:
+            raise self.refusal(message, where, error) from error
+
+    def text(self, message: Message, where: str) -> str:
+        """Return the prompt's text. ``where`` is the head of an error.
+
+        Raises:
+            RenderError: the chat template fails; :meth:`refusal` has the words for it.
+            TemplateError: chat messages for a tokenizer without a chat template.
+        """
+        if self.chat is not None:
+            return self.chat.render(turns_of(message))
+        if not isinstance(message, str):
             raise TemplateError(
-                f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return "
-                "messages that it takes"
-            ) from error
-        return ids
+                f"{where} gave chat messages, and the tokenizer has no chat template; return text instead"
+            )
+        return message + "\n"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a prompt's text."""
+        if self.chat is not None:
+            encoded: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return encoded
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        # A prompt is open-ended, but some tokenizers are set to close every text.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def refusal(self, message: Message, where: str, error: RenderError) -> TemplateError:
+        """Return the error that says that the chat template fails on a message."""
+        if isinstance(message, str):
+            return TemplateError(
+                f"the tokenizer's own chat template fails on a single user turn: {error}; mend chat_template in the "
+                "tokenizer's files"
+            )
+        roles = ", ".join(turn["role"] for turn in message)
+        return TemplateError(
+            f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return messages "
+            "that it takes"
+        )
+
+
+def turns_of(message: Message) -> list[dict[str, str]]:
+    """Return the chat messages that a message stands for."""
+    return [{"role": "user", "content": message}] if isinstance(message, str) else message
+
+
+def message_digest(message: Message) -> str:
+    """Return a digest that two messages share only if they are the same."""
+    return text_digest(message if isinstance(message, str) else json.dumps(message))
+
+
+def chat_template(tokenizer: Any, kwargs: Mapping[str, Any], date: str | None) -> ChatTemplate | None:
+    """Return the chat template of a tokenizer, by default; None where it has none.
+
+    Raises:
+        TemplateError: it has several and no default, or one that is no text.
+    """
+    source = tokenizer.chat_template
+    if source is None:
+        return None
+    if isinstance(source, dict):
+        if "default" not in source:
+            raise TemplateError(
+                f"the tokenizer's chat template: there are several ({', '.join(sorted(source))}) and none is named "
+                "default; call one of them default in the tokenizer's files"
+            )
+        source = source["default"]
+    if not isinstance(source, str):
+        raise TemplateError(f"the tokenizer's chat template is {source!r:.80} and no text; mend the tokenizer's files")
+    # Some tokenizers have objects of the tokenizers library among their special tokens, which stand for their text.
+    special = json.loads(json.dumps(dict(tokenizer.special_tokens_map), default=str))
+    return ChatTemplate(source, {**special, **kwargs}, date)
 
 
 def make_renderer(data: DataConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
     """Return the renderer that the configuration asks for. Raises as :class:`PromptRenderer`."""
-    return PromptRenderer(tokenizer, data.template, teacher.template, teacher.privileged, teacher.hint_fraction)
+    return PromptRenderer(
+        tokenizer,
+        data.template,
+        teacher.template,
+        teacher.privileged,
+        teacher.hint_fraction,
+        date=data.date,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
 
 
-def check_lengths(
-    problems: Sequence[Problem], renderer: PromptRenderer, max_prompt_tokens: int, *, teacher: bool = True
-) -> None:
-    """Refuse problems and templates that do not give usable prompts.
-
-    A prompt may not be longer than ``max_prompt_tokens``, nor have characters that the tokenizer does not know. A
-    template has to give the same prompt each time, and the teacher another one than the student.
-
-    Args:
-        problems: checked in order; the first that fails is named.
-        renderer: makes the prompts.
-        max_prompt_tokens: the limit, ``rollout.max_prompt_tokens``.
-        teacher: check the teacher's prompt as well as the student's; False for problems that are only evaluated on.
-
-    Raises:
-        DataError: names the problem, its length, the limit and the field; or the text that has no token.
-        TemplateError: a function or template fails on a problem.
-    """
-    unknown_id = _unknown_token_id(renderer.tokenizer)
-    sides: dict[str, tuple[Callable[[Problem], Message], _MessageMaker]] = {
-        "student": (renderer.student_message, renderer._student)
-    }
-    if teacher:
-        sides["teacher"] = (renderer.teacher_message, renderer._teacher)
-    for problem in problems:
-        prompts = {}
-        for kind, (message_of, template) in sides.items():
-            message = message_of(problem)
-            # Every rank renders for itself, in every step.
-            if message_of(problem) != message:
-                raise TemplateError(
-                    f"{template.describe(problem)} gives another message each time; make it depend on the problem alone"
-                )
-            prompts[kind] = renderer._encode(message, template.describe(problem))
-            length = len(prompts[kind])
-            if length > max_prompt_tokens:
-                raise DataError(
-                    f"problem {problem.id!r}: the {kind}'s prompt is {length} tokens long, "
-                    f"over rollout.max_prompt_tokens={max_prompt_tokens}; raise it, or remove the problem"
-                )
-            unknown = None if unknown_id is None else _text_without_token(message, renderer.tokenizer, unknown_id)
-            if unknown is not None:
-                raise DataError(
-                    f"problem {problem.id!r}: the {kind}'s prompt has {unknown}, for which the tokenizer has no "
-                    "token; use a model with a larger vocabulary, or remove the problem"
-                )
-        if teacher and prompts["teacher"] == prompts["student"]:
-            raise TemplateError(
-                f"{renderer._teacher.describe(problem)} gives the student's prompt; show the privileged text in the "
-                "teacher's"
-            )
-
-
-def _text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> str | None:
-    """Return the first part of a message that the tokenizer has no token for, as an error shows it."""
-    for text in [message] if isinstance(message, str) else [turn["content"] for turn in message]:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-        if unknown_id in encoded["input_ids"]:
-            position = encoded["input_ids"].index(unknown_id)
-            if not tokenizer.is_fast:
-                return f"token {position}"
-            return repr(text[slice(*encoded["offset_mapping"][position])])
-    return None
-
-
-def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> _MessageMaker:
+def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> MessageMaker:
     if FUNCTION_PATH.fullmatch(str(path)):
         return _Function(str(path), variables, setting)
     return _Template(path, variables, setting)
@@ -238,43 +257,51 @@ class _Template:
             raise TemplateError(
                 f"{setting}: {self.path} cannot be read ({error}); give a readable UTF-8 file"
             ) from error
+        self._template = MessageTemplate(source, variables)
+        self._inspect()
+
+    def _inspect(self) -> None:
         try:
-            used = jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
-            self._template = _ENVIRONMENT.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+            if self.path.parent == SHIPPED:
+                found = self._template.inspect()
+            else:
+                with RenderProcess() as process:
+                    found = process.inspect(self._template)
+        except RenderError as error:
+            raise TemplateError(f"{self.setting}: {self.path} fails to render: {error}; fix the template") from error
+        if found["unknown"]:
+            allowed = " and ".join(f"{{{{ {variable} }}}}" for variable in self.variables)
             raise TemplateError(
-                f"{setting}: {self.path} line {error.lineno}: {error.message}; fix the template"
-            ) from error
-        unknown = sorted(used - set(variables))
-        if unknown:
-            allowed = " and ".join(f"{{{{ {variable} }}}}" for variable in variables)
-            raise TemplateError(
-                f"{setting}: {self.path} uses the unknown variable {{{{ {unknown[0]} }}}}; only {allowed} can be used "
-                "here"
+                f"{self.setting}: {self.path} uses the unknown variable {{{{ {found['unknown'][0]} }}}}; only "
+                f"{allowed} can be used here"
             )
-        for variable in variables:
-            # Both short and long text is tried, because a template may depend on the length.
-            probes = [(dict.fromkeys(variables, "1" * length), "2" * length) for length in (1, 1000)]
-            if all(self.render(**probe) == self.render(**{**probe, variable: other}) for probe, other in probes):
-                raise TemplateError(
-                    f"{setting}: {self.path} does not show {{{{ {variable} }}}}; add it to the template"
-                )
+        if found["hidden"]:
+            raise TemplateError(
+                f"{self.setting}: {self.path} does not show {{{{ {found['hidden'][0]} }}}}; add it to the template"
+            )
 
     def describe(self, problem: Problem) -> str:
         return f"{self.setting}: {self.path} on problem {problem.id!r}"
 
     def message(self, problem: Problem, *privileged: str) -> str:
-        return self.render(**dict(zip(self.variables, (problem.problem, *privileged), strict=True)))
-
-    def render(self, **values: str) -> str:
         try:
-            return self._template.render(**values)
-        # A template runs its author's expressions, so anything can be raised here: undefined attributes, type errors,
-        # refusals of the sandbox.
-        except Exception as error:
-            raise TemplateError(
-                f"{self.path} fails to render: {type(error).__name__}: {error}; fix the template"
-            ) from error
+            return self._template.render(self._values(problem, *privileged))
+        except RenderError as error:
+            raise self._failure(problem, error) from error
+
+    def try_messages(self, process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
+        digests: list[str] = []
+        try:
+            digests.extend(process.digests(self._template, [self._values(*given) for given in arguments]))
+        except RenderError as error:
+            raise self._failure(arguments[len(digests)][0], error) from error
+        return digests
+
+    def _values(self, problem: Problem, *privileged: str) -> dict[str, str]:
+        return dict(zip(self.variables, (problem.problem, *privileged), strict=True))
+
+    def _failure(self, problem: Problem, error: RenderError) -> TemplateError:
+        return TemplateError(f"{self.describe(problem)} fails to render: {error}; fix the template")
 
     @staticmethod
     def _find(path: Path, setting: str) -> Path:
@@ -320,6 +347,9 @@ class _Function:
         # The messages are copied, since the function may go on to change its list.
         return message if isinstance(message, str) else [dict(turn) for turn in message]
 
+    def try_messages(self, _process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
+        return [message_digest(self.message(*given)) for given in arguments]
+
 
 def _message_fault(message: object) -> str | None:
     """Return what is wrong with a function's result, for an error; None if nothing is."""
@@ -333,15 +363,3 @@ def _message_fault(message: object) -> str | None:
     if message[-1]["role"] == "assistant":
         return "messages whose last is the assistant's, where the policy has the next turn"
     return None
-
-
-def _unknown_token_id(tokenizer: Any) -> int | None:
-    """Return the id that stands for text without a token.
-
-    Some fast tokenizers have such an id although ``unk_token_id`` is None.
-    """
-    unknown_id: int | None = tokenizer.unk_token_id
-    if unknown_id is None and tokenizer.is_fast:
-        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
-        unknown_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
-    return unknown_id

@@ -97,6 +97,27 @@ def samples_per_request(evaluation: EvaluationConfig, rollout: RolloutConfig, ba
     return evaluation.samples_per_request or rollout.groups_per_request * batch.samples_per_group
 
 
+def kept_date(root: Path, benchmarks: Sequence[str]) -> str | None:
+    """Return the day that the prompts of samples in ``root`` show as today's; None where no samples have one."""
+    for name in benchmarks:
+        path = root / name / SETTINGS
+        if path.exists():
+            date = _read_settings(path).get("data.date")
+            if isinstance(date, str):
+                return date
+    return None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except ValueError as error:
+        raise EvaluationError(f"{path} is damaged ({error}): remove {path.parent}, or give another run.dir") from error
+    if not isinstance(settings, dict):
+        raise EvaluationError(f"{path} has no settings: remove {path.parent}, or give another run.dir")
+    return settings
+
+
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Keep a folder of results to one kind of sample: write ``settings``, or compare them with those that are there.
 
@@ -105,10 +126,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS
     if path.exists():
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise EvaluationError(f"{path} is damaged ({error}): remove {folder}, or give another run.dir") from error
+        found = _read_settings(path)
         names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
         if names:
             differences = "; ".join(

@@ -16,9 +16,10 @@ from typing import Any
 from dasd_megatron.config import Config, DataSourceConfig, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.benchmarks import benchmark_problems
 from dasd_megatron.data.generators import generate_problems
+from dasd_megatron.data.prompt_checks import check_prompts
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.reader import load_problems
-from dasd_megatron.data.templates import check_lengths, make_renderer
+from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import nemo_skills
 from dasd_megatron.evaluation.sampling import (
@@ -26,18 +27,20 @@ from dasd_megatron.evaluation.sampling import (
     Records,
     check_settings,
     finished_samples,
+    kept_date,
     model_digest,
     sample_benchmark,
     samples_per_request,
 )
 from dasd_megatron.evaluation.summary import print_table, write_metrics
 from dasd_megatron.files import replace_file
-from dasd_megatron.models.hf_config import hf_folder, load_tokenizer
+from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.local_server import LocalServer
 from dasd_megatron.run.checks import check_key
+from dasd_megatron.run.dates import choose_date, with_date
 from dasd_megatron.run.paths import choose_run_dir
 from dasd_megatron.verify.grader import Grader
 
@@ -63,15 +66,18 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
         raise ConfigError("model.path is required to evaluate: give a Hugging Face directory or a Megatron checkpoint")
     check_key(config)
     problems = load_benchmarks(config.evaluation, config.data.heldout, config.verify.max_answer_chars)
-    tokenizer = load_tokenizer(hf_folder(config.model.path))
-    renderer = make_renderer(config.data, config.teacher, tokenizer)
-    for of_benchmark in problems.values():
-        check_lengths(of_benchmark, renderer, config.rollout.max_prompt_tokens, teacher=False)
-    prompts = {name: [renderer.student(problem) for problem in of_benchmark] for name, of_benchmark in problems.items()}
+    model_path = config.model.path
+    tokenizer = load_tokenizer(hf_folder(model_path))
     root = choose_run_dir(config)
+    config = choose_date(with_date(config, config.data.date or kept_date(root, list(problems))), tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
+    limit, vocab_size = config.rollout.max_prompt_tokens, stored_vocab_size(hf_folder(model_path))
+    for of_benchmark in problems.values():
+        check_prompts(of_benchmark, renderer, limit, vocab_size=vocab_size, teacher=False)
+    prompts = {name: [renderer.student(problem) for problem in of_benchmark] for name, of_benchmark in problems.items()}
     root.mkdir(parents=True, exist_ok=True)
     external = config.rollout.engine == "external"
-    model = Path(config.model.path) if external else find_directory(config.model.path, root)
+    model = Path(model_path) if external else find_directory(model_path, root)
     urls = find_servers(config.rollout) if external else []
     served = read_served_model(config.rollout, urls) if external else {"model": model_digest(model)}
     samples = config.evaluation.samples
@@ -164,6 +170,8 @@ def sample_settings(
         **served,
         "problems": _digest([[problem.id, problem.problem, problem.expected_answer] for problem in problems]),
         "prompts": _digest([list(prompt) for prompt in prompts]),
+        "data.date": config.data.date,
+        "data.chat_template_kwargs": config.data.chat_template_kwargs or None,
         "run.seed": config.run.seed,
         "evaluation.samples": evaluation.samples,
         "evaluation.temperature": evaluation.temperature,

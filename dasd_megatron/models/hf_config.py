@@ -188,6 +188,21 @@ def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
     return dtype
 
 
+def stored_vocab_size(path: str | Path) -> int | None:
+    """Return the number of tokens by the config of a Hugging Face directory, of any architecture; None where it does
+    not say."""
+    from transformers import AutoConfig
+
+    if not (Path(path) / "config.json").is_file():
+        return None
+    try:
+        size = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).vocab_size
+    # A config that cannot be read is refused by what makes a model of it. Those of several models have no such field.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
     from transformers import AutoTokenizer

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from dasd_megatron.access import AccessError, api_key
 from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.config import AlgorithmConfig, Config, ModelConfig, WarmStartConfig
+from dasd_megatron.data.prompt_checks import check_prompts, foreign_token
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.data.templates import PromptRenderer, check_lengths
+from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import is_megatron_checkpoint
 from dasd_megatron.rollout.discovery import check_access
@@ -62,7 +63,14 @@ def check_warm_start_lengths(
     limit = hf_config.max_position_embeddings
     for problem in problems:
         prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
-        solution = len(tokenizer.encode(problem.reference_solution, add_special_tokens=False))
+        ids = tokenizer.encode(problem.reference_solution, add_special_tokens=False)
+        fault = foreign_token([*ids, tokenizer.eos_token_id], tokenizer, hf_config.vocab_size)
+        if fault is not None:
+            raise ConfigError(
+                f"warm_start.steps={warm_start.steps}: problem {problem.id!r} has a solution that, with its end, has "
+                f"{fault}"
+            )
+        solution = len(ids)
         if prompt + solution + 1 > limit:
             where = "model.tiny" if model.path is None else f"config.json of model.path={model.path}"
             raise ConfigError(
@@ -72,18 +80,24 @@ def check_warm_start_lengths(
             )
 
 
-def check_prompt_lengths(
-    config: Config, renderer: PromptRenderer, train: Sequence[Problem], heldout: Sequence[Problem]
-) -> None:
-    """Refuse (DataError) problems whose prompt exceeds ``rollout.max_prompt_tokens``; of training problems the
-    privileged prompt must not exceed it either, where it is used."""
-    check_lengths(
-        train,
-        renderer,
-        config.rollout.max_prompt_tokens,
-        teacher=needs_teacher(config.algorithm) or config.warm_start.steps > 0,
-    )
-    check_lengths(heldout, renderer, config.rollout.max_prompt_tokens, teacher=False)
+def check_run_prompts(
+    config: Config,
+    renderer: PromptRenderer,
+    train: Sequence[Problem],
+    heldout: Sequence[Problem],
+    *,
+    vocab_size: int,
+) -> dict[str, str]:
+    """Refuse problems and templates as :func:`check_prompts` does; of training problems the privileged prompt too,
+    where it is used. Return the digests of all prompts."""
+    limit = config.rollout.max_prompt_tokens
+    teacher = needs_teacher(config.algorithm) or config.warm_start.steps > 0
+    of_train = check_prompts(train, renderer, limit, vocab_size=vocab_size, teacher=teacher)
+    of_heldout = check_prompts(heldout, renderer, limit, vocab_size=vocab_size, teacher=False)
+    return {
+        **{f"train.{kind}": digest for kind, digest in of_train.items()},
+        **{f"heldout.{kind}": digest for kind, digest in of_heldout.items()},
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

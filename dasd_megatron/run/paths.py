@@ -47,6 +47,11 @@ class RunPaths:
         """The folder of recorded rollouts."""
         return self.root / "rollouts"
 
+    @property
+    def prompts(self) -> Path:
+        """Digests of the prompts that the problems had when the run began."""
+        return self.root / "data" / "prompts.json"
+
     def problems(self, name: str) -> Path:
         """The run's own copy of a problem set."""
         return self.root / "data" / f"{name}.jsonl"

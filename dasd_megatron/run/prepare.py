@@ -16,6 +16,7 @@ from dasd_megatron.data.prompts import Problem, check_disjoint, write_problems
 from dasd_megatron.data.reader import load_problems
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.files import replace_file
 from dasd_megatron.models.hf_config import (
     TIED_HEAD,
     expected_tensors,
@@ -26,11 +27,12 @@ from dasd_megatron.models.hf_config import (
 from dasd_megatron.models.hf_weights import HfWeights
 from dasd_megatron.planning.layout import check_layout
 from dasd_megatron.plugins import load_function
-from dasd_megatron.run.checks import check_key, check_prompt_lengths, check_warm_start_lengths, needs_teacher
+from dasd_megatron.run.checks import check_key, check_run_prompts, check_warm_start_lengths, needs_teacher
 from dasd_megatron.run.claim import claim_directory
+from dasd_megatron.run.dates import choose_date, with_date
 from dasd_megatron.run.environment import describe_environment
 from dasd_megatron.run.paths import RunPaths, start_hf_files
-from dasd_megatron.run.resume import check_same_problems, check_same_run, find_continued_runs
+from dasd_megatron.run.resume import check_same_problems, check_same_prompts, check_same_run, find_continued_runs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 def prepare_run(config: Config, root: Path) -> RunPaths:
     """Check everything that can be checked without a model in memory and write the run directory's fixed parts.
+
+    The configuration that the run goes by is the one that is written: it may have got a date.
 
     Raises:
         ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError: with one line on what is wrong
@@ -50,18 +54,25 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
         raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
     continued = find_continued_runs(config.resume, paths)
     for run in continued:
-        check_same_run(read_config(run.config), config)
+        previous = read_config(run.config)
+        # A run keeps its date when it goes on.
+        config = with_date(config, config.data.date or previous.data.date)
+        check_same_run(previous, config)
     _make_directory(paths, config.run.readable_by)
     claim_directory(root)
     hf_config, tokenizer = _prepare_model(config, paths)
+    config = choose_date(config, tokenizer)
     train, heldout = _load_problems(config)
     for run in continued:
         check_same_problems(run, {"train": train, "heldout": heldout})
-    _check_problems(config, hf_config, tokenizer, train, heldout)
+    digests = _check_problems(config, hf_config, tokenizer, train, heldout)
+    for run in continued:
+        check_same_prompts(run, digests, config.teacher)
     for name, problems in {"train": train, "heldout": heldout}.items():
         # The problems of a run that goes on have just been found equal, and stay as they were written.
         if not (paths.config.exists() and paths.problems(name).exists()):
             write_problems(paths.problems(name), problems)
+    replace_file(paths.prompts, json.dumps(digests, indent=2) + "\n")
     save_config(config, paths.config)
     (root / "environment.json").write_text(json.dumps(describe_environment(config.run.seed), indent=2) + "\n")
     return paths
@@ -158,9 +169,10 @@ def _check_problems(
     tokenizer: PreTrainedTokenizerBase,
     train: list[Problem],
     heldout: list[Problem],
-) -> None:
+) -> dict[str, str]:
+    """Refuse problems that cannot be trained or evaluated on; return the digests of the prompts."""
     renderer = make_renderer(config.data, config.teacher, tokenizer)
-    check_prompt_lengths(config, renderer, train, heldout)
+    digests = check_run_prompts(config, renderer, train, heldout, vocab_size=hf_config.vocab_size)
     if config.warm_start.steps > 0:
         check_warm_start_lengths(config.model, config.warm_start, hf_config, renderer, tokenizer, train)
     if config.batch.groups > len(train):
@@ -168,3 +180,4 @@ def _check_problems(
             f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more "
             "problems"
         )
+    return digests

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dasd_megatron.config import Config
+from dasd_megatron.config import Config, TeacherConfig, read_config
 from dasd_megatron.data.prompts import Problem, read_written_problems
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.reading import read_json
 from dasd_megatron.run.checks import flatten
 from dasd_megatron.run.paths import RunPaths
 
@@ -50,8 +51,13 @@ def find_continued_runs(resume: str, paths: RunPaths) -> list[RunPaths]:
 def check_same_run(previous: Config, config: Config) -> None:
     """Refuse (ConfigError) to resume with another model or other data, and print what else has changed."""
     before, after = flatten(dataclasses.asdict(previous)), flatten(dataclasses.asdict(config))
-    for name, value in after.items():
+    # A mapping's entry may be in one of the two alone.
+    for name in {**before, **after}:
+        value = after.get(name)
         if name in _MAY_DIFFER or before.get(name) == value:
+            continue
+        if name == "data.date" and before[name] is None:
+            # The run began before dates were kept, or with a template without a date.
             continue
         if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
             raise ConfigError(
@@ -59,6 +65,22 @@ def check_same_run(previous: Config, config: Config) -> None:
                 f"{name}={before.get(name)}, or start a new run"
             )
         print(f"resuming with {name}={value} (was {before.get(name)})", flush=True)
+
+
+def check_same_prompts(run: RunPaths, digests: Mapping[str, str], teacher: TeacherConfig) -> None:
+    """Refuse (ConfigError) to go on with other prompts than those the run began with. The teacher's may change with
+    its settings."""
+    if not run.prompts.exists():
+        return
+    found = read_json(run.prompts, {str: str}, advice="remove it to go on without it")
+    changed = [name for name, digest in digests.items() if found.get(name, digest) != digest]
+    if "train.teacher" in changed and read_config(run.config).teacher != teacher:
+        changed.remove("train.teacher")
+    if changed:
+        raise ConfigError(
+            f"the prompts of {changed[0]} are not those that the run began with ({run.prompts}): a template, a "
+            "function of yours or the tokenizer has changed; restore it, or start a new run"
+        )
 
 
 def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) -> None:

@@ -52,7 +52,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
 
     from dasd_megatron.access import AccessError
     from dasd_megatron.data.prompts import DataError
-    from dasd_megatron.data.templates import TemplateError
+    from dasd_megatron.data.rendering import TemplateError
     from dasd_megatron.rollout.discovery import DiscoveryError
     from dasd_megatron.run.paths import RunPaths
     from dasd_megatron.run.prepare import prepare_run
@@ -66,6 +66,7 @@ def run(config: Config, root: Path, *, prepared: bool) -> None:
     if not prepared:
         refusals = (ValueError, DataError, TemplateError, OSError, AccessError, DiscoveryError)
         parallel.on_selected_rank(dist.get_rank() == 0, lambda: prepare_run(config, root), refusals)
+        config = read_config(RunPaths(root).config)
     try:
         with parallel.naming_lost_peers(config.backend.timeout_seconds):
             train(config, RunPaths(root))

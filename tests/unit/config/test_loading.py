@@ -70,3 +70,10 @@ def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("algorithm", METHODS)
 def test_every_algorithm_group_composes(algorithm: str) -> None:
     assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm
+
+
+def test_entries_of_mappings_are_given_like_fields() -> None:
+    given = ["data.chat_template_kwargs={enable_thinking: false}", "data.chat_template_kwargs.effort=low"]
+    config = load_config(["experiment=quickstart", *given, "data.date=2026-11-29"])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
+    assert config.data.date == "2026-11-29"

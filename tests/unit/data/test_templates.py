@@ -8,8 +8,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dasd_megatron.data.prompt_checks import check_prompts
 from dasd_megatron.data.prompts import DataError, Problem
-from dasd_megatron.data.templates import SHIPPED, PromptRenderer, TemplateError, check_lengths
+from dasd_megatron.data.rendering import TemplateError
+from dasd_megatron.data.templates import SHIPPED, PromptRenderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.tiny import character_tokenizer
 
@@ -185,20 +187,20 @@ def test_bad_settings_are_refused(tokenizer, arguments, message):
         PromptRenderer(tokenizer, **arguments)
 
 
-def test_check_lengths(tokenizer):
+def test_prompts_have_a_greatest_length(tokenizer):
     renderer = PromptRenderer(tokenizer)
     student, teacher = len(renderer.student(PROBLEM)), len(renderer.teacher(PROBLEM))
     assert student < teacher
     short = Problem("p0", "1 =", "1", "1")
-    check_lengths([short, PROBLEM], renderer, teacher)
+    check_prompts([short, PROBLEM], renderer, teacher, vocab_size=None)
     with pytest.raises(
         DataError,
         match=rf"'p1': the teacher's prompt is {teacher} tokens long, over rollout\.max_prompt_tokens={teacher - 1}",
     ):
-        check_lengths([short, PROBLEM], renderer, teacher - 1)
+        check_prompts([short, PROBLEM], renderer, teacher - 1, vocab_size=None)
     with pytest.raises(DataError, match=f"'p1': the student's prompt is {student} tokens long"):
-        check_lengths([short, PROBLEM], renderer, student - 1, teacher=False)
-    check_lengths([Problem("p3", "1 =", "1", "")], renderer, student, teacher=False)
+        check_prompts([short, PROBLEM], renderer, student - 1, vocab_size=None, teacher=False)
+    check_prompts([Problem("p3", "1 =", "1", "")], renderer, student, vocab_size=None, teacher=False)
 
 
 @pytest.mark.parametrize("make", [character_tokenizer, word_tokenizer])
@@ -206,7 +208,7 @@ def test_text_without_a_token_is_refused(make):
     with pytest.raises(
         DataError, match="'p4': the student's prompt has '\u2019', for which the tokenizer has no token"
     ):
-        check_lengths([Problem("p4", "4 - \u2019 =", "3", "3")], PromptRenderer(make()), 100)
+        check_prompts([Problem("p4", "4 - \u2019 =", "3", "3")], PromptRenderer(make()), 100, vocab_size=None)
 
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_template"
@@ -253,7 +255,7 @@ def test_the_example_functions(tokenizer, monkeypatch):
     assert tokenizer.decode(renderer.student(problem)) == "<|user|>4 - 1 =<|end|><|assistant|>"
     asked = "<|user|>4 - 1 =<|end|>"
     assert tokenizer.decode(renderer.teacher(problem)) == f"{asked}<|assistant|>3\n#### 3<|end|>{asked}<|assistant|>"
-    check_lengths([problem], renderer, 64)
+    check_prompts([problem], renderer, 64, vocab_size=None)
     # One may be a function and the other a file.
     mixed = PromptRenderer(tokenizer, "templates:student", "teacher_bare.jinja")
     assert tokenizer.decode(mixed.teacher(problem)) == "<|user|>4-1=\n3\n#### 3<|end|><|assistant|>"
@@ -301,7 +303,7 @@ def test_a_function_of_text_needs_no_chat_template(mine):
 def test_functions_that_fail_are_named_before_the_run(tokenizer, mine, name, said):
     renderer = PromptRenderer(tokenizer, None, f"mine:{name}")
     with pytest.raises(TemplateError, match=rf"teacher\.template=mine:{name} on problem 'p1'.*{said}") as caught:
-        check_lengths([PROBLEM], renderer, 100)
+        check_prompts([PROBLEM], renderer, 100, vocab_size=None)
     assert "\n" not in str(caught.value)
 
 
@@ -320,7 +322,7 @@ def test_messages_that_the_chat_template_refuses(mine):
 @pytest.mark.parametrize("name", ["strange", "strange_chat"])
 def test_text_of_functions_without_a_token_is_refused(tokenizer, mine, name):
     with pytest.raises(DataError, match="'p1': the student's prompt has '\u2019'"):
-        check_lengths([PROBLEM], PromptRenderer(tokenizer, f"mine:{name}"), 100)
+        check_prompts([PROBLEM], PromptRenderer(tokenizer, f"mine:{name}"), 100, vocab_size=None)
 
 
 def test_functions_that_cannot_be_found_are_refused(tokenizer, mine):

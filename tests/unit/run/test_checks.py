@@ -14,7 +14,7 @@ from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.run.checks import (
     check_key,
-    check_prompt_lengths,
+    check_run_prompts,
     check_warm_start_lengths,
     flatten,
     needs_teacher,
@@ -55,7 +55,10 @@ def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
     length = prompt + len(problem.reference_solution) + 1
 
     def check(positions: int, path: str | None = None) -> None:
-        model, sizes = ModelConfig(path=path), SimpleNamespace(max_position_embeddings=positions)
+        model, sizes = (
+            ModelConfig(path=path),
+            SimpleNamespace(max_position_embeddings=positions, vocab_size=len(tokenizer)),
+        )
         check_warm_start_lengths(model, WarmStartConfig(steps=3), sizes, renderer, tokenizer, [problem])
 
     check(length)
@@ -75,15 +78,15 @@ def test_privileged_prompts_are_limited_where_they_are_used(method: str, warm_st
     assert student < teacher
     config.rollout.max_prompt_tokens = student
     # No teacher sees held-out problems.
-    check_prompt_lengths(config, renderer, [], [problem])
+    check_run_prompts(config, renderer, [], [problem], vocab_size=500)
     if method == "grpo" and not warm_start:
-        check_prompt_lengths(config, renderer, [problem], [])
+        check_run_prompts(config, renderer, [problem], [], vocab_size=500)
     else:
         with pytest.raises(DataError, match="max_prompt_tokens"):
-            check_prompt_lengths(config, renderer, [problem], [])
+            check_run_prompts(config, renderer, [problem], [], vocab_size=500)
     config.rollout.max_prompt_tokens = student - 1
     with pytest.raises(DataError, match="max_prompt_tokens"):
-        check_prompt_lengths(config, renderer, [], [problem])
+        check_run_prompts(config, renderer, [], [problem], vocab_size=500)
 
 
 def test_nested_mappings_are_flattened() -> None:

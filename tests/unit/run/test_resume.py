@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dasd_megatron.config import read_config
 from dasd_megatron.run.prepare import prepare_run
+from tests.support.chat_templates import DATED, tokenizer_with
 from tests.support.small_configs import GOOD, configure, refusal
 
 
@@ -39,3 +43,64 @@ def test_checkpoint_of_another_run_fixes_the_same_fields(files: list[str], tmp_p
     message = refusal(lambda: prepare_run(configure(*resumed, "run.seed=7"), tmp_path / "second"))
     assert "run.seed=7" in message and "run.seed=1" in message
     prepare_run(configure(*resumed, "optimizer.lr=2e-5"), tmp_path / "second")
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls) -> Tomorrow:
+        return cls(2026, 11, 30)
+
+
+def test_a_run_keeps_its_date(
+    files: list[str], model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model()
+    tokenizer_with(DATED).save_pretrained(path)
+    here = [*files, f"model.path={path}"]
+    first = prepare_run(configure(*here, "data.date=2026-11-28"), tmp_path / "given")
+    assert read_config(first.config).data.date == "2026-11-28"
+    paths = prepare_run(configure(*here), tmp_path / "run")
+    today = datetime.date.today().isoformat()
+    assert read_config(paths.config).data.date == today
+    prompts = paths.prompts.read_text()
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    prepare_run(configure(*here, "resume=auto"), tmp_path / "run")
+    assert read_config(paths.config).data.date == today and paths.prompts.read_text() == prompts
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    other = prepare_run(configure(*here, f"resume={checkpoint}"), tmp_path / "other")
+    assert read_config(other.config).data.date == today
+    new = prepare_run(configure(*here), tmp_path / "new")
+    assert read_config(new.config).data.date == "2026-11-30"
+    message = refusal(lambda: prepare_run(configure(*here, "resume=auto", "data.date=2026-11-30"), tmp_path / "run"))
+    assert message.startswith("data.date=2026-11-30 differs from ")
+
+
+def test_runs_without_a_dated_template_have_no_date(files: list[str], tmp_path: Path) -> None:
+    assert read_config(prepare_run(configure(*files), tmp_path / "run").config).data.date is None
+
+
+def test_prompts_that_have_changed_are_no_start_to_go_on_from(files: list[str], tmp_path: Path) -> None:
+    template, teacher = tmp_path / "mine.jinja", tmp_path / "teacher.jinja"
+    template.write_text("{{ problem }}")
+    teacher.write_text("{{ problem }} {{ privileged }}")
+    here = [*files, f"data.template={template}", f"teacher.template={teacher}"]
+    paths = prepare_run(configure(*here), tmp_path / "run")
+    teacher.write_text("{{ problem }}\n{{ privileged }}")
+    message = refusal(lambda: prepare_run(configure(*here, "resume=auto"), tmp_path / "run"))
+    assert message.startswith("the prompts of train.teacher are not those that the run began with")
+    # Another template is a setting that is named when a run goes on.
+    prepare_run(configure(*here, "resume=auto", "teacher.template=teacher_bare.jinja"), tmp_path / "run")
+    template.write_text("{{ problem }}?")
+    message = refusal(lambda: prepare_run(configure(*here, "resume=auto"), tmp_path / "run"))
+    assert message.startswith("the prompts of train.student are not those") and str(paths.prompts) in message
+    paths.prompts.write_text("[1, 2")
+    assert "prompts.json is damaged" in refusal(lambda: prepare_run(configure(*here, "resume=auto"), tmp_path / "run"))
+
+
+def test_variables_of_the_chat_template_are_compared(files: list[str], tmp_path: Path) -> None:
+    thinking = "data.chat_template_kwargs={enable_thinking: false}"
+    prepare_run(configure(*files, thinking), tmp_path / "run")
+    # An entry that is gone is a difference too.
+    message = refusal(lambda: prepare_run(configure(*files, "resume=auto"), tmp_path / "run"))
+    assert message.startswith("data.chat_template_kwargs.enable_thinking=None differs from False")

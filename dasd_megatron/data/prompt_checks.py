@@ -1,0 +1,214 @@
+"""Checks of the prompts of all problems, before anything that takes long is started."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.render_process import RenderProcess, text_digest
+from dasd_megatron.data.rendering import RenderError, TemplateError
+from dasd_megatron.data.templates import Message, PromptRenderer, message_digest, turns_of
+
+_PROBLEMS_AT_ONCE = 256
+
+logger = logging.getLogger(__name__)
+
+
+class _Prompt(NamedTuple):
+    message: Message
+    text: str
+    ids: list[int]
+
+
+def check_prompts(
+    problems: Sequence[Problem],
+    renderer: PromptRenderer,
+    max_prompt_tokens: int,
+    *,
+    vocab_size: int | None,
+    teacher: bool = True,
+) -> dict[str, str]:
+    """Refuse problems, templates and tokenizers that do not give usable prompts.
+
+    Templates are tried in a process with limits. A prompt shows its message as it is, is the same each time, is not
+    longer than ``max_prompt_tokens``, and has neither characters that the tokenizer does not know nor tokens that the
+    model does not have. The teacher's is not the student's.
+
+    Args:
+        problems: checked in order; one that fails is named.
+        renderer: makes the prompts.
+        max_prompt_tokens: the limit, ``rollout.max_prompt_tokens``.
+        vocab_size: tokens of the model; None where it is not known.
+        teacher: check the teacher's prompt as well as the student's; False for problems that are only evaluated on.
+
+    Returns:
+        The SHA-256 over the token ids of all prompts, of the student and of the teacher.
+
+    Raises:
+        DataError: names the problem, its length, the limit and the field; or the text that has no token, or the token
+            that the model does not have.
+        TemplateError: a function or template fails on a problem, or gives what is no prompt of it.
+    """
+    kinds = ("student", "teacher") if teacher else ("student",)
+    unknown_id = _unknown_token_id(renderer.tokenizer)
+    digests = {kind: hashlib.sha256() for kind in kinds}
+    with RenderProcess() as process:
+        _check_chat_template(renderer, process)
+        for start in range(0, len(problems), _PROBLEMS_AT_ONCE):
+            some = problems[start : start + _PROBLEMS_AT_ONCE]
+            prompts = {kind: _make_prompts(some, kind, renderer, process) for kind in kinds}
+            for place, problem in enumerate(some):
+                for kind in kinds:
+                    prompt = prompts[kind][place]
+                    _check_shown(problem, kind, prompt, renderer)
+                    _check_tokens(problem, kind, prompt, renderer, max_prompt_tokens, vocab_size, unknown_id)
+                    digests[kind].update(json.dumps(prompt.ids).encode())
+                if teacher and prompts["teacher"][place].ids == prompts["student"][place].ids:
+                    raise TemplateError(
+                        f"{renderer.makers['teacher'].describe(problem)} gives the student's prompt; show the "
+                        "privileged text in the teacher's"
+                    )
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+
+
+def _check_chat_template(renderer: PromptRenderer, process: RenderProcess) -> None:
+    """Refuse a chat template that cannot be read, and names in data.chat_template_kwargs that are most likely
+    misspelt; warn of others that it does not read."""
+    given = renderer.chat_template_kwargs
+    if renderer.chat is None:
+        if given:
+            logger.warning("data.chat_template_kwargs: the tokenizer has no chat template, so they change nothing")
+        return
+    try:
+        reads = process.inspect(renderer.chat)["reads"]
+    except RenderError as error:
+        raise TemplateError(
+            f"the tokenizer's own chat template cannot be used: {error}; mend chat_template in the tokenizer's files"
+        ) from error
+    for name in sorted(given.keys() - set(reads)):
+        close = difflib.get_close_matches(name, reads, n=1, cutoff=0.75)
+        if close:
+            raise TemplateError(
+                f"data.chat_template_kwargs.{name}: the tokenizer's chat template reads no {name}; did you mean "
+                f"{close[0]}?"
+            )
+        logger.warning(
+            "data.chat_template_kwargs.%s: the tokenizer's chat template reads no %s, so it changes nothing", name, name
+        )
+
+
+def _make_prompts(
+    problems: Sequence[Problem], kind: str, renderer: PromptRenderer, process: RenderProcess
+) -> list[_Prompt]:
+    """Return the prompts of ``kind``, after ``process`` has rendered the same."""
+    maker = renderer.makers[kind]
+    arguments = [renderer.arguments(kind, problem) for problem in problems]
+    places = [maker.describe(problem) for problem in problems]
+    expected = maker.try_messages(process, arguments)
+    messages = [maker.message(*given) for given in arguments]
+    for message, digest, where in zip(messages, expected, places, strict=True):
+        # Every rank renders for itself, in every step.
+        if message_digest(message) != digest:
+            raise TemplateError(f"{where} gives another message each time; make it depend on the problem alone")
+    tried: list[str] = []
+    if renderer.chat is not None:
+        try:
+            tried.extend(process.digests(renderer.chat, [turns_of(message) for message in messages]))
+        except RenderError as error:
+            raise renderer.refusal(messages[len(tried)], places[len(tried)], error) from error
+    prompts = []
+    for place, (message, where) in enumerate(zip(messages, places, strict=True)):
+        try:
+            text = renderer.text(message, where)
+        except RenderError as error:
+            raise renderer.refusal(message, where, error) from error
+        if tried and text_digest(text) != tried[place]:
+            raise TemplateError(
+                f"{where}: the tokenizer's chat template gives another text each time; mend it, so that a prompt "
+                "depends on the messages alone"
+            )
+        prompts.append(_Prompt(message, text, renderer.encode(text)))
+    return prompts
+
+
+def _check_shown(problem: Problem, kind: str, prompt: _Prompt, renderer: PromptRenderer) -> None:
+    """Refuse a prompt without the text of each of its messages. White space at both ends may be taken off."""
+    if renderer.chat is None:
+        return
+    for turn in turns_of(prompt.message):
+        if turn["content"].strip() in prompt.text:
+            continue
+        part = "the problem" if isinstance(prompt.message, str) else f"the message of the {turn['role']}"
+        raise TemplateError(
+            f"problem {problem.id!r}: the tokenizer's chat template does not show {part} as it is in the {kind}'s "
+            "prompt; give a model whose template shows text, or mend chat_template in the tokenizer's files"
+        )
+
+
+def _check_tokens(
+    problem: Problem,
+    kind: str,
+    prompt: _Prompt,
+    renderer: PromptRenderer,
+    max_prompt_tokens: int,
+    vocab_size: int | None,
+    unknown_id: int | None,
+) -> None:
+    if len(prompt.ids) > max_prompt_tokens:
+        raise DataError(
+            f"problem {problem.id!r}: the {kind}'s prompt is {len(prompt.ids)} tokens long, "
+            f"over rollout.max_prompt_tokens={max_prompt_tokens}; raise it, or remove the problem"
+        )
+    fault = foreign_token(prompt.ids, renderer.tokenizer, vocab_size)
+    if fault is not None:
+        raise DataError(f"problem {problem.id!r}: the {kind}'s prompt has {fault}")
+    unknown = None if unknown_id is None else _text_without_token(prompt.message, renderer.tokenizer, unknown_id)
+    if unknown is not None:
+        raise DataError(
+            f"problem {problem.id!r}: the {kind}'s prompt has {unknown}, for which the tokenizer has no "
+            "token; use a model with a larger vocabulary, or remove the problem"
+        )
+
+
+def foreign_token(ids: Sequence[int], tokenizer: Any, vocab_size: int | None) -> str | None:
+    """Return the first token that the model does not have, and what to do, as an error ends; None where it has all.
+
+    vocab_size: tokens of the model; None where it is not known.
+    """
+    if vocab_size is None or max(ids, default=0) < vocab_size:
+        return None
+    beyond = next(token for token in ids if token >= vocab_size)
+    return (
+        f"the token {tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}) of the tokenizer of model.path, and the "
+        f"model has {vocab_size} tokens (vocab_size in config.json); give the tokenizer that belongs to the model, or "
+        "resize the model's embedding"
+    )
+
+
+def _text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> str | None:
+    """Return the first part of a message that the tokenizer has no token for, as an error shows it."""
+    for text in [message] if isinstance(message, str) else [turn["content"] for turn in message]:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        if unknown_id in encoded["input_ids"]:
+            position = encoded["input_ids"].index(unknown_id)
+            if not tokenizer.is_fast:
+                return f"token {position}"
+            return repr(text[slice(*encoded["offset_mapping"][position])])
+    return None
+
+
+def _unknown_token_id(tokenizer: Any) -> int | None:
+    """Return the id that stands for text without a token.
+
+    Some fast tokenizers have such an id although ``unk_token_id`` is None.
+    """
+    unknown_id: int | None = tokenizer.unk_token_id
+    if unknown_id is None and tokenizer.is_fast:
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        unknown_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+    return unknown_id
