@@ -77,3 +77,15 @@ def test_entries_of_mappings_are_given_like_fields() -> None:
     config = load_config(["experiment=quickstart", *given, "data.date=2026-11-29"])
     assert config.data.chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
     assert config.data.date == "2026-11-29"
+
+
+@pytest.mark.parametrize("preset", ["qwen3_0.6b", "qwen3_1.7b", "qwen3_4b", "qwen3_8b", "qwen3_14b", "qwen3_32b"])
+def test_presets_of_models_that_think_ask_for_no_thought(preset: str, tmp_path: pathlib.Path) -> None:
+    # In an evaluation too.
+    for experiment in (["quickstart"], ["evaluate", "evaluation.benchmarks=[gsm8k]"]):
+        arguments = [f"experiment={experiment[0]}", *experiment[1:], f"model={preset}", f"model.path={tmp_path}"]
+        config = load_config(arguments)
+        assert config.data.chat_template_kwargs == {"enable_thinking": False}
+        assert config.model.architecture["model_type"] == "qwen3" and config.model.path == str(tmp_path)
+        thinking = load_config([*arguments, "data.chat_template_kwargs.enable_thinking=true"])
+        assert thinking.data.chat_template_kwargs == {"enable_thinking": True}
