@@ -9,6 +9,8 @@ from torch import Tensor
 
 # exp(20) is 5e8: far outside every clip range, and far from overflow.
 _MAX_LOG_RATIO = 20.0
+# Up to this gap a power series stands for the k3 estimator, whose terms cancel there.
+_K3_SERIES_UNTIL = 0.1
 # Beyond this gap the k3 estimator goes on as a straight line.
 _K3_LINEAR_FROM = 10.0
 
@@ -124,10 +126,11 @@ def importance_weights(
     log_ratio = _at_least_float32(log_prob.detach()) - rollout_log_prob.detach()
     if level == "sequence":
         rollout = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        totals = torch.zeros(len(lengths), dtype=log_ratio.dtype, device=log_ratio.device).index_add_(
-            0, rollout, log_ratio
+        # Float32 would lose the fourth digit of the ratio over some ten thousand tokens.
+        totals = torch.zeros(len(lengths), dtype=torch.float64, device=log_ratio.device).index_add_(
+            0, rollout, log_ratio.double()
         )
-        log_ratio = totals[rollout]
+        log_ratio = totals.to(log_ratio.dtype)[rollout]
     limit = math.log(cap)
     return log_ratio.clamp(max=limit).exp(), log_ratio > limit
 
@@ -153,15 +156,20 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     _same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
     log_prob = _at_least_float32(log_prob)
     gap = ref_log_prob.detach().to(log_prob.dtype) - log_prob
-    curved = gap.clamp(max=_K3_LINEAR_FROM)
-    away = torch.expm1(curved) - curved + (gap - curved) * math.expm1(_K3_LINEAR_FROM)
-    small = gap.clamp(-0.1, 0.1)
-    near = (
+    # Every branch sees only its own gaps. A branch that another one corrects afterwards would leave the small gradient
+    # as the difference of two large ones, which float32 has no digits for.
+    near, far = gap.abs() < _K3_SERIES_UNTIL, gap > _K3_LINEAR_FROM
+    small = torch.where(near, gap, 0.0)
+    series = (
         small.square()
         / 2
         * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6 * (1 + small / 7 * (1 + small / 8))))))
     )
-    return torch.where(gap.abs() < 0.1, near, away)
+    middle = torch.where(near | far, 0.0, gap)
+    curve = torch.expm1(middle) - middle
+    slope = math.expm1(_K3_LINEAR_FROM)
+    tangent = slope - _K3_LINEAR_FROM + (gap - _K3_LINEAR_FROM) * slope
+    return torch.where(near, series, torch.where(far, tangent, curve))
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
