@@ -29,6 +29,7 @@ from dasd_megatron import backend
 from dasd_megatron.config import Config, PrecisionConfig
 from dasd_megatron.errors import first_line
 from dasd_megatron.models.bridge import make_bridge
+from dasd_megatron.models.extra_state import load_state, without_extra_states
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.models.mbridge_families import Bridge
@@ -212,21 +213,17 @@ def load_megatron_weights(chunks: list[GPTModel], path: str | Path) -> None:
     CheckpointFiles(Path(path))
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    # Transformer Engine keeps extra states for FP8 scaling. Weights that come from elsewhere have none.
-    state = {
-        name: {key: entry for key, entry in chunk.items() if "_extra_state" not in key} for name, chunk in state.items()
-    }
+    # Extra states hold FP8 scaling, and weights that come from elsewhere have none.
+    state = {name: without_extra_states(chunk) for name, chunk in state.items()}
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path} cannot be loaded into this model ({first_line(error)})") from error
     for index, chunk in enumerate(chunks):
-        mismatch = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-        missing = [key for key in mismatch.missing_keys if "_extra_state" not in key]
-        if missing or mismatch.unexpected_keys:
-            raise WeightsError(
-                f"{path} does not fit the model: missing {missing[:3]}, unexpected {mismatch.unexpected_keys[:3]}"
-            )
+        try:
+            load_state(chunk, loaded[f"model{index}"])
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
 
 
 def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0) -> ShardedModel:

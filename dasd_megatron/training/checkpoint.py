@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.config import CheckpointConfig
+from dasd_megatron.models.extra_state import kept_scaling, load_state, without_extra_states
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
@@ -507,9 +508,21 @@ def load_checkpoint(
         on_selected_rank(dist.get_rank() == 0, lambda: read_metadata(path), (WeightsError,))
     except PeerError as error:
         raise CheckpointError(str(error)) from error
-    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, average, is_loading=True), str(path))
-    for index, chunk in enumerate(model.chunks):
-        unwrap_model(chunk).load_state_dict(loaded[f"model{index}"])
+    recipe = kept_scaling(model.config)
+    state_to_load = _sharded_state(model, optimizer, average, is_loading=True)
+    if recipe is None:
+        for index in range(len(model.chunks)):
+            state_to_load[f"model{index}"] = without_extra_states(state_to_load[f"model{index}"])
+    loaded = dist_checkpointing.load(state_to_load, str(path))
+
+    def load_chunks() -> None:
+        for index, chunk in enumerate(model.chunks):
+            load_state(unwrap_model(chunk), loaded[f"model{index}"], recipe)
+
+    try:
+        on_selected_rank(True, load_chunks, (WeightsError,))
+    except PeerError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     optimizer.load_state_dict(loaded)
     if average is not None:
         names = [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from dasd_megatron.rollout.embedded.loading import load_tokenizer as load_server
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
 )
+
+PACKAGE = Path(__file__).resolve().parents[3] / "dasd_megatron"
 
 
 class Evil:
@@ -100,3 +104,38 @@ def test_code_of_a_model_is_not_imported(model: Path, mark: Path) -> None:
         (model / name).write_text(json.dumps(content))
     read_everything(model)
     assert not mark.exists()
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Return every call of a module with the text of what is called."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_no_loader_of_the_package_runs_what_it_reads() -> None:
+    """Pickles are read where nothing that they name is called, or where this process wrote them; and a state dict goes
+    into a module by ``load_state`` alone, since a layer may unpickle its extra state."""
+    own_pickles = {"training/checkpoint_writer.py"}
+    state_dicts = {"models/extra_state.py", "training/optimizer.py"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        for function, call in calls(ast.parse(path.read_text())):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            last = function.rpartition(".")[2]
+            if function == "torch.load" and keywords.get("weights_only") != "True":
+                found.append(f"{name}:{call.lineno} torch.load without weights_only=True")
+            if function in ("pickle.load", "pickle.loads", "pickle.Unpickler") and name not in own_pickles:
+                found.append(f"{name}:{call.lineno} {function}")
+            if (
+                last == "load_state_dict"
+                and name not in state_dicts
+                and function not in ("optimizer.load_state_dict", "self.optimizer.load_state_dict")
+            ):
+                found.append(f"{name}:{call.lineno} {function}")
+            if last in ("unsafe_load", "full_load") or function in ("yaml.load", "marshal.loads", "shelve.open"):
+                found.append(f"{name}:{call.lineno} {function}")
+            if keywords.get("allow_pickle") == "True":
+                found.append(f"{name}:{call.lineno} allow_pickle")
+    assert not found, found
