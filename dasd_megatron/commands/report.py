@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dasd_megatron.observability.report.page import write_report
+from dasd_megatron.observability.report.run_files import show_hidden
 
 
 def report(arguments: list[str]) -> None:
@@ -18,4 +19,5 @@ def report(arguments: list[str]) -> None:
         "--output", type=Path, metavar="FILE", help="default: RUN/report.html; of several runs ./report.html"
     )
     options = parser.parse_args(arguments)
-    print(write_report(options.runs, options.output).absolute())
+    # A name may have bytes that no terminal shows.
+    print(show_hidden(write_report(options.runs, options.output).absolute()))

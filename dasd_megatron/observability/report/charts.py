@@ -202,9 +202,9 @@ def line_chart(
 
 
 def stacked_chart(title: str, unit: str, x: Sequence[float], layers: Sequence[Series]) -> Markup:
-    """Draw a figure of ``layers`` (values >= 0) piled up at every training step, as columns; None counts as 0."""
+    """Draw a figure of ``layers`` piled up at every training step, as columns; None and values below 0 count as 0."""
     thinned = _thin(x, [layer.values for layer in layers], MAX_POINTS)
-    piles = [[value or 0.0 for value in values] for values in thinned.columns]
+    piles = [[max(value or 0.0, 0.0) for value in values] for values in thinned.columns]
     totals = [sum(values) for values in zip(*piles, strict=True)]
     frame = _column_frame(thinned.x, max(totals))
     parts = [_axes(frame, format_number, "training step")]
@@ -280,7 +280,7 @@ def _line_frame(
 
 def _column_frame(x: Sequence[float], highest: float) -> _Frame:
     """Return the frame of columns of one width, where column i lies between i and i + 1."""
-    ticks = nice_ticks(0.0, highest or 1.0)
+    ticks = nice_ticks(*_widen(0.0, highest))
     wanted = {name for _, name in _x_ticks(x)}
     labels = [
         (index + 0.5, format_position(value)) for index, value in enumerate(x) if format_position(value) in wanted

@@ -292,10 +292,10 @@ def _deviation_band(names: tuple[str, str, str], rows: list[Row]) -> Band | None
 def _chart_of_runs(
     chart: Chart, curve: Curve, runs: Sequence[Run], tables: Sequence[list[Row]], x_label: str, file: str
 ) -> Markup | None:
-    if all(row.get(curve.metric) is None for rows in tables for row in rows):
+    if all(value is None for rows in tables for value in metric_values(rows, curve.metric)):
         return None
     if curve.metric == "reward/mean" and all(
-        row.get(curve.metric) == row.get("reward/accuracy") for rows in tables for row in rows
+        metric_values(rows, curve.metric) == metric_values(rows, "reward/accuracy") for rows in tables
     ):
         return None
     steps = sorted({row["step"] for rows in tables for row in rows})
@@ -358,6 +358,8 @@ def pass_chart(runs: Sequence[Run]) -> Markup | None:
             curves.append((f"{run.label} (before)", before, run_colour(place), _run_dash(place)))
     known = [(name, row, colour, dash) for name, row, colour, dash in curves if row is not None]
     ks = sorted({int(key[5:]) for _, row, *_ in known for key in row if re.fullmatch(r"pass@\d+", key)})
+    # Each point has its name, so that none can be averaged away.
+    ks = ks[:MAX_POINTS]
     if not ks:
         return None
     return line_chart(

@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +14,18 @@ from dasd_megatron.observability.progress import evaluation_rows, format_differe
 from dasd_megatron.observability.report.run_files import (
     Run,
     finite_values,
-    metric_values,
     read_objects,
+    resolve,
     shorten,
-    show_hidden,
-    to_text,
 )
+
+VALUE_CHARS = 300
+WARNING_CHARS = 2000
+MOST_WARNINGS = 100
+MOST_DIFFERENCES = 400
+MOST_PROBLEMS = 200_000
+LATEST_TIME = 2**36
+"""Seconds since 1970: the year 4147. Later times are no times, and have no date on some machines."""
 
 
 class Status(NamedTuple):
@@ -36,13 +43,15 @@ def run_status(run: Run) -> Status:
     # A run that was made longer has an evaluation at its former end.
     if (after is not None and after["step"] >= done) or (isinstance(steps, int) and 0 < steps <= done):
         return Status("done", f"finished · {done} steps")
-    of_steps = f" of {steps}" if steps is not None else ""
+    of_steps = f" of {shorten(steps, VALUE_CHARS)}" if steps is not None else ""
     return Status("open", f"not finished · step {done}{of_steps}")
 
 
 def run_warnings(run: Run) -> list[str]:
-    """Return the warnings of the watch."""
-    return [to_text(row.get("text")) for row in run.warnings]
+    """Return the warnings of the watch; of very many, the last."""
+    texts = [shorten(row.get("text"), WARNING_CHARS) for row in run.warnings[-MOST_WARNINGS:]]
+    left_out = len(run.warnings) - len(texts)
+    return [f"{left_out:,} earlier warnings are left out", *texts] if left_out else texts
 
 
 def result_cards(run: Run) -> list[dict[str, str]]:
@@ -118,8 +127,8 @@ def accuracy_interval(run: Run) -> str:
     before, after = run.evaluation("before"), run.evaluation("after")
     if before is None or after is None:
         return ""
-    old, new = _outcomes(run, before), _outcomes(run, after)
-    changes = [sum(new[key]) / len(new[key]) - sum(old[key]) / len(old[key]) for key in old if key in new]
+    old, new = _accuracies(run, before), _accuracies(run, after)
+    changes = [new[key] - old[key] for key in old if key in new]
     if len(changes) < 2:
         return ""
     mean = sum(changes) / len(changes)
@@ -130,21 +139,24 @@ def accuracy_interval(run: Run) -> str:
     )
 
 
-def _outcomes(run: Run, row: Mapping[str, Any]) -> dict[str, list[bool]]:
-    """Return by problem which samples of an evaluation are right."""
-    path = run.samples_path(row)
-    found: dict[str, list[bool]] = {}
-    if path.exists():
-        for sample in read_objects(run, path):
-            found.setdefault(str(sample.get("problem_id")), []).append(bool(sample.get("symbolic_correct")))
-    return found
+def _accuracies(run: Run, row: Mapping[str, Any]) -> dict[str, float]:
+    """Return by problem the share of an evaluation's samples that are right; empty where there are very many
+    problems."""
+    right, count = Counter[str](), Counter[str]()
+    for sample in read_objects(run, run.samples_path(row)):
+        problem = shorten(sample.get("problem_id"), VALUE_CHARS)
+        count[problem] += 1
+        right[problem] += bool(sample.get("symbolic_correct"))
+        if len(count) > MOST_PROBLEMS:
+            return {}
+    return {problem: right[problem] / count[problem] for problem in count}
 
 
 def run_facts(run: Run) -> dict[str, str]:
     """Return the answers to first questions about a run, by name; absent ones are left out."""
     facts = {**_settings(run), **_course(run), "Git revision": run.environment.get("git_revision")}
-    facts["Directory"] = run.path.resolve()
-    return {name: show_hidden(value) for name, value in facts.items() if value not in (None, "")}
+    facts["Directory"] = resolve(run.path)
+    return {name: shorten(value, VALUE_CHARS) for name, value in facts.items() if value is not None and value != ""}
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -176,10 +188,10 @@ def _settings(run: Run) -> dict[str, Any]:
 
 def _course(run: Run) -> dict[str, Any]:
     """Return the facts that the run's metrics have, and its seed between them."""
-    spent = sum(finite_values(run.metrics, "seconds/total"))
+    spent = run.metrics_every * sum(finite_values(run.metrics, "seconds/total"))
     speed = finite_values(run.metrics, "throughput/tokens_per_second")
-    times = finite_values(run.metrics, "time")
-    timeouts = sum(value or 0 for value in metric_values(run.metrics, "verify/timeouts"))
+    times = [value for value in finite_values(run.metrics, "time") if 0 <= value < LATEST_TIME]
+    timeouts = run.metrics_every * sum(finite_values(run.metrics, "verify/timeouts"))
     return {
         "Warm start": f"{run.warm_start[-1]['step']} steps" if run.warm_start else None,
         "Training": f"{run.metrics[-1]['step']} steps in {format_duration(spent)}" if run.metrics else None,
@@ -204,8 +216,14 @@ def setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     directory is left out."""
     flat = [_flatten(run.config) for run in runs]
     names = sorted(set().union(*flat) - {"run.dir"})
-    rows = [(name, [shorten(values[name], 300) if name in values else "–" for values in flat]) for name in names]
-    return [(show_hidden(name), cells) for name, cells in rows if len(set(cells)) > 1]
+    rows = [
+        (name, [shorten(values[name], VALUE_CHARS) if name in values else "–" for values in flat]) for name in names
+    ]
+    differing = [(shorten(name, VALUE_CHARS), cells) for name, cells in rows if len(set(cells)) > 1]
+    left_out = len(differing) - MOST_DIFFERENCES
+    if left_out > 0:
+        differing[MOST_DIFFERENCES:] = [(f"{left_out:,} more fields differ", [""] * len(runs))]
+    return differing
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

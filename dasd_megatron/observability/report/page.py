@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -20,7 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from dasd_megatron.algorithms.methods import METHODS
@@ -37,12 +38,13 @@ from dasd_megatron.observability.report.rollouts import (
     token_rollouts,
 )
 from dasd_megatron.observability.report.run_files import (
+    LABEL_CHARS,
     ReportError,
     Run,
     read_run,
+    resolve,
     shorten,
     show_hidden,
-    to_text,
 )
 
 REPORT = "report.html"
@@ -64,7 +66,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     paths = [Path(path) for path in run_dirs]
     if not paths:
         raise ReportError("no run is given: give the directories of one run or more, like runs/<name>/<date-time>")
-    twice = [path for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
+    twice = [path for path, count in Counter(map(resolve, paths)).items() if count > 1]
     if twice:
         raise ReportError(f"{twice[0]} is given more than once: give each run once")
     if len(paths) > MOST_RUNS:
@@ -85,20 +87,28 @@ def _make_labels_unique(runs: Sequence[Run]) -> None:
     counts = Counter(run.label for run in runs)
     for run in runs:
         if counts[run.label] > 1:
-            run.label = f"{run.label} {show_hidden(run.path.resolve().name)}"
+            run.label = f"{run.label} {show_hidden(resolve(run.path).name)}"
     counts = Counter(run.label for run in runs)
     for place, run in enumerate(runs, 1):
         if counts[run.label] > 1:
             run.label = f"{run.label} ({place})"
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Return the page as one string of HTML."""
+def _template_file(name: str) -> str:
     files = resources.files("dasd_megatron.observability.report").joinpath("templates")
-    script = files.joinpath("report.js").read_text(encoding="utf-8")
+    return files.joinpath(name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = show_hidden
-    template = environment.from_string(files.joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(_template_file("report.html.jinja"))
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page as one string of HTML."""
+    template, script = _template(), _template_file("report.js")
     rollouts = [token_rollouts(run, TOKENS_IN_ALL // len(runs)) for run in runs]
     groups = [extreme_groups(run, max(3, GROUPS_IN_ALL // (2 * len(runs)))) for run in runs]
     return template.render(
@@ -126,13 +136,13 @@ def _headline_context(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "single": single,
         "name": first.label if single else f"{len(runs)} runs",
-        "algorithm": to_text(first.setting("algorithm.name")) if single else "",
+        "algorithm": shorten(first.setting("algorithm.name"), LABEL_CHARS) if single else "",
         "runs": [
             {
                 "label": run.label,
                 "key": run_colour(place),
                 "status": headline.run_status(run),
-                "algorithm": to_text(run.setting("algorithm.name")),
+                "algorithm": shorten(run.setting("algorithm.name"), LABEL_CHARS),
                 "config_text": shorten(run.config_text, chars),
                 "environment_text": shorten(run.environment_text, chars),
             }

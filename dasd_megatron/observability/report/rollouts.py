@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 from dasd_megatron.observability.report.run_files import (
     Row,
     Run,
+    file_size,
+    read_list,
     read_objects,
     saved_steps,
     shorten,
@@ -23,6 +24,7 @@ from dasd_megatron.observability.report.run_files import (
 
 # Rollouts of long runs are terabytes. This bound keeps reading for the table of groups at some seconds.
 ROLLOUT_BYTES = 200_000_000
+INSPECT_BYTES = 100_000_000
 GROUPS_KEPT = 30
 SAMPLES_PER_GROUP = 4
 SAMPLE_CHARS = 1500
@@ -31,6 +33,10 @@ ANSWER_CHARS = 200
 TOKENS_PER_ROLLOUT = 1500
 HELDOUT_PROBLEMS = 6
 HELDOUT_CHARS = 3000
+END_CHARS = 100
+MOST_STEPS_READ = 2000
+"""Saved steps that are opened in search of rollouts with token statistics. Most hold some, and a hundred fill the
+page."""
 
 
 def halving_order(count: int) -> list[int]:
@@ -68,7 +74,7 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     """
     saved = saved_steps(run, "rollouts", ".jsonl")
     steps = _steps_within(saved, max_bytes)
-    means = _mean_rewards(run, {step: saved[step] for step in steps})
+    means = _mean_rewards(run, {step: saved[step] for step in steps}, max_bytes)
     best = heapq.nsmallest(min(keep, (len(means) + 1) // 2), means, key=lambda key: (-means[key], -key[0], key[1]))
     worst = heapq.nsmallest(
         min(keep, len(means) // 2), set(means) - set(best), key=lambda key: (means[key], -key[0], key[1])
@@ -76,7 +82,7 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     chosen: dict[GroupKey, _GroupRecord] = {}
     wanted = {*best, *worst}
     for step in sorted({step for step, _ in wanted}):
-        for row in read_objects(run, saved[step]):
+        for row in read_objects(run, saved[step], max_bytes):
             group = row.get("group")
             if isinstance(group, int) and (step, group) in wanted:
                 chosen.setdefault((step, group), _GroupRecord.of_problem(step, row)).add(row)
@@ -103,10 +109,10 @@ def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
     """Return evenly spaced steps whose files have about ``max_bytes`` together, in ascending order; at least one step
     where there is any."""
     steps: list[int] = []
-    left = max_bytes
+    numbers, left = list(saved), max_bytes
     for index in halving_order(len(saved)):
-        step = list(saved)[index]
-        size = saved[step].stat().st_size
+        step = numbers[index]
+        size = file_size(saved[step])
         if steps and size > left:
             break
         steps.append(step)
@@ -114,11 +120,11 @@ def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
     return sorted(steps)
 
 
-def _mean_rewards(run: Run, files: Mapping[int, Path]) -> dict[GroupKey, float]:
-    """Return the mean of the finite rewards of each group in these steps."""
+def _mean_rewards(run: Run, files: Mapping[int, Path], max_bytes: int) -> dict[GroupKey, float]:
+    """Return the mean of the finite rewards of each group in these steps, of which each is read up to ``max_bytes``."""
     rewards: dict[GroupKey, list[float]] = {}
     for step, path in files.items():
-        for row in read_objects(run, path):
+        for row in read_objects(run, path, max_bytes):
             reward, group = to_number(row.get("reward")), row.get("group")
             if reward is not None and math.isfinite(reward) and isinstance(group, int):
                 rewards.setdefault((step, group), []).append(reward)
@@ -146,9 +152,9 @@ class _GroupRecord:
         return cls(
             step,
             row["group"],
-            shorten(to_text(row.get("problem")), PROBLEM_CHARS),
-            shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
-            shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
+            shorten(row.get("problem"), PROBLEM_CHARS),
+            shorten(row.get("expected_answer"), PROBLEM_CHARS),
+            shorten(row.get("reference_solution"), PROBLEM_CHARS),
         )
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -163,10 +169,10 @@ class _GroupRecord:
         if len(self.samples) < SAMPLES_PER_GROUP:
             self.samples.append(
                 {
-                    "text": shorten(to_text(row.get("text")), SAMPLE_CHARS),
-                    "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
+                    "text": shorten(row.get("text"), SAMPLE_CHARS),
+                    "answer": shorten(row.get("predicted_answer"), ANSWER_CHARS),
                     "reward": reward,
-                    "end": to_text(row.get("finish_reason")),
+                    "end": shorten(row.get("finish_reason"), END_CHARS),
                 }
             )
 
@@ -190,13 +196,13 @@ def token_rollouts(run: Run, budget: int) -> Rollouts:
     """
     saved = saved_steps(run, "inspect", ".json")
     chosen: dict[int, list[dict[str, Any]]] = {}
-    count = left_out = 0
-    for index in halving_order(len(saved)):
-        step = list(saved)[index]
-        if budget <= 0:
+    numbers, count, left_out = list(saved), 0, 0
+    for place, index in enumerate(halving_order(len(saved))):
+        step = numbers[index]
+        if budget <= 0 or place >= MOST_STEPS_READ:
             left_out += 1
             continue
-        entries = _read_inspected(run, saved[step])
+        entries = read_list(run, saved[step], INSPECT_BYTES)
         count += len(entries)
         chosen[step] = _token_records(run, step, entries, budget)
         budget -= sum(len(record["t"]) for record in chosen[step])
@@ -231,17 +237,6 @@ def rollouts_rule(parts: Sequence[Rollouts], budget: int) -> str:
     )
 
 
-def _read_inspected(run: Run, path: Path) -> list[Row]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("it does not hold a list of rollouts")
-    except (OSError, ValueError) as error:
-        run.notes.append(f"inspect/{path.name} could not be read: {error}")
-        return []
-    return entries
-
-
 def _token_records(run: Run, step: int, entries: Sequence[Row], budget: int) -> list[dict[str, Any]]:
     """Return the records of a step's first rollouts, until ``budget`` tokens are used up."""
     records: list[dict[str, Any]] = []
@@ -249,7 +244,7 @@ def _token_records(run: Run, step: int, entries: Sequence[Row], budget: int) -> 
         try:
             record = _token_record(entry, min(TOKENS_PER_ROLLOUT, max(budget, 50)))
         except (KeyError, TypeError, ValueError) as error:
-            run.notes.append(f"inspect/step_{step:06d}.json, rollout {place} was left out: {error!r}")
+            run.note(f"inspect/step_{step:06d}.json, rollout {place} was left out: {error!r}")
             continue
         if budget <= 0:
             break
@@ -273,9 +268,9 @@ def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:
     for short in ("p", "q"):
         columns[short] = [None if value is None else math.exp(min(value, 0.0)) for value in columns[short]]
     return {
-        "id": str(entry.get("problem_id")),
-        "text": str(entry.get("text")),
-        "problem": shorten(to_text(entry.get("problem")), PROBLEM_CHARS),
+        "id": to_text(entry.get("problem_id")),
+        "text": to_text(entry.get("text")),
+        "problem": shorten(entry.get("problem"), PROBLEM_CHARS),
         **{name: _round(to_number(entry.get(name))) for name in ("reward", "advantage", "tau", "sigma")},
         "whole": "token_advantage" in entry,
         "length": len(tokens),
@@ -300,9 +295,9 @@ def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -
     path = run.path / "rollouts" / f"step_{step:06d}.jsonl"
     wanted = {(record["id"], record["text"]) for record in records}
     found: dict[tuple[str, str], Row] = {}
-    if path.exists() and path.stat().st_size <= ROLLOUT_BYTES:
+    if file_size(path) <= ROLLOUT_BYTES:
         for row in read_objects(run, path):
-            key = (str(row.get("problem_id")), str(row.get("text")))
+            key = (to_text(row.get("problem_id")), to_text(row.get("text")))
             if key not in wanted:
                 continue
             found[key] = row
@@ -311,10 +306,10 @@ def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -
     rows = [found.get((record["id"], record["text"]), {}) for record in records]
     return [
         {
-            "expected": shorten(to_text(row.get("expected_answer")), PROBLEM_CHARS),
-            "answer": shorten(to_text(row.get("predicted_answer")), ANSWER_CHARS),
-            "solution": shorten(to_text(row.get("reference_solution")), PROBLEM_CHARS),
-            "end": to_text(row.get("finish_reason")),
+            "expected": shorten(row.get("expected_answer"), PROBLEM_CHARS),
+            "answer": shorten(row.get("predicted_answer"), ANSWER_CHARS),
+            "solution": shorten(row.get("reference_solution"), PROBLEM_CHARS),
+            "end": shorten(row.get("finish_reason"), END_CHARS),
         }
         for row in rows
     ]
@@ -329,7 +324,7 @@ def heldout_samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
         for label, row in evaluations if len(runs) == 1 else evaluations[-1:]:
             path = run.samples_path(row)
             name = label.capitalize() if len(runs) == 1 else f"{run.label}, {label}"
-            for sample in read_objects(run, path) if path.exists() else ():
+            for sample in read_objects(run, path):
                 problems.add(name, sample, HELDOUT_CHARS // len(runs))
     return list(problems.by_key.values())
 
@@ -343,14 +338,14 @@ class _HeldoutProblems:
     def add(self, side_name: str, sample: Row, chars: int) -> None:
         """Add one sample to its problem's record, unless there are enough problems already."""
         # Runs on other data may use the same ids, so the text of the problem is part of the key.
-        key = f"{sample.get('problem_id')} {sample.get('problem')}"
+        key = f"{to_text(sample.get('problem_id'))} {to_text(sample.get('problem'))}"
         if key not in self.by_key and len(self.by_key) >= HELDOUT_PROBLEMS:
             return
         problem = self.by_key.setdefault(
             key,
             {
-                "problem": shorten(to_text(sample.get("problem")), HELDOUT_CHARS),
-                "expected": to_text(sample.get("expected_answer")),
+                "problem": shorten(sample.get("problem"), HELDOUT_CHARS),
+                "expected": shorten(sample.get("expected_answer"), PROBLEM_CHARS),
                 "sides": {},
             },
         )
@@ -358,10 +353,10 @@ class _HeldoutProblems:
         side = problem["sides"].setdefault(
             side_name,
             {
-                "text": shorten(to_text(sample.get("generation")), chars),
-                "predicted": to_text(sample.get("predicted_answer")),
+                "text": shorten(sample.get("generation"), chars),
+                "predicted": shorten(sample.get("predicted_answer"), ANSWER_CHARS),
                 "accepted": correct,
-                "finish": to_text(sample.get("finish_reason")),
+                "finish": shorten(sample.get("finish_reason"), END_CHARS),
                 "correct": 0,
                 "of": 0,
             },
