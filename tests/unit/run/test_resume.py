@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.config import read_config
+from dasd_megatron.reading import UnreadableError
 from dasd_megatron.run.prepare import prepare_run
 from tests.support.chat_templates import DATED, tokenizer_with
 from tests.support.small_configs import GOOD, configure, refusal
@@ -95,7 +96,8 @@ def test_prompts_that_have_changed_are_no_start_to_go_on_from(files: list[str], 
     message = refusal(lambda: prepare_run(configure(*here, "resume=auto"), tmp_path / "run"))
     assert message.startswith("the prompts of train.student are not those") and str(paths.prompts) in message
     paths.prompts.write_text("[1, 2")
-    assert "prompts.json is damaged" in refusal(lambda: prepare_run(configure(*here, "resume=auto"), tmp_path / "run"))
+    with pytest.raises(UnreadableError, match=r"prompts\.json is damaged"):
+        prepare_run(configure(*here, "resume=auto"), tmp_path / "run")
 
 
 def test_variables_of_the_chat_template_are_compared(files: list[str], tmp_path: Path) -> None:
