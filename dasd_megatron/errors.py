@@ -7,12 +7,31 @@ is a defect and keeps its traceback.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 
 from dasd_megatron import stopping
 
 _LONGEST_LINE = 1000
+# Control characters, marks that end a line or change the direction of writing, and halves of surrogate pairs.
+_NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Return ``text`` on one line that a terminal, a log or a page can show, cut to ``limit`` characters.
+
+    What models, servers and files say may hold escape sequences, which would move the cursor or recolour what follows,
+    and halves of surrogate pairs, which cannot be written as UTF-8. Each run of such characters becomes one space.
+    """
+    cut = text if limit is None else text[: limit + 1]
+    shown = _NOT_PRINTABLE.sub(" ", cut).strip()
+    return shown if limit is None or len(cut) <= limit else f"{shown[:limit]}..."
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines as :func:`printable` does each line; lines and their indentation stay."""
+    return "\n".join(_NOT_PRINTABLE.sub(" ", line.expandtabs()).rstrip() for line in text.split("\n"))
 
 
 def report_errors(work: Callable[[], None]) -> int:
@@ -31,10 +50,11 @@ def report_errors(work: Callable[[], None]) -> int:
         # Errors that name a cause and a remedy are classes of this package. Others are defects.
         if type(error).__module__.startswith("dasd_megatron."):
             rank = os.environ.get("RANK", "0")
+            message = printable_lines(str(error))
             if rank == "0":
-                print(f"dasd: error: {error}", file=sys.stderr, flush=True)
+                print(f"dasd: error: {message}", file=sys.stderr, flush=True)
             elif not getattr(error, "on_all_ranks", False):
-                print(f"dasd: error on rank {rank}: {error}", file=sys.stderr, flush=True)
+                print(f"dasd: error on rank {rank}: {message}", file=sys.stderr, flush=True)
             return 1
         raise
     return 0
@@ -51,7 +71,7 @@ def first_line(error: BaseException) -> str:
     long line the beginning is left.
     """
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return "".join(c if c.isprintable() else " " for c in line[:_LONGEST_LINE])
+    return printable(line[:_LONGEST_LINE])
 
 
 def enumerate_names(names: Iterable[str], conjunction: str) -> str:

@@ -36,6 +36,7 @@ from dasd_megatron.evaluation.summary import print_table, write_metrics
 from dasd_megatron.files import replace_file
 from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
 from dasd_megatron.observability.progress import ProgressDisplay
+from dasd_megatron.rollout.answers import show
 from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.local_server import LocalServer
@@ -156,7 +157,7 @@ async def _ask_servers(client: RolloutClient) -> dict[str, str | None]:
     for url, model in zip(client.urls, models, strict=True):
         if model != models[0]:
             raise EvaluationError(
-                f"{client.urls[0]} serves {models[0]} and {url} serves {model}: give servers of one model"
+                f"{client.urls[0]} serves {show(models[0])} and {url} serves {show(model)}: give servers of one model"
             )
     return models[0]
 

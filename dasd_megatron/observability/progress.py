@@ -18,13 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
-
-def clean(text: str) -> str:
-    """Return ``text`` on one line without control characters, so that nothing from a model or a server can move the
-    reader's cursor."""
-    return _CONTROL.sub(" ", text).strip()
+from dasd_megatron.errors import printable
 
 
 def _is_terminal(stream: TextIO) -> bool:
@@ -150,10 +144,10 @@ class ProgressDisplay:
         """Show one line of information."""
         moment = time.strftime("%H:%M:%S", time.localtime(self._clock()))
         if self.live:
-            self._console.print(Text.assemble((moment, "dim"), " ", (clean(text), style)), soft_wrap=True)
+            self._console.print(Text.assemble((moment, "dim"), " ", (printable(text), style)), soft_wrap=True)
         else:
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
-            line = f"{moment} {clean(text)}\n".encode(encoding, errors="replace").decode(encoding)
+            line = f"{moment} {printable(text)}\n".encode(encoding, errors="replace").decode(encoding)
             self._stream.write(line)
             self._stream.flush()
 
@@ -166,10 +160,10 @@ class _Bar:
     """The live bar of one phase."""
 
     def __init__(self, bars: Progress, name: str, total: int | None) -> None:
-        self._bars, self._task = bars, bars.add_task(clean(name), total=total, note="")
+        self._bars, self._task = bars, bars.add_task(printable(name), total=total, note="")
 
     def update(self, done: int, note: str) -> None:
-        self._bars.update(self._task, completed=done, note=clean(note))
+        self._bars.update(self._task, completed=done, note=printable(note))
 
     def remove(self) -> None:
         self._bars.remove_task(self._task)
@@ -281,6 +275,6 @@ def summary_table(
     if not table.rows:
         table.add_row("not evaluated", "-", "-", "-")
     console.print(table)
-    width = max((len(clean(str(name))) for name in facts), default=0)
+    width = max((len(printable(str(name))) for name in facts), default=0)
     for name, value in facts.items():
-        console.print(Text(f"  {clean(str(name)):<{width}}  {clean(str(value))}"), soft_wrap=True)
+        console.print(Text(f"  {printable(str(name)):<{width}}  {printable(str(value))}"), soft_wrap=True)

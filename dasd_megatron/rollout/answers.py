@@ -1,7 +1,8 @@
 """Checks on what rollout servers answer: an answer is read only when it is sound in whole.
 
 A sound answer of /generate has as many rows as were asked for, at least one token a row and no more than were asked
-for, ids of the vocabulary, one finite log-prob per token, and the expected weight version.
+for, ids of the vocabulary, one finite log-prob per token, and the expected weight version. No answer has more bytes
+than what was asked for can need. A server's own words are shown on one line, cut, and without control characters.
 """
 
 from __future__ import annotations
@@ -9,14 +10,37 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 import orjson
 
+from dasd_megatron.errors import printable
+
 LOG_PROB_TOLERANCE = 1e-3
 """Rounding may put a certain token's log-prob a little above 0."""
+PLAIN_ANSWER_BYTES = 32 * 2**20
+"""The most that an answer without samples may have. The longest is /weights_checker: 100 bytes for each tensor of each
+process."""
+ROW_BYTES = 64 * 2**10
+"""The most that a row of /generate may have beside its tokens."""
+TOKEN_BYTES = 2**10
+"""The most that one token may add to an answer of /generate: its id twice, its log-prob, its version, and its text. The
+longest tokens of today's vocabularies are 256 spaces, and a character takes up to six bytes of JSON where it is
+escaped."""
+DEFAULT_NEW_TOKENS = 2**15
+"""Number of tokens that an answer is given room for where the request sets no ``max_new_tokens``."""
+WORDS, VALUE = 1000, 200
+"""The most characters that are shown of a server's message, and of a value in its answer."""
+_MOST_VERSION_CHARACTERS = 200
+# These names stand once in each row. Inside a text they would be followed by a backslash, which escapes the quote.
+_NAMES_OF_A_ROW = re.compile(rb'"(meta_info|output_ids|output_token_logprobs|finish_reason)"\s*:')
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxlong = _VALUES.maxother = WORDS
 
 
 @dataclass(slots=True)
@@ -43,11 +67,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The response of a server to a request for ``path``."""
+    """The response of a server to a request for ``path``. ``headers`` may be asked in any case."""
 
     path: str
     status: int
     content: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class FailedTryError(Exception):
@@ -62,6 +87,22 @@ class OtherVersionError(FailedTryError):
         self.version = version
 
 
+def show(value: Any, limit: int = VALUE) -> str:
+    """Return a value of an answer as it stands in a message: cut in length and depth, and printable."""
+    return printable(_VALUES.repr(value), limit)
+
+
+def completions_bytes(sampling_params: Sequence[Mapping[str, Any]]) -> int:
+    """Return the most bytes that an answer of /generate may have, with one row for each of ``sampling_params``."""
+    tokens = sum(params.get("max_new_tokens") or DEFAULT_NEW_TOKENS for params in sampling_params)
+    return PLAIN_ANSWER_BYTES + ROW_BYTES * len(sampling_params) + TOKEN_BYTES * tokens
+
+
+def prompt_bytes(input_ids: Sequence[int]) -> int:
+    """Return the most bytes that an answer with the log-probs of the prompt ``input_ids`` may have."""
+    return PLAIN_ANSWER_BYTES + TOKEN_BYTES * len(input_ids)
+
+
 def ignore_answer(response: Answer) -> None:
     """Accept any answer, where the status says it all."""
 
@@ -70,7 +111,7 @@ def check_success(response: Answer) -> None:
     """Raise FailedTryError unless the answer says that the call succeeded."""
     answer = read_json_object(response)
     if answer.get("success") is not True:
-        raise FailedTryError(f"{response.path} failed: {answer.get('message')!r}")
+        raise FailedTryError(f"{response.path} failed: {show(answer.get('message'), WORDS)}")
 
 
 def read_json(response: Answer) -> Any:
@@ -78,8 +119,10 @@ def read_json(response: Answer) -> Any:
     try:
         return orjson.loads(response.content)
     except ValueError as error:
+        kind = show(response.headers.get("Content-Type", "no type"))
         raise FailedTryError(
-            f"{response.path} answered what is not JSON ({error}): {response.content[:80]!r}"
+            f"{response.path} answered what is not JSON ({printable(str(error), VALUE)}) but {kind}: "
+            f"{response.content[:80]!r}"
         ) from error
 
 
@@ -100,12 +143,24 @@ def error_message(response: Answer) -> str:
     try:
         body = orjson.loads(response.content)
     except ValueError:
-        return response.content.decode(errors="replace")[:300]
+        return printable(response.content[:300].decode(errors="replace"))
     if isinstance(body, dict):
         error = body.get("error")
         message = error.get("message") if isinstance(error, dict) else error
-        return str(message or body.get("message") or body.get("detail") or body)[:1000]
-    return str(body)[:300]
+        body = message or body.get("message") or body.get("detail") or body
+    return printable(body, WORDS) if isinstance(body, str) else show(body)
+
+
+def read_version(response: Answer) -> str:
+    """Return the weight version that /model_info names; raises FailedTryError where it names none."""
+    version = read_json_object(response).get("weight_version")
+    if not _is_version(version):
+        raise FailedTryError(f"{response.path} names no weight version, but {show(version)}")
+    return version
+
+
+def _is_version(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and len(value) <= _MOST_VERSION_CHARACTERS
 
 
 def read_checksums(response: Answer) -> list[dict[str, str]]:
@@ -113,9 +168,12 @@ def read_checksums(response: Answer) -> list[dict[str, str]]:
     check_success(response)
     ranks: Any = read_json_object(response).get("ranks")
     try:
-        return [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
-    except (TypeError, KeyError, IndexError) as error:
-        raise FailedTryError(f"{response.path} answered no checksums: {str(ranks)[:80]}") from error
+        ranks = [rank["checksums"] for rank in sorted(ranks, key=lambda rank: rank["parallelism_info"][0]["tp_rank"])]
+        if all(all(type(value) is str for value in checksums.values()) for checksums in ranks):
+            return ranks
+    except (TypeError, KeyError, IndexError, AttributeError):
+        pass
+    raise FailedTryError(f"{response.path} answered no checksums: {show(ranks)}")
 
 
 def read_completions(
@@ -124,7 +182,14 @@ def read_completions(
     weight_version: str | Collection[str] | None,
     vocab_size: int | None = None,
 ) -> list[Completion]:
-    """Read the completions of an answer of /generate; raises as :func:`check_completions`."""
+    """Read the completions of an answer of /generate; raises as :func:`check_completions`.
+
+    An object that has a name twice is refused too, since parsers do not agree which of the two counts.
+    """
+    names = Counter(_NAMES_OF_A_ROW.findall(response.content))
+    for name, count in names.items():
+        if count > len(sampling_params):
+            raise FailedTryError(f"/generate answered garbage: {name.decode()} stands more than once in a row")
     with _without_cycle_collection():
         return check_completions(read_json(response), sampling_params, weight_version, vocab_size)
 
@@ -179,9 +244,9 @@ def _read_row(
         raise _unsound(index, "no meta_info")
     reason = meta.get("finish_reason")
     if not isinstance(reason, dict) or not isinstance(reason.get("type"), str):
-        raise _unsound(index, f"finish_reason is {reason!r}")
+        raise _unsound(index, f"finish_reason is {show(reason)}")
     if reason["type"] == "abort":
-        raise FailedTryError(f"row {index} was aborted by the server: {reason.get('message')!r}")
+        raise FailedTryError(f"row {index} was aborted by the server: {show(reason.get('message'), WORDS)}")
     ids = _read_ids(row, index, reason["type"], max_new_tokens, vocab_size)
     log_probs = _read_log_probs(meta, index, ids)
     text = row.get("text", "")  # a server started without a tokenizer sends none
@@ -191,11 +256,10 @@ def _read_row(
     if weight_version is not None:
         accepted = {weight_version} if isinstance(weight_version, str) else weight_version
         if any(version not in accepted for version, _ in versions):
-            found = " and ".join(sorted({repr(version) for version, _ in versions}))
+            found = " and ".join(sorted({show(version) for version, _ in versions}))
             wanted = " or ".join(sorted(map(repr, accepted)))
             raise OtherVersionError(
-                f"expected weight version {wanted}, but row {index} was sampled under {found}",
-                str(meta.get("weight_version")),
+                f"expected weight version {wanted}, but row {index} was sampled under {found}", meta["weight_version"]
             )
     return Completion(ids, log_probs, reason["type"], versions, text)
 
@@ -212,7 +276,7 @@ def _read_ids(
         raise _unsound(index, "output_ids is not a list of integers")
     if not ids:
         # Every response ends with a stop token or at the limit, so that even the shortest has one token.
-        raise _unsound(index, f"no tokens, but finish_reason {reason!r}")
+        raise _unsound(index, f"no tokens, but finish_reason {show(reason)}")
     if max_new_tokens is not None and len(ids) > max_new_tokens:
         raise _unsound(index, f"{len(ids)} tokens, but max_new_tokens is {max_new_tokens}")
     largest = math.inf if vocab_size is None else vocab_size - 1
@@ -241,10 +305,10 @@ def _read_log_probs(meta: dict[str, Any], index: int, ids: list[int]) -> list[fl
         or max(log_probs) > LOG_PROB_TOLERANCE
     ):
         position, value = next((i, value) for i, value in enumerate(log_probs) if not _is_log_prob(value))
-        raise _unsound(index, f"log-prob {value!r} of token {position}")
+        raise _unsound(index, f"log-prob {show(value)} of token {position}")
     if list(tokens) != ids:
         position = next(i for i, (token, drawn) in enumerate(zip(tokens, ids, strict=True)) if token != drawn)
-        raise _unsound(index, f"log-prob {position} belongs to token {tokens[position]!r}, not to {ids[position]}")
+        raise _unsound(index, f"log-prob {position} belongs to token {show(tokens[position])}, not to {ids[position]}")
     return list(map(float, log_probs))
 
 
@@ -260,9 +324,11 @@ def _is_log_prob(value: Any) -> bool:
 
 def _read_versions(meta: dict[str, Any], index: int, length: int) -> list[tuple[str, int]]:
     """Return (version, tokens) of each stretch of a response of ``length`` tokens."""
-    spans = meta.get("weight_versions")
+    version, spans = meta.get("weight_version"), meta.get("weight_versions")
+    if not _is_version(version):
+        raise _unsound(index, f"weight_version is {show(version)}")
     if not spans:
-        return [(str(meta.get("weight_version")), length)]
+        return [(version, length)]
     versions, end = [], 0
     for span in spans if isinstance(spans, list) else []:
         if (
@@ -270,15 +336,16 @@ def _read_versions(meta: dict[str, Any], index: int, length: int) -> list[tuple[
             or span.get("start") != end
             or type(span.get("end")) is not int
             or span["end"] < end
+            or not _is_version(span.get("version"))
         ):
             break
         if span["end"] > end:
-            versions.append((str(span.get("version")), span["end"] - end))
+            versions.append((span["version"], span["end"] - end))
         end = span["end"]
     else:
         if end == length:
             return versions
-    raise _unsound(index, f"weight_versions {spans!r} are not spans of {length} tokens")
+    raise _unsound(index, f"weight_versions {show(spans)} are not spans of {length} tokens")
 
 
 def read_prompt_log_probs(response: Answer, input_ids: Sequence[int]) -> list[float]:
@@ -295,7 +362,7 @@ def read_prompt_log_probs(response: Answer, input_ids: Sequence[int]) -> list[fl
     values = [triple[0] for triple in triples[1:]]
     for value in values:
         if not _is_log_prob(value):
-            raise _unsound_prompt(f"log-prob {value!r} of a prompt token")
+            raise _unsound_prompt(f"log-prob {show(value)} of a prompt token")
     return [float(value) for value in values]
 
 

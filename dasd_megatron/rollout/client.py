@@ -18,16 +18,21 @@ from dasd_megatron import stopping
 from dasd_megatron.access import api_key
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout.answers import (
+    WORDS,
     Answer,
     Completion,
     FailedTryError,
     OtherVersionError,
     check_success,
+    completions_bytes,
     ignore_answer,
+    prompt_bytes,
     read_checksums,
     read_completions,
     read_json_object,
     read_prompt_log_probs,
+    read_version,
+    show,
 )
 from dasd_megatron.rollout.pool import Event, ServerPool, Status
 from dasd_megatron.rollout.transport import (
@@ -41,6 +46,8 @@ from dasd_megatron.rollout.transport import (
 MemoryTag = Literal["weights", "kv_cache"]
 
 PROBE_SECONDS = 10.0
+MOST_PROCESSES = 4096
+"""The most processes that a server may say to share the model among."""
 
 
 class RolloutClient(Transport):
@@ -100,7 +107,10 @@ class RolloutClient(Transport):
             def read(response: Answer) -> list[Completion]:
                 return read_completions(response, params, weight_version, vocab_size)
 
-            return await self._request("POST", "/generate", read, body=body, version_of=self._version_after)
+            most_bytes = completions_bytes(params)
+            return await self._request(
+                "POST", "/generate", read, body=body, most_bytes=most_bytes, version_of=self._version_after
+            )
 
         answers = await all_or_cancel([request(start) for start in range(0, len(prompts), rows_per_request)])
         return [completion for answer in answers for completion in answer]
@@ -175,7 +185,9 @@ class RolloutClient(Transport):
         def read(response: Answer) -> None:
             answer = read_json_object(response)
             if answer.get("success") is not True:
-                raise FailedTryError(f"/update_weights_from_disk of {path} failed: {answer.get('message')!r}")
+                raise FailedTryError(
+                    f"/update_weights_from_disk of {path} failed: {show(answer.get('message'), WORDS)}"
+                )
 
         body = {"model_path": str(path), "weight_version": weight_version}
 
@@ -199,7 +211,7 @@ class RolloutClient(Transport):
             found = read_json_object(response).get("weight_version")
             if found != weight_version:
                 raise OtherVersionError(
-                    f"expected weight version {weight_version!r} after the update, but the server reports {found!r}"
+                    f"expected weight version {weight_version!r} after the update, but the server reports {show(found)}"
                 )
 
         await self._request("GET", "/model_info", check, index=index)
@@ -217,13 +229,13 @@ class RolloutClient(Transport):
                 # /server_info asks the engine, which /model_info does not. SGLang's /health would generate, and the
                 # engine may be paused.
                 await self._request("GET", "/server_info", read_json_object, index=index, tries=1, limit=PROBE_SECONDS)
-                info = await self._request(
-                    "GET", "/model_info", read_json_object, index=index, tries=1, limit=PROBE_SECONDS
+                version = await self._request(
+                    "GET", "/model_info", read_version, index=index, tries=1, limit=PROBE_SECONDS
                 )
             except RolloutServerError as error:
                 self.pool.record(url, Event.FAILED, reason=error.failure)
                 return False
-            self.pool.record(url, Event.ANSWERED, str(info.get("weight_version")))
+            self.pool.record(url, Event.ANSWERED, version)
             return True
 
         answered = await asyncio.gather(*map(ask, urls))
@@ -247,7 +259,18 @@ class RolloutClient(Transport):
 
     async def tensor_parallel_sizes(self) -> dict[str, int]:
         """Return by address how many processes share each copy of the model; raises as :meth:`descriptions`."""
-        return {url: int(info.get("tp_size", 1)) for url, info in (await self.descriptions()).items()}
+        sizes: dict[str, int] = {}
+        failure: RolloutServerError | None = None
+        for url, info in (await self.descriptions()).items():
+            size = info.get("tp_size", 1)
+            if type(size) is int and 1 <= size <= MOST_PROCESSES:
+                sizes[url] = size
+            else:
+                failure = RolloutServerError(url, f"/server_info says tp_size={show(size)}", 1, "look at its log")
+                self.pool.record(url, Event.FAILED, reason=failure.failure)
+        if not sizes and failure is not None:
+            raise failure
+        return sizes
 
     async def descriptions(self) -> dict[str, dict[str, Any]]:
         """Return by address /model_info and, over it, /server_info, which has the settings of the start.
@@ -294,7 +317,9 @@ class RolloutClient(Transport):
         def read(response: Answer) -> list[float]:
             return read_prompt_log_probs(response, input_ids)
 
-        return await self._request("POST", "/generate", read, index=self.urls.index(url), body=body)
+        return await self._request(
+            "POST", "/generate", read, index=self.urls.index(url), body=body, most_bytes=prompt_bytes(input_ids)
+        )
 
     async def init_weights_update_group(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import re
 import shutil
 import subprocess
@@ -18,12 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
+import orjson
 
 from dasd_megatron import access
 from dasd_megatron.access import AccessError
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.errors import printable
+from dasd_megatron.rollout.answers import Answer, FailedTryError, read_json_object, show
 from dasd_megatron.rollout.client import RolloutClient, make_client
+from dasd_megatron.rollout.exchange import fetch
 from dasd_megatron.rollout.pool import Event, Status
 from dasd_megatron.rollout.transport import (
     DENIED_STATUS,
@@ -37,7 +39,10 @@ if TYPE_CHECKING:
 
 SCONTROL_SECONDS = 30.0
 POLL_SECONDS = 0.5
+ROUTER_SECONDS = 10.0
 _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SERVER_ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._/-]*)?")
+_MOST_CONFIG_BYTES = 10 * 2**20
 # The shapes of the weights and the result of a forward pass depend on these fields of config.json.
 _ARCHITECTURE = (
     "model_type",
@@ -126,7 +131,7 @@ def expand_host_list(hosts: str) -> list[str]:
     names = done.stdout.split("\n")[:-1]
     # scontrol ends with status 0 for lists that it cannot read, and takes "gpu[01-04" for the host "gpu]".
     if done.returncode or not names or not all(map(_HOST_NAME.fullmatch, names)):
-        said = " ".join(f"{done.stderr} {done.stdout}".split())[:300] or "nothing"
+        said = printable(f"{done.stderr} {done.stdout}", 300) or "nothing"
         raise DiscoveryError(
             f"rollout.nodes={hosts}: scontrol show hostnames ended with status {done.returncode} and said {said!r}; "
             "write a Slurm host list like gpu[01-04,07]"
@@ -152,45 +157,43 @@ def router_servers(router: str, timeout_seconds: float) -> list[str]:
         AccessError: it refuses the API key, or asks for one.
     """
     deadline, key = time.monotonic() + timeout_seconds, access.api_key()
-    with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(key)) as http:
-        while True:
-            try:
-                response = http.get(f"{router}/workers")
-            except httpx.HTTPError as error:
-                waiting_for = f"it does not answer ({type(error).__name__}: {error})"
-            else:
-                if response.status_code in DENIED_STATUS:
-                    raise AccessError(
-                        f"rollout.router={router}: {'; '.join(access.refusal(response.status_code, key))}"
-                    )
-                found = _read_listed_servers(router, response)
-                if found:
-                    return found
-                waiting_for = "it lists no server"
-            if time.monotonic() + POLL_SECONDS >= deadline:
-                raise DiscoveryError(
-                    f"rollout.router={router}: {waiting_for} within "
-                    f"rollout.startup_timeout_seconds={timeout_seconds:g}; start the servers, then the router (dasd "
-                    "router), and look at its log"
-                )
-            time.sleep(POLL_SECONDS)
+    while True:
+        try:
+            response = fetch(router, "/workers", api_key=key, seconds=ROUTER_SECONDS)
+        except FailedTryError as error:
+            waiting_for = f"it does not answer ({error})"
+        else:
+            if response.status in DENIED_STATUS:
+                raise AccessError(f"rollout.router={router}: {'; '.join(access.refusal(response.status, key))}")
+            found = _read_listed_servers(router, response)
+            if found:
+                return found
+            waiting_for = "it lists no server"
+        if time.monotonic() + POLL_SECONDS >= deadline:
+            raise DiscoveryError(
+                f"rollout.router={router}: {waiting_for} within "
+                f"rollout.startup_timeout_seconds={timeout_seconds:g}; start the servers, then the router (dasd "
+                "router), and look at its log"
+            )
+        time.sleep(POLL_SECONDS)
 
 
-def _read_listed_servers(router: str, response: httpx.Response) -> list[str]:
+def _read_listed_servers(router: str, response: Answer) -> list[str]:
     """Return the servers of a router's answer, sorted; raises DiscoveryError."""
     try:
-        workers = response.json()["workers"]
+        workers: Any = read_json_object(response)["workers"]
         # With --dp-aware it lists the replicas of a server one by one, as address@rank.
         urls = sorted({re.sub(r"@\d+$", "", worker["url"]).rstrip("/") for worker in workers})
-    except (ValueError, KeyError, TypeError) as error:
+    except (FailedTryError, KeyError, TypeError) as error:
         raise DiscoveryError(
-            f"rollout.router={router}: /workers answered {response.status_code} and no list of servers, so this is no "
+            f"rollout.router={router}: /workers answered {response.status} and no list of servers, so this is no "
             "sglang-router; give a router's address, or write the servers' own in rollout.servers"
         ) from error
     for url in urls:
-        if not url.startswith(("http://", "https://")):
+        if not _SERVER_ADDRESS.fullmatch(url):
             raise DiscoveryError(
-                f"rollout.router={router} lists {url}, which takes no HTTP: start that server without gRPC"
+                f"rollout.router={router} lists {show(url)}, which is no address like http://10.0.0.1:30000: start "
+                "that server with it, and without gRPC"
             )
     return urls
 
@@ -214,7 +217,7 @@ async def check_models(client: RolloutClient, hf_config: PretrainedConfig) -> li
     for url, info in answered.items():
         differences = _find_differences(info, hf_config)
         if differences:
-            wrong.append(f"{url} serves another model ({info.get('model_path')}): {', '.join(differences)}")
+            wrong.append(f"{url} serves another model ({show(info.get('model_path'))}): {', '.join(differences)}")
     if wrong:
         raise WrongModelError(f"{'; '.join(wrong)}; {_FIX}")
     return list(answered)
@@ -225,15 +228,15 @@ def _find_differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> l
     if info.get("is_generation") is False:
         return ["it does not generate text"]
     said = {name: info.get(name) for name in ("architectures", "model_type", "vocab_size")}
-    path = Path(str(info.get("model_path")))
+    path = info.get("model_path")
     # A relative path starts from the server's working directory, which is unknown here.
-    stored = _read_config(path) if path.is_absolute() else {}
+    stored = _read_config(Path(path)) if isinstance(path, str) and path.startswith("/") else {}
     expected = {name: getattr(hf_config, name, None) for name in ("architectures", *_ARCHITECTURE)}
     found = {name: stored.get(name) for name in _ARCHITECTURE} | {
         name: value for name, value in said.items() if value is not None
     }
     return [
-        f"{name} is {found[name]!r} there and {expected[name]!r} in the run"
+        f"{name} is {show(found[name])} there and {expected[name]!r} in the run"
         for name in expected
         if found.get(name) is not None and expected[name] is not None and found[name] != expected[name]
     ]
@@ -242,8 +245,12 @@ def _find_differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> l
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a directory, empty where this machine does not have it: the server may be on another
     machine."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
+        # The server names the directory, and what lies there need not be a model.
+        if not path.is_file() or path.stat().st_size > _MOST_CONFIG_BYTES:
+            return {}
+        config = orjson.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx
 import psutil
 
 import dasd_megatron
 from dasd_megatron import access, stopping
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.errors import printable_lines
+from dasd_megatron.rollout.answers import FailedTryError
+from dasd_megatron.rollout.exchange import fetch
 from dasd_megatron.rollout.sockets import ListenError, bind
 
 POLL_SECONDS = 0.1
@@ -27,6 +29,7 @@ TAIL_LINES = 20
 TAIL_LINES_WITH_STACKS = 200
 TAIL_BYTES = 256 * 1024
 LINE_CHARS = 400
+HEALTH_SECONDS = 10.0
 STACKS_SIGNAL = signal.SIGUSR2
 """Lets the processes of a server write the Python stacks of their threads into its log: start_server.py and the entry
 point of the embedded server register it."""
@@ -224,24 +227,21 @@ class LocalServer:
         limit = self.rollout.startup_timeout_seconds
         deadline = time.monotonic() + limit
         asked, outcome = 0, "nothing"
-        with httpx.Client(timeout=10.0, trust_env=False) as http:
-            while time.monotonic() < deadline:
-                stopping.raise_if_requested()
-                if process.poll() is not None:
-                    raise ServerStartError(
-                        f"the rollout server ended with status {process.returncode}. {self.log_tail()}"
-                    )
-                asked += 1
-                try:
-                    status = http.get(f"{self.url}/health").status_code
-                except httpx.TransportError as error:
-                    # It does not listen before the model is loaded.
-                    outcome = f"no answer ({type(error).__name__})"
-                else:
-                    if status == 200:
-                        return
-                    outcome = f"status {status}"
-                time.sleep(POLL_SECONDS)
+        while time.monotonic() < deadline:
+            stopping.raise_if_requested()
+            if process.poll() is not None:
+                raise ServerStartError(f"the rollout server ended with status {process.returncode}. {self.log_tail()}")
+            asked += 1
+            try:
+                status = fetch(self.url, "/health", api_key=None, seconds=HEALTH_SECONDS).status
+            except FailedTryError as error:
+                # It does not listen before the model is loaded.
+                outcome = f"no answer ({error})"
+            else:
+                if status == 200:
+                    return
+                outcome = f"status {status}"
+            time.sleep(POLL_SECONDS)
         # Whether the processes wait, compute or are stopped tells a hang from a machine that is too busy. The requests
         # do too: they are few where the machine stood still.
         processes = _describe_processes(process)
@@ -265,12 +265,12 @@ class LocalServer:
         raise ServerStartError(f"another server answers at {self.url}: choose another rollout.port. {self.log_tail()}")
 
     def log_tail(self, lines: int = TAIL_LINES) -> str:
-        """Return the log's last lines, under the path of the file. Long lines are cut."""
+        """Return the log's last lines, under the path of the file. Long lines are cut, and all are printable."""
         with self.log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = log.read(TAIL_BYTES).decode(errors="replace")
         tail = [line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]} ..." for line in text.splitlines()[-lines:]]
-        return f"The end of {self.log_path}:\n" + "\n".join(tail)
+        return f"The end of {self.log_path}:\n" + printable_lines("\n".join(tail))
 
 
 def _session_members(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

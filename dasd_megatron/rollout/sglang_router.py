@@ -8,13 +8,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-
-import httpx
+from typing import Any
 
 from dasd_megatron import access
+from dasd_megatron.rollout.answers import FailedTryError, read_json_object
+from dasd_megatron.rollout.exchange import fetch
 from dasd_megatron.rollout.local_server import ROUTER_STARTER, TERMINATE_SECONDS, ServerStartError, for_sglang
 
 POLL_SECONDS = 0.2
+REQUEST_SECONDS = 10.0
 DEFAULT_POLICY = "round_robin"
 """The router's own default, cache_aware, sees no text in a request of token ids and sends nearly all of them to one
 server."""
@@ -83,21 +85,20 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, servers: Seque
     """Return once the router lists every server as healthy."""
     deadline = time.monotonic() + timeout
     missing = list(servers)
-    with httpx.Client(timeout=10.0, trust_env=False, headers=access.headers(access.api_key())) as http:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise ServerStartError(f"sglang-router ended with status {process.returncode}; its log is above")
-            try:
-                listed = {
-                    worker["url"] for worker in http.get(f"{url}/workers").json()["workers"] if worker["is_healthy"]
-                }
-            except httpx.TransportError:
-                pass  # The router does not listen yet.
-            else:
-                missing = [server for server in servers if server not in listed]
-                if not missing:
-                    return
-            time.sleep(POLL_SECONDS)
+    key = access.api_key()
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerStartError(f"sglang-router ended with status {process.returncode}; its log is above")
+        try:
+            workers: Any = read_json_object(fetch(url, "/workers", api_key=key, seconds=REQUEST_SECONDS))["workers"]
+            listed = {worker["url"] for worker in workers if worker["is_healthy"]}
+        except (FailedTryError, KeyError, TypeError):
+            pass  # The router does not listen yet, or is not ready.
+        else:
+            missing = [server for server in servers if server not in listed]
+            if not missing:
+                return
+        time.sleep(POLL_SECONDS)
     raise ServerStartError(
         f"sglang-router got no answer from {', '.join(missing)} within --startup-timeout {timeout:g}; see that these "
         "servers run"

@@ -12,29 +12,34 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import aiohttp
-import orjson
 
 from dasd_megatron import access
-from dasd_megatron.rollout.answers import Answer, FailedTryError, OtherVersionError, error_message
+from dasd_megatron.errors import printable
+from dasd_megatron.rollout.answers import (
+    PLAIN_ANSWER_BYTES,
+    Answer,
+    FailedTryError,
+    OtherVersionError,
+    error_message,
+)
+from dasd_megatron.rollout.exchange import exchange, failed_try, open_session
 from dasd_megatron.rollout.pool import Event, ServerPool
 
 T = TypeVar("T")
 
 MAX_BACKOFF_SECONDS = 30.0
-KEEP_ALIVE_SECONDS = 4.0
-"""SGLang closes connections that were idle for 5 s; a request must not meet that."""
-READ_BUFFER_BYTES = 2**20
-"""The buffer of one connection; answers with long rows have megabytes."""
 DENIED_STATUS = frozenset({401, 403})
 RETRIED_STATUS = frozenset({408, 425, 429})
 """Statuses that mean to try again, beside all of 5xx."""
-_JSON_HEADERS = {"Content-Type": "application/json"}
+_FAILURE_CHARACTERS = 2000
+"""The most that a message says of one failure, which may hold a server's words."""
 
 
 class RolloutServerError(RuntimeError):
     """A rollout server that cannot be used: ``url``, the ``failure`` in words, after how many ``tries``."""
 
     def __init__(self, url: str, failure: str, tries: int, fix: str):
+        url, failure = printable(url), printable(failure, _FAILURE_CHARACTERS)
         super().__init__(f"{url}: {failure} (after {tries} {'try' if tries == 1 else 'tries'}); {fix}")
         self.url = url
         self.failure = failure
@@ -68,8 +73,8 @@ class _DeniedError(FailedTryError):
 class _Request(Generic[T]):
     """A request, and how its answer is read: ``read`` raises FailedTryError where it does not accept the answer.
 
-    body: goes as JSON, unless it is None; limit: seconds; version_of: the weight version that an answer shows its
-    server to hold.
+    body: goes as JSON, unless it is None; limit: seconds; most_bytes: of the answer; version_of: the weight version
+    that an answer shows its server to hold.
     """
 
     method: str
@@ -77,6 +82,7 @@ class _Request(Generic[T]):
     body: Any
     read: Callable[[Answer], T]
     limit: float
+    most_bytes: int
     version_of: Callable[[T], str | None] | None
 
 
@@ -162,19 +168,20 @@ class Transport:
         body: Any = None,
         tries: int | None = None,
         limit: float | None = None,
+        most_bytes: int = PLAIN_ANSWER_BYTES,
         version_of: Callable[[T], str | None] | None = None,
     ) -> T:
         """Make one request until ``read`` accepts its answer.
 
         It goes to server ``index``. Without an index it goes to the router or, where there is none, each time to the
         server that the pool chooses. The pool then hears how it went, and by ``version_of`` which weight version an
-        answer shows. ``limit``: seconds, where below ``request_timeout``.
+        answer shows. ``limit``: seconds, where below ``request_timeout``. ``most_bytes``: of an answer that is read.
 
         Raises RequestRefusedError, AccessDeniedError, WeightVersionError or RolloutServerError.
         """
         tries = self.max_retries + 1 if tries is None else tries
         limit = self.request_timeout if limit is None else min(limit, self.request_timeout)
-        request = _Request(method, path, body, read, limit, version_of)
+        request = _Request(method, path, body, read, limit, most_bytes, version_of)
         http, slots = await self._connections()
         routed = index is None and self.router is not None
         failure = FailedTryError("not tried")
@@ -228,13 +235,8 @@ class Transport:
     async def _ask(self, http: aiohttp.ClientSession, url: str, request: _Request[T], number: int) -> T:
         """Make the request once and read the answer; raises FailedTryError, or RequestRefusedError for a 4xx."""
         path = request.path
-        try:
-            async with asyncio.timeout(request.limit):
-                response = await self._exchange(http, request.method, url, path, request.body)
-        except aiohttp.ClientError as error:  # refused, reset or timed-out connections and broken HTTP
-            raise FailedTryError(f"{path} failed: {type(error).__name__}: {error}") from error
-        except TimeoutError as error:
-            raise FailedTryError(f"{path} gave no answer within {request.limit:g} s") from error
+        async with failed_try(path, request.limit):
+            response = await self._exchange(http, request.method, url, path, request.body, request.most_bytes)
         if response.status >= 500 or response.status in RETRIED_STATUS:
             kind = _ClosingError if response.status == 503 else FailedTryError
             raise kind(f"{path} answered {response.status}: {error_message(response)}")
@@ -253,11 +255,11 @@ class Transport:
             event = Event.CLOSING if isinstance(failure, _ClosingError) else Event.FAILED
             self.pool.record(url, event, reason=str(failure))
 
-    async def _exchange(self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any) -> Answer:
-        """Make one request and read its whole answer; raises aiohttp.ClientError."""
-        content: dict[str, Any] = {} if body is None else {"data": orjson.dumps(body), "headers": _JSON_HEADERS}
-        async with http.request(method, url + path, allow_redirects=False, **content) as response:
-            return Answer(path, response.status, await response.read())
+    async def _exchange(
+        self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any, most_bytes: int
+    ) -> Answer:
+        """Make one request and read its whole answer; raises as :func:`exchange`."""
+        return await exchange(http, method, url, path, body, most_bytes)
 
     async def _connections(self) -> tuple[aiohttp.ClientSession, asyncio.Semaphore]:
         """Return the running loop's HTTP session and its limit on requests in flight.
@@ -269,15 +271,7 @@ class Transport:
             left, ended = self._http, self._loop
             self._loop = loop
             self._slots = asyncio.Semaphore(self.max_in_flight)
-            self._http = aiohttp.ClientSession(
-                headers=access.headers(self._api_key),
-                # The whole request has a limit elsewhere.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.connect_timeout),
-                connector=aiohttp.TCPConnector(limit=self.max_in_flight, keepalive_timeout=KEEP_ALIVE_SECONDS),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=READ_BUFFER_BYTES,
-                trust_env=False,  # rollout servers are inside the cluster: no proxy, no .netrc
-            )
+            self._http = open_session(self._api_key, self.connect_timeout, self.max_in_flight)
             if left is not None and ended is not None and ended.is_closed():
                 await left.close()
         return self._http, self._slots

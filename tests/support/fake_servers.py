@@ -83,7 +83,9 @@ class FakeClient(RolloutClient):
 
     servers: dict[str, FakeServer]
 
-    async def _exchange(self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any) -> Answer:
+    async def _exchange(
+        self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any, most_bytes: int
+    ) -> Answer:
         status, content = self.servers[url].answer(path, json.loads(json.dumps(body)))
         return Answer(path, status, json.dumps(content).encode())
 

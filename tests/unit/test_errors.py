@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dasd_megatron.errors import ConfigError, enumerate_names, first_line, report_errors
+from dasd_megatron.errors import ConfigError, enumerate_names, first_line, printable, printable_lines, report_errors
 from dasd_megatron.stopping import StopRequested, WatchStopped
 
 
@@ -71,3 +71,31 @@ def test_names_as_people_list_them() -> None:
     assert enumerate_names(["a", "b", "c"], "or") == "a, b or c"
     assert enumerate_names(["a", "b"], "and") == "a and b"
     assert enumerate_names(["a"], "or") == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain äöü 数 🙂", "plain äöü 数 🙂"),
+        ("\x1b[31mred\x1b[0m", "[31mred [0m"),
+        ("a\r\n\tb\x00\x07c", "a b c"),
+        ("\x9b31m \u202ereversed\u2028line", "31m  reversed line"),
+        ("half \ud800 pair", "half   pair"),
+    ],
+)
+def test_printable_text_moves_no_cursor(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    shown.encode()
+
+
+def test_printable_text_is_cut() -> None:
+    assert printable("x" * 10**6, 10) == "x" * 10 + "..." and printable("x" * 10, 10) == "x" * 10
+
+
+def test_lines_stay_lines() -> None:
+    assert printable_lines("a\n\tb\x1b[2J\n  c\r\n") == "a\n        b [2J\n  c\n"
+
+
+def test_an_error_on_the_terminal_is_printable(capfd: pytest.CaptureFixture) -> None:
+    assert report_errors(failing(ConfigError("bad \x1b]0;title\x07 \ud800 file"))) == 1
+    assert capfd.readouterr().err == "dasd: error: bad  ]0;title    file\n"

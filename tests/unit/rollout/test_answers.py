@@ -7,17 +7,24 @@ from random import Random
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dasd_megatron.rollout.answers import (
     Answer,
+    Completion,
     FailedTryError,
     OtherVersionError,
     check_completions,
     check_success,
+    completions_bytes,
     error_message,
+    prompt_bytes,
     read_checksums,
+    read_completions,
     read_json_object,
     read_prompt_log_probs,
+    read_version,
 )
 
 VERSION = "7"
@@ -230,3 +237,163 @@ def test_success_has_to_be_true():
 )
 def test_the_servers_words_are_found_in_every_error_body(content, message):
     assert error_message(answer(content, 500)) == message
+
+
+def test_there_is_room_for_the_longest_answer_that_was_asked_for():
+    """The worst token is 256 spaces; a server may name a version for each token."""
+    tokens = 2000
+    ids = [200_000] * tokens
+    versions = [{"version": "step_1234567", "start": i, "end": i + 1} for i in range(tokens)]
+    log_probs = [[-12.345678901234567, token, None] for token in ids]
+    longest = row(ids, output_token_logprobs=log_probs, weight_versions=versions) | {"text": " " * 256 * tokens}
+    params = [{"max_new_tokens": tokens}] * 3
+    assert 3 * len(orjson.dumps(longest)) < completions_bytes(params) - completions_bytes([])
+    # What was asked for sets the bound, and a request without a limit has one too.
+    assert completions_bytes(params) - completions_bytes([]) == 3 * (tokens * 2**10 + 2**16)
+    assert completions_bytes([{}]) < 2**27 and prompt_bytes(ids) - prompt_bytes([]) == tokens * 2**10
+
+
+@pytest.mark.parametrize("version", [None, 7, ["7"], {}, "7" * 1000])
+def test_a_weight_version_is_a_short_text(version):
+    with pytest.raises(FailedTryError, match="^/path names no weight version, but"):
+        read_version(answer({"weight_version": version}))
+    with pytest.raises(FailedTryError, match="garbage in row 0: weight_version is"):
+        check_completions([row([1], version)], [{}], None)
+    assert read_version(answer({"weight_version": "7"})) == "7"
+
+
+@pytest.mark.parametrize("name", ["output_ids", "meta_info", "output_token_logprobs", "finish_reason"])
+def test_a_name_that_stands_twice_in_a_row_is_refused(name):
+    content = orjson.dumps([row([1])])
+    assert read_completions(answer(content), [{}], VERSION)
+    twice = content.replace(f'"{name}":'.encode(), f'"{name}" : [2],"{name}":'.encode())
+    with pytest.raises(FailedTryError, match=f"{name} stands more than once in a row"):
+        read_completions(answer(twice), [{}], VERSION)
+    # A text may hold any of it.
+    text = f'"{name}": "{name}" : \\"{name}":'
+    assert read_completions(answer([row([1]) | {"text": text}]), [{}], VERSION)
+
+
+HOSTILE_WORDS = "\x1b[2J\x9b31m\r\n\u202eevil\u2028" + "x" * 5000
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize(
+    "body", [HOSTILE_WORDS, {"error": {"message": HOSTILE_WORDS}}, {"detail": [HOSTILE_WORDS] * 99}, [HOSTILE_WORDS]]
+)
+def test_a_servers_words_are_printable_and_short(body, status):
+    words = error_message(answer(body, status))
+    assert words.isprintable() and len(words) < 1010 and "evil" in words
+    with pytest.raises(FailedTryError) as error:
+        check_success(answer({"success": False, "message": body}))
+    assert str(error.value).isprintable() and len(str(error.value)) < 1100
+
+
+def nested(depth):
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize("content", [nested(1000), nested(100_000), b'{"a":' * 1000 + b"1" + b"}" * 1000])
+def test_deep_json_is_no_recursion(content):
+    assert len(error_message(answer(content, 500))) < 400
+    for read in (check_success, read_version, read_checksums, lambda found: read_completions(found, [{}], VERSION)):
+        with pytest.raises(FailedTryError):
+            read(answer(content))
+    inside = orjson.dumps(row([1])).replace(b'"stop"', content)
+    with pytest.raises(FailedTryError):
+        read_completions(answer(b"[" + inside + b"]"), [{}], VERSION)
+
+
+NUMBERS = [
+    b"1e400",
+    b"-1e400",
+    b"1" + b"0" * 400,
+    b"NaN",
+    b"Infinity",
+    b"-0",
+    b"1e-400",
+    b"18446744073709551616",
+    b"true",
+]
+PIECES = [
+    b'"output_ids"',
+    b'"meta_info"',
+    b'"finish_reason"',
+    b'"output_token_logprobs"',
+    b'"input_token_logprobs"',
+    b'"weight_version"',
+    b'"weight_versions"',
+    b'"success"',
+    b'"ranks"',
+    b'"checksums"',
+    b'"parallelism_info"',
+    b'"\\ud800"',
+    b'"\xff"',
+    b"null",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b":",
+    b",",
+    nested(1500),
+    *NUMBERS,
+]
+SOUND = [
+    orjson.dumps([row([1, 2])]),
+    orjson.dumps([{"meta_info": {"input_token_logprobs": [[None, 5, None], [-1.0, 6, None]]}}]),
+    orjson.dumps({"success": True, "ranks": [{"checksums": {"w": "0"}, "parallelism_info": [{"tp_rank": 0}]}]}),
+    orjson.dumps({"weight_version": VERSION, "error": {"message": "m"}}),
+]
+
+
+@st.composite
+def damaged(draw):
+    """A sound answer in which a stretch of bytes is replaced, some times."""
+    content = draw(st.sampled_from(SOUND))
+    for _ in range(draw(st.integers(1, 3))):
+        start, length = draw(st.integers(0, len(content))), draw(st.integers(0, 12))
+        piece = draw(st.sampled_from(PIECES) | st.binary(max_size=4) | st.just(content[start : start + 40]))
+        content = content[:start] + piece + content[start + length :]
+    return content
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([piece[1:-1].decode() for piece in PIECES[:11]]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+BODIES = damaged() | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join) | JSON.map(orjson.dumps)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(BODIES)
+def test_any_bytes_are_read_or_refused_in_one_clear_line(content):
+    """Nothing else is raised, and what is read is sound."""
+    found = answer(content)
+    assert error_message(found).isprintable()
+    readers = {
+        "completions": lambda: read_completions(found, [{"max_new_tokens": 4}], VERSION, 10),
+        "prompt": lambda: read_prompt_log_probs(found, [5, 6]),
+        "checksums": lambda: read_checksums(found),
+        "version": lambda: read_version(found),
+        "success": lambda: check_success(found),
+    }
+    for name, reader in readers.items():
+        try:
+            result = reader()
+        except FailedTryError as error:
+            assert str(error).isprintable() and len(str(error)) < 1500
+            continue
+        if name == "completions":
+            assert [type(completion) for completion in result] == [Completion]
+            [completion] = result
+            assert sound_by_the_definition(orjson.loads(content)[0], 4, 10)
+            assert {version for version, _ in completion.weight_versions} == {VERSION}
+        elif name == "prompt":
+            assert all(math.isfinite(value) and value <= 1e-3 for value in result) and len(result) == 1
+        elif name == "checksums":
+            assert all(type(value) is str for rank in result for value in rank.values())

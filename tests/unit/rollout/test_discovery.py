@@ -71,7 +71,7 @@ class Answers:
 
         self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}"
-        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=self.httpd.serve_forever, args=(0.02,), daemon=True).start()
 
 
 @pytest.fixture
@@ -185,6 +185,13 @@ def test_a_router_that_knows_its_servers_later(answers: Answers, monkeypatch: py
         ((200, b"<html>"), "no sglang-router"),
         ((200, {"workers": ["a"]}), "no sglang-router"),
         ((200, listing("grpc://a:1")), "grpc://a:1"),
+        ((200, listing("http://a:1/\x1b[2J")), r"lists 'http://a:1/\x1b[2J', which is no address"),
+        ((200, listing("http://key@evil:1")), "which is no address"),
+        ((200, listing("http://a:1/?x y")), "which is no address"),
+        ((200, {"workers": [{"url": None}]}), "no sglang-router"),
+        ((200, {"workers": [{"url": [1]}]}), "no sglang-router"),
+        ((200, b'{"workers":' + b"[" * 1000 + b"]" * 1000 + b"}"), "no sglang-router"),
+        ((302, b""), "redirects are not followed"),
         ((200, listing()), "lists no server within rollout.startup_timeout_seconds=0.3"),
     ],
 )
@@ -199,7 +206,7 @@ def test_what_is_no_router(
 
 
 def test_a_router_that_is_not_there() -> None:
-    with pytest.raises(DiscoveryError, match="does not answer.*ConnectError"):
+    with pytest.raises(DiscoveryError, match="does not answer.*ClientConnectorError"):
         router_servers("http://127.0.0.1:9", 0.2)
 
 
@@ -262,6 +269,30 @@ def test_what_the_directory_of_a_server_says(name: str, answers: Answers, tmp_pa
     # After an update from disk /model_info names the directory of the update; what it was started from counts.
     described(answers, {"model_type": "qwen3", "model_path": "/updated"}, {"model_path": str(tmp_path)})
     assert f"{name} is {values[name] * 2} there and {values[name]} in the run" in models_differ(answers.url)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/a\0b", "/" + "x" * 5000, 7, ["/"], {}, None])
+def test_a_directory_that_is_none_says_nothing(path: Any, answers: Answers) -> None:
+    described(answers, {"model_path": path}, {"model_path": path})
+    asyncio.run(check_models(client(answers.url), MODEL))
+
+
+def test_a_servers_description_is_shown_cut_and_on_one_line(answers: Answers) -> None:
+    deep: Any = "\x1b[2J\n"
+    for _ in range(500):
+        deep = [deep] * 2 if len(str(deep)) < 2000 else [deep]
+    described(answers, {"architectures": deep, "model_path": "\x1b[2J\n" + "x" * 5000}, {})
+    message = models_differ(answers.url)
+    assert message.isprintable() and len(message) < 1000
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "2", 1e9, 10**9, None, [2]])
+def test_a_number_of_processes_that_none_can_be(size: Any, answers: Answers) -> None:
+    described(answers, {}, {"tp_size": size})
+    with pytest.raises(RolloutServerError, match=r"/server_info says tp_size="):
+        asyncio.run(client(answers.url).tensor_parallel_sizes())
+    described(answers, {}, {"tp_size": 8})
+    assert asyncio.run(client(answers.url).tensor_parallel_sizes()) == {answers.url: 8}
 
 
 def test_a_relative_directory_is_the_server_s(

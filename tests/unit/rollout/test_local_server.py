@@ -66,7 +66,7 @@ def test_a_start_that_takes_too_long_says_what_the_server_and_its_processes_were
     assert re.search(
         # On a busy machine the time is over before the client for the requests has been made.
         r"startup_timeout_seconds=0\.2: (0 requests for /health, the last with nothing|"
-        r"[1-9]\d* requests for /health, the last with no answer \(ConnectError\))\. "
+        r"[1-9]\d* requests for /health, the last with no answer \(/health failed: ClientConnectorError: .*\))\. "
         r"Its processes: \d+ \S+ \w+, [\d.]+ s of CPU; \d+ \S+ \w+, [\d.]+ s of CPU\. The end of ",
         text,
     ), text
@@ -80,3 +80,14 @@ def test_the_end_of_a_log_is_bounded(deaf_server: LocalServer) -> None:
     assert tail.endswith("last\nlast\nlast") and len(tail) < 1000
     deaf_server.log_path.write_bytes(b"\xff" * 3)
     assert deaf_server.log_tail().endswith("\ufffd\ufffd\ufffd")
+
+
+def test_the_end_of_a_log_is_printable(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        file.truncate(10 * 2**30)  # The hole takes no room on disk, and would take ten gigabytes of memory.
+        file.seek(0, 2)
+        file.write(b"\n" + b"".join(b"  line %d \x1b[2J\xff\r\n" % index for index in range(30)))
+    tail = LocalServer("model", "1", RolloutConfig(), log).log_tail()
+    head, *lines = tail.split("\n")
+    assert head == f"The end of {log}:" and lines == [f"  line {index}  [2J\ufffd" for index in range(10, 30)]

@@ -32,7 +32,9 @@ class ScriptedTransport(Transport):
         self.script = script
         self.asked: list[str] = []
 
-    async def _exchange(self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any) -> Answer:
+    async def _exchange(
+        self, http: aiohttp.ClientSession, method: str, url: str, path: str, body: Any, most_bytes: int
+    ) -> Answer:
         self.asked.append(url)
         left = self.script.get(url, [])
         outcome = left.pop(0) if left else 200
