@@ -1,123 +1,238 @@
-"""The final answer of a response, and the comparisons that need no computer algebra."""
+"""The final answer of a response."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-_BOX = "\\boxed{"
-_HASHES = "####"
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
-_FULL_STOP = re.compile(r"(?<!\\right)\.\Z")
-_LATEX_SPACING = re.compile(r"\\[!,;:]|\\(?:left|right)(?![a-z])|\\?\$")
-# Space between two digits stays, because "1 2" is not 12.
-_SPACE = re.compile(r"(?<![0-9])\s+|\s+(?![0-9])")
-_NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+)(?:\.([0-9]*))?")
-_UNEVALUATED = re.compile(r"(?=.*[0-9)][ ]*[-+*/])[-0-9+*/(). ,]+", re.DOTALL)
-_OPERATORS = re.compile(r"\\(?:times|cdot|div)(?![a-z])|[\u00d7\u00f7\u22c5]")
-_POWER_OF_TEN = re.compile(
-    r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]|(?:\\times|\\cdot|[\u00d7\u22c5*])10\^)|10\^)"
-    r"\{?([+-]?[0-9]{1,3})\}?"
+from dasd_megatron.verify.normalize import normalize
+from dasd_megatron.verify.plain_numbers import plain_number
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[ \t\n]{0,20}")
+# What TeX would put into a box without braces is one token. A number is meant whole.
+_TOKEN = re.compile(
+    r"[+-]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)|\\[A-Za-z]+(?:\{[^{}\n]{0,200}\}){1,2}|[A-Za-z](?![A-Za-z])"
 )
-_E_NOTATION = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([+-]?[0-9]+)(?![\w.])")
-# Quantities are like 18 dollars, 5 m/s, 12 cm^2 or 3 pints per day. Words that make another number of the digits are no
-# units.
-_QUANTITY = re.compile(r"(.*[0-9.])\s+((?:[^\W\d_]+/[^\W\d_]+|[^\W\d_]{2,}(?:\^\{?[23]\}?)?)(?:\s+[^\W\d_]+)*)")
-_QUANTITY_CHARS = 100
-_NO_UNITS = frozenset(
-    (
-        "and", "or", "to", "of", "hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion",
-        "billions", "trillion", "trillions", "dozen", "pi", "sqrt", "times", "plus", "minus", "over", "mod", "squared",
-        "cubed", "factorial", "half", "halves", "third", "thirds", "quarter", "quarters", "sin", "cos", "tan", "log",
-        "ln", "exp",
-    )
-)  # fmt: skip
-_MINUS_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})
+_HEADING = re.compile(r"####[^\n]*")
+# Markdown may close its emphasis before the colon or behind it.
+_ANSWER_IS = re.compile(
+    r"(?<![A-Za-z0-9])answer[*_]{0,3}(?:\s{1,20}[*_]{0,3}is\b[*_]{0,3}\s{0,20}[:\uff1a]?|\s{0,20}[:\uff1a])[*_]{0,3}",
+    re.IGNORECASE,
+)
+# A line of its own, like "## Final Answer", marks the next one.
+_TITLE = re.compile(
+    r"^[ \t]{0,4}#{0,6}[ \t]{0,4}[*_]{0,3}(?:the )?(?:final )?answer[*_]{0,3}[ \t]{0,4}$", re.IGNORECASE | re.MULTILINE
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|[*_]{1,3}(?:\s|\Z)|\Z)")
+_FULL_STOP = re.compile(r"(?<!\\right)\.\Z")
+_DISPLAYS = (
+    ("$$", "$$"),
+    ("\\[", "\\]"),
+    ("\\begin{equation*}", "\\end{equation*}"),
+    ("\\begin{equation}", "\\end{equation}"),
+    ("\\begin{align*}", "\\end{align*}"),
+    ("\\begin{displaymath}", "\\end{displaymath}"),
+)
+_INLINE = (("$", "$"), ("\\(", "\\)"), ("`", "`"))
+_LEADING = " \t\n\r*_:\uff1a"
+_FENCE = re.compile(r"```[A-Za-z]{0,12}\n?")
+_FILLER = re.compile(
+    r"(?:(?:therefore|thus|hence|then|simply|just|exactly|approximately|about|equal to|indeed|clearly|now|given by)\b,?"
+    r"\s{0,3}:?\s{0,3}|[*_]{1,3}|[=:]\s{0,3}){1,4}",
+    re.IGNORECASE,
+)
+# What may follow an answer in its sentence.
+_REMARK = re.compile(
+    r",\s{1,3}(?:as|since|because|which|where|so|and|when|by|that|meaning|hence|after|thus|therefore|if|it|this|we)\b"
+    r"|\s{1,3}(?:as|since|because|which|meaning|hence|thus|therefore|after|and\s(?:then|so|that|we|it))\b"
+    r"|\s{1,3}\((?!mod\b)(?=[A-Za-z]{2,}[^a-zA-Z(])|\s{1,3}(?:--|\u2014|\u2013)\s"
+)
+_FORMULA = re.compile(r"[0-9$\\=<>\u221a\u03c0\u221e\u00b2\u00b3\u00bd]|\S[+*/^]\S")
+_ONE_SYMBOL = re.compile(r"[\s*_(]*[A-Za-z][\s*_).:]*")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_FUNCTION_WORDS = frozenset(("sin", "cos", "tan", "log", "ln", "exp", "sqrt", "pi", "and", "or", "mod"))
+_NUMBERED_TITLE = re.compile(r"[0-9]{1,3}[.):]\s+[^\W\d_]{2,}")
+# "We check our answer: 3 + 4 = 7" gives none.
+_CHECKED = re.compile(
+    r"(?:check|verif|confirm)[a-z]*\s{1,3}(?:(?:that|the|our|this|my|your)\s{1,3}){0,3}\Z", re.IGNORECASE
+)
+_CHECK_CHARS = 40
+_SEARCHED = 400
+# Bounds of the work on a response that says nothing but "the answer is".
+_MOST_SENTENCES = 100
+_LONGEST_SENTENCE = 20_000
+
+
+class _Mark(NamedTuple):
+    """A mark and what it says."""
+
+    start: int
+    answer: str | None
+    """None where a mark is cut off or has nothing in it."""
+    is_certain: bool
+    """Whether the mark counts whatever else there is. A sentence that says no number or formula counts where nothing
+    else does."""
+    end: int = 0
+    """Of a box: where it ends."""
 
 
 def extract_answer(response: str) -> str | None:
     r"""Return the final answer that ``response`` marks as such, or None.
 
-    Three marks count, and the first of them that is present at all decides:
+    The marks are
 
-    - the last ``\boxed{...}`` with balanced braces;
-    - the rest of the line after the last ``####``;
-    - the sentence after the last ``answer is`` or ``answer:``, any case, up to its end or the line's.
+    - ``\boxed{...}`` and ``\fbox{...}`` with balanced braces, also with space before the brace or, around a number, a
+      letter or a command, without braces;
+    - ``####`` and what stands behind it on its line, if that is a number or formula and no title;
+    - ``answer is`` or ``answer:``, any case, with Markdown's emphasis or without, and a title ``Answer`` or ``Final
+      Answer`` on a line of its own: the sentence behind it, up to its end or the line's, or the formula in display
+      mathematics that stands there.
 
-    A mark without an answer behind it gives None rather than an earlier attempt; a length limit can cut a box open. A
-    response without a mark gives None even where it ends in ``= 12``: the format is part of the task, and to guess at
-    the last number would reward intermediate steps.
+    The last mark in the text decides. A box within a sentence or a heading is its answer. A sentence that names no
+    number and no formula gives way to marks that do.
+
+    A mark with nothing behind it, and a box that is not closed, give None rather than an earlier attempt: a length
+    limit can cut them. A response without a mark gives None even where it ends in ``= 12``: the format is part of the
+    task, and to guess at the last number would reward intermediate steps.
 
     The time is linear in the length of the response.
     """
-    start = response.rfind(_BOX)
-    if start >= 0:
-        return _balanced(response, start + len(_BOX))
-    start = response.rfind(_HASHES)
-    if start >= 0:
-        return _clean(response[start + len(_HASHES) :].split("\n", 1)[0])
-    end_of_mark = max((match.end() for match in _ANSWER_IS.finditer(response)), default=None)
-    if end_of_mark is None:
-        return None
-    line = response[end_of_mark:].lstrip(" \t*\n").split("\n", 1)[0]
-    return _clean(_SENTENCE_END.split(line, maxsplit=1)[0])
-
-
-def compare_plain(predicted: str, expected: str) -> bool | None:
-    """Return whether two answers are equal, where text and numbers alone can tell; None where they cannot.
-
-    Equal text is equal. Dollar signs, LaTeX spacing, a percent sign at the end and white space that is not between
-    digits do not count.
-
-    Equal plain numbers are equal. A plain number has an optional sign (``+``, ``-`` or a typographic minus), digits
-    with or without commas or spaces at the thousands, and an optional decimal part, or is such a number times a power
-    of ten. ``12.0``, ``012`` and ``1.2e1`` are 12. Where a number is expected, words behind the digits of the other
-    answer are its unit.
-
-    Where an integer or a power of ten is expected, another plain number is wrong. For an integer so is arithmetic left
-    undone, like ``3+9``: to repeat the problem as its own answer must not pay.
-
-    All else (fractions, LaTeX, text, decimals that may be rounded, lists) is undecided.
-    """
-    if _compact(predicted) == _compact(expected):
-        return True
-    expected_number = _plain_number(expected)
-    if expected_number is None:
-        return None
-    predicted = _without_unit(predicted)
-    predicted_number = _plain_number(predicted)
-    if predicted_number == expected_number:
-        return True
-    if predicted_number is not None:
-        exact = (
-            "." not in expected_number
-            or _POWER_OF_TEN.fullmatch(_compact(expected))
-            or _POWER_OF_TEN.fullmatch(_compact(predicted))
-        )
-        return False if exact else None
-    undone = "." not in expected_number and _UNEVALUATED.fullmatch(_OPERATORS.sub("*", _compact(predicted)))
-    return False if undone else None
-
-
-def for_algebra(answer: str) -> str:
-    """Return ``answer`` as math-verify understands it.
-
-    math-verify would read ``2e5`` as a product with Euler's number, and a percent sign as text.
-    """
-    return _E_NOTATION.sub(r"\1\\times 10^{\2}", _without_percent(answer))
+    box = _last_box(response)
+    others = [mark for mark in (_last_heading(response), *_last_sentences(response)) if mark is not None]
+    # What stands within the box is part of its answer.
+    marks = [mark for mark in others if box is None or not box.start < mark.start < box.end]
+    marks += [] if box is None else [box]
+    certain = [mark for mark in marks if mark.is_certain]
+    return max(certain or marks, key=lambda mark: mark.start).answer if marks else None
 
 
 def normalize_answer(answer: str) -> str:
-    """Return the one spelling of all answers that text and numbers alone show to be equal, as :func:`compare_plain`
-    compares them.
+    """Return the one spelling of all answers that text and numbers alone show to be equal.
 
-    A plain number has no leading or trailing zeros. Other text has no dollar signs, LaTeX spacing and white space.
+    A plain number has no leading or trailing zeros. Other text is normalized, without white space.
     """
-    return _plain_number(answer) or _compact(answer)
+    text = normalize(answer)
+    number = plain_number(text)
+    if number is None:
+        return "".join(text.split())
+    return f"{number.value.normalize():f}" if -50 < number.value.adjusted() < 50 else str(number.value.normalize())
 
 
-def _balanced(text: str, start: int) -> str | None:
-    """Return ``text[start:]`` up to the brace that closes one opened before ``start``; escaped braces do not count."""
+def _last_box(response: str) -> _Mark | None:
+    last = None
+    for last in _BOX.finditer(response):  # noqa: B007
+        pass
+    while last is not None:
+        position = last.end()
+        if response[position : position + 1] == "{":
+            end = _end_of_group(response, position + 1)
+            answer = None if end is None else _clean(response[position + 1 : end])
+            return _Mark(last.start(), answer, True, len(response) if end is None else end)
+        token = _TOKEN.match(response, position)
+        if token is not None:
+            return _Mark(last.start(), token[0].rstrip(","), True)
+        if position == len(response):
+            return _Mark(last.start(), None, True)
+        # The command is only spoken of. Boxes that hold something are few, and so is this.
+        last = _box_before(response, last.start())
+    return None
+
+
+def _box_before(response: str, end: int) -> re.Match[str] | None:
+    start = max(response.rfind("\\boxed", 0, end), response.rfind("\\fbox", 0, end))
+    return _BOX.match(response, start) if start >= 0 else None
+
+
+def _last_heading(response: str) -> _Mark | None:
+    end_of_text = len(response.rstrip())
+    for line in reversed(list(_HEADING.finditer(response))):
+        # Of several marks in a line the last one counts, so that each character is looked at once.
+        start = response.rfind("####", line.start(), line.end())
+        behind = response[start + len("####") : line.end()]
+        if not behind.strip():
+            if line.end() >= end_of_text:
+                return _Mark(start, None, True)
+        elif _is_formula(behind, title=True):
+            return _Mark(start, _clean(_without_remark(behind.strip())), True)
+    return None
+
+
+def _last_sentences(response: str) -> list[_Mark]:
+    """Return the last sentence that says an answer, and the last one that says a number or formula."""
+    starts = [(match.start(), match.end()) for match in _ANSWER_IS.finditer(response)]
+    titles = {match.start(): match.end() for match in _TITLE.finditer(response)}
+    found: list[_Mark] = []
+    for start, end in sorted([*starts, *titles.items()], reverse=True)[:_MOST_SENTENCES]:
+        if _CHECKED.search(response, max(0, start - _CHECK_CHARS), start):
+            continue
+        answer = _sentence(response, end)
+        certain = answer is None or _is_formula(answer, title=False)
+        if start in titles and not certain:
+            continue
+        if certain or not found:
+            found.append(_Mark(start, answer, certain))
+        if certain:
+            break
+    return found
+
+
+def _sentence(response: str, start: int) -> str | None:
+    """Return the answer in the sentence that starts there; None where nothing stands there."""
+    while start < len(response) and response[start] in _LEADING:
+        start += 1
+    fence = _FENCE.match(response, start)
+    if fence is not None:
+        block = response[fence.end() : fence.end() + _LONGEST_SENTENCE]
+        return _clean(block.split("```", 1)[0].strip().split("\n", 1)[0])
+    for opening, closing in _DISPLAYS:
+        if response.startswith(opening, start):
+            block = response[start + len(opening) : start + _LONGEST_SENTENCE]
+            return _clean(block.split(closing, 1)[0])
+    end = response.find("\n", start, start + _LONGEST_SENTENCE)
+    line = response[start : end if end >= 0 else start + _LONGEST_SENTENCE]
+    return _clean(_without_remark(_first_sentence(line)))
+
+
+def _first_sentence(line: str) -> str:
+    filler = _FILLER.match(line)
+    line = line[filler.end() :] if filler is not None else line
+    for opening, closing in _INLINE:
+        if line.startswith(opening):
+            end = line.find(closing, len(opening))
+            if end >= 0:
+                end += len(closing)
+                return line[:end] + _SENTENCE_END.split(line[end:], maxsplit=1)[0]
+    return _SENTENCE_END.split(line, maxsplit=1)[0]
+
+
+def _without_remark(sentence: str) -> str:
+    """Return an answer without the reasons that follow it: ``42, as required`` and ``42 (since 6*7)`` are 42."""
+    end = 0
+    for opening, closing in _INLINE:
+        if sentence.startswith(opening):
+            found = sentence.find(closing, len(opening))
+            end = found + len(closing) if found >= 0 else 0
+            break
+    remark = _REMARK.search(sentence, end)
+    if remark is None or not _FORMULA.search(sentence[: remark.start()]):
+        return sentence
+    return sentence[: remark.start()]
+
+
+def _is_formula(text: str, *, title: bool) -> bool:
+    """Return whether the text is a number or formula, maybe with a unit, and not prose or the title of a section."""
+    text = text[:_SEARCHED].strip()
+    if _ONE_SYMBOL.fullmatch(text):
+        return True
+    first = _FORMULA.search(text)
+    if first is None or (title and _NUMBERED_TITLE.match(text)):
+        return False
+    before = text[: first.start() + 1]
+    return all(word.lower() in _FUNCTION_WORDS for word in _WORD.findall(before))
+
+
+def _end_of_group(text: str, start: int) -> int | None:
+    """Return where the brace is that closes one opened before ``start``; escaped braces do not count."""
     depth, position = 1, start
     while position < len(text):
         character = text[position]
@@ -128,64 +243,14 @@ def _balanced(text: str, start: int) -> str | None:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return _clean(text[start:position])
+                return position
         position += 1
     return None
 
 
 def _clean(answer: str) -> str | None:
-    """Remove surrounding space, Markdown emphasis and a full stop; return None where nothing is left."""
-    return _FULL_STOP.sub("", answer.strip().strip("*").strip()).rstrip() or None
-
-
-def _compact(answer: str) -> str:
-    return _SPACE.sub("", _spelled(answer)).removesuffix(".")
-
-
-def _spelled(answer: str) -> str:
-    """Return the answer in one spelling, but with its white space."""
-    text = answer.translate(_MINUS_SIGNS).replace("{,}", ",").replace("\\ ", " ")
-    return _without_percent(_LATEX_SPACING.sub("", text))
-
-
-def _without_percent(answer: str) -> str:
-    """Remove a percent sign at the end: 50% is said for 50 where percents are asked for."""
-    stripped = answer.rstrip()
-    return stripped[:-1].removesuffix("\\").rstrip() if stripped.endswith("%") else answer
-
-
-def _without_unit(answer: str) -> str:
-    quantity = _QUANTITY.fullmatch(answer.strip()) if len(answer) <= _QUANTITY_CHARS else None
-    if quantity is None or not _NO_UNITS.isdisjoint(quantity[2].lower().split()):
-        return answer
-    return quantity[1]
-
-
-def _plain_number(answer: str) -> str | None:
-    """Return a number's one spelling without leading or trailing zeros; None for other text.
-
-    It is text, because Python refuses to make an int of thousands of digits.
-    """
-    spelled = _spelled(answer).strip()
-    # A comma and white space separate two numbers.
-    if re.search(r",\s", spelled):
-        return None
-    compact = _SPACE.sub("", spelled).removesuffix(".")
-    power = _POWER_OF_TEN.fullmatch(compact)
-    match = _NUMBER.fullmatch(compact if power is None else power[1] + _shifted(power[2] or "1", int(power[3])))
-    if match is None:
-        return None
-    sign, whole, decimals = match.groups()
-    whole = whole.replace(",", "").replace(" ", "").lstrip("0") or "0"
-    decimals = (decimals or "").rstrip("0")
-    magnitude = f"{whole}.{decimals}" if decimals else whole
-    return f"-{magnitude}" if sign == "-" and magnitude != "0" else magnitude
-
-
-def _shifted(mantissa: str, exponent: int) -> str:
-    """Return the digits of mantissa x 10^exponent."""
-    whole, _, decimals = mantissa.partition(".")
-    digits, point = whole + decimals, len(whole) + exponent
-    if point <= 0:
-        return "0." + "0" * -point + digits
-    return digits.ljust(point, "0")[:point] + "." + digits[point:]
+    """Remove surrounding space, Markdown's marks and a full stop; return None where nothing is left."""
+    text = answer.strip().strip("*`").strip()
+    if text.startswith("_") or text.endswith("_"):
+        text = text.strip("_").strip()
+    return _FULL_STOP.sub("", text).rstrip().rstrip("*`").rstrip() or None

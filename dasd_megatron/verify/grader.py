@@ -20,13 +20,15 @@ import pebble
 
 from dasd_megatron.config import VerifyConfig
 from dasd_megatron.plugins import load_function
-from dasd_megatron.verify.answers import compare_plain, extract_answer
+from dasd_megatron.verify.answers import extract_answer
+from dasd_megatron.verify.comparison import compare_answers
 from dasd_megatron.verify.symbolic import prepare_worker, symbolically_equal
 
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_SECONDS = 120.0
 _TRIES = 2
+_PROBE = ("2x", "x+x")
 
 Pair = tuple[str, str]
 
@@ -57,13 +59,14 @@ class _Attempt(NamedTuple):
 class Grader:
     """Grader of responses: a context manager that owns ``config.workers`` processes.
 
-    An answer is compared by text and as a plain number first (:func:`~dasd_megatron.verify.answers.compare_plain`). An
-    answer that this leaves open goes to math-verify in a worker process. The first such answer starts the workers,
-    which takes about two seconds. With ``workers=0`` such an answer is wrong.
+    An answer is compared by text and as a plain number first
+    (:func:`~dasd_megatron.verify.comparison.compare_answers`). An answer that this leaves open needs algebra, which a
+    worker process does. The first such answer starts the workers, which takes about two seconds. With ``workers=0``
+    such an answer is wrong.
 
-    math-verify can take minutes and any amount of memory on a hostile answer, and its own timeouts need the main thread
-    of a process. So each comparison runs in a worker's main thread with those timeouts off, and the worker is killed
-    after ``config.timeout_seconds``.
+    Algebra can take minutes and any amount of memory on a hostile answer. So the worker is killed after
+    ``config.timeout_seconds``, and its memory has a limit
+    (:data:`~dasd_megatron.verify.symbolic.MEMORY_LIMIT_BYTES`).
 
     :meth:`grade` may be called from any thread; concurrent calls that need workers take turns.
     """
@@ -121,7 +124,7 @@ class Grader:
         for predicted, expected in dict.fromkeys(pairs):
             if predicted is None:
                 continue
-            decision = compare_plain(predicted, expected)
+            decision = compare_answers(predicted, expected)
             results[predicted, expected] = bool(decision)
             if decision is None and self.config.workers:
                 undecided.append((predicted, expected))
@@ -142,7 +145,7 @@ class Grader:
         return None if answer is not None and len(answer) > self.config.max_answer_chars else answer
 
     def _compare_in_workers(self, pairs: list[Pair]) -> dict[Pair, bool | None]:
-        """Return for each pair whether math-verify finds it equal; None where no comparison ended in time."""
+        """Return for each pair whether algebra finds it equal; None where no comparison ended in time."""
         results: dict[Pair, bool | None] = dict.fromkeys(pairs)
         remaining = pairs
         with self._lock:
@@ -182,10 +185,10 @@ class Grader:
                 )
             except (pebble.ProcessExpired, BrokenProcessPool):
                 died.append(pair)
-            # math-verify catches its own errors. An error that escapes must cost one reward and not the run.
+            # An error of sympy that nobody foresaw must cost one reward and not the run.
             except Exception:
                 logger.warning(
-                    "math-verify failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True
+                    "algebra failed on answer %.80r (expected %.80r); it counts as wrong", *pair, exc_info=True
                 )
                 results[pair] = False
         if time.monotonic() > deadline:
@@ -205,7 +208,7 @@ class Grader:
         if self._pool is None:
             self._pool = pebble.ProcessPool(self.config.workers, initializer=prepare_worker, context=_WorkerContext())
             try:
-                probe = self._pool.schedule(symbolically_equal, args=("1/2", "0.5", STARTUP_TIMEOUT_SECONDS))
+                probe = self._pool.schedule(symbolically_equal, args=(*_PROBE, STARTUP_TIMEOUT_SECONDS))
                 works = _result(self._pool, probe, time.monotonic() + STARTUP_TIMEOUT_SECONDS)
             except Exception as error:
                 self._stop_pool()
@@ -216,8 +219,8 @@ class Grader:
             if not works:
                 self._stop_pool()
                 raise GraderError(
-                    "math-verify does not find 1/2 equal to 0.5; install math-verify[antlr4_9_3] with its own antlr4 "
-                    "runtime"
+                    "the grading workers do not find 2x equal to x+x; install math-verify[antlr4_9_3] with its own "
+                    "antlr4 runtime"
                 )
         return self._pool
 

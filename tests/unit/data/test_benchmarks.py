@@ -9,7 +9,8 @@ import pytest
 from dasd_megatron.data.benchmarks import BENCHMARKS, benchmark_problems
 from dasd_megatron.data.prompts import DataError
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.verify.answers import compare_plain, extract_answer
+from dasd_megatron.verify.answers import extract_answer
+from dasd_megatron.verify.comparison import compare_answers
 
 DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 
@@ -110,6 +111,6 @@ def test_real_files() -> None:
         assert len(problems) == BENCHMARKS[name].problems
         if name != "aime24":  # some of whose solutions mark other things too
             assert all(
-                compare_plain(extract_answer(problem.reference_solution), problem.expected_answer)
+                compare_answers(extract_answer(problem.reference_solution), problem.expected_answer)
                 for problem in problems
             )

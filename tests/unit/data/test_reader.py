@@ -10,7 +10,8 @@ import pytest
 from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prompts import DataError, Problem, check_disjoint
 from dasd_megatron.data.reader import load_problems
-from dasd_megatron.verify.answers import compare_plain, extract_answer
+from dasd_megatron.verify.answers import extract_answer
+from dasd_megatron.verify.comparison import compare_answers
 
 DATA = Path(os.environ.get("DASD_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -209,7 +210,7 @@ def test_gsm8k(split, count):
         assert "<<" not in problem.reference_solution
         assert extract_answer(problem.reference_solution) == problem.expected_answer
         # Every GSM8K answer is a plain integer.
-        assert compare_plain(problem.expected_answer, str(int(problem.expected_answer.replace(",", "")))) is True
+        assert compare_answers(problem.expected_answer, str(int(problem.expected_answer.replace(",", "")))) is True
 
 
 @needs_data
@@ -220,7 +221,7 @@ def test_math500():
     problems = load_problems(source, "heldout")
     assert len(problems) == 500
     verdicts = Counter(
-        compare_plain(extract_answer(problem.reference_solution), problem.expected_answer) for problem in problems
+        compare_answers(extract_answer(problem.reference_solution), problem.expected_answer) for problem in problems
     )
     assert verdicts == {True: 500}
 

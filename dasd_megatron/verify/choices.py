@@ -1,0 +1,47 @@
+r"""Letters of multiple choice, with the text of the choice behind them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from dasd_megatron.verify.normalize import normalize
+
+
+class Choice(NamedTuple):
+    """A letter and the text behind it, which may be empty."""
+
+    letter: str
+    text: str
+
+
+_LONGEST = 2000
+_WRAPPED = re.compile(
+    r"\s*\$?\s*\\(?:text|textbf|textrm|mathrm|mathbf|mbox|boldsymbol)\{\s*\(\s*([A-J])\s*\)\s*:?\s*\}(?![_^!])(.*)",
+    re.DOTALL,
+)
+_LETTER = re.compile(
+    r"\(\s*([A-J])\s*\)(?::|\.(?![0-9]))?(?:\s+(.*))?|([A-J])(?:\)|:|\.)(?:\s+(.*))?|([A-J])", re.DOTALL
+)
+_LEAD = re.compile(r"(?:\\text\{)?\s*(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s+(?=\(?[A-J]\)?[\s.:)}]|\(?[A-J]\)?\Z)")
+
+
+def choice(answer: str) -> Choice | None:
+    r"""Return the letter of a multiple choice that an answer consists of, with the text behind it, as in ``C``,
+    ``(C) 12``, ``C. 12`` or ``\text{C: more}``; None for other answers.
+
+    A letter within a formula is none: ``\Delta C`` and ``C(x)`` are formulas.
+    """
+    if len(answer) > _LONGEST:
+        return None
+    wrapped = _WRAPPED.fullmatch(answer)
+    if wrapped is not None:
+        return Choice(wrapped[1], wrapped[2].strip().strip("$").strip())
+    text = _LEAD.sub("", normalize(answer).strip(), count=1)
+    if text.startswith("\\text{") and text.endswith("}") and text.count("{") == 1:
+        text = text[len("\\text{") : -1].strip()
+    match = _LETTER.fullmatch(text)
+    if match is None:
+        return None
+    letter = match[1] or match[3] or match[5]
+    return Choice(letter, (match[2] or match[4] or "").strip())
