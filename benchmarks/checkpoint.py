@@ -80,8 +80,9 @@ def measure(config: Config, rounds: int, folder: Path) -> dict:
 
     from dasd_megatron.models.gpt import build_model
     from dasd_megatron.training import parallel
-    from dasd_megatron.training.checkpoint import CheckpointSaver, TrainerState
+    from dasd_megatron.training.checkpoint import CheckpointSaver
     from dasd_megatron.training.checkpoint_files import checkpoint_path
+    from dasd_megatron.training.checkpoint_search import TrainerState
     from dasd_megatron.training.optimizer import build_optimizer
 
     parallel.initialize(config)

@@ -245,7 +245,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     from dasd_megatron.run.paths import RunPaths
     from dasd_megatron.samples import load_samples, rollouts_path
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
-    from dasd_megatron.training.checkpoint import TrainerState
+    from dasd_megatron.training.checkpoint_search import TrainerState
     from dasd_megatron.training.passes import score
     from dasd_megatron.training.rollout_plane import RolloutPlane
     from dasd_megatron.training.step import train_step

@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from dasd_megatron.errors import first_line
 from dasd_megatron.files import replace_directory
+from dasd_megatron.reading import UnreadableError, iterate_json_lines, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MANIFEST_FILE = "dasd_manifest.json"
 JOURNAL_FILE = "journal.jsonl"
+_MANIFEST_SHAPES = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Old files of Llama hold these buffers, which every model computes.
 _RECOMPUTED = "rotary_emb.inv_freq"
@@ -130,7 +132,7 @@ class HfWeights:
             )
         manifest = self.path / MANIFEST_FILE
         self._hashes = (
-            {name: record["sha256"] for name, record in read_manifest(manifest)["tensors"].items()}
+            {name: record["sha256"] for name, record in read_manifest(manifest, "tensors").items()}
             if manifest.exists()
             else {}
         )
@@ -151,11 +153,12 @@ class HfWeights:
                 )
             return None
         try:
-            index = json.loads(path.read_text())["weight_map"]
-            assert all(isinstance(name, str) for name in index.values())
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            index: dict[str, str] = read_json(path, {"weight_map": {str: str}}, advice="fetch the model again")[
+                "weight_map"
+            ]
+        except UnreadableError as error:
             raise WeightsError(
-                f"{path} is not an index of safetensors files ({first_line(error)}); fetch the model again"
+                f"{path} is not an index of safetensors files: it {error.reason}; fetch it again"
             ) from error
         return index
 
@@ -217,14 +220,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a manifest's contents; :class:`WeightsError` when it is damaged."""
+def read_manifest(path: Path, section: str, *, advice: str = "remove it to go on without its checks") -> dict[str, Any]:
+    """Return what a manifest says of each file (``section`` files) or of each tensor (``section`` tensors), by name.
+
+    Raises:
+        WeightsError: it is damaged; the message ends with ``advice``.
+    """
     try:
-        manifest = json.loads(path.read_text())
-        assert manifest["format"] == 1 and isinstance(manifest.get("tensors", manifest.get("files")), dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise WeightsError(f"{path} is damaged; remove it to go on without its checks") from error
-    return manifest
+        manifest = read_json(path, {"format": int, section: {str: _MANIFEST_SHAPES[section]}}, advice=advice)
+        if manifest["format"] != 1:
+            raise UnreadableError(path, f"is damaged (format {manifest['format']} is unknown)", advice)
+    except UnreadableError as error:
+        raise WeightsError(str(error)) from error
+    found: dict[str, Any] = manifest[section]
+    return found
 
 
 class Journal:
@@ -271,14 +280,14 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    *whole, _ = path.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError:
-        # A power loss can leave a file of zeros.
-        return []
+    """Return the lines of a journal up to the first that is not as it was written: a power loss can leave zeros."""
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(UnreadableError):
+        for line in iterate_json_lines(path, advice=""):
+            if line.problem is not None or not line.is_whole or (lines and not isinstance(line.row.get("name"), str)):
+                break
+            lines.append(line.row)
+    return lines
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -397,7 +406,7 @@ class HfDirectoryWriter:
 
     def _intact(self, name: str, record: dict[str, Any]) -> bool:
         descriptor, offset = self._place[name]
-        return sha256(os.pread(descriptor, self._sizes[name], offset)) == record["sha256"]
+        return sha256(os.pread(descriptor, self._sizes[name], offset)) == record.get("sha256")
 
     def __contains__(self, name: str) -> bool:
         """Return True where ``name`` is written."""

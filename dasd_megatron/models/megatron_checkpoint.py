@@ -134,8 +134,10 @@ class CheckpointWriter:
         )
 
     def _intact(self, record: dict[str, Any]) -> bool:
-        path = self.folder / record["file"]
-        return path.is_file() and path.stat().st_size == record["bytes"] and file_sha256(path) == record["sha256"]
+        path = self.folder / str(record.get("file"))
+        return (
+            path.is_file() and path.stat().st_size == record.get("bytes") and file_sha256(path) == record.get("sha256")
+        )
 
     def has(self, shard: ShardedTensor) -> bool:
         """Return True where this chunk is written; its ``data`` is not looked at."""
@@ -212,7 +214,7 @@ class CheckpointFiles:
             if index.fqn in self.entries:
                 self._places.setdefault(index.fqn, []).append(place)
         manifest = path / MANIFEST_FILE
-        self._unverified = read_manifest(manifest)["files"] if manifest.is_file() else {}
+        self._unverified = read_manifest(manifest, "files") if manifest.is_file() else {}
         self._check_files()
 
     def _check_files(self) -> None:

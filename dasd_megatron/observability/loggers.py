@@ -14,6 +14,7 @@ from typing import Any
 from dasd_megatron.files import RunDirectoryError, cannot_write
 from dasd_megatron.observability.metric_files import (
     EVALUATION,
+    FILES,
     METRICS,
     WARM_START,
     append_row,
@@ -30,8 +31,8 @@ class MetricsLogger:
     """Logger that appends the metrics of one run to its directory; one instance in the whole job (the first rank's).
 
     ``resume_step`` is the step that a resumed run continues from. TensorBoard then hides the events of later steps (its
-    purge step), and :func:`truncate_after` with the same number must have been called before. ``trackers`` follow the
-    files (:mod:`dasd_megatron.observability.trackers`), and their warnings go to ``warn``. Raises
+    purge step), and :meth:`restart_after` has to be called with the same number. ``trackers`` follow the files
+    (:mod:`dasd_megatron.observability.trackers`), and their warnings go to ``warn``. Raises
     :class:`RunDirectoryError` when the directory cannot be written: at construction, before any step has been spent.
     """
 
@@ -51,10 +52,9 @@ class MetricsLogger:
             probe.unlink()
         except OSError as error:
             raise cannot_write(self.run_dir, error) from error
-        for name in (METRICS, WARM_START, EVALUATION):
+        for name in FILES:
             mend_last_line(self.run_dir / name)
-        rows = read_metrics(self.run_dir / METRICS)
-        self._last_step = rows[-1]["step"] if rows else None
+        self._last_step = self._read_last_step()
         self._events = _TensorBoard(self.run_dir / "tensorboard", resume_step) if tensorboard else None
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
@@ -91,10 +91,14 @@ class MetricsLogger:
     def restart_after(self, step: int) -> None:
         """Drop the lines after ``step`` and go on from there, as a run that is resumed."""
         truncate_after(self.run_dir, step)
-        self._last_step = step or None
+        self._last_step = self._read_last_step()
         if self._events:
             self._events.close()
             self._events = _TensorBoard(self.run_dir / "tensorboard", step)
+
+    def _read_last_step(self) -> int | None:
+        rows = read_metrics(self.run_dir / METRICS)
+        return step_of_row(rows[-1], self.run_dir / METRICS) if rows else None
 
     def close(self) -> None:
         """Close the files, and let the trackers send the rest."""

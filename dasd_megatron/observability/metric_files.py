@@ -12,47 +12,88 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.files import RunDirectoryError, cannot_write, replace_file
+from dasd_megatron.files import RunDirectoryError, cannot_write, fsync_path, replace_file
+from dasd_megatron.reading import UnreadableError, read_json_lines
 
 METRICS, WARM_START, EVALUATION = "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl"
+WARNINGS = "watch.jsonl"
+FILES = (METRICS, WARM_START, EVALUATION, WARNINGS)
+_ADVICE = "repair it or move it away, then start again"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def truncate_after(run_dir: str | Path, step: int, warm_start_step: int | None = None) -> None:
-    """Drop the lines of metrics.jsonl and evaluation.jsonl whose step lies after ``step``; for a resume from the
-    checkpoint of ``step``.
+def truncate_after(run_dir: str | Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl, evaluation.jsonl and watch.jsonl whose step lies after ``step``; for a resume
+    from the checkpoint of ``step``.
 
-    ``step=-1`` empties both, for a fresh start in an old directory. ``warm_start_step`` does the same to
-    warm_start.jsonl, whose steps count on their own; None leaves it. A half-written last line is dropped. Each file is
-    replaced atomically (write, fsync, rename). Raises :class:`RunDirectoryError` for an unreadable line that is not the
-    last, and for a directory that cannot be written.
+    A half-written last line is dropped. A file is replaced atomically (write, fsync, rename), and only where something
+    is to be dropped. Raises :class:`~dasd_megatron.files.RunDirectoryError` for a damaged line, and for a directory
+    that cannot be written.
     """
-    limits = {METRICS: step, EVALUATION: step, WARM_START: warm_start_step}
-    for name, limit in limits.items():
+    for name in (METRICS, EVALUATION, WARNINGS):
         path = Path(run_dir) / name
-        if limit is None or not path.exists():
+        if not os.path.lexists(path):
             continue
-        kept = [line for line, row in _parsed_lines(path) if step_of_row(row, path) <= limit]
-        replace_file(path, "".join(line + "\n" for line in kept))
+        lines = read_json_lines(path, advice=_ADVICE)
+        kept = [line for line in lines if step_of_row(line.row, f"{path} line {line.number}") <= step]
+        if len(kept) < len(lines) or not ends_whole(path):
+            replace_file(path, "".join(line.text + "\n" for line in kept))
+
+
+def set_rows_aside(run_dir: Path, name: str) -> str | None:
+    """Rename a file of rows that a run is to begin anew; return the new name, None where there are no rows.
+
+    Raises:
+        RunDirectoryError: it cannot be renamed.
+    """
+    path = run_dir / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        if path.stat().st_size == 0:
+            return None
+        number = 1
+        while os.path.lexists(aside := run_dir / f"{name}.{number}"):
+            number += 1
+        path.rename(aside)
+        fsync_path(run_dir)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return aside.name
+
+
+def missing_steps(run_dir: Path, step: int) -> int:
+    """Return how many steps up to ``step`` metrics.jsonl lacks. A run that has gone on from another one's checkpoint
+    has none before its first row; without any row all are lacking."""
+    rows = read_metrics(run_dir / METRICS)
+    found = {number for row in rows if 1 <= (number := step_of_row(row, run_dir / METRICS)) <= step}
+    return step + 1 - min(found, default=1) - len(found)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file, NaN and infinities as floats again. Without the file there are none; a
-    half-written last line is left out."""
+    half-written last line is left out. Raises :class:`~dasd_megatron.reading.UnreadableError` for a damaged file."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    return [restore_non_finite(row) for _, row in _parsed_lines(path)]
+    return [restore_non_finite(line.row) for line in read_json_lines(path, advice=_ADVICE)]
 
 
 def restore_non_finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of a metrics file with the strings "NaN", "Infinity" and "-Infinity" as floats again."""
-    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    """Return a line of a metrics file with the strings "NaN", "Infinity" and "-Infinity" as floats again, and integers
+    that no float holds as infinities."""
+    return {key: _number(value) if isinstance(value, (str, int)) else value for key, value in row.items()}
+
+
+def _number(value: str | int) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    return value if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
 
 
 def step_of_row(row: Mapping[str, Any], where: object) -> int:
@@ -63,34 +104,20 @@ def step_of_row(row: Mapping[str, Any], where: object) -> int:
     return int(step)
 
 
-def _parsed_lines(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield (line, object) of every whole line. The rest that a crash left of the last line is skipped; damage before
-    it raises."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise RunDirectoryError(
-                f"{path}, line {number}: {error}; repair or delete that line, then start again"
-            ) from error
-        yield line, row
-
-
 def mend_last_line(path: Path) -> None:
     """Drop the half of a last line that a killed writer left, so that the next line does not continue it."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = "".join(line + "\n" for line, _ in _parsed_lines(path))
-    if whole != text:
-        replace_file(path, whole)
+    if os.path.lexists(path) and not ends_whole(path):
+        replace_file(path, "".join(line.text + "\n" for line in read_json_lines(path, advice=_ADVICE)))
+
+
+def ends_whole(path: Path) -> bool:
+    """Return whether a file is empty, or its last byte ends a line. Raises RunDirectoryError."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+            return file.read(1) in (b"", b"\n")
+    except OSError as error:
+        raise UnreadableError(path, f"cannot be read ({error.strerror or error})", _ADVICE) from error
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

@@ -7,9 +7,7 @@ Acting on a warning (``watch.action``) is the training loop's part.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -18,10 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dasd_megatron.config import WatchConfig
-from dasd_megatron.files import RunDirectoryError, replace_file
-from dasd_megatron.observability.metric_files import read_metrics
+from dasd_megatron.observability.metric_files import METRICS, WARNINGS, append_row, read_metrics, step_of_row
 
-WARNINGS = "watch.jsonl"
 CONTINUE = "watch.continue"
 """A file of this name in the run directory lets a paused run go on."""
 
@@ -349,41 +345,17 @@ class Watch:
 
 
 def open_watch(run_dir: Path, settings: WatchConfig, *, has_teacher: bool) -> Watch:
-    """Return the watch of a run that goes on behind the last row of its metrics.jsonl. Warnings of later steps are
-    dropped from watch.jsonl."""
-    watch, step = Watch(settings, has_teacher=has_teacher), 0
-    for row in read_metrics(run_dir / "metrics.jsonl"):
-        watch.update(row)
-        step = row["step"]
-    path = run_dir / WARNINGS
-    if path.exists():
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+    """Return the watch of a run that goes on behind the last row of its metrics.jsonl. Raises RunDirectoryError where
+    that file is damaged."""
+    watch, path = Watch(settings, has_teacher=has_teacher), run_dir / METRICS
+    for row in read_metrics(path):
+        watch.update(row | {"step": step_of_row(row, path)})
     return watch
 
 
 def record_alerts(run_dir: Path, alerts: Iterable[Alert], action: str) -> None:
     """Append warnings to watch.jsonl, a line each: ``step``, ``time`` (unix seconds), ``condition``, ``action`` (to
-    follow), ``text``."""
-    rows = [
-        {
-            "step": alert.step,
-            "time": time.time(),
-            "condition": alert.condition,
-            "action": action,
-            "text": alert.text,
-        }
-        for alert in alerts
-    ]
-    if not rows:
-        return
-    path = run_dir / WARNINGS
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot write {path}: {error.strerror or error}; free space there, or make it writable"
-        ) from error
+    follow), ``text``. Raises RunDirectoryError."""
+    for alert in alerts:
+        row = {"step": alert.step, "time": time.time(), "condition": alert.condition}
+        append_row(run_dir / WARNINGS, row | {"action": action, "text": alert.text})

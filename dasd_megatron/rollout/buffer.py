@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dasd_megatron.samples import Sample, read_samples, version_step
+from dasd_megatron.samples import ReplayError, Sample, read_samples, version_step
 
 
 @dataclass(slots=True)
@@ -39,11 +39,16 @@ def make_group(samples: list[Sample]) -> Group:
 
 
 def read_groups(path: Path) -> list[Group]:
-    """Read the groups of a file of :func:`~dasd_megatron.samples.save_samples`, each group's samples in a row."""
-    return [
-        make_group(list(samples))
-        for _, samples in itertools.groupby(read_samples(path), key=lambda sample: sample.position)
-    ]
+    """Read the groups of a file of :func:`~dasd_megatron.samples.save_samples`, each group's samples in a row.
+
+    Raises:
+        ReplayError: names a broken line, or what is wrong with the file.
+    """
+    grouped = itertools.groupby(read_samples(path), key=lambda sample: sample.position)
+    try:
+        return [make_group(list(samples)) for _, samples in grouped]
+    except ValueError as error:
+        raise ReplayError(f"{path}: {error}") from error
 
 
 @dataclass

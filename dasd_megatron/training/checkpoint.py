@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import os
 import random
 import shutil
@@ -22,8 +21,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -40,23 +39,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dasd_megatron import backend
 from dasd_megatron.config import CheckpointConfig
+from dasd_megatron.errors import first_line
 from dasd_megatron.models.extra_state import kept_scaling, load_state, without_extra_states
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
-from dasd_megatron.rollout.buffer import BufferState, Counts, read_groups
+from dasd_megatron.rollout.buffer import Group, read_groups
 from dasd_megatron.samples import save_samples
-from dasd_megatron.training.checkpoint_files import (
-    STATE_FILE,
-    changed_file,
-    checkpoint_path,
-    listed_files,
-    prune,
-    publish,
-    recover_replaced,
-    resumable,
-    set_aside,
-)
+from dasd_megatron.training.checkpoint_files import STATE_FILE, CheckpointError, checkpoint_path, prune, publish
+from dasd_megatron.training.checkpoint_search import COUNTERS, TrainerState, do_on_rank0, read_state
 from dasd_megatron.training.checkpoint_writer import PendingCheckpoint, ResultFile
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import (
@@ -81,39 +72,12 @@ _ARCHITECTURE = (
 )
 
 
-logger = logging.getLogger(__name__)
-
 _RESERVE_FILE = "reserve.partial"
 _RESERVE_BYTES = 2**28
 _HEADER_BYTES = 2048
 """Room for what is stored beside each tensor's values."""
-_COUNTERS = ("skipped", "discarded", "rollbacks", "rolled_back_to")
 _COLLECTED = ("ready", "refused")
 """The lists of groups in a BufferState, each of which is a file of its own."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message says which and what to do. Raised on every rank, unless
-    ``on_all_ranks`` is false: then this process has to end, since the others wait for it."""
-
-    on_all_ranks = True
-
-
-@dataclass
-class TrainerState:
-    """The progress of a run: ``step`` finished steps, and the rollouts under way (on rank 0).
-
-    ``skipped``: number of the last steps in a row that were skipped; ``rollbacks``: times that the run went back to a
-    checkpoint, the last time to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were
-    undone by it, and are not used again.
-    """
-
-    step: int = 0
-    rollouts: BufferState = field(default_factory=BufferState)
-    skipped: int = 0
-    discarded: int = 0
-    rollbacks: int = 0
-    rolled_back_to: int = -1
 
 
 def architecture(hf_config: Any) -> dict[str, Any]:
@@ -121,74 +85,14 @@ def architecture(hf_config: Any) -> dict[str, Any]:
     return {name: getattr(hf_config, name) for name in _ARCHITECTURE}
 
 
-def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """Return the checkpoint that ``resume`` (none, auto or a path) means, once every file of it has been compared with
-    its manifest; None where there is none. Collective: each rank reads its share of the files.
-
-    With auto, a damaged checkpoint is named in a warning and set aside, and the one before it is taken.
-
-    Raises:
-        CheckpointError: the one at the path is damaged, or all are.
-    """
-    rank0 = dist.get_rank() == 0
-    if resume == "none":
-        return None
-    if resume != "auto":
-        problem = damage(Path(resume))
-        if problem is not None:
-            raise CheckpointError(f"resume={resume}: {problem}; restore it, or name another checkpoint")
-        return Path(resume)
-    if rank0:
-        recover_replaced(run_dir)
-    candidates = broadcast_from_rank0(resumable(run_dir) if rank0 else None)
-    problems = []
-    for path in candidates:
-        problem = damage(path)
-        if problem is None:
-            return path
-        problems.append(problem)
-        if rank0:
-            logger.warning(
-                "%s: this checkpoint is damaged and set aside as %s.damaged, the one before it is taken",
-                problem,
-                path.name,
-            )
-            set_aside(path)
-    if problems:
-        raise CheckpointError(
-            f"no checkpoint of {run_dir} is intact: {'; '.join(problems)}; restore one, or start a new run"
-        )
-    return None
-
-
-def damage(path: Path) -> str | None:
-    """Return a line about the first damaged file of a checkpoint, None if it is intact. Collective: each rank reads its
-    share of the files."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        files = on_selected_rank(rank == 0, lambda: listed_files(path), (WeightsError, OSError))
-    except PeerError as error:
-        return str(error)
-    names = sorted(broadcast_from_rank0(files).items())
-    return next((problem for problem in gather_world(changed_file(path, dict(names[rank::world]))) if problem), None)
-
-
-def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
-    """Return the contents of a checkpoint's ``trainer.json``, as state and whole. Collective over all ranks: rank 0
-    reads."""
-    record = broadcast_from_rank0(json.loads((path / STATE_FILE).read_text()) if dist.get_rank() == 0 else None)
-    rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
-    counters = {name: record[name] for name in ("step", *_COUNTERS)}
-    return TrainerState(rollouts=rollouts, **counters), record
-
-
 def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> None:
     """Refuse (CheckpointError) a checkpoint, by the record of :func:`read_state`, whose tensors are not those of
     ``hf_config``'s model."""
     for name, value in architecture(hf_config).items():
-        if record["architecture"][name] != value:
+        saved = record["architecture"].get(name)
+        if saved != value:
             raise CheckpointError(
-                f"{path} was saved from a model with {name}={record['architecture'][name]}, this model has {value}; "
+                f"{path} was saved from a model with {name}={saved}, this model has {value}; "
                 "set model.path to the model that the checkpoint came from, or start a new run"
             )
 
@@ -419,7 +323,7 @@ class CheckpointSaver:
         torch.save(rng, partial / "rng.pt")
         record = {
             "step": state.step,
-            **{name: getattr(state, name) for name in _COUNTERS},
+            **{name: getattr(state, name) for name in COUNTERS},
             "position": state.rollouts.position,
             "pending": state.rollouts.pending,
             "collected": dataclasses.asdict(state.rollouts.counts),
@@ -498,16 +402,12 @@ def load_checkpoint(
     """Restore everything that :class:`CheckpointSaver` wrote, in place. Collective over all ranks.
 
     The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a
-    rank. Call :func:`find_checkpoint` and :func:`check_architecture` first.
+    rank. Call :func:`~dasd_megatron.training.checkpoint_search.find_checkpoint` and :func:`check_architecture` first.
     """
     state, record = read_state(path)
-    for name in _COLLECTED:
-        if dist.get_rank() == 0 and (path / f"{name}.jsonl").exists():
-            setattr(state.rollouts, name, read_groups(path / f"{name}.jsonl"))
-    try:
-        on_selected_rank(dist.get_rank() == 0, lambda: read_metadata(path), (WeightsError,))
-    except PeerError as error:
-        raise CheckpointError(str(error)) from error
+    for name, groups in (do_on_rank0(lambda: _read_collected(path)) or {}).items():
+        setattr(state.rollouts, name, groups)
+    do_on_rank0(lambda: read_metadata(path))
     recipe = kept_scaling(model.config)
     state_to_load = _sharded_state(model, optimizer, average, is_loading=True)
     if recipe is None:
@@ -533,5 +433,23 @@ def load_checkpoint(
         for tensor, (chunk_name, name) in zip(average.tensors, names, strict=True):
             tensor.copy_(loaded["average"][chunk_name][name])
     if record["world_size"] == dist.get_world_size():
-        _set_rng_state(torch.load(path / "rng.pt", weights_only=True)[dist.get_rank()])
+        _restore_generators(path / "rng.pt")
     return state
+
+
+def _read_collected(path: Path) -> dict[str, list[Group]]:
+    """Return the groups that a checkpoint has for steps to come, by the name of their list."""
+    found = {}
+    for name in _COLLECTED:
+        if (path / f"{name}.jsonl").exists():
+            found[name] = read_groups(path / f"{name}.jsonl")
+    return found
+
+
+def _restore_generators(path: Path) -> None:
+    """Set this rank's generators to what the file says; CheckpointError where it says nothing that they take."""
+    try:
+        _set_rng_state(torch.load(path, weights_only=True)[dist.get_rank()])
+    # A file that is no such record fails in any of these ways.
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, PickleError) as error:
+        raise CheckpointError(f"{path} has no generators of this run ({first_line(error)}): restore it") from error

@@ -215,7 +215,7 @@ def _evaluate(trainer: Trainer, label: str) -> None:
     already."""
     step, evaluations = trainer.state.step, trainer.paths.root / "evaluation.jsonl"
     done = trainer.logger is not None and any(
-        row["label"] == label and row["step"] == step for row in read_metrics(evaluations)
+        row.get("label") == label and row.get("step") == step for row in read_metrics(evaluations)
     )
     if broadcast_from_rank0(done):
         return
@@ -244,7 +244,7 @@ def _conclude(trainer: Trainer) -> None:
     """Write the report and print the closing table."""
     root = trainer.paths.root
     report = write_report([root])
-    rows = {row["label"]: row for row in read_metrics(root / "evaluation.jsonl")}
+    rows = {row.get("label"): row for row in read_metrics(root / "evaluation.jsonl")}
     facts = {
         "model": trainer.paths.final_model.absolute(),
         "metrics": (root / "metrics.jsonl").absolute(),

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dasd_megatron.training.checkpoint import TrainerState, damage, load_checkpoint, read_state
+from dasd_megatron.training.checkpoint import load_checkpoint
 from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from, resumable
+from dasd_megatron.training.checkpoint_search import TrainerState, damage, read_state
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import TrainingError
@@ -68,7 +69,7 @@ def roll_back(trainer: Trainer) -> None:
     state.step, state.rolled_back_to = good_step, good_step
     state.skipped, state.rollbacks = 0, state.rollbacks + 1
     if trainer.logger is not None:
-        depart_from(trainer.paths.root, path)
+        depart_from(trainer.paths.root, path, good_step)
         trainer.logger.restart_after(state.step)
     trainer.plane.start_over()
     # This takes the place of the checkpoint gone back to: a run that is killed now must not draw the same problems

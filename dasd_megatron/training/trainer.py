@@ -17,23 +17,25 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import Config, LoggingConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer, make_renderer
+from dasd_megatron.files import cannot_write
 from dasd_megatron.models.gpt import ShardedModel, build_model
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.observability.loggers import MetricsLogger
-from dasd_megatron.observability.metric_files import truncate_after
+from dasd_megatron.observability.metric_files import (
+    EVALUATION,
+    METRICS,
+    WARM_START,
+    WARNINGS,
+    missing_steps,
+    set_rows_aside,
+)
 from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
-from dasd_megatron.training.checkpoint import (
-    CheckpointSaver,
-    TrainerState,
-    check_architecture,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-)
-from dasd_megatron.training.checkpoint_files import depart_from
+from dasd_megatron.training.checkpoint import CheckpointSaver, check_architecture, load_checkpoint
+from dasd_megatron.training.checkpoint_files import checkpoints_folder, depart_from
+from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint, read_state
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0
 from dasd_megatron.training.rollout_plane import RolloutPlane
@@ -100,7 +102,10 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
         warm_started = _find_warm_started_model(paths, checkpoint)
         logger = None
         if dist.get_rank() == 0:
-            _drop_later_results(paths, checkpoint, first_step, warm_started=warm_started is not None)
+            if checkpoint is None:
+                _begin_files(config.resume, paths.root, display)
+            if warm_started is None:
+                set_rows_aside(paths.root, WARM_START)
             logger = stack.enter_context(
                 open_logger(config.logging, paths.root, display, resumed=checkpoint is not None, first_step=first_step)
             )
@@ -113,6 +118,8 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
         state = TrainerState()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.average)
+            if logger is not None:
+                _drop_later_results(paths.root, checkpoint, state.step, logger, display)
             display.message(f"resumed from {checkpoint} at step {state.step}")
         saver = stack.enter_context(
             CheckpointSaver(
@@ -201,12 +208,35 @@ def _find_warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path |
     return broadcast_from_rank0(found)
 
 
-def _drop_later_results(paths: RunPaths, checkpoint: Path | None, first_step: int, *, warm_started: bool) -> None:
-    """Remove what the run directory has of steps that are taken again."""
-    if checkpoint is not None:
-        depart_from(paths.root, checkpoint)
-    last_step = first_step if checkpoint is not None else -1
-    truncate_after(paths.root, last_step, warm_start_step=None if warm_started else 0)
+def _begin_files(resume: str, run_dir: Path, display: ProgressDisplay) -> None:
+    """Give a run that begins at its first step files of its own; what an attempt without a checkpoint has written
+    stays beside them."""
+    moved = [moved for name in (METRICS, EVALUATION, WARNINGS) if (moved := set_rows_aside(run_dir, name)) is not None]
+    if resume == "auto":
+        kept = f"; what an attempt before its first checkpoint wrote is in {', '.join(moved)}" if moved else ""
+        display.message(f"resume=auto: {run_dir} has no checkpoint to go on from, training begins at step 1{kept}")
+
+
+def _drop_later_results(
+    run_dir: Path, checkpoint: Path, step: int, logger: MetricsLogger, display: ProgressDisplay
+) -> None:
+    """Remove what the run directory has of steps that are taken again, once the checkpoint of ``step`` is loaded.
+
+    Raises:
+        RunDirectoryError: the directory cannot be written.
+    """
+    try:
+        depart_from(run_dir, checkpoint, step)
+    except OSError as error:
+        raise cannot_write(checkpoints_folder(run_dir), error) from error
+    logger.restart_after(step)
+    is_own = checkpoint.resolve().parent == checkpoints_folder(run_dir).resolve()
+    lacking = missing_steps(run_dir, step) if is_own else 0
+    if lacking:
+        display.warning(
+            f"{run_dir / METRICS} is shorter than {checkpoint.name}: it lacks {lacking} of the steps up to {step}. The "
+            "run goes on, and its report and its watch do without them"
+        )
 
 
 def _warm_start(

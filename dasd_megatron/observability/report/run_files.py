@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, restore_non_finite
-from dasd_megatron.observability.watch import WARNINGS
+from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, WARNINGS, restore_non_finite
 from dasd_megatron.reading import (
     YAML_FILE_BYTES,
     MalformedError,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.observability import metric_files
 from dasd_megatron.observability.loggers import MetricsLogger
-from dasd_megatron.observability.metric_files import read_metrics, truncate_after
+from dasd_megatron.observability.metric_files import missing_steps, read_metrics, set_rows_aside, truncate_after
 
 
 def bits(value: float) -> bytes:
@@ -114,11 +114,50 @@ def test_truncate_drops_later_steps_and_a_half_written_line(tmp_path, half):
     assert (tmp_path / "metrics.jsonl").read_text() == whole[0] + "\n" + whole[1] + "\n"
     assert [row["step"] for row in read_metrics(tmp_path / "evaluation.jsonl")] == [0]
     assert len(read_metrics(tmp_path / "warm_start.jsonl")) == 1
-    truncate_after(tmp_path, -1, warm_start_step=0)
-    assert all(
-        (tmp_path / name).read_text() == "" for name in ("metrics.jsonl", "evaluation.jsonl", "warm_start.jsonl")
-    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.jsonl", "metrics.jsonl", "warm_start.jsonl"]
+
+
+def test_rows_of_an_attempt_that_is_given_up_are_kept_beside(tmp_path):
+    assert set_rows_aside(tmp_path, "metrics.jsonl") is None
+    (tmp_path / "metrics.jsonl").touch()
+    assert set_rows_aside(tmp_path, "metrics.jsonl") is None
+    for attempt in ("1", "2"):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": {attempt}}}\n')
+        assert set_rows_aside(tmp_path, "metrics.jsonl") == f"metrics.jsonl.{attempt}"
+    assert {path.name: read_metrics(path) for path in tmp_path.iterdir()} == {
+        f"metrics.jsonl.{step}": [{"step": step}] for step in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("steps", "lacking"),
+    [
+        ([1, 2, 3], 0),
+        ([1, 2, 3, 4], 0),
+        ([1, 2], 1),
+        ([1, 3], 1),
+        ([], 3),
+        # A run that has gone on from another one's checkpoint of step 1.
+        ([2, 3], 0),
+        ([-(10**12), 2, 3], 0),
+        ([4, 5], 3),
+    ],
+)
+def test_steps_that_metrics_lack_are_counted(tmp_path, steps, lacking):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    assert missing_steps(tmp_path, 3) == lacking
+
+
+def test_a_file_of_which_nothing_is_dropped_is_not_written(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\n{"step": 2}\n')
+    before = (tmp_path / "metrics.jsonl").stat()
+    truncate_after(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").stat() == before
+
+
+def test_a_number_that_no_float_holds_is_infinite(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "x": {10**400}, "y": -{10**400}, "z": {2**70}}}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "x": math.inf, "y": -math.inf, "z": 2**70}]
 
 
 def test_truncate_cuts_a_multibyte_character_short(tmp_path):
@@ -135,7 +174,7 @@ def test_truncate_keeps_a_whole_line_without_its_newline(tmp_path):
 
 def test_damage_inside_a_file_is_reported_not_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl, line 2"):
+    with pytest.raises(RunDirectoryError, match=r"metrics.jsonl line 2 is damaged"):
         truncate_after(tmp_path, 9)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"st\n{"step": 3}\n'
 

@@ -18,7 +18,7 @@ import pytest
 
 from dasd_megatron.observability import trackers
 from dasd_megatron.observability.loggers import MetricsLogger
-from dasd_megatron.observability.metric_files import truncate_after
+from dasd_megatron.observability.metric_files import set_rows_aside, truncate_after
 from dasd_megatron.observability.trackers import Tracker, follow, public_settings
 
 SETTINGS = {
@@ -310,7 +310,7 @@ def test_a_run_and_its_resumption(name, run_dir, monkeypatch):
 @pytest.mark.parametrize("name", REAL)
 def test_a_run_that_begins_again_is_another(name, run_dir):
     for _ in range(2):
-        truncate_after(run_dir, -1)
+        set_rows_aside(run_dir, "metrics.jsonl")
         with MetricsLogger(
             run_dir, tensorboard=False, trackers=[Tracker(name, run_dir, fresh=True)], warn=pytest.fail
         ) as logger:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.config import WATCH_CONDITIONS, WatchConfig
+from dasd_megatron.observability.metric_files import WARNINGS, truncate_after
 from dasd_megatron.observability.watch import (
     CONDITIONS,
-    WARNINGS,
     Alert,
     MetricHistory,
     Watch,
@@ -223,6 +223,7 @@ def test_a_resumed_watch_says_what_an_uninterrupted_one_says(tmp_path: Path):
     kept, wanted = draw.randint(60, 150), []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:kept]))
     record_alerts(tmp_path, [alert for alert in whole if alert.step <= kept + 30], "warn")
+    truncate_after(tmp_path, kept)
     watch = open_watch(tmp_path, SETTINGS, has_teacher=True)
     for row in rows[kept:]:
         wanted += watch.update(row)

@@ -14,7 +14,7 @@ from dasd_megatron.config import Config, load_config
 from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training import loop
-from dasd_megatron.training.checkpoint import TrainerState
+from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import Signals
 from dasd_megatron.training.rollout_plane import RolloutsUnavailableError
 

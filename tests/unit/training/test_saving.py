@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
-from dasd_megatron.training.checkpoint import CheckpointError, TrainerState, find_checkpoint
-from dasd_megatron.training.checkpoint_files import checkpoint_path, hash_files, publish
+from dasd_megatron.training.checkpoint_files import CheckpointError, checkpoint_path, hash_files, publish
+from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint
 from dasd_megatron.training.saving import _find_good_checkpoint
+from tests.support.damage import trainer_record
 from tests.support.thread_ranks import ThreadRanks
 
 RANKS = 2
@@ -21,9 +23,7 @@ def write(run: Path, step: int, skipped: int = 0) -> Path:
     final = checkpoint_path(run, step)
     partial = final.with_name(final.name + ".1234.partial")
     partial.mkdir(parents=True)
-    record = {"step": step, "skipped": skipped, "discarded": 0, "rollbacks": 0, "rolled_back_to": -1}
-    record |= {"position": 16 * step, "pending": [], "collected": {}}
-    (partial / "trainer.json").write_text(json.dumps(record))
+    (partial / "trainer.json").write_text(json.dumps(trainer_record(step, skipped=skipped)))
     (partial / "__0_0.distcp").write_text("weights")
     publish(partial, final, hash_files(partial, ["__0_0.distcp"]))
     return final
@@ -67,6 +67,53 @@ def test_a_run_without_an_intact_checkpoint_is_refused(ranks: ThreadRanks, tmp_p
     for resume, message in ((str(path), "restore it, or name another checkpoint"), ("auto", "no checkpoint of")):
         errors = found(ranks, tmp_path, resume)
         assert all(isinstance(error, CheckpointError) and message in str(error) for error in errors)
+
+
+def test_a_run_that_has_lost_its_checkpoints_does_not_start_over(ranks: ThreadRanks, tmp_path: Path) -> None:
+    shutil.rmtree(write(tmp_path, 1).parent)
+    # A second attempt changes nothing, and is refused as well.
+    for _ in range(2):
+        errors = found(ranks, tmp_path, "auto")
+        assert all(isinstance(error, CheckpointError) and "has had checkpoints" in str(error) for error in errors)
+    path = write(tmp_path, 2)
+    damage(path)
+    for _ in range(2):
+        errors = found(ranks, tmp_path, "auto")
+        assert all(isinstance(error, CheckpointError) and "is intact" in str(error) for error in errors)
+        assert path.is_dir()
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "step_000001\n", "step_000009\n", "\x1b[2J"])
+def test_latest_is_a_hint_and_a_wrong_one_is_said(
+    ranks: ThreadRanks, tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    latest = newest.parent / "latest"
+    latest.unlink()
+    if content is not None:
+        latest.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert found(ranks, tmp_path, "auto") == [newest] * RANKS
+    (message,) = caplog.messages
+    assert str(latest) in message and "step_000002 is the newest complete checkpoint" in message
+    assert message.isprintable()
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(ranks: ThreadRanks, tmp_path: Path) -> None:
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    second.rename(checkpoint_path(tmp_path, 7))
+    assert found(ranks, tmp_path, "auto") == [first] * RANKS
+
+
+def test_another_runs_checkpoint_does_not_take_the_place_of_later_ones(ranks: ThreadRanks, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", write(tmp_path / "other", 3)
+    write(run, 2)
+    assert found(ranks, run, str(other)) == [other] * RANKS
+    write(run, 4)
+    errors = found(ranks, run, str(other))
+    assert all(isinstance(error, CheckpointError) and "has the later step_000004" in str(error) for error in errors)
+    assert found(ranks, tmp_path / "other", str(other)) == [other] * RANKS
 
 
 def good(ranks: ThreadRanks, run: Path, state: TrainerState) -> list[object]:
