@@ -29,6 +29,7 @@ from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
+START_SECONDS = 600
 GROUPS = 8
 LEAST_STEPS = 27  # more than 200 groups
 RUN = [
@@ -113,7 +114,10 @@ def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Plac
     rollout: RolloutConfig = config.rollout
     if request.param == "sglang":
         sglang = [f"rollout.sglang.python={sglang_python()}", "rollout.sglang.max_total_tokens=8192"]
-        rollout = load_config([*SMALL, "rollout=sglang_cpu", *sglang]).rollout
+        # A start takes 40 s of CPU time in three processes. Beside the trainer, the other server and other drills it
+        # was seen to last 165 s with 14 processes on two cores. A start that hangs fails here too, and says where.
+        limit = f"rollout.startup_timeout_seconds={START_SECONDS}"
+        rollout = load_config([*SMALL, "rollout=sglang_cpu", *sglang, limit]).rollout
     with ExitStack() as stack:
         found = [
             Place(LocalServer(tmp_path / "model", "first", rollout, tmp_path / f"log{index}"), {}) for index in range(2)
@@ -140,7 +144,12 @@ AHEAD = [
 
 @pytest.mark.parametrize(
     ("places", "weight_sync", "more"),
-    [("embedded", "disk", []), pytest.param("sglang", "distributed", AHEAD, marks=pytest.mark.drill)],
+    [
+        ("embedded", "disk", []),
+        pytest.param(
+            "sglang", "distributed", AHEAD, marks=[pytest.mark.drill, pytest.mark.timeout(900 + START_SECONDS)]
+        ),
+    ],
     indirect=["places"],
     ids=["embedded-disk", "sglang-distributed-ahead"],
 )
