@@ -269,7 +269,9 @@ class LocalServer:
         with self.log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = log.read(TAIL_BYTES).decode(errors="replace")
-        tail = [line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]} ..." for line in text.splitlines()[-lines:]]
+        # Each import within an import is five frames of Python's own in a stack.
+        told = [line for line in text.splitlines() if not line.startswith('  File "<frozen importlib')]
+        tail = [line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]} ..." for line in told[-lines:]]
         return f"The end of {self.log_path}:\n" + printable_lines("\n".join(tail))
 
 

@@ -78,6 +78,10 @@ def test_the_end_of_a_log_is_bounded(deaf_server: LocalServer) -> None:
     deaf_server.log_path.write_text("first\n" + "y" * 500_000 + "\n" + "last\n" * 3)
     tail = deaf_server.log_tail()
     assert tail.endswith("last\nlast\nlast") and len(tail) < 1000
+    deaf_server.log_path.write_text(
+        '  File "model.py", line 1\n' + '  File "<frozen importlib._bootstrap>", line 2\n' * 99
+    )
+    assert deaf_server.log_tail().endswith('log:\n  File "model.py", line 1')
     deaf_server.log_path.write_bytes(b"\xff" * 3)
     assert deaf_server.log_tail().endswith("\ufffd\ufffd\ufffd")
 
