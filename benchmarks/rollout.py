@@ -118,7 +118,11 @@ def load_baseline(options: argparse.Namespace) -> Any:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype), local_files_only=True
+        options.model,
+        dtype=getattr(torch, options.dtype),
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     # The model's own settings, like an end of sequence, would count beside those of the call.
     model.generation_config = transformers.GenerationConfig()

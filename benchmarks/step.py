@@ -81,7 +81,7 @@ def random_model(preset: str, path: Path, dtype: str) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            hf_config, torch_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+            hf_config, torch_dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], trust_remote_code=False
         )
     model.save_pretrained(path)
     character_tokenizer().save_pretrained(path)

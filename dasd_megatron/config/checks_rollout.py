@@ -65,12 +65,23 @@ def _check_address(field: str, address: str) -> None:
 
 
 def check_sglang_arguments(sglang: SGLangConfig) -> None:
-    """Refuse keys among SGLang's arguments, where everybody could read them."""
-    if any(re.match(r"--(admin-)?api-key\b", argument) for argument in sglang.arguments):
+    """Refuse SGLang's arguments that would show a key to everybody, or run the code of a model."""
+    if any(_names_option(argument, "--api-key", "--admin-api-key") for argument in sglang.arguments):
         raise ConfigError(
             "rollout.sglang.arguments: a key there would stand in config.yaml and in the list of processes: set "
             "DASD_API_KEY instead"
         )
+    if any(_names_option(argument, "--trust-remote-code") for argument in sglang.arguments):
+        raise ConfigError(
+            "rollout.sglang.arguments: --trust-remote-code would run the code of a model: leave it out, since the "
+            "models that can be trained need none"
+        )
+
+
+def _names_option(argument: str, *options: str) -> bool:
+    """Return True where SGLang takes ``argument`` for one of ``options``, of which the beginning is enough."""
+    name = argument.partition("=")[0]
+    return len(name) > len("--a") and any(option.startswith(name) for option in options)
 
 
 def check_functions(verify: VerifyConfig, rollout: RolloutConfig) -> None:

@@ -263,7 +263,9 @@ def compare_logits(checkpoint: Path, hf_path: Path, dtype: torch.dtype) -> tuple
     hf_config = read_hf_config(hf_path)
     tokens = torch.randint(hf_config.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
     reference = (
-        AutoModelForCausalLM.from_pretrained(hf_path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        AutoModelForCausalLM.from_pretrained(
+            hf_path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
         .float()(tokens)
         .logits
     )

@@ -30,9 +30,15 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
         raise ConfigError(f"--gguf {file}: no such file")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype or torch.float32, local_files_only=True
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,  # transformers would ask whether to run what lies beside the file
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
     # transformers and gguf raise many classes for a file that is none, or holds an architecture they do not know.
     except Exception as error:
         raise ConfigError(f"{file} cannot be read as a language model in GGUF ({first_line(error)})") from error

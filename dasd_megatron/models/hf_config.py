@@ -169,7 +169,7 @@ def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
+            model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=False)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         raise ConfigError(f"config.json describes no model that transformers can make ({first_line(error)})") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -128,6 +128,18 @@ REFUSED = [
         ["rollout.sglang.arguments", "DASD_API_KEY"],
     ),
     (
+        ["rollout=sglang_cpu", "rollout.sglang.arguments=['--trust-remote-code']"],
+        ["rollout.sglang.arguments", "--trust-remote-code", "leave it out"],
+    ),
+    (
+        ["rollout=sglang_cpu", "rollout.sglang.arguments=[--tp-size,2,'--trust-rem']"],
+        ["rollout.sglang.arguments", "--trust-remote-code", "leave it out"],
+    ),
+    (
+        ["rollout=sglang_cpu", "rollout.sglang.arguments=['--api-k=secret']"],
+        ["rollout.sglang.arguments", "DASD_API_KEY"],
+    ),
+    (
         ["rollout=sglang_cpu", "rollout.sglang.arguments=['--admin-api-key=secret']"],
         ["rollout.sglang.arguments", "DASD_API_KEY"],
     ),

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from dasd_megatron.config import TinyModelConfig
+from dasd_megatron.errors import ConfigError
+from dasd_megatron.models import gguf
 from dasd_megatron.models.hf_config import load_tokenizer, read_hf_config
 from dasd_megatron.models.hf_weights import HfWeights, WeightsError
 from dasd_megatron.models.tiny import make_tiny_model
@@ -22,6 +24,7 @@ TINY = TinyModelConfig(
     hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
 )
 
+LOADING = ("dasd_megatron", "tools", "examples", "benchmarks")
 PACKAGE = Path(__file__).resolve().parents[3] / "dasd_megatron"
 
 
@@ -139,3 +142,46 @@ def test_no_loader_of_the_package_runs_what_it_reads() -> None:
             if keywords.get("allow_pickle") == "True":
                 found.append(f"{name}:{call.lineno} allow_pickle")
     assert not found, found
+
+
+def test_every_loader_says_that_no_code_is_run() -> None:
+    """transformers asks at the terminal whether to run a model's code where the argument is left out."""
+    root, found, sound = PACKAGE.parent, [], 0
+    for path in (path for folder in LOADING for path in sorted((root / folder).rglob("*.py"))):
+        for function, call in calls(ast.parse(path.read_text())):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            loads = function.rpartition(".")[2] in ("from_pretrained", "from_config")
+            if (loads or "trust_remote_code" in keywords) and keywords.get("trust_remote_code") != "False":
+                found.append(f"{path.relative_to(root)}:{call.lineno} {function} without trust_remote_code=False")
+            sound += loads
+    assert not found, "\n".join(found)
+    assert sound >= 10
+
+
+def test_a_gguf_file_runs_no_code_beside_it(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Neither where somebody would say yes when asked."""
+    pytest.importorskip("gguf")
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.F"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": names}))
+    write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    # The model is not what is tested: its config is in the file, and the tokenizer's beside it.
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="cannot be read as a language model in GGUF"):
+        gguf.gguf_to_hf(tmp_path / "model.gguf", tmp_path / "out")
+    assert not mark.exists() and "[y/N]" not in capfd.readouterr().out
+
+
+def write_gguf(path: Path) -> None:
+    """Write a GGUF file of an architecture, with nothing in it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_uint32("llama.block_count", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
