@@ -106,8 +106,8 @@ def parse_record(record: dict[str, Any], where: str, default_id: str, columns: C
     answer, answer_name, worked = _find_answer(record, where, columns, solution, solution_name)
     if worked and not solution:
         solution, solution_name = worked, answer_name
-    if columns.solution is None and _bare(solution) == _bare(answer):
-        # Some sets call the answer a solution.
+    if columns.solution is None and solution_name != SOLUTION_FIELDS[0] and _bare(solution) == _bare(answer):
+        # Some sets call the answer a solution. A file of this project's own means what it says.
         solution, solution_name = "", ""
     if not answer:
         raise NoAnswerError(
@@ -134,11 +134,6 @@ def _check_answer(answer: str, where: str, name: str, columns: Columns) -> None:
             f"{where}: no answer: {name} is {_shorten(answer)!r}, which stands for a missing one; remove the line, or "
             "let tools/prepare_data.py drop all such lines"
         )
-    control = _CONTROL.search(answer)
-    if control:
-        raise DataError(
-            f"{where}: {name} has the control character {control[0]!r}; most likely a backslash of LaTeX was lost"
-        )
     if columns.max_answer_chars is not None and len(answer) > columns.max_answer_chars:
         raise DataError(
             f"{where}: {name} is an answer of {len(answer)} characters, and responses with more than "
@@ -159,7 +154,8 @@ def find_problem(record: dict[str, Any], where: str, columns: Columns) -> tuple[
             f"empty; {columns.remedies.problem} or fix the line"
         )
     name, value = found
-    messages = _as_messages(value)
+    # A problem may itself show such messages, as text.
+    messages = None if isinstance(value, str) and name == PROBLEM_FIELDS[0] else _as_messages(value)
     if messages is not None:
         text = _user_text(messages, where, name)
         name = f"{name} (its user message)"
@@ -200,28 +196,37 @@ def _find_answer(
 ) -> tuple[str, str, str]:
     """Return the answer, where it was found, and the worked solution around it where the answer's field has one."""
     found = _find(record, columns.answer, ANSWER_FIELDS)
-    if found is not None:
-        name, value = found
-        text = _answer_text(value, where, name)
-        marked = _marked_answer(text)
+    if found is None:
+        marked = extract_answer(solution) if solution else None
+        found = _Found(f"the marked answer of {solution_name}", marked or [])
+    name, value = found
+    if isinstance(value, str) and _LIST_OF_TEXTS.match(value.strip()):
+        value = _listed(value, where, name)
+    # Of several answers, each may have a mark.
+    parts = [_one_answer(part, where, name) for part in (value if isinstance(value, list) else [value])]
+    answers = [_marked_answer(part) for part in parts]
+    # They are joined as a response would list them.
+    answer = _valid_text(", ".join(filter(None, answers)), where, name)
+    if answers == parts:
+        return answer, name, ""
+    is_worked = len(parts) == 1 and _bare(parts[0]) not in (answer, f"\\boxed{{{answer}}}")
+    return answer, f"the marked answer of {name}", _valid_text(parts[0], where, name) if is_worked else ""
+
+
+def _marked_answer(text: str) -> str:
+    """Return the answer that an answer's field marks within more text, by a box or by ``####`` in its last line, or the
+    text itself if it marks none."""
+    # A mark may stand within another.
+    for _ in range(3):
+        marked: str | None = None
+        if _HASHES in text.rsplit("\n", 1)[-1]:
+            marked = text.rpartition(_HASHES)[2].strip()
+        elif "\\boxed" in text:
+            marked = extract_answer(text)
         if marked is None:
-            return text, name, ""
-        answer, mark = marked
-        is_worked = _bare(text) not in (answer, f"\\boxed{{{answer}}}")
-        return _without_dollars(answer), f"{mark} {name}", text if is_worked else ""
-    answer = extract_answer(solution) or "" if solution else ""
-    return _without_dollars(answer), f"the marked answer of {solution_name}", ""
-
-
-def _marked_answer(text: str) -> tuple[str, str] | None:
-    """Return the answer that an answer's field marks within more text, and the mark; None if it marks none."""
-    last_line = text.rsplit("\n", 1)[-1]
-    if _HASHES in last_line:
-        return last_line.rpartition(_HASHES)[2].strip(), "the end of"
-    if "\\boxed" in text:
-        answer = extract_answer(text)
-        return None if answer is None else (answer, "the box of")
-    return None
+            break
+        text = _without_dollars(marked)
+    return text
 
 
 def _find(record: dict[str, Any], chosen: str | None, usual: tuple[str, ...]) -> _Found | None:
@@ -278,15 +283,6 @@ def _user_text(messages: list[dict[str, Any]], where: str, name: str) -> str:
     return "\n".join(text for text in texts if text is not None)
 
 
-def _answer_text(value: Any, where: str, name: str) -> str:
-    """Return an answer as text. Several are joined by commas, as a response would list them."""
-    if isinstance(value, str) and _LIST_OF_TEXTS.match(value.strip()):
-        value = _listed(value, where, name)
-    parts = [_one_answer(part, where, name) for part in (value if isinstance(value, list) else [value])]
-    text = ", ".join(part for part in parts if part)
-    return _valid_text(text, where, name)
-
-
 def _listed(text: str, where: str, name: str) -> list[Any]:
     """Return the list that a string spells as JSON, like Skywork-OR1's."""
     try:
@@ -302,7 +298,16 @@ def _listed(text: str, where: str, name: str) -> list[Any]:
 
 def _one_answer(value: Any, where: str, name: str) -> str:
     if isinstance(value, str):
-        return _without_dollars(value.strip())
+        # A form feed is white space to strip().
+        control = _CONTROL.search(value)
+        if control:
+            raise DataError(
+                f"{where}: field {name!r} has the control character {control[0]!r}; most likely a backslash of LaTeX "
+                "was lost"
+            )
+        text = _without_dollars(value.strip())
+        if not _LIST_OF_TEXTS.match(text):
+            return text
     if isinstance(value, Number):
         return _plain_decimal(value.text)
     if isinstance(value, decimal.Decimal) and value.is_finite():
