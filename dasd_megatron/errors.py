@@ -70,7 +70,12 @@ def first_line(error: BaseException) -> str:
     The text may be of a file or a server from elsewhere. What would move a terminal's cursor is taken out, and of a
     long line the beginning is left.
     """
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    try:
+        lines = str(error).splitlines()
+    # The text of an error of the user's own is made by the user's own code.
+    except Exception:
+        lines = []
+    line = next((line for line in lines if line.strip()), type(error).__name__)
     return printable(line[:_LONGEST_LINE])
 
 

@@ -305,8 +305,9 @@ class BatchConfig:
 class OptimizerConfig:
     """Adam and the learning rate."""
 
-    lr: float = setting(REQUIRED, "peak learning rate", low=0)
-    min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0)
+    # Adam moves every weight by about the rate in a step. At 1 nothing of a model is left after one.
+    lr: float = setting(REQUIRED, "peak learning rate", low=0, high=1)
+    min_lr: float = setting(0.0, "learning rate at the end of the decay", low=0, high=1)
     warmup_steps: int = setting(0, "steps of linear warm-up", low=0)
     decay_style: str = setting("constant", "constant, linear or cosine", choices=DECAY_STYLES)
     weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
@@ -324,7 +325,7 @@ class WarmStartConfig:
     steps: int = setting(0, "steps of supervised fine-tuning before reinforcement; 0: none", low=0)
     batch_size: int = setting(64, "examples of one step", low=1)
     micro_batch_size: int | None = setting(None, "sequences of one forward pass; null: batch.micro_batch_size", low=1)
-    lr: float = setting(1e-3, "peak learning rate, after a linear warm-up", low=0)
+    lr: float = setting(1e-3, "peak learning rate, after a linear warm-up", low=0, high=1)
     decay_style: str = setting(
         "cosine", "constant, linear or cosine; the last two end at a tenth of the peak", choices=DECAY_STYLES
     )

@@ -22,8 +22,7 @@ from dasd_megatron.data.rendering import (
     RenderError,
     TemplateError,
 )
-from dasd_megatron.errors import first_line
-from dasd_megatron.plugins import load_function
+from dasd_megatron.plugins import call_own, load_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -330,14 +329,13 @@ class _Function:
         return f"{self.setting}={self.path} on problem {problem.id!r}"
 
     def message(self, problem: Problem, *privileged: str) -> Message:
-        try:
-            message = self.function(problem, *privileged)
-        # The user's code may raise anything.
-        except Exception as error:
-            raise TemplateError(
-                f"{self.describe(problem)}: {type(error).__name__}: {first_line(error)}; mend the function, which is "
-                f"called with ({', '.join(self.variables)})"
-            ) from error
+        message = call_own(
+            lambda: self.function(problem, *privileged),
+            lambda text: TemplateError(
+                f"{self.describe(problem)}: {text}; mend the function, which is called with "
+                f"({', '.join(self.variables)})"
+            ),
+        )
         fault = _message_fault(message)
         if fault is not None:
             raise TemplateError(

@@ -28,8 +28,7 @@ from dasd_megatron.config import BatchConfig, RolloutConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
-from dasd_megatron.errors import first_line
-from dasd_megatron.plugins import PluginError, load_function
+from dasd_megatron.plugins import PluginError, call_own, describe_raised, load_function
 from dasd_megatron.rollout.answers import LOG_PROB_TOLERANCE, Completion
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
 from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
@@ -138,22 +137,28 @@ class Collector:
         self._loop = asyncio.new_event_loop()
         self._changed, self._open = asyncio.Event(), asyncio.Event()
         self._at_work = asyncio.Lock()
-        threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` in the loop's thread and wait for it; raises PluginError where the loop is stuck."""
+        """Run ``work`` in the loop's thread and wait for it; raises PluginError where that is stuck or has ended."""
         # The work has shorter limits of its own. This one passes only where a user's function blocks the loop.
         limit = 2 * self.rollout.step_timeout_seconds + STUCK_SECONDS
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(limit)
-        except concurrent.futures.TimeoutError as error:
-            if future.done():
-                raise
-            raise PluginError(
-                f"rollouts are stuck for {limit:g} s: rollout.function={self.rollout.function} has to await what it "
-                "waits for"
-            ) from error
+        deadline = time.monotonic() + limit
+        while not concurrent.futures.wait([future], timeout=STOP_POLL_SECONDS).done:
+            # A task that a user's function has started may end the loop by SystemExit.
+            if not self._thread.is_alive():
+                raise PluginError(
+                    f"the thread of the rollouts has ended: rollout.function={self.rollout.function} must not raise "
+                    "SystemExit in tasks of its own"
+                )
+            if time.monotonic() > deadline:
+                raise PluginError(
+                    f"rollouts are stuck for {limit:g} s: rollout.function={self.rollout.function} has to await what "
+                    "it waits for"
+                )
+        return future.result()
 
     def connect(self, client: RolloutClient) -> None:
         """Ask the servers of ``client`` from now on. What was in flight elsewhere is started again."""
@@ -307,6 +312,8 @@ class Collector:
         if self._closed:
             return
         self._closed = True
+        if not self._thread.is_alive():
+            return
 
         async def end() -> None:
             self._steps = 0
@@ -376,15 +383,20 @@ class Collector:
         """
         done = self._loop.create_future()
 
-        def settle(result: T | None, error: BaseException | None) -> None:
+        def settle(result: T | None, error: Exception | None) -> None:
             if not done.done():
                 done.set_exception(error) if error is not None else done.set_result(result)
 
         def run() -> None:
+            result, error = None, None
             try:
-                result, error = work(), None
+                result = work()
+            except Exception as caught:
+                # A future cannot hold StopIteration.
+                error = PluginError(describe_raised(caught)) if isinstance(caught, StopIteration) else caught
+            # SystemExit would end the thread of the loop when it is raised there, and the run would wait for ever.
             except BaseException as caught:
-                result, error = None, caught
+                error = PluginError(f"grading: {describe_raised(caught)}")
             self._loop.call_soon_threadsafe(settle, result, error)
 
         async with self._at_work:
@@ -438,10 +450,12 @@ class Collector:
         where = f"rollout.function={self.rollout.function} on problem {request.problem.id}"
         try:
             completions = await function(request, self._generate)
-        except RolloutServerError:  # a server's fault is not the function's
+        # A server's fault is not the function's, and the collector cancels what it no longer needs.
+        except (RolloutServerError, asyncio.CancelledError):
             raise
-        except Exception as error:  # the user's code may raise anything
-            raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+        # The user's code may raise anything. SystemExit would end the thread of the loop.
+        except BaseException as error:
+            raise PluginError(f"{where}: {describe_raised(error)}") from error
         if not isinstance(completions, list) or len(completions) != len(request.sampling_params):
             raise PluginError(
                 f"{where} gave {completions!r:.80}; return a list of {len(request.sampling_params)} Completions"
@@ -475,10 +489,8 @@ class Collector:
         if self.filter is None:
             return True
         where = f"rollout.filter={self.rollout.filter} on problem {members[0].problem_id}"
-        try:
-            wanted = self.filter(members)
-        except Exception as error:  # the user's code may raise anything
-            raise PluginError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+        own_filter = self.filter
+        wanted = call_own(lambda: own_filter(members), lambda text: PluginError(f"{where}: {text}"))
         if not isinstance(wanted, bool):
             raise PluginError(f"{where} gave {wanted!r:.80}; return True or False")
         return wanted

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dasd_megatron.errors import first_line
-from dasd_megatron.plugins import PluginError
+from dasd_megatron.plugins import PluginError, call_own
 from dasd_megatron.samples import Sample
+
+LARGEST_REWARD = 1e15
+"""Advantages square rewards and sum the squares in float32, whose largest value is 3e38."""
 
 
 class RewardError(PluginError):
@@ -15,7 +17,7 @@ class RewardError(PluginError):
 
 
 def own_reward(function: Callable[[Sample], float], sample: Sample) -> float:
-    """Return ``function``'s reward of a sample, a finite number.
+    """Return ``function``'s reward of a sample, a number of at most :data:`LARGEST_REWARD` in size.
 
     Raises:
         RewardError: the function failed or gave something else; the message names it and the sample.
@@ -23,11 +25,12 @@ def own_reward(function: Callable[[Sample], float], sample: Sample) -> float:
     # A callable object, like a partial function, has no name.
     name = getattr(function, "__name__", repr(function))
     where = f"verify.reward: {function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
-    try:
-        reward = float(function(sample))
-    # The user's code may raise anything.
-    except Exception as error:
-        raise RewardError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+    reward = call_own(lambda: float(function(sample)), lambda text: RewardError(f"{where}: {text}"))
     if not math.isfinite(reward):
         raise RewardError(f"{where} gave {reward}; a reward is a finite number")
+    if abs(reward) > LARGEST_REWARD:
+        raise RewardError(
+            f"{where} gave {reward:g}; a reward lies between -{LARGEST_REWARD:g} and {LARGEST_REWARD:g}, so that "
+            "means and deviations of rewards are finite"
+        )
     return reward

@@ -23,6 +23,8 @@ REFUSED = [
     (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
     (["optimizer.lr=null"], ["optimizer.lr"]),
     (["optimizer.lr=nan"], ["optimizer.lr=nan"]),
+    (["optimizer.lr=1e30"], ["optimizer.lr=1e+30", "between 0 and 1"]),
+    (["warm_start.lr=2"], ["warm_start.lr=2", "between 0 and 1"]),
     (["optimizer.lr"], ["'optimizer.lr'", "field=value"]),
     (["run.steps=1.5"], ["run.steps"]),
     (["algorithm.name=ppo"], ["algorithm.name=ppo", "dasd"]),

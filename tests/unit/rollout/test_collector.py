@@ -341,6 +341,20 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "async def unmasked(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
         "    return [dataclasses.replace(one, response_mask=[0] * len(one.output_ids)) for one in found]\n"
+        "import asyncio, sys\n"
+        "async def exits(request, generate):\n    sys.exit(3)\n"
+        "async def interrupts(request, generate):\n    raise KeyboardInterrupt\n"
+        "async def cancels(request, generate):\n    raise GeneratorExit\n"
+        "async def leaves_a_task(request, generate):\n"
+        "    async def end(): sys.exit(3)\n"
+        "    asyncio.get_running_loop().create_task(end())\n"
+        "    await asyncio.sleep(60)\n"
+        "class Unspeakable(Exception):\n    def __str__(self): raise ValueError\n"
+        "def exits_too(group):\n    sys.exit(3)\n"
+        "def stops(group):\n    raise StopIteration\n"
+        "def speechless(group):\n    raise Unspeakable\n"
+        "def reward_exits(sample):\n    sys.exit(3)\n"
+        "def reward_interrupts(sample):\n    raise KeyboardInterrupt\n"
         "def hangs(group):\n    import time\n    time.sleep(60)\n"
         "def none(group):\n    return None\n"
         "def divides(group):\n    return 1 / 0\n"
@@ -407,6 +421,15 @@ def test_saved_groups_of_another_size_are_sampled_again(start: Callable[..., tup
         ("rollout.function={}:short", r"\d+ output_ids, \d+ log_probs"),
         ("rollout.function={}:nan", "log_probs that are none"),
         ("rollout.function={}:unmasked", "response_mask must"),
+        ("rollout.function={}:exits", r"rollout\.function=own_rollouts:exits on problem p\d: SystemExit: 3"),
+        ("rollout.function={}:interrupts", "on problem p.: KeyboardInterrupt: KeyboardInterrupt"),
+        ("rollout.function={}:cancels", "on problem p.: GeneratorExit"),
+        ("rollout.function={}:leaves_a_task", "the thread of the rollouts has ended"),
+        ("rollout.filter={}:exits_too", r"rollout\.filter=own_rollouts:exits_too on problem p\d: SystemExit: 3"),
+        ("rollout.filter={}:stops", "on problem p.: StopIteration"),
+        ("rollout.filter={}:speechless", "on problem p.: Unspeakable: Unspeakable"),
+        ("verify.reward={}:reward_exits", r"own_rollouts:reward_exits on problem p\d, sample 0: SystemExit: 3"),
+        ("verify.reward={}:reward_interrupts", r"on problem p\d, sample 0: KeyboardInterrupt"),
         ("rollout.filter={}:none", "gave None; return True or False"),
         ("rollout.filter={}:divides", r"rollout\.filter=own_rollouts:divides on problem p\d: ZeroDivisionError"),
     ],

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dasd_megatron.config import VerifyConfig
 from dasd_megatron.data.prompts import Problem
@@ -42,6 +43,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def fails(sample): return 1 / (len(sample.text) - len(sample.text))\n"
         "def endless(sample): return math.inf\n"
         "def text(sample): return 'much'\n"
+        "def exits(sample): raise SystemExit(3)\n"
+        "def huge(sample): return 1e308\n"
+        "def low(sample): return -1.5e15\n"
+        "def largest(sample): return -1e15\n"
         "partial = functools.partial(lambda sample, by: 1 / by, by=0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -63,11 +68,24 @@ def test_without_one_the_verdict_is_the_reward() -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("fails", "ZeroDivisionError"), ("endless", f"gave {math.inf}"), ("text", "could not convert string")],
+    [
+        ("fails", "ZeroDivisionError"),
+        ("endless", f"gave {math.inf}"),
+        ("text", "could not convert string"),
+        ("exits", "SystemExit: 3"),
+        ("huge", r"gave 1e\+308; a reward lies between -1e\+15 and 1e\+15"),
+        ("low", r"gave -1\.5e\+15; a reward lies between"),
+    ],
 )
 def test_what_fails_is_named(module: str, name: str, said: str) -> None:
     with pytest.raises(RewardError, match=f"{module}:{name} on problem p, sample 0.*{said}"):
         graded(f"{module}:{name}", "#### 2")
+
+
+def test_the_largest_reward_has_finite_statistics(module: str) -> None:
+    (sample,) = graded(f"{module}:largest", "#### 2")
+    rewards = torch.tensor([sample.reward, -sample.reward] * 4096, dtype=torch.float32)
+    assert rewards.std().isfinite() and (rewards**2).sum().isfinite()
 
 
 def test_a_callable_without_a_name_is_named_too(module: str) -> None:
