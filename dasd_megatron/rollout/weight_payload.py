@@ -171,7 +171,7 @@ def _check_opcodes(data: bytes) -> None:
         objects += opcode.name in _OBJECT_MAKERS
         if objects > MAX_OBJECTS:
             raise PayloadError(f"a payload has more than {MAX_OBJECTS} objects: send the tensors in several buckets")
-        if opcode.name in _MEMO_WRITERS and argument > count:
+        if opcode.name in _MEMO_WRITERS and (argument or 0) > count:
             raise PayloadError("not a pickle of a bucket: it numbers objects that it does not have")
 
 

@@ -12,6 +12,8 @@ other. The embedded server differs on purpose in these points:
   absent) and ignores it otherwise. With ``n > 1`` and a seed, all n samples carry the same seed and are identical, in
   SGLang and here. Distinct samples of one prompt under a seed are n rows with n seeds.
 - A prompt may fill the context but for one token. SGLang keeps up to seven tokens of it for itself.
+- Sizes, counts and times have limits (docs/rollout.md). SGLang has few. Integers that do not fit into 64 bits and
+  negative ``top_logprobs_num`` get a 400, and infinite log-probs of barred tokens are null.
 - ``/abort_request`` ends the one request of this id. SGLang ends all whose ids begin so. Suspended requests end at
   once here, and in SGLang when generation goes on.
 - There is no prefix cache: ``cached_tokens`` is 0, and ``/flush_cache`` only checks that nothing is running.
@@ -27,6 +29,7 @@ other. The embedded server differs on purpose in these points:
   ``retract`` their keys and values are computed anew. In mode ``in_place`` they stay those of the old weights, for
   which SGLang needs ``flush_cache=false``.
 
-From the ground up: ``sampling``, ``schema``, ``requests``, ``batch``, ``loading``, ``replies`` and ``engine`` know
-nothing of HTTP; ``app`` has the routes and ``server`` the process.
+From the ground up: ``sampling``, ``schema``, ``requests``, ``batch``, ``loading``, ``replies``, ``decoder`` and
+``engine`` know nothing of HTTP; ``bodies`` reads requests, ``app`` has the routes, ``connections`` limits clients, and
+``server`` is the process.
 """

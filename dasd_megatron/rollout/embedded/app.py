@@ -6,7 +6,6 @@ reads the annotations of handlers, which name local variables. So they are not k
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dasd_megatron import access
 from dasd_megatron.rollout.embedded.bodies import MAX_GENERATE_BYTES, Bodies, validation_message
 from dasd_megatron.rollout.embedded.engine import Engine, EngineClosedError
-from dasd_megatron.rollout.embedded.replies import DecodingError, build_reply
+from dasd_megatron.rollout.embedded.replies import DecodingError, write_reply
 from dasd_megatron.rollout.embedded.requests import MAX_REQUEST_TOKENS, GenerateJob, InvalidRequestError
 from dasd_megatron.rollout.embedded.schema import (
     AbortReq,
@@ -173,16 +172,13 @@ def _generation_routes(engine: Engine, bodies: Bodies) -> APIRouter:
     # One thread writes, so that only one answer is being built at a time.
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
 
-    def write(job: GenerateJob) -> bytes:
-        return json.dumps(build_reply(job, engine.tokenizer), ensure_ascii=False).encode()
-
     async def answer(job: GenerateJob, request: Request) -> Response:
         engine.submit(job)
         done = asyncio.wrap_future(job.done)
         while not (await asyncio.wait({done}, timeout=DISCONNECT_POLL_SECONDS))[0]:
             if await request.is_disconnected():
                 engine.abort(job=job)
-        content = await asyncio.get_running_loop().run_in_executor(writer, write, job)
+        content = await asyncio.get_running_loop().run_in_executor(writer, write_reply, job, engine.tokenizer)
         return _Answer(content, lambda: room.give_back(job))
 
     @router.api_route("/generate", methods=["POST", "PUT"])

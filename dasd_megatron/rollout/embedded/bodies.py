@@ -24,7 +24,7 @@ from dasd_megatron.rollout.embedded.schema import brief
 
 T = TypeVar("T")
 
-MAX_GENERATE_BYTES = 32 << 20
+MAX_GENERATE_BYTES = 16 << 20
 MAX_CONTROL_BYTES = 4 << 20
 """Largest bodies of /generate and of all other routes."""
 MAX_BUFFERED_BYTES = 8 * MAX_GENERATE_BYTES

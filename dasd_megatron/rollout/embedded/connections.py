@@ -34,12 +34,13 @@ class LimitedConnection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Expect the rest of a request that has begun, until all of it is there."""
         super().data_received(data)
-        complete = self.conn.their_state in (h11.DONE, h11.IDLE, h11.MUST_CLOSE, h11.CLOSED)
-        if complete and self._arriving is not None:
+        begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if begun or self.conn.their_state is h11.SEND_BODY:
+            if self._arriving is None:
+                self._arriving = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+        elif self._arriving is not None:
             self._arriving.cancel()
             self._arriving = None
-        elif not complete and self._arriving is None:
-            self._arriving = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         """Give the client time to read what has piled up."""

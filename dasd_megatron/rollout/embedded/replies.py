@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.rollout.embedded.requests import GenerateJob, Row
@@ -16,6 +16,14 @@ CONTEXT_TOKENS = 5
 
 class DecodingError(RuntimeError):
     """A row that the engine gave up, because the model failed."""
+
+
+def write_reply(job: GenerateJob, tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Return a finished job's answer as JSON, in which the infinite log-prob of a barred token is null.
+
+    Raises DecodingError when the model failed on a row.
+    """
+    return orjson.dumps(build_reply(job, tokenizer))
 
 
 def build_reply(job: GenerateJob, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | list[dict[str, Any]]:
@@ -66,10 +74,9 @@ def _log_prob_fields(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 def _triples(
     log_probs: Sequence[float | None], ids: Sequence[int], speller: PreTrainedTokenizerBase | None
 ) -> list[tuple[float | None, int, str | None]]:
-    """Return SGLang's (log-prob, id, text) of each token. A barred token's log-prob is null: JSON has no infinity."""
+    """Return SGLang's (log-prob, id, text) of each token."""
     texts = [None] * len(ids) if speller is None else speller.batch_decode([[i] for i in ids])
-    finite = [log_prob if log_prob is not None and math.isfinite(log_prob) else None for log_prob in log_probs]
-    return list(zip(finite, ids, texts, strict=True))
+    return list(zip(log_probs, ids, texts, strict=True))
 
 
 def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

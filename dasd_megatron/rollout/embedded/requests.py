@@ -281,7 +281,7 @@ def row_tokens(prompt: int, new: int, read: int, top: int) -> int:
     """Return how many tokens a row counts for in the bounds on memory.
 
     These are the tokens of its prompt and its response, each of the ``top`` tokens beside a token with a log-prob, and
-    a constant for the row itself. A token takes at most about 300 bytes, most of them while its answer is written.
+    a constant for the row itself. A token takes at most 600 bytes, most of them while its answer is written.
 
     read: prompt tokens with log-probs.
     """

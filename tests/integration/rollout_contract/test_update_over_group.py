@@ -157,3 +157,53 @@ def test_an_incomplete_or_foreign_update_leaves_the_served_weights_alone(embedde
     assert refused.status_code == 400 and "broadcast failed" in refused.json()["message"]
     assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
     embedded.post("/destroy_weights_update_group", {"group_name": "short"})
+
+
+def test_a_group_can_be_left_while_a_broadcast_waits(embedded):
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = embedded.generate(**body)
+    group = group_of(embedded, "left")
+    bucket = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]]}
+    options = {"group_name": "left", "load_format": "flattened_bucket"}
+    embedded.post("/begin_weight_update", {})
+    with ThreadPoolExecutor(1) as pool:
+        announced = pool.submit(embedded.post, "/update_weights_from_distributed", bucket | options)
+        time.sleep(0.5)
+        assert embedded.post("/destroy_weights_update_group", {"group_name": "left"}).status_code == 200
+        assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
+        dist.destroy_process_group(group)
+        del group
+        assert announced.result().status_code == 400
+
+
+def test_groups_that_never_come_hold_nothing_else_back(embedded):
+    """Ten requests to join nobody: four wait, the others are refused, and the server goes on with all else."""
+    body = {"input_ids": PROMPTS, "sampling_params": seeded(4, max_new_tokens=12), "return_logprob": True}
+    before = embedded.generate(**body)
+    # A store that nobody else connects to.
+    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    place = {"master_address": "127.0.0.1", "master_port": store.port, "rank_offset": 1, "world_size": 2}
+    with ThreadPoolExecutor(10) as pool:
+        joins = [
+            pool.submit(
+                embedded.post,
+                "/init_weights_update_group",
+                {**place, "group_name": f"nobody-{i}", "backend": "gloo"},
+                timeout=130,
+            )
+            for i in range(10)
+        ]
+        deadline = time.monotonic() + 30
+        while sum(join.done() for join in joins) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        refused = [join.result() for join in joins if join.done()]
+        assert {answer.status_code for answer in refused} == {400}
+        assert all("groups wait for their members" in answer.json()["message"] for answer in refused)
+        assert list(map(outcome, embedded.generate(**body))) == list(map(outcome, before))
+        assert len(embedded.post("/weights_checker", {}).json()["ranks"]) == 1
+        assert embedded.post("/begin_weight_update", {}).status_code == 200
+        assert embedded.post("/end_weight_update", {}).status_code == 400
+        assert embedded.request("GET", "/health_generate").status_code == 200
+        # Where the store is gone, a join ends at once.
+        del store

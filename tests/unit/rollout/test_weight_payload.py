@@ -211,3 +211,37 @@ def test_what_is_no_bucket_is_refused(kind: str, buffer: SharedBuffer) -> None:
     with pytest.raises(PayloadError) as caught:
         unpack(b"garbage" if payload is None else pickle.dumps(payload))
     assert "\n" not in str(caught.value)
+
+
+def nested_key(levels: int) -> bytes:
+    """A pickle whose dictionary has a tuple in a tuple as its key, so many levels deep."""
+    return b"\x80\x04}N" + b"\x85" * levels + b"Ns."
+
+
+def nested_key_without_tuple_opcodes(levels: int) -> bytes:
+    """The same, where one list is the argument of every call that makes a tuple."""
+    head = b"\x80\x04ctorch\nSize\nq\x00]q\x01Na\x85q\x020"
+    level = b"h\x01K\x00h\x00h\x02Rs0"
+    return head + level * levels + b"}h\x00h\x02RNs."
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        nested_key(1_000_000),
+        nested_key_without_tuple_opcodes(400_000),
+        b"\x80\x04Nr\xff\xff\xff\xff.",
+        b"Np4294967295\n.",
+        b"\x80\x04Nq\xff.",
+        b"\x80\x04" + b"(" * 1000,
+        b"\x80\xff.",
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+        b"",
+    ],
+    ids=["tuples", "calls", "binary number", "written number", "small number", "marks", "protocol", "length", "empty"],
+)
+def test_what_would_end_the_reader_is_refused(data: bytes) -> None:
+    """Python's reader of pickles overflows the stack or takes gigabytes for some of these."""
+    with pytest.raises(PayloadError) as caught:
+        unpack(data)
+    assert "\n" not in str(caught.value)

@@ -6,18 +6,24 @@ import json
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings, strategies
 from starlette.testclient import TestClient
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
+from dasd_megatron.rollout.embedded import app as app_module
 from dasd_megatron.rollout.embedded import bodies, weight_receiver
+from dasd_megatron.rollout.embedded import engine as engine_module
 from dasd_megatron.rollout.embedded.app import build_app
-from dasd_megatron.rollout.embedded.engine import Engine
+from dasd_megatron.rollout.embedded.decoder import Decoder
+from dasd_megatron.rollout.embedded.engine import MAX_UPDATES, Engine
+from dasd_megatron.rollout.embedded.requests import ROW_TOKENS, InvalidRequestError
 from dasd_megatron.rollout.embedded.schema import SAMPLING_FIELDS
-from tests.support.hostile_json import HOSTILE_TEXTS, body_text
+from tests.support.hostile_json import HOSTILE_TEXTS, body_text, hostile_values
 from tests.support.rollout_contract import outcome
 
 TINY = TinyModelConfig(
@@ -88,17 +94,21 @@ def model_path(tmp_path_factory):
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", TINY, 0))
 
 
-@pytest.fixture
-def engine(model_path, monkeypatch):
-    monkeypatch.delenv("DASD_API_KEY", raising=False)
-    made = Engine(
+def make_engine(model_path, cache_bytes=1 << 28):
+    return Engine(
         model_path,
         dtype=torch.float32,
         max_batch_size=128,
         weight_version="1",
         deterministic=False,
-        cache_bytes=1 << 28,
+        cache_bytes=cache_bytes,
     )
+
+
+@pytest.fixture
+def engine(model_path, monkeypatch):
+    monkeypatch.delenv("DASD_API_KEY", raising=False)
+    made = make_engine(model_path)
     yield made
     made.close()
     made._thread.join(20)
@@ -240,7 +250,7 @@ def test_hostile_requests_leave_a_neighbour_as_it_was(client, engine):
 
 def sweep(client, path, fields, names, whole):
     """Send each hostile value in each of these fields and as the whole body; return how often each status came."""
-    shown = [text for text in HOSTILE_TEXTS if len(text) < 5000][::2]
+    shown = [text for text in HOSTILE_TEXTS if len(text) < 5000][::3]
     sent = [body_text(fields | {name: text}) for name in names for text in shown] + (shown if whole else [])
     statuses = Counter()
     for content in sent:
@@ -266,7 +276,201 @@ def test_hostile_values_in_control_fields_leave_a_neighbour_as_it_was(client, en
     for path, fields in CONTROL.items():
         names = fields if path in DISTURBING_PATHS else fields.keys() & DISTURBING_FIELDS
         statuses += sweep(client, path, fields, names, whole=path in DISTURBING_PATHS)
-    assert statuses[400] > 800 and statuses[200] > 10, statuses
+    assert statuses[400] > 600 and statuses[200] > 10, statuses
     engine.resume()
     with Neighbour(client, engine):
         pass
+
+
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class Fuzzed:
+    """One server for all examples of a test, and the statuses that it gave."""
+
+    def __init__(self, client, engine):
+        self.client, self.engine = client, engine
+        self.statuses = Counter()
+
+    def check(self, path, content, headers=JSON):
+        answer = self.client.post(path, content=content, headers=headers)
+        self.statuses[answer.status_code] += 1
+        assert answer.status_code in (200, 400, 413, 415), (path, content[:300], answer.text[:300])
+        if answer.status_code != 200 and path != "/flush_cache":
+            check_refusal(answer)
+        assert self.engine.alive
+
+
+def test_fuzzed_requests_are_answered(client, engine, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("nobody is there")
+
+    monkeypatch.setattr(weight_receiver, "join_weight_group", refuse)
+    fuzzed = Fuzzed(client, engine)
+    paths = ["/generate", *CONTROL]
+    generate = {"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 1}'}
+
+    @SETTINGS
+    @given(strategies.data())
+    def control(data):
+        path = data.draw(strategies.sampled_from(paths))
+        fields = dict(CONTROL.get(path, generate))
+        names = [*(GENERATE_FIELDS if path == "/generate" else fields), "unknown"]
+        fields |= data.draw(strategies.dictionaries(strategies.sampled_from(names), hostile_values(), max_size=4))
+        # A pause would keep the requests that come after it waiting.
+        engine.resume()
+        if path == "/pause_generation" or not engine.missing_memory:
+            fuzzed.check(path, body_text(fields))
+
+    @SETTINGS
+    @given(
+        strategies.dictionaries(strategies.sampled_from([*SAMPLING_FIELDS, "unknown"]), hostile_values(), max_size=5)
+    )
+    def sampling(params):
+        engine.resume()
+        fuzzed.check(
+            "/generate", body_text(generate | {"sampling_params": body_text({"max_new_tokens": "1", **params})})
+        )
+
+    @SETTINGS
+    @given(strategies.sampled_from(paths), strategies.binary(max_size=100), strategies.sampled_from(CODINGS))
+    def bytes_of_any_kind(path, content, headers):
+        engine.resume()
+        fuzzed.check(path, content, headers)
+
+    bytes_of_any_kind()
+    sampling()
+    control()
+    assert fuzzed.statuses[200] > 3 and fuzzed.statuses[400] > 60, fuzzed.statuses
+
+
+CODINGS = (JSON, {}, {**JSON, "content-encoding": "gzip"}, {"content-type": "text/plain"}, {"content-type": "x" * 9000})
+
+
+def test_a_full_queue_is_said_and_empties_again(client, engine, monkeypatch):
+    content = body_text({"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 20, "n": 4}'})
+    asked = 4 * (ROW_TOKENS + 1 + 20)
+    monkeypatch.setattr(app_module, "MAX_HELD_TOKENS", 2 * asked)
+    engine.pause("in_place")
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, client, "/generate", content) for _ in range(2)]
+        deadline = time.monotonic() + 30
+        while engine.waiting < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        full = post(client, "/generate", content)
+        assert full.status_code == 503 and full.json()["message"] == "The request queue is full."
+        engine.resume()
+        assert [len(job.result(30).json()) for job in waiting] == [4, 4]
+    assert post(client, "/generate", content).status_code == 200
+    # A request that is refused or fails gives its room back too.
+    for _ in range(3):
+        assert post(client, "/generate", body_text({"input_ids": "[5]", "rid": "[]"})).status_code == 400
+        with monkeypatch.context() as patch:
+            patch.setattr(app_module, "write_reply", None)
+            assert post(client, "/generate", content).status_code == 500
+    assert post(client, "/generate", content).status_code == 200
+
+
+def test_a_thread_that_ends_is_no_silent_hang(client, engine, monkeypatch):
+    content = body_text({"input_ids": "[[5], [6]]", "sampling_params": '{"max_new_tokens": 100}'})
+    engine.pause("in_place")
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(post, client, "/generate", content)
+        update = pool.submit(post, client, "/update_weights_from_disk", body_text({"model_path": '"/nowhere"'}))
+        assert update.result(30).status_code == 400
+        deadline = time.monotonic() + 30
+        while engine.waiting < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        monkeypatch.setattr(engine, "_admit_rows", lambda: 1 / 0)
+        engine.resume()
+        answer = waiting.result(30)
+    assert answer.status_code == 500 and "The decoding thread has ended: ZeroDivisionError" in answer.json()["message"]
+    assert [client.get(path).status_code for path in ("/health", "/health_generate")] == [503, 503]
+    later = post(client, "/generate", content)
+    assert later.status_code == 503 and "has ended" in later.json()["message"]
+    assert post(client, "/update_weights_from_disk", body_text({"model_path": '"/nowhere"'})).status_code == 503
+
+
+def test_any_error_of_an_update_leaves_the_thread_and_the_weights(client, engine, monkeypatch):
+    def fail(*_, **__):
+        raise AttributeError("'list' object has no attribute 'get'")
+
+    monkeypatch.setattr(engine_module, "load_update", fail)
+    with Neighbour(client, engine):
+        answer = post(client, "/update_weights_from_disk", body_text({"model_path": '"x"'}))
+        assert answer.status_code == 400 and answer.json()["success"] is False
+        assert "AttributeError" in answer.json()["message"] and "unchanged" in answer.json()["message"]
+
+
+def test_suspended_rows_that_cannot_go_on_end_and_the_update_is_complete(client, engine, monkeypatch):
+    content = body_text({"input_ids": "[[5], [6]]", "sampling_params": '{"max_new_tokens": 200, "ignore_eos": true}'})
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, client, "/generate", content)
+        deadline = time.monotonic() + 30
+        while not engine.running:
+            assert time.monotonic() < deadline
+        engine.pause("retract")
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "recompute_cache", lambda self, batch: 1 / 0)
+            body = body_text({"model_path": json.dumps(engine.model_path), "weight_version": '"2"'})
+            assert post(client, "/update_weights_from_disk", body).status_code == 200
+        assert running.result(30).status_code == 500
+    engine.resume()
+    answer = post(client, "/generate", body_text({"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 1}'}))
+    assert answer.json()["meta_info"]["weight_version"] == "2"
+
+
+def test_updates_that_wait_are_bounded(engine):
+    job = engine.parse_request({"input_ids": [5], "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}})
+    engine.submit(job)
+    engine.pause("in_place")
+    engine.resume()
+    outcomes = [engine.update_from_disk("/nowhere", None) for _ in range(3 * MAX_UPDATES)]
+    results = [outcome.result(30) for outcome in outcomes]
+    assert not any(result.success for result in results)
+    assert any("wait for their turn already" in result.message for result in results)
+    job.done.result(30)
+
+
+def test_names_that_come_and_go_leave_nothing_behind(client, engine):
+    content = body_text({"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 100, "ignore_eos": true}'})
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, client, "/generate", content)
+        deadline = time.monotonic() + 30
+        while not engine.running:
+            assert time.monotonic() < deadline
+        engine.pause("in_place")
+        for i in range(100):
+            answer = post(client, "/update_weight_version", body_text({"new_version": f'"{i}"', **KEEP}))
+            assert answer.status_code == 200
+        # A step that was under way may have drawn one more token.
+        assert len(engine._live_rows()[0].earlier_versions) in (1, 2)
+        engine.resume()
+        spans = running.result(30).json()["meta_info"]["weight_versions"]
+    assert (spans[0]["version"], spans[-1]["version"], spans[-1]["end"]) == ("1", "99", 100) and len(spans) < 4
+
+
+KEEP = {"abort_all_requests": "false"}
+
+
+def test_rows_that_do_not_fit_into_the_cache_wait_or_are_refused(model_path):
+    engine = make_engine(model_path, cache_bytes=3 * 60 * 2 * 8 * 4)
+    try:
+        assert engine.cache_tokens == 60
+        body = {"input_ids": [[5]] * 4, "sampling_params": {"max_new_tokens": 19, "ignore_eos": True}}
+        job = engine.parse_request(body)
+        engine.submit(job)
+        most = 0
+        while not job.done.done():
+            most = max(most, engine.running)
+        assert most == 3, "three rows of 20 tokens fit"
+        assert {len(row.output_ids) for row in job.rows} == {19}
+        engine.cache_tokens = 19
+        with pytest.raises(
+            InvalidRequestError, match=r"20 tokens does not fit into the server's key-value cache of 19"
+        ):
+            engine.submit(engine.parse_request(body))
+    finally:
+        engine.close()

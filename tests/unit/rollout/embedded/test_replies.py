@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
+import tracemalloc
+
 import pytest
 
-from dasd_megatron.rollout.embedded.replies import DecodingError, _version_spans, build_reply
-from dasd_megatron.rollout.embedded.requests import GenerateJob, Row, parse_sampling_params
+from dasd_megatron.rollout.embedded.replies import DecodingError, _version_spans, build_reply, write_reply
+from dasd_megatron.rollout.embedded.requests import GenerateJob, Row, parse_sampling_params, row_tokens
 
 LENGTH = {"type": "length", "length": 3}
 
@@ -90,3 +95,31 @@ def test_a_row_that_the_model_failed_on_is_an_error_of_the_whole_answer():
 )
 def test_spans_of_versions(ends, expected):
     assert [tuple(span.values()) for span in _version_spans(ends)] == expected
+
+
+@pytest.mark.parametrize(("top", "tokens"), [(0, 4000), (20, 200)])
+def test_the_memory_of_an_answer_is_bounded_by_its_tokens(top, tokens):
+    """A counted token takes at most 150 bytes in its row, and 600 while the answer is written."""
+    counted = row_tokens(2, tokens, 0, top)
+    generator = random.Random(0)
+    tracemalloc.start()
+    try:
+        job = make_row(output=[generator.randrange(300, 1000) for _ in range(tokens)], top_logprobs=top).request
+        job.text_in_logprobs = True
+        job.rows[0].log_probs = [-generator.random() for _ in range(tokens)]
+        job.rows[0].top = [
+            [(-generator.random(), generator.randrange(300, 1000)) for _ in range(top)] for _ in range(tokens)
+        ]
+        held = tracemalloc.get_traced_memory()[0]
+        content = write_reply(job, LettersTokenizer())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(content) > 20 * counted
+    assert held < 150 * counted and peak < 600 * counted
+
+
+def test_an_infinite_log_prob_is_null():
+    row = make_row(top_logprobs=2, top=[[(-0.5, 3), (-math.inf, 1)]] * 3)
+    meta = json.loads(write_reply(row.request, LettersTokenizer()))[0]["meta_info"]
+    assert meta["output_top_logprobs"][0] == [[-0.5, 3, None], [None, 1, None]]
