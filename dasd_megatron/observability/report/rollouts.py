@@ -35,8 +35,8 @@ HELDOUT_PROBLEMS = 6
 HELDOUT_CHARS = 3000
 END_CHARS = 100
 MOST_STEPS_READ = 2000
-"""Saved steps that are opened in search of rollouts with token statistics. Most hold some, and a hundred fill the
-page."""
+"""Saved steps that are opened in search of groups, and of rollouts with token statistics. Most hold some, and a hundred
+fill the page."""
 
 
 def halving_order(count: int) -> list[int]:
@@ -113,7 +113,7 @@ def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
     for index in halving_order(len(saved)):
         step = numbers[index]
         size = file_size(saved[step])
-        if steps and size > left:
+        if steps and (size > left or len(steps) >= MOST_STEPS_READ):
             break
         steps.append(step)
         left -= size

@@ -16,15 +16,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dasd_megatron.commands.report import report
 from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.observability.report import page as page_module
-from dasd_megatron.observability.report import run_files
+from dasd_megatron.observability.report import rollouts, run_files
 from dasd_megatron.observability.report.page import write_report
 from dasd_megatron.observability.report.rollouts import extreme_groups
 from dasd_megatron.observability.report.run_files import MOST_NOTES, ReportError, read_run
 from tests.support.report_runs import HOSTILE, Page, inspected, load_page, make_run, rollout, write_lines
 
 EXAMPLES = int(os.environ.get("REPORT_EXAMPLES", "50"))
+SAMPLES = "evaluations/before-step_000000/samples.jsonl"
 DEEP = "[" * 100_000 + "]" * 100_000
 NESTED = json.loads("[" * 900 + "]" * 900)
 BILLION_LAUGHS = (
@@ -113,7 +115,7 @@ def test_metrics_may_have_any_value_and_type(tmp_path: Path, value: Any) -> None
         for field in fields:
             change_rows(run / file, field, value)
     write_lines(run / "watch.jsonl", [{"step": 1, "text": value}])
-    samples = run / "evaluations" / "before-step_000000" / "samples.jsonl"
+    samples = run / SAMPLES
     for field in ("problem_id", "problem", "symbolic_correct", "generation", "predicted_answer", "expected_answer"):
         change_rows(samples, field, value)
     write_lines(run / "rollouts" / "step_000001.jsonl", [{name: value for name in rollout("x")}, rollout("y")])
@@ -172,24 +174,26 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "mark": lambda path: path.write_bytes(b"\xef\xbb\xbf" + b'{"step": 1}\n') and None,
 }
 FILES = (
-    *("config.yaml", "environment.json", "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl", "watch.jsonl"),
-    *("rollouts", "inspect", "evaluations", "rollouts/step_000001.jsonl", "inspect/step_000001.json"),
-    "evaluations/before-step_000000/samples.jsonl",
+    ("config.yaml", "warm_start.jsonl", "rollouts", "inspect/step_000001.json", SAMPLES),
+    ("metrics.jsonl", "environment.json", "rollouts/step_000001.jsonl", "evaluations"),
+    ("evaluation.jsonl", "watch.jsonl", "inspect"),
 )
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_may_be_of_any_kind(tmp_path: Path, kind: str) -> None:
-    for place, name in enumerate(FILES):
+    for place, names in enumerate(FILES):
         run = make_run(tmp_path / str(place), steps=2)
         write_lines(run / "watch.jsonl", [{"step": 1, "text": "warning"}])
-        replaced = run / name
-        shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
-        KINDS[kind](replaced)
+        for name in names:
+            replaced = run / name
+            shutil.rmtree(replaced) if replaced.is_dir() else replaced.unlink()
+            KINDS[kind](replaced)
         _, page, _ = load_page(run)
-        if kind in ("directory", "pipe", "loop", "device") and "." in name:
-            assert f"{name} could not be read: it " in page.text(), name
+        for name in names:
+            if kind in ("directory", "pipe", "loop", "device") and "." in name:
+                assert f"{name} could not be read: it " in page.text(), name
 
 
 def test_what_is_no_run_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +264,20 @@ def test_a_single_large_file_of_rollouts_is_read_in_part(tmp_path: Path) -> None
     assert run.notes[-1].startswith("rollouts/step_000001.jsonl: the rest after ")
 
 
+def test_of_very_many_saved_steps_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "MOST_STEPS_READ", 4)
+    run = read_run(make_run(tmp_path / "run", steps=9))
+    groups, tokens = extreme_groups(run), rollouts.token_rollouts(run, 48_000)
+    assert (groups.steps_read, groups.steps_saved) == (tokens.steps_read, tokens.steps_saved) == (4, 9)
+    assert "4 evenly spaced of 9 saved steps" in rollouts.groups_rule([groups])
+
+
+def test_the_command_prints_any_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[2J")), steps=1)
+    report([str(run)])
+    assert capsys.readouterr().out.endswith("/‹U+DCFF›‹U+001B›[2J/report.html\n")
+
+
 def test_notes_warnings_and_texts_are_bounded(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     long = "<&" * 20_000
@@ -268,7 +286,7 @@ def test_notes_warnings_and_texts_are_bounded(tmp_path: Path) -> None:
     fields = ("finish_reason", "predicted_answer", "expected_answer", "problem")
     write_lines(run / "rollouts" / "step_000001.jsonl", [rollout("x", **dict.fromkeys(fields, long)) for _ in range(9)])
     for field in (*fields, "generation"):
-        change_rows(run / "evaluations" / "before-step_000000" / "samples.jsonl", field, long)
+        change_rows(run / SAMPLES, field, long)
     (run / "config.yaml").write_text(f"run: {{name: {long}}}\nalgorithm: {{name: {long}}}\n")
     found = read_run(run)
     text = page_module.render([found])
