@@ -23,10 +23,16 @@ from dasd_megatron import backend
 from dasd_megatron.commands.plan import gigabytes
 from dasd_megatron.commands.start_commands import Cluster, start_commands
 from dasd_megatron.config import BackendConfig, Config, ParallelConfig, load_config
+from dasd_megatron.data.prompt_checks import check_prompts
+from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.templates import is_function, make_renderer
 from dasd_megatron.errors import ConfigError
+from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
 from dasd_megatron.planning.estimate import Architecture, bubble_fraction, chunk_parameters, total_parameters
 from dasd_megatron.planning.layout import check_layout, place_of, warmup_passes
 from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_sizes
+from dasd_megatron.run.checks import check_end_tokens, needs_teacher
+from dasd_megatron.run.dates import choose_date
 
 if TYPE_CHECKING:
     from dasd_megatron.training.rehearsal import RankModel
@@ -97,6 +103,7 @@ def dry_run(arguments: list[str]) -> None:
     _check_memory(plan, limit)
     cluster = Cluster(hosts, options.gpus_per_node, limit, options.server_tp)
     commands = start_commands(config, cluster, arch, options.overrides, options.config_dir)
+    prompt_lines = _prompt_lines(config)
     # The CPU's backend serves for a GPU run too: on the meta device there is nothing to compute. Megatron-Core is
     # imported after this.
     backend.select(BackendConfig(kind="cpu"))
@@ -105,6 +112,8 @@ def dry_run(arguments: list[str]) -> None:
 
     print("dry run: nothing is started, and neither data nor GPUs nor servers are asked for")
     _print_section("run", _settings_lines(config, arch))
+    if prompt_lines:
+        _print_section("prompts", prompt_lines)
     _print_section("layout", _layout_lines(config.parallel, hosts, options.gpus_per_node))
     _print_section("memory of one rank, as dasd plan estimates it", _memory_lines(plan, limit))
     hf_config, world = model_config(described.model), config.parallel.world_size
@@ -196,6 +205,28 @@ def _settings_lines(config: Config, arch: Architecture) -> list[str]:
         f"rollouts from rollout.engine={rollout.engine}, weights by {rollout.weight_sync}, at most "
         f"{rollout.max_staleness} steps old",
     ]
+
+
+def _prompt_lines(config: Config) -> list[str]:
+    """Check the templates and the tokenizer of a ``model.path`` that is on this machine by a made-up problem of one
+    character, and describe its prompts."""
+    path = config.model.path
+    # A function of the user's may not take a problem that is made up.
+    if (
+        path is None
+        or not Path(path).exists()
+        or any(map(is_function, (config.data.template, config.teacher.template)))
+    ):
+        return []
+    folder = hf_folder(path)
+    tokenizer, vocab_size = load_tokenizer(folder), stored_vocab_size(folder)
+    check_end_tokens(folder, tokenizer, vocab_size)
+    config = choose_date(config, tokenizer)
+    renderer = make_renderer(config.data, config.teacher, tokenizer)
+    problem, teacher = Problem("made up", "1", "1", "1"), needs_teacher(config.algorithm)
+    check_prompts([problem], renderer, config.rollout.max_prompt_tokens, vocab_size=vocab_size, teacher=teacher)
+    prompts = {"student": renderer.student(problem), **({"teacher": renderer.teacher(problem)} if teacher else {})}
+    return [f"{kind}: {len(ids)} tokens of the templates and of a problem of one" for kind, ids in prompts.items()]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -238,8 +238,13 @@ def make_renderer(data: DataConfig, teacher: TeacherConfig, tokenizer: PreTraine
     )
 
 
+def is_function(template: str | Path | None) -> bool:
+    """Return True where a setting of a template names a function, and not a file."""
+    return template is not None and FUNCTION_PATH.fullmatch(str(template)) is not None
+
+
 def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> MessageMaker:
-    if FUNCTION_PATH.fullmatch(str(path)):
+    if is_function(path):
         return _Function(str(path), variables, setting)
     return _Template(path, variables, setting)
 

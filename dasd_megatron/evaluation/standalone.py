@@ -40,7 +40,7 @@ from dasd_megatron.rollout.answers import show
 from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.discovery import find_servers
 from dasd_megatron.rollout.local_server import LocalServer
-from dasd_megatron.run.checks import check_key
+from dasd_megatron.run.checks import check_end_tokens, check_key
 from dasd_megatron.run.dates import choose_date, with_date
 from dasd_megatron.run.paths import choose_run_dir
 from dasd_megatron.verify.grader import Grader
@@ -73,6 +73,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
     config = choose_date(with_date(config, config.data.date or kept_date(root, list(problems))), tokenizer)
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     limit, vocab_size = config.rollout.max_prompt_tokens, stored_vocab_size(hf_folder(model_path))
+    check_end_tokens(hf_folder(model_path), tokenizer, vocab_size)
     for of_benchmark in problems.values():
         check_prompts(of_benchmark, renderer, limit, vocab_size=vocab_size, teacher=False)
     prompts = {name: [renderer.student(problem) for problem in of_benchmark] for name, of_benchmark in problems.items()}

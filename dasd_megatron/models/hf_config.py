@@ -203,6 +203,22 @@ def stored_vocab_size(path: str | Path) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def end_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end a response of a Hugging Face directory's model: by its config, by its generation
+    config and by its tokenizer. Servers take all of them."""
+    from transformers import AutoConfig, GenerationConfig
+
+    ids: set[int] = set()
+    for load in (AutoConfig.from_pretrained, GenerationConfig.from_pretrained, lambda *_args, **_options: tokenizer):
+        try:
+            given = getattr(load(path, local_files_only=True), "eos_token_id", None)
+        # A generation config may be absent, and a config that cannot be read is refused by what makes a model of it.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        ids.update(token for token in (given if isinstance(given, list) else [given]) if isinstance(token, int))
+    return ids
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a Hugging Face directory; :class:`ConfigError` when it has none or a broken one."""
     from transformers import AutoTokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.access import AccessError, api_key
@@ -13,7 +14,7 @@ from dasd_megatron.data.prompt_checks import check_prompts, foreign_token
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.models.hf_config import is_megatron_checkpoint
+from dasd_megatron.models.hf_config import end_token_ids, is_megatron_checkpoint
 from dasd_megatron.rollout.discovery import check_access
 
 if TYPE_CHECKING:
@@ -78,6 +79,19 @@ def check_warm_start_lengths(
                 f"solution of {solution} tokens, with its end over max_position_embeddings={limit} ({where}): remove "
                 "it from data.train, or write 0"
             )
+
+
+def check_end_tokens(path: str | Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> None:
+    """Refuse (ConfigError) a model of the Hugging Face directory ``path`` that has none of the tokens that end a
+    response: each would go on to the limit."""
+    ids = end_token_ids(path, tokenizer)
+    if ids and vocab_size is not None and min(ids) >= vocab_size:
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in sorted(ids))
+        raise ConfigError(
+            f"model.path={path}: no response could end, since the model has {vocab_size} tokens (vocab_size in "
+            f"config.json) and not {named}: set eos_token_id in config.json, or give the tokenizer that belongs to the "
+            "model"
+        )
 
 
 def check_run_prompts(

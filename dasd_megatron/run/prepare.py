@@ -27,7 +27,13 @@ from dasd_megatron.models.hf_config import (
 from dasd_megatron.models.hf_weights import HfWeights
 from dasd_megatron.planning.layout import check_layout
 from dasd_megatron.plugins import load_function
-from dasd_megatron.run.checks import check_key, check_run_prompts, check_warm_start_lengths, needs_teacher
+from dasd_megatron.run.checks import (
+    check_end_tokens,
+    check_key,
+    check_run_prompts,
+    check_warm_start_lengths,
+    needs_teacher,
+)
 from dasd_megatron.run.claim import claim_directory
 from dasd_megatron.run.dates import choose_date, with_date
 from dasd_megatron.run.environment import describe_environment
@@ -128,6 +134,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
             )
     check_layout(config.model, config.parallel, config.rollout, hf_config)
     tokenizer = load_tokenizer(start_hf_files(model, paths))
+    check_end_tokens(start_hf_files(model, paths), tokenizer, hf_config.vocab_size)
     if model.path is not None and not is_megatron_checkpoint(model.path):
         with HfWeights(model.path) as weights:
             weights.check_coverage(expected_tensors(hf_config), ignored=TIED_HEAD)

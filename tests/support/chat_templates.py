@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from dasd_megatron.models.tiny import character_tokenizer
 
@@ -31,4 +34,23 @@ def tokenizer_with(template: object) -> PreTrainedTokenizerFast:
     """Return a tokenizer of characters with another chat template."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_model_files(path: Path, template: object, **fields: Any) -> PreTrainedTokenizerFast:
+    """Write the config, with changed ``fields``, and the tokenizer of a model without weights; return the tokenizer."""
+    tokenizer = tokenizer_with(template)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    path.mkdir()
+    Qwen3Config(**sizes | fields).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return tokenizer

@@ -17,6 +17,7 @@ from dasd_megatron.config import load_config
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture
 from dasd_megatron.planning.plan import model_sizes
+from tests.support.chat_templates import save_model_files
 
 TP, PP, DP = (
     "parallel.tensor_model_parallel_size=",
@@ -59,6 +60,18 @@ def test_what_cannot_run_is_refused_with_one_line(
     assert not printed.out and len(printed.err.strip().splitlines()) == 1, printed
     for part in named:
         assert part in printed.err
+
+
+def test_the_templates_of_a_model_that_is_here_are_tried(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = save_model_files(tmp_path / "m", "{% for m in messages %}<|user|><|end|>{% endfor %}")
+    arguments = ["experiment=quickstart", "parallel=single", "model=hf", f"model.path={tmp_path}/m"]
+    assert main(["train", "--dry-run", *arguments]) == 1
+    assert "the tokenizer's chat template does not show the problem" in capsys.readouterr().err
+    tokenizer.chat_template = "<|new|>{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert main(["train", "--dry-run", *arguments]) == 1
+    assert f"has the token '<|new|>' (id {len(tokenizer) - 1})" in capsys.readouterr().err
 
 
 def test_nothing_is_written_and_no_mask_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from dasd_megatron.commands.evaluate import hf_directory
 from dasd_megatron.config import Config, DataSourceConfig, RolloutConfig, load_config
-from dasd_megatron.data.prompts import write_problems
+from dasd_megatron.data.prompts import DataError, write_problems
+from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation import standalone
 from dasd_megatron.evaluation.sampling import EvaluationError
 from dasd_megatron.evaluation.standalone import evaluate_model, load_benchmarks, read_served_model, sample_settings
+from tests.support.chat_templates import DATED, save_model_files
 from tests.support.evaluation_samples import PROBLEMS, PROMPTS
 
 
@@ -44,6 +48,63 @@ def test_the_settings_that_are_taken_where_none_are_named(tmp_path: Path) -> Non
         )
     with pytest.raises(ConfigError, match="data.train: give either .*needs neither with evaluation.benchmarks"):
         load_config(["experiment=evaluate", f"model.path={tmp_path}"])
+
+
+class ServerStarted(Exception):
+    """The point at which a server would be started, and all checks are done."""
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """An evaluation of the model ``tmp_path / "m"`` up to the start of a server."""
+
+    def start(*_args: object) -> NoReturn:
+        raise ServerStarted
+
+    monkeypatch.setattr(standalone, "LocalServer", start)
+    write_problems(tmp_path / "b.jsonl", PROBLEMS)
+
+    def run(*overrides: str) -> None:
+        benchmark = f"evaluation.benchmarks=[{tmp_path}/b.jsonl]"
+        files = [f"model.path={tmp_path}/m", benchmark, f"run.dir={tmp_path}/r", "data.template=null"]
+        evaluate_model(load_config(["experiment=evaluate", *files, *overrides]), lambda path, _root: Path(path))
+
+    return run
+
+
+def test_an_evaluation_keeps_its_date(
+    evaluate: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    save_model_files(tmp_path / "m", DATED)
+    with pytest.raises(ServerStarted):
+        evaluate("data.date=2026-11-28")
+    settings = json.loads((tmp_path / "r" / "b" / "settings.json").read_text())
+    assert settings["data.date"] == "2026-11-28" and settings["data.chat_template_kwargs"] is None
+    # It goes on on another day, and is refused only with another date.
+    with pytest.raises(ServerStarted):
+        evaluate()
+    assert "data.date=2026-11-28: the tokenizer's chat template shows it" in capsys.readouterr().out
+    with pytest.raises(EvaluationError, match="data.date was .2026-11-28. and is .2026-11-29."):
+        evaluate("data.date=2026-11-29")
+    with pytest.raises(EvaluationError, match="data.chat_template_kwargs was null"):
+        evaluate("data.chat_template_kwargs={date_string: now}")
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "said"),
+    [
+        ("{% for m in messages %}<|user|><|end|>{% endfor %}", {}, "chat template does not show the problem"),
+        ("<|user|>{% for m in messages %}{{ m.content }}{% endfor %}", {"vocab_size": 2}, r"'<\|user\|>' \(id 2\)"),
+        ("{{ messages[0].content }}", {"vocab_size": 1}, r"no response could end, .*'<\|end\|>' \(id 1\)"),
+    ],
+)
+def test_prompts_are_checked_before_a_server_is_started(
+    evaluate: Callable[..., None], tmp_path: Path, template: str, fields: dict[str, int], said: str
+) -> None:
+    save_model_files(tmp_path / "m", template, **fields)
+    with pytest.raises((TemplateError, DataError, ConfigError), match=said):
+        evaluate()
+    assert not (tmp_path / "r").exists()
 
 
 def test_held_out_problems_are_taken_where_no_benchmark_is_named(config: Config, tmp_path: Path) -> None:
