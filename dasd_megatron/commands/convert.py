@@ -40,7 +40,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
         sub.add_argument(
-            "--dtype", choices=_DTYPES, default="auto", help="of the weights written (default: that of the source)"
+            "--dtype",
+            choices=_DTYPES,
+            default="auto",
+            help="of the weights written (default: that of the files read)",
         )
         return sub
 
@@ -172,6 +175,8 @@ def _convert(options: argparse.Namespace) -> None:
         f"{result.hf_tensors} Hugging Face tensors <-> {result.megatron_tensors} Megatron tensors: none missing, none "
         f"unused; {result.bytes / 1e9:.2f} GB {str(result.dtype).removeprefix('torch.')} in {options.output}"
     )
+    if result.note is not None:
+        print(result.note)
     if options.verify:
         difference, largest, agreement = conversion.compare_logits(checkpoint, hf_path, result.dtype)
         print(

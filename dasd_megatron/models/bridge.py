@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 
 from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
-from dasd_megatron.models.hf_weights import HfDirectoryWriter, WeightsError
+from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, cast
 from dasd_megatron.models.mbridge_families import Bridge, bridge_class
 
 
@@ -43,6 +43,17 @@ class ExportEntry:
     """Dimension that tensor-parallel ranks share; None where each has all of it."""
 
 
+class _CheckedReader:
+    """The part of mbridge's reader that loading needs. Its own reads every safetensors file in a directory without an
+    index, and lets values become infinite."""
+
+    def __init__(self, weights: HfWeights, dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def load_one_hf_weight(self, name: str) -> torch.Tensor:
+        return cast(name, self._weights.tensor(name), self._dtype)
+
+
 class _Corrections(Bridge):
     """Methods that :func:`make_bridge` puts before those of an mbridge class."""
 
@@ -50,6 +61,16 @@ class _Corrections(Bridge):
     _DIRECT_MAPPING: dict[str, str]
     _MLP_MAPPING: dict[str, list[str]]
     _OTHER_MAPPING: dict[str, list[str]]
+
+    def load_weights(self, models: list[torch.nn.Module], weights_path: str) -> None:
+        """Fill this rank's part of the model from a Hugging Face directory, one tensor at a time; raises WeightsError
+        where a value does not fit into the model's dtype."""
+        with HfWeights(weights_path, compare_hashes=False) as weights:
+            self._reader = _CheckedReader(weights, self.dtype)
+            super().load_weights(models, weights_path, memory_efficient=True)
+
+    def _get_safetensor_io(self, _: str) -> _CheckedReader:
+        return self._reader
 
     def export_plan(self, chunks: list[torch.nn.Module]) -> list[ExportEntry]:
         """Return every parameter of the model, in the order of :meth:`export_weights`, the same on all ranks.

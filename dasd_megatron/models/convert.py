@@ -24,8 +24,17 @@ from dasd_megatron.backend import cpu
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.gpt import build_chunks, load_megatron_weights
-from dasd_megatron.models.hf_config import TIED_HEAD, expected_tensors, hf_folder, read_hf_config, stored_dtype
-from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, copy_side_files, fingerprint
+from dasd_megatron.models.hf_config import TIED_HEAD, declared_dtype, expected_tensors, hf_folder, read_hf_config
+from dasd_megatron.models.hf_weights import (
+    HfDirectoryWriter,
+    HfWeights,
+    WeightsError,
+    cast,
+    common_dtype,
+    copy_side_files,
+    dtype_name,
+    fingerprint,
+)
 from dasd_megatron.models.mbridge_families import Bridge
 from dasd_megatron.models.megatron_checkpoint import CheckpointFiles, CheckpointWriter
 
@@ -44,12 +53,16 @@ _SINGLE = dict(
 @dataclass(frozen=True)
 class Conversion:
     """The result of a conversion: tensors on either side, all of them used, and the bytes and dtype of the weights
-    written."""
+    written.
+
+    note: a line on the choice of dtype, where the source does not leave only one.
+    """
 
     hf_tensors: int
     megatron_tensors: int
     bytes: int
     dtype: torch.dtype
+    note: str | None = None
 
 
 @contextlib.contextmanager
@@ -113,7 +126,7 @@ def hf_to_megatron(
     A job that was killed goes on where it was when it is started again with the same arguments.
 
     Args:
-        dtype: of the weights written; None keeps that of config.json.
+        dtype: of the weights written; None keeps that of the files, float32 where they have several.
         tensor_parallel: tensors are stored in chunks for this many ranks, so that each reads its own part alone. Any
             other layout can load the checkpoint too.
 
@@ -122,7 +135,6 @@ def hf_to_megatron(
         divide it. WeightsError: the weights are incomplete, damaged or of other shapes; OSError: the disk is full.
     """
     hf_config = read_hf_config(hf_path, "--hf-path")
-    dtype = dtype or stored_dtype(hf_config)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf_config, name) % tensor_parallel:
             raise ConfigError(
@@ -132,6 +144,10 @@ def hf_to_megatron(
     with HfWeights(hf_path) as weights, single_process():
         expected = expected_tensors(hf_config)
         weights.check_coverage(expected, ignored=TIED_HEAD)
+        # A tied head that stands in the files is not read.
+        stored = {name: weights.dtypes[name] for name in expected}
+        note = None if dtype is not None else _dtype_note(stored, declared_dtype(hf_config))
+        dtype = dtype or common_dtype(stored)
         bridge, (model,) = meta_chunks(hf_config, dtype)
         parameters = dict(model.named_parameters())
         entries = _entries(model)
@@ -159,7 +175,8 @@ def hf_to_megatron(
             )
             pieces = [piece for chunk in _chunks(entry) for piece in _split(chunk, axis, tensor_parallel)]
             if not all(writer.has(piece) for piece in pieces):
-                entry.data = bridge._weight_to_mcore_format(name, [weights.tensor(hf_name) for hf_name in names[name]])
+                sources = [cast(hf_name, weights.tensor(hf_name), dtype) for hf_name in names[name]]
+                entry.data = bridge._weight_to_mcore_format(name, sources)
                 pieces = [piece for chunk in _chunks(entry) for piece in _split(chunk, axis, tensor_parallel)]
             for piece in pieces:
                 writer.add(piece, dtype)
@@ -174,7 +191,23 @@ def hf_to_megatron(
             }
         )
         progress(len(entries), len(entries))
-    return Conversion(len(expected), len(entries), written, dtype)
+    return Conversion(len(expected), len(entries), written, dtype, note)
+
+
+def _dtype_note(stored: dict[str, torch.dtype], declared: str | None) -> str | None:
+    """Return a line where tensors, by name, have several dtypes, or another one than config.json declares; None where
+    they agree."""
+    names: dict[str, list[str]] = {}
+    for name, dtype in stored.items():
+        names.setdefault(dtype_name(dtype), []).append(name)
+    kept = dtype_name(common_dtype(stored))
+    if len(names) > 1:
+        found = " and ".join(f"{dtype} ({found[0]}{', ...' if found[1:] else ''})" for dtype, found in names.items())
+        return f"the weights are {found}: written as {kept}, which holds all of them exactly; --dtype chooses another"
+    if declared != kept:
+        said = "does not say what the weights are" if declared is None else f"says {declared}"
+        return f"config.json {said}, and the files hold {kept}: {kept} is kept"
+    return None
 
 
 def megatron_to_hf(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.files import replace_directory
+from dasd_megatron.models.hf_weights import dtype_name
 
 
 def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) -> int:
@@ -42,6 +43,12 @@ def gguf_to_hf(file: Path, output: Path, *, dtype: torch.dtype | None = None) ->
     # transformers and gguf raise many classes for a file that is none, or holds an architecture they do not know.
     except Exception as error:
         raise ConfigError(f"{file} cannot be read as a language model in GGUF ({first_line(error)})") from error
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ConfigError(
+                f"{file}: tensor {name} has values that are not finite in {dtype_name(model.dtype)}; "
+                "choose another --dtype"
+            )
     if tokenizer.chat_template is None:
         raise ConfigError(f"{file} has no chat template; give a chat model")
     for name in ("bos", "eos", "pad", "unk"):

@@ -281,7 +281,7 @@ def build_model(config: Config, path: str | Path, *, hidden_dropout: float = 0.0
         load_megatron_weights(chunks, path)
     else:
         with torch.no_grad():
-            bridge.load_weights(chunks, str(path), memory_efficient=True)
+            bridge.load_weights(chunks, str(path))
     if dtype is torch.bfloat16:
         chunks = [Float16Module(transformer_config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(

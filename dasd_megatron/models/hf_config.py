@@ -14,7 +14,6 @@ from dasd_megatron.errors import ConfigError, enumerate_names, first_line
 from dasd_megatron.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Rows of embedding and head are padded to a multiple of this on every tensor-parallel rank, for the alignment of the
@@ -175,17 +174,13 @@ def expected_tensors(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def stored_dtype(hf_config: PretrainedConfig) -> torch.dtype:
-    """Return the dtype of the weights by config.json; float32 where it does not say."""
-    import torch
-
+def declared_dtype(hf_config: PretrainedConfig) -> str | None:
+    """Return the name of the weights' dtype by config.json, which need not be that of the files; None where it does not
+    say."""
     values = hf_config.to_dict()
     # transformers 4.56 renamed it.
-    name = values.get("dtype") or values.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"torch_dtype={name} in config.json is not supported; float32, bfloat16 and float16 are")
-    return dtype
+    name = values.get("dtype") or values.get("torch_dtype")
+    return None if name is None else str(name).removeprefix("torch.")
 
 
 def stored_vocab_size(path: str | Path) -> int | None:

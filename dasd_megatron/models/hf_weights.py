@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MANIFEST_FILE = "dasd_manifest.json"
 JOURNAL_FILE = "journal.jsonl"
 _MANIFEST_SHAPES = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 # Old files of Llama hold these buffers, which every model computes.
 _RECOMPUTED = "rotary_emb.inv_freq"
 _SIDE_FILES = (
@@ -71,25 +73,57 @@ def fingerprint(folder: Path) -> list[list[Any]]:
     ]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as config.json has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def common_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """Return the narrowest dtype that holds tensors of all these dtypes, by name, exactly."""
+    found = set(dtypes.values())
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in ``dtype``; values that are not finite stay so.
+
+    Raises:
+        WeightsError: a finite value would not be finite any more; tensor and value are named.
+    """
+    result = tensor.to(dtype)
+    # Only a range can be left, never digits: float32 holds all others, and bfloat16 holds float16.
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        lost = tensor.isfinite() & ~result.isfinite()
+        if bool(lost.any()):
+            raise WeightsError(
+                f"tensor {name}: {tensor[lost][0].item():g} does not fit into {dtype_name(dtype)}, whose largest value "
+                f"is {torch.finfo(dtype).max:g}; choose another dtype"
+            )
+    return result
+
+
 class HfWeights:
     """The tensors of a Hugging Face directory, by name. Opening it reads the headers of all files and refuses what does
     not fit together.
 
-    Where the directory has a manifest of this package, a tensor's bytes are compared with it when they are read.
+    ``compare_hashes``: where the directory has a manifest of this package, compare a tensor's bytes with it when they
+    are read.
 
     Raises:
         WeightsError: no safetensors files, a file of the index is missing, one is truncated, or the index and the files
             disagree.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, compare_hashes: bool = True) -> None:
         self.path = Path(path)
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
         self._place: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         index = self._read_index()
-        if index is not None and (self.path / SINGLE_FILE).exists():
+        # Some writers put an index beside a single file. Where it names that file alone, no two readers can differ.
+        if index is not None and set(index.values()) != {SINGLE_FILE} and (self.path / SINGLE_FILE).exists():
             raise WeightsError(
                 f"{self.path} has both {SINGLE_FILE} and {INDEX_FILE}, and readers differ in which they take; remove "
                 "one"
@@ -106,13 +140,14 @@ class HfWeights:
                 entry = file.get_slice(tensor)
                 if tensor.endswith(_RECOMPUTED):
                     continue
-                if entry.get_dtype() not in _DTYPE_NAMES.values():
-                    kind = entry.get_dtype()
+                kind = entry.get_dtype()
+                if kind not in _DTYPES:
                     raise WeightsError(
                         f"{self.path / name}: tensor {tensor} is {kind}; only F32, BF16 and F16 weights can be read"
                     )
                 self._place[tensor] = name
                 self.shapes[tensor] = tuple(entry.get_shape())
+                self.dtypes[tensor] = _DTYPES[kind]
         index = (
             None
             if index is None
@@ -133,7 +168,7 @@ class HfWeights:
         manifest = self.path / MANIFEST_FILE
         self._hashes = (
             {name: record["sha256"] for name, record in read_manifest(manifest, "tensors").items()}
-            if manifest.exists()
+            if compare_hashes and manifest.exists()
             else {}
         )
 
@@ -300,7 +335,7 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     hf_config = json.loads((source / "config.json").read_text())
     # transformers 4.56 renamed the key and reads both; other readers know the old one.
     hf_config.pop("dtype", None)
-    hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    hf_config["torch_dtype"] = dtype_name(dtype)
     (target / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     for name in _SIDE_FILES:
         if (source / name).is_file():
@@ -416,7 +451,7 @@ class HfDirectoryWriter:
         """Put a tensor into its file, cast to the directory's dtype. A tensor that is written already is left as it is.
 
         Raises:
-            WeightsError: the name is not in ``shapes``, or the shape is another.
+            WeightsError: the name is not in ``shapes``, the shape is another, or a value does not fit into the dtype.
             OSError: the disk is full.
         """
         if name in self:
@@ -426,7 +461,7 @@ class HfDirectoryWriter:
                 f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, and {self.shapes.get(name)} was to be "
                 "written"
             )
-        data = tensor_bytes(tensor.to("cpu", self.dtype))
+        data = tensor_bytes(cast(name, tensor.to("cpu"), self.dtype))
         descriptor, offset = self._place[name]
         _write_all(descriptor, data, offset)
         self._journal.add(name, {"sha256": sha256(data)} if self.hashes else {})

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
-from tests.support.runs import NO_EVALUATION, kill, reproducible, train
+from tests.support.runs import NO_EVALUATION, finish, kill, reproducible, train
+from tests.support.runs import start as start_run
 from tests.support.worker_scripts import run_alone, torchrun
 
 pytestmark = pytest.mark.integration
@@ -243,3 +244,76 @@ def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) ->
     )
     exported, back = (load_file(path / "model.safetensors") for path in (tmp_path / "hf" / "model", tmp_path / "back"))
     assert exported.keys() == back.keys() and all(torch.equal(back[name], tensor) for name, tensor in exported.items())
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def restore(source: Path, path: Path, declared: str | None, dtypes: dict[str, torch.dtype], **weights: float) -> Path:
+    """Write the model of ``source`` again, with another dtype in config.json than its tensors have.
+
+    dtypes: by the end of a tensor's name; "": of all others. weights: the first value of tensors by the same.
+    """
+    shutil.copytree(source, path)
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        dtype = next((dtype for end, dtype in dtypes.items() if end and name.endswith(end)), dtypes[""])
+        tensors[name] = tensor.to(dtype)
+        for end, value in weights.items():
+            if name.endswith(f"{end}.weight"):
+                tensors[name].view(-1)[0] = value
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (path / "config.json").write_text(json.dumps(config | ({} if declared is None else {"torch_dtype": declared})))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("declared", "dtypes", "kept", "line"),
+    [
+        ("float16", {"": BF16}, BF16, "config.json says float16, and the files hold bfloat16: bfloat16 is kept"),
+        ("bfloat16", {"": FP32}, FP32, "config.json says bfloat16, and the files hold float32: float32 is kept"),
+        (None, {"": BF16}, BF16, "does not say what the weights are, and the files hold bfloat16: bfloat16 is kept"),
+        (
+            "bfloat16",
+            {"": BF16, "norm.weight": FP32},
+            FP32,
+            "written as float32, which holds all of them exactly; --dtype chooses another",
+        ),
+        ("bfloat16", {"": BF16}, BF16, None),
+    ],
+)
+def test_the_dtype_is_that_of_the_files(
+    declared: str | None, dtypes: dict[str, torch.dtype], kept: torch.dtype, line: str | None, tmp_path: Path
+) -> None:
+    """Whatever config.json says, no weight becomes infinite, and none loses a digit."""
+    plain = make_tiny_model(tmp_path / "plain", TinyModelConfig(hidden_size=32, num_layers=1), 1)
+    source = restore(plain, tmp_path / "source", declared, dtypes, down_proj=1e5, up_proj=1.0009765625)
+    said = convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "out")
+    assert line in said if line else "config.json" not in said
+    back = tmp_path / "back"
+    convert("megatron-to-hf", "--checkpoint", tmp_path / "out", "--output", back)
+    original, found = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    assert original.keys() == found.keys()
+    for name, tensor in original.items():
+        assert found[name].dtype == kept and torch.equal(found[name].float(), tensor.float()), name
+    assert json.loads((back / "config.json").read_text())["torch_dtype"] == str(kept).removeprefix("torch.")
+
+
+def test_a_weight_beyond_the_dtype_is_named(tmp_path: Path) -> None:
+    """In both directions, and where a run starts; nothing appears."""
+    plain = make_tiny_model(tmp_path / "plain", TinyModelConfig(hidden_size=32, num_layers=1), 1)
+    source = restore(plain, tmp_path / "source", "float16", {"": BF16}, down_proj=1e5)
+    expected = "tensor model.layers.0.mlp.down_proj.weight: 99840 does not fit into float16"
+    refused = convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "out", "--dtype", "fp16", status=1)
+    assert expected in refused and not (tmp_path / "out").exists()
+    convert("hf-to-megatron", "--hf-path", source, "--output", tmp_path / "kept", "--verify")
+    back = ("megatron-to-hf", "--checkpoint", tmp_path / "kept", "--output", tmp_path / "back")
+    assert expected in convert(*back, "--dtype", "fp16", status=1) and not (tmp_path / "back").exists()
+    large = restore(plain, tmp_path / "large", "float32", {"": FP32}, down_proj=3.4e38)
+    process = start_run(
+        *NO_EVALUATION, "model=hf", f"model.path={large}", "precision.params_dtype=bf16", f"run.dir={tmp_path / 'run'}"
+    )
+    status, output = finish(process)
+    assert status != 0 and "down_proj.weight: 3.4e+38 does not fit into bfloat16" in output, output

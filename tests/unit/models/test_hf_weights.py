@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -13,7 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dasd_megatron.models import hf_weights
-from dasd_megatron.models.hf_weights import INDEX_FILE, MANIFEST_FILE, HfDirectoryWriter, HfWeights, WeightsError
+from dasd_megatron.models.hf_weights import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    HfDirectoryWriter,
+    HfWeights,
+    WeightsError,
+    cast,
+    common_dtype,
+)
 
 NAMES = [f"layer{index}.weight" for index in range(6)]
 
@@ -220,6 +229,23 @@ def test_quantised_weights_and_two_sets_of_weights_are_refused(tensors, sharded,
     assert "has both" in refusal(sharded)
 
 
+def test_an_index_that_names_the_single_file_alone_is_accepted(tensors, tmp_path):
+    """As mlx-lm writes it: no two readers can differ in what they take."""
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    places = dict.fromkeys(tensors, "model.safetensors")
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    with HfWeights(folder) as weights:
+        assert weights.shapes.keys() == tensors.keys()
+        assert all(torch.equal(weights.tensor(name), tensor) for name, tensor in tensors.items())
+    # An index that is not of this file is refused as ever.
+    for wrong in (dict(list(places.items())[1:]), {**places, "other": "model.safetensors"}, {}):
+        (folder / INDEX_FILE).write_text(json.dumps({"weight_map": wrong}))
+        assert str(folder) in refusal(folder)
+
+
 def test_buffers_of_old_llama_files_are_passed_over(tensors, tmp_path):
     (tmp_path / "old").mkdir()
     save_file(
@@ -228,3 +254,44 @@ def test_buffers_of_old_llama_files_are_passed_over(tensors, tmp_path):
     )
     with HfWeights(tmp_path / "old") as weights:
         assert weights.shapes.keys() == tensors.keys()
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_the_common_dtype_holds_all_exactly() -> None:
+    for dtype in DTYPES:
+        assert common_dtype({"a": dtype, "b": dtype}) == dtype
+    for first, second in itertools.permutations(DTYPES, 2):
+        assert common_dtype({"a": first, "b": second, "c": second}) == torch.float32
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("target", DTYPES)
+def test_a_cast_keeps_finite_values_finite_or_names_one(source: torch.dtype, target: torch.dtype) -> None:
+    """Over every power of two and the extremes of the source; what is not finite stays what it is."""
+    limits = torch.finfo(source)
+    powers = [2.0**exponent for exponent in range(-149, 128) if 2.0**exponent <= limits.max]
+    for value in (*powers, limits.max, limits.tiny, 0.0):
+        for signed in (value, -value):
+            tensor = torch.tensor([1.0, signed, 2.0]).to(source)
+            expected = tensor.to(target)
+            if expected.isfinite().all():
+                assert torch.equal(cast("w", tensor, target), expected)
+                continue
+            with pytest.raises(WeightsError) as caught:
+                cast("w", tensor, target)
+            assert f"tensor w: {signed:g} does not fit into {str(target)[6:]}" in str(caught.value)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf")]).to(source)
+    assert torch.equal(cast("w", special, target).isnan(), special.isnan())
+    assert cast("w", special, target)[1:].tolist() == [float("inf"), -float("inf")]
+
+
+def test_a_value_that_does_not_fit_is_not_written(tmp_path, template):
+    writer = HfDirectoryWriter(tmp_path / "model", {"down": (2,)}, torch.float16, template_dir=template)
+    with pytest.raises(
+        WeightsError, match=r"tensor down: 99840 does not fit into float16, whose largest value is 65504"
+    ):
+        writer.write("down", torch.tensor([0.5, 1e5], dtype=torch.bfloat16))
+    assert "down" not in writer
+    writer.close()
