@@ -11,6 +11,9 @@
 # srun step in the background, so that the batch shell, which alone gets the signals of `#SBATCH --signal=B:`, can wait
 # and act on them.
 
+# shellcheck source=slurm/checks.sh
+source slurm/checks.sh
+[[ -f ${DASD_ENV:-slurm/env.sh} ]] || fail "DASD_ENV=$(shown "${DASD_ENV-}"): no such file"
 # shellcheck source=slurm/env.sh
 source "${DASD_ENV:-slurm/env.sh}"
 
@@ -21,34 +24,19 @@ KEEPERS=()       # process ids of the subshells that keep servers up
 
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$*"; }
 
-fail() {
-    printf 'dasd: error: %s\n' "$*" >&2
-    exit 1
-}
-
 dry() { [[ ${DRY_RUN:-0} != 0 ]]; }
 
 # The value of an option in the #SBATCH lines of the script.
 sbatch_value() { sed -n "s/^#SBATCH --$1=//p" "$DASD_SCRIPT" | head -n 1; }
-
-one_of() {
-    local name=$1 value=${!1} choice
-    shift
-    for choice in "$@"; do [[ $value == "$choice" ]] && return; done
-    fail "$name=$value: write one of $*, in slurm/env.sh"
-}
-
-whole_number() {
-    [[ ${!1} =~ ^[0-9]+$ ]] || fail "$1=${!1}: write a whole number, in slurm/env.sh"
-}
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 begin_job() {
     DASD_SCRIPT=$1
     shift
-    check_settings
     JOB_ID=${SLURM_JOB_ID:-0}
+    RESTARTS=${SLURM_RESTART_COUNT:-0}
+    check_settings
     RUN_DIR=${DASD_RUN_DIR:-$DASD_RUNS/$(sbatch_value job-name)-$JOB_ID}
     LOG_DIR=$RUN_DIR/logs
     choose_programs
@@ -77,19 +65,38 @@ require() {
 check_settings() {
     : "${DASD_GPUS_PER_NODE:=$(sbatch_value gpus-per-node)}" "${DASD_GPUS_PER_NODE:=0}" "${DASD_ENGINE:=sglang}"
     : "${DASD_TRAIN_NODES:=1}" "${DASD_ROLLOUT_NODES:=0}" "${DASD_SERVER_TP:=1}"
+    local name
+    [[ $JOB_ID =~ ^[0-9]+$ ]] || fail "SLURM_JOB_ID=$(shown "$JOB_ID") is no number of a job"
+    whole_number RESTARTS 0 999999999
+    for name in DASD_ROOT DASD_MODELS DASD_MODEL DASD_DATA DASD_RUNS DASD_RUN_DIR DASD_TRAIN_DATA DASD_HELDOUT_DATA \
+        DASD_PYTHON DASD_SGLANG_PYTHON; do
+        plain_path "$name"
+    done
+    one_line DASD_IMAGE
+    one_line DASD_MOUNTS
+    plain_words DASD_SERVER_ARGS
+    if [[ -n ${DASD_API_KEY-} ]]; then plain_key DASD_API_KEY; fi
     one_of DASD_CONTAINER none pyxis apptainer
     one_of DASD_PLACEMENT disaggregated colocated
     one_of DASD_ENGINE sglang embedded
     one_of DASD_ROUTER 0 1
-    if [[ -z $DASD_SERVERS_PER_NODE ]]; then DASD_SERVERS_PER_NODE=$((DASD_GPUS_PER_NODE / DASD_SERVER_TP)); fi
-    local name
-    for name in DASD_TRAIN_NODES DASD_ROLLOUT_NODES DASD_SERVERS_PER_NODE DASD_SERVER_TP DASD_GPUS_PER_NODE DASD_SERVER_PORT \
-        DASD_ROUTER_PORT DASD_RENDEZVOUS_PORT DASD_READY_SECONDS DASD_SERVER_RESTARTS DASD_END_SECONDS DASD_GPU_MEMORY; do
-        whole_number "$name"
-    done
+    share DASD_COLOCATED_MEMORY
+    whole_number DASD_TRAIN_NODES 1 9999
+    whole_number DASD_ROLLOUT_NODES 0 9999
+    whole_number DASD_GPUS_PER_NODE 0 64
+    whole_number DASD_SERVER_TP 1 64
+    whole_number DASD_GPU_MEMORY 1 9999
+    : "${DASD_SERVERS_PER_NODE:=$((DASD_GPUS_PER_NODE / DASD_SERVER_TP))}"
+    whole_number DASD_SERVERS_PER_NODE 0 64
+    for name in DASD_SERVER_PORT DASD_ROUTER_PORT DASD_RENDEZVOUS_PORT; do whole_number "$name" 1 65535; done
+    for name in DASD_READY_SECONDS DASD_SERVER_RESTARTS DASD_END_SECONDS; do whole_number "$name" 0 9999999; done
     if [[ $DASD_PLACEMENT == colocated ]]; then DASD_ROLLOUT_NODES=0; fi
     if ((DASD_GPUS_PER_NODE > 0 && DASD_SERVERS_PER_NODE * DASD_SERVER_TP > DASD_GPUS_PER_NODE)); then
-        fail "$DASD_SERVERS_PER_NODE servers of DASD_SERVER_TP=$DASD_SERVER_TP GPUs do not fit on DASD_GPUS_PER_NODE=$DASD_GPUS_PER_NODE"
+        fail "$DASD_SERVERS_PER_NODE servers of DASD_SERVER_TP=$DASD_SERVER_TP GPUs do not fit on" \
+            "DASD_GPUS_PER_NODE=$DASD_GPUS_PER_NODE"
+    fi
+    if ((DASD_SERVER_PORT + (DASD_TRAIN_NODES + DASD_ROLLOUT_NODES) * DASD_SERVERS_PER_NODE > 65536)); then
+        fail "DASD_SERVER_PORT=$DASD_SERVER_PORT: the servers' ports, one after the other, would end above 65535"
     fi
 }
 
@@ -102,16 +109,18 @@ choose_programs() {
         : "${DASD_PYTHON:=/opt/dasd/bin/python}" "${DASD_SGLANG_PYTHON:=/opt/sglang/bin/python}"
     fi
     DASD=("$DASD_PYTHON" -m dasd_megatron.cli)
-    [[ $DASD_CONTAINER == none || -n $DASD_IMAGE ]] || fail "DASD_CONTAINER=$DASD_CONTAINER needs DASD_IMAGE, in slurm/env.sh"
+    [[ $DASD_CONTAINER == none || -n $DASD_IMAGE ]] ||
+        fail "DASD_CONTAINER=$DASD_CONTAINER needs DASD_IMAGE, in slurm/env.sh"
     add_mounts "$RUN_DIR" "${DASD_MODEL-}" "$DASD_TRAIN_DATA" "$DASD_HELDOUT_DATA"
     case $DASD_CONTAINER in
         pyxis)
-            CONTAINER=(--container-image="$DASD_IMAGE" --container-mounts="$DASD_MOUNTS" --container-workdir="$DASD_ROOT"
-                --no-container-mount-home) ;;
+            CONTAINER=(--container-image="$DASD_IMAGE" --container-mounts="$DASD_MOUNTS"
+                --container-workdir="$DASD_ROOT" --no-container-mount-home) ;;
         apptainer)
             CONTAINER=(apptainer exec --nv --no-home --bind "$DASD_MOUNTS" --pwd "$DASD_ROOT" "$DASD_IMAGE")
             # There is no home to keep compiled kernels in, and only the mounts can be written to.
-            export XDG_CACHE_HOME=$RUN_DIR/cache TRITON_CACHE_DIR=$RUN_DIR/cache/triton FLASHINFER_WORKSPACE_BASE=$RUN_DIR/cache ;;
+            export XDG_CACHE_HOME=$RUN_DIR/cache TRITON_CACHE_DIR=$RUN_DIR/cache/triton
+            export FLASHINFER_WORKSPACE_BASE=$RUN_DIR/cache ;;
     esac
 }
 
@@ -128,11 +137,14 @@ add_mounts() {
     done
 }
 
-# GPUs of one server, a power of two, whose weights leave room for sequences.
+# GPUs of one server, a power of two, whose weights leave room for sequences. DASD_GPU_MEMORY and DASD_GPUS_PER_NODE are
+# checked before.
 gpus_for() {
     local gpus=1 size=0 file
-    for file in "$1"/*.safetensors; do if [[ -e $file ]]; then size=$((size + $(stat -Lc %s "$file"))); fi; done
-    while ((size > gpus * DASD_GPU_MEMORY * 600000000 && 2 * gpus <= ${DASD_GPUS_PER_NODE:-8})); do gpus=$((2 * gpus)); done
+    for file in "$1"/*.safetensors; do
+        if [[ -e $file ]]; then size=$((size + $(stat -Lc %s -- "$file"))); fi
+    done
+    while ((size > gpus * DASD_GPU_MEMORY * 600000000 && 2 * gpus <= DASD_GPUS_PER_NODE)); do gpus=$((2 * gpus)); done
     printf '%s' "$gpus"
 }
 
@@ -148,7 +160,7 @@ submit_unless_in_job() {
 
 # NODES: the names of the job's nodes, in Slurm's order. Made up where there is no job.
 find_nodes() {
-    local needed=$((DASD_TRAIN_NODES + DASD_ROLLOUT_NODES)) index
+    local needed=$((DASD_TRAIN_NODES + DASD_ROLLOUT_NODES)) index name
     NODES=()
     if [[ -n ${SLURM_JOB_NODELIST-} ]]; then
         mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -156,9 +168,12 @@ find_nodes() {
         for ((index = 1; index <= needed; index++)); do NODES+=("$(printf 'node%02d' "$index")"); done
     fi
     if ((${#NODES[@]} != needed)); then
-        fail "the job has ${#NODES[@]} nodes, and DASD_TRAIN_NODES=$DASD_TRAIN_NODES with DASD_ROLLOUT_NODES=$DASD_ROLLOUT_NODES" \
-            "needs $needed: sbatch --nodes=$needed $DASD_SCRIPT"
+        fail "the job has ${#NODES[@]} nodes, and DASD_TRAIN_NODES=$DASD_TRAIN_NODES with" \
+            "DASD_ROLLOUT_NODES=$DASD_ROLLOUT_NODES needs $needed: sbatch --nodes=$needed $DASD_SCRIPT"
     fi
+    for name in "${NODES[@]}"; do
+        [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail "Slurm names a node $(shown "$name"), which is no host name"
+    done
     TRAIN=("${NODES[@]:0:DASD_TRAIN_NODES}")
     if [[ $DASD_PLACEMENT == colocated ]]; then SERVE=("${TRAIN[@]}"); else SERVE=("${NODES[@]:DASD_TRAIN_NODES}"); fi
 }
@@ -184,8 +199,9 @@ make_step() {
     shift 2
     IFS=, read -ra names <<< "$nodes"
     count=${#names[@]}
-    STEP=(srun --overlap --mem=0 --cpu-bind=none --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --nodelist="$nodes"
-        --kill-on-bad-exit=0 --wait="$DASD_END_SECONDS" --open-mode=append --output="$log" "${CONTAINER[@]}" "$@")
+    STEP=(srun --overlap --mem=0 --cpu-bind=none --nodes="$count" --ntasks="$count" --ntasks-per-node=1
+        --nodelist="$nodes" --kill-on-bad-exit=0 --wait="$DASD_END_SECONDS" --open-mode=append --output="$log"
+        "${CONTAINER[@]}" "$@")
 }
 
 # Run the rest of the line in the background and start it again when it ends, until it has done so DASD_SERVER_RESTARTS
@@ -205,7 +221,8 @@ keep() {
         trap '' USR1
         for ((try = 0; try <= DASD_SERVER_RESTARTS && !ending; try++)); do
             if ((try > 0)); then
-                say "$name ended with status $status; started again ($try of $DASD_SERVER_RESTARTS), its log is in $LOG_DIR"
+                say "$name ended with status $status; started again ($try of $DASD_SERVER_RESTARTS), its log is in" \
+                    "$LOG_DIR"
                 sleep $((try < 6 ? try : 30)) &
                 child=$!
                 wait "$child"
@@ -257,7 +274,8 @@ start_servers() {
             fi
             command+=("${DASD[@]}" serve --engine "$DASD_ENGINE" --model-path "$model" --host "$host" --port "$port")
             if [[ $DASD_ENGINE == sglang ]]; then
-                command+=(--python "$DASD_SGLANG_PYTHON" --tp-size "$DASD_SERVER_TP" --startup-timeout "$DASD_READY_SECONDS")
+                command+=(--python "$DASD_SGLANG_PYTHON" --tp-size "$DASD_SERVER_TP"
+                    --startup-timeout "$DASD_READY_SECONDS")
                 if ((${#extra[@]})); then command+=(-- "${extra[@]}"); fi
             fi
             make_step "$node" "$LOG_DIR/server.$index.%N.log" "${command[@]}"
@@ -266,22 +284,23 @@ start_servers() {
             index=$((index + 1))
         done
     done
-    ((index > 0)) || fail "there is no rollout server: set DASD_ROLLOUT_NODES and DASD_SERVERS_PER_NODE, in slurm/env.sh"
+    ((index > 0)) ||
+        fail "there is no rollout server: set DASD_ROLLOUT_NODES and DASD_SERVERS_PER_NODE, in slurm/env.sh"
 }
 
 start_router() {
     local node=${SERVE[0]}
-    make_step "$node" "$LOG_DIR/router.%N.log" "${DASD[@]}" router --python "$DASD_SGLANG_PYTHON" --servers "${URLS[@]}" \
-        --host 0.0.0.0 --port "$DASD_ROUTER_PORT"
+    make_step "$node" "$LOG_DIR/router.%N.log" "${DASD[@]}" router --python "$DASD_SGLANG_PYTHON" \
+        --servers "${URLS[@]}" --host 0.0.0.0 --port "$DASD_ROUTER_PORT"
     keep "router on $node" "${STEP[@]}"
     ROUTER_URL=http://$node:$DASD_ROUTER_PORT
 }
 
 answers() {
-    # The key comes in on standard input: a command line is for everybody to see.
+    # The key comes in on standard input: a command line is for everybody to see. A redirect is not followed.
     local header=
-    if [[ -n ${DASD_API_KEY-} ]]; then header="header = \"Authorization: Bearer $DASD_API_KEY\""; fi
-    curl --config - --silent --fail --noproxy '*' --max-time 10 --output /dev/null "$1" <<< "$header"
+    if [[ -n ${DASD_API_KEY-} ]]; then header="Authorization: Bearer $DASD_API_KEY"; fi
+    curl --header @- --silent --fail --noproxy '*' --max-time 10 --output /dev/null "$1" <<< "$header"
 }
 
 # Wait until each address answers. Ends the job at the deadline, and when no keeper is left.
@@ -292,7 +311,8 @@ wait_until_ready() {
     for url in "$@"; do
         until answers "$url"; do
             ((!SIGNALS)) || return 0
-            ((SECONDS < deadline)) || fail "$url did not answer within DASD_READY_SECONDS=$DASD_READY_SECONDS; the logs are in $LOG_DIR"
+            ((SECONDS < deadline)) ||
+                fail "$url did not answer within DASD_READY_SECONDS=$DASD_READY_SECONDS; the logs are in $LOG_DIR"
             alive=0
             for pid in "${KEEPERS[@]}"; do if kill -0 "$pid" 2> /dev/null; then alive=1; fi; done
             ((alive)) || fail "every rollout server ended before it was ready; the logs are in $LOG_DIR"
@@ -360,22 +380,24 @@ run_training() {
 }
 
 print_layout() {
-    say "job $JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $DASD_PLACEMENT, container $DASD_CONTAINER; model $1"
+    say "job $JOB_ID, start $((RESTARTS + 1)), $DASD_PLACEMENT, container $DASD_CONTAINER; model $1"
     say "training on ${#TRAIN[@]} nodes: ${TRAIN[*]}"
-    say "rollouts on ${#SERVE[@]} nodes: ${SERVE[*]-}; on each $DASD_SERVERS_PER_NODE servers, of $DASD_SERVER_TP of $DASD_GPUS_PER_NODE GPUs"
+    say "rollouts on ${#SERVE[@]} nodes: ${SERVE[*]-}; on each $DASD_SERVERS_PER_NODE servers, of $DASD_SERVER_TP of" \
+        "$DASD_GPUS_PER_NODE GPUs"
     say "run directory $RUN_DIR; the logs of all parts are in $LOG_DIR"
 }
 
 # What is wrong with the configuration or the layout is known before servers load for half an hour. A requeued job has
 # been through it.
 check_run() {
-    local setting log=$LOG_DIR/check.log command=("${DASD[@]}" train --dry-run --nodes "${#TRAIN[@]}" --gpu-memory "$DASD_GPU_MEMORY")
+    local setting log=$LOG_DIR/check.log command=("${DASD[@]}" train --dry-run --nodes "${#TRAIN[@]}")
     local -A data=()
+    command+=(--gpu-memory "$DASD_GPU_MEMORY")
     if ((DASD_GPUS_PER_NODE > 0)); then command+=(--gpus-per-node "$DASD_GPUS_PER_NODE"); fi
     make_step "${TRAIN[0]}" "$log" "${command[@]}" "$@"
     say "checking the configuration:"
     show "${STEP[@]}"
-    if dry || ((${SLURM_RESTART_COUNT:-0} > 0)); then return; fi
+    if dry || ((RESTARTS > 0)); then return; fi
     for setting in "$@"; do
         case $setting in data.train.path=* | data.heldout.path=*) data[${setting%%=*}]=${setting#*=} ;; esac
     done
@@ -392,7 +414,8 @@ train() {
     # PyTorch images sets those of a single rank, and each node is to start several.
     # shellcheck disable=SC2016
     launcher=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT PET_NNODES="${#TRAIN[@]}"
-        PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT" PET_RDZV_ID="$JOB_ID-${SLURM_RESTART_COUNT:-0}" PET_LOG_DIR="$LOG_DIR/ranks"
+        PET_RDZV_ENDPOINT="${TRAIN[0]}:$DASD_RENDEZVOUS_PORT" PET_RDZV_ID="$JOB_ID-$RESTARTS"
+        PET_LOG_DIR="$LOG_DIR/ranks"
         bash -c 'PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$PET_LOG_DIR/node$SLURM_NODEID exec "$@"' dasd-train)
     make_step "$nodes" "$LOG_DIR/train.%n.%N.log" "${launcher[@]}" "${DASD[@]}" train "$@"
     say "training:"
@@ -453,9 +476,9 @@ run_evaluation() {
     print_layout "$model"
     start_servers "$model"
     wait_until_ready "${URLS[@]/%//health}"
-    make_step "${TRAIN[0]}" "$LOG_DIR/evaluate.%N.log" "${DASD[@]}" evaluate model=hf model.path="$model" run.dir="$RUN_DIR" \
-        rollout=external rollout.servers="[$(joined "${URLS[@]}")]" data.train.path="$DASD_HELDOUT_DATA" \
-        data.heldout.path="$DASD_HELDOUT_DATA" "$@"
+    make_step "${TRAIN[0]}" "$LOG_DIR/evaluate.%N.log" "${DASD[@]}" evaluate model=hf model.path="$model" \
+        run.dir="$RUN_DIR" rollout=external rollout.servers="[$(joined "${URLS[@]}")]" \
+        data.train.path="$DASD_HELDOUT_DATA" data.heldout.path="$DASD_HELDOUT_DATA" "$@"
     run_step evaluation
 }
 

@@ -21,18 +21,18 @@
 : "${DASD_IMAGE:=}"                              # pyxis: registry#name:tag or a .sqsh file; apptainer: a .sif file
 : "${DASD_MOUNTS:=$DASD_ROOT:$DASD_ROOT,$DASD_MODELS:$DASD_MODELS,$DASD_DATA:$DASD_DATA,$DASD_RUNS:$DASD_RUNS}"
 : "${DASD_PYTHON:=}"                             # of the trainer; empty: .venv, in a container /opt/dasd
-: "${DASD_SGLANG_PYTHON:=}"                      # of SGLang and its router; empty: .venv-sglang, in a container /opt/sglang
+: "${DASD_SGLANG_PYTHON:=}"                      # of SGLang; empty: .venv-sglang, in a container /opt/sglang
 
 # Layout. Empty: what the script says for its model.
-: "${DASD_PLACEMENT:=disaggregated}"             # or colocated: servers share the training nodes' GPUs, and there are no rollout nodes
+: "${DASD_PLACEMENT:=disaggregated}"             # or colocated: servers on the training nodes' GPUs
 : "${DASD_TRAIN_NODES:=}"
 : "${DASD_ROLLOUT_NODES:=}"
 : "${DASD_SERVERS_PER_NODE:=}"                   # empty: as many as fit, DASD_GPUS_PER_NODE / DASD_SERVER_TP
 : "${DASD_SERVER_TP:=}"                          # GPUs of one server; empty in eval.sh: as few as hold the model well
 : "${DASD_GPUS_PER_NODE:=}"
-: "${DASD_GPU_MEMORY:=80}"                       # of one GPU, in GB: the layout is compared with it before anything starts
+: "${DASD_GPU_MEMORY:=80}"                       # of one GPU, in GB; the layout is compared with it first
 : "${DASD_ROUTER:=0}"                            # 1: sglang-router between trainer and servers
-: "${DASD_COLOCATED_MEMORY:=0.4}"                # colocated on several nodes: share of a GPU's memory that SGLang takes for good
+: "${DASD_COLOCATED_MEMORY:=0.4}"                # colocated on several nodes: SGLang's share of a GPU's memory
 : "${DASD_SERVER_ARGS:=}"                        # further arguments of sglang.launch_server, like --quantization fp8
 
 # Network. DASD_API_KEY: empty for servers without a key; unset, every job makes one up.

@@ -20,6 +20,10 @@ source slurm/common.sh
 [[ ${1-} && $1 != *=* ]] || fail "usage: sbatch slurm/eval.sh MODEL_DIRECTORY [field=value ...]"
 # shellcheck disable=SC2034
 DASD_TRAIN_NODES=1 DASD_ROLLOUT_NODES=0 DASD_PLACEMENT=disaggregated DASD_ROUTER=0 DASD_MODEL=$1
+: "${DASD_GPUS_PER_NODE:=8}" "${DASD_EXPERIMENT:=dasd_7b}"
+whole_number DASD_GPUS_PER_NODE 0 64
+whole_number DASD_GPU_MEMORY 1 9999
+plain_path DASD_EXPERIMENT
 : "${DASD_SERVER_TP:=$(gpus_for "$1")}"
 begin_job slurm/eval.sh "$@"
-run_evaluation "$1" experiment="${DASD_EXPERIMENT:-dasd_7b}" run.name=evaluation "${@:2}"
+run_evaluation "$1" experiment="$DASD_EXPERIMENT" run.name=evaluation "${@:2}"

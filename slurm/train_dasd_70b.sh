@@ -19,7 +19,8 @@ cd "${DASD_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-: "${DASD_TRAIN_NODES:=16}" "${DASD_ROLLOUT_NODES:=4}" "${DASD_SERVER_TP:=8}" "${DASD_MODEL:=$DASD_MODELS/Llama-3.1-70B-Instruct}"
+: "${DASD_TRAIN_NODES:=16}" "${DASD_ROLLOUT_NODES:=4}" "${DASD_SERVER_TP:=8}"
+: "${DASD_MODEL:=$DASD_MODELS/Llama-3.1-70B-Instruct}"
 begin_job slurm/train_dasd_70b.sh "$@"
 run_training "$DASD_MODEL" experiment=dasd_70b model.path="$DASD_MODEL" data.train.path="$DASD_TRAIN_DATA" \
     data.heldout.path="$DASD_HELDOUT_DATA" "$@"

@@ -19,7 +19,9 @@ source slurm/common.sh
 begin_job slurm/train_dasd_tiny.sh "$@"
 : "${DASD_MODEL:=$RUN_DIR/tiny}"
 if [[ ! -e $DASD_MODEL ]]; then
-    run_alone model "$DASD_PYTHON" -c "from dasd_megatron import config; from dasd_megatron.models import tiny; \
-tiny.make_tiny_model('$DASD_MODEL', config.load_config(['experiment=slurm_tiny']).model.tiny, seed=1)"
+    make_model="from sys import argv; from dasd_megatron.config import load_config as load"
+    make_model+="; from dasd_megatron.models.tiny import make_tiny_model as make"
+    make_model+="; make(argv[1], load(['experiment=slurm_tiny']).model.tiny, seed=1)"
+    run_alone model "$DASD_PYTHON" -c "$make_model" "$DASD_MODEL"
 fi
 run_training "$DASD_MODEL" experiment=slurm_tiny model.path="$DASD_MODEL" "$@"
