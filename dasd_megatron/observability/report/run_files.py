@@ -171,7 +171,7 @@ def _sized_objects(run: Run, path: Path, most_chars: float = math.inf) -> Iterat
             else:
                 bad += 1
     except UnreadableError as error:
-        run.note(f"{name} could not be read: it {error.reason}")
+        run.note(f"{name} could not be read: {_reason(error)}")
     if bad:
         run.note(f"{name}: {bad} unreadable lines were left out")
 
@@ -181,9 +181,13 @@ def read_list(run: Run, path: Path, most_bytes: int) -> list[Row]:
     try:
         entries: list[Row] = read_json(path, [dict], advice="", limit=most_bytes)
     except UnreadableError as error:
-        run.note(f"{path.relative_to(run.path)} could not be read: it {error.reason}")
+        run.note(f"{path.relative_to(run.path)} could not be read: {_reason(error)}")
         return []
     return entries
+
+
+def _reason(error: UnreadableError) -> str:
+    return error.reason if error.reason.startswith("line ") else f"it {error.reason}"
 
 
 def saved_steps(run: Run, folder: str, suffix: str) -> dict[int, Path]:
@@ -226,7 +230,7 @@ def _read_mapping(run: Run, path: Path, parse: Callable[[str], Row]) -> tuple[st
         value = parse(text)
         _check_plain(value)
     except UnreadableError as error:
-        run.note(f"{path.name} could not be read: it {error.reason}")
+        run.note(f"{path.name} could not be read: {_reason(error)}")
     except MalformedError as error:
         run.note(f"{path.name} could not be read: {error}")
     else:

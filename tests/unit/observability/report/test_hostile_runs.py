@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dasd_megatron import reading
 from dasd_megatron.commands.report import report
 from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.observability.report import page as page_module
@@ -262,6 +263,16 @@ def test_a_single_large_file_of_rollouts_is_read_in_part(tmp_path: Path) -> None
     write_lines(path, [rollout("x", group=group) for group in range(100)])
     assert 0 < extreme_groups(run, max_bytes=path.stat().st_size // 10).count <= 10
     assert run.notes[-1].startswith("rollouts/step_000001.jsonl: the rest after ")
+
+
+def test_a_line_of_any_length_is_no_danger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LINE_BYTES", 2000)
+    run = make_run(tmp_path / "run", steps=3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "text": "x" * 3000}) + "\n")
+    _, page, _ = load_page(run)
+    assert "finished · 3 steps" in page.text()
+    assert "metrics.jsonl could not be read: line 4 has more than 2000 bytes" in page.text()
 
 
 def test_of_very_many_saved_steps_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
