@@ -40,7 +40,9 @@ CLOSING_MESSAGE = "The server is shutting down."
 MAX_UPDATES = 16
 """Weight updates that may wait for their turn."""
 CACHE_COPIES = 3
-"""Times that keys and values may be in memory: with spare columns, and twice while rows join a batch."""
+"""Times that a batch's keys and values may be in memory: with spare columns, and twice while rows join it."""
+CACHE_SPARE = 1.25
+"""Times that those of one sequence alone may be in memory: with spare columns."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -107,7 +109,8 @@ class Engine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._decoder = Decoder(model, self.tokenizer, context_length=context_length, model_path=model_path)
         self.cache_tokens = cache_bytes // (CACHE_COPIES * self._decoder.cache_token_bytes)
-        """Tokens, padding included, whose keys and values a batch may hold."""
+        """Tokens, padding included, whose keys and values a batch of several rows may hold."""
+        self.longest_sequence = int(cache_bytes / (CACHE_SPARE * self._decoder.cache_token_bytes))
 
         self.steps = 0
         """Decoding steps until now. The number moves while the engine is alive and busy."""
@@ -180,10 +183,10 @@ class Engine:
         released, and EngineClosedError when the server is shutting down.
         """
         largest = max((row.most_tokens for row in job.rows), default=0)
-        if largest > self.cache_tokens:
+        if largest > self.longest_sequence:
             raise InvalidRequestError(
-                f"A sequence of {largest} tokens does not fit into the server's key-value cache of {self.cache_tokens} "
-                "tokens: ask for fewer tokens, or raise --cache-gib."
+                f"A sequence of {largest} tokens does not fit into the server's key-value cache of "
+                f"{self.longest_sequence} tokens: ask for fewer tokens, or raise --cache-gib."
             )
         with self._wake:
             self._check_open()
@@ -430,7 +433,8 @@ class Engine:
             if isinstance(row, UpdateJob) or (self.deterministic and rows and row.request is not rows[0].request):
                 break
             columns = max(columns, row.most_tokens)
-            if (len(running) + len(rows) + 1) * columns > self.cache_tokens:
+            count = len(running) + len(rows) + 1
+            if count > 1 and count * columns > self.cache_tokens:
                 break
             self._queue.popleft()
             row.started, row.weight_version = True, self.weight_version

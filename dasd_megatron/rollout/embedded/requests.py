@@ -326,6 +326,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context_
         raise InvalidRequestError(
             f"The input ({longest} characters) is longer than the model's context length ({context_length} tokens)."
         )
+    _check_size(ROW_TOKENS * len(texts))
     prompts: list[list[int]] = []
     tokens, start = 0, 0
     while start < len(texts):

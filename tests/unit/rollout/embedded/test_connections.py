@@ -34,7 +34,7 @@ async def app(scope, receive, send):
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("REQUEST_SECONDS", "STALL_SECONDS"):
+    for name in ("HEADER_SECONDS", "REQUEST_SECONDS", "STALL_SECONDS"):
         monkeypatch.setattr(connections, name, 0.3)
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 5)
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -127,7 +127,7 @@ def test_headers_are_bounded(server):
 
 
 def test_too_many_connections_are_refused_and_those_before_go_on(server, monkeypatch):
-    monkeypatch.setattr(connections, "REQUEST_SECONDS", 20.0)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 20.0)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(server)) for _ in range(5)]
         deadline = time.monotonic() + 10

@@ -458,7 +458,7 @@ KEEP = {"abort_all_requests": "false"}
 def test_rows_that_do_not_fit_into_the_cache_wait_or_are_refused(model_path):
     engine = make_engine(model_path, cache_bytes=3 * 60 * 2 * 8 * 4)
     try:
-        assert engine.cache_tokens == 60
+        assert (engine.cache_tokens, engine.longest_sequence) == (60, 144)
         body = {"input_ids": [[5]] * 4, "sampling_params": {"max_new_tokens": 19, "ignore_eos": True}}
         job = engine.parse_request(body)
         engine.submit(job)
@@ -467,7 +467,12 @@ def test_rows_that_do_not_fit_into_the_cache_wait_or_are_refused(model_path):
             most = max(most, engine.running)
         assert most == 3, "three rows of 20 tokens fit"
         assert {len(row.output_ids) for row in job.rows} == {19}
-        engine.cache_tokens = 19
+        # A sequence alone needs no room for copies.
+        alone = engine.parse_request({"input_ids": [5], "sampling_params": {"max_new_tokens": 143}})
+        engine.submit(alone)
+        alone.done.result(30)
+        assert alone.rows[0].finish_reason["type"] in ("length", "stop")
+        engine.longest_sequence = 19
         with pytest.raises(
             InvalidRequestError, match=r"20 tokens does not fit into the server's key-value cache of 19"
         ):
