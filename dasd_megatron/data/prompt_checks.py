@@ -15,6 +15,7 @@ from dasd_megatron.data.rendering import RenderError, TemplateError
 from dasd_megatron.data.templates import Message, PromptRenderer, message_digest, turns_of
 
 _PROBLEMS_AT_ONCE = 256
+_THINKING = "enable_thinking"
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _check_chat_template(renderer: PromptRenderer, process: RenderProcess) -> No
     given = renderer.chat_template_kwargs
     if renderer.chat is None:
         if given:
-            logger.warning("data.chat_template_kwargs: the tokenizer has no chat template, so they change nothing")
+            _warn_once(renderer, "data.chat_template_kwargs: the tokenizer has no chat template: they change nothing")
         return
     try:
         reads = process.inspect(renderer.chat)["reads"]
@@ -97,9 +98,22 @@ def _check_chat_template(renderer: PromptRenderer, process: RenderProcess) -> No
                 f"data.chat_template_kwargs.{name}: the tokenizer's chat template reads no {name}; did you mean "
                 f"{close[0]}?"
             )
-        logger.warning(
-            "data.chat_template_kwargs.%s: the tokenizer's chat template reads no %s, so it changes nothing", name, name
+        _warn_once(
+            renderer,
+            f"data.chat_template_kwargs.{name}: the tokenizer's chat template reads no {name}: it changes nothing",
         )
+    if _THINKING in set(reads) - given.keys():
+        _warn_once(
+            renderer,
+            f"the tokenizer's chat template reads {_THINKING}, and it is not given: write "
+            f"data.chat_template_kwargs={{{_THINKING}: false}} for answers without a thought, or true",
+        )
+
+
+def _warn_once(renderer: PromptRenderer, text: str) -> None:
+    if text not in renderer.warnings:
+        renderer.warnings.append(text)
+        logger.warning(text)
 
 
 def _make_prompts(
@@ -118,9 +132,9 @@ def _make_prompts(
     tried: list[str] = []
     if renderer.chat is not None:
         try:
-            tried.extend(process.digests(renderer.chat, [turns_of(message) for message in messages]))
+            tried = process.digests(renderer.chat, [turns_of(message) for message in messages])
         except RenderError as error:
-            raise renderer.refusal(messages[len(tried)], places[len(tried)], error) from error
+            raise renderer.refusal(messages[error.index], places[error.index], error) from error
     prompts = []
     for place, (message, where) in enumerate(zip(messages, places, strict=True)):
         try:

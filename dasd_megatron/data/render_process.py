@@ -29,7 +29,8 @@ from dasd_megatron.errors import first_line
 _KINDS: dict[str, type[ChatTemplate | MessageTemplate]] = {
     kind.__name__: kind for kind in (ChatTemplate, MessageTemplate)
 }
-_BATCH = 256
+_BATCH_BYTES = 2**20
+"""Bytes of a request at which no more values are added to it: it takes memory that the template needs."""
 # On a machine without a free core, a second of computing may take this long.
 _PATIENCE_SECONDS = 300.0
 
@@ -71,33 +72,44 @@ class RenderProcess:
             RenderError: it fails, or breaks the limits.
             TemplateError: the process cannot be started.
         """
-        [reply] = self._ask(template, None)
+        [reply] = self._ask(template, "inspect", ["null"])
         found: dict[str, list[str]] = reply["found"]
         return found
 
-    def digests(self, template: ChatTemplate | MessageTemplate, values: Sequence[Any]) -> Iterator[str]:
-        """Yield the :func:`text_digest` of the text that the template's ``render`` makes of each of ``values``. Raises
-        as :meth:`inspect`, where the first fault is."""
-        for start in range(0, len(values), _BATCH):
-            for reply in self._ask(template, values[start : start + _BATCH]):
-                yield reply["digest"]
+    def digests(self, template: ChatTemplate | MessageTemplate, values: Sequence[Any]) -> list[str]:
+        """Return the :func:`text_digest` of the text that the template's ``render`` makes of each of ``values``. Raises
+        as :meth:`inspect`; the error has the place of the first values that fail."""
+        digests: list[str] = []
+        try:
+            for batch in _batches(values):
+                digests.extend(reply["digest"] for reply in self._ask(template, "render", batch))
+        except RenderError as error:
+            error.index += len(digests)
+            raise
+        return digests
 
-    def _ask(self, template: ChatTemplate | MessageTemplate, jobs: Sequence[Any] | None) -> Iterator[dict[str, Any]]:
+    def _ask(self, template: ChatTemplate | MessageTemplate, do: str, jobs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the answers to jobs in JSON."""
         process = self._running()
         assert process.stdin is not None
         fields = {item.name: getattr(template, item.name) for item in dataclasses.fields(template)}
-        request = {"kind": type(template).__name__, "fields": fields, "jobs": jobs}
+        request = json.dumps({"kind": type(template).__name__, "fields": fields, "do": do})
+        replies: list[dict[str, Any]] = []
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.write(f"{request}\n[{','.join(jobs)}]\n".encode())
             process.stdin.flush()
+            for _ in jobs:
+                reply = json.loads(self._read_line(process))
+                if "fault" in reply:
+                    # The process leaves the batch's other jobs undone.
+                    raise RenderError(reply["fault"])
+                replies.append(reply)
         except BrokenPipeError:
             raise self._failure() from None
-        for _ in range(1 if jobs is None else len(jobs)):
-            reply = json.loads(self._read_line(process))
-            if "fault" in reply:
-                # The process leaves the batch's other jobs undone.
-                raise RenderError(reply["fault"])
-            yield reply
+        except RenderError as error:
+            error.index = len(replies)
+            raise
+        return replies
 
     def _read_line(self, process: subprocess.Popen[bytes]) -> bytes:
         assert process.stdout is not None
@@ -166,6 +178,20 @@ class RenderProcess:
             self._errors.close()
 
 
+def _batches(values: Sequence[Any]) -> Iterator[list[str]]:
+    """Yield the values in JSON, as many at a time as one request should hold."""
+    batch: list[str] = []
+    size = 0
+    for value in values:
+        batch.append(json.dumps(value))
+        size += len(batch[-1])
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def text_digest(text: str) -> str:
     """Return the SHA-256 of a text; surrogates that stand alone count as they are."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -188,10 +214,10 @@ def serve(limits: str) -> None:
     for line in sys.stdin.buffer:
         request = json.loads(line)
         template = _KINDS[request["kind"]](**request["fields"])
-        for job in [None] if request["jobs"] is None else request["jobs"]:
+        for job in json.loads(next(sys.stdin.buffer)):
             started = time.process_time()
             signal.setitimer(signal.ITIMER_PROF, max(min(bounds.seconds, budget), 1e-3))
-            reply = _try(template, job)
+            reply = _try(template, request["do"], job)
             signal.setitimer(signal.ITIMER_PROF, 0)
             budget += bounds.seconds_each - (time.process_time() - started)
             _send(json.dumps(reply))
@@ -199,9 +225,9 @@ def serve(limits: str) -> None:
                 break
 
 
-def _try(template: ChatTemplate | MessageTemplate, values: Any) -> dict[str, Any]:
+def _try(template: ChatTemplate | MessageTemplate, do: str, values: Any) -> dict[str, Any]:
     try:
-        return {"found": template.inspect()} if values is None else {"digest": text_digest(template.render(values))}
+        return {"found": template.inspect()} if do == "inspect" else {"digest": text_digest(template.render(values))}
     except RenderError as error:
         return {"fault": str(error)}
 

@@ -39,7 +39,12 @@ class TemplateError(ValueError):
 
 
 class RenderError(Exception):
-    """A failure inside a template. The message is one line: what failed, and in which line of the template."""
+    """A failure inside a template. The message is one line: what failed, and in which line of the template.
+
+    ``index``: of several values that were tried, the place of those that it failed on.
+    """
+
+    index = 0
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ class PromptRenderer:
         self.privileged = privileged
         self.hint_fraction = hint_fraction
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.warnings: list[str] = []
+        """What the user has been told of the chat template."""
         self.chat = chat_template(tokenizer, self.chat_template_kwargs, date)
         """None for a tokenizer without a chat template."""
         self.makers: dict[str, MessageMaker] = {
@@ -294,12 +296,10 @@ class _Template:
             raise self._failure(problem, error) from error
 
     def try_messages(self, process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
-        digests: list[str] = []
         try:
-            digests.extend(process.digests(self._template, [self._values(*given) for given in arguments]))
+            return process.digests(self._template, [self._values(*given) for given in arguments])
         except RenderError as error:
-            raise self._failure(arguments[len(digests)][0], error) from error
-        return digests
+            raise self._failure(arguments[error.index][0], error) from error
 
     def _values(self, problem: Problem, *privileged: str) -> dict[str, str]:
         return dict(zip(self.variables, (problem.problem, *privileged), strict=True))

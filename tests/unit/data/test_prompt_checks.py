@@ -130,7 +130,13 @@ def test_variables_of_a_chat_template_reach_student_and_teacher(caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         other = PromptRenderer(tokenizer_with(PARTS), chat_template_kwargs={"enable_thinking": False})
         check_prompts(PROBLEMS, other, 400, vocab_size=None)
-    assert "data.chat_template_kwargs.enable_thinking" in caplog.text and "changes nothing" in caplog.text
+        check_prompts(PROBLEMS, other, 400, vocab_size=None)
+        assert caplog.messages == [
+            "data.chat_template_kwargs.enable_thinking: the tokenizer's chat template reads no enable_thinking: it "
+            "changes nothing"
+        ]
+        check_prompts(PROBLEMS, PromptRenderer(tokenizer), 400, vocab_size=None)
+        assert "write data.chat_template_kwargs={enable_thinking: false}" in caplog.messages[1]
 
 
 def test_a_message_template_that_never_ends_is_named(tmp_path: Path) -> None:

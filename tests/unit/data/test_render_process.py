@@ -24,15 +24,22 @@ def process() -> Iterator[RenderProcess]:
 
 
 def rendered(process: RenderProcess, source: str) -> list[str]:
-    return list(process.digests(ChatTemplate(source), [TURNS]))
+    return process.digests(ChatTemplate(source), [TURNS])
 
 
 def test_the_texts_are_those_that_are_rendered_here(process: RenderProcess) -> None:
     template = ChatTemplate(DATED, {"bos_token": "<s>"}, "2026-11-28")
     many = [[{"role": "user", "content": f"\ud800 é\u2028 {number}"}] for number in range(600)]
-    assert list(process.digests(template, many)) == [text_digest(template.render(turns)) for turns in many]
+    assert process.digests(template, many) == [text_digest(template.render(turns)) for turns in many]
+    # Texts that fill several requests, of which one cannot be rendered.
+    large = [[{"role": "user", "content": letter * 2**19}] for letter in "abcdef"]
+    assert process.digests(template, large) == [text_digest(template.render(turns)) for turns in large]
+    picky = ChatTemplate("{% if 'e' in messages[0].content %}{{ raise_exception('no e') }}{% endif %}")
+    with pytest.raises(RenderError, match="no e") as caught:
+        process.digests(picky, large)
+    assert caught.value.index == 4
     message = MessageTemplate("{{ problem|upper }}", ("problem",))
-    assert list(process.digests(message, [{"problem": "a"}])) == [text_digest("A")]
+    assert process.digests(message, [{"problem": "a"}]) == [text_digest("A")]
     assert process.inspect(ChatTemplate(THINKING)) == ChatTemplate(THINKING).inspect()
 
 
@@ -76,7 +83,7 @@ def test_slow_renders_are_bounded_in_their_sum() -> None:
     slow = ChatTemplate("{% for i in range(99999) %}{% for j in range(4) %}{% endfor %}{% endfor %}")
     limits = RenderLimits(seconds=2.0, seconds_at_first=0.5, seconds_each=0.001)
     with RenderProcess(limits) as process, pytest.raises(RenderError, match="does not end"):
-        list(process.digests(slow, [TURNS] * 200))
+        process.digests(slow, [TURNS] * 200)
 
 
 def test_a_text_that_depends_on_the_process_is_another_here(process: RenderProcess) -> None:
@@ -85,7 +92,7 @@ def test_a_text_that_depends_on_the_process_is_another_here(process: RenderProce
         text_digest(ChatTemplate("{{ messages[0].items }}").render(TURNS))
     ]
     seconds = ChatTemplate("{{ strftime_now('%s') }}", date="2026-11-28")
-    assert list(process.digests(seconds, [TURNS])) != [text_digest(seconds.render(TURNS))]
+    assert process.digests(seconds, [TURNS]) != [text_digest(seconds.render(TURNS))]
 
 
 WORDS = st.sampled_from(

@@ -65,6 +65,11 @@ def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
     message = refusal(lambda: check(length - 1))
     assert "warm_start.steps=3: problem 'p'" in message and f"{length - 1} (model.tiny)" in message
     assert "(config.json of model.path=/m)" in refusal(lambda: check(length - 1, "/m"))
+    sizes = SimpleNamespace(max_position_embeddings=length, vocab_size=tokenizer.eos_token_id)
+    message = refusal(
+        lambda: check_warm_start_lengths(ModelConfig(), WarmStartConfig(steps=3), sizes, renderer, tokenizer, [problem])
+    )
+    assert "problem 'p' has a solution that, with its end, has the token" in message
     tokenizer.eos_token = None
     assert "end-of-sequence token" in refusal(lambda: check(length, "/m"))
 

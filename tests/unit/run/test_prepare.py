@@ -13,9 +13,12 @@ import pytest
 from safetensors.torch import load, save_file
 
 from dasd_megatron.config import load_config
+from dasd_megatron.data.prompts import DataError
+from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.models.hf_config import read_hf_config
 from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.run.prepare import prepare_run
+from tests.support.chat_templates import tokenizer_with
 from tests.support.small_configs import GOOD, SMALL, configure, refusal
 
 LLAMA3 = {
@@ -105,6 +108,24 @@ def test_layouts_of_the_model_made_in_code_are_checked(tmp_path: Path) -> None:
 def test_a_preset_needs_the_weights(tmp_path: Path) -> None:
     config = configure("model=qwen3_0.6b")
     assert "model.path is required" in refusal(lambda: prepare_run(config, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}<|user|><|end|>{% endfor %}", "chat template does not show the problem"),
+        ("<|new|>{% for m in messages %}{{ m.content }}{% endfor %}", r"the token '<\|new\|>' \(id \d+\)"),
+    ],
+)
+def test_prompts_are_checked_without_a_teacher_too(
+    files: list[str], model: Callable[..., Path], tmp_path: Path, template: str, said: str
+) -> None:
+    path = model()
+    tokenizer = tokenizer_with(template)
+    tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    tokenizer.save_pretrained(path)
+    with pytest.raises((TemplateError, DataError), match=said):
+        prepare_run(configure(*files, f"model.path={path}", "algorithm=grpo"), tmp_path / "run")
 
 
 def test_weights_that_are_incomplete_are_refused(model: Callable[..., Path], tmp_path: Path) -> None:
