@@ -146,6 +146,11 @@ def _make_prompts(
                 f"{where}: the tokenizer's chat template gives another text each time; mend it, so that a prompt "
                 "depends on the messages alone"
             )
+        half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+        if half is not None:
+            raise DataError(
+                f"{where}: the prompt has {half!r}, half of a surrogate pair, which is no text; take it out"
+            )
         prompts.append(_Prompt(message, text, renderer.encode(text)))
     return prompts
 

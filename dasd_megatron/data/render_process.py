@@ -129,11 +129,12 @@ class RenderProcess:
         # The clock of a place where it is another hour, and often another day, shows whether a text depends on it.
         environment = {**os.environ, "TZ": "XXX12:34", "PYTHONHASHSEED": "random"}
         program = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(sys.argv[2])"
-        arguments = [json.dumps(sys.path), json.dumps(dataclasses.asdict(self.limits))]
+        arguments = [json.dumps([*map(str, sys.path)]), json.dumps(dataclasses.asdict(self.limits))]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _stop
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", program.format(__name__), *arguments],
+                # A file json.py in the working directory is not what is to be imported.
+                [sys.executable, "-P", "-c", program.format(__name__), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

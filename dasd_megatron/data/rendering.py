@@ -31,6 +31,9 @@ from dasd_megatron.errors import first_line
 MOST_CHARACTERS = 2**22
 """Characters of a rendered text at the most: prompts have no more tokens than a model has positions."""
 
+LONGEST_SOURCE = 2**20
+"""Characters of a template at the most; published chat templates have up to some ten thousand."""
+
 _PROBE = "What is 1 + 1?"
 
 

@@ -17,12 +17,14 @@ from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, DataConfig, Te
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.render_process import RenderProcess, text_digest
 from dasd_megatron.data.rendering import (
+    LONGEST_SOURCE,
     ChatTemplate,
     MessageTemplate,
     RenderError,
     TemplateError,
 )
 from dasd_megatron.plugins import call_own, load_function
+from dasd_megatron.reading import UnreadableError, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -222,6 +224,11 @@ def chat_template(tokenizer: Any, kwargs: Mapping[str, Any], date: str | None) -
         source = source["default"]
     if not isinstance(source, str):
         raise TemplateError(f"the tokenizer's chat template is {source!r:.80} and no text; mend the tokenizer's files")
+    if len(source) > LONGEST_SOURCE:
+        raise TemplateError(
+            f"the tokenizer's chat template has {len(source):,} characters, over {LONGEST_SOURCE:,}; mend the "
+            "tokenizer's files"
+        )
     # Some tokenizers have objects of the tokenizers library among their special tokens, which stand for their text.
     special = json.loads(json.dumps(dict(tokenizer.special_tokens_map), default=str))
     return ChatTemplate(source, {**special, **kwargs}, date)
@@ -258,11 +265,9 @@ class _Template:
         self.setting, self.variables = setting, variables
         self.path = self._find(Path(path), setting)
         try:
-            source = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TemplateError(
-                f"{setting}: {self.path} cannot be read ({error}); give a readable UTF-8 file"
-            ) from error
+            source = read_text(self.path, advice="give a readable UTF-8 file", limit=LONGEST_SOURCE)
+        except UnreadableError as error:
+            raise TemplateError(f"{setting}: {error}") from error
         self._template = MessageTemplate(source, variables)
         self._inspect()
 

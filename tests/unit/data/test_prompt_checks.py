@@ -40,6 +40,7 @@ def refusal(renderer: PromptRenderer, *, vocab_size: int | None = None, teacher:
         ({"tool_use": "x", "rag": "y"}, "there are several (rag, tool_use) and none is named default"),
         ({"default": 5}, "is 5 and no text"),
         (5, "is 5 and no text"),
+        ("{{ messages[0].content }}" + " " * 2**20, "has 1,048,601 characters, over 1,048,576"),
     ],
 )
 def test_errors_of_a_chat_template_name_it(template: Any, said: str) -> None:
@@ -85,6 +86,13 @@ def test_a_chat_template_shows_the_solution_and_every_message(tmp_path: Path, mo
     # White space at both ends is no part of it.
     trims = tokenizer_with("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
     check_prompts([Problem("p", " 1 + 1 \n", "2", "")], PromptRenderer(trims), 400, vocab_size=None, teacher=False)
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ '\\ud800' }}", "{{ messages[0].content }}"])
+def test_halves_of_surrogate_pairs_are_no_text(template: str) -> None:
+    half = Problem("p", "1 + 1 =" if "ud800" in template else "1 + \udfff", "2", "")
+    with pytest.raises(DataError, match="on problem 'p': the prompt has '.ud(800|fff)', half of a surrogate pair"):
+        check_prompts([half], PromptRenderer(tokenizer_with(template)), 400, vocab_size=None, teacher=False)
 
 
 def test_a_chat_template_for_parts_is_given_parts() -> None:
