@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Sequence
@@ -106,5 +107,9 @@ def find_self_correction(text: str, places: Sequence[int]) -> SelfCorrection:
     if not spans:
         return SelfCorrection(True, False)
     starts = [match.start() for match in _WORD.finditer(plain)]
-    changes_result = any(first < starts[place] < last for place in places for first, last in spans)
+    # In order, so that a span needs one search: a text may have thousands of phrases and of spans.
+    phrases = sorted(starts[place] for place in places)
+    changes_result = any(
+        bisect.bisect_right(phrases, first) < bisect.bisect_left(phrases, last) for first, last in spans
+    )
     return SelfCorrection(True, changes_result)

@@ -115,7 +115,7 @@ def check_outcome(outcome: Outcome, path: Path) -> None:
         assert str(path) in outcome.error
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents())
 def test_the_readers_agree_on_any_file(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def test_the_readers_agree_on_any_file(content: bytes) -> None:
             assert " line " in training.error
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(contents())
 def test_what_was_prepared_reads_the_same_again(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
