@@ -17,7 +17,6 @@ from dasd_megatron.observability.report.run_files import (
     read_objects,
     saved_steps,
     shorten,
-    show_hidden,
     to_number,
     to_text,
 )
@@ -34,6 +33,9 @@ TOKENS_PER_ROLLOUT = 1500
 HELDOUT_PROBLEMS = 6
 HELDOUT_CHARS = 3000
 END_CHARS = 100
+TOKEN_CHARS = 200
+MOST_REWARDS = 1000
+"""Rewards of a group that the page has; its mean is of these."""
 MOST_STEPS_READ = 2000
 """Saved steps that are opened in search of groups, and of rollouts with token statistics. Most hold some, and a hundred
 fill the page."""
@@ -163,7 +165,8 @@ class _GroupRecord:
         if reward is not None and not math.isfinite(reward):
             reward = None
         self.count += 1
-        self.rewards.append(reward)
+        if len(self.rewards) < MOST_REWARDS:
+            self.rewards.append(reward)
         self.tokens += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0
         self.cut += row.get("finish_reason") == "length"
         if len(self.samples) < SAMPLES_PER_GROUP:
@@ -256,7 +259,7 @@ def _token_records(run: Run, step: int, entries: Sequence[Row], budget: int) -> 
 def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """Return one rollout for the page: t tokens, h entropy, d gap, w omega, a advantage, p and q probabilities of
     student and teacher."""
-    tokens = [show_hidden(token) for token in entry["tokens"]]
+    tokens = entry["tokens"]
     names = {"h": "entropy", "d": "delta", "w": "omega", "p": "student_log_prob", "q": "teacher_log_prob"}
     columns = {short: [to_number(value) for value in entry[name]] for short, name in names.items()}
     # Old runs have not recorded the advantages of tokens, only the verifier's part, which is the same for all.
@@ -274,7 +277,7 @@ def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:
         **{name: _round(to_number(entry.get(name))) for name in ("reward", "advantage", "tau", "sigma")},
         "whole": "token_advantage" in entry,
         "length": len(tokens),
-        "t": tokens[:limit],
+        "t": [shorten(token, TOKEN_CHARS) for token in tokens[:limit]],
         **{short: [_round(value) for value in values[:limit]] for short, values in columns.items()},
     }
 

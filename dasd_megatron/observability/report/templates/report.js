@@ -145,9 +145,9 @@
       draw: (groups) => {
         body.replaceChildren(...groups.flatMap((group) => {
           const right = group.rewards.filter((reward) => reward > 0).length;
-          const mean = group.rewards.reduce((sum, reward) => sum + reward, 0) / group.count;
+          const mean = group.rewards.reduce((sum, reward) => sum + reward, 0) / group.rewards.length;
           const button = make("button", { type: "button", "aria-expanded": "false" }, "samples");
-          const cells = [String(group.step), null, write(Number(mean.toPrecision(3))), `${right} of ${group.count}`, (group.tokens / group.count).toFixed(1), String(group.cut)];
+          const cells = [String(group.step), null, write(Number(mean.toPrecision(3))), `${right} of ${group.rewards.length}`, (group.tokens / group.count).toFixed(1), String(group.cut)];
           const short = group.problem.length > 90 ? `${group.problem.slice(0, 90)}…` : group.problem;
           const row = make("tr", {},
             ...(several ? [make("td", { class: "text" }, swatch(group.run), data.runs[group.run].label)] : []),

@@ -294,13 +294,16 @@ def test_notes_warnings_and_texts_are_bounded(tmp_path: Path) -> None:
     long = "<&" * 20_000
     (run / "inspect" / "step_000001.json").write_text(json.dumps([{"tokens": long[:1000]}] * 500))
     write_lines(run / "watch.jsonl", [{"step": step, "text": long[:10_000]} for step in range(300)])
+    (run / "inspect" / "step_000002.json").write_text(json.dumps([inspected("x", [long] * 50)]))
     fields = ("finish_reason", "predicted_answer", "expected_answer", "problem")
     write_lines(run / "rollouts" / "step_000001.jsonl", [rollout("x", **dict.fromkeys(fields, long)) for _ in range(9)])
     for field in (*fields, "generation"):
         change_rows(run / SAMPLES, field, long)
     (run / "config.yaml").write_text(f"run: {{name: {long}}}\nalgorithm: {{name: {long}}}\n")
+    write_lines(run / "rollouts" / "step_000002.jsonl", [rollout("x", group=7) for _ in range(2000)])
     found = read_run(run)
     text = page_module.render([found])
+    assert all(len(group["rewards"]) <= 1000 for group in extreme_groups(found).best)
     assert len(found.notes) == MOST_NOTES + 1 and found.notes[-1].endswith("more notes are left out")
     assert len(text) < 3_000_000 and "200 earlier warnings are left out" in text
 
