@@ -30,6 +30,7 @@ SAMPLE_CHARS = 1500
 PROBLEM_CHARS = 1500
 ANSWER_CHARS = 200
 TOKENS_PER_ROLLOUT = 1500
+LEAST_TOKENS = 50
 HELDOUT_PROBLEMS = 6
 HELDOUT_CHARS = 3000
 END_CHARS = 100
@@ -195,7 +196,8 @@ def token_rollouts(run: Run, budget: int) -> Rollouts:
     """Choose rollouts of ``inspect/`` with at most about ``budget`` tokens in all: the first, the last and then evenly
     spaced saved steps until it is used up.
 
-    Of each rollout, the first :data:`TOKENS_PER_ROLLOUT` tokens are kept.
+    Of each rollout, the first :data:`TOKENS_PER_ROLLOUT` tokens are kept. One of few tokens counts as
+    :data:`LEAST_TOKENS`.
     """
     saved = saved_steps(run, "inspect", ".json")
     chosen: dict[int, list[dict[str, Any]]] = {}
@@ -208,7 +210,7 @@ def token_rollouts(run: Run, budget: int) -> Rollouts:
         entries = read_list(run, saved[step], INSPECT_BYTES)
         count += len(entries)
         chosen[step] = _token_records(run, step, entries, budget)
-        budget -= sum(len(record["t"]) for record in chosen[step])
+        budget -= sum(map(_cost, chosen[step]))
     read = len(saved) - left_out
     # Most runs record as many rollouts at every step: the steps that were not read are estimated by those that were.
     per_step = count / read if read else 0.0
@@ -235,7 +237,8 @@ def rollouts_rule(parts: Sequence[Rollouts], budget: int) -> str:
         return f"All {shown:,} rollouts whose token statistics were saved."
     return (
         f"{shown:,} of about {count:,} rollouts whose token statistics were saved, from {read:,} of {saved:,} steps: "
-        f"the first, the last, and evenly spaced ones between them until {budget:,} tokens are on the page. "
+        f"the first, the last, and evenly spaced ones between them until {budget:,} tokens are on the page, where a "
+        f"rollout counts as {LEAST_TOKENS} at least. "
         f"About {count - shown:,} are left out."
     )
 
@@ -251,9 +254,14 @@ def _token_records(run: Run, step: int, entries: Sequence[Row], budget: int) -> 
             continue
         if budget <= 0:
             break
-        budget -= len(record["t"])
+        budget -= _cost(record)
         records.append({"step": step, "place": place, **record})
     return records
+
+
+def _cost(record: Mapping[str, Any]) -> int:
+    """Return the tokens that a rollout counts as. Its problem and solution stand beside it however short it is."""
+    return max(len(record["t"]), LEAST_TOKENS)
 
 
 def _token_record(entry: Mapping[str, Any], limit: int) -> dict[str, Any]:

@@ -275,6 +275,13 @@ def test_a_line_of_any_length_is_no_danger(tmp_path: Path, monkeypatch: pytest.M
     assert "metrics.jsonl could not be read: line 4 has more than 2000 bytes" in page.text()
 
 
+def test_rollouts_without_tokens_do_not_fill_the_page(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", steps=1))
+    (run.path / "inspect" / "step_000001.json").write_text(json.dumps([inspected("x", [])] * 3000))
+    found = rollouts.token_rollouts(run, 48_000)
+    assert len(found.chosen) == 48_000 // 50 and found.count == 3000
+
+
 def test_of_very_many_saved_steps_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollouts, "MOST_STEPS_READ", 4)
     run = read_run(make_run(tmp_path / "run", steps=9))
