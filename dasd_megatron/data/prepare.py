@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.progress import track
 
@@ -29,6 +29,7 @@ from dasd_megatron.data.columns import (
 from dasd_megatron.data.prompts import DataError, NoAnswerError, Problem, normalize_text, write_problems
 from dasd_megatron.data.rows import Row, files_of, read_rows
 from dasd_megatron.errors import first_line
+from dasd_megatron.files import atomic_file
 from dasd_megatron.verify.answers import normalize_answer
 
 MANIFEST_FORMAT = 1
@@ -145,12 +146,17 @@ def _token_counter(path: Path) -> Callable[[str], int]:
 
 
 class _Selection:
-    """Selection, row by row, of what is kept. It keeps the reasons for what is not."""
+    """Selection, row by row, of what is kept.
 
-    def __init__(self, options: PrepareOptions) -> None:
+    The rest may be nearly all of the rows, and goes to a file with the reasons.
+    """
+
+    def __init__(self, options: PrepareOptions, rejects: TextIO) -> None:
         self.kept: list[Problem] = []
         self.found: collections.Counter[Taken] = collections.Counter()
-        self.rejected: list[dict[str, str]] = []
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.first_fault = ""
+        self._rejects = rejects
         self._count_tokens = _token_counter(options.tokenizer) if options.tokenizer is not None else None
         self.contamination = Contamination(options.contamination, options.problem_field, options.ngram)
         self._limits = {
@@ -172,7 +178,10 @@ class _Selection:
         self.found[found] += 1
 
     def reject(self, where: str, reason: str, detail: str) -> None:
-        self.rejected.append({"where": where, "reason": reason, "detail": detail})
+        """Write a row that is not kept, with the reason, and count it."""
+        self.first_fault = self.first_fault or detail
+        self.dropped[reason] += 1
+        self._rejects.write(json.dumps({"where": where, "reason": reason, "detail": detail}) + "\n")
 
     def _reason_to_drop(self, problem: Problem) -> tuple[str, str] | None:
         key = normalize_text(problem.problem)
@@ -198,8 +207,30 @@ def prepare_problems(options: PrepareOptions) -> dict[str, Any]:
     """Write ``options.output``, and ``.rejected.jsonl`` and ``.manifest.json`` beside it, and return the manifest.
 
     Raises:
-        DataError: the source cannot be read, or nothing of it is kept.
+        DataError: the source cannot be read, nothing of it is kept, or the files cannot be written.
     """
+    # A pattern may fit the files that are written.
+    files = [] if options.input is None else files_of(options.input, "--input")
+    try:
+        with atomic_file(options.output.with_suffix(".rejected.jsonl")) as partial:
+            with partial.open("w", encoding="utf-8") as rejects:
+                selection = _select(options, rejects)
+            if not selection.kept:
+                count = selection.dropped.total()
+                fault = f": {selection.first_fault}" if count else "; it is empty"
+                raise DataError(f"nothing of {options.source} was kept ({count} rows dropped){fault}")
+        write_problems(options.output, selection.kept)
+        manifest = _make_manifest(options, selection, files)
+        options.output.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    except OSError as error:
+        raise DataError(
+            f"{options.output} cannot be written ({error.strerror or error}); give another --output"
+        ) from error
+    return manifest
+
+
+def _select(options: PrepareOptions, rejects: TextIO) -> _Selection:
+    """Read the source and return what is kept of it."""
     columns = Columns(
         _REMEDIES,
         options.problem_field,
@@ -209,7 +240,7 @@ def prepare_problems(options: PrepareOptions) -> dict[str, Any]:
         needs_solution=not options.allow_missing_solution,
         max_answer_chars=VerifyConfig().max_answer_chars,
     )
-    selection = _Selection(options)
+    selection = _Selection(options, rejects)
     for index, row in enumerate(track(_source_rows(options), description="reading")):
         name = f"{options.output.stem}-row-{index}"
         try:
@@ -221,27 +252,17 @@ def prepare_problems(options: PrepareOptions) -> dict[str, Any]:
             selection.reject(row.where, reason, str(error))
             continue
         selection.add(row.where, problem, found)
-    kept, rejected = selection.kept, selection.rejected
-    if not kept:
-        first = f": {rejected[0]['detail']}" if rejected else "; it is empty"
-        raise DataError(f"nothing of {options.source} was kept ({len(rejected)} rows dropped){first}")
-    write_problems(options.output, kept)
-    rejects = options.output.with_suffix(".rejected.jsonl")
-    rejects.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected), encoding="utf-8")
-    manifest = _make_manifest(options, selection)
-    options.output.with_suffix(".manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
+    return selection
 
 
-def _make_manifest(options: PrepareOptions, selection: _Selection) -> dict[str, Any]:
-    reasons = collections.Counter(entry["reason"] for entry in selection.rejected)
+def _make_manifest(options: PrepareOptions, selection: _Selection, files: Sequence[Path]) -> dict[str, Any]:
     return {
         "format": MANIFEST_FORMAT,
         "source": options.source,
-        "source_sha256": None if options.input is None else _source_sha256(options.input),
+        "source_sha256": _source_sha256(files) if files else None,
         "output_sha256": _file_sha256(options.output),
         "kept": len(selection.kept),
-        "dropped": dict(sorted(reasons.items())),
+        "dropped": dict(sorted(selection.dropped.items())),
         "found": list(summaries(selection.found)),
         "with_reference_solution": sum(bool(problem.reference_solution) for problem in selection.kept),
         "contamination_problems": selection.contamination.problems,
@@ -255,12 +276,11 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _source_sha256(path: Path) -> str:
+def _source_sha256(files: Sequence[Path]) -> str:
     """Return the hash of a file; of several the hash of their names and hashes."""
-    files = files_of(path, "--input")
-    if files == [path]:
-        return _file_sha256(path)
-    return hashlib.sha256("".join(f"{file} {_file_sha256(file)}\n" for file in files).encode()).hexdigest()
+    if len(files) == 1:
+        return _file_sha256(files[0])
+    return hashlib.sha256("".join(f"{file.name} {_file_sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _file_sha256(path: Path) -> str:

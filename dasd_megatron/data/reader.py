@@ -147,4 +147,5 @@ def announce(read: ProblemFile, say: Callable[[str], None], *, may_repeat: bool)
 
 def stem_of(path: Path) -> str:
     """Return the name of a problem file without what says its form."""
-    return path.name.removesuffix(".gz").rpartition(".")[0] or path.name
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return name.removesuffix(".gz").rpartition(".")[0] or name

@@ -5,6 +5,7 @@ Every reader of problems takes its rows from here, so that a file that one of th
 
 from __future__ import annotations
 
+import collections
 import glob
 import gzip
 import importlib.util
@@ -35,6 +36,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _SPLIT = re.compile(r"(train|test|val|dev)")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _GZIP, _PARQUET, _BYTE_ORDER_MARK = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
+
+
+class _RepeatedNameError(Exception):
+    """A JSON object that has a field twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +216,8 @@ def parse_line(line: bytes, where: str, index: int) -> dict[str, Any] | None:
         raise DataError(
             f"{where}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
         ) from error
+    except _RepeatedNameError as error:
+        raise DataError(f"{where}: {error}") from error
     except RecursionError as error:
         raise DataError(f"{where}: not JSON (nested too deeply); each line must be one JSON object") from error
     return _as_object(value, where, "each line must be one JSON object")
@@ -237,7 +244,7 @@ def _objects_over_lines(file: io.BufferedReader[Any], path: Path, first: int, he
         # An object that is cut at a line's end breaks there. Other errors are those of one line.
         if not (newline and text.startswith("{") and error.pos >= len(text)):
             return []
-    except RecursionError:
+    except (RecursionError, _RepeatedNameError):
         return []
     else:
         return []
@@ -274,6 +281,8 @@ def _values(text: str, path: Path, first: int, *, is_array: bool) -> Iterator[Ro
         where = f"{path} line {line}" + (f" (element {index + 1})" if is_array else "")
         try:
             value, end = _DECODER.raw_decode(text, position)
+        except _RepeatedNameError as error:
+            raise DataError(f"{where}: {error}") from error
         except (json.JSONDecodeError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else f"{error.msg} at line {error.lineno}"
             raise DataError(f"{where}: not JSON ({reason}); the file must be an array of JSON objects") from error
@@ -308,4 +317,12 @@ def _integer(digits: str) -> int | Number:
     return int(digits) if len(digits) <= _MAX_INTEGER_DIGITS else Number(digits)
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=Number)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        name, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise _RepeatedNameError(f"the field {name[:80]!r} stands twice in an object; leave one of them")
+    return record
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_float=Number, object_pairs_hook=_object)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from dasd_megatron import files
 from dasd_megatron.commands.prepare_data import main
 from dasd_megatron.config import DataSourceConfig, TinyModelConfig
 from dasd_megatron.data.prompts import DataError
@@ -143,3 +146,45 @@ def test_an_id_that_looks_automatic_drops_nothing_else(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["--input", str(source), "--output", str(output), "--allow-missing-solution"])
     assert len(output.read_text().splitlines()) == 3
+
+
+def test_a_pattern_that_fits_the_output_reads_the_sources_alone(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"problem": f"{name}?", "answer": "1"}) + "\n")
+    output = tmp_path / "c.jsonl"
+    main(["--input", str(tmp_path / "*.jsonl"), "--output", str(output), "--allow-missing-solution"])
+    manifest = json.loads(output.with_suffix(".manifest.json").read_text())
+    assert manifest["kept"] == 2 and len(manifest["source_sha256"]) == 64
+    assert manifest["found"] == ["2 rows: problem from problem, answer from answer, no solution"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "fsync_path", full)
+    folder = tmp_path / "out"
+    with pytest.raises(DataError, match=r"out.jsonl cannot be written \(No space left on device\); give another"):
+        main(["--input", str(source), "--output", str(folder / "out.jsonl"), *FIELDS])
+    assert list(folder.iterdir()) == []
+
+
+def test_the_same_problem_with_another_answer_is_told(tmp_path: Path) -> None:
+    source, output = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    rows = [{"problem": "p?", "answer": answer} for answer in ("1", "1.0", "2")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["--input", str(source), "--output", str(output), "--allow-missing-solution"])
+    details = [json.loads(line)["detail"] for line in output.with_suffix(".rejected.jsonl").read_text().splitlines()]
+    assert details[0].endswith("line 1") and details[1].endswith("which has the answer '1' where this has '2'")
+
+
+def test_words_for_a_missing_answer_are_kept_on_request(tmp_path: Path) -> None:
+    source, output = tmp_path / "source.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"problem": "p?", "answer": "None"}) + "\n")
+    arguments = ["--input", str(source), "--output", str(output), "--allow-missing-solution"]
+    with pytest.raises(DataError, match="line 1: no answer: answer is 'None', which stands for a missing one"):
+        main(arguments)
+    main([*arguments, "--no-answer"])
+    assert json.loads(output.read_text())["expected_answer"] == "None"

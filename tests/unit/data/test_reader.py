@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.config import DataSourceConfig
+from dasd_megatron.config import DataSourceConfig, load_config
 from dasd_megatron.data.prompts import DataError, Problem, check_disjoint
-from dasd_megatron.data.reader import load_problems
+from dasd_megatron.data.reader import load_problems, stem_of
 from dasd_megatron.verify.answers import extract_answer
 from dasd_megatron.verify.comparison import compare_answers
 
@@ -189,6 +189,34 @@ def test_words_for_a_missing_answer_are_no_answers(write, answer):
         load_problems(source, "train")
     source.no_answer = []
     assert len(load_problems(source, "train")) == 1
+
+
+def test_names_of_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, name in (
+        ("a/b.jsonl.gz", "b"),
+        ("b.v2.json", "b.v2"),
+        ("b", "b"),
+        (".", tmp_path.name),
+        ("a/..", tmp_path.name),
+    ):
+        assert stem_of(Path(path)) == name
+
+
+def test_settings_of_a_source_are_overridden_on_the_command_line():
+    config = load_config(
+        [
+            "experiment=quickstart",
+            "data=jsonl",
+            "data.train.path=x",
+            "data.heldout.path=y",
+            "data.train.no_answer=[]",
+            "data.train.problem_field=a.b",
+            "data.heldout.no_answer=[x]",
+        ]
+    )
+    assert (config.data.train.no_answer, config.data.train.problem_field) == ([], "a.b")
+    assert config.data.heldout.no_answer == ["x"] and config.data.heldout.answer_field is None
 
 
 def test_an_answer_that_cannot_be_graded_is_refused(write):

@@ -70,11 +70,11 @@ def test_places_of_rows(tmp_path: Path) -> None:
 
 def test_a_broken_line_is_one_row(tmp_path: Path) -> None:
     lines = LINES.split("\n")
-    broken = ["{", "[1]", "7", "\ud800", '{"a": 1}}', "{'a': 1}"]
+    broken = ["{", "[1]", "7", "\ud800", '{"a": 1}}', "{'a': 1}", '{"a": 1, "b": 2, "a": 1}', '{"a": {"b": 1, "b": 2}}']
     content = "\n".join([lines[0], *broken, lines[1]]).encode(errors="surrogatepass")
     found = values(put(tmp_path, content))
     assert [found[0], found[-1]] == RECORDS[:2]
-    assert all(isinstance(value, DataError) for value in found[1:-1]) and len(found) == 8
+    assert all(isinstance(value, DataError) for value in found[1:-1]) and len(found) == 10
     # Also the first, whatever it looks like.
     for line in broken:
         if not line.startswith("["):
@@ -92,6 +92,7 @@ def test_a_broken_line_is_one_row(tmp_path: Path) -> None:
         ("[" * 100_000, "nested too deeply"),
         ("[", "the array has no end"),
         (b"[\xff]", "not UTF-8 at byte 1"),
+        ('[{"a": 1, "a": 2}]', r"line 1 \(element 1\): the field 'a' stands twice in an object"),
         (gzip.compress(LINES.encode())[:-9], "cannot be read"),
         (b"\x1f\x8b" + LINES.encode(), "cannot be read"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "pointer of Git LFS"),
