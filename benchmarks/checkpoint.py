@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 
 from machine import describe
+from record import write_record
 
 from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, Config, load_config
@@ -53,7 +53,7 @@ def main() -> None:
     for name, row in record["ways"].items():
         slower = "" if row["slower"] is None else f"{row['slower']:.1%}"
         print(f"| {name} | {row['length']:.2f} | {row['stall']:.2f} | {row['stall'] / row['length']:.1%} | {slower} |")
-    options.output.write_text(json.dumps({"machine": describe(), "layers": options.layers, **record}, indent=2) + "\n")
+    write_record(options.output, {"machine": describe(), "layers": options.layers, **record})
 
 
 def make_model(layers: int, folder: Path) -> Config:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from machine import describe
+from record import write_record
 
 from dasd_megatron.config import VerifyConfig
 from dasd_megatron.data.benchmarks import benchmark_problems
@@ -55,7 +56,7 @@ def main() -> None:
         "next_answers_right": sum(verdict.correct for verdict in other),
         "timed_out": sum(verdict.timed_out for verdict in verdicts),
     }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_record(options.output, result)
     print(json.dumps(result, indent=2))
 
 

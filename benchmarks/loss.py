@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import describe, peak_bytes
+from record import write_record
 from torch.distributed.nn.functional import all_reduce
 
 from dasd_megatron.config import BackendConfig
@@ -275,7 +276,7 @@ def main() -> None:
             "settings": settings,
             "variants": measured,
         }
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_record(args.output, results)
 
 
 if __name__ == "__main__":

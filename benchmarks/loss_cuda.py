@@ -17,7 +17,6 @@ Writes ``benchmarks/results/loss_cuda_<device>.json`` unless told otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 from machine import describe
+from record import write_record
 
 from dasd_megatron.losses import linear_token_stats, vocab_parallel_token_stats
 
@@ -159,7 +159,7 @@ def main() -> None:
         "linear": measure_linear(args.tokens, args.vocab_size, args.hidden_size, args.rounds),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    write_record(output, results)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from record import write_record
+
 from dasd_megatron import backend
 from dasd_megatron.config import Config, TinyModelConfig, load_config
 
@@ -500,7 +502,7 @@ def main() -> None:
     results = measure(options.only, options.seed)
     for group, rows in results.items():
         record[group] = record.get(group, {}) | rows
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options.output, record, indent=1)
     print(table({group: record[group] for group in results}))
 
 

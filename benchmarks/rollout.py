@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from canned_server import VERSION, VOCAB_SIZE, canned_answer
 from machine import describe
+from record import write_record
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig, TinyModelConfig
 from dasd_megatron.rollout.client import RolloutClient, make_client
@@ -386,7 +387,7 @@ def main() -> int:
             results[name] = run(options)
             print(f"\n{table(results[name])}", flush=True)
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(results, indent=2) + "\n")
+            write_record(options.output, results)
     return 0
 
 

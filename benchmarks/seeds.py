@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from machine import describe
+from record import write_record
 
 
 def run_seed(seed: int, arguments: list[str], folder: Path) -> dict[str, float]:
@@ -103,7 +104,7 @@ def main() -> int:
         "gain_points": {"mean": statistics.mean(gains), "stdev": spread, "min": min(gains)},
         "seeds": results,
     }
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(options.output, record)
     return 0 if min(gains) >= options.points else 1
 
 

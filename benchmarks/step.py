@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from machine import describe
+from record import write_record
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, load_config, read_config
@@ -480,7 +481,7 @@ def main() -> None:
         record = {"loop": loop, "update": update}[options.part](options, Path(scratch))
     if options.name:
         path = RESULTS / f"step_{options.name}.json"
-        path.write_text(json.dumps({"machine": describe(), options.part: record}, indent=2) + "\n")
+        write_record(path, {"machine": describe(), options.part: record})
         print(path)
 
 

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from machine import describe, peak_bytes
+from record import write_record
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config, load_config
@@ -118,7 +118,7 @@ def main() -> None:
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": describe(), "engine": options.engine, "bytes": size, "rounds": options.rounds, "rows": rows}
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(output, record)
 
 
 def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[list[dict], int]:
