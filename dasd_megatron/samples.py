@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dasd_megatron.files import atomic_file, lines_of
+
+LOG_PROB_TOLERANCE = 1e-3
+"""Rounding may put a certain token's log-prob a little above 0."""
+LARGEST_REWARD = 1e15
+"""Advantages square rewards and sum the squares in float32, whose largest value is 3e38."""
+_LARGEST_INTEGER = 2**63 - 1
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 class ReplayError(ValueError):
@@ -83,7 +90,7 @@ def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None
     if (
         not isinstance(mask, list)
         or len(mask) != len(log_probs)
-        or any(value not in (0, 1) for value in mask)
+        or any(type(value) is not int or value not in (0, 1) for value in mask)
         or 1 not in mask
     ):
         return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
@@ -92,14 +99,82 @@ def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None
     return None
 
 
-def response_fault(sample: Sample) -> str | None:
-    """Return what keeps a sample made elsewhere from being trained on, for an error message; None if nothing does."""
-    ids, log_probs = sample.response_ids, sample.rollout_log_probs
-    if len(ids) != len(log_probs) or not ids:
-        return "response_ids and rollout_log_probs must be of one length and not empty"
-    if not all(map(math.isfinite, log_probs)):
-        return "rollout_log_probs must be finite"
-    return mask_fault(sample.response_mask, log_probs)
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_INTEGER
+
+
+def _is_text(value: Any) -> bool:
+    # JSON can spell halves of a character, which no tokenizer takes and no file holds.
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_number(value: Any, lowest: float, highest: float) -> bool:
+    return type(value) in (int, float) and lowest <= value <= highest
+
+
+def _is_log_prob(value: Any) -> bool:
+    return _is_number(value, -_LARGEST_FLOAT32, LOG_PROB_TOLERANCE)
+
+
+def _is_stretch(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_count(value[1])
+
+
+def _is_list_of(value: Any, is_element: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_element, value))
+
+
+_COUNT = ("a whole number from 0 on", _is_count)
+_TEXT = ("a text", _is_text)
+_IDS = ("a list of token ids, at least one", lambda value: _is_list_of(value, _is_count))
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("group", "sample", "position"), _COUNT),
+    **dict.fromkeys(("problem_id", "problem", "expected_answer", "reference_solution", "text", "finish_reason"), _TEXT),
+    **dict.fromkeys(("prompt_ids", "response_ids"), _IDS),
+    "rollout_log_probs": (
+        f"a list of finite numbers up to 0 (within {LOG_PROB_TOLERANCE:g})",
+        lambda value: _is_list_of(value, _is_log_prob),
+    ),
+    "weight_versions": (
+        "a list of [version, number of tokens], at least one",
+        lambda value: _is_list_of(value, _is_stretch),
+    ),
+    "reward": (
+        f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}",
+        lambda value: _is_number(value, -LARGEST_REWARD, LARGEST_REWARD),
+    ),
+    "predicted_answer": ("a text or null", lambda value: value is None or _is_text(value)),
+    "timed_out": ("true or false", lambda value: isinstance(value, bool)),
+    "response_mask": ("null or a list", lambda value: value is None or isinstance(value, list)),
+}
+"""What a field of a saved rollout has to be, in words and as a test."""
+
+
+def _record_fault(record: Any, vocab_size: int | None) -> str | None:
+    """Return what keeps a saved rollout from being trained on, beginning with the field; None if nothing does.
+
+    ``vocab_size``: number of tokens of the model, where it is known.
+    """
+    if not isinstance(record, dict):
+        return f"not a saved rollout: a {type(record).__name__} and not an object"
+    for name, (kind, is_sound) in _KINDS.items():
+        if name not in record:
+            return f"not a saved rollout: {name} is missing"
+        if not is_sound(record[name]):
+            return f"{name} must be {kind}, and is {record[name]!r:.80}"
+    ids, log_probs = record["response_ids"], record["rollout_log_probs"]
+    if len(ids) != len(log_probs):
+        return (
+            f"rollout_log_probs has {len(log_probs)} entries and response_ids {len(ids)}; there must be one for each "
+            "token"
+        )
+    tokens = sum(count for _, count in record["weight_versions"])
+    if tokens > len(ids):
+        return f"weight_versions has {tokens} tokens, and response_ids only {len(ids)}"
+    for name in ("prompt_ids", "response_ids"):
+        if vocab_size is not None and max(record[name]) >= vocab_size:
+            return f"{name} has token {max(record[name])}, and the model has {vocab_size} (vocab_size in config.json)"
+    return mask_fault(record["response_mask"], log_probs)
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Sample)]
@@ -118,43 +193,58 @@ def save_samples(path: Path, samples: Iterable[Sample]) -> None:
             file.write(json.dumps({name: getattr(sample, name) for name in _FIELDS}) + "\n")
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:
     """Read a file of :func:`save_samples`.
 
+    ``vocab_size``: number of tokens of the model that is to be trained on them, where it is known.
+
     Raises:
-        ReplayError: names a broken line.
+        ReplayError: names a broken line, or one that cannot be trained on, with the field and its value.
     """
     samples = []
     for number, line in enumerate(lines_of(path.read_bytes()), 1):
         try:
             record = json.loads(line)
+        # A ValueError is also the error of bytes that are not UTF-8 and of integers with thousands of digits.
+        except (ValueError, RecursionError) as error:
+            raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
+        if isinstance(record, dict):
             # Older files have no such field.
             record.setdefault("response_mask", None)
-            sample = Sample(**{name: record[name] for name in _FIELDS})
-            fault = response_fault(sample)
-        # A ValueError is also the error of bytes that are not UTF-8 and of integers with thousands of digits.
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
+        fault = _record_fault(record, vocab_size)
         if fault is not None:
             raise ReplayError(f"{path}:{number}: {fault}")
-        samples.append(sample)
+        samples.append(Sample(**{name: record[name] for name in _FIELDS}))
     return samples
 
 
-def load_samples(path: Path, *, groups: int, samples_per_group: int) -> list[Sample]:
+def load_samples(path: Path, *, groups: int, samples_per_group: int, vocab_size: int | None = None) -> list[Sample]:
     """Read the rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
 
     Raises:
-        ReplayError: missing file, broken line, or not exactly ``samples_per_group`` rollouts of each of ``groups``
-            prompts.
+        ReplayError: missing file, broken or unsound line, not exactly ``samples_per_group`` rollouts of each of
+            ``groups`` prompts, or a group of several prompts.
     """
     if not path.is_file():
         raise ReplayError(f"{path}: no such file; rollout.replay must hold one file for every step that is trained")
-    samples = sorted(read_samples(path), key=lambda sample: (sample.group, sample.sample))
+    samples = sorted(read_samples(path, vocab_size=vocab_size), key=lambda sample: (sample.group, sample.sample))
     expected = [(group, sample) for group in range(groups) for sample in range(samples_per_group)]
     if [(sample.group, sample.sample) for sample in samples] != expected:
         raise ReplayError(
             f"{path}: {len(samples)} rollouts are not {groups} groups of {samples_per_group}; "
             "set batch.groups and batch.samples_per_group as in the run that saved them"
         )
+    prompts: dict[int, int] = {}
+    for sample in samples:
+        first = samples[sample.group * samples_per_group]
+        if (sample.position, sample.problem_id) != (first.position, first.problem_id):
+            raise ReplayError(
+                f"{path}: group {sample.group} has the problems {first.problem_id!r} (position {first.position}) and "
+                f"{sample.problem_id!r} (position {sample.position}); a group is the responses to one prompt"
+            )
+        if prompts.setdefault(sample.position, sample.group) != sample.group:
+            raise ReplayError(
+                f"{path}: groups {prompts[sample.position]} and {sample.group} have the same position "
+                f"{sample.position}; no two groups share one"
+            )
     return samples

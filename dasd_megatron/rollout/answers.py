@@ -20,9 +20,8 @@ from typing import Any, TypeGuard
 import orjson
 
 from dasd_megatron.errors import printable
+from dasd_megatron.samples import LOG_PROB_TOLERANCE
 
-LOG_PROB_TOLERANCE = 1e-3
-"""Rounding may put a certain token's log-prob a little above 0."""
 PLAIN_ANSWER_BYTES = 32 * 2**20
 """The most that an answer without samples may have. The longest is /weights_checker: 100 bytes for each tensor of each
 process."""

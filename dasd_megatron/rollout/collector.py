@@ -29,13 +29,13 @@ from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.plugins import PluginError, call_own, describe_raised, load_function
-from dasd_megatron.rollout.answers import LOG_PROB_TOLERANCE, Completion
+from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
 from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.rollout.limits import STOP_POLL_SECONDS, meanwhile, step_limit
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.samples import Sample, mask_fault, version_name
+from dasd_megatron.samples import LOG_PROB_TOLERANCE, Sample, mask_fault, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")

@@ -104,6 +104,7 @@ class RolloutPlane:
         self._policy: Policy | None = None
         self._state = state
         self._handed_out: _HandedOut | None = None
+        self._vocab_size = vocab_size
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
         self.collector: Collector | None = None
         if rank0 and not replays:
@@ -196,7 +197,9 @@ class RolloutPlane:
         """
         rank0, rollout, replay = dist.get_rank() == 0, self.config.rollout, self.config.rollout.replay
         if replay is not None:
-            samples = on_selected_rank(rank0, lambda: self._load_replayed(replay, step + discarded), (ReplayError,))
+            samples = on_selected_rank(
+                rank0, lambda: load_replayed(self.config, step + discarded, self._vocab_size), (ReplayError,)
+            )
             self._state.position += self.config.batch.groups
             return scatter_to_replicas(None if samples is None else self._divide(samples, 0.0, {}))
         batch = self._with_recovery(self._take_batch)
@@ -309,9 +312,18 @@ class RolloutPlane:
         shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
         return [StepRollouts(share, grading_seconds, metrics) for share in shares]
 
-    def _load_replayed(self, folder: str, step: int) -> list[Sample]:
-        batch = self.config.batch
-        return load_samples(rollouts_path(folder, step), groups=batch.groups, samples_per_group=batch.samples_per_group)
+
+def load_replayed(config: Config, step: int, vocab_size: int) -> list[Sample]:
+    """Return the rollouts that ``rollout.replay`` holds for a step; raises ReplayError where it has none that can be
+    trained on."""
+    if config.rollout.replay is None:
+        raise ValueError("rollout.replay is null")
+    return load_samples(
+        rollouts_path(config.rollout.replay, step),
+        groups=config.batch.groups,
+        samples_per_group=config.batch.samples_per_group,
+        vocab_size=vocab_size,
+    )
 
 
 def _collection_metrics(batch: Batch, samples: list[Sample], step: int) -> dict[str, float]:

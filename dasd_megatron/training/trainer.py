@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -33,12 +34,13 @@ from dasd_megatron.observability.progress import ProgressDisplay
 from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
+from dasd_megatron.samples import ReplayError
 from dasd_megatron.training.checkpoint import CheckpointSaver, check_architecture, load_checkpoint
 from dasd_megatron.training.checkpoint_files import checkpoints_folder, depart_from
 from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint, read_state
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
-from dasd_megatron.training.parallel import broadcast_from_rank0
-from dasd_megatron.training.rollout_plane import RolloutPlane
+from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank
+from dasd_megatron.training.rollout_plane import RolloutPlane, load_replayed
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.warm_start import warm_start
 from dasd_megatron.verify.grader import Grader
@@ -95,7 +97,9 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     train_problems, heldout_problems = run_problems(paths, "train"), run_problems(paths, "heldout")
     checkpoint = find_checkpoint(config.resume, paths.root)
-    first_step = 0 if checkpoint is None else _checked_step(checkpoint, hf_files)
+    began = TrainerState() if checkpoint is None else _checked_state(checkpoint, hf_files)
+    first_step = began.step
+    _check_first_replayed(config, hf_files, began)
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if dist.get_rank() == 0 else stack.enter_context(open(os.devnull, "w"))
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
@@ -188,11 +192,21 @@ def open_logger(
     )
 
 
-def _checked_step(checkpoint: Path, hf_files: Path) -> int:
-    """Return the step of a checkpoint of this run's model; CheckpointError if it is another's."""
+def _checked_state(checkpoint: Path, hf_files: Path) -> TrainerState:
+    """Return how far a checkpoint of this run's model is; CheckpointError if it is another's."""
     state, record = read_state(checkpoint)
     check_architecture(checkpoint, record, read_hf_config(hf_files))
-    return state.step
+    return state
+
+
+def _check_first_replayed(config: Config, hf_files: Path, began: TrainerState) -> None:
+    """Refuse rollouts of ``rollout.replay`` that the first step cannot be trained on, before the model takes its time;
+    each later file is checked before its step. Collective: rank 0 reads."""
+    if config.rollout.replay is None or began.step >= config.run.steps:
+        return
+    vocab_size = read_hf_config(hf_files).vocab_size
+    check = functools.partial(load_replayed, config, began.step + began.discarded + 1, vocab_size)
+    on_selected_rank(dist.get_rank() == 0, check, (ReplayError,))
 
 
 def _find_warm_started_model(paths: RunPaths, checkpoint: Path | None) -> Path | None:

@@ -6,10 +6,7 @@ import math
 from collections.abc import Callable
 
 from dasd_megatron.plugins import PluginError, call_own
-from dasd_megatron.samples import Sample
-
-LARGEST_REWARD = 1e15
-"""Advantages square rewards and sum the squares in float32, whose largest value is 3e38."""
+from dasd_megatron.samples import LARGEST_REWARD, Sample
 
 
 class RewardError(PluginError):

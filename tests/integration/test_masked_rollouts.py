@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.samples import Sample, load_samples, rollouts_path, save_samples
-from tests.support.runs import NO_EVALUATION, reproducible, rows, train
+from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
 
 pytestmark = pytest.mark.integration
 
@@ -104,3 +104,15 @@ def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_
     for record, sample in zip(inspected, samples, strict=False):
         counts = {len(record[name]) for name in ("tokens", "entropy", "delta", "omega", "student_log_prob")}
         assert counts == {sum(sample.response_mask)}
+
+
+def test_rollouts_that_cannot_be_trained_on_end_a_run_before_its_model_is_made(tmp_path: Path) -> None:
+    sample = Sample(
+        0, 0, 0, "p", "1+1", "2", "", [1, 2], [3, 10**6], [-0.1, -0.2], "2", "stop", [["v", 2]], 1.0, "2", False
+    )  # fmt: skip
+    path = rollouts_path(tmp_path / "rollouts", 1)
+    save_samples(path, [sample])
+    process = start(*NO_EVALUATION, f"rollout.replay={path.parent}", f"run.dir={tmp_path / 'run'}")
+    status, output = finish(process)
+    assert status != 0 and f"{path}:1: response_ids has token 1000000, and the model has" in output, output
+    assert "Traceback" not in output and not (tmp_path / "run" / "metrics.jsonl").exists()

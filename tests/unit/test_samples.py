@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dasd_megatron.rollout.client import sampling_seed
 from dasd_megatron.samples import ReplayError, Sample, load_samples, read_samples, rollouts_path, save_samples
@@ -62,7 +67,7 @@ def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "rollout_log_probs": [0.0, 0.0], "response_mask": mask}) + "\n"
     )
-    with pytest.raises(ReplayError, match="step_000001.jsonl:1: response_mask must be null, or"):
+    with pytest.raises(ReplayError, match="step_000001.jsonl:1: response_mask must be null"):
         load_samples(path, groups=1, samples_per_group=1)
 
 
@@ -156,3 +161,141 @@ def test_damaged_lines_are_named(line: bytes, tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="step_000001.jsonl:2: not a saved rollout") as caught:
         read_samples(path)
     assert "\n" not in str(caught.value)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+# Values of one field that cannot be trained on, with the rest of the rollout sound; ids are of a model of 10 tokens.
+UNSOUND: dict[str, list[object]] = {
+    **dict.fromkeys(("group", "sample", "position"), [-1, 0.0, True, "0", None, [0], 2**63]),
+    **dict.fromkeys(
+        ("problem_id", "problem", "expected_answer", "reference_solution", "text", "finish_reason"),
+        [None, 1, ["a"], {}, True, "\ud800"],
+    ),
+    **dict.fromkeys(
+        ("prompt_ids", "response_ids"),
+        [[], None, [1, -1], [1, 10], [1, 10**30], [1, 2.0], [True, 1], [1, None], [[1], 2], "12", {"0": 1, "1": 2}],
+    ),
+    "rollout_log_probs": [
+        [],
+        [-0.1],
+        [-0.1] * 3,
+        [-0.1, 0.5],
+        [-0.1, NAN],
+        [-0.1, -INFINITY],
+        [-0.1, INFINITY],
+        [-0.1, -1e300],
+        [-0.1, "-0.1"],
+        [-0.1, None],
+        [-0.1, False],
+        None,
+        -0.1,
+    ],
+    "weight_versions": [
+        [],
+        None,
+        "step_000000",
+        [["step_000000"]],
+        [["step_000000", 1, 1]],
+        [[0, 1]],
+        [["step_000000", "1"]],
+        [["step_000000", 1.0]],
+        [["step_000000", True]],
+        [["step_000000", -1]],
+        [["step_000000", 3]],
+        {"step_000000": 2},
+    ],
+    "reward": [NAN, INFINITY, -INFINITY, 1e16, -1e300, 10**400, True, "1", None, [1.0]],
+    "predicted_answer": [2, True, ["2"], "\ud800"],
+    "timed_out": [None, 0, 1.0, "false"],
+    "response_mask": [[], [1], [0, 0], [0, 2], [1, 1.0], [1, True], [1, None], "11", 3, {"0": 1}],
+}
+
+
+def write_record(path: Path, **changes: object) -> None:
+    record = dataclasses.asdict(sample(0, 0)) | changes
+    path.write_text(json.dumps(record, allow_nan=True) + "\n")
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_unsound_rollouts_are_refused_with_line_field_and_value(name: str, tmp_path: Path) -> None:
+    path = rollouts_path(tmp_path, 1)
+    for value in UNSOUND[name]:
+        write_record(path, **{name: value})
+        with pytest.raises(ReplayError) as caught:
+            load_samples(path, groups=1, samples_per_group=1, vocab_size=10)
+        message = str(caught.value)
+        assert message.startswith(f"{path}:1: ") and name in message and "\n" not in message, (value, message)
+        assert len(message) < len(str(path)) + 250, message
+    # Nothing but the field was wrong.
+    write_record(path)
+    assert load_samples(path, groups=1, samples_per_group=1, vocab_size=10) == [sample(0, 0)]
+
+
+def test_sound_rollouts_at_the_bounds_are_taken(tmp_path: Path) -> None:
+    path = rollouts_path(tmp_path, 1)
+    for changes in (
+        {"prompt_ids": [0, 9], "response_ids": [9, 0]},
+        {"rollout_log_probs": [0, -3e38]},
+        {"rollout_log_probs": [1e-4, -0.0]},
+        {"reward": 1e15},
+        {"reward": -3},
+        {"weight_versions": [["v", 1]]},
+        {"response_mask": [1, 0], "rollout_log_probs": [-1.0, 0.0]},
+        {"predicted_answer": None, "text": "", "problem": "\u2028"},
+    ):
+        write_record(path, **changes)
+        (found,) = load_samples(path, groups=1, samples_per_group=1, vocab_size=10)
+        assert found == dataclasses.replace(sample(0, 0), **changes)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "named"),
+    [
+        (1, {"problem_id": "p1"}, "group 0 has the problems 'p0'"),
+        (1, {"position": 77}, "position 77"),
+        (1, {"sample": 0}, "batch.groups"),
+        (3, {"group": 0}, "batch.groups"),
+        (slice(3, 6), {"position": 10}, "groups 0 and 1 have the same position 10"),
+    ],
+)
+def test_groups_of_several_prompts_are_refused(index: int | slice, changes: dict, named: str, tmp_path: Path) -> None:
+    path = rollouts_path(tmp_path, 1)
+    samples = [sample(group, number) for group in range(2) for number in range(3)]
+    for changed in samples[index] if isinstance(index, slice) else [samples[index]]:
+        for name, value in changes.items():
+            setattr(changed, name, value)
+    save_samples(path, samples)
+    with pytest.raises(ReplayError) as caught:
+        load_samples(path, groups=2, samples_per_group=3)
+    assert named in str(caught.value) and str(path) in str(caught.value)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(changes=st.dictionaries(st.sampled_from(list(UNSOUND)), JSON_VALUES, max_size=3), cut=st.integers(0, 2000))
+@settings(max_examples=120, deadline=None)
+def test_any_rollout_is_sound_or_refused_in_one_line(changes: dict[str, object], cut: int) -> None:
+    """Whatever stands in a file: what is taken can be trained on, and what cannot is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = rollouts_path(folder, 1)
+        write_record(path, **changes)
+        if cut < 500:
+            path.write_bytes(path.read_bytes()[:cut])
+        try:
+            samples = read_samples(path, vocab_size=10)
+        except ReplayError as error:
+            assert str(error).startswith(f"{path}:1: ") and "\n" not in str(error)
+            return
+        for found in samples:
+            count = len(found.response_ids)
+            assert count == len(found.rollout_log_probs) > 0 and len(found.sampled) > 0
+            assert all(type(token) is int and 0 <= token < 10 for token in found.prompt_ids + found.response_ids)
+            assert torch.tensor(found.rollout_log_probs, dtype=torch.float32).isfinite().all()
+            assert torch.tensor(found.reward, dtype=torch.float32).square().mul(1e6).isfinite()
+            write_record(path, **dataclasses.asdict(found))
+            assert read_samples(path) == [found]
