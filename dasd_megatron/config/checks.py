@@ -8,6 +8,7 @@ faults the one that is found first is named, so the order of the checks is part 
 from __future__ import annotations
 
 import datetime
+import glob
 import importlib.util
 import json
 import math
@@ -434,7 +435,9 @@ def check_paths(config: Config) -> None:
         "evaluation.nemo_skills_python",
     ):
         path = operator.attrgetter(name)(config)
-        if path is not None and not os.path.exists(path):
+        # Problem files may be named by a pattern.
+        found = path is None or os.path.exists(path) or (name.startswith("data.") and glob.glob(path, recursive=True))
+        if not found:
             raise ConfigError(f"{name}={path}: no such file or directory")
     if config.resume not in ("none", "auto") and not os.path.isdir(config.resume):
         raise ConfigError(f"resume={config.resume}: write none, auto or the path of a checkpoint directory")

@@ -203,13 +203,14 @@ def test_names_of_files(tmp_path, monkeypatch):
         assert stem_of(Path(path)) == name
 
 
-def test_settings_of_a_source_are_overridden_on_the_command_line():
+def test_settings_of_a_source_are_overridden_on_the_command_line(tmp_path):
+    (tmp_path / "set-0.jsonl").write_text(lines(GOOD))
     config = load_config(
         [
             "experiment=quickstart",
             "data=jsonl",
-            "data.train.path=x",
-            "data.heldout.path=y",
+            f"data.train.path='{tmp_path}/set-*.jsonl'",
+            f"data.heldout.path={tmp_path}",
             "data.train.no_answer=[]",
             "data.train.problem_field=a.b",
             "data.heldout.no_answer=[x]",
