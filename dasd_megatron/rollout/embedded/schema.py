@@ -247,7 +247,7 @@ def _check_sampling_fields(params: dict[str, Any]) -> None:
             raise ContractError(f"unknown field `{brief(name, quote=False)}`, expected one of {listed}")
         if value is not None:
             _check_type(value, SAMPLING_FIELDS[name])
-        # A seed out of range has a message of its own. SGLang takes other integers of any size, and fails later.
+        # A seed out of range has a message of its own. SGLang's own check of types takes integers of any size.
         if SAMPLING_FIELDS[name] == "i64" and name != "sampling_seed" and value is not None and not _fits_int64(value):
             raise ContractError(f"invalid value: {_describe(value)}, expected i64")
 

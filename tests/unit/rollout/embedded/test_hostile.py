@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -18,6 +19,7 @@ from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.embedded import app as app_module
 from dasd_megatron.rollout.embedded import bodies, weight_receiver
 from dasd_megatron.rollout.embedded import engine as engine_module
+from dasd_megatron.rollout.embedded import requests as requests_module
 from dasd_megatron.rollout.embedded.app import build_app
 from dasd_megatron.rollout.embedded.decoder import Decoder
 from dasd_megatron.rollout.embedded.engine import MAX_UPDATES, Engine
@@ -121,10 +123,33 @@ def client(engine):
         yield made
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
+def watch_steps(engine, work):
+    """Let the engine's thread call ``work`` with the number of a decoding step and its batch, before the step."""
+    decode, steps = engine._decoder.decode, itertools.count(1)
+
+    def watched(batch):
+        work(next(steps), batch)
+        return decode(batch)
+
+    engine._decoder.decode = watched
+
+
+def pause_after(engine, count):
+    """Let the engine pause itself in a decoding step, so that a request is under way however slow this thread is."""
+    watch_steps(engine, lambda step, batch: engine.pause("in_place") if step == count else None)
+
+
 class Neighbour:
     """A request in flight, which has to get the answer of an undisturbed run.
 
-    It is begun in mode in_place of a pause, so that the hostile requests come while it is under way.
+    The engine pauses itself in its midst, so that the hostile requests come while it is under way.
     """
 
     BODY = json.dumps(
@@ -146,19 +171,10 @@ class Neighbour:
         return self._client.post("/generate", content=self.BODY, headers=JSON)
 
     def __enter__(self):
-        self._engine.pause("retract")
-        before = self._engine.steps
+        pause_after(self._engine, 3)
         self._thread = threading.Thread(target=lambda: setattr(self, "_answer", self._ask()))
         self._thread.start()
-        deadline = time.monotonic() + 30
-        while not self._engine.waiting:
-            assert time.monotonic() < deadline, "the neighbour never came"
-            time.sleep(0.001)
-        self._engine.resume()
-        while self._engine.steps < before + 2:
-            assert time.monotonic() < deadline, "the neighbour never ran"
-            time.sleep(0.0005)
-        self._engine.pause("in_place")
+        wait_until(lambda: self._engine.paused)
         return self
 
     def __exit__(self, *error):
@@ -299,6 +315,12 @@ class Fuzzed:
         if answer.status_code != 200 and path != "/flush_cache":
             check_refusal(answer)
         assert self.engine.alive
+        # What comes next shall not wait for the end of a pause, or for weights.
+        self.engine.resume()
+        if self.engine.missing_memory:
+            if self.engine._released:
+                self.engine.resume_memory(sorted(self.engine._released))
+            assert self.engine.update_from_disk(self.engine.model_path, None).result(30).success
 
 
 def test_fuzzed_requests_are_answered(client, engine, monkeypatch):
@@ -306,6 +328,8 @@ def test_fuzzed_requests_are_answered(client, engine, monkeypatch):
         raise RuntimeError("nobody is there")
 
     monkeypatch.setattr(weight_receiver, "join_weight_group", refuse)
+    # Otherwise a number of samples that is made up could take the time of all other examples.
+    monkeypatch.setattr(requests_module, "MAX_REQUEST_TOKENS", 1 << 14)
     fuzzed = Fuzzed(client, engine)
     paths = ["/generate", *CONTROL]
     generate = {"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 1}'}
@@ -317,17 +341,13 @@ def test_fuzzed_requests_are_answered(client, engine, monkeypatch):
         fields = dict(CONTROL.get(path, generate))
         names = [*(GENERATE_FIELDS if path == "/generate" else fields), "unknown"]
         fields |= data.draw(strategies.dictionaries(strategies.sampled_from(names), hostile_values(), max_size=4))
-        # A pause would keep the requests that come after it waiting.
-        engine.resume()
-        if path == "/pause_generation" or not engine.missing_memory:
-            fuzzed.check(path, body_text(fields))
+        fuzzed.check(path, body_text(fields))
 
     @SETTINGS
     @given(
         strategies.dictionaries(strategies.sampled_from([*SAMPLING_FIELDS, "unknown"]), hostile_values(), max_size=5)
     )
     def sampling(params):
-        engine.resume()
         fuzzed.check(
             "/generate", body_text(generate | {"sampling_params": body_text({"max_new_tokens": "1", **params})})
         )
@@ -335,7 +355,6 @@ def test_fuzzed_requests_are_answered(client, engine, monkeypatch):
     @SETTINGS
     @given(strategies.sampled_from(paths), strategies.binary(max_size=100), strategies.sampled_from(CODINGS))
     def bytes_of_any_kind(path, content, headers):
-        engine.resume()
         fuzzed.check(path, content, headers)
 
     bytes_of_any_kind()
@@ -354,10 +373,7 @@ def test_a_full_queue_is_said_and_empties_again(client, engine, monkeypatch):
     engine.pause("in_place")
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(post, client, "/generate", content) for _ in range(2)]
-        deadline = time.monotonic() + 30
-        while engine.waiting < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: engine.waiting == 8)
         full = post(client, "/generate", content)
         assert full.status_code == 503 and full.json()["message"] == "The request queue is full."
         engine.resume()
@@ -379,10 +395,7 @@ def test_a_thread_that_ends_is_no_silent_hang(client, engine, monkeypatch):
         waiting = pool.submit(post, client, "/generate", content)
         update = pool.submit(post, client, "/update_weights_from_disk", body_text({"model_path": '"/nowhere"'}))
         assert update.result(30).status_code == 400
-        deadline = time.monotonic() + 30
-        while engine.waiting < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_until(lambda: engine.waiting == 2)
         monkeypatch.setattr(engine, "_admit_rows", lambda: 1 / 0)
         engine.resume()
         answer = waiting.result(30)
@@ -407,10 +420,9 @@ def test_any_error_of_an_update_leaves_the_thread_and_the_weights(client, engine
 def test_suspended_rows_that_cannot_go_on_end_and_the_update_is_complete(client, engine, monkeypatch):
     content = body_text({"input_ids": "[[5], [6]]", "sampling_params": '{"max_new_tokens": 200, "ignore_eos": true}'})
     with ThreadPoolExecutor(1) as pool:
+        pause_after(engine, 3)
         running = pool.submit(post, client, "/generate", content)
-        deadline = time.monotonic() + 30
-        while not engine.running:
-            assert time.monotonic() < deadline
+        wait_until(lambda: engine.paused)
         engine.pause("retract")
         with monkeypatch.context() as patch:
             patch.setattr(Decoder, "recompute_cache", lambda self, batch: 1 / 0)
@@ -423,11 +435,13 @@ def test_suspended_rows_that_cannot_go_on_end_and_the_update_is_complete(client,
 
 
 def test_updates_that_wait_are_bounded(engine):
-    job = engine.parse_request({"input_ids": [5], "sampling_params": {"max_new_tokens": 200, "ignore_eos": True}})
+    go = threading.Event()
+    watch_steps(engine, lambda step, batch: go.wait(60))
+    job = engine.parse_request({"input_ids": [5], "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}})
     engine.submit(job)
-    engine.pause("in_place")
-    engine.resume()
+    wait_until(lambda: engine.running)
     outcomes = [engine.update_from_disk("/nowhere", None) for _ in range(3 * MAX_UPDATES)]
+    go.set()
     results = [outcome.result(30) for outcome in outcomes]
     assert not any(result.success for result in results)
     assert any("wait for their turn already" in result.message for result in results)
@@ -437,11 +451,9 @@ def test_updates_that_wait_are_bounded(engine):
 def test_names_that_come_and_go_leave_nothing_behind(client, engine):
     content = body_text({"input_ids": "[5]", "sampling_params": '{"max_new_tokens": 100, "ignore_eos": true}'})
     with ThreadPoolExecutor(1) as pool:
+        pause_after(engine, 3)
         running = pool.submit(post, client, "/generate", content)
-        deadline = time.monotonic() + 30
-        while not engine.running:
-            assert time.monotonic() < deadline
-        engine.pause("in_place")
+        wait_until(lambda: engine.paused)
         for i in range(100):
             answer = post(client, "/update_weight_version", body_text({"new_version": f'"{i}"', **KEEP}))
             assert answer.status_code == 200
@@ -461,11 +473,11 @@ def test_rows_that_do_not_fit_into_the_cache_wait_or_are_refused(model_path):
         assert (engine.cache_tokens, engine.longest_sequence) == (60, 144)
         body = {"input_ids": [[5]] * 4, "sampling_params": {"max_new_tokens": 19, "ignore_eos": True}}
         job = engine.parse_request(body)
+        sizes = []
+        watch_steps(engine, lambda step, batch: sizes.append(sum(row.finish_reason is None for row in batch.rows)))
         engine.submit(job)
-        most = 0
-        while not job.done.done():
-            most = max(most, engine.running)
-        assert most == 3, "three rows of 20 tokens fit"
+        job.done.result(30)
+        assert max(sizes) == 3, "three rows of 20 tokens fit"
         assert {len(row.output_ids) for row in job.rows} == {19}
         # A sequence alone needs no room for copies.
         alone = engine.parse_request({"input_ids": [5], "sampling_params": {"max_new_tokens": 143}})
