@@ -44,7 +44,7 @@ HEALTH_TIMEOUT_SECONDS = 20.0
 DISCONNECT_POLL_SECONDS = 1.0
 IDLE_POLL_SECONDS = 0.02
 MAX_FLUSH_SECONDS = 3600.0
-MAX_HELD_TOKENS = 4 * MAX_REQUEST_TOKENS
+MAX_HELD_TOKENS = 16 * MAX_REQUEST_TOKENS
 """Most tokens of all requests that wait, run or are being answered, as requests.row_tokens counts them."""
 PIECE_BYTES = 1 << 20
 """An answer is handed to the connection in pieces, so that a client that reads slowly does not make it pile up."""
