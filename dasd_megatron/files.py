@@ -66,6 +66,15 @@ def lines_of(content: bytes) -> list[bytes]:
     return content.removesuffix(b"\n").split(b"\n") if content else []
 
 
+@contextlib.contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """Turn an OSError of writing ``path`` inside the block into a RunDirectoryError, as :func:`cannot_write` says."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def publish_directory(partial: Path, final: Path) -> None:
     """Flush the directory ``partial`` to disk and rename it to ``final``, which must not exist, or be empty."""
     fsync_tree(partial)
@@ -76,10 +85,11 @@ def publish_directory(partial: Path, final: Path) -> None:
 def replace_directory(partial: Path, final: Path) -> None:
     """Flush the directory ``partial`` to disk and rename it to ``final``; a directory that is there is removed."""
     # The old directory is moved and not removed at first: a crash between the two renames must leave one of the two.
+    # What such a crash has left goes when the new directory is on disk.
     replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
     fsync_tree(partial)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
     fsync_path(final.parent)

@@ -125,6 +125,17 @@ def read_yaml(path: Path, *, advice: str, limit: int = YAML_FILE_BYTES) -> Row:
         raise UnreadableError(path, f"is damaged ({error})", advice) from error
 
 
+def read_last_byte(path: Path, *, advice: str) -> bytes:
+    """Return the last byte of a file of rows, which is empty where the file is. Raises UnreadableError, see
+    :func:`read_bytes`."""
+    try:
+        with _open_regular(path, advice, ROWS_FILE_BYTES) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+            return file.read(1)
+    except OSError as error:
+        raise _cannot_read(path, error, advice) from error
+
+
 def iterate_json_lines(path: Path, *, advice: str) -> Iterator[JsonLine]:
     """Yield the lines of a JSON Lines file that are not blank, with what is wrong with each. Only the newline byte ends
     a line, and no more than one line is in memory.
@@ -218,6 +229,8 @@ def check_yaml(text: str) -> None:
                 raise MalformedError(f"{_line(event)} has an alias")
             if getattr(event, "tag", None) is not None:
                 raise MalformedError(f"{_line(event)} has a tag")
+            if not _is_unicode(getattr(event, "value", None) or ""):
+                raise MalformedError(f"{_line(event)} has half of a surrogate pair")
     except yaml.YAMLError as error:
         raise MalformedError(f"not YAML: {_yaml_problem(error)}") from error
 

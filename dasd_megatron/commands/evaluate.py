@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,12 +50,17 @@ def hf_directory(model_path: str, root: Path) -> Path:
     from dasd_megatron.files import replace_file
     from dasd_megatron.models.hf_config import is_megatron_checkpoint
     from dasd_megatron.models.hf_weights import fingerprint
+    from dasd_megatron.reading import UnreadableError, read_json
 
     path, output, record = Path(model_path), root / "converted", root / "converted.json"
     if not is_megatron_checkpoint(path):
         return path
     source = {"checkpoint": str(path.resolve()), "files": fingerprint(path)}
-    if not (output.is_dir() and record.is_file() and json.loads(record.read_text()) == source):
+    known = None
+    # A record that cannot be read says nothing of what the directory was made of.
+    with contextlib.suppress(UnreadableError):
+        known = read_json(record, dict, advice="")
+    if not output.is_dir() or known != source:
         convert(["megatron-to-hf", "--checkpoint", str(path), "--output", str(output), "--overwrite"])
         replace_file(record, json.dumps(source) + "\n")
     return output

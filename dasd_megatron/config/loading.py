@@ -7,6 +7,7 @@ the import takes longer than the rest of ``dasd --help``.
 from __future__ import annotations
 
 import difflib
+import io
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,14 @@ from dasd_megatron.config.fields import walk_fields
 from dasd_megatron.config.schema import Config, known_fields
 from dasd_megatron.errors import ConfigError, first_line
 from dasd_megatron.files import atomic_file
+from dasd_megatron.reading import (
+    YAML_FILE_BYTES,
+    MalformedError,
+    UnreadableError,
+    check_shape,
+    check_yaml,
+    read_text,
+)
 
 _MAPPING = re.compile(
     "|".join(f"{re.escape(name)}[.=]" for name, field in walk_fields(Config) if str(field.type).startswith("dict["))
@@ -54,10 +63,27 @@ def read_config(path: str | Path) -> Config:
     """Read the resolved configuration that a run saved (``<run>/config.yaml``) and validate it again.
 
     Its paths may be gone: what a run was resumed from, replayed or read is not looked for.
+
+    Raises:
+        UnreadableError: the file is missing or damaged. ConfigError: it holds values that no run takes.
     """
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    return _to_config(OmegaConf.load(path))
+    path, advice = Path(path), "restore it, or write another run.dir"
+    text = read_text(path, advice=advice, limit=YAML_FILE_BYTES)
+    try:
+        check_yaml(text)
+        values = OmegaConf.load(io.StringIO(text))
+        check_shape(OmegaConf.to_container(values), dict)
+    # OmegaConf's reader raises these beside its own: a text without a mapping is an OSError, and a number may have too
+    # many digits.
+    except (MalformedError, YAMLError, OSError, ValueError) as error:
+        raise UnreadableError(path, f"is damaged ({first_line(error)})", advice) from error
+    try:
+        return _to_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -15,6 +15,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.health import health_metrics, health_tables, measure
 from dasd_megatron.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
+from dasd_megatron.files import atomic_file, naming_path, replace_file
 from dasd_megatron.rollout.client import RolloutClient, sampling_seed
 from dasd_megatron.rollout.grading import generate, make_samples
 from dasd_megatron.samples import Sample
@@ -78,7 +79,7 @@ def evaluate(
     generator = config.data.heldout.generator
     checker = None if generator is None else STEP_CHECKERS.get(generator)
     health = measure(samples, config.health, checker=checker)
-    samples_path.with_name("health.json").write_text(json.dumps(health_tables(health), indent=2) + "\n")
+    replace_file(samples_path.with_name("health.json"), json.dumps(health_tables(health), indent=2) + "\n")
     by_problem = [samples[start : start + settings.samples] for start in range(0, len(samples), settings.samples)]
     outcomes = [[sample.reward > 0 for sample in group] for group in by_problem]
     answers = [[sample.predicted_answer for sample in group] for group in by_problem]
@@ -102,19 +103,23 @@ def evaluate(
 
 
 def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write one sample a line, with NeMo-Skills' field names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for sample in samples:
-            record = {
-                "problem_id": sample.problem_id,
-                "sample": sample.sample,
-                "problem": sample.problem,
-                "expected_answer": sample.expected_answer,
-                "generation": sample.text,
-                "predicted_answer": sample.predicted_answer,
-                "symbolic_correct": sample.reward > 0,
-                "finish_reason": sample.finish_reason,
-                "num_tokens": len(sample.sampled),
-            }
-            file.write(json.dumps(record) + "\n")
+    """Write one sample a line, with NeMo-Skills' field names. The file appears whole or not at all."""
+    with naming_path(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(_sample_line(sample) for sample in samples)
+
+
+def _sample_line(sample: Sample) -> str:
+    record = {
+        "problem_id": sample.problem_id,
+        "sample": sample.sample,
+        "problem": sample.problem,
+        "expected_answer": sample.expected_answer,
+        "generation": sample.text,
+        "predicted_answer": sample.predicted_answer,
+        "symbolic_correct": sample.reward > 0,
+        "finish_reason": sample.finish_reason,
+        "num_tokens": len(sample.sampled),
+    }
+    return json.dumps(record) + "\n"

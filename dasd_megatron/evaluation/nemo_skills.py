@@ -26,6 +26,7 @@ from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
 from dasd_megatron.evaluation.sampling import EvaluationError, Records
 from dasd_megatron.files import lines_of, replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
+from dasd_megatron.reading import UnreadableError, read_json
 
 FOLDER = "nemo_skills"
 _GRADED: dict[str, type | tuple[type, ...]] = {
@@ -157,9 +158,9 @@ def compare_grading(
 def check_metrics(path: Path, graded: Mapping[str, Records]) -> None:
     """Refuse (EvaluationError) a ``metrics.json`` that does not say of its verdicts what our formulas say."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path}: NeMo-Skills has left no metrics ({error})") from error
+        found = read_json(path, {str: {str: {str: object}}}, advice="NeMo-Skills has left no metrics, look at its log")
+    except UnreadableError as error:
+        raise EvaluationError(str(error)) from error
     for name, records in graded.items():
         expected = nemo_skills_metrics(*verdicts(records))
         for mode, entry in expected.items():

@@ -14,21 +14,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import BatchConfig, Config, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.prompts import Problem
-from dasd_megatron.errors import first_line
 from dasd_megatron.evaluation.health import measure, to_rows
-from dasd_megatron.files import lines_of, replace_file
+from dasd_megatron.files import cannot_write, naming_path, replace_file
 from dasd_megatron.observability.progress import Phase, ProgressDisplay
+from dasd_megatron.reading import (
+    JsonLine,
+    MalformedError,
+    UnreadableError,
+    check_shape,
+    iterate_json_lines,
+    read_json,
+)
 from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
 from dasd_megatron.rollout.grading import make_samples
@@ -41,6 +50,15 @@ SETTINGS, JOURNAL = "settings.json", "journal.jsonl"
 _DIGEST_BYTES = 2**20
 # Samples that are all alike with less than this log-probability, e^-30, are the server's fault.
 _IMPLAUSIBLE_LOG_PROB = -30.0
+
+_RECORD_SHAPE = {
+    **dict.fromkeys(("problem", "expected_answer", "generation", "problem_id", "finish_reason"), str),
+    **dict.fromkeys(("symbolic_correct", "grading_timed_out"), bool),
+    "predicted_answer": (None, str),
+    "num_generated_tokens": int,
+    "log_prob": float,
+    "health?": {str: (bool, [float], float)},
+}
 
 Record = dict[str, Any]
 """A sample as a line of the files."""
@@ -110,11 +128,11 @@ def kept_date(root: Path, benchmarks: Sequence[str]) -> str | None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text())
-    except ValueError as error:
-        raise EvaluationError(f"{path} is damaged ({error}): remove {path.parent}, or give another run.dir") from error
-    if not isinstance(settings, dict):
-        raise EvaluationError(f"{path} has no settings: remove {path.parent}, or give another run.dir")
+        settings: dict[str, Any] = read_json(
+            path, {str: object}, advice=f"remove {path.parent}, or give another run.dir"
+        )
+    except UnreadableError as error:
+        raise EvaluationError(str(error)) from error
     return settings
 
 
@@ -147,16 +165,20 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 class _Journal:
     """The samples that are on disk while others are missing, in the order in which they finished."""
 
-    def __init__(self, file: BinaryIO, known: dict[Place, Record]) -> None:
+    def __init__(self, file: FileIO, known: dict[Place, Record]) -> None:
         self._file, self.known = file, known
 
     def append(self, place: Place, record: Record) -> None:
         self.known[place] = record
-        self._file.write(json.dumps({"place": place, **record}).encode() + b"\n")
-        self._file.flush()
+        data = json.dumps({"place": place, **record}).encode() + b"\n"
+        with naming_path(Path(self._file.name)):
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with naming_path(Path(self._file.name)):
+            os.fsync(self._file.fileno())
 
 
 @dataclass(frozen=True)
@@ -209,7 +231,7 @@ def sample_benchmark(
     checker = None if generator is None else STEP_CHECKERS.get(generator)
     benchmark = _Benchmark(config, problems, prompts, grader, tokenizer, checker)
     with (
-        open(folder / JOURNAL, "ab") as file,
+        _open_journal(folder / JOURNAL) as file,
         ThreadPoolExecutor(1) as writer,
         display.phase(folder.name, len(places) - len(known)) as phase,
     ):
@@ -220,6 +242,12 @@ def sample_benchmark(
         replace_file(folder / f"output-rs{sample}.jsonl", "".join(json.dumps(row[sample]) + "\n" for row in records))
     (folder / JOURNAL).unlink()
     return records
+
+
+def _open_journal(path: Path) -> FileIO:
+    # A buffer that a full disk does not take would be written again when the file is closed.
+    with naming_path(path):
+        return open(path, "ab", buffering=0)
 
 
 def _draw_missing(
@@ -320,18 +348,34 @@ def finished_samples(folder: Path, problems: Sequence[Problem], samples: int) ->
 
 
 def _read_records(file: Path) -> list[Record]:
-    records = []
-    for number, line in enumerate(lines_of(file.read_bytes()), 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EvaluationError(
-                f"{file} line {number} is damaged ({first_line(error)}): remove {file.parent} to sample anew"
-            ) from error
-        if not isinstance(record, dict):
-            raise EvaluationError(f"{file} line {number} is no sample: remove {file.parent} to sample anew")
-        records.append(record)
+    """Return the samples of a file, which have the fields of :func:`sample_record` and equal columns of health."""
+    advice = f"remove {file.parent} to sample anew"
+    records: list[Record] = []
+    try:
+        for line in iterate_json_lines(file, advice=advice):
+            fault = line.problem or _record_fault(line.row, records[0] if records else line.row)
+            if fault is not None:
+                raise UnreadableError(file, f"line {line.number} is no sample ({fault})", advice)
+            records.append(line.row)
+    except UnreadableError as error:
+        raise EvaluationError(str(error)) from error
     return records
+
+
+def _record_fault(record: Record, first: Record) -> str | None:
+    """Return what keeps a line from being a sample like ``first``; None if nothing does."""
+    try:
+        check_shape(record, _RECORD_SHAPE)
+    except MalformedError as error:
+        return str(error)
+    if not all(map(math.isfinite, (record["log_prob"], record["num_generated_tokens"]))):
+        return "log_prob is not finite"
+    return None if _columns(record) == _columns(first) else "health has other columns than the first sample"
+
+
+def _columns(record: Record) -> dict[str, int]:
+    """Return the columns of a sample's health with their widths, 0 for a single value."""
+    return {name: len(value) if isinstance(value, list) else 0 for name, value in record.get("health", {}).items()}
 
 
 def _check_distinct(folder: Path, records: Records, temperature: float) -> None:
@@ -356,23 +400,40 @@ def _read_journal(path: Path, problems: Sequence[Problem], samples: int) -> dict
     """Return the samples of a journal. The line that a kill has torn is cut off the file."""
     if not path.exists():
         return {}
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    os.truncate(path, whole)
+    advice = f"remove {path.parent} to sample anew"
     known: dict[Place, Record] = {}
-    for number, line in enumerate(lines_of(content[:whole]), 1):
-        try:
-            record = json.loads(line)
-            problem, sample = record.pop("place")
-            sound = problems[problem].id == record["problem_id"] and 0 <= sample < samples
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            sound = False
-        if not sound:
-            raise EvaluationError(
-                f"{path} line {number} is no sample of this evaluation: remove {path.parent} to sample anew"
-            )
-        known[Place(problem, sample)] = record
+    torn = False
+    try:
+        for line in iterate_json_lines(path, advice=advice):
+            torn = not line.is_whole
+            if torn:
+                break
+            place = _place_of(line, problems, samples)
+            if place is None:
+                raise UnreadableError(path, f"line {line.number} is no sample of this evaluation", advice)
+            del line.row["place"]
+            known[place] = line.row
+        if torn:
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    except UnreadableError as error:
+        raise EvaluationError(str(error)) from error
+    except OSError as error:
+        raise cannot_write(path, error) from error
     return known
+
+
+def _place_of(line: JsonLine, problems: Sequence[Problem], samples: int) -> Place | None:
+    """Return the place that a line of the journal is of, None where it is no sample of this evaluation."""
+    if line.problem is not None or _record_fault(line.row, line.row) is not None:
+        return None
+    problem, sample = line.row["place"] if _is_pair(line.row.get("place")) else (-1, -1)
+    if not 0 <= problem < len(problems) or not 0 <= sample < samples:
+        return None
+    return Place(problem, sample) if problems[problem].id == line.row["problem_id"] else None
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value)
 
 
 def _first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:

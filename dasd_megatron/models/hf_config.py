@@ -5,13 +5,13 @@ Imports no Megatron, and torch and transformers only where a function needs them
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dasd_megatron.errors import ConfigError, enumerate_names, first_line
 from dasd_megatron.models.families import FAMILIES
+from dasd_megatron.reading import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -70,17 +70,22 @@ def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedCon
         raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
     from transformers import AutoConfig, PretrainedConfig
 
+    families = enumerate_names(FAMILIES, "or")
+    try:
+        raw = read_json(Path(path) / "config.json", dict, advice=f"give a {families} model")
+    except UnreadableError as error:
+        raise ConfigError(
+            f"{field}={path}: config.json cannot be used ({error.reason}); give a {families} model"
+        ) from error
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # transformers raises these for unreadable JSON, an unknown model_type, missing keys of rope_scaling, and values of
     # another type.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        families = enumerate_names(FAMILIES, "or")
         raise ConfigError(
             f"{field}={path}: config.json cannot be used ({first_line(error)}); give a {families} model"
         ) from error
     reason = _other_family(hf_config)
-    raw = json.loads((Path(path) / "config.json").read_text())
     if reason is None and raw.get("rope_parameters") is not None and not hasattr(PretrainedConfig, "rope_parameters"):
         reason = (
             "rope_parameters in config.json is read by transformers 5 alone; write rope_theta and rope_scaling instead"

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dasd_megatron.errors import first_line
-from dasd_megatron.files import replace_directory
+from dasd_megatron.files import atomic_file, replace_directory
 from dasd_megatron.reading import UnreadableError, iterate_json_lines, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -326,13 +326,15 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # A full disk must not take what a job that was killed had noted.
+    with atomic_file(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy config.json with ``dtype`` in it, tokenizer, chat template and generation config from one Hugging Face
     directory to another."""
-    hf_config = json.loads((source / "config.json").read_text())
+    hf_config = read_json(source / "config.json", dict, advice="restore it")
     # transformers 4.56 renamed the key and reads both; other readers know the old one.
     hf_config.pop("dtype", None)
     hf_config["torch_dtype"] = dtype_name(dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dasd_megatron.files import RunDirectoryError, cannot_write, fsync_path, replace_file
-from dasd_megatron.reading import UnreadableError, read_json_lines
+from dasd_megatron.reading import read_json_lines, read_last_byte
 
 METRICS, WARM_START, EVALUATION = "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl"
 WARNINGS = "watch.jsonl"
@@ -112,12 +112,7 @@ def mend_last_line(path: Path) -> None:
 
 def ends_whole(path: Path) -> bool:
     """Return whether a file is empty, or its last byte ends a line. Raises RunDirectoryError."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
-            return file.read(1) in (b"", b"\n")
-    except OSError as error:
-        raise UnreadableError(path, f"cannot be read ({error.strerror or error})", _ADVICE) from error
+    return read_last_byte(path, advice=_ADVICE) in (b"", b"\n")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:

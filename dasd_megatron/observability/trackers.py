@@ -24,11 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-import yaml
-
 from dasd_megatron import access
 from dasd_megatron.files import replace_file
 from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, restore_non_finite
+from dasd_megatron.reading import MalformedError, UnreadableError, parse_json, read_json, read_yaml
 
 CLOSE_SECONDS = 60.0
 _LONGEST_PAUSE = 60.0
@@ -111,7 +110,11 @@ class Tracker:
         """Return a one-line warning the first time that something is wrong, else None."""
         if self._warned:
             return None
-        status, reason = self._process.poll(), _read_state(self._run_dir, self.name)["trouble"]
+        status = self._process.poll()
+        try:
+            reason = _read_state(self._run_dir, self.name)["trouble"]
+        except UnreadableError as error:
+            reason = str(error)
         if status is None and not reason:
             return None
         self._warned = True
@@ -213,7 +216,7 @@ def _sleep(seconds: float, ended: Callable[[], bool]) -> None:
 
 
 def _connect(run_dir: Path, state: State, connect: Connect) -> tuple[Service, str]:
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(run_dir / "config.yaml", advice="restore it")
     return connect(config["logging"], config["run"]["name"], run_dir, state, public_settings(config))
 
 
@@ -253,9 +256,12 @@ class _Follower:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                row = json.loads(line)
-                if isinstance(row.get("step"), int):
-                    yield row
+                try:
+                    row = parse_json(line, {"step": int, "time?": float})
+                except MalformedError:
+                    # A resume refuses a damaged line, and names it. Here the lines behind it count.
+                    continue
+                yield row
 
 
 def _new_rows(files: Mapping[str, _Follower]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -271,8 +277,11 @@ def _state_path(run_dir: Path, name: str) -> Path:
 
 def _read_state(run_dir: Path, name: str) -> State:
     state = State(id=None, sent={}, lines=0, trouble="")
-    with contextlib.suppress(FileNotFoundError):
-        state.update(json.loads(_state_path(run_dir, name).read_text()))
+    path = _state_path(run_dir, name)
+    if os.path.lexists(path):
+        shape = {"id": (None, str), "sent": {str: int}, "lines": int, "trouble": str}
+        found: State = read_json(path, shape, advice="remove it to send all numbers again, as a run of its own")
+        state.update(found)
     return state
 
 

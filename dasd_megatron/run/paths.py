@@ -43,6 +43,16 @@ class RunPaths:
         return self.root / "weights"
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def checkpoint_mark(self) -> Path:
+        """The file in a run that has had a checkpoint. Such a run never starts over by itself."""
+        return self.root / "has_checkpoints"
+
+    @property
     def rollouts(self) -> Path:
         """The folder of recorded rollouts."""
         return self.root / "rollouts"

@@ -16,7 +16,7 @@ from dasd_megatron.data.prompts import Problem, check_disjoint, write_problems
 from dasd_megatron.data.reader import load_problems
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.files import replace_file
+from dasd_megatron.files import naming_path, replace_file
 from dasd_megatron.models.hf_config import (
     TIED_HEAD,
     expected_tensors,
@@ -38,7 +38,13 @@ from dasd_megatron.run.claim import claim_directory
 from dasd_megatron.run.dates import choose_date, with_date
 from dasd_megatron.run.environment import describe_environment
 from dasd_megatron.run.paths import RunPaths, start_hf_files
-from dasd_megatron.run.resume import check_same_problems, check_same_prompts, check_same_run, find_continued_runs
+from dasd_megatron.run.resume import (
+    check_free_directory,
+    check_same_problems,
+    check_same_prompts,
+    check_same_run,
+    find_continued_runs,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -50,14 +56,13 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     The configuration that the run goes by is the one that is written: it may have got a date.
 
     Raises:
-        ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError: with one line on what is wrong
-        and what to do.
+        ConfigError, DataError, TemplateError, WeightsError, AccessError, DiscoveryError, RunDirectoryError: with one
+        line on what is wrong and what to do.
     """
     paths = RunPaths(root)
     check_key(config)
     _check_functions(config)
-    if paths.config.exists() and config.resume == "none":
-        raise ConfigError(f"run.dir={root} already holds a run: write resume=auto to continue it, or another run.dir")
+    check_free_directory(config.resume, paths)
     continued = find_continued_runs(config.resume, paths)
     for run in continued:
         previous = read_config(run.config)
@@ -77,10 +82,12 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     for name, problems in {"train": train, "heldout": heldout}.items():
         # The problems of a run that goes on have just been found equal, and stay as they were written.
         if not (paths.config.exists() and paths.problems(name).exists()):
-            write_problems(paths.problems(name), problems)
+            with naming_path(paths.problems(name)):
+                write_problems(paths.problems(name), problems)
     replace_file(paths.prompts, json.dumps(digests, indent=2) + "\n")
-    save_config(config, paths.config)
-    (root / "environment.json").write_text(json.dumps(describe_environment(config.run.seed), indent=2) + "\n")
+    with naming_path(paths.config):
+        save_config(config, paths.config)
+    replace_file(root / "environment.json", json.dumps(describe_environment(config.run.seed), indent=2) + "\n")
     return paths
 
 
@@ -121,7 +128,8 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
     if model.path is None and not (paths.start_model / "config.json").exists():
         from dasd_megatron.models.tiny import make_tiny_model
 
-        make_tiny_model(paths.start_model, model.tiny, config.run.seed)
+        with naming_path(paths.start_model):
+            make_tiny_model(paths.start_model, model.tiny, config.run.seed)
     # The config comes before the tokenizer: of an architecture that is not supported, it is the config that should be
     # complained about.
     hf_config = read_hf_config(start_hf_files(model, paths))

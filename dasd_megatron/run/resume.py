@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dasd_megatron.reading import read_json
 from dasd_megatron.run.checks import flatten
 from dasd_megatron.run.paths import RunPaths
 
+# A run writes these once its configuration is written.
+_ROWS = ("metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl")
 # The tensors of a checkpoint, or the meaning of its data position, depend on these. Everything else may change when a
 # run goes on.
 _FIXED_ON_RESUME = (
@@ -37,10 +40,27 @@ _MAY_DIFFER = (
 )
 
 
+def check_free_directory(resume: str, paths: RunPaths) -> None:
+    """Refuse (ConfigError) to begin a run in a directory that holds one, whole or not."""
+    if os.path.lexists(paths.config):
+        if resume == "none":
+            raise ConfigError(
+                f"run.dir={paths.root} already holds a run: write resume=auto to continue it, or another run.dir"
+            )
+        return
+    traces = [paths.checkpoint_mark, *(paths.root / name for name in _ROWS)]
+    found = [*(path for path in traces if os.path.lexists(path)), *paths.checkpoints.glob("step_*")]
+    if found:
+        raise ConfigError(
+            f"run.dir={paths.root} holds {found[0].name} of a run and no {paths.config.name} that says of which: "
+            f"restore that file, or write another run.dir, where resume={paths.checkpoints}/step_... goes on"
+        )
+
+
 def find_continued_runs(resume: str, paths: RunPaths) -> list[RunPaths]:
     """Return the runs that this one goes on from: the one in its directory, and the one that the checkpoint in
     ``resume`` belongs to."""
-    runs = [paths] if paths.config.exists() else []
+    runs = [paths] if os.path.lexists(paths.config) else []
     if resume not in ("none", "auto"):
         other = RunPaths(Path(resume).resolve().parent.parent)
         if other.config.exists() and other.root != paths.root.resolve():
@@ -88,8 +108,6 @@ def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) 
     something else."""
     for name, problems in loaded.items():
         path = run.problems(name)
-        if not path.exists():
-            continue
         if read_written_problems(path) != problems:
             raise ConfigError(
                 f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "

@@ -22,11 +22,10 @@ from typing import Any
 from dasd_megatron.files import RunDirectoryError, atomic_file, fsync_path, fsync_tree, replace_file
 from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, read_manifest
 from dasd_megatron.reading import UnreadableError, read_json, read_text
+from dasd_megatron.run.paths import RunPaths
 
 STATE_FILE = "trainer.json"
 LATEST = "latest"
-MARK = "has_checkpoints"
-"""A file in the directory of a run that has had a checkpoint: such a run never starts over by itself."""
 _NAME = re.compile(r"step_([0-9]{6,})")
 _NAME_WITH_SUFFIX = re.compile(r"step_([0-9]{6,})(\.hf)?")
 # These are what a run is loaded from.
@@ -48,7 +47,7 @@ class CheckpointError(RuntimeError):
 
 def checkpoints_folder(run_dir: Path) -> Path:
     """Return the folder of checkpoints of a run."""
-    return run_dir / "checkpoints"
+    return RunPaths(run_dir).checkpoints
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -102,7 +101,8 @@ def lost_checkpoints(run_dir: Path) -> str | None:
     traces = [path.name for path in _entries(run_dir) if not path.name.endswith((".partial", ".tmp"))]
     if traces:
         return f"its checkpoints folder has {', '.join(traces[:3])}"
-    return f"{run_dir / MARK} is there" if os.path.lexists(run_dir / MARK) else None
+    mark = RunPaths(run_dir).checkpoint_mark
+    return f"{mark} is there" if os.path.lexists(mark) else None
 
 
 def named_latest(run_dir: Path) -> str | None:
@@ -206,8 +206,9 @@ def publish(partial: Path, final: Path, hashes: dict[str, dict[str, Any]]) -> No
 
 
 def _mark(run_dir: Path) -> None:
-    if not (run_dir / MARK).exists():
-        replace_file(run_dir / MARK, "While this file is here, resume=auto does not begin this run anew.\n")
+    mark = RunPaths(run_dir).checkpoint_mark
+    if not mark.exists():
+        replace_file(mark, "While this file is here, resume=auto does not begin this run anew.\n")
 
 
 def point_to(path: Path) -> None:

@@ -71,8 +71,9 @@ class WeightDirectory:
         export_model(policy.model, path, template_dir=policy.template_dir, manifest=False)
         if dist.get_rank() == 0:
             for old in self.root.iterdir():
-                if old != path:
-                    shutil.rmtree(old)
+                # What somebody else has put there is left.
+                if old != path and old.is_dir():
+                    shutil.rmtree(old, ignore_errors=True)
         self._newest = StoredWeights(path, policy.version)
 
 

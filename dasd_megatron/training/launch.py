@@ -26,6 +26,7 @@ import psutil
 from dasd_megatron import backend, stopping
 from dasd_megatron.config import Config, RunConfig
 from dasd_megatron.errors import ConfigError, first_line
+from dasd_megatron.reading import read_bytes
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -279,7 +280,7 @@ def _wait_until_open(host: str, port: int, deadline: float, message: str) -> Non
 
 def _config_digest(root: Path) -> str | None:
     path = root / "config.yaml"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return hashlib.sha256(read_bytes(path, advice="restore it")).hexdigest() if path.is_file() else None
 
 
 def _run_workers(config: Config, root: Path, nodes: Nodes, endpoint: tuple[str, int]) -> int:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dasd_megatron.config import Config
-from dasd_megatron.evaluation.sampling import EvaluationError, check_settings, model_digest
+from dasd_megatron.evaluation.sampling import (
+    EvaluationError,
+    _read_journal,
+    check_settings,
+    finished_samples,
+    model_digest,
+)
+from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.rollout.transport import RolloutServerError
-from tests.support.evaluation_samples import Engine, draw
+from tests.support.damage import listed_damage
+from tests.support.evaluation_samples import PROBLEMS, Engine, draw
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -136,3 +147,43 @@ def test_a_changed_model_has_another_digest(tmp_path: Path) -> None:
     assert model_digest(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(bytes(3 * 2**20 - 1) + b"x")
     assert model_digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("name", ["settings.json", "journal.jsonl", "output-rs1.jsonl"])
+def test_damaged_files_of_an_evaluation_are_named_and_kept(name: str, config: Config, tmp_path: Path) -> None:
+    """Whatever is in their place: one line, or the samples that a sound folder gives."""
+    sound = tmp_path / "sound"
+    check_settings(sound, {"run.seed": 1, "model": "a"})
+    if name == "journal.jsonl":
+        with pytest.raises(RolloutServerError):
+            draw(config, sound, Engine(2))
+    else:
+        draw(config, sound, Engine())
+    lines = (sound / name).read_bytes().count(b"\n")
+    for number, (kind, damage) in enumerate(listed_damage(1, flips=12).items()):
+        folder = shutil.copytree(sound, tmp_path / str(number))
+        damage(folder / name)
+        try:
+            check_settings(folder, {"run.seed": 1, "model": "a"})
+            if name == "journal.jsonl":
+                assert len(_read_journal(folder / name, PROBLEMS, 3)) <= lines
+            else:
+                finished_samples(folder, PROBLEMS, 3)
+        except EvaluationError as error:
+            assert "\n" not in str(error) and str(folder) in str(error), kind
+        left = {path.name for path in folder.iterdir()} | ({name} if kind == "missing" else set())
+        assert left == {path.name for path in sound.iterdir()}, kind
+
+
+def test_a_full_disk_keeps_the_samples_that_are_there(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunDirectoryError, match="cannot write .*journal.jsonl: No space left on device"):
+            draw(config, tmp_path, Engine())
+    assert len(_read_journal(tmp_path / "journal.jsonl", PROBLEMS, 3)) > 0
+    draw(config, tmp_path, Engine())

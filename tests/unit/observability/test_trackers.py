@@ -307,6 +307,16 @@ def test_a_run_and_its_resumption(name, run_dir, monkeypatch):
     assert not [path for path in run_dir.rglob("*") if path.is_file() and b"abcdef-hush" in path.read_bytes()]
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"id": 3}', '{"sent": []}', "{", '{"lines": true}', "[" * 10**5])
+def test_a_damaged_record_of_what_was_sent_is_said_and_ends_no_training(run_dir, content):
+    tracker = Tracker.__new__(Tracker)
+    tracker.name, tracker._run_dir, tracker._warned = "book", run_dir, False
+    tracker._process = SimpleNamespace(poll=lambda: None)
+    (run_dir / "trackers").mkdir()
+    (run_dir / "trackers" / "book.json").write_text(content)
+    assert "book.json is damaged" in tracker.trouble() and tracker.trouble() is None
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_a_run_that_begins_again_is_another(name, run_dir):
     for _ in range(2):
