@@ -104,8 +104,8 @@ def parse_record(record: dict[str, Any], where: str, default_id: str, columns: C
     problem, problem_name = find_problem(record, where, columns)
     solution, solution_name = _find_solution(record, where, columns)
     answer, answer_name, worked = _find_answer(record, where, columns, solution, solution_name)
-    if worked and not solution:
-        solution, solution_name = worked, answer_name
+    if worked is not None and not solution:
+        solution_name, solution = worked.name, worked.value
     if columns.solution is None and solution_name != SOLUTION_FIELDS[0] and _bare(solution) == _bare(answer):
         # Some sets call the answer a solution. A file of this project's own means what it says.
         solution, solution_name = "", ""
@@ -193,7 +193,7 @@ def _find_solution(record: dict[str, Any], where: str, columns: Columns) -> tupl
 
 def _find_answer(
     record: dict[str, Any], where: str, columns: Columns, solution: str, solution_name: str
-) -> tuple[str, str, str]:
+) -> tuple[str, str, _Found | None]:
     """Return the answer, where it was found, and the worked solution around it where the answer's field has one."""
     found = _find(record, columns.answer, ANSWER_FIELDS)
     if found is None:
@@ -208,9 +208,10 @@ def _find_answer(
     # They are joined as a response would list them.
     answer = _valid_text(", ".join(filter(None, answers)), where, name)
     if answers == parts:
-        return answer, name, ""
+        return answer, name, None
     is_worked = len(parts) == 1 and _bare(parts[0]) not in (answer, f"\\boxed{{{answer}}}")
-    return answer, f"the marked answer of {name}", _valid_text(parts[0], where, name) if is_worked else ""
+    worked = _Found(name, _valid_text(parts[0], where, name)) if is_worked else None
+    return answer, f"the marked answer of {name}", worked
 
 
 def _marked_answer(text: str) -> str:

@@ -174,11 +174,18 @@ def test_where_problems_were_found_is_said_for_files_of_others_alone(write):
     said = []
     load_problems(write(lines(GOOD)), "train", say=said.append)
     assert said == []
-    source = write(lines({"question": "1", "answer": "2", "solution": "x"}, {"question": "3", "solution": "#### 4"}))
+    source = write(
+        lines(
+            {"question": "1", "answer": "2", "solution": "x"},
+            {"question": "3", "solution": "#### 4"},
+            {"question": "5", "answer": "2+4=6\n#### 6"},
+        )
+    )
     load_problems(source, "train", say=said.append)
     assert [line.partition(": ")[2] for line in said] == [
         "1 row: problem from question, answer from answer, solution from solution",
         "1 row: problem from question, answer from the marked answer of solution, solution from solution",
+        "1 row: problem from question, answer from the marked answer of answer, solution from answer",
     ]
 
 
