@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 
+from dasd_megatron.arguments import Parser
 from dasd_megatron.config import UMASKS, Config, known_fields, load_config
 
 
@@ -14,7 +14,7 @@ def load_arguments(arguments: Sequence[str]) -> Config:
 
     Its ``run.readable_by`` becomes the mask of new files of this process and of all that it starts.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dasd", usage="dasd train | evaluate | rollout [--config-dir DIR] [field=value ...]", add_help=False
     )
     parser.add_argument("--config-dir")

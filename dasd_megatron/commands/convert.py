@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dasd_megatron import backend
+from dasd_megatron.arguments import Parser
 from dasd_megatron.config import BackendConfig
 from dasd_megatron.errors import ConfigError
 
@@ -27,13 +28,11 @@ class VerifyError(RuntimeError):
     """The converted model computes something else than the one it was made from."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dasd convert", description="Convert models between Hugging Face, Megatron-Core and GGUF."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="dasd convert", description="Convert models between Hugging Face, Megatron-Core and GGUF.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument(
             "--output", type=Path, required=True, help="directory to write; it appears when it is complete"

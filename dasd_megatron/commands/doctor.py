@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from dasd_megatron.arguments import Parser
 from dasd_megatron.commands.doctor_probe import read_answers, start_probe
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def diagnose(arguments: list[str]) -> None:
     Raises:
         SystemExit: with status 1, where a check failed.
     """
+    Parser(prog="dasd doctor", description="Say what is installed, what is missing and how to get it.").parse_args(
+        arguments
+    )
     status = print_doctor()
     if status:
         raise SystemExit(status)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dasd_megatron import backend
+from dasd_megatron.arguments import Parser
 from dasd_megatron.commands.plan import gigabytes
 from dasd_megatron.commands.start_commands import Cluster, start_commands
 from dasd_megatron.config import BackendConfig, Config, ParallelConfig, load_config
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 PROMPT_SHARE, MEDIAN_SHARE, SIGMA = 1 / 4, 1 / 4, 0.8
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dasd train --dry-run",
         description="Check a run and print its layout, schedule, memory and commands; nothing is started.",
     )

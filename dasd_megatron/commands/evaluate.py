@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dasd_megatron.arguments import Parser
 from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
 
 
@@ -35,7 +35,7 @@ def _compare(arguments: Sequence[str]) -> None:
     """Print where two gradings of the same responses differ."""
     from dasd_megatron.evaluation import nemo_skills
 
-    parser = argparse.ArgumentParser(prog="dasd evaluate --compare")
+    parser = Parser(prog="dasd evaluate --compare")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar="FOLDER", required=True, help="folders of <benchmark>/output-rs*.jsonl"
     )

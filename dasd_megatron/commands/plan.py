@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from dasd_megatron.arguments import Parser
 from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture, kv_bytes_per_token, total_parameters
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 _ROLLOUT_SHARE = 0.9
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dasd plan", description="Memory, traffic and idle time of a configuration, without a GPU."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="dasd plan", description="Memory, traffic and idle time of a configuration, without a GPU.")
     parser.add_argument(
         "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)"
     )

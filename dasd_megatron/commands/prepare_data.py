@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
+from dasd_megatron.arguments import Parser
 from dasd_megatron.config import DataSourceConfig
 from dasd_megatron.data.prepare import PrepareOptions, prepare_problems
 from dasd_megatron.data.prompts import DataError
@@ -17,7 +17,7 @@ _DESCRIPTION = (
 
 
 def _parse(arguments: list[str]) -> PrepareOptions:
-    parser = argparse.ArgumentParser(description=_DESCRIPTION)
+    parser = Parser(description=_DESCRIPTION)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=Path, help="JSON lines, JSON array or Parquet; a folder or a pattern of such")
     source.add_argument("--dataset", help="name of a Hugging Face dataset, or a directory that save_to_disk wrote")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -10,16 +9,17 @@ import threading
 import time
 from pathlib import Path
 
-from dasd_megatron.config import RolloutConfig, SGLangConfig
-from dasd_megatron.errors import ConfigError
+from dasd_megatron.arguments import Parser, at_least, port, seconds, share
+from dasd_megatron.config import RolloutConfig, SGLangConfig, check_sglang_arguments
+from dasd_megatron.models.hf_config import check_complete_directory
 from dasd_megatron.rollout.embedded import server
 from dasd_megatron.rollout.local_server import LocalServer, ServerStartError
 
 FOLLOW_SECONDS = 0.2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="dasd serve --engine sglang",
         description="Serve a Hugging Face directory with SGLang; its log goes to standard output. Arguments after -- "
         "are SGLang's own.",
@@ -31,28 +31,28 @@ def _parser() -> argparse.ArgumentParser:
         help="interpreter of the environment that has SGLang (default: this one; cpu: .venv-sglang/bin/python)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=30000, help="default: 30000; 0: any free one")
+    parser.add_argument("--port", type=port, default=30000, help="default: 30000; 0: any free one")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights (default: bfloat16)"
     )
     parser.add_argument("--weight-version", default="default", help="version that the weights are served under")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads (default: 1)")
     parser.add_argument(
-        "--max-running-requests", type=int, default=256, help="sequences decoded at once (default: 256)"
+        "--max-running-requests", type=at_least(1), default=256, help="sequences decoded at once (default: 256)"
     )
     parser.add_argument(
         "--deterministic", action="store_true", help="heed sampling_seed: equal seeds give equal samples"
     )
-    parser.add_argument("--tp-size", type=int, default=1, help="GPUs that share each replica of the model")
-    parser.add_argument("--dp-size", type=int, default=1, help="replicas behind the address")
-    parser.add_argument("--mem-fraction-static", type=float, help="share of GPU memory for weights and key-value cache")
-    parser.add_argument("--max-total-tokens", type=int, help="tokens in the key-value cache (cpu: 65536)")
+    parser.add_argument("--tp-size", type=at_least(1), default=1, help="GPUs that share each replica of the model")
+    parser.add_argument("--dp-size", type=at_least(1), default=1, help="replicas behind the address")
+    parser.add_argument("--mem-fraction-static", type=share, help="share of GPU memory for weights and key-value cache")
+    parser.add_argument("--max-total-tokens", type=at_least(1), help="tokens in the key-value cache (cpu: 65536)")
     parser.add_argument(
-        "--context-length", type=int, help="longest prompt and response together, tokens (default: the model's)"
+        "--context-length", type=at_least(1), help="longest prompt and response together, tokens (default: the model's)"
     )
     parser.add_argument("--quantization", help="of the served weights, like fp8")
     parser.add_argument(
-        "--startup-timeout", type=float, default=1800.0, metavar="SECONDS", help="to become healthy (default: 1800)"
+        "--startup-timeout", type=seconds, default=1800.0, metavar="SECONDS", help="to become healthy (default: 1800)"
     )
     return parser
 
@@ -62,10 +62,10 @@ def serve(arguments: list[str]) -> None:
 
     Raises:
         ServerStartError: the server did not become healthy, or ended by itself; with the end of its log.
-        ConfigError: the model directory does not exist.
+        ConfigError: the model directory is none, or an argument of SGLang's is refused.
     """
     own, separator, passed_on = _split(arguments)
-    engine = argparse.ArgumentParser(prog="dasd serve", add_help=False)
+    engine = Parser(prog="dasd serve", add_help=False)
     engine.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
     chosen, rest = engine.parse_known_args(own)
     if chosen.engine == "embedded":
@@ -74,10 +74,7 @@ def serve(arguments: list[str]) -> None:
             raise SystemExit(status)
         return
     options = _parser().parse_args(rest)
-    if not (Path(options.model_path) / "config.json").is_file():
-        raise ConfigError(
-            f"--model-path {options.model_path}: no config.json there; give a Hugging Face model directory"
-        )
+    check_complete_directory(options.model_path, "--model-path")
     cpu = options.backend == "cpu"
     rollout = RolloutConfig(
         engine="sglang",
@@ -100,6 +97,7 @@ def serve(arguments: list[str]) -> None:
             arguments=passed_on,
         ),
     )
+    check_sglang_arguments(rollout.sglang)
     with tempfile.TemporaryDirectory() as folder:
         _serve_sglang(LocalServer(options.model_path, options.weight_version, rollout, Path(folder) / "sglang.log"))
 

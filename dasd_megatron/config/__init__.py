@@ -1,7 +1,7 @@
 """The typed configuration, its checks and its loading."""
 
 from dasd_megatron.config.checks import validate
-from dasd_megatron.config.checks_rollout import check_servers, is_loopback
+from dasd_megatron.config.checks_rollout import check_servers, check_sglang_arguments, is_loopback
 from dasd_megatron.config.fields import FUNCTION_PATH
 from dasd_megatron.config.loading import load_config, read_config, save_config
 from dasd_megatron.config.pipeline import stage_layers
@@ -60,6 +60,7 @@ __all__ = [
     "WarmStartConfig",
     "WatchConfig",
     "check_servers",
+    "check_sglang_arguments",
     "field_limits",
     "is_loopback",
     "known_fields",

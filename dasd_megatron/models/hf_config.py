@@ -37,6 +37,12 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # are accepted.
 _ONLY = {"partial_rotary_factor": 1.0, "rope_interleaved": False}
 
+_PARTS = {
+    "weight": ("*.safetensors",),
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken"),
+}
+"""Files of a complete directory, of which each kind has one."""
+
 
 def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     """Return GPTModel's rotary arguments for a Hugging Face config; :class:`ConfigError` for a scaling that
@@ -60,14 +66,48 @@ def rotary_arguments(hf_config: PretrainedConfig) -> dict[str, Any]:
     return arguments
 
 
+def check_model_directory(path: str | Path, field: str) -> dict[str, Any]:
+    """Refuse what is no Hugging Face directory before anything of it is loaded; return its config.json.
+
+    ``field``: what the caller's user has called the path. Raises ConfigError.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    folder = Path(path)
+    advice = "give a Hugging Face model directory"
+    if not folder.is_dir():
+        raise ConfigError(f"{field}={path} is {'a file' if folder.exists() else 'not there'}; {advice}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{field}={path}: no config.json there; {advice}")
+    try:
+        config = read_json(folder / "config.json", dict, advice=advice)
+    except UnreadableError as error:
+        raise ConfigError(f"{field}={path}: {error}") from error
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{field}={path}: config.json names no model_type; {advice}")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(
+            f"{field}={path}: config.json names the model_type {kind[:80]!r}, which transformers does not know"
+        )
+    return config
+
+
+def check_complete_directory(path: str | Path, field: str) -> None:
+    """Refuse a Hugging Face directory that lacks weights or a tokenizer; raises as :func:`check_model_directory`."""
+    check_model_directory(path, field)
+    for kind, names in _PARTS.items():
+        if not any(found for name in names for found in Path(path).glob(name)):
+            raise ConfigError(f"{field}={path}: there is no {kind} ({', '.join(names)}); give a complete directory")
+
+
 def read_hf_config(path: str | Path, field: str = "model.path") -> PretrainedConfig:
     """Return the config of a Hugging Face directory; :class:`ConfigError` when it is missing, broken, or asks for what
     is not supported.
 
     ``field``: what the caller's user has called the path.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{field}={path}: no config.json there; give a Hugging Face model directory")
+    raw = check_model_directory(path, field)
     from transformers import AutoConfig, PretrainedConfig
 
     families = enumerate_names(FAMILIES, "or")

@@ -110,10 +110,10 @@ class LocalServer:
         """
         if self.alive():
             raise ServerStartError(f"the rollout server is already running at {self.url}")
-        # The server finds the key in its environment, which is this one's.
-        access.warn_if_open(self.rollout.host, "the rollout server")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         sock = self._bind()
+        # The server finds the key in its environment, which is this one's.
+        access.warn_if_open(self.rollout.host, "the rollout server")
         self._port = sock.getsockname()[1]
         self._hold_port()
         embedded = self.rollout.engine == "embedded"
@@ -197,7 +197,7 @@ class LocalServer:
                 return bind(self.rollout.host, 0)
             raise PortInUseError(
                 f"rollout.port: {error}. Set rollout.port=0 for any free port, or check "
-                f"rollout.host={self.rollout.host}"
+                f"rollout.host={self.rollout.host[:100]}"
             ) from error
 
     def _hold_port(self) -> None:

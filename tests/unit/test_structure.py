@@ -23,6 +23,7 @@ ORDER = (
     "stopping",
     "machine",
     "errors",
+    "arguments",
     "losses",
     "algorithms",
     "samples",

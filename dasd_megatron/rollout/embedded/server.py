@@ -20,6 +20,9 @@ import transformers
 import uvicorn
 
 from dasd_megatron import access, machine
+from dasd_megatron.arguments import Parser, at_least, port
+from dasd_megatron.errors import ConfigError, printable_lines
+from dasd_megatron.models.hf_config import check_model_directory
 from dasd_megatron.rollout.embedded.app import build_app
 from dasd_megatron.rollout.embedded.connections import MAX_HEADER_BYTES, LimitedConnection
 from dasd_megatron.rollout.embedded.engine import Engine
@@ -69,8 +72,9 @@ def watch_parent(stop: Callable[[], None]) -> None:
 def serve(args: argparse.Namespace) -> None:
     """Serve until SIGTERM, SIGINT or the parent's end.
 
-    Raises ListenError, ModelDirectoryError or AccessError before that when the server cannot start.
+    Raises ListenError, ModelDirectoryError, ConfigError or AccessError before that when the server cannot start.
     """
+    check_model_directory(args.model_path, "--model-path")
     access.api_key()  # a wrong key is to be reported before the model is loaded
     sock = socket.socket(fileno=args.fd) if args.fd is not None else bind(args.host, args.port)
     access.warn_if_open(sock.getsockname()[0], "the rollout server")
@@ -89,9 +93,9 @@ def serve(args: argparse.Namespace) -> None:
         deterministic=args.deterministic,
         cache_bytes=int(args.cache_gib * GIB) if args.cache_gib is not None else machine.free_memory() // 2,
     )
-    host, port = sock.getsockname()[:2]
+    host, own_port = sock.getsockname()[:2]
     config = uvicorn.Config(
-        build_app(engine, _settings(args, engine, host, port)),
+        build_app(engine, _settings(args, engine, host, own_port)),
         log_level="warning",
         access_log=False,
         http=LimitedConnection,
@@ -102,7 +106,7 @@ def serve(args: argparse.Namespace) -> None:
     server = _Server(config, engine)
     if args.exit_with_parent:
         stop[0] = lambda: server.handle_exit(signal.SIGTERM, None)
-    logger.info("serving %s (weight version %s) on http://%s:%d", args.model_path, args.weight_version, host, port)
+    logger.info("serving %s (weight version %s) on http://%s:%d", args.model_path, args.weight_version, host, own_port)
     asyncio.run(server.serve(sockets=[sock]))
 
 
@@ -129,21 +133,24 @@ def _settings(args: argparse.Namespace, engine: Engine, host: str, port: int) ->
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with status 2."""
-    parser = argparse.ArgumentParser(
-        prog="dasd_megatron.rollout.server",
+    parser = Parser(
+        prog="dasd serve",
         description="Serve a Hugging Face causal LM with SGLang's native HTTP API, on the CPU. "
         "`dasd serve --engine sglang --help` is about SGLang itself.",
     )
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=30000, help="port to listen on; 0: any free one")
+    parser.add_argument("--port", type=port, default=30000, help="port to listen on; 0: any free one")
     parser.add_argument(
-        "--fd", type=int, help="file descriptor of a bound socket to listen on, instead of host and port"
+        # The trainer starts servers with a socket that it has bound.
+        "--fd",
+        type=int,
+        help=argparse.SUPPRESS,
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads of the model")
     parser.add_argument(
-        "--max-batch-size", "--max-running-requests", type=int, default=256, help="sequences decoded at once"
+        "--max-batch-size", "--max-running-requests", type=at_least(1), default=256, help="sequences decoded at once"
     )
     parser.add_argument(
         "--cache-gib",
@@ -157,14 +164,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--deterministic", action="store_true", help="one request is one decoding batch, never merged with others"
     )
     parser.add_argument(
-        "--exit-with-parent", action="store_true", help="exit when standard input ends or the parent process dies"
+        # The trainer's servers exit when standard input ends or the parent process dies.
+        "--exit-with-parent",
+        action="store_true",
+        help=argparse.SUPPRESS,
     )
     args = parser.parse_args(argv)
-    for name in ("threads", "max_batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.port <= 65535:
-        parser.error(f"--port must be in [0, 65535], got {args.port}")
     # NaN is in no range.
     if args.cache_gib is not None and not 0 < args.cache_gib <= 1 << 20:
         parser.error(f"--cache-gib must be in (0, {1 << 20}], got {args.cache_gib}")
@@ -179,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         serve(args)
-    except (ListenError, ModelDirectoryError, access.AccessError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ListenError, ModelDirectoryError, ConfigError, access.AccessError) as error:
+        print(f"dasd: error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
     return 0

@@ -124,20 +124,23 @@ def test_the_command_names_a_taken_port_in_one_line(models):
         port = taken.getsockname()[1]
         result = run_server("--model-path", models["a"], "--port", str(port))
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"error: cannot listen on 127.0.0.1:{port}")
+    assert result.stderr.splitlines()[-1].startswith(f"dasd: error: cannot listen on 127.0.0.1:{port}")
     assert "Traceback" not in result.stderr
 
 
 def test_the_command_names_a_bad_model_directory_in_one_line(models):
     result = run_server("--model-path", models["torn"], "--port", "0")
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"error: cannot load a causal LM from {models['torn']}")
+    assert result.stderr.splitlines()[-1].startswith(f"dasd: error: cannot load a causal LM from {models['torn']}")
     assert "Traceback" not in result.stderr
 
 
 def test_a_start_that_fails_shows_the_log(models, tmp_path):
     server = LocalServer(models["empty"], "v1", rollout(), tmp_path / "log")
-    with pytest.raises(ServerStartError, match=r"(?s)ended with status 1\. The end of .*error: cannot load"):
+    with pytest.raises(
+        ServerStartError,
+        match=r"(?s)ended with status 1\. The end of .*dasd: error: --model-path=.*no config\.json there",
+    ):
         server.start()
     assert not server.alive()
 

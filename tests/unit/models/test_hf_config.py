@@ -94,5 +94,5 @@ def test_refusals_name_the_callers_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--input=.*: no config\.json there"):
         read_hf_config(tmp_path, "--input")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"^--input=.*: config\.json cannot be used"):
+    with pytest.raises(ConfigError, match=r"^--input=.*config\.json is damaged \(not JSON"):
         read_hf_config(tmp_path, "--input")
