@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import secrets
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dasd_megatron.training.checkpoint_files import hash_files
 from tests.support.runs import finish, kill, reproducible, rows, rows_so_far, start, train, wait_for_steps
 
 pytestmark = pytest.mark.integration
@@ -98,6 +100,40 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: 
     assert f"{weights} is not what dasd_manifest.json lists" in output and "step_000012 at step 12" in output, output
     assert reproducible(run / "metrics.jsonl") == reproducible(uninterrupted / "metrics.jsonl")
     assert (run / "checkpoints" / "step_000014.damaged").is_dir()
+
+
+def test_what_is_left_of_a_damaged_run_is_gone_on_from_or_refused_and_never_emptied(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    checkpoints, metrics = run / "checkpoints", run / "metrics.jsonl"
+
+    def refusal(*overrides: str) -> str:
+        before = {path: path.read_bytes() for path in (metrics, run / "evaluation.jsonl")}
+        kept = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else []
+        status, output = finish(start(*OVERRIDES, f"run.dir={run}", *overrides))
+        assert status == 1 and "Traceback" not in output, output[-3000:]
+        assert {path: path.read_bytes() for path in before} == before
+        assert kept == (sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [])
+        return output
+
+    # A checkpoint that cannot be loaded to the end: the later one is still there.
+    earlier = checkpoints / "step_000012"
+    torch.save(["no generators"] * 2, earlier / "rng.pt")
+    manifest = json.loads((earlier / "dasd_manifest.json").read_text())
+    manifest["files"] |= hash_files(earlier, ["rng.pt"])
+    (earlier / "dasd_manifest.json").write_text(json.dumps(manifest))
+    assert "rng.pt has no generators of this run" in refusal(f"resume={earlier}")
+    # The complete checkpoints decide, and rows that are lost are said.
+    (checkpoints / "latest").write_text("")
+    metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:11]))
+    output = train(*OVERRIDES, f"run.dir={run}", "resume=auto")
+    assert "step_000014 is the newest complete checkpoint" in output, output
+    assert "is shorter than step_000014: it lacks 3 of the steps up to 14" in " ".join(output.split()), output
+    # As on a disk that is not mounted.
+    shutil.rmtree(checkpoints)
+    assert "has had checkpoints" in refusal("resume=auto")
 
 
 def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones_and_takes_the_new_rate(
