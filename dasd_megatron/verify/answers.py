@@ -58,8 +58,8 @@ _CHECKED = re.compile(
 )
 _CHECK_CHARS = 40
 _SEARCHED = 400
-# Bounds of the work on a response that says nothing but "the answer is".
-_MOST_SENTENCES = 100
+# Bounds of the work on a response that says nothing but "the answer is", or speaks of boxes without end.
+_MOST_MARKS = 100
 _LONGEST_SENTENCE = 20_000
 
 
@@ -119,28 +119,30 @@ def normalize_answer(answer: str) -> str:
 
 
 def _last_box(response: str) -> _Mark | None:
-    last = None
-    for last in _BOX.finditer(response):  # noqa: B007
-        pass
-    while last is not None:
-        position = last.end()
-        if response[position : position + 1] == "{":
-            end = _end_of_group(response, position + 1)
-            answer = None if end is None else _clean(response[position + 1 : end])
-            return _Mark(last.start(), answer, True, len(response) if end is None else end)
-        token = _TOKEN.match(response, position)
-        if token is not None:
-            return _Mark(last.start(), token[0].rstrip(","), True)
-        if position == len(response):
-            return _Mark(last.start(), None, True)
-        # The command is only spoken of. Boxes that hold something are few, and so is this.
-        last = _box_before(response, last.start())
+    start = len(response)
+    # A command that is only spoken of is passed over, but not for ever.
+    for _ in range(_MOST_MARKS):
+        start = max(response.rfind("\\boxed", 0, start), response.rfind("\\fbox", 0, start))
+        if start < 0:
+            break
+        match = _BOX.match(response, start)
+        mark = None if match is None else _box_at(response, match)
+        if mark is not None:
+            return mark
     return None
 
 
-def _box_before(response: str, end: int) -> re.Match[str] | None:
-    start = max(response.rfind("\\boxed", 0, end), response.rfind("\\fbox", 0, end))
-    return _BOX.match(response, start) if start >= 0 else None
+def _box_at(response: str, command: re.Match[str]) -> _Mark | None:
+    """Return what a command puts into a box; None where it is only spoken of."""
+    start, position = command.span()
+    if response[position : position + 1] == "{":
+        end = _end_of_group(response, position + 1)
+        answer = None if end is None else _clean(response[position + 1 : end])
+        return _Mark(start, answer, True, len(response) if end is None else end)
+    token = _TOKEN.match(response, position)
+    if token is not None:
+        return _Mark(start, token[0].rstrip(","), True)
+    return _Mark(start, None, True) if position == len(response) else None
 
 
 def _last_heading(response: str) -> _Mark | None:
@@ -159,10 +161,12 @@ def _last_heading(response: str) -> _Mark | None:
 
 def _last_sentences(response: str) -> list[_Mark]:
     """Return the last sentence that says an answer, and the last one that says a number or formula."""
+    if "answer" not in response.lower():
+        return []
     starts = [(match.start(), match.end()) for match in _ANSWER_IS.finditer(response)]
     titles = {match.start(): match.end() for match in _TITLE.finditer(response)}
     found: list[_Mark] = []
-    for start, end in sorted([*starts, *titles.items()], reverse=True)[:_MOST_SENTENCES]:
+    for start, end in sorted([*starts, *titles.items()], reverse=True)[:_MOST_MARKS]:
         if _CHECKED.search(response, max(0, start - _CHECK_CHARS), start):
             continue
         answer = _sentence(response, end)

@@ -16,13 +16,21 @@ class Choice(NamedTuple):
 
 
 _LONGEST = 2000
+# What stands behind the letter is the choice's text, and no formula that goes on.
+_NO_FORMULA = r"(?!\s*(?:[-+*/^_,;=!<>&|]|(?:or|and)\b))"
 _WRAPPED = re.compile(
-    r"\s*\$?\s*\\(?:text|textbf|textrm|mathrm|mathbf|mbox|boldsymbol)\{\s*\(\s*([A-J])\s*\)\s*:?\s*\}(?![_^!])(.*)",
+    r"\s*\$?\s*\\(?:text|textbf|textrm|mathrm|mathbf|mbox|boldsymbol)\{\s*\(\s*([A-J])\s*\)\s*:?\s*\}"
+    + _NO_FORMULA
+    + "(.*)",
     re.DOTALL,
 )
 _LETTER = re.compile(
-    r"\(\s*([A-J])\s*\)(?::|\.(?![0-9]))?(?:\s+(.*))?|([A-J])(?:\)|:|\.)(?:\s+(.*))?|([A-J])", re.DOTALL
+    rf"\(\s*([A-J])\s*\)(?::|\.(?![0-9]))?(?:\s+{_NO_FORMULA}(.*))?"
+    rf"|([A-J])(?:\)|:|\.)(?:\s+{_NO_FORMULA}(.*))?|([A-J])",
+    re.DOTALL,
 )
+# Who names two letters has not chosen.
+_ANOTHER = re.compile(r"\(\s*[A-J]\s*\)|(?<![A-Za-z\\(])[A-J](?:\)|:|\.)(?:\s|\Z)")
 _LEAD = re.compile(r"(?:\\text\{)?\s*(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*:?\s+(?=\(?[A-J]\)?[\s.:)}]|\(?[A-J]\)?\Z)")
 
 
@@ -36,7 +44,7 @@ def choice(answer: str) -> Choice | None:
         return None
     wrapped = _WRAPPED.fullmatch(answer)
     if wrapped is not None:
-        return Choice(wrapped[1], wrapped[2].strip().strip("$").strip())
+        return _chosen(wrapped[1], wrapped[2].strip().strip("$").strip())
     text = _LEAD.sub("", normalize(answer).strip(), count=1)
     if text.startswith("\\text{") and text.endswith("}") and text.count("{") == 1:
         text = text[len("\\text{") : -1].strip()
@@ -44,4 +52,8 @@ def choice(answer: str) -> Choice | None:
     if match is None:
         return None
     letter = match[1] or match[3] or match[5]
-    return Choice(letter, (match[2] or match[4] or "").strip())
+    return _chosen(letter, (match[2] or match[4] or "").strip())
+
+
+def _chosen(letter: str, text: str) -> Choice | None:
+    return None if _ANOTHER.search(text) else Choice(letter, text)

@@ -28,7 +28,8 @@ from dasd_megatron.verify.units import canonical_unit, split_unit
 Algebra = Callable[[str, str], bool]
 """Function of a predicted and an expected expression that returns whether they are equal."""
 
-_LONGEST = 10_000
+_WHOLE = re.compile("-?[0-9]{1,18}")
+_LONGEST = 4_000
 _DEEPEST = 6
 _MOST_UNORDERED = 40
 _LONGEST_INTEGER = 1000
@@ -70,6 +71,9 @@ def compare_answers(predicted: str, expected: str, algebra: Algebra | None = Non
     Without ``algebra`` the result is None where text and numbers alone cannot tell. Of answers longer than any of a
     problem the text and the numbers alone count.
     """
+    # Most answers are short whole numbers, and most references too.
+    if _WHOLE.fullmatch(expected) and _WHOLE.fullmatch(predicted):
+        return int(predicted) == int(expected)
     if len(predicted) > _LONGEST or len(expected) > _LONGEST:
         return _compare_long(predicted.strip(), expected.strip())
     letters = _compare_choices(predicted, expected, algebra)

@@ -76,9 +76,10 @@ def _evaluated(expression: Any) -> Any:
 def equal_expressions(predicted: sympy.Expr, expected: sympy.Expr) -> bool:
     """Return whether two expressions have the same value, at every point where both have a real one."""
     if predicted == expected:
-        return True
-    if predicted.has(sympy.oo, sympy.zoo, sympy.nan) or expected.has(sympy.oo, sympy.zoo, sympy.nan):
-        return bool(predicted.doit() == expected.doit())
+        return not predicted.has(sympy.zoo, sympy.nan)
+    # Infinity alone has been found equal to itself. Arithmetic with it, or with what is undefined, says nothing.
+    if any(expression.has(sympy.oo, sympy.zoo, sympy.nan) for expression in (predicted, expected)):
+        return False
     predicted, expected = _without_functions(predicted, expected)
     symbols = sorted(predicted.free_symbols | expected.free_symbols, key=lambda symbol: str(symbol.name))
     digits = _digits(predicted, expected)

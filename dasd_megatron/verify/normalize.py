@@ -65,7 +65,10 @@ _COMMANDS = (
     (re.compile(r"\\[lr]?vert(?![A-Za-z])"), "|"),
     (re.compile(r"\\(?:ldots|cdots|dotsc)(?![A-Za-z])|…"), r"\\dots "),
     (re.compile(r"\\(?:degrees?|textdegree)(?![A-Za-z])|\\circ(?![A-Za-z])"), r"\\circ "),
-    (re.compile(r"\^\s*(?:\{\s*)?(?:\^\{\s*)?\\circ\s*\}?"), r"\\circ "),
+    (
+        re.compile(r"\^\s*\{\s*\^\s*\{\s*\\circ\s*\}\s*\}|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ\s*"),
+        r"\\circ ",
+    ),
     (re.compile(r"(?<=[0-9])(?:,\\!\s?|\{,\}\s?|\\,|\\!)(?=[0-9]{3}(?![0-9]))|\\!|\{\}"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:[,;:> ]|(?:q?quad|enspace|thinspace|medspace|thickspace)(?![A-Za-z]))|~"), " "),
@@ -91,7 +94,7 @@ _OF_STYLE = frozenset(
 _OF_COLOR = frozenset({"textcolor", "color", "mathcolor", "colorbox"})
 _SWITCH = re.compile(r"\\(?:rm|bf|it|sf|tt|bfseries|itshape)(?![A-Za-z])\s*")
 _WRAPPER = re.compile(r"\\([A-Za-z]+)\*?\s*(\{)?")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z .,'°/-]*")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z .,'/]*(?:-[A-Za-z][A-Za-z .,'/]*)*")
 _ENDS_IN_COMMAND = re.compile(r"\\[A-Za-z]+\Z")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)(?:\s*\})?\s*\}?(?![A-Za-z])")
 _FRACTION = re.compile(r"\\frac\s*(\{|[0-9A-Za-z])")
@@ -314,7 +317,8 @@ def _command_at(
     if content == "":
         return " ", partner[brace] + 1
     if (
-        content is not None
+        name in _OF_TEXT
+        and content is not None
         and _WORDS.fullmatch(content)
         and (len(content) > 1 or _is_unit(content, name, text, position))
     ):

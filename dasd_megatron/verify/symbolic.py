@@ -24,6 +24,7 @@ _BESIDE_NUMBER = re.compile(r"(?<![0-9_^.])([0-9]+)\s*(?=\(|\\frac|\{)")
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _BASED = re.compile(r"(?<![0-9A-Za-z_^\\}])([0-9]+)_(?:\{([0-9]{1,2})\}|([0-9]))")
 _DEGREES = re.compile(r"([0-9.]+)\s*\\circ(?![A-Za-z])")
+_GAMMA = re.compile(r"\\gamma(?![A-Za-z])")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
@@ -115,6 +116,8 @@ def for_parser(text: str) -> str:
     if _TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     text = text.replace("\\circ", " ")
+    # latex2sympy takes a small gamma for the function.
+    text = _GAMMA.sub(r"\\text{gamma}", text)
     text = _BASED.sub(_value_of_based, text)
     text = _DECIMAL.sub(_exact_fraction, text)
     return _BESIDE_NUMBER.sub(r"\1\\cdot ", text)

@@ -140,7 +140,10 @@ def test_extraction_never_fails_and_never_returns_blank(text):
     assert answer is None or answer.strip() == answer != ""
 
 
-@pytest.mark.parametrize("unit", ["\\boxed{", "#### ", "answer is ", "{", "\\", "answer ", " ", "1", "answer is 1. "])
+@pytest.mark.parametrize(
+    "unit",
+    ["\\boxed{", "#### ", "answer is ", "{", "\\", "answer ", " ", "1", "answer is 1. ", "\\boxed !", "\\boxedx", "#"],
+)
 def test_extraction_is_linear(unit):
     started = time.perf_counter()
     extract_answer(unit * 40_000)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from dasd_megatron.config import VerifyConfig
 from dasd_megatron.verify import Grader, GraderError, Verdict
 from dasd_megatron.verify import grader as grader_module
+from dasd_megatron.verify.symbolic import MEMORY_LIMIT_BYTES
 
 REPOSITORY = Path(__file__).parents[3]
 # To find the sine, the power is computed as an integer, in C, for far longer than any test runs.
@@ -94,12 +96,23 @@ def test_hanging_answer_is_killed_at_the_limit_and_others_are_graded(grader):
     assert verdicts == [Verdict(False, HANGS, True), Verdict(True, "x+x", False), Verdict(False, HANGS, True)]
 
 
+def test_a_worker_has_a_limit_of_memory(grader):
+    grader.grade([ALGEBRA[0]], [ALGEBRA[1]])
+    (worker,) = workers()
+    (line,) = re.findall("Max address space +([0-9]+)", Path(f"/proc/{worker.pid}/limits").read_text())
+    assert int(line) == MEMORY_LIMIT_BYTES
+
+
 NASTY = {
     "40,000 digits": "\\boxed{" + "9" * 40_000 + "}",
     "40,000 digits and a letter": "\\boxed{" + "9" * 40_000 + "x}",
     "a tower of powers": "\\boxed{9^{9^{9^{9^{9}}}}}",
     "a long power": f"\\boxed{{{HANGS}}}",
     "a factorial": "\\boxed{99999999!}",
+    "a factorial of a power": "\\boxed{(10^{9})!}",
+    "a power of a power": "\\boxed{2^{2^{40}}}",
+    "a sum of 10^12 terms": "\\boxed{\\sum_{k=1}^{10^{12}} k}",
+    "10,000 fractions": "\\boxed{" + r"\frac{1}{" * 10_000 + "2" + "}" * 10_000 + "}",
     "a nest of braces": "\\boxed{" + "{" * 20_000 + "}" * 20_000 + "}",
     "a nest of powers": "\\boxed{" + "x^{" * 5_000 + "}" * 5_000 + "}",
     "a nest of fractions": "\\boxed{" + r"\frac{1}{" * 200 + "2" + "}" * 200 + "}",
