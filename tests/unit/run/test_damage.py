@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dasd_megatron import files
 from dasd_megatron.config import Config, TeacherConfig, WatchConfig, read_config
 from dasd_megatron.data.prompts import read_written_problems
 from dasd_megatron.files import RunDirectoryError
@@ -193,6 +194,26 @@ def test_a_disk_that_takes_nothing_is_one_line_and_leaves_every_file(
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     open_run(going_on(sound.parent, "auto"), run)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "config.yaml", "prompts.json"])
+def test_a_full_disk_does_not_cut_a_file_short(
+    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(sound, run)
+    (path,) = run.rglob(name)
+    before, flush = path.read_bytes(), files.fsync_path
+
+    def full(flushed: Path) -> None:
+        if flushed.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(flushed)
+
+    monkeypatch.setattr(files, "fsync_path", full)
+    with pytest.raises(RunDirectoryError, match=f"cannot write {path}: No space left"):
+        open_run(going_on(sound.parent, "auto"), run)
+    assert path.read_bytes() == before and [*path.parent.glob(f".{name}.*")] == []
 
 
 def test_the_owner_keeps_its_file_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
