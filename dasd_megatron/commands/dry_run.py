@@ -29,6 +29,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import is_function, make_renderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
+from dasd_megatron.observability.progress import format_duration
 from dasd_megatron.planning.estimate import Architecture, bubble_fraction, chunk_parameters, total_parameters
 from dasd_megatron.planning.layout import check_layout, place_of, warmup_passes
 from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_sizes
@@ -74,6 +75,13 @@ def _parser() -> Parser:
         help=f"lengths of responses, in turn (default: log-normal, the median {MEDIAN_SHARE:g} of "
         "rollout.max_new_tokens)",
     )
+    parser.add_argument(
+        "--tokens-per-second",
+        type=float,
+        default=5000.0,
+        metavar="N",
+        help="of all rollout servers together, for the time of an evaluation (default: 5000)",
+    )
     parser.add_argument("--config-dir", metavar="DIR", help="a directory of your own groups, as for dasd train")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="as for dasd train")
     return parser
@@ -86,7 +94,7 @@ def dry_run(arguments: list[str]) -> None:
         ConfigError: the run could not be started, its layout does not fit the nodes, or its memory does not fit a GPU.
     """
     options = _parser().parse_intermixed_args(arguments)
-    for name in ("nodes", "gpus_per_node", "gpu_memory", "server_tp"):
+    for name in ("nodes", "gpus_per_node", "gpu_memory", "server_tp", "tokens_per_second"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be above 0")
@@ -115,6 +123,7 @@ def dry_run(arguments: list[str]) -> None:
     _print_section("run", _settings_lines(config, arch))
     if prompt_lines:
         _print_section("prompts", prompt_lines)
+    _print_section("evaluation", _evaluation_lines(config, options.tokens_per_second))
     _print_section("layout", _layout_lines(config.parallel, hosts, options.gpus_per_node))
     _print_section("memory of one rank, as dasd plan estimates it", _memory_lines(plan, limit))
     hf_config, world = model_config(described.model), config.parallel.world_size
@@ -205,6 +214,28 @@ def _settings_lines(config: Config, arch: Architecture) -> list[str]:
         f"prompts up to {rollout.max_prompt_tokens:,} and responses up to {rollout.max_new_tokens:,} tokens; "
         f"rollouts from rollout.engine={rollout.engine}, weights by {rollout.weight_sync}, at most "
         f"{rollout.max_staleness} steps old",
+    ]
+
+
+def _evaluation_lines(config: Config, tokens_per_second: float) -> list[str]:
+    """Say how many evaluations there will be, and how much each of them samples."""
+    settings, rollout = config.evaluation, config.rollout
+    later = max(0, config.run.steps - 1) // settings.every if settings.every else 0
+    count = int(settings.before) + later + int(settings.after)
+    if not count:
+        return ["none"]
+    # A file is not read here: without a size, all problems of it count.
+    size = config.data.heldout.size
+    problems, of = (1, "each held-out problem") if size is None else (size, f"{size:,} held-out problems")
+    samples = problems * settings.samples
+    typical, most = (samples * round(share * rollout.max_new_tokens) for share in (MEDIAN_SHARE, 1.0))
+    times = [format_duration(tokens / tokens_per_second) for tokens in (typical, most)]
+    return [
+        f"{count} evaluations of {settings.samples} samples of {of}: {samples:,} samples, about {typical:,} tokens and "
+        f"at most {most:,}",
+        f"each takes about {times[0]} and at most {times[1]} at {tokens_per_second:g} tokens a second of all servers "
+        f"together (--tokens-per-second); it ends early only where no request is answered for "
+        f"rollout.step_timeout_seconds={rollout.step_timeout_seconds:g}",
     ]
 
 

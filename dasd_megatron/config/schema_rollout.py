@@ -153,7 +153,10 @@ class RolloutConfig:
     connect_timeout_seconds: float = setting(5.0, "limit for opening a connection", low=0.1)
     request_timeout_seconds: float = setting(120.0, "limit for one request's answer", low=0.1)
     step_timeout_seconds: float = setting(
-        900.0, "limit for all rollouts of one step, or of one evaluation within training, retries included", low=1
+        900.0,
+        "limit for all rollouts of one step, retries included; an evaluation within training ends where no request has "
+        "been answered for so long",
+        low=1,
     )
     startup_timeout_seconds: float = setting(120.0, "limit for a server to become healthy", low=1)
     max_retries: int = setting(3, "further tries of a failed request", low=0)

@@ -534,6 +534,14 @@ _STEP = [
         "look which phase's seconds grow",
     ),
     Metric(
+        "evaluation/failures",
+        "count",
+        "evaluations that the servers failed at before this step, since the process began; the run goes on without "
+        "their results",
+        "0",
+        "look at the warning about the first one and at the server's log; evaluate the checkpoint with dasd evaluate",
+    ),
+    Metric(
         "seconds/sync",
         "seconds",
         "handing the weights to the servers, after the step before this one",

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol
 
 from dasd_megatron import stopping
@@ -70,6 +70,7 @@ class RolloutClient(Transport):
         weight_version: str | Collection[str] | None,
         rows_per_request: int,
         vocab_size: int | None = None,
+        on_answer: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
         """Sample one completion of every prompt; returns them in the prompts' order.
 
@@ -78,7 +79,8 @@ class RolloutClient(Transport):
         that it may have; a set is read when the answer comes. None accepts any. rows_per_request: prompts in one HTTP
         request. It goes to the healthy server with the fewest requests, and a further try to another one. A router
         takes one sampling_params for a whole request, and so one row at a time. vocab_size: number of logits the model
-        has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone.
+        has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone. on_answer is called when a
+        request has been answered.
 
         Raises RequestRefusedError at once when a server refuses a request (400). Raises WeightVersionError or
         RolloutServerError when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
@@ -108,9 +110,11 @@ class RolloutClient(Transport):
                 return read_completions(response, params, weight_version, vocab_size)
 
             most_bytes = completions_bytes(params)
-            return await self._request(
+            answer = await self._request(
                 "POST", "/generate", read, body=body, most_bytes=most_bytes, version_of=self._version_after
             )
+            on_answer()
+            return answer
 
         answers = await all_or_cancel([request(start) for start in range(0, len(prompts), rows_per_request)])
         return [completion for answer in answers for completion in answer]

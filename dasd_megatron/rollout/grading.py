@@ -32,20 +32,22 @@ def generate(
 ) -> list[Completion]:
     """Sample one completion for every prompt, in order.
 
-    Raises :class:`RolloutServerError` after ``config.step_timeout_seconds`` at the latest.
+    However many prompts there are, it goes on as long as one request after the other is answered. Raises
+    :class:`RolloutServerError` where none has been for ``config.step_timeout_seconds``.
 
     vocab_size: number of logits the model has, the tokenizer's unused ids included; answers with other ids are refused.
     None sets no bound.
     """
 
     async def bounded() -> list[Completion]:
-        async with client, step_limit(config, client.urls, f"{len(prompts)} rollouts"):
+        async with client, step_limit(config, client.urls, f"{len(prompts)} rollouts") as advance:
             return await client.generate(
                 prompts,
                 sampling_params(config, seeds, temperature=temperature, top_p=top_p),
                 weight_version=weight_version,
                 rows_per_request=rows_per_request,
                 vocab_size=vocab_size,
+                on_answer=advance,
             )
 
     return asyncio.run(bounded())

@@ -15,12 +15,20 @@ STOP_POLL_SECONDS = 0.2
 
 
 @contextlib.asynccontextmanager
-async def step_limit(config: RolloutConfig, urls: Sequence[str], subject: str) -> AsyncIterator[None]:
-    """Limit the time of the body.
+async def step_limit(config: RolloutConfig, urls: Sequence[str], subject: str) -> AsyncIterator[Callable[[], None]]:
+    """Limit the time of the body, or between two calls of the function that is yielded.
 
     It ends after ``config.step_timeout_seconds`` with a :class:`RolloutServerError`, and when the run is asked to stop
     with a :class:`~dasd_megatron.stopping.StopRequested`.
     """
+    loop, advanced = asyncio.get_running_loop(), False
+
+    def advance() -> None:
+        nonlocal advanced
+        advanced = True
+        # A limit that has expired, or was moved up because the run is to stop, stays.
+        if not stopping.requested() and not limit.expired():
+            limit.reschedule(loop.time() + config.step_timeout_seconds)
 
     async def watch() -> None:
         while not stopping.requested():
@@ -31,14 +39,15 @@ async def step_limit(config: RolloutConfig, urls: Sequence[str], subject: str) -
         async with asyncio.timeout(config.step_timeout_seconds) as limit:
             watcher = asyncio.ensure_future(watch())
             try:
-                yield
+                yield advance
             finally:
                 watcher.cancel()
     except TimeoutError as error:
         stopping.raise_if_requested()
         raise RolloutServerError(
             ", ".join(urls),
-            f"{subject} did not finish within rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
+            f"{subject} did not {'go on' if advanced else 'finish'} within "
+            f"rollout.step_timeout_seconds={config.step_timeout_seconds:g}",
             1,
             "look at the rollout server's log, or raise rollout.step_timeout_seconds",
         ) from error

@@ -24,7 +24,7 @@ from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training.decisions import Decision, Progress, Signals, decide, is_evaluation_due
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.parallel import broadcast_from_rank0, flags_of_all_ranks
-from dasd_megatron.training.rollout_plane import RolloutsUnavailableError
+from dasd_megatron.training.rollout_plane import RolloutsUnavailableError, ServersUnavailableError
 from dasd_megatron.training.saving import begin_checkpoint, roll_back, save_last_step
 from dasd_megatron.training.step import train_step
 from dasd_megatron.training.trainer import Trainer, open_trainer
@@ -79,6 +79,7 @@ def _run(trainer: Trainer) -> None:
         metrics = train_step(trainer)
         # Both belong to the end of the step before this one; a step's own row is written as soon as the step is done.
         metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": saver.stalled}
+        metrics["evaluation/failures"] = trainer.failed_evaluations
         saver.stalled = 0.0
         advice = _log_step(trainer, watch, metrics)
         state.skipped = state.skipped + 1 if metrics["update/skipped"] else 0
@@ -211,8 +212,10 @@ def _evaluate_if_due(trainer: Trainer) -> None:
 
 
 def _evaluate(trainer: Trainer, label: str) -> None:
-    """Evaluate the weights that the servers hold, on rank 0; skipped where a resumed run has this evaluation
-    already."""
+    """Evaluate the weights that the servers hold, on rank 0; skipped where a resumed run has this evaluation already.
+
+    Where the servers fail at it, the run goes on without its result. If they are gone for good, the next step ends it.
+    """
     step, evaluations = trainer.state.step, trainer.paths.root / "evaluation.jsonl"
     done = trainer.logger is not None and any(
         row.get("label") == label and row.get("step") == step for row in read_metrics(evaluations)
@@ -234,8 +237,13 @@ def _evaluate(trainer: Trainer, label: str) -> None:
             samples_path=trainer.paths.root / "evaluations" / f"{label}-{version_name(step)}" / "samples.jsonl",
         )
 
-    with trainer.display.phase(f"evaluate {label}"):
-        metrics = trainer.plane.on_rank0(work)
+    try:
+        with trainer.display.phase(f"evaluate {label}"):
+            metrics = trainer.plane.on_rank0(work)
+    except ServersUnavailableError as error:
+        trainer.failed_evaluations += 1
+        trainer.display.warning(f"evaluation {label} of step {step} failed, and the run goes on without it: {error}")
+        return
     if trainer.logger is not None and metrics is not None:
         trainer.logger.log_evaluation(metrics)
 

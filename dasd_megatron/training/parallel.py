@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,8 @@ from dasd_megatron.stopping import StopRequested
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+_LOOK_SECONDS = 1.0
 
 T = TypeVar("T")
 Flags = TypeVar("Flags", bound="DataclassInstance")
@@ -180,6 +184,31 @@ def true_on_any(flag: bool) -> bool:
     number = torch.tensor(int(flag), device=backend.current().device())
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return bool(number)
+
+
+def while_others_look(selected: bool, work: Callable[[], T]) -> Callable[[], T]:
+    """Do ``work`` in a thread of the ``selected`` rank, and return a function that gives its result, or raises what it
+    raised, there.
+
+    All ranks look every second whether it is done, one gather of objects each time, so that no collective waits for all
+    of it.
+    """
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    if selected:
+        # A rank that ends meanwhile ends this process, which must not wait for the thread.
+        threading.Thread(target=run, name="long work", daemon=True).start()
+    while True:
+        if selected:
+            concurrent.futures.wait([outcome], timeout=_LOOK_SECONDS)
+        if any(gather_world(selected and outcome.done())):
+            return outcome.result
 
 
 def stop_if_requested() -> None:

@@ -33,7 +33,13 @@ from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_pa
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import Policy, WeightDirectory
 from dasd_megatron.training.fleet import ServerFleet
-from dasd_megatron.training.parallel import PeerError, broadcast_from_rank0, on_selected_rank, scatter_to_replicas
+from dasd_megatron.training.parallel import (
+    PeerError,
+    broadcast_from_rank0,
+    on_selected_rank,
+    scatter_to_replicas,
+    while_others_look,
+)
 from dasd_megatron.training.passes import score
 from dasd_megatron.training.weight_sync import make_weight_sync
 from dasd_megatron.training.weight_sync.base import WeightSyncError, raise_failure
@@ -52,6 +58,10 @@ class RolloutsUnavailableError(RuntimeError):
     """
 
     on_all_ranks = True
+
+
+class ServersUnavailableError(RolloutsUnavailableError):
+    """The servers failed, and recovery is of no use."""
 
 
 class StepRollouts(NamedTuple):
@@ -175,8 +185,14 @@ class RolloutPlane:
             self.collector.after_sync(step)
 
     def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
-        """Run ``work`` with a client on global rank 0, with the same recovery as rollouts; None on the other ranks."""
-        return self._with_recovery(lambda: work(self.fleet.client()))
+        """Run ``work`` with a client on global rank 0, however long it takes, with the same recovery as rollouts; None
+        on the other ranks.
+
+        Raises:
+            ServersUnavailableError: the servers failed, and recovery is of no use. RolloutsUnavailableError: a function
+                of the user's own failed, or a disk.
+        """
+        return self._with_recovery(lambda: work(self.fleet.client()), bounded=False)
 
     def start_over(self) -> None:
         """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled
@@ -226,10 +242,11 @@ class RolloutPlane:
             state.counts = batch.counts
         return state
 
-    def _with_recovery(self, work: Callable[[], T], *, unsent: Policy | None = None) -> T | None:
+    def _with_recovery(self, work: Callable[[], T], *, unsent: Policy | None = None, bounded: bool = True) -> T | None:
         """Return the result of ``work``, which global rank 0 does; None on the other ranks.
 
         If it fails, the fleet recovers and it is done again. ``unsent``: a policy that is sent to the servers before.
+        ``bounded``: the work has a limit that a collective can wait for.
         """
 
         def attempt() -> T | PluginError | OSError:
@@ -244,11 +261,12 @@ class RolloutPlane:
                 if unsent is not None:
                     self.sync.send(unsent)
                     unsent = None
-                result = on_selected_rank(rank0, attempt, (RolloutServerError, ServerStartError, GraderError))
+                done = attempt if bounded else while_others_look(rank0, attempt)
+                result = on_selected_rank(rank0, done, (RolloutServerError, ServerStartError, GraderError))
             except PeerError as error:
                 refusal = broadcast_from_rank0(on_selected_rank(rank0, self._recover, ()))
                 if refusal is not None:
-                    raise RolloutsUnavailableError(f"{error} ({refusal})") from error
+                    raise ServersUnavailableError(f"{error} ({refusal})") from error
                 unsent = None if self.sync.can_catch_up(self.weight_version) else self._policy
             else:
                 return self._raise_everywhere(result)

@@ -77,6 +77,8 @@ class Trainer:
     display: ProgressDisplay
     logger: MetricsLogger | None
     reported_non_finite: bool = False
+    failed_evaluations: int = 0
+    """Evaluations that the servers failed at, since this process began."""
 
     @property
     def hf_files(self) -> Path:

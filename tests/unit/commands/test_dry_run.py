@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.cli import main
-from dasd_megatron.commands.dry_run import _parser, dry_run
+from dasd_megatron.commands.dry_run import _evaluation_lines, _parser, dry_run
 from dasd_megatron.commands.router import _parser as router_parser
 from dasd_megatron.commands.serve import _parser as server_parser
 from dasd_megatron.commands.start_commands import Cluster, start_commands
@@ -132,3 +132,24 @@ def test_each_node_trains_by_torchruns_variables_and_the_same_overrides() -> Non
             line[split + 2 :]
         )
         load_config(line[split + 2 :], needs_files=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "speed", "lines"),
+    [
+        (["run.steps=10", "evaluation.every=3", "data.heldout.size=500", "evaluation.samples=16"], 5000.0, [
+            "5 evaluations of 16 samples of 500 held-out problems: 8,000 samples",
+            "at most 65,536,000",
+            "at most 3h38m at 5000 tokens a second",
+        ]),
+        (["data.heldout.size=null", "data.heldout.generator=null", "data.heldout.path=/x.jsonl"], 5000.0, [
+            "of each held-out problem:",
+        ]),
+        (["evaluation.before=false", "evaluation.after=false", "evaluation.every=0"], 5000.0, ["none"]),
+    ],
+)  # fmt: skip
+def test_the_length_of_an_evaluation_is_said(overrides: list[str], speed: float, lines: list[str]) -> None:
+    common = ["experiment=dasd_7b", "evaluation.before=true", "evaluation.after=true", "rollout.max_new_tokens=8192"]
+    config = load_config([*common, *overrides], needs_files=False)
+    text = "\n".join(_evaluation_lines(config, speed))
+    assert all(line in text for line in lines), text

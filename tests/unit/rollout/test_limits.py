@@ -13,6 +13,7 @@ from dasd_megatron.config import RolloutConfig
 from dasd_megatron.rollout import limits
 from dasd_megatron.rollout.limits import meanwhile, step_limit
 from dasd_megatron.rollout.transport import RolloutServerError
+from dasd_megatron.stopping import StopRequested
 
 
 def limited_to(seconds: float) -> RolloutConfig:
@@ -52,6 +53,32 @@ async def test_a_step_has_an_end() -> None:
     ):
         async with step_limit(config, ["http://server"], "two rollouts"):
             await asyncio.sleep(60)
+
+
+async def test_progress_renews_the_limit_and_a_stall_ends_it() -> None:
+    """Work of many times the limit goes on while it advances, and ends once it does not."""
+    config, advances = limited_to(0.2), 0
+    started = time.monotonic()
+    with pytest.raises(
+        RolloutServerError, match=r"8000 rollouts did not go on within rollout\.step_timeout_seconds=0\.2"
+    ):
+        async with step_limit(config, ["http://server"], "8000 rollouts") as advance:
+            for _ in range(12):
+                await asyncio.sleep(0.05)
+                advance()
+                advances += 1
+            await asyncio.sleep(60)
+    assert advances == 12 and time.monotonic() - started > 0.6
+
+
+async def test_progress_does_not_undo_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StopRequested):
+        async with step_limit(limited_to(60), ["http://server"], "rollouts") as advance:
+            monkeypatch.setattr(stopping, "requested", lambda: True)
+            monkeypatch.setattr(stopping, "raise_if_requested", lambda: (_ for _ in ()).throw(StopRequested("now")))
+            while True:
+                advance()
+                await asyncio.sleep(0.01)
 
 
 async def test_the_error_of_a_limit_names_every_server() -> None:

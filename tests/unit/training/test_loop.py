@@ -16,7 +16,7 @@ from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training import loop
 from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import Signals
-from dasd_megatron.training.rollout_plane import RolloutsUnavailableError
+from dasd_megatron.training.rollout_plane import RolloutsUnavailableError, ServersUnavailableError
 
 STEPS = 4
 
@@ -42,6 +42,7 @@ class FakeRun:
             logger=None,
             learner=SimpleNamespace(model=None),
             hf_files=Path("hf"),
+            failed_evaluations=0,
         )
         replaced = {
             "open_trainer": self._open,
@@ -172,3 +173,37 @@ def test_servers_that_are_gone_cost_no_finished_step(run: FakeRun) -> None:
     with pytest.raises(RolloutsUnavailableError, match=r"^after step 1: the servers are gone; continue with resume="):
         run.train()
     assert run.events[-1] == "save last step"
+
+
+@pytest.mark.parametrize(
+    ("failure", "goes_on"),
+    [
+        (ServersUnavailableError("8,000 rollouts did not go on"), True),
+        # A function of the user's own would fail in the next step too.
+        (RolloutsUnavailableError("RewardError: my reward"), False),
+    ],
+)
+def test_an_evaluation_that_the_servers_fail_at_does_not_end_the_run(
+    failure: RolloutsUnavailableError, goes_on: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    warnings: list[str] = []
+
+    def on_rank0(_work: Any) -> None:
+        raise failure
+
+    trainer: Any = SimpleNamespace(
+        paths=RunPaths(tmp_path),
+        state=TrainerState(step=3),
+        logger=SimpleNamespace(log_evaluation=lambda metrics: pytest.fail("there is no result")),
+        plane=SimpleNamespace(on_rank0=on_rank0),
+        display=SimpleNamespace(phase=lambda _: contextlib.nullcontext(), warning=warnings.append),
+        failed_evaluations=0,
+    )
+    monkeypatch.setattr(loop, "broadcast_from_rank0", lambda value: value)
+    with contextlib.nullcontext() if goes_on else pytest.raises(RolloutsUnavailableError):
+        loop._evaluate(trainer, "step")
+    assert trainer.failed_evaluations == goes_on
+    expected = f"evaluation step of step 3 failed, and the run goes on without it: {failure}"
+    assert warnings == ([expected] if goes_on else [])
+    # It is not among the results, so a run that is resumed here makes it up.
+    assert not (tmp_path / "evaluation.jsonl").exists()

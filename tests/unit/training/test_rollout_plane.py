@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,11 @@ from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.pool import Event
 from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.run.paths import RunPaths
-from dasd_megatron.training import export, rollout_plane
+from dasd_megatron.training import export, parallel, rollout_plane
 from dasd_megatron.training.export import Policy
 from dasd_megatron.training.fleet import ServerFleet
 from dasd_megatron.training.parallel import on_selected_rank
-from dasd_megatron.training.rollout_plane import RolloutPlane, RolloutsUnavailableError
+from dasd_megatron.training.rollout_plane import RolloutPlane, RolloutsUnavailableError, ServersUnavailableError
 from dasd_megatron.training.weight_sync.base import WeightSync
 from dasd_megatron.training.weight_sync.disk import DiskSync
 from tests.support.fake_servers import FakeModel, FakeServers
@@ -140,9 +142,27 @@ def test_a_failure_beyond_the_budget_is_raised_on_every_rank(disk: Run) -> None:
         plane.on_rank0(work)
 
     outcomes = disk(run)
-    assert all(isinstance(outcome, RolloutsUnavailableError) for outcome in outcomes), outcomes
+    assert all(isinstance(outcome, ServersUnavailableError) for outcome in outcomes), outcomes
     assert {str(outcome) for outcome in outcomes} == {f"{GONE} (tried again rollout.max_restarts=2 times already)"}
     assert len(disk.servers.starts) == 3
+
+
+def test_no_collective_waits_for_all_of_a_long_evaluation(disk: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_LOOK_SECONDS", 0.02)
+    looks, gather = [], parallel.gather_world
+    monkeypatch.setattr(parallel, "gather_world", lambda value: looks.append(value) or gather(value))
+
+    def work(_client: RolloutClient) -> str:
+        looks.clear()
+        time.sleep(0.5)
+        return threading.current_thread().name
+
+    def run(plane: RolloutPlane) -> str | None:
+        sync(plane, 0)
+        return plane.on_rank0(work)
+
+    assert disk(run) == ["long work", None]
+    assert len(looks) > 10
 
 
 @pytest.mark.parametrize("error", [PluginError("my reward failed"), OSError("no space left")])
@@ -154,7 +174,8 @@ def test_what_a_restart_cannot_mend_is_not_tried_again(error: Exception, disk: R
         plane.on_rank0(work)
 
     outcomes = disk(run)
-    assert all(isinstance(outcome, RolloutsUnavailableError) for outcome in outcomes), outcomes
+    # The run ends by it, where it would go on without an evaluation that the servers failed at.
+    assert {type(outcome) for outcome in outcomes} == {RolloutsUnavailableError}, outcomes
     assert {str(outcome) for outcome in outcomes} == {f"{type(error).__name__}: {error}"}
     assert len(disk.servers.starts) == 1
 
