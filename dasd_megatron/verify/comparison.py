@@ -377,6 +377,9 @@ def _depth_change(token: str) -> int:
 def _structure(text: str, depth: int) -> str | _Group:
     """Return the parts of a list, tuple, set, interval or matrix, or the text itself."""
     text = text.strip()
+    # Plain text has no other braces for a set.
+    if text.startswith("{") and _closes_at_end(text):
+        text = f"\\{{{text[1:-1]}\\}}"
     matrix = _MATRIX.fullmatch(text)
     if matrix is not None and "\\begin" not in matrix[2]:
         rows = [row.split("&") for row in _ROW_END.split(matrix[2].strip().removesuffix("\\\\"))]
