@@ -238,9 +238,7 @@ class DataConfig:
 class VerifyConfig:
     """Grading of responses."""
 
-    workers: int = setting(
-        2, "processes that grade answers by algebra; 0 grades by text and numbers alone", low=0
-    )
+    workers: int = setting(2, "processes that grade answers by algebra; 0 grades by text and numbers alone", low=0)
     timeout_seconds: float = setting(
         2.5, "limit for one answer; beyond it the grader is killed and the reward is 0", low=0.1
     )
