@@ -23,7 +23,10 @@ _ANSWER_IS = re.compile(
 _TITLE = re.compile(
     r"^[ \t]{0,4}#{0,6}[ \t]{0,4}[*_]{0,3}(?:the )?(?:final )?answer[*_]{0,3}[ \t]{0,4}$", re.IGNORECASE | re.MULTILINE
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|[*_]{1,3}(?:\s|\Z)|\Z)")
+# "5! = 120" goes on. A tag or a special token ends the text before it.
+_SENTENCE_END = re.compile(
+    r"(?:[.?]|!(?!\s{1,3}[-=+*/^<>\\]))(?=\s|[*_]{1,3}(?:\s|\Z)|\Z)|</[A-Za-z]{1,20}>|<\|[A-Za-z_]{1,30}\|>"
+)
 _FULL_STOP = re.compile(r"(?<!\\right)\.\Z")
 _DISPLAYS = (
     ("$$", "$$"),
@@ -43,7 +46,7 @@ _FILLER = re.compile(
 )
 # What may follow an answer in its sentence.
 _REMARK = re.compile(
-    r",\s{1,3}(?:as|since|because|which|where|so|and|when|by|that|meaning|hence|after|thus|therefore|if|it|this|we)\b"
+    r",\s{1,3}(?:not|i\.e|as|since|because|which|where|so|and|when|by|that|meaning|hence|after|thus|therefore|if|it|this|we)\b"
     r"|\s{1,3}(?:as|since|because|which|meaning|hence|thus|therefore|after|and\s(?:then|so|that|we|it))\b"
     r"|\s{1,3}\((?!mod\b)(?=[A-Za-z]{2,}[^a-zA-Z(])|\s{1,3}(?:--|\u2014|\u2013)\s"
 )

@@ -45,9 +45,10 @@ def choice(answer: str) -> Choice | None:
     wrapped = _WRAPPED.fullmatch(answer)
     if wrapped is not None:
         return _chosen(wrapped[1], wrapped[2].strip().strip("$").strip())
-    text = _LEAD.sub("", normalize(answer).strip(), count=1)
+    text = normalize(answer).strip()
     if text.startswith("\\text{") and text.endswith("}") and text.count("{") == 1:
         text = text[len("\\text{") : -1].strip()
+    text = _LEAD.sub("", text, count=1)
     match = _LETTER.fullmatch(text)
     if match is None:
         return None

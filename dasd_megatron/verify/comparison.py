@@ -7,6 +7,7 @@ quantities without their units. What is left are single expressions, like ``\fra
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dasd_megatron.verify.plain_numbers import (
     may_round,
     plain_number,
 )
-from dasd_megatron.verify.units import canonical_unit, split_unit
+from dasd_megatron.verify.units import canonical_unit, split_unit, without_letter
 
 Algebra = Callable[[str, str], bool]
 """Function of a predicted and an expected expression that returns whether they are equal."""
@@ -46,9 +47,11 @@ _OPERATORS = re.compile(r"\\(?:times|cdot|div)(?![a-z])")
 _INTEGER_FRACTION = re.compile(r"([+-]?)\s?(?:\\frac\{([+-]?[0-9]+)\}\{([+-]?[0-9]+)\}|([0-9]+)\s?/\s?([0-9]+))")
 _THOUSANDS_BEFORE = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3}){0,6}")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][a-z]{2,}(?: [A-Za-z][a-z]+)*)")
+_ANY_WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z]+(?: [A-Za-z]+)*)")
 _LEAD = re.compile(r"\A(?:the\s)?(?:final\s)?answer(?:\sis\s?:?|\s?:)\s?", re.IGNORECASE)
 _LABEL = re.compile(r"[A-Za-z\\|]")
 _OPERATOR_IN_LABEL = re.compile(r"[-+*/^]|\\(?:frac|cdot|times|sqrt)")
+_NAMED_VALUE = re.compile(r"([A-Za-z])\s?=[^=]+", re.DOTALL)
 _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?'*")
 _RELATION = re.compile(r"[<>=]|\\(?:le|ge|ne|lt|gt|in|cup|cap|setminus|mathbb|emptyset)(?![A-Za-z])")
 
@@ -170,12 +173,12 @@ def _compare_structures(
     if isinstance(predicted, str) and isinstance(expected, _Group):
         if "," in predicted and plain_number(predicted) is not None:
             return _compare_groups(_Group("", predicted.split(",")), expected, algebra, depth)
-        if expected.brackets == "\\{\\}" and len(expected.items) == 1:
+        if _is_of_one(expected):
             return _compare_structures(predicted, expected.items[0], texts, algebra, depth)
     if isinstance(expected, str) and isinstance(predicted, _Group):
         if "," in expected and plain_number(expected) is not None:
             return _compare_groups(predicted, _Group("", expected.split(",")), algebra, depth)
-        if predicted.brackets == "\\{\\}" and len(predicted.items) == 1:
+        if _is_of_one(predicted):
             return _compare_structures(predicted.items[0], expected, texts, algebra, depth)
     # An interval may be written as an inequality, and the real numbers as an interval.
     if any(_RELATION.search(text) for text in texts):
@@ -183,8 +186,13 @@ def _compare_structures(
     return False
 
 
+def _is_of_one(group: _Group) -> bool:
+    r"""Return whether a set has one element, which may be written without its braces; ``\{\emptyset\}`` may not."""
+    return group.brackets == "\\{\\}" and len(group.items) == 1 and group.items[0] != "\\emptyset"
+
+
 def _compare_groups(predicted: _Group, expected: _Group, algebra: Algebra | None, depth: int) -> bool | None:
-    given, right = _as_tuple(predicted), _as_tuple(expected)
+    given, right = _as_tuple(_in_order(predicted, expected)), _as_tuple(expected)
     if "matrix" in (predicted.brackets, expected.brackets) and predicted.brackets == expected.brackets:
         given, right = predicted, expected
     if len(given.items) != len(right.items):
@@ -234,6 +242,18 @@ def _compare_unordered(
     return None if undecided else True
 
 
+def _in_order(given: _Group, right: _Group) -> _Group:
+    """Return the values ``y=4, x=8`` in the order of their letters, where a tuple is expected."""
+    if given.brackets or right.brackets != "()" or len(given.items) != len(right.items):
+        return given
+    named = [_NAMED_VALUE.fullmatch(item) if isinstance(item, str) else None for item in given.items]
+    names = sorted(match[1] for match in named if match is not None)
+    # Of letters that do not follow one another nobody knows the order.
+    if len(names) < len(named) or any(ord(after) - ord(name) != 1 for name, after in itertools.pairwise(names)):
+        return given
+    return _Group("", [match[0] for match in sorted(filter(None, named), key=lambda match: match[1])])
+
+
 def _as_tuple(group: _Group) -> _Group:
     """Return a vector, written in angle brackets or as a matrix of one row or column, as a tuple."""
     if group.brackets == "\\langle\\rangle":
@@ -253,7 +273,8 @@ def _compare_leaves(predicted: str, expected: str, algebra: Algebra | None) -> b
     given, right = split_unit(predicted), split_unit(expected)
     if given.unit and right.unit and canonical_unit(given.unit) != canonical_unit(right.unit):
         return False
-    return _compare_values(given.value, right.value, algebra)
+    value = given.value if plain_number(right.value) is None else without_letter(given.value)
+    return _compare_values(value, right.value, algebra)
 
 
 def _compare_values(predicted: str, expected: str, algebra: Algebra | None) -> bool | None:
@@ -322,7 +343,7 @@ def _compare_words(predicted: str, expected: str) -> bool | None:
     right = _WORDS.fullmatch(expected)
     if right is None:
         return None
-    given = _WORDS.fullmatch(predicted)
+    given = (_WORDS if right[1] is None else _ANY_WORDS).fullmatch(predicted)
     if given is not None:
         one, other = ((match[1] or match[2]).strip(" .") for match in (given, right))
         if one == other or (len(other) > 2 and one.casefold() == other.casefold()):

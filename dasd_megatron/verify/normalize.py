@@ -88,7 +88,7 @@ _OF_TEXT = frozenset(
 _OF_STYLE = frozenset(
     (
         "textbf", "textit", "textsl", "textsc", "emph", "underline", "fbox", "boxed", "framebox", "mathbf", "mathit",
-        "boldsymbol", "bm", "pmb", "bold", "uline", "cancel",
+        "boldsymbol", "bm", "pmb", "bold", "uline",
     )
 )  # fmt: skip
 _OF_COLOR = frozenset({"textcolor", "color", "mathcolor", "colorbox"})
@@ -98,6 +98,7 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z .,'/]*(?:-[A-Za-z][A-Za-z .,'/]*)*")
 _ENDS_IN_COMMAND = re.compile(r"\\[A-Za-z]+\Z")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)(?:\s*\})?\s*\}?(?![A-Za-z])")
 _FRACTION = re.compile(r"\\frac\s*(\{|[0-9A-Za-z])")
+_GREEK_NUMERATOR = re.compile(r"\\frac\s*(\\(?:pi|theta|alpha|beta|lambda|phi))(?=\s*[0-9{]|\s+[A-Za-z])")
 _MIXED = re.compile(
     r"(?<![0-9A-Za-z./^_{}\\)])([0-9]{1,18})(?:\s+([0-9]{1,18})\s*/\s*([0-9]{1,18})(?![0-9.]|\s*[/^])"
     r"|\s*\\frac\{([0-9]{1,18})\}\{([0-9]{1,18})\})"
@@ -351,6 +352,7 @@ def _braced_arguments(text: str) -> str:
     text = re.sub(r"\\sqrt\s+(?=[\[{])", r"\\sqrt", text)
     text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*(?=[{\\])", r"\\frac{\1}", text)
+    text = _GREEK_NUMERATOR.sub(r"\\frac{\1}", text)
     text = re.sub(r"\\frac\s+(?=\{)", r"\\frac", text)
     if "\\frac{" not in text:
         return text

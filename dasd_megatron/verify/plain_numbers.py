@@ -17,7 +17,9 @@ _POWER_OF_TEN = re.compile(
     r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s?(?:[eE]|(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?)|10\s?\^\s?)"
     r"\{?\s?([+-]?[0-9]{1,3})\s?\}?"
 )
-_BASED = re.compile(r"([+-]?)([0-9A-Z]+(?:\.[0-9A-Z]+)?)_\s?(?:\{\s?(.{1,24}?)\s?\}|([0-9]))")
+_BASED = re.compile(
+    r"([+-]?)\(?([0-9A-Z]+(?:\.[0-9A-Z]+)?)\)?_\s?(?:\{\s?\(?(.{1,24}?)\)?\s?\}|\\text\{\s?([a-z]{2,12})\s?\}|([0-9]))"
+)
 _IN_BASE = re.compile(r"([+-]?)([0-9A-Z]+(?:\.[0-9A-Z]+)?)\s?\(?\s?(?:in\s)?[bB]ase[\s-]([a-z0-9]{1,12})\s?\)?")
 _BASE_NAMES = {
     name: base
@@ -154,7 +156,7 @@ def based_number(text: str) -> BasedNumber | None:
     match = _BASED.fullmatch(text) or _IN_BASE.fullmatch(text)
     if match is None:
         return None
-    name = (match[3] or match[4]).replace("\\text", "").strip("{} ").removeprefix("base").strip().lower()
+    name = (match[3] or match[4] or match[5]).replace("\\text", "").strip("{}() ").removeprefix("base").strip().lower()
     base = _BASE_NAMES.get(name) or (int(name) if name.isascii() and name.isdigit() and len(name) <= 2 else 0)
     digits = match[2]
     if not 2 <= base <= _HIGHEST_BASE or not all(int(digit, 36) < base for digit in digits.replace(".", "")):

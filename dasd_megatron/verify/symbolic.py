@@ -25,6 +25,10 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _BASED = re.compile(r"(?<![0-9A-Za-z_^\\}])([0-9]+)_(?:\{([0-9]{1,2})\}|([0-9]))")
 _DEGREES = re.compile(r"([0-9.]+)\s*\\circ(?![A-Za-z])")
 _GAMMA = re.compile(r"\\gamma(?![A-Za-z])")
+# The parser reads x' as x and A^T as A, and passes over what it does not know.
+_PRIMES = re.compile(r"([A-Za-z])('{1,4})")
+_TO_THE_T = re.compile(r"\^\s*(?:\{\s*T\s*\}|T(?![A-Za-z]))")
+_MISREAD = re.compile(r"'|[0-9]_|\\(?:phantom|hphantom|vphantom|cancel)(?![A-Za-z])")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
@@ -94,9 +98,12 @@ def _parse(text: str) -> Any:
     """Return what sympy understands by normalized text; None where it is no expression."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
+    text = for_parser(text)
+    if _MISREAD.search(text):
+        return None
     try:
         return latex2sympy(
-            for_parser(text),
+            text,
             is_real=True,
             normalization_config=None,
             conversion_config=ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False),
@@ -119,6 +126,8 @@ def for_parser(text: str) -> str:
     # latex2sympy takes a small gamma for the function.
     text = _GAMMA.sub(r"\\text{gamma}", text)
     text = _BASED.sub(_value_of_based, text)
+    text = _PRIMES.sub(lambda match: f"{match[1]}_{{p{len(match[2])}}}", text)
+    text = _TO_THE_T.sub("^{(T)}", text)
     text = _DECIMAL.sub(_exact_fraction, text)
     return _BESIDE_NUMBER.sub(r"\1\\cdot ", text)
 

@@ -36,6 +36,7 @@ _PLAIN = re.compile(
 _OF_TEXT = re.compile(
     r"\s*(?:\\text\{([^{}]*)\}(?:\s*\^\s*(?:[23]|\{\s*-?[0-9]\s*\}))?|(?:/|\\cdot(?![A-Za-z])|\\times(?![A-Za-z]))(?=\s*\\text))"
 )
+_LETTER = re.compile(r"(.{0,60}[0-9]) [mgshlL]")
 _SYNONYMS = {
     name: unit
     for unit, names in {
@@ -97,7 +98,15 @@ def _without_text(text: str) -> tuple[str, str]:
 
 
 def _are_units(words: str) -> bool:
-    return _NO_UNITS.isdisjoint(words.lower().split())
+    first, *others = words.lower().split() or [""]
+    # 3 bolts of fiber are 3.
+    return first not in _NO_UNITS and _NO_UNITS.isdisjoint(word for word in others if word != "of")
+
+
+def without_letter(text: str) -> str:
+    """Return ``540 m`` without the letter of its unit. Elsewhere than in place of a number it may be a factor."""
+    match = _LETTER.fullmatch(text)
+    return text if match is None else match[1]
 
 
 def canonical_unit(unit: str) -> str:

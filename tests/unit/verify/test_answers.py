@@ -121,6 +121,13 @@ def test_extract_answer(response, answer):
         ("The answer is 7. So the answer is", None),
         ("\\boxed{6}\n#### 7", "7"),
         ("#### 7\n\\boxed{6}", "6"),
+        ("The answer is 5! = 120.", "5! = 120"),
+        ("The answer is 120! Done.", "120"),
+        ("<answer>The answer is 42</answer> 43", "42"),
+        ("The answer is $42$</think>", "$42$"),
+        ("The answer is 42<|im_end|>", "42"),
+        ("The answer is 42, not 43.", "42"),
+        (r"The answer is \(\sqrt{2}\), i.e. about 1.41.", r"\(\sqrt{2}\)"),
     ],
 )
 def test_marks_of_an_answer(response, answer):

@@ -11,6 +11,31 @@ from dasd_megatron.verify.comparison import compare_answers
 from dasd_megatron.verify.symbolic import equal_by_algebra
 
 RIGHT = {
+    "words in large letters or in pieces": [
+        ("No solution", r"\text{no solution}"),
+        ("YES", r"\text{yes}"),
+        (r"\text{Option C}", "C"),
+    ],
+    "bases in words or parentheses": [
+        (r"2516_\text{eight}", "2516_8"),
+        ("2516_{(8)}", "2516_8"),
+        ("(2516)_8", "2516_8"),
+    ],
+    "named values": [
+        ("y=4,x=8", "(8,4)"),
+        ("x=8, y=4", "(8,4)"),
+        ("m=2, b=3", "(2,3)"),
+    ],
+    "letters and words of units": [
+        ("540 m", "540"),
+        ("3 bolts of fiber", "3"),
+        (r"3\text{ bolts of fiber}", "3"),
+    ],
+    "primes and transposes": [
+        ("2f'(x)+1", "1+2f'(x)"),
+        ("2 \\cdot 2^T", "2^{T+1}"),
+        (r"(3, \dfrac\pi2)", r"(3, \frac{\pi}{2})"),
+    ],
     "small and great values": [
         (r"\frac{1}{20!}", r"\frac{1}{2432902008176640000}"),
         ("10^{-20}", "1e-20"),
@@ -292,6 +317,31 @@ RIGHT = {
 }
 
 WRONG = {
+    "what the parser would pass over": [
+        ("x'", "x"),
+        ("f''(x)+1", "f'(x)+1"),
+        ("3'5", "8"),
+        ("A^T", "A"),
+        ("A^{T}", "A"),
+        (r"\phantom{204}", "204"),
+        (r"\cancel{204}", "204"),
+        ("204_{n}", "204"),
+        ("2x+1_{n}", "2x+1"),
+    ],
+    "other named values": [
+        ("y=8,x=4", "(8,4)"),
+        ("x=4,y=8", "(8,4)"),
+        ("2516_{(7)}", "2516_8"),
+        (r"\{\emptyset\}", r"\emptyset"),
+    ],
+    "letters and words that are no units": [
+        ("540", "540 m"),
+        ("541 m", "540"),
+        ("3 of fiber", "3"),
+        ("3 dozens of eggs", "3"),
+        ("No solutions", r"\text{one solution}"),
+        ("ABC", "abc"),
+    ],
     "small and great values": [
         ("0.0000001", "0.0000002"),
         ("0.0000003", r"\frac{1}{5000000}"),
