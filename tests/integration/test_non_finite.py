@@ -139,6 +139,7 @@ def test_servers_get_the_weights_gone_back_to(tmp_path: Path) -> None:
     output = train(
         *NO_EVALUATION, "run.steps=4", "checkpoint.every=2", "loss.max_skipped_steps=1", "rollout.max_staleness=1",
         "verify.reward=tests.support.broken_reward:reward", "algorithm.normalize_std=false",
+        "algorithm.verifier_weight=1e10",
         f"run.dir={tmp_path / 'run'}",
         environment={"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip

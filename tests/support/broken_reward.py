@@ -1,6 +1,7 @@
-"""A reward for verify.reward that breaks the gradients of two steps of four prompts, by what they draw."""
+"""A reward for verify.reward that breaks the gradients of two steps of four prompts, by what they draw, under
+algorithm.verifier_weight=1e10."""
 
-from dasd_megatron.samples import Sample
+from dasd_megatron.samples import LARGEST_REWARD, Sample
 
 graded = 0
 
@@ -16,5 +17,5 @@ def fails_in_the_evaluation(sample: Sample) -> float:
 
 def reward(sample: Sample) -> float:
     if 8 <= sample.position < 16:
-        return 3e38 if sample.sample == 0 else -3e38
+        return LARGEST_REWARD if sample.sample == 0 else -LARGEST_REWARD
     return sample.reward
