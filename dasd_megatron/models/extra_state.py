@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dasd_megatron.errors import first_line
 from dasd_megatron.models.hf_weights import WeightsError
+from dasd_megatron.models.pickles import check_pickle, load_tensors
 
 _SUFFIX = "_extra_state"
 _RECIPES = ("transformer_engine.common.recipe", "megatron.core.extensions.transformer_engine")
@@ -104,7 +105,9 @@ def read_scaling(name: str, value: Any) -> dict[str, Any] | None:
     try:
         if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1:
             raise ValueError(f"it is a {type(value).__name__} and not bytes")
-        reader = _Reader(value.cpu().numpy().tobytes())
+        pickled = value.cpu().numpy().tobytes()
+        check_pickle(pickled)
+        reader = _Reader(pickled)
         content = reader.load()
         if content is None or content == {}:
             return None
@@ -159,7 +162,7 @@ class _Reader(pickle.Unpickler):
         if not all(type(number) is int and number >= 0 for number in (offset, *shape, *stride)):
             raise ValueError("a tensor without a place in its storage")
         (content,) = _arguments(storage, self._storage)
-        stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        stored = load_tensors(content)
         count = math.prod(shape)
         if stored.dtype != torch.float32 or offset + count > len(stored):
             raise ValueError(f"{len(stored)} values of {stored.dtype} where {list(shape)} of float32 belong")

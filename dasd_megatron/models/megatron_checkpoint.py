@@ -41,6 +41,7 @@ from dasd_megatron.models.hf_weights import (
     read_manifest,
     sha256,
 )
+from dasd_megatron.models.pickles import check_pickle, load_tensors
 
 # A checkpoint may hold tensors under these names beside the model's, and no model has them.
 _NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
@@ -80,19 +81,21 @@ def read_metadata(path: Path) -> Metadata:
     file = path / ".metadata"
     try:
         with open(file, "rb") as stream:
+            check_pickle(stream)
+            stream.seek(0)
             metadata = _MetadataReader(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
         # Megatron-Core 0.19 writes no common.pt beside weights alone; where an older one needs it, its loader says so.
         for file in sorted(path.glob("*.pt")):
-            torch.load(file, map_location="cpu", weights_only=True)
+            load_tensors(file.read_bytes())
         for index, place in metadata.storage_data.items():
             # Only objects are read here, to see that they are harmless. Tensors hold no code.
             if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
                 file = path / place.relative_path
                 with open(file, "rb") as stream:
                     stream.seek(place.offset)
-                    torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
+                    load_tensors(stream.read(place.length))
     # A damaged pickle fails in any way.
     except Exception as error:
         raise WeightsError(
@@ -311,7 +314,7 @@ class CheckpointFiles:
                 raise WeightsError(f"{path} is not what {MANIFEST_FILE} lists; it holds part of {key}: restore it")
             with open(path, "rb") as file:
                 file.seek(place.offset)
-                tensor = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+                tensor = load_tensors(file.read(place.length))
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             if isinstance(error, WeightsError):
                 raise

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import io
 import pickle
-import pickletools
 import re
 import shutil
 import stat
@@ -23,16 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.multiprocessing import reductions
 
+from dasd_megatron.models.pickles import check_pickle
+
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of one tensor of a bucket, in which the tensors lie end to end."""
 
 SHARED_MEMORY = Path("/dev/shm")
-MAX_OBJECTS = 32768
-"""Most tuples and objects of a payload. A tensor has up to five of them."""
-_OBJECT_MAKERS = frozenset(
-    {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX"}
-)
-_MEMO_WRITERS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 
 
 class PayloadError(ValueError):
@@ -160,21 +155,6 @@ class _Reader(pickle.Unpickler):
         return self._named[module, name]
 
 
-def _check_opcodes(data: bytes) -> None:
-    """Refuse a pickle that Python's reader would fall over. Raises PayloadError, and ValueError for what is no pickle.
-
-    The reader makes room for as many memorised objects as the largest number in the pickle says. And to hash a tuple it
-    calls itself for every tuple inside, without an end of the stack in sight.
-    """
-    objects = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        objects += opcode.name in _OBJECT_MAKERS
-        if objects > MAX_OBJECTS:
-            raise PayloadError(f"a payload has more than {MAX_OBJECTS} objects: send the tensors in several buckets")
-        if opcode.name in _MEMO_WRITERS and (argument or 0) > count:
-            raise PayloadError("not a pickle of a bucket: it numbers objects that it does not have")
-
-
 def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
     """Return the tensors of a payload with their names. They are views of the sender's memory, and have to be copied
     before the sender gets an answer.
@@ -186,7 +166,7 @@ def unpack(data: bytes) -> list[tuple[str, torch.Tensor]]:
         PayloadError: it is anything else, or its memory is gone.
     """
     try:
-        _check_opcodes(data)
+        check_pickle(data)
         reader = _Reader(data)
         content = reader.load()
     except PayloadError:

@@ -144,6 +144,16 @@ def main() -> None:
             assert str(path / name) in str(error) and "\n" not in str(error), error
         else:
             raise AssertionError(f"{name} is cut off and was accepted")
+    path = folder / "deep"
+    shutil.copytree(sound, path)
+    # Python's reader overflows its stack.
+    (path / ".metadata").write_bytes(b"\x80\x04})" + b"\x85" * 1_000_000 + b"K\x01s.")
+    try:
+        read_metadata(path)
+    except WeightsError as error:
+        assert str(path / ".metadata") in str(error) and "more than 2000 values" in str(error), error
+    else:
+        raise AssertionError("a key of a million levels was accepted")
     dist.destroy_process_group()
 
 
