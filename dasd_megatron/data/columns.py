@@ -26,6 +26,9 @@ _CALCULATOR_MARK = re.compile(rf"<<{_CALCULATOR_TEXT}={_CALCULATOR_TEXT}>>")
 _HASHES = "####"
 _ONE_FORMULA = re.compile(r"\$[^$]*\$")
 _LIST_OF_TEXTS = re.compile(r"\[\s*[\"']")
+_WORD = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\{([^{}]*)\}")
+# Signs that show nothing.
+_EMPTY = re.compile(r"(?:\\(?:boxed|fbox|text)\s?\{\s?\}|[$\s{}])*")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -129,10 +132,16 @@ def parse_record(record: dict[str, Any], where: str, default_id: str, columns: C
 
 def _check_answer(answer: str, where: str, name: str, columns: Columns) -> None:
     """Refuse (DataError) an answer that no response can have."""
-    if answer.casefold().strip(" .") in columns.no_answer:
+    word = _WORD.fullmatch(answer)
+    if (answer if word is None else word[1]).casefold().strip(" .") in columns.no_answer:
         raise NoAnswerError(
             f"{where}: no answer: {name} is {_shorten(answer)!r}, which stands for a missing one; remove the line, or "
             "let tools/prepare_data.py drop all such lines"
+        )
+    if _EMPTY.fullmatch(answer):
+        raise NoAnswerError(
+            f"{where}: no answer: {name} is {_shorten(answer)!r}, which says nothing; {columns.remedies.answer} or "
+            "remove the line"
         )
     if columns.max_answer_chars is not None and len(answer) > columns.max_answer_chars:
         raise DataError(

@@ -32,6 +32,7 @@ FORMS = "JSON lines, a JSON array or Parquet"
 # Integers with more digits stay text. Python refuses to convert more than 4,300, and can be told to refuse more than
 # 640.
 _MAX_INTEGER_DIGITS = 600
+_MOST_BLANK_LINES = 100_000
 _SPACE = re.compile(r"[ \t\n\r]*")
 _SPLIT = re.compile(r"(train|test|val|dev)")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -180,8 +181,12 @@ def _json_rows(file: io.BufferedReader[Any], path: Path, first: int) -> Iterator
     if rows := _objects_over_lines(file, path, first, head):
         yield from rows
         return
-    number = 0
+    number = blank = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
+        # A few bytes that are packed can be blank lines without an end.
+        blank = 0 if line.strip() else blank + 1
+        if blank > _MOST_BLANK_LINES:
+            raise DataError(f"{path} line {number + 1}: over {_MOST_BLANK_LINES:,} blank lines; remove them")
         where = f"{path} line {number + 1}"
         value: dict[str, Any] | DataError | None
         if len(line) > MAX_ROW_BYTES:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dasd_megatron.config import DataSourceConfig, load_config
-from dasd_megatron.data.prompts import DataError, Problem, check_disjoint
+from dasd_megatron.data.prompts import DataError, NoAnswerError, Problem, check_disjoint
 from dasd_megatron.data.reader import load_problems, stem_of
 from dasd_megatron.verify.answers import extract_answer
 from dasd_megatron.verify.comparison import compare_answers
@@ -189,13 +189,25 @@ def test_where_problems_were_found_is_said_for_files_of_others_alone(write):
     ]
 
 
-@pytest.mark.parametrize("answer", ["proof", "NotFound", "not found.", " N/A ", "None", "$proof$", "\\boxed{notfound}"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "proof", "NotFound", "not found.", " N/A ", "None", "$proof$", "\\boxed{notfound}", "\\text{not found}",
+        "\\boxed{\\text{None}}",
+    ],
+)  # fmt: skip
 def test_words_for_a_missing_answer_are_no_answers(write, answer):
     source = write(lines({**GOOD, "expected_answer": answer, "reference_solution": "\\boxed{3}"}))
     with pytest.raises(DataError, match=r"line 1: no answer: .* stands for a missing one.*prepare_data"):
         load_problems(source, "train")
     source.no_answer = []
     assert len(load_problems(source, "train")) == 1
+
+
+@pytest.mark.parametrize("answer", ["\\boxed{}", "$", "$$", "\\text{ }"])
+def test_signs_that_show_nothing_are_no_answers(write, answer):
+    with pytest.raises(NoAnswerError, match=r"line 1: no answer.* set data\.train\.answer_field"):
+        load_problems(write(lines({**GOOD, "expected_answer": answer})), "train")
 
 
 def test_names_of_files(tmp_path, monkeypatch):

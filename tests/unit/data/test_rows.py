@@ -139,6 +139,12 @@ def test_rows_and_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         values(put(tmp_path, ARRAY_OF_LINES))
 
 
+def test_blank_lines_without_an_end_are_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, gzip.compress(LINES.encode() + b"\n" * 2_000_000))
+    with pytest.raises(DataError, match=r"set\.jsonl line 10\d{4}: over 100,000 blank lines; remove them"):
+        values(path)
+
+
 def test_a_long_file_of_lines_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
     path = put(tmp_path, gzip.compress(LINES.encode() * 10_000))
     assert sum(1 for _ in read_rows(path, "--input")) == 40_000
