@@ -62,7 +62,7 @@ def check_prompts(
         _check_chat_template(renderer, process)
         for start in range(0, len(problems), _PROBLEMS_AT_ONCE):
             some = problems[start : start + _PROBLEMS_AT_ONCE]
-            prompts = {kind: _make_prompts(some, kind, renderer, process) for kind in kinds}
+            prompts = {kind: _make_prompts(some, kind, renderer, process, max_prompt_tokens) for kind in kinds}
             for place, problem in enumerate(some):
                 for kind in kinds:
                     prompt = prompts[kind][place]
@@ -117,9 +117,9 @@ def _warn_once(renderer: PromptRenderer, text: str) -> None:
 
 
 def _make_prompts(
-    problems: Sequence[Problem], kind: str, renderer: PromptRenderer, process: RenderProcess
+    problems: Sequence[Problem], kind: str, renderer: PromptRenderer, process: RenderProcess, max_prompt_tokens: int
 ) -> list[_Prompt]:
-    """Return the prompts of ``kind``, after ``process`` has rendered the same."""
+    """Return the prompts of ``kind``, after ``process`` has rendered the same. One that is too long is the last."""
     maker = renderer.makers[kind]
     arguments = [renderer.arguments(kind, problem) for problem in problems]
     places = [maker.describe(problem) for problem in problems]
@@ -152,6 +152,9 @@ def _make_prompts(
                 f"{where}: the prompt has {half!r}, half of a surrogate pair, which is no text; take it out"
             )
         prompts.append(_Prompt(message, text, renderer.encode(text)))
+        # It is refused. The others would be as long, and hundreds of them would fill the memory.
+        if len(prompts[-1].ids) > max_prompt_tokens:
+            break
     return prompts
 
 

@@ -48,7 +48,7 @@ _FILLER = re.compile(
 _REMARK = re.compile(
     r",\s{1,3}(?:not|i\.e|as|since|because|which|where|so|and|when|by|that|meaning|hence|after|thus|therefore|if|it|this|we)\b"
     r"|\s{1,3}(?:as|since|because|which|meaning|hence|thus|therefore|after|and\s(?:then|so|that|we|it))\b"
-    r"|\s{1,3}\((?!mod\b)(?=[A-Za-z]{2,}[^a-zA-Z(])|\s{1,3}(?:--|\u2014|\u2013)\s"
+    r"|\s{1,3}\((?!(?:mod|or)\b)(?=[A-Za-z]{2,}[^a-zA-Z(])|\s{1,3}(?:--|\u2014|\u2013)\s"
 )
 _FORMULA = re.compile(r"[0-9$\\=<>\u221a\u03c0\u221e\u00b2\u00b3\u00bd]|\S[+*/^]\S")
 _ONE_SYMBOL = re.compile(r"[\s*_(]*[A-Za-z][\s*_).:]*")
@@ -221,9 +221,8 @@ def _without_remark(sentence: str) -> str:
             end = found + len(closing) if found >= 0 else 0
             break
     remark = _REMARK.search(sentence, end)
-    if remark is None or not _FORMULA.search(sentence[: remark.start()]):
-        return sentence
-    return sentence[: remark.start()]
+    before = sentence if remark is None else sentence[: remark.start()]
+    return before if _FORMULA.search(before) or _ONE_SYMBOL.fullmatch(before) else sentence
 
 
 def _is_formula(text: str, *, title: bool) -> bool:

@@ -50,6 +50,7 @@ _WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z][a-z]{2,}(?: [A-Za-z][a-z]+)*)
 _ANY_WORDS = re.compile(r"\\text\{([^{}]*)\}|([A-Za-z]+(?: [A-Za-z]+)*)")
 _LEAD = re.compile(r"\A(?:the\s)?(?:final\s)?answer(?:\sis\s?:?|\s?:)\s?", re.IGNORECASE)
 _LABEL = re.compile(r"[A-Za-z\\|]")
+_ARITHMETIC = re.compile(r"\\(?:frac|cdot|times|div|sqrt|binom|circ|sin|cos|tan)(?![A-Za-z])")
 _OPERATOR_IN_LABEL = re.compile(r"[-+*/^]|\\(?:frac|cdot|times|sqrt)")
 _NAMED_VALUE = re.compile(r"([A-Za-z])\s?=[^=]+", re.DOTALL)
 _SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_(?:\{[^{}]*\}|[0-9A-Za-z]))?'*")
@@ -149,9 +150,9 @@ def _compare_equations(
 
 def _compare_value_of_equation(parts: list[str], expected: str, algebra: Algebra | None, depth: int) -> bool | None:
     """Return whether an equation's value is what is expected. 69=70 is not 70: every part that is a number counts."""
-    if not _LABEL.search(parts[0].replace("\\frac", "")) and _SYMBOL.fullmatch(parts[-1].strip()) and len(parts) == 2:
+    if not _is_label(parts[0]) and _SYMBOL.fullmatch(parts[-1].strip()) and len(parts) == 2:
         parts = parts[::-1]
-    values = [part for part in parts[:-1] if not _LABEL.search(part.replace("\\frac", ""))]
+    values = [part for part in parts[:-1] if not _is_label(part)]
     verdicts = [_compare(parts[-1], expected, algebra, depth - 1)]
     for part in values:
         # Here arithmetic has been carried out: 2+3=5 is 5.
@@ -160,6 +161,11 @@ def _compare_value_of_equation(parts: list[str], expected: str, algebra: Algebra
     if False in verdicts:
         return False
     return None if None in verdicts else True
+
+
+def _is_label(part: str) -> bool:
+    r"""Return whether a side of an equation names its value, and is no arithmetic, like ``2\cdot 103``."""
+    return _LABEL.search(_ARITHMETIC.sub("", part)) is not None
 
 
 def _compare_structures(

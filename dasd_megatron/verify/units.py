@@ -22,7 +22,7 @@ _NO_UNITS = frozenset(
         "billions", "trillion", "trillions", "dozen", "dozens", "pi", "sqrt", "times", "plus", "minus", "over", "mod",
         "modulo", "squared", "cubed", "factorial", "half", "halves", "third", "thirds", "quarter", "quarters", "sin",
         "cos", "tan", "log", "ln", "exp", "base", "if", "for", "when", "where", "with", "is", "are", "not", "score",
-        "pair", "pairs", "percent", "except", "but", "only",
+        "pair", "pairs", "percent", "except", "but", "only", "than",
     )
 )  # fmt: skip
 _LONGEST = 120

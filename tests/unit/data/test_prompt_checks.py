@@ -102,6 +102,16 @@ def test_a_chat_template_for_parts_is_given_parts() -> None:
     assert tokenizer.decode(renderer.student(PROBLEMS[0])) == "<|user|>What is 0+0?<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("teacher", [False, True])
+def test_no_prompt_is_made_behind_one_that_is_too_long(teacher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = PromptRenderer(tokenizer_with("{{ messages[0].content }}" + " " * 500))
+    made: list[str] = []
+    encode = renderer.encode
+    monkeypatch.setattr(renderer, "encode", lambda text: made.append(text) or encode(text))
+    assert "problem 'p0': the student's prompt is 5" in refusal(renderer, teacher=teacher)
+    assert len(made) == 1 + teacher
+
+
 def test_tokens_that_the_model_does_not_have_are_named() -> None:
     tokenizer = tokenizer_with("<|new|>{% for m in messages %}{{ m.content }}{% endfor %}")
     size = len(tokenizer)

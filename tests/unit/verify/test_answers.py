@@ -127,6 +127,9 @@ def test_extract_answer(response, answer):
         ("The answer is $42$</think>", "$42$"),
         ("The answer is 42<|im_end|>", "42"),
         ("The answer is 42, not 43.", "42"),
+        ("#### 204 (or 205)", "204 (or 205)"),
+        ("The answer is C, not D.", "C"),
+        ("The answer is (B) because 3 > 2.", "(B)"),
         (r"The answer is \(\sqrt{2}\), i.e. about 1.41.", r"\(\sqrt{2}\)"),
     ],
 )
