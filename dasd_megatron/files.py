@@ -57,15 +57,6 @@ def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
     )
 
 
-def lines_of(content: bytes) -> list[bytes]:
-    """Return the lines of a file of JSON lines, without the newline byte that ends each.
-
-    Only that byte ends a line. str.splitlines would also break at characters such as U+2028 and U+0085, which JSON
-    allows inside a string.
-    """
-    return content.removesuffix(b"\n").split(b"\n") if content else []
-
-
 @contextlib.contextmanager
 def naming_path(path: Path) -> Iterator[None]:
     """Turn an OSError of writing ``path`` inside the block into a RunDirectoryError, as :func:`cannot_write` says."""

@@ -341,8 +341,11 @@ def _decode(content: bytes) -> str:
 
 def _open_regular(path: Path, advice: str, limit: int) -> BinaryIO:
     """Open a file for reading bytes. Raises OSError, and UnreadableError for what is no file or too large."""
-    # Opening a named pipe would wait for its writer.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returned
+    try:
+        # Opening a named pipe would wait for its writer.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - returned
+    except ValueError as error:
+        raise UnreadableError(path, f"is no path ({error})", advice) from error
     status = os.fstat(file.fileno())
     if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
         return file

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.files import atomic_file, lines_of
+from dasd_megatron.files import atomic_file
+from dasd_megatron.reading import JsonLine, UnreadableError, iterate_json_lines
 
 LOG_PROB_TOLERANCE = 1e-3
 """Rounding may put a certain token's log-prob a little above 0."""
@@ -150,13 +151,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What a field of a saved rollout has to be, in words and as a test."""
 
 
-def _record_fault(record: Any, vocab_size: int | None) -> str | None:
+def _record_fault(record: dict[str, Any], vocab_size: int | None) -> str | None:
     """Return what keeps a saved rollout from being trained on, beginning with the field; None if nothing does.
 
     ``vocab_size``: number of tokens of the model, where it is known.
     """
-    if not isinstance(record, dict):
-        return f"not a saved rollout: a {type(record).__name__} and not an object"
     for name, (kind, is_sound) in _KINDS.items():
         if name not in record:
             return f"not a saved rollout: {name} is missing"
@@ -202,20 +201,23 @@ def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:
         ReplayError: names a broken line, or one that cannot be trained on, with the field and its value.
     """
     samples = []
-    for number, line in enumerate(lines_of(path.read_bytes()), 1):
-        try:
-            record = json.loads(line)
-        # A ValueError is also the error of bytes that are not UTF-8 and of integers with thousands of digits.
-        except (ValueError, RecursionError) as error:
-            raise ReplayError(f"{path}:{number}: not a saved rollout ({type(error).__name__}: {error})") from error
-        if isinstance(record, dict):
-            # Older files have no such field.
-            record.setdefault("response_mask", None)
-        fault = _record_fault(record, vocab_size)
-        if fault is not None:
-            raise ReplayError(f"{path}:{number}: {fault}")
-        samples.append(Sample(**{name: record[name] for name in _FIELDS}))
+    try:
+        for line in iterate_json_lines(path, advice="give rollouts that a run has saved"):
+            samples.append(_sample_of(line, f"{path}:{line.number}", vocab_size))
+    except UnreadableError as error:
+        raise ReplayError(str(error)) from error
     return samples
+
+
+def _sample_of(line: JsonLine, where: str, vocab_size: int | None) -> Sample:
+    if line.problem is not None:
+        raise ReplayError(f"{where}: not a saved rollout ({line.problem})")
+    # Older files have no such field.
+    record = {"response_mask": None, **line.row}
+    fault = _record_fault(record, vocab_size)
+    if fault is not None:
+        raise ReplayError(f"{where}: {fault}")
+    return Sample(**{name: record[name] for name in _FIELDS})
 
 
 def load_samples(path: Path, *, groups: int, samples_per_group: int, vocab_size: int | None = None) -> list[Sample]:

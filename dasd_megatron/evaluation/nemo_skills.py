@@ -24,9 +24,9 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.evaluation.pass_at_k import nemo_skills_metrics
 from dasd_megatron.evaluation.sampling import EvaluationError, Records
-from dasd_megatron.files import lines_of, replace_file
+from dasd_megatron.files import replace_file
 from dasd_megatron.observability.progress import ProgressDisplay
-from dasd_megatron.reading import UnreadableError, read_json
+from dasd_megatron.reading import UnreadableError, iterate_json_lines, read_json
 
 FOLDER = "nemo_skills"
 _GRADED: dict[str, type | tuple[type, ...]] = {
@@ -68,17 +68,17 @@ def read_graded(folder: Path) -> Records:
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(lines_of(file.read_bytes()), 1):
-        try:
-            record = json.loads(line)
-            wrong = [name for name, kind in _GRADED.items() if not isinstance(record[name], kind)]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{file} line {number} is no graded response ({type(error).__name__}: {error})"
-            ) from error
+    for line in iterate_json_lines(file, advice="let NeMo-Skills write it again"):
+        where = f"{file} line {line.number}"
+        if line.problem is not None:
+            raise EvaluationError(f"{where} is no graded response ({line.problem})")
+        missing = [name for name in _GRADED if name not in line.row]
+        if missing:
+            raise EvaluationError(f"{where} is no graded response ({missing[0]} is missing)")
+        wrong = [name for name, kind in _GRADED.items() if not isinstance(line.row[name], kind)]
         if wrong:
-            raise EvaluationError(f"{file} line {number}: {wrong[0]} is {record[wrong[0]]!r:.40}")
-        records.append(record)
+            raise EvaluationError(f"{where}: {wrong[0]} is {line.row[wrong[0]]!r:.40}")
+        records.append(line.row)
     if not records:
         raise EvaluationError(f"{file} is empty")
     return records

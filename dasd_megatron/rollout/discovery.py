@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from dasd_megatron import access
 from dasd_megatron.access import AccessError
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.errors import printable
+from dasd_megatron.reading import UnreadableError, read_json
 from dasd_megatron.rollout.answers import Answer, FailedTryError, read_json_object, show
 from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.exchange import fetch
@@ -245,15 +244,12 @@ def _find_differences(info: Mapping[str, Any], hf_config: PretrainedConfig) -> l
 def _read_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of a directory, empty where this machine does not have it: the server may be on another
     machine."""
-    path = folder / "config.json"
     try:
         # The server names the directory, and what lies there need not be a model.
-        if not path.is_file() or path.stat().st_size > _MOST_CONFIG_BYTES:
-            return {}
-        config = orjson.loads(path.read_bytes())
-    except (OSError, ValueError):
+        config: dict[str, Any] = read_json(folder / "config.json", dict, advice="", limit=_MOST_CONFIG_BYTES)
+    except UnreadableError:
         return {}
-    return config if isinstance(config, dict) else {}
+    return config
 
 
 async def check_updated(client: RolloutClient) -> None:

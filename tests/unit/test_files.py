@@ -12,7 +12,6 @@ from dasd_megatron.files import (
     RunDirectoryError,
     atomic_file,
     fsync_tree,
-    lines_of,
     publish_directory,
     replace_directory,
     replace_file,
@@ -131,8 +130,3 @@ def test_everything_in_a_directory_is_flushed(tmp_path: Path, monkeypatch: pytes
     fsync_tree(tmp_path / "model")
     root = tmp_path / "model"
     assert flushed == {str(root), str(root / "inner"), str(root / "inner" / "file")}
-
-
-def test_only_the_newline_byte_ends_a_line() -> None:
-    assert lines_of(b"") == [] and lines_of(b"\n") == [b""]
-    assert lines_of("a\u2028\x85\x0b\x1c\rb\n\nc".encode()) == ["a\u2028\x85\x0b\x1c\rb".encode(), b"", b"c"]

@@ -94,6 +94,10 @@ def test_what_is_no_file_of_bounded_size_is_refused(
     assert time.process_time() - began < 1
 
 
+def test_a_name_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    assert "is no path" in refusal(lambda: read_bytes(tmp_path / "a\0b", advice=ADVICE), tmp_path / "a\0b")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

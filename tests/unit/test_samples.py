@@ -151,9 +151,8 @@ def test_files_of_other_writers_may_hold_any_character_that_json_allows(end: str
         b"[]",
         RECORD.replace("-0.1", "7" * 5_000).encode(),
         RECORD.encode()[:-1],
-        b"",
     ],
-    ids=["not UTF-8", "deep", "no object", "5,000 digits", "cut", "blank"],
+    ids=["not UTF-8", "deep", "no object", "5,000 digits", "cut"],
 )
 def test_damaged_lines_are_named(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step_000001.jsonl"
