@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
-from dasd_megatron.arguments import Parser
+from dasd_megatron.arguments import Parser, at_least
 from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture, kv_bytes_per_token, total_parameters
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # A rollout engine may take this part of a GPU's memory.
 _ROLLOUT_SHARE = 0.9
+# The search tries every way to divide them, one by one.
+_MAX_GPUS = 131072
 
 
 def _parser() -> Parser:
@@ -27,12 +30,18 @@ def _parser() -> Parser:
         "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)"
     )
     parser.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that NVLink connects (default: 8)"
+        "--gpus-per-node",
+        type=at_least(1, _MAX_GPUS),
+        default=8,
+        metavar="N",
+        help="GPUs that NVLink connects (default: 8)",
     )
     parser.add_argument(
         "--search", action="store_true", help="list the layouts for --gpus that fit, the fastest by estimate first"
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the training job, for --search")
+    parser.add_argument(
+        "--gpus", type=at_least(1, _MAX_GPUS), metavar="N", help="GPUs of the training job, for --search"
+    )
     parser.add_argument(
         "--local-layers", action="store_true", help="Megatron's local layers and not Transformer Engine's"
     )
@@ -50,8 +59,8 @@ def plan(arguments: list[str]) -> None:
         ConfigError: the configuration cannot be read, or no layout fits.
     """
     options = _parser().parse_intermixed_args(arguments)
-    if options.gpus_per_node < 1 or not options.gpu_memory > 0:
-        raise ConfigError("--gpus-per-node and --gpu-memory must be above 0")
+    if not 0 < options.gpu_memory < math.inf:
+        raise ConfigError(f"--gpu-memory={options.gpu_memory}: must be a number of gigabytes above 0")
     if options.gpus is not None and not options.search:
         raise ConfigError("--gpus belongs to --search; without it the parallel sizes say how many GPUs there are")
     config = plan_config(options.overrides, options.config_dir)
@@ -60,7 +69,7 @@ def plan(arguments: list[str]) -> None:
         config.backend.kind == "cuda" and config.backend.transformer_impl != "local" and not options.local_layers
     )
     if options.search:
-        if options.gpus is None or options.gpus < 1:
+        if options.gpus is None:
             raise ConfigError("--search needs --gpus N, the number of GPUs of the job")
         _print_search(config, sizes, options, transformer_engine)
         return

@@ -58,10 +58,19 @@ def _check_address(field: str, address: str) -> None:
         raise ConfigError(
             f"{field}: an address with a user or password would stand in config.yaml and in logs: leave that out"
         )
-    if not re.fullmatch(r"https?://[^/\s]+", address):
+    if not re.fullmatch(r"https?://[^/\s]+", address) or not _has_host(address):
         raise ConfigError(
             f"{field}: {address!r} is not an address: write it like http://10.0.0.1:30000, without a path"
         )
+
+
+def _has_host(address: str) -> bool:
+    """Return whether an address has a host, and no port above 65535."""
+    try:
+        parts = urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def check_sglang_arguments(sglang: SGLangConfig) -> None:

@@ -21,6 +21,23 @@ def printed(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--search", "--gpus", "99999999999999999999"],
+        ["--search", "--gpus", "0"],
+        ["--gpus-per-node", "0"],
+        ["--gpu-memory", "nan"],
+        ["--gpu-memory", "inf"],
+    ],
+)
+def test_numbers_beyond_every_cluster_are_refused(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    """A search of 10^20 GPUs would not end."""
+    with pytest.raises((SystemExit, ConfigError)) as caught:
+        plan(arguments)
+    assert arguments[-2] in capsys.readouterr().err + str(caught.value)
+
+
 def test_a_plan_says_whether_it_fits(capsys: pytest.CaptureFixture) -> None:
     job = ["model=qwen3_8b", TP + "8", "parallel.sequence_parallel=true"]
     assert "fits" in printed(capsys, *job) and "DOES NOT FIT" in printed(capsys, "--gpu-memory", "20", *job)

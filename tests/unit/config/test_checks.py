@@ -125,6 +125,9 @@ REFUSED = [
     ),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
     (["rollout=external", "rollout.servers=[http://me:secret@a:1]"], ["rollout.servers", "config.yaml"]),
+    (["rollout=external", "rollout.servers=['http://[::1']"], ["rollout.servers", "is not an address"]),
+    (["rollout=external", "rollout.servers=['http://a:99999']"], ["rollout.servers", "is not an address"]),
+    (["rollout=external", "rollout.servers=['http://:80']"], ["rollout.servers", "is not an address"]),
     (
         ["rollout=sglang_cpu", "rollout.sglang.arguments=[--api-key,secret]"],
         ["rollout.sglang.arguments", "DASD_API_KEY"],
