@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from record import write_record  # noqa: E402
+
 from dasd_megatron.config import VerifyConfig  # noqa: E402
 from dasd_megatron.data.benchmarks import BENCHMARKS, benchmark_problems  # noqa: E402
 from dasd_megatron.data.prompts import DataError  # noqa: E402
@@ -150,7 +152,7 @@ def main() -> None:
                 continue
             references = list(dict.fromkeys(problem.expected_answer for problem in problems))
             results[name] = judge_benchmark(references, pool)
-            options.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+            write_record(options.output, results)
             print(f"{name}: {results[name]['false_negatives']} {results[name]['false_positives']}", file=sys.stderr)
     print(table(results))
 

@@ -219,7 +219,7 @@ def test_one_of_two_servers_has_another_model(
         with pytest.raises(WrongModelError) as error:
             asyncio.run(check_models(over, hf_config))
         assert str(error.value) == (
-            f"{wrong.url} serves another model ({models['wide']}): hidden_size is 64 there and 32 in the run; "
+            f"{wrong.url} serves another model ({str(models['wide'])!r}): hidden_size is 64 there and 32 in the run; "
             "start it with the model of the run, or leave it out"
         )
         asyncio.run(check_models(client(right.url), hf_config))

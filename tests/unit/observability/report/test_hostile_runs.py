@@ -279,7 +279,7 @@ def test_rollouts_without_tokens_do_not_fill_the_page(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", steps=1))
     (run.path / "inspect" / "step_000001.json").write_text(json.dumps([inspected("x", [])] * 3000))
     found = rollouts.token_rollouts(run, 48_000)
-    assert len(found.chosen) == 48_000 // 50 and found.count == 3000
+    assert len(found.chosen) == 48_000 // rollouts.LEAST_TOKENS and found.count == 3000
 
 
 def test_of_very_many_saved_steps_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
