@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import NO_EVALUATION, kill, reproducible, rows, start, train
+from tests.support.runs import NO_EVALUATION, kill, reproducible, rows, rows_so_far, start, train
 from tests.support.servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -56,7 +56,7 @@ def test_one_step_ahead_killed_and_resumed_is_like_uninterrupted(tmp_path: Path)
     assert positions(whole) == [list(range(4 * step, 4 * step + 4)) for step in range(7)]
     process = start(*AHEAD, f"run.dir={run}")
     deadline = time.monotonic() + 120
-    while len(rows(run / "metrics.jsonl")) < 5:
+    while len(rows_so_far(run)) < 5:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
     kill(process)

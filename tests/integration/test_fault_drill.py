@@ -24,7 +24,7 @@ import pytest
 from dasd_megatron.config import RolloutConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
-from tests.support.runs import NO_EVALUATION, SMALL, kill, reproducible, rows, start, train
+from tests.support.runs import NO_EVALUATION, SMALL, kill, reproducible, rows, rows_so_far, start, train
 from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -91,7 +91,7 @@ class Drill:
         threading.Thread(target=collect, daemon=True).start()
 
     def steps(self) -> int:
-        return len(rows(self.folder / "metrics.jsonl"))
+        return len(rows_so_far(self.folder))
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> float:
         begun = time.monotonic()

@@ -16,7 +16,7 @@ import pytest
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from tests.support.hosts import Hosts, hosts, wait_until
-from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, start
+from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, rows_so_far, start
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -35,13 +35,6 @@ LIMITS = [
     "rollout.backoff_seconds=0.1",
 ]
 PORT = 30000
-
-
-def rows(run: Path) -> list[dict]:
-    """The whole lines of a metrics file that is being written."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def start_training(net: Hosts, run: Path, folder: Path, name: str) -> dict[str, subprocess.Popen]:
@@ -101,7 +94,7 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         trainers = start_training(net, run, tmp_path, "first")
 
         def steps(count: int, seconds: float) -> None:
-            wait_until(f"step {count}", lambda: len(rows(run)) >= count, seconds, *trainers.values(), log=log)
+            wait_until(f"step {count}", lambda: len(rows_so_far(run)) >= count, seconds, *trainers.values(), log=log)
 
         def taken_back(after: int) -> bool:
             return held_version(net, "serve0", key) >= f"step_{after:06d}"
@@ -109,17 +102,17 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         steps(2, 120)
         # A server is gone: the run goes on with the other, which gets its weights alone.
         net.cut("serve0")
-        steps(len(rows(run)) + 3, 60)
+        steps(len(rows_so_far(run)) + 3, 60)
         assert re.search(rf"{net.addresses['serve0']}:{PORT}: \w+ -> dead", log.read_text()), log.read_text()
         net.restore("serve0")
         # Back, it gets the next weights with the other one.
-        done = len(rows(run))
+        done = len(rows_so_far(run))
         wait_until("serve0 is given weights again", lambda: taken_back(done), 60, *trainers.values(), log=log)
         # A cut so short that what was lost is sent again.
         net.cut("train1")
         time.sleep(1.5)
         net.restore("train1")
-        steps(len(rows(run)) + 1, 30)
+        steps(len(rows_so_far(run)) + 1, 30)
         # A long one ends the run, on both nodes, when the limit of a collective has run out.
         net.cut("train1")
         began = time.monotonic()
@@ -127,19 +120,19 @@ def test_links_are_cut_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         undisturbed = start(*RUN, f"run.dir={tmp_path / 'undisturbed'}")
         for process in trainers.values():
             process.wait(COLLECTIVE_SECONDS + 30)
-        print(f"ended after {time.monotonic() - began:.1f} s, at step {len(rows(run))}")
+        print(f"ended after {time.monotonic() - began:.1f} s, at step {len(rows_so_far(run))}")
         for rank, process in enumerate(trainers.values()):
             output = (tmp_path / f"first.{rank}.log").read_text()
             assert process.returncode == 1, output[-4000:]
             assert "dasd: error" in output and "resume=auto" in output and "Traceback" not in output, output[-4000:]
-        assert len(rows(run)) < STEPS
+        assert len(rows_so_far(run)) < STEPS
         net.restore("train1")
         for rank, process in enumerate(start_training(net, run, tmp_path, "second").values()):
             assert process.wait(240) == 0, (tmp_path / f"second.{rank}.log").read_text()[-4000:]
     assert "resumed from" in (tmp_path / "second.0.log").read_text()
     status, output = finish(undisturbed)
     assert status == 0, output[-4000:]
-    assert len(rows(run)) == STEPS
+    assert len(rows_so_far(run)) == STEPS
     assert reproducible(run / "metrics.jsonl") == reproducible(tmp_path / "undisturbed" / "metrics.jsonl")
     assert not [
         path

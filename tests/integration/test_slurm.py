@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import rows
+from tests.support.runs import rows, rows_so_far
 from tests.support.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.integration
@@ -101,7 +101,7 @@ def start(
 def test_a_job_loses_a_server_is_preempted_and_goes_on_to_its_end(cluster: SlurmCluster, tmp_path: Path) -> None:
     log, run, steps = tmp_path / "job.log", tmp_path / "run", 16
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", f"run.steps={steps}")
-    wait_for("the second step", lambda: len(rows(run / "metrics.jsonl")) >= 2, log, 300)
+    wait_for("the second step", lambda: len(rows_so_far(run)) >= 2, log, 300)
     server = next(
         process
         for process in cluster.processes(job)
@@ -146,7 +146,7 @@ def test_scancel_of_a_colocated_job_leaves_nothing(cluster: SlurmCluster, tmp_pa
     layout = {"DASD_PLACEMENT": "colocated", "DASD_TRAIN_NODES": "1", "DASD_SERVERS_PER_NODE": "1"}
     overrides = ("run.steps=1000", "parallel.data_parallel_size=1")
     job = start(cluster, tmp_path, "train_dasd_tiny.sh", *overrides, options=("--nodes=1",), **layout)
-    wait_for("the first step", lambda: rows(tmp_path / "run" / "metrics.jsonl"), log, 300)
+    wait_for("the first step", lambda: rows_so_far(tmp_path / "run"), log, 300)
     here = cluster.processes(job)
     assert {"serve", "train"} <= {word for process in here for word in process.cmdline()}
     cluster.command("scancel", str(job))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
-from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, rows, start, train
+from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, rows, rows_so_far, start, train
 from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -75,7 +75,7 @@ def test_a_server_that_goes_is_replaced_and_nothing_changes(way: str, undisturbe
     process = start(*RUN, *(DISTRIBUTED if way == "distributed" else TENSOR), *limits, "run.steps=16", f"run.dir={run}")
     # One that freezes takes its time to be found: once is enough.
     for step, how in [(3, "kill"), (8, "freeze" if way == "distributed" else "kill")]:
-        wait(lambda step=step: len(rows(run / "metrics.jsonl")) >= step, process)
+        wait(lambda step=step: len(rows_so_far(run)) >= step, process)
         server = server_of(process)
         server.kill() if how == "kill" else server.suspend()
     status, output = finish(process)
