@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -31,6 +32,8 @@ _KINDS: dict[str, type[ChatTemplate | MessageTemplate]] = {
 }
 _BATCH_BYTES = 2**20
 """Bytes of a request at which no more values are added to it: it takes memory that the template needs."""
+# Variables that a process with another's template is better off without, like DASD_API_KEY and HF_TOKEN.
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 # On a machine without a free core, a second of computing may take this long.
 _PATIENCE_SECONDS = 300.0
 
@@ -127,7 +130,8 @@ class RenderProcess:
         if self._process is not None:
             return self._process
         # The clock of a place where it is another hour, and often another day, shows whether a text depends on it.
-        environment = {**os.environ, "TZ": "XXX12:34", "PYTHONHASHSEED": "random"}
+        environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+        environment |= {"TZ": "XXX12:34", "PYTHONHASHSEED": "random"}
         program = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {0} import serve; serve(sys.argv[2])"
         arguments = [json.dumps([*map(str, sys.path)]), json.dumps(dataclasses.asdict(self.limits))]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _stop

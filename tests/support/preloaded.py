@@ -228,8 +228,9 @@ def _own_template() -> _Template:
             # Not as the main module, whose place the programs of the processes take.
             program = "from tests.support.preloaded import main; main()"
             arguments = [sys.executable, "-c", program, str(theirs.fileno())]
+            # What a test has put into the environment, like a key, is not to outlive it.
             environment = {
-                **os.environ,
+                **{os.fsdecode(name): os.fsdecode(value) for name, value in _TEMPLATE_ENVIRONMENT.items()},
                 "OMP_NUM_THREADS": "1",
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "TOKENIZERS_PARALLELISM": "false",

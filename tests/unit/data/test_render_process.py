@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,6 +42,17 @@ def test_the_texts_are_those_that_are_rendered_here(process: RenderProcess) -> N
     message = MessageTemplate("{{ problem|upper }}", ("problem",))
     assert process.digests(message, [{"problem": "a"}]) == [text_digest("A")]
     assert process.inspect(ChatTemplate(THINKING)) == ChatTemplate(THINKING).inspect()
+
+
+def test_the_process_has_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DASD_API_KEY", "HF_TOKEN", "HARMLESS"):
+        monkeypatch.setenv(name, "beside-templates")
+    others = set(psutil.Process().children())
+    with RenderProcess(SHORT) as process:
+        rendered(process, "x")
+        [child] = set(psutil.Process().children()) - others
+        found = {name for name, value in child.environ().items() if value == "beside-templates"}
+    assert found == {"HARMLESS"}
 
 
 @pytest.mark.parametrize(
