@@ -327,11 +327,15 @@ def _serve(connection: socket.socket) -> Command:
         middle = os.fork()
         if middle == 0:
             intermediate = os.getpid()
-            child = os.fork()
-            if child:
-                os.write(writer, struct.pack("!I", child))
+            if os.fork():
                 os._exit(0)
             os.close(reader)
+            # Who has a process's number may signal its group at once.
+            if command.new_session:
+                os.setsid()
+            if command.process_group >= 0:
+                os.setpgid(0, command.process_group)
+            os.write(writer, struct.pack("!I", os.getpid()))
             os.close(writer)
             connection.close()
             # Programs compare their parent with the one that started them, or with the one at their start.
@@ -355,10 +359,6 @@ def _become(command: Command, descriptors: list[int]) -> socket.socket | None:
     """Fork the new process's template, and give the process what it inherits. Returns None in the process, and in the
     template the connection to it."""
     global _template
-    if command.new_session:
-        os.setsid()
-    if command.process_group >= 0:
-        os.setpgid(0, command.process_group)
     parent = os.getpid()
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
