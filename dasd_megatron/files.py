@@ -4,6 +4,7 @@ either."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -57,6 +58,13 @@ def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
     )
 
 
+def write_whole(descriptor: int, data: bytes) -> None:
+    """Write ``data`` with a single write; raises OSError where the disk takes only a part of it."""
+    written = os.write(descriptor, data)
+    if written != len(data):
+        raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
+
+
 @contextlib.contextmanager
 def naming_path(path: Path) -> Iterator[None]:
     """Turn an OSError of writing ``path`` inside the block into a RunDirectoryError, as :func:`cannot_write` says."""
@@ -85,6 +93,12 @@ def replace_directory(partial: Path, final: Path) -> None:
     partial.rename(final)
     fsync_path(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, read piece by piece, since files of checkpoints have gigabytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:

@@ -229,7 +229,7 @@ def check_yaml(text: str) -> None:
                 raise MalformedError(f"{_line(event)} has an alias")
             if getattr(event, "tag", None) is not None:
                 raise MalformedError(f"{_line(event)} has a tag")
-            if not _is_unicode(getattr(event, "value", None) or ""):
+            if not is_unicode(getattr(event, "value", None) or ""):
                 raise MalformedError(f"{_line(event)} has half of a surrogate pair")
     except yaml.YAMLError as error:
         raise MalformedError(f"not YAML: {_yaml_problem(error)}") from error
@@ -299,14 +299,14 @@ def _check_type(value: Any, kind: Any, where: str) -> None:
     elif kind is int:
         fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
     elif kind is str:
-        fits = isinstance(value, str) and _is_unicode(value)
+        fits = isinstance(value, str) and is_unicode(value)
     else:
         fits = isinstance(value, kind)
     if not fits:
         raise MalformedError(f"{where} is not {_KINDS.get(kind, kind)}")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return whether a text has no half of a surrogate pair, which JSON can spell and no file or terminal takes."""
     if text.isascii():
         return True

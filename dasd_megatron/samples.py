@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dasd_megatron.files import atomic_file
-from dasd_megatron.reading import JsonLine, UnreadableError, iterate_json_lines
+from dasd_megatron.reading import JsonLine, UnreadableError, is_unicode, iterate_json_lines
 
 LOG_PROB_TOLERANCE = 1e-3
 """Rounding may put a certain token's log-prob a little above 0."""
@@ -105,8 +105,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    # JSON can spell halves of a character, which no tokenizer takes and no file holds.
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _is_number(value: Any, lowest: float, highest: float) -> bool:

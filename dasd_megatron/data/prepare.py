@@ -29,7 +29,7 @@ from dasd_megatron.data.columns import (
 from dasd_megatron.data.prompts import DataError, NoAnswerError, Problem, normalize_text, write_problems
 from dasd_megatron.data.rows import Row, files_of, read_rows
 from dasd_megatron.errors import first_line
-from dasd_megatron.files import atomic_file
+from dasd_megatron.files import atomic_file, file_sha256
 from dasd_megatron.verify.answers import normalize_answer
 
 MANIFEST_FORMAT = 1
@@ -260,7 +260,7 @@ def _make_manifest(options: PrepareOptions, selection: _Selection, files: Sequen
         "format": MANIFEST_FORMAT,
         "source": options.source,
         "source_sha256": _source_sha256(files) if files else None,
-        "output_sha256": _file_sha256(options.output),
+        "output_sha256": file_sha256(options.output),
         "kept": len(selection.kept),
         "dropped": dict(sorted(selection.dropped.items())),
         "found": list(summaries(selection.found)),
@@ -279,10 +279,5 @@ def _plain(value: Any) -> Any:
 def _source_sha256(files: Sequence[Path]) -> str:
     """Return the hash of a file; of several the hash of their names and hashes."""
     if len(files) == 1:
-        return _file_sha256(files[0])
-    return hashlib.sha256("".join(f"{file.name} {_file_sha256(file)}\n" for file in files).encode()).hexdigest()
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(files[0])
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()

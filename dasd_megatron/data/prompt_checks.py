@@ -13,6 +13,7 @@ from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.render_process import RenderProcess, text_digest
 from dasd_megatron.data.rendering import RenderError, TemplateError
 from dasd_megatron.data.templates import Message, PromptRenderer, message_digest, turns_of
+from dasd_megatron.reading import is_unicode
 
 _PROBLEMS_AT_ONCE = 256
 _THINKING = "enable_thinking"
@@ -146,8 +147,8 @@ def _make_prompts(
                 f"{where}: the tokenizer's chat template gives another text each time; mend it, so that a prompt "
                 "depends on the messages alone"
             )
-        half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
-        if half is not None:
+        if not is_unicode(text):
+            half = next(character for character in text if not is_unicode(character))
             raise DataError(
                 f"{where}: the prompt has {half!r}, half of a surrogate pair, which is no text; take it out"
             )

@@ -124,13 +124,9 @@ class PromptRenderer:
         """
         return self._prompt("teacher", problem)
 
-    def student_message(self, problem: Problem) -> Message:
-        """Return the student's message, before the chat template."""
-        return self.makers["student"].message(*self.arguments("student", problem))
-
-    def teacher_message(self, problem: Problem) -> Message:
-        """Return the teacher's message, before the chat template. Raises as :meth:`teacher`."""
-        return self.makers["teacher"].message(*self.arguments("teacher", problem))
+    def message(self, kind: str, problem: Problem) -> Message:
+        """Return the message of ``kind``, student or teacher, before the chat template. Raises as :meth:`teacher`."""
+        return self.makers[kind].message(*self.arguments(kind, problem))
 
     def arguments(self, kind: str, problem: Problem) -> Arguments:
         """Return what the maker of the messages of ``kind``, student or teacher, is called with."""
@@ -151,8 +147,7 @@ class PromptRenderer:
         return solution if self.privileged == "solution" else solution[: math.ceil(len(solution) * self.hint_fraction)]
 
     def _prompt(self, kind: str, problem: Problem) -> list[int]:
-        maker = self.makers[kind]
-        message, where = maker.message(*self.arguments(kind, problem)), maker.describe(problem)
+        message, where = self.message(kind, problem), self.makers[kind].describe(problem)
         try:
             return self.encode(self.text(message, where))
         except RenderError as error:

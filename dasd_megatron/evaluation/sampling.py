@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from dasd_megatron.config import BatchConfig, Config, EvaluationConfig, RolloutConfig
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.evaluation.health import measure, to_rows
-from dasd_megatron.files import cannot_write, naming_path, replace_file
+from dasd_megatron.files import cannot_write, naming_path, replace_file, write_whole
 from dasd_megatron.observability.progress import Phase, ProgressDisplay
 from dasd_megatron.reading import (
     JsonLine,
@@ -172,9 +172,7 @@ class _Journal:
         self.known[place] = record
         data = json.dumps({"place": place, **record}).encode() + b"\n"
         with naming_path(Path(self._file.name)):
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
+            write_whole(self._file.fileno(), data)
 
     def sync(self) -> None:
         with naming_path(Path(self._file.name)):

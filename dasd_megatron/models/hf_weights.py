@@ -60,12 +60,6 @@ def sha256(data: memoryview | bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, read piece by piece, since files of checkpoints have gigabytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint(folder: Path) -> list[list[Any]]:
     """Return name, size and time of change of every file in a folder, which a resumed job's source must still have."""
     return [

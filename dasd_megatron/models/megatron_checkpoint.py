@@ -32,12 +32,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dasd_megatron.errors import first_line
+from dasd_megatron.files import file_sha256
 from dasd_megatron.models.hf_weights import (
     MANIFEST_FILE,
     Journal,
     WeightsError,
     check_free_space,
-    file_sha256,
     read_manifest,
     sha256,
 )

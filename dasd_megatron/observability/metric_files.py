@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.files import RunDirectoryError, cannot_write, fsync_path, replace_file
+from dasd_megatron.files import RunDirectoryError, cannot_write, fsync_path, replace_file, write_whole
 from dasd_megatron.reading import read_json_lines, read_last_byte
 
 METRICS, WARM_START, EVALUATION = "metrics.jsonl", "warm_start.jsonl", "evaluation.jsonl"
@@ -87,10 +87,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def restore_non_finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of a metrics file with the strings "NaN", "Infinity" and "-Infinity" as floats again, and integers
     that no float holds as infinities."""
-    return {key: _number(value) if isinstance(value, (str, int)) else value for key, value in row.items()}
+    return {key: restore_number(value) if isinstance(value, (str, int)) else value for key, value in row.items()}
 
 
-def _number(value: str | int) -> Any:
+def restore_number(value: str | int) -> Any:
+    """Return a value of a metrics file as :func:`restore_non_finite` does."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     return value if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
@@ -123,9 +124,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         try:
             size = os.fstat(file).st_size
             try:
-                written = os.write(file, data)
-                if written != len(data):
-                    raise OSError(f"only {written} of {len(data)} bytes were written (is the disk full?)")
+                write_whole(file, data)
                 os.fsync(file)
             except OSError:
                 os.ftruncate(file, size)

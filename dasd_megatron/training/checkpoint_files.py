@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dasd_megatron.files import RunDirectoryError, atomic_file, fsync_path, fsync_tree, replace_file
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, file_sha256, read_manifest
+from dasd_megatron.files import RunDirectoryError, atomic_file, file_sha256, fsync_path, fsync_tree, replace_file
+from dasd_megatron.models.hf_weights import MANIFEST_FILE, WeightsError, read_manifest
 from dasd_megatron.reading import UnreadableError, read_json, read_text
 from dasd_megatron.run.paths import RunPaths
 

@@ -155,9 +155,11 @@ def _compare_value_of_equation(parts: list[str], expected: str, algebra: Algebra
     values = [part for part in parts[:-1] if not _is_label(part)]
     verdicts = [_compare(parts[-1], expected, algebra, depth - 1)]
     for part in values:
-        # Here arithmetic has been carried out: 2+3=5 is 5.
-        undone = algebra(part, expected) if algebra is not None else None
-        verdicts.append(undone if _is_undone(part) else _compare(part, expected, algebra, depth - 1))
+        if _is_undone(part):
+            # Here arithmetic has been carried out: 2+3=5 is 5.
+            verdicts.append(algebra(part, expected) if algebra is not None else None)
+        else:
+            verdicts.append(_compare(part, expected, algebra, depth - 1))
     if False in verdicts:
         return False
     return None if None in verdicts else True

@@ -49,7 +49,7 @@ def equal(predicted: Any, expected: Any) -> bool:
             equal_expressions(one, other) for one, other in zip(predicted.flat(), expected.flat(), strict=True)
         )
     if _is_relation(predicted) and _is_relation(expected):
-        if _equal_relations(_conjuncts(predicted), _conjuncts(expected)):
+        if _match(_conjuncts(predicted), _conjuncts(expected), _equal_relation):
             return True
         if predicted.free_symbols != expected.free_symbols:
             return False
@@ -179,18 +179,6 @@ def _conjuncts(expression: Any) -> list[Relational]:
     return list(expression.args) if isinstance(expression, sympy.And) else [expression]
 
 
-def _equal_relations(predicted: list[Relational], expected: list[Relational]) -> bool:
-    if len(predicted) != len(expected):
-        return False
-    remaining = list(predicted)
-    for other in expected:
-        found = next((one for one in remaining if _equal_relation(one, other)), None)
-        if found is None:
-            return False
-        remaining.remove(found)
-    return True
-
-
 def _equal_relation(predicted: Relational, expected: Relational) -> bool:
     """Return whether two equations or inequalities say the same, up to a factor that is a number."""
     if not all(isinstance(side, sympy.Expr) for side in (*predicted.args, *expected.args)):
@@ -248,7 +236,7 @@ def _equal_sets(one: sympy.Set, other: sympy.Set) -> bool:
             and equal_expressions(one.end, other.end)
         )
     if isinstance(one, sympy.FiniteSet) and isinstance(other, sympy.FiniteSet):
-        return _match(one.args, other.args, lambda left, right: equal(left, right))
+        return _match(one.args, other.args, equal)
     if isinstance(one, sympy.Union) and isinstance(other, sympy.Union):
         return _match(one.args, other.args, _equal_sets)
     return False

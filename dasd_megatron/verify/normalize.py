@@ -97,7 +97,7 @@ _WRAPPER = re.compile(r"\\([A-Za-z]+)\*?\s*(\{)?")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .,'/]*(?:-[A-Za-z][A-Za-z .,'/]*)*")
 _ENDS_IN_COMMAND = re.compile(r"\\[A-Za-z]+\Z")
 _ORDINAL = re.compile(r"(?<=[0-9])\s*(?:\^\s*)?\{?\s*(?:\\text\{\s*)?(?:st|nd|rd|th)(?:\s*\})?\s*\}?(?![A-Za-z])")
-_FRACTION = re.compile(r"\\frac\s*(\{|[0-9A-Za-z])")
+_BARE_DENOMINATOR = re.compile(r"\s*([0-9A-Za-z])")
 _GREEK_NUMERATOR = re.compile(r"\\frac\s*(\\(?:pi|theta|alpha|beta|lambda|phi))(?=\s*[0-9{]|\s+[A-Za-z])")
 _MIXED = re.compile(
     r"(?<![0-9A-Za-z./^_{}\\)])([0-9]{1,18})(?:\s+([0-9]{1,18})\s*/\s*([0-9]{1,18})(?![0-9.]|\s*[/^])"
@@ -362,7 +362,7 @@ def _braced_arguments(text: str) -> str:
         end = partner.get(match.end() - 1)
         if end is None:
             continue
-        denominator = re.compile(r"\s*([0-9A-Za-z])").match(text, end + 1)
+        denominator = _BARE_DENOMINATOR.match(text, end + 1)
         if denominator is not None and end >= done:
             pieces.append(text[done : end + 1] + f"{{{denominator[1]}}}")
             done = denominator.end()

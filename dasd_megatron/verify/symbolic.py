@@ -14,6 +14,7 @@ from typing import Any
 
 from dasd_megatron.verify.comparison import compare_answers
 from dasd_megatron.verify.plain_numbers import PlainNumber, based_number, may_be_rounded, may_round, plain_number
+from dasd_megatron.verify.units import TRIGONOMETRIC
 
 MEMORY_LIMIT_BYTES = 1 << 30
 _ORPHAN_GRACE_SECONDS = 5
@@ -29,7 +30,6 @@ _GAMMA = re.compile(r"\\gamma(?![A-Za-z])")
 _PRIMES = re.compile(r"([A-Za-z])('{1,4})")
 _TO_THE_T = re.compile(r"\^\s*(?:\{\s*T\s*\}|T(?![A-Za-z]))")
 _MISREAD = re.compile(r"'|[0-9]_|\\(?:phantom|hphantom|vphantom|cancel)(?![A-Za-z])")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
 def prepare_worker() -> None:
@@ -120,7 +120,7 @@ def for_parser(text: str) -> str:
     is a factor, and a number with its base is its value."""
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     text = _E_NOTATION.sub(r"\1\\cdot 10^{\2}", text)
-    if _TRIGONOMETRIC.search(text):
+    if TRIGONOMETRIC.search(text):
         text = _DEGREES.sub(r"(\\frac{\1 \\pi}{180})", text)
     text = text.replace("\\circ", " ")
     # latex2sympy takes a small gamma for the function.

@@ -12,7 +12,6 @@ class Quantity(NamedTuple):
     value: str
     unit: str
     """Empty where there is none."""
-    is_percent: bool
 
 
 # Words that make another number of the digits before them are no units.
@@ -28,7 +27,7 @@ _NO_UNITS = frozenset(
 _LONGEST = 120
 _PERCENT = re.compile(r"(.*\S)\s*(?:%|\\text\{\s*(?:percent|per cent|%)\s*\}|\s(?:percent|per cent))", re.DOTALL)
 _DEGREES = re.compile(r"(?<=[0-9)}.A-Za-z])\s*\\circ(?=\s*(?:\\text\{[^{}]*\}\s*)?\Z)")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 # Quantities are like 18 dollars, 5 m/s, 12 cm^2 or 3 pints per day.
 _PLAIN = re.compile(
     r"(.*[0-9.})])\s+((?:[^\W\d_]+/[^\W\d_]+|[^\W\d_]{2,}(?:\^\{?[23]\}?)?)(?:\s+[^\W\d_]+)*)", re.DOTALL
@@ -66,18 +65,18 @@ _SYNONYMS = {
 def split_unit(text: str) -> Quantity:
     """Return the value of a quantity and its unit, of normalized text."""
     if len(text) > _LONGEST:
-        return Quantity(text, "", False)
+        return Quantity(text, "")
     percent = _PERCENT.fullmatch(text)
     if percent is not None:
-        return Quantity(percent[1].strip(), "", True)
-    if not _TRIGONOMETRIC.search(text):
+        return Quantity(percent[1].strip(), "")
+    if not TRIGONOMETRIC.search(text):
         text = _DEGREES.sub("", text)
     value, unit = _without_text(text)
     if not unit:
         plain = _PLAIN.fullmatch(text)
         if plain is not None and _are_units(plain[2]):
             value, unit = plain[1], plain[2]
-    return Quantity(value, unit, False) if value else Quantity(text, "", False)
+    return Quantity(value, unit) if value else Quantity(text, "")
 
 
 def _without_text(text: str) -> tuple[str, str]:

@@ -23,7 +23,8 @@ import pytest
 from dasd_megatron.access import VARIABLE
 from dasd_megatron.cli import main
 from dasd_megatron.config import RolloutConfig, SGLangConfig, is_loopback, load_config
-from dasd_megatron.models.hf_weights import MANIFEST_FILE, file_sha256
+from dasd_megatron.files import file_sha256
+from dasd_megatron.models.hf_weights import MANIFEST_FILE
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
 from tests.support.runs import NO_EVALUATION, SMALL, command, finish, rows, start

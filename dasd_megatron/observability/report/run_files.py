@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_START, WARNINGS, restore_non_finite
+from dasd_megatron.observability.metric_files import (
+    EVALUATION,
+    METRICS,
+    WARM_START,
+    WARNINGS,
+    restore_non_finite,
+    restore_number,
+)
 from dasd_megatron.reading import (
     YAML_FILE_BYTES,
     MalformedError,
@@ -321,12 +328,9 @@ def shorten(value: object, limit: int) -> str:
 
 def to_number(value: Any) -> float | None:
     """Return a metric as a float, the names of NaN and infinities understood; None for what is no number."""
-    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    # JSON has integers that no float holds.
-    return float(value) if isinstance(value, float) or abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        value = restore_number(value)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def metric_values(rows: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:

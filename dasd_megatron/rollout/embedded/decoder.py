@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +84,13 @@ class Decoder:
 
         A request whose prompts cannot be read ends alone.
         """
+        return self._read_each(prefill_groups(rows))
+
+    def _read_each(self, groups: Iterable[list[Row]]) -> Reading:
+        """Read one group after another into a batch."""
         batch: DecodingBatch | None = None
         endings: list[Ending] = []
-        for group in prefill_groups(rows):
+        for group in groups:
             reading = self._read_apart(group)
             endings += reading.endings
             if batch is None or reading.batch is None:
@@ -106,16 +110,7 @@ class Decoder:
                 logger.exception("prompts cannot be read")
                 message = f"decoding failed: {type(error).__name__}: {message_in_one_line(error)}"
                 return Reading(None, [(row, internal_error(message)) for row in rows])
-        batch: DecodingBatch | None = None
-        endings: list[Ending] = []
-        for request in requests.values():
-            reading = self._read_apart([row for row in rows if row.request is request])
-            endings += reading.endings
-            if batch is None or reading.batch is None:
-                batch = batch or reading.batch
-            else:
-                batch.join(reading.batch)
-        return Reading(batch, endings)
+        return self._read_each([row for row in rows if row.request is request] for request in requests.values())
 
     def _read_group(self, rows: list[Row]) -> Reading:
         distinct = list(dict.fromkeys(tuple(row.prompt) for row in rows))

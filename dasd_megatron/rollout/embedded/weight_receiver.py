@@ -145,10 +145,7 @@ class WeightReceiver:
                 f"Group {brief(group)} not in {brief(list(self._groups))}. Please call `init_weights_update_group` "
                 "first."
             )
-        if load_format != "flattened_bucket":
-            raise ReceiveError(
-                f"load_format={brief(load_format)} is not supported by the embedded rollout server; flattened_bucket is"
-            )
+        _check_format(load_format)
         found = self._read_bucket(names, dtypes, shapes)
         flat = torch.empty(bucket_bytes(found, shapes), dtype=torch.uint8)
         with self._give_up_on_errors("the broadcast failed"):
@@ -186,10 +183,7 @@ class WeightReceiver:
             raise ReceiveError(
                 "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
             )
-        if load_format != "flattened_bucket":
-            raise ReceiveError(
-                f"load_format={brief(load_format)} is not supported by the embedded rollout server; flattened_bucket is"
-            )
+        _check_format(load_format)
         if len(payloads) != 1:
             raise ReceiveError(f"{len(payloads)} payloads for the one process of the embedded rollout server")
         try:
@@ -238,6 +232,13 @@ class WeightReceiver:
         outcome = hand_over(model)
         self._handed_over = outcome
         return outcome
+
+
+def _check_format(load_format: str | None) -> None:
+    if load_format != "flattened_bucket":
+        raise ReceiveError(
+            f"load_format={brief(load_format)} is not supported by the embedded rollout server; flattened_bucket is"
+        )
 
 
 def _weight_dtype(name: str) -> torch.dtype:

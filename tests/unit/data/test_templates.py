@@ -87,7 +87,7 @@ def test_a_failing_chat_template_is_named(tokenizer):
 )
 def test_privileged_information(tokenizer, privileged, fraction, shown):
     renderer = PromptRenderer(tokenizer, privileged=privileged, hint_fraction=fraction)
-    assert renderer.teacher_message(PROBLEM) == f"4 - 1 =\nSolution: {shown}"
+    assert renderer.message("teacher", PROBLEM) == f"4 - 1 =\nSolution: {shown}"
 
 
 def test_a_missing_solution_is_refused_where_the_teacher_needs_it(tokenizer):
@@ -105,27 +105,27 @@ def test_shipped_templates(tokenizer):
         "teacher.jinja", "teacher_bare.jinja", "teacher_math.jinja",
     }  # fmt: skip
     renderer = PromptRenderer(tokenizer)
-    assert renderer.student_message(PROBLEM) == PROBLEM.problem
-    assert len(renderer.teacher_message(PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
+    assert renderer.message("student", PROBLEM) == PROBLEM.problem
+    assert len(renderer.message("teacher", PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
     bare = PromptRenderer(tokenizer, None, "teacher_bare.jinja")
-    assert bare.teacher_message(PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
+    assert bare.message("teacher", PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
     math = PromptRenderer(tokenizer, "student_math.jinja", "teacher_math.jinja")
-    for message in (math.student_message(PROBLEM), math.teacher_message(PROBLEM)):
+    for message in (math.message("student", PROBLEM), math.message("teacher", PROBLEM)):
         assert message.startswith("4 - 1 =\n") and message.endswith("put your final answer within \\boxed{}.")
-    assert PROBLEM.reference_solution in math.teacher_message(PROBLEM)
-    assert PROBLEM.reference_solution not in math.student_message(PROBLEM)
+    assert PROBLEM.reference_solution in math.message("teacher", PROBLEM)
+    assert PROBLEM.reference_solution not in math.message("student", PROBLEM)
 
 
 def test_a_template_file_of_the_users(tokenizer, tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% if privileged|length > 3 %}Look: {{ privileged }}\n{% endif %}<b> {{ problem|upper }} & é")
     renderer = PromptRenderer(tokenizer, None, path)
-    assert renderer.teacher_message(PROBLEM) == "Look: 4-1=3\n#### 3\n<b> 4 - 1 = & é"
+    assert renderer.message("teacher", PROBLEM) == "Look: 4-1=3\n#### 3\n<b> 4 - 1 = & é"
 
 
 def test_template_syntax_in_a_problem_is_text(tokenizer):
     problem = Problem("p", "{{ 1 }} {% if %}", "1", "{{ problem }}")
-    assert PromptRenderer(tokenizer).teacher_message(problem) == "{{ 1 }} {% if %}\nSolution: {{ problem }}"
+    assert PromptRenderer(tokenizer).message("teacher", problem) == "{{ 1 }} {% if %}\nSolution: {{ problem }}"
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ def test_the_example_functions(tokenizer, monkeypatch):
 def test_what_the_functions_get(tokenizer, mine):
     renderer = PromptRenderer(tokenizer, "mine:shows_all", "mine:shows_all", privileged="answer")
     # Neither answer nor solution, which would leak.
-    assert renderer.student_message(PROBLEM) == repr((Problem("p1", "4 - 1 =", "", ""),))
-    assert renderer.teacher_message(PROBLEM) == repr((PROBLEM, "3"))
+    assert renderer.message("student", PROBLEM) == repr((Problem("p1", "4 - 1 =", "", ""),))
+    assert renderer.message("teacher", PROBLEM) == repr((PROBLEM, "3"))
 
 
 def test_chat_messages_go_through_the_chat_template(tokenizer, mine):
