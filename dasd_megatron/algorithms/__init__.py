@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         gather_packed_tokens,
     )
     from dasd_megatron.algorithms.credit_sums import CreditStatistics, credit_metrics, credit_statistics
-    from dasd_megatron.algorithms.methods import METHODS, Method, MethodSettings
+    from dasd_megatron.algorithms.methods import METHODS, Method, MethodSettings, RolloutFacts
 
 __all__ = [
     "GAP_LIMIT",
@@ -29,6 +29,7 @@ __all__ = [
     "Method",
     "MethodSettings",
     "NonFiniteTokenError",
+    "RolloutFacts",
     "context_parallel_credit",
     "credit_metrics",
     "credit_statistics",

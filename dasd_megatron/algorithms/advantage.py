@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms.credit import Credit, make_credit, output_dtype, rollout_statistics
-from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, MethodSettings
+from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, MethodSettings, RolloutFacts, RolloutStatistics
 
 
 def group_relative_advantage(
@@ -83,6 +83,7 @@ def token_advantages(
     entropy: Tensor,
     delta: Tensor,
     lengths: Tensor,
+    facts: RolloutFacts | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
     """Return the advantage of each token under a method: ``verifier_weight * A + advantage_term``, with A the rollout's
@@ -103,6 +104,8 @@ def token_advantages(
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
         entropy, delta: ``[N]`` packed response tokens, nats.
         lengths: ``[B]`` tokens of each rollout.
+        facts: what else is known of the rollouts. None: the teacher has scored all of them. A rollout without a teacher
+            has omega, delta_bar and term of exactly 0; its ``delta`` must be a number, and is not used.
         eps: guard of the divisions, nats.
 
     Returns:
@@ -112,6 +115,39 @@ def token_advantages(
     (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes or
     settings, and NonFiniteTokenError on NaN.
     """
+    _check(name, settings, rewards_advantage, lengths)
+    dtype = output_dtype(entropy)
+    method = METHODS[name]
+    statistics = rollout_statistics(
+        entropy,
+        delta,
+        lengths,
+        rho=settings.rho,
+        quantile_side=settings.quantile_side,
+        scale_floor=settings.scale_floor,
+        eps=eps,
+    )
+    if facts is not None:
+        statistics = _leave_out_teacherless(statistics, facts, lengths)
+    if method.direction is not None:
+        direction = method.direction(statistics, settings)
+    else:
+        direction = torch.zeros_like(statistics.routed)
+    if facts is not None:
+        direction = torch.where(facts.has_teacher.to(direction.device)[statistics.rollout], direction, 0.0)
+    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype)
+    verifier = (
+        settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
+    )
+    if method.verifier_factor is not None:
+        factor = method.verifier_factor(statistics, verifier, settings)
+        credit = credit._replace(advantage_term=(verifier * (factor - 1.0)).to(dtype))
+    if settings.is_distributional:
+        credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
+    return verifier.to(dtype) + credit.advantage_term, credit
+
+
+def _check(name: str, settings: MethodSettings, rewards_advantage: Tensor, lengths: Tensor) -> None:
     if name not in METHODS:
         raise ValueError(f"algorithm {name!r} is unknown; expected one of {', '.join(METHODS)}")
     if rewards_advantage.shape != lengths.shape:
@@ -125,28 +161,20 @@ def token_advantages(
         )
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"objective is {settings.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    dtype = output_dtype(entropy)
-    method = METHODS[name]
-    statistics = rollout_statistics(
-        entropy,
-        delta,
-        lengths,
-        rho=settings.rho,
-        quantile_side=settings.quantile_side,
-        scale_floor=settings.scale_floor,
-        eps=eps,
+
+
+def _leave_out_teacherless(statistics: RolloutStatistics, facts: RolloutFacts, lengths: Tensor) -> RolloutStatistics:
+    """Return the statistics with gaps of 0 for rollouts without a teacher; refuse facts of other rollouts or tokens."""
+    for name in ("has_teacher", "is_right", "solve_rate"):
+        shape = tuple(getattr(facts, name).shape)
+        if shape != tuple(lengths.shape):
+            raise ValueError(f"facts.{name} has shape {shape}; expected {tuple(lengths.shape)}")
+    if facts.teacher_entropy is not None and facts.teacher_entropy.shape != statistics.gap.shape:
+        raise ValueError(
+            f"facts.teacher_entropy has shape {tuple(facts.teacher_entropy.shape)}; expected "
+            f"{tuple(statistics.gap.shape)}"
+        )
+    taught = facts.has_teacher.to(statistics.gap.device)[statistics.rollout]
+    return statistics._replace(
+        gap=torch.where(taught, statistics.gap, 0.0), delta_bar=torch.where(taught, statistics.delta_bar, 0.0)
     )
-    if method.direction is not None:
-        direction = method.direction(statistics, settings)
-    else:
-        direction = torch.zeros_like(statistics.routed)
-    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype)
-    verifier = (
-        settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
-    )
-    if method.verifier_factor is not None:
-        factor = method.verifier_factor(statistics, verifier, settings)
-        credit = credit._replace(advantage_term=(verifier * (factor - 1.0)).to(dtype))
-    if settings.is_distributional:
-        credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
-    return verifier.to(dtype) + credit.advantage_term, credit

@@ -12,7 +12,7 @@ from dasd_megatron.algorithms.credit import GAP_LIMIT, Credit
 
 _SUMS = (
     "tokens", "rollouts", "pushed", "pulled", "entropy", "entropy_pushed", "entropy_pulled", "omega", "omega_squared",
-    "delta", "delta_abs", "delta_bar_abs", "advantage_abs", "tau", "sigma",
+    "delta", "delta_abs", "delta_bar_abs", "advantage_abs", "tau", "sigma", "taught",
 )  # fmt: skip
 
 
@@ -21,23 +21,31 @@ class CreditStatistics(NamedTuple):
     :func:`credit_metrics`."""
 
     sums: Tensor
-    """``[15]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or
-    rollouts."""
+    """``[16]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or
+    rollouts, and last the count of tokens whose gaps are summed."""
     maxima: Tensor
     """``[2]``: the largest omega, and minus the smallest; -inf without tokens."""
 
 
-def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage: Tensor) -> CreditStatistics:
+def credit_statistics(
+    credit: Credit, entropy: Tensor, delta: Tensor, advantage: Tensor, taught: Tensor | None = None
+) -> CreditStatistics:
     """Additive statistics of N packed tokens of B rollouts.
 
-    ``entropy``, ``delta`` and ``advantage`` are ``[N]``; infinite gaps count as +-20 nats, as they do in the credit. On
-    the tokens' device, no collectives and no read-back. Raises ValueError on different shapes.
+    ``entropy``, ``delta`` and ``advantage`` are ``[N]``. ``taught`` is ``[N]`` bool, the tokens of rollouts that the
+    teacher scored, whose gaps alone are counted; None: all of them. Infinite gaps count as +-20 nats, as they do in the
+    credit. On the tokens' device, no collectives and no read-back. Raises ValueError on different shapes.
     """
     for name, values in (("entropy", entropy), ("delta", delta), ("advantage", advantage)):
         if values.shape != credit.omega.shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}; the credit has {tuple(credit.omega.shape)}")
     entropy, advantage, omega = (values.detach().double() for values in (entropy, advantage, credit.omega))
     delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
+    if taught is None:
+        taught = torch.ones_like(entropy, dtype=torch.bool)
+    elif taught.shape != entropy.shape:
+        raise ValueError(f"taught has shape {tuple(taught.shape)}; the credit has {tuple(credit.omega.shape)}")
+    delta, delta_bar = (torch.where(taught, gap, 0.0) for gap in (delta, credit.delta_bar.double()))
     pushed, pulled = omega < 0, omega > 0
     sums = {
         "tokens": entropy.new_tensor(entropy.numel()),
@@ -51,10 +59,11 @@ def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage:
         "omega_squared": omega.square().sum(),
         "delta": delta.sum(),
         "delta_abs": delta.abs().sum(),
-        "delta_bar_abs": credit.delta_bar.double().abs().sum(),
+        "delta_bar_abs": delta_bar.abs().sum(),
         "advantage_abs": advantage.abs().sum(),
         "tau": credit.tau.double().sum(),
         "sigma": credit.sigma.double().sum(),
+        "taught": taught.sum(),
     }
     lowest = omega.new_full((1,), -math.inf)
     maxima = torch.stack([torch.cat([omega, lowest]).amax(), torch.cat([-omega, lowest]).amax()])
@@ -64,9 +73,10 @@ def credit_statistics(credit: Credit, entropy: Tensor, delta: Tensor, advantage:
 def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
     """Return metrics from reduced statistics, by the names of the metrics file; entropies and gaps in nats.
 
-    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, and everything without
-    any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means over rollouts, all others over tokens. The
-    tensors are read back from their device.
+    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, the metrics of gaps where
+    no token has a teacher, and everything without any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means
+    over rollouts, those of gaps over tokens that have a teacher, all others over tokens. The tensors are read back from
+    their device.
     """
     total = dict(zip(_SUMS, statistics.sums.tolist(), strict=True))
     omega_max, minus_omega_min = statistics.maxima.tolist()
@@ -79,15 +89,16 @@ def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
         metrics["entropy/pushed"] = total["entropy_pushed"] / total["pushed"]
     if total["pulled"]:
         metrics["entropy/pulled"] = total["entropy_pulled"] / total["pulled"]
+    if total["taught"]:
+        metrics["credit/delta_mean"] = total["delta"] / total["taught"]
+        metrics["credit/delta_abs_mean"] = total["delta_abs"] / total["taught"]
+        metrics["credit/delta_bar_abs_mean"] = total["delta_bar_abs"] / total["taught"]
     return metrics | {
         "credit/pushed_share": total["pushed"] / tokens,
         "credit/omega_mean": omega_mean,
         "credit/omega_std": math.sqrt(max(total["omega_squared"] / tokens - omega_mean**2, 0.0)),
         "credit/omega_min": -minus_omega_min,
         "credit/omega_max": omega_max,
-        "credit/delta_mean": total["delta"] / tokens,
-        "credit/delta_abs_mean": total["delta_abs"] / tokens,
-        "credit/delta_bar_abs_mean": total["delta_bar_abs"] / tokens,
         "credit/tau_mean": total["tau"] / rollouts,
         "credit/sigma_mean": total["sigma"] / rollouts,
         "credit/advantage_abs_mean": total["advantage_abs"] / tokens,

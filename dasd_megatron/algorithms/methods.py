@@ -36,6 +36,21 @@ class RolloutStatistics(NamedTuple):
     """``[N]`` (tau - H) / sigma."""
 
 
+class RolloutFacts(NamedTuple):
+    """What is known of B rollouts, and of their N packed tokens, beside entropies and gaps."""
+
+    has_teacher: Tensor
+    """``[B]`` bool: the teacher had privileged text for this rollout and scored it. Where False, the rollout has the
+    verifier's advantage alone, whatever its gaps are."""
+    is_right: Tensor
+    """``[B]`` bool: the reward is at least ``teacher.success_reward``."""
+    solve_rate: Tensor
+    """``[B]`` float: the share of right rollouts in its group, 0 to 1."""
+    teacher_entropy: Tensor | None = None
+    """``[N]`` entropy of the teacher's distribution at each token, at the sampling temperature, nats. None where the
+    teacher was not run. Not read for rollouts without a teacher."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """Settings of the methods, each the field of ``algorithm`` in the configuration that has its name.

@@ -167,6 +167,21 @@ def test_metrics_are_what_they_say() -> None:
     assert all(type(value) is float for value in metrics.values())
 
 
+def test_gaps_of_tokens_without_a_teacher_are_not_counted() -> None:
+    data = batch()
+    advantage, credit = token_advantages("opsd", SETTINGS, **data)
+    taught = torch.tensor([True] * 5 + [False] * 9)
+    metrics = credit_metrics(credit_statistics(credit, data["entropy"], data["delta"], advantage, taught))
+    assert metrics["credit/delta_mean"] == pytest.approx(data["delta"][:5].mean().item(), rel=1e-5)
+    assert metrics["credit/delta_abs_mean"] == pytest.approx(data["delta"][:5].abs().mean().item(), rel=1e-5)
+    assert metrics["credit/delta_bar_abs_mean"] == pytest.approx(credit.delta_bar[:5].abs().mean().item(), rel=1e-5)
+    assert metrics["entropy/mean"] == pytest.approx(data["entropy"].mean().item(), rel=1e-5)
+    none = credit_metrics(credit_statistics(credit, data["entropy"], data["delta"], advantage, ~taught & taught))
+    assert {name for name in metrics if "delta" in name} == metrics.keys() - none.keys()
+    with pytest.raises(ValueError, match=r"taught has shape \(3,\)"):
+        credit_statistics(credit, data["entropy"], data["delta"], advantage, taught[:3])
+
+
 def test_statistics_add_up_over_ranks() -> None:
     parts, whole = [], []
     for _ in range(3):

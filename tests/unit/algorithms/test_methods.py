@@ -15,7 +15,7 @@ import yaml
 
 import dasd_megatron
 from dasd_megatron import algorithms
-from dasd_megatron.algorithms import METHODS, Method, MethodSettings, token_advantages
+from dasd_megatron.algorithms import METHODS, Method, MethodSettings, RolloutFacts, token_advantages
 
 PRESETS = sorted((Path(dasd_megatron.__file__).parent / "conf/algorithm").glob("*.yaml"))
 SETTINGS = MethodSettings(
@@ -31,6 +31,12 @@ def batch(seed: int = 0) -> dict[str, torch.Tensor]:
         "delta": torch.randn(12, generator=generator),
         "lengths": torch.tensor([5, 7]),
     }
+
+
+def facts(has_teacher: list[bool], **changes: torch.Tensor) -> RolloutFacts:
+    count = len(has_teacher)
+    known = RolloutFacts(torch.tensor(has_teacher), torch.ones(count, dtype=torch.bool), torch.full((count,), 0.5))
+    return known._replace(**changes)
 
 
 def test_every_preset_has_a_record_and_every_record_a_preset() -> None:
@@ -63,6 +69,43 @@ def test_rho_matters_to_the_methods_that_route_by_entropy(method: Method) -> Non
     advantage, _ = token_advantages(method.name, SETTINGS, **data)
     other, _ = token_advantages(method.name, replace(SETTINGS, rho=0.7), **data)
     assert torch.equal(advantage, other) is not method.routes_by_entropy
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_rollout_without_a_teacher_has_the_verifiers_advantage_alone(method: Method) -> None:
+    data = batch(torch.seed() % 2**31)
+    advantage, credit = token_advantages(method.name, SETTINGS, **data, facts=facts([True, False]))
+    whole, whole_credit = token_advantages(method.name, SETTINGS, **data, facts=facts([True, True]))
+    assert (advantage[5:] == -0.5).all()
+    for name in ("omega", "delta_bar", "advantage_term"):
+        assert (getattr(credit, name)[5:] == 0).all()
+        assert torch.equal(getattr(credit, name)[:5], getattr(whole_credit, name)[:5])
+    assert torch.equal(advantage[:5], whole[:5])
+
+
+def test_facts_change_nothing_for_grpo() -> None:
+    data = batch(torch.seed() % 2**31)
+    without = token_advantages("grpo", SETTINGS, **data)
+    known = facts([True, True], teacher_entropy=torch.rand(12))
+    assert torch.equal(token_advantages("grpo", SETTINGS, **data, facts=known)[0], without[0])
+    known = facts([False, True], is_right=torch.tensor([False, True]), solve_rate=torch.tensor([0.0, 1.0]))
+    advantage, credit = token_advantages("grpo", SETTINGS, **data, facts=known)
+    assert torch.equal(advantage, without[0])
+    assert torch.equal(credit.omega, without[1].omega)
+    assert torch.equal(credit.advantage_term, without[1].advantage_term)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (facts([True]), r"facts.has_teacher has shape \(1,\); expected \(2,\)"),
+        (facts([True] * 2, solve_rate=torch.ones(3)), r"facts.solve_rate has shape \(3,\)"),
+        (facts([True] * 2, teacher_entropy=torch.ones(2)), r"facts.teacher_entropy has shape \(2,\); expected \(12,\)"),
+    ],
+)
+def test_facts_of_other_rollouts_are_refused(known: RolloutFacts, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_advantages("dasd", SETTINGS, **batch(), facts=known)
 
 
 def test_the_table_imports_no_torch() -> None:
