@@ -125,6 +125,7 @@ def token_advantages(
         rho=settings.rho,
         quantile_side=settings.quantile_side,
         scale_floor=settings.scale_floor,
+        entropy_floor=settings.entropy_floor,
         eps=eps,
     )
     if facts is not None:

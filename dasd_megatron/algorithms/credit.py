@@ -2,19 +2,20 @@
 direction.
 
 Source of the two formulas: arXiv:2605.22263. What the paper leaves open, and is our choice here: the side that ``rho``
-counts from, the scale of the gap and its floor, and the treatment of the edge cases that
+counts from, the floor of the threshold, the scale of the gap and its floor, and the treatment of the edge cases that
 :func:`direction_adaptive_credit` lists.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.algorithms.methods import QUANTILE_SIDES, RolloutStatistics
+from dasd_megatron.algorithms.methods import ENTROPY_FLOOR, QUANTILE_SIDES, RolloutStatistics
 
 # The gap of a token is bounded by this many nats, so that a token that the teacher rules out (log q = -inf) stays a
 # finite outlier.
@@ -51,6 +52,7 @@ def direction_adaptive_credit(
     quantile_side: str = "upper",
     beta: float = 1.0,
     scale_floor: float = 0.0,
+    entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,
 ) -> Credit:
@@ -58,9 +60,10 @@ def direction_adaptive_credit(
 
     In each rollout, with H the entropy and delta the gap log q(y) - log p(y):
 
-        tau       quantile of H, linearly interpolated like ``torch.quantile``: at 1 - rho (``upper``: the most
-                  uncertain rho lie beyond it and are pushed away) or at rho (``lower``: all but the most certain rho
-                  are pushed away)
+        quantile  of H, linearly interpolated like ``torch.quantile``: at 1 - rho (``upper``: the most uncertain rho
+                  lie beyond it and are pushed away) or at rho (``lower``: all but the most certain rho are pushed
+                  away)
+        tau       max(quantile, entropy_floor)
         sigma     mean |H - mean H|
         delta_bar delta / max(mean |delta|, scale_floor, eps)
         omega     tanh((tau - H) / max(sigma, eps)) * sigmoid(|delta_bar| - 1)
@@ -73,15 +76,18 @@ def direction_adaptive_credit(
         rho: share of tokens beyond the threshold, 0 to 1.
         scale_floor: least scale of the gap, nats. Where teacher and student agree all gaps are noise, and the floor
             keeps them small.
+        entropy_floor: least threshold, nats. No token of at most this entropy is pushed away: a share of the tokens
+            lies beyond the quantile also where the policy is certain of all of them.
         eps: guard of both divisions, nats.
         gate: False leaves the sigmoid out.
 
     Returns:
         Credit. Nothing in it carries a gradient. Statistics are computed in float64.
 
-    Edge cases: a rollout of one token, or with equal entropies throughout, has sigma 0 and omega 0, so the teacher adds
-    nothing. With all gaps 0, delta_bar and the term are 0. An infinite gap counts as +-20 nats (:data:`GAP_LIMIT`,
-    which also bounds finite gaps). An empty rollout has tau = sigma = 0. N = 0 and B = 0 give empty tensors.
+    Edge cases: a rollout of one token, or with equal entropies throughout, has sigma 0. Above the floor its omega is 0,
+    so that the teacher adds nothing. Below the floor all of it is pulled. With all gaps 0, delta_bar and the term are
+    0. An infinite gap counts as +-20 nats (:data:`GAP_LIMIT`, which also bounds finite gaps). An empty rollout has
+    tau = sigma = 0. N = 0 and B = 0 give empty tensors.
 
     Each rollout must be whole on this rank; :func:`context_parallel_credit` takes shards. No collectives, no loop over
     rollouts, one sort of N keys; the checks read the lengths and one flag back from the device.
@@ -91,17 +97,32 @@ def direction_adaptive_credit(
         NonFiniteTokenError: an entropy that is NaN or infinite, or a gap that is NaN.
     """
     statistics = rollout_statistics(
-        entropy, delta, lengths, rho=rho, quantile_side=quantile_side, scale_floor=scale_floor, eps=eps
+        entropy,
+        delta,
+        lengths,
+        rho=rho,
+        quantile_side=quantile_side,
+        scale_floor=scale_floor,
+        entropy_floor=entropy_floor,
+        eps=eps,
     )
     return make_credit(statistics, torch.tanh(statistics.routed), beta=beta, gate=gate, dtype=output_dtype(entropy))
 
 
 def rollout_statistics(
-    entropy: Tensor, delta: Tensor, lengths: Tensor, *, rho: float, quantile_side: str, scale_floor: float, eps: float
+    entropy: Tensor,
+    delta: Tensor,
+    lengths: Tensor,
+    *,
+    rho: float,
+    quantile_side: str,
+    scale_floor: float,
+    entropy_floor: float,
+    eps: float,
 ) -> RolloutStatistics:
     """Return the statistics that :func:`direction_adaptive_credit` describes, for every method alike; same arguments
     and errors."""
-    _check(entropy, delta, lengths, rho, quantile_side, scale_floor, eps)
+    _check(entropy, delta, lengths, rho, quantile_side, scale_floor, entropy_floor, eps)
     entropy = entropy.detach().double()
     delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
     lengths = lengths.to(entropy.device, torch.int64)
@@ -109,7 +130,8 @@ def rollout_statistics(
         torch.arange(lengths.numel(), device=lengths.device), lengths, output_size=entropy.numel()
     )
 
-    tau = _quantile_per_rollout(entropy, rollout, lengths, 1.0 - rho if quantile_side == "upper" else rho)
+    quantile = _quantile_per_rollout(entropy, rollout, lengths, 1.0 - rho if quantile_side == "upper" else rho)
+    tau = torch.where(lengths > 0, quantile.clamp_min(entropy_floor), 0.0)
     mean_entropy = _mean_per_rollout(entropy, lengths)
     sigma = _mean_per_rollout((entropy - mean_entropy[rollout]).abs(), lengths)
     scale = _mean_per_rollout(delta.abs(), lengths).clamp_min(max(scale_floor, eps))
@@ -190,6 +212,7 @@ def context_parallel_credit(
     quantile_side: str = "upper",
     beta: float = 1.0,
     scale_floor: float = 0.0,
+    entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,
 ) -> Credit:
@@ -210,6 +233,7 @@ def context_parallel_credit(
         quantile_side=quantile_side,
         beta=beta,
         scale_floor=scale_floor,
+        entropy_floor=entropy_floor,
         eps=eps,
         gate=gate,
     )
@@ -221,7 +245,14 @@ def context_parallel_credit(
 
 
 def _check(
-    entropy: Tensor, delta: Tensor, lengths: Tensor, rho: float, quantile_side: str, scale_floor: float, eps: float
+    entropy: Tensor,
+    delta: Tensor,
+    lengths: Tensor,
+    rho: float,
+    quantile_side: str,
+    scale_floor: float,
+    entropy_floor: float,
+    eps: float,
 ) -> None:
     if entropy.dim() != 1 or delta.shape != entropy.shape:
         raise ValueError(
@@ -239,6 +270,8 @@ def _check(
         raise ValueError(f"quantile_side is {quantile_side!r}; expected one of {', '.join(QUANTILE_SIDES)}")
     if not scale_floor >= 0.0:
         raise ValueError(f"scale_floor is {scale_floor}; expected at least 0 nats")
+    if not 0.0 <= entropy_floor < math.inf:
+        raise ValueError(f"entropy_floor is {entropy_floor}; expected a number of nats, at least 0")
     if not eps > 0.0:
         raise ValueError(f"eps is {eps}; expected above 0")
     sizes = lengths.tolist()

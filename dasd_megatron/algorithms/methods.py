@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SAMPLED, DISTRIBUTIONAL = OBJECTIVES = ("sampled", "distributional")
 QUANTILE_SIDES = ("upper", "lower")
 
+ENTROPY_FLOOR = 0.3
+"""Default of the least entropy threshold, nats; our choice."""
+
 
 class RolloutStatistics(NamedTuple):
     """Per-rollout statistics in float64, spread over the N packed tokens where a formula of tokens needs them."""
@@ -66,6 +69,7 @@ class MethodSettings:
     scale_floor: float
     gate: bool
     rlsd_clip: float
+    entropy_floor: float = ENTROPY_FLOOR
     objective: str = SAMPLED
 
     @property

@@ -6,7 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dasd_megatron.algorithms.methods import DISTRIBUTIONAL, METHODS, OBJECTIVES, QUANTILE_SIDES, MethodSettings
+from dasd_megatron.algorithms.methods import (
+    DISTRIBUTIONAL,
+    ENTROPY_FLOOR,
+    METHODS,
+    OBJECTIVES,
+    QUANTILE_SIDES,
+    MethodSettings,
+)
 from dasd_megatron.config.fields import REQUIRED, setting
 from dasd_megatron.errors import enumerate_names
 from dasd_megatron.losses.divergences import DIVERGENCES
@@ -186,6 +193,11 @@ class AlgorithmConfig:
     )
     scale_floor: float = setting(
         REQUIRED, "least scale of the log-evidence gap in one rollout, nats; our choice, no public value", low=0
+    )
+    entropy_floor: float = setting(
+        ENTROPY_FLOOR,
+        "least entropy threshold tau, nats: a token of less entropy is never pushed away; our choice",
+        low=0,
     )
     gate: bool = setting(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
     rlsd_clip: float = setting(

@@ -234,7 +234,8 @@ def check_context_parallel(rank: int, world_size: int, case: dict, message: str)
     total = int(lengths.sum())
     entropy, delta = torch.rand(total, generator=generator) * 3, torch.randn(total, generator=generator)
     delta[4] = -math.inf
-    whole = direction_adaptive_credit(entropy, delta, lengths, beta=0.3, scale_floor=0.2)
+    settings = dict(beta=0.3, scale_floor=0.2, entropy_floor=1.5)
+    whole = direction_adaptive_credit(entropy, delta, lengths, **settings)
     owners = (
         torch.arange(total) % world_size,
         torch.randint(0, world_size, (total,), generator=generator),
@@ -245,13 +246,7 @@ def check_context_parallel(rank: int, world_size: int, case: dict, message: str)
         positions = positions[torch.randperm(len(positions))]
         with counted() as calls:
             credit = context_parallel_credit(
-                entropy[positions],
-                delta[positions],
-                lengths,
-                positions,
-                group=dist.group.WORLD,
-                beta=0.3,
-                scale_floor=0.2,
+                entropy[positions], delta[positions], lengths, positions, group=dist.group.WORLD, **settings
             )
         assert calls == Counter({"all_reduce": 1} if world_size > 1 else {}), calls
         for name in ("omega", "delta_bar", "advantage_term"):

@@ -28,6 +28,7 @@ def loop_credit(
     quantile_side="upper",
     beta=1.0,
     scale_floor=0.0,
+    entropy_floor=0.3,
     eps=1e-6,
     gate=True,
 ) -> Credit:
@@ -38,7 +39,7 @@ def loop_credit(
             parts[3].append(torch.zeros(1).double())
             continue
         d = d.clamp(-20, 20)
-        tau = torch.quantile(h, 1 - rho if quantile_side == "upper" else rho)
+        tau = torch.quantile(h, 1 - rho if quantile_side == "upper" else rho).clamp(min=entropy_floor)
         sigma = (h - h.mean()).abs().mean()
         delta_bar = d / max(d.abs().mean().item(), scale_floor, eps)
         omega = torch.tanh((tau - h) / max(sigma.item(), eps))
@@ -64,22 +65,74 @@ def assert_same(got: Credit, want: Credit, rtol: float, atol: float) -> None:
     quantile_side=st.sampled_from(["upper", "lower"]),
     beta=st.floats(0, 2),
     scale_floor=st.sampled_from([0.0, 0.1, 5.0]),
+    entropy_floor=st.sampled_from([0.0, 0.3, 2.0, 10.0]),
     gate=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_property_matches_the_loop(lengths, rho, quantile_side, beta, scale_floor, gate, dtype, seed) -> None:
+def test_property_matches_the_loop(
+    lengths, rho, quantile_side, beta, scale_floor, entropy_floor, gate, dtype, seed
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     entropy = (torch.rand(sum(lengths), generator=generator, dtype=torch.float64) * 4).to(dtype)
     delta = torch.randn(sum(lengths), generator=generator, dtype=torch.float64).to(dtype) * 2
-    arguments = dict(rho=rho, quantile_side=quantile_side, beta=beta, scale_floor=scale_floor, gate=gate)
+    arguments = dict(
+        rho=rho,
+        quantile_side=quantile_side,
+        beta=beta,
+        scale_floor=scale_floor,
+        entropy_floor=entropy_floor,
+        gate=gate,
+    )
     got = direction_adaptive_credit(entropy, delta, torch.tensor(lengths, dtype=torch.int64), **arguments)
     precise = dtype == torch.float64
     assert all(value.dtype == (torch.float64 if precise else torch.float32) for value in got)
     # For float64 entropies the sort resolves float32; a tie there shifts a quantile by 1e-7 at most.
     assert_same(got, loop_credit(entropy, delta, lengths, **arguments), rtol=1e-6, atol=1e-6)
     assert (got.omega.abs() <= 1).all()
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=6),
+    rho=st.floats(0, 1),
+    quantile_side=st.sampled_from(["upper", "lower"]),
+    floor=st.sampled_from([0.0, 0.3, 1.0]),
+    spread=st.sampled_from([0.0, 1e-7, 0.1, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_property_no_token_at_or_below_the_floor_is_pushed(
+    lengths, rho, quantile_side, floor, spread, dtype, seed
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Around the floor, closely or widely, so that both sides of it occur.
+    entropy = (floor + spread * (torch.rand(sum(lengths), generator=generator) - 0.5)).to(dtype)
+    delta = torch.randn(sum(lengths), generator=generator) * 3
+    arguments = dict(rho=rho, quantile_side=quantile_side, entropy_floor=floor)
+    credit = direction_adaptive_credit(entropy, delta, torch.tensor(lengths, dtype=torch.int64), **arguments)
+    certain = entropy.double() <= floor
+    assert (credit.omega[certain] >= 0).all()
+    # Its term moves the token to where the teacher wants it, never away.
+    assert (credit.advantage_term[certain] * delta[certain] >= 0).all()
+
+
+def test_the_floor_of_the_entropy_turns_pushes_into_pulls_where_the_policy_is_certain() -> None:
+    entropy = torch.tensor([0.01, 0.02, 0.01, 0.03, 0.25])
+    delta, lengths = torch.ones(5), torch.tensor([5])
+    relative = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.0)
+    assert relative.omega[4] < -0.1 and relative.tau < 0.1
+    floored = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.3)
+    assert (floored.omega > 0).all() and floored.tau == pytest.approx(0.3)
+    # A fork in the same response is pushed, and the floor changes nothing where the quantile lies above it.
+    entropy[4] = 0.9
+    assert (direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.3).omega < 0).tolist() == [False] * 4 + [
+        True
+    ]
+    for floor in (0.0, 0.3):
+        uncertain = direction_adaptive_credit(entropy + 1, delta, lengths, entropy_floor=floor)
+        torch.testing.assert_close(uncertain.tau, torch.quantile(entropy + 1, 0.8)[None])
 
 
 def test_equal_and_repeated_entropies_match_torch_quantile() -> None:
@@ -92,8 +145,10 @@ def test_equal_and_repeated_entropies_match_torch_quantile() -> None:
 
 def test_slightly_negative_entropies_sort_below_zero() -> None:
     entropy = torch.tensor([-1e-7, 0.5, -2e-7, 0.0])
-    got = direction_adaptive_credit(entropy, torch.ones(4), torch.tensor([4]), rho=0.25, quantile_side="lower")
-    torch.testing.assert_close(got.tau, torch.quantile(entropy, 0.25)[None], rtol=1e-6, atol=0)
+    got = direction_adaptive_credit(
+        entropy, torch.ones(4), torch.tensor([4]), rho=0.9, quantile_side="lower", entropy_floor=0.0
+    )
+    torch.testing.assert_close(got.tau, torch.quantile(entropy, 0.9)[None], rtol=1e-6, atol=0)
 
 
 def test_the_sides_push_what_they_say() -> None:
@@ -106,14 +161,20 @@ def test_the_sides_push_what_they_say() -> None:
     assert (credit["lower"].omega < 0).tolist() == [False] * 2 + [True] * 8
 
 
-def test_one_token_and_constant_entropy_add_nothing() -> None:
-    credit = direction_adaptive_credit(
-        torch.tensor([1.7, 0.3, 0.3, 0.3]), torch.tensor([2.0, 1.0, -4.0, 0.5]), torch.tensor([1, 3])
+def test_one_token_and_constant_entropy_add_nothing_above_the_floor() -> None:
+    entropy, delta, lengths = (
+        torch.tensor([1.7, 0.3, 0.3, 0.3]),
+        torch.tensor([2.0, 1.0, -4.0, 0.5]),
+        torch.tensor([1, 3]),
     )
+    credit = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.25)
     assert credit.omega.tolist() == [0.0] * 4 and credit.advantage_term.abs().sum() == 0
     torch.testing.assert_close(credit.tau, torch.tensor([1.7, 0.3]))
     torch.testing.assert_close(credit.sigma, torch.zeros(2))
     assert credit.delta_bar[0] == 1.0
+    # Below the floor there is no spread to measure the distance by: everything is pulled.
+    pulled = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=2.0, gate=False)
+    assert pulled.omega.tolist() == [1.0] * 4 and pulled.tau.tolist() == [2.0, 2.0]
 
 
 def test_all_gaps_zero() -> None:
@@ -209,6 +270,9 @@ def test_numbers_that_are_none_are_named(bad: tuple[str, float]) -> None:
         ({"rho": 1.2}, "rho is 1.2"),
         ({"quantile_side": "top"}, "quantile_side is 'top'"),
         ({"scale_floor": -1.0}, "scale_floor is -1.0"),
+        ({"entropy_floor": -0.1}, "entropy_floor is -0.1"),
+        ({"entropy_floor": math.inf}, "entropy_floor is inf"),
+        ({"entropy_floor": math.nan}, "entropy_floor is nan"),
         ({"eps": 0.0}, "eps is 0.0"),
     ],
 )
