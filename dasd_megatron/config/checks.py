@@ -276,6 +276,11 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             f"algorithm.objective=distributional has no direction under algorithm.name={algorithm.name}: "
             f"write {directed}, or objective=sampled"
         )
+    if not distributional and algorithm.divergence_pull_cap is not None:
+        raise ConfigError(
+            "algorithm.divergence_pull_cap bounds a divergence, which algorithm.objective=sampled does not have: drop "
+            "it, or write objective=distributional"
+        )
     if distributional and not loss.fused_linear:
         raise ConfigError(
             "algorithm.objective=distributional re-projects the teacher's hidden states: write "

@@ -222,6 +222,12 @@ class AlgorithmConfig:
         "distributional only: a token is not pushed away from the teacher beyond this divergence, nats; our choice",
         low=0,
     )
+    divergence_pull_cap: float | None = setting(
+        None,
+        "distributional only: a token is not pulled toward the teacher while its divergence is beyond this, nats; "
+        "null: no cap; our choice",
+        above=0,
+    )
     jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
 
     @property

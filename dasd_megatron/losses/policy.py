@@ -67,32 +67,42 @@ def policy_surrogate(
     return loss, clipped.detach()
 
 
-def routed_divergence(divergence: Tensor, omega: Tensor, *, cap: float) -> tuple[Tensor, Tensor]:
-    """Return the distributional objective's teacher term per token, ``omega * D``, with a bound on how far a token is
-    pushed away.
+def routed_divergence(
+    divergence: Tensor, omega: Tensor, *, cap: float, pull_cap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the distributional objective's teacher term per token, ``omega * D``, with bounds on how far a token is
+    pushed away and on how strongly one is pulled.
 
-    Minimising it lowers D where omega is above 0 and raises it where omega is below, but there only while D is under
-    ``cap``: an unbounded repulsion could run away, since a divergence has no maximum. The cap is our choice.
+    Minimising it raises D where omega is below 0, but there only while D is under ``cap``: an unbounded repulsion could
+    run away, since a divergence has no maximum. It lowers D where omega is above 0, with ``pull_cap`` only while D is
+    under that: the few tokens where teacher and student differ most would otherwise decide the gradient. Both caps are
+    our choice.
 
     Args:
-        divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond the
+        divergence: ``[N]`` D(student, teacher), nats, infinities allowed; receives the gradient ``omega``, 0 beyond a
             cap.
         omega: ``[N]`` direction times reliability, in [-1, 1]; no gradient.
         cap: nats, at least 0.
+        pull_cap: nats, above 0; None: no cap where omega is above 0.
 
     Returns:
-        term ``[N]`` and capped ``[N]`` bool: pushed tokens at or beyond the cap. A pulled token whose divergence is
-        infinite, which has no gradient to follow, contributes 0.
+        term ``[N]`` and capped ``[N]`` bool: pushed and pulled tokens at or beyond their cap. Without ``pull_cap`` a
+        pulled token whose divergence is infinite, which has no gradient to follow, contributes 0.
 
-    Elementwise; no collectives. Raises ValueError on shapes or a cap that do not fit.
+    Elementwise; no collectives. Raises ValueError on shapes or caps that do not fit.
     """
     _same_shape(divergence=divergence, omega=omega)
     if not cap >= 0.0:
         raise ValueError(f"cap is {cap}; expected at least 0 nats")
+    if pull_cap is not None and not pull_cap > 0.0:
+        raise ValueError(f"pull_cap is {pull_cap}; expected more than 0 nats, or None for no cap")
     omega = omega.detach().to(divergence.dtype)
-    capped = (omega < 0) & (divergence >= cap)
-    bounded = torch.where(capped, cap, torch.where(divergence == math.inf, 0.0, divergence))
-    return omega * bounded, capped.detach()
+    pushed_out = (omega < 0) & (divergence >= cap)
+    bounded = torch.where(pushed_out, cap, torch.where(divergence == math.inf, 0.0, divergence))
+    if pull_cap is None:
+        return omega * bounded, pushed_out.detach()
+    pulled_out = (omega > 0) & (divergence >= pull_cap)
+    return omega * torch.where(pulled_out, pull_cap, bounded), (pushed_out | pulled_out).detach()
 
 
 def importance_weights(

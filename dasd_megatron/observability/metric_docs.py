@@ -463,9 +463,9 @@ _STEP = [
     Metric(
         "update/capped_share",
         "share of tokens",
-        "pushed tokens whose divergence is over algorithm.divergence_cap",
+        "pushed tokens whose divergence is over algorithm.divergence_cap, and pulled ones over divergence_pull_cap",
         "under 0.1",
-        "lower algorithm.beta or algorithm.rho",
+        "lower algorithm.beta or algorithm.rho; raise a divergence_pull_cap",
         when="algorithm.objective=distributional",
     ),
     Metric(

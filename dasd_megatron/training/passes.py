@@ -217,7 +217,10 @@ def update(
             loss = loss + settings.kl_coef * sums["kl_to_start"]
         if distillation is not None and stats.divergence is not None:
             term, capped = routed_divergence(
-                stats.divergence, distillation.omega[index], cap=distillation.settings.divergence_cap
+                stats.divergence,
+                distillation.omega[index],
+                cap=distillation.settings.divergence_cap,
+                pull_cap=distillation.settings.divergence_pull_cap,
             )
             loss = loss + distillation.settings.divergence_weight * term.sum()
             # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.

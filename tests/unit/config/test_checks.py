@@ -190,6 +190,7 @@ REFUSED = [
     (["run.name=a/b"], ["run.name"]),
     (["run.name=.hidden"], ["run.name", "'.'"]),
     (["algorithm.rlsd_clip=1"], ["algorithm.rlsd_clip=1", "below 1"]),
+    (["algorithm.divergence_pull_cap=0.5"], ["algorithm.divergence_pull_cap", "objective=distributional"]),
     (["loss.dual_clip=1"], ["loss.dual_clip=1", "above 1"]),
     (["teacher.hint_fraction=0"], ["teacher.hint_fraction=0", "above 0"]),
     (["teacher.hint_fraction=1.1"], ["teacher.hint_fraction=1.1", "at most 1"]),

@@ -142,7 +142,19 @@ def test_routed_divergence_pulls_without_bound_and_pushes_up_to_the_cap() -> Non
     assert omega.grad is None
 
 
+def test_routed_divergence_caps_the_pull_as_it_caps_the_push() -> None:
+    divergence = torch.tensor([0.5, 0.9, 1.0, 3.0, math.inf, 0.5, 1.5, 3.0, 3.0]).requires_grad_()
+    omega = torch.tensor([0.4, 0.4, 0.4, 0.4, 0.4, -0.3, -0.3, -0.3, 0.0])
+    term, capped = routed_divergence(divergence, omega, cap=2.0, pull_cap=1.0)
+    term.sum().backward()
+    torch.testing.assert_close(term.detach(), torch.tensor([0.2, 0.36, 0.4, 0.4, 0.4, -0.15, -0.45, -0.6, 0.0]))
+    assert capped.tolist() == [False, False, True, True, True, False, False, True, False]
+    torch.testing.assert_close(divergence.grad, torch.tensor([0.4, 0.4, 0.0, 0.0, 0.0, -0.3, -0.3, 0.0, 0.0]))
+
+
 def test_routed_divergence_refusals() -> None:
+    with pytest.raises(ValueError, match="pull_cap is 0.0"):
+        routed_divergence(torch.zeros(2), torch.zeros(2), cap=1.0, pull_cap=0.0)
     with pytest.raises(ValueError, match=r"omega \(3,\)"):
         routed_divergence(torch.zeros(2), torch.zeros(3), cap=1.0)
     with pytest.raises(ValueError, match="cap is -1.0"):
