@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,15 @@ class Sample:
     response_mask: list[int] | None = None
     """One for each of ``response_ids``: 1 for a token that the policy sampled, 0 for context like a tool's answer.
     None: it sampled all."""
+    feedback: str | None = None
+    """What the reward function has said of the response; None where it says nothing."""
+    privileged_source: str | None = None
+    """Source of ``teacher.privileged`` that the teacher's text is from; None for a sample without a teacher."""
+    privileged: str = ""
+    """The privileged text that the teacher was shown. Training takes it from the group anew, and not from a file."""
+    teacher_prompt_ids: list[int] | None = None
+    """Token ids of the teacher's prompt; None for a sample without a teacher. It is in no file: whoever reads samples
+    for training assigns it anew (:class:`~dasd_megatron.data.teacher_prompts.TeacherPrompts`)."""
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -69,6 +79,12 @@ class Sample:
     def weight_version(self) -> str:
         """The version of the weights behind the first token, which is the oldest."""
         return str(self.weight_versions[0][0])
+
+
+def sampling_seed(*parts: int | str) -> int:
+    """Return a 31-bit number that depends on ``parts`` alone, so that what is drawn again is the same."""
+    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def version_name(step: int) -> str:
@@ -146,6 +162,9 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "predicted_answer": ("a text or null", lambda value: value is None or _is_text(value)),
     "timed_out": ("true or false", lambda value: isinstance(value, bool)),
     "response_mask": ("null or a list", lambda value: value is None or isinstance(value, list)),
+    "feedback": ("a text or null", lambda value: value is None or _is_text(value)),
+    "privileged_source": ("a text or null", lambda value: value is None or _is_text(value)),
+    "privileged": _TEXT,
 }
 """What a field of a saved rollout has to be, in words and as a test."""
 
@@ -175,7 +194,13 @@ def _record_fault(record: dict[str, Any], vocab_size: int | None) -> str | None:
     return mask_fault(record["response_mask"], log_probs)
 
 
-_FIELDS = [field.name for field in dataclasses.fields(Sample)]
+_FIELDS = [field.name for field in dataclasses.fields(Sample) if field.name != "teacher_prompt_ids"]
+# Older files lack these.
+_ADDED_LATER = {
+    field.name: field.default
+    for field in dataclasses.fields(Sample)
+    if field.name in ("response_mask", "feedback", "privileged_source", "privileged")
+}
 
 
 def rollouts_path(folder: str | Path, step: int) -> Path:
@@ -211,8 +236,7 @@ def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:
 def _sample_of(line: JsonLine, where: str, vocab_size: int | None) -> Sample:
     if line.problem is not None:
         raise ReplayError(f"{where}: not a saved rollout ({line.problem})")
-    # Older files have no such field.
-    record = {"response_mask": None, **line.row}
+    record = {**_ADDED_LATER, **line.row}
     fault = _record_fault(record, vocab_size)
     if fault is not None:
         raise ReplayError(f"{where}: {fault}")

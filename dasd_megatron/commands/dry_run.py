@@ -33,7 +33,7 @@ from dasd_megatron.observability.progress import format_duration
 from dasd_megatron.planning.estimate import Architecture, bubble_fraction, chunk_parameters, total_parameters
 from dasd_megatron.planning.layout import check_layout, place_of, warmup_passes
 from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_sizes
-from dasd_megatron.run.checks import check_end_tokens, needs_teacher
+from dasd_megatron.run.checks import check_end_tokens, teacher_of_rollouts
 from dasd_megatron.run.dates import choose_date
 
 if TYPE_CHECKING:
@@ -255,9 +255,14 @@ def _prompt_lines(config: Config) -> list[str]:
     check_end_tokens(folder, tokenizer, vocab_size)
     config = choose_date(config, tokenizer)
     renderer = make_renderer(config.data, config.teacher, tokenizer)
-    problem, teacher = Problem("made up", "1", "1", "1"), needs_teacher(config.algorithm)
+    problem = Problem("made up", "1", "1", "1")
+    others = [problem, Problem("another", "2", "2", "2")]
+    teacher = teacher_of_rollouts(config, renderer, others, vocab_size)
     check_prompts([problem], renderer, config.rollout.max_prompt_tokens, vocab_size=vocab_size, teacher=teacher)
-    prompts = {"student": renderer.student(problem), **({"teacher": renderer.teacher(problem)} if teacher else {})}
+    prompts = {"student": renderer.student(problem)}
+    if teacher is not None:
+        texts = teacher.texts_to_try(problem)
+        prompts |= {f"teacher, {shown.source}": renderer.teacher(problem, shown) for shown in texts}
     return [f"{kind}: {len(ids)} tokens of the templates and of a problem of one" for kind, ids in prompts.items()]
 
 

@@ -18,7 +18,7 @@ from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.discovery import check_models, check_updated, find_servers
 from dasd_megatron.rollout.local_server import LocalServer
-from dasd_megatron.run.checks import require_hf_directory
+from dasd_megatron.run.checks import require_hf_directory, teacher_of_rollouts
 from dasd_megatron.run.paths import choose_run_dir, run_problems, start_hf_files, start_path
 from dasd_megatron.run.prepare import prepare_run
 from dasd_megatron.samples import rollouts_path, save_samples, version_name
@@ -68,15 +68,17 @@ def sample_steps(config: Config, root: Path) -> None:
         else:
             asyncio.run(_load(make_client(config.rollout, urls), model.absolute(), read_hf_config(model)))
         problems = run_problems(paths, "train")
+        renderer, vocab_size = make_renderer(config.data, config.teacher, tokenizer), read_hf_config(model).vocab_size
         collector = Collector(
             config.rollout,
             config.batch,
             problems=problems,
             order=DataOrder(len(problems), config.run.seed, config.data.shuffle),
-            renderer=make_renderer(config.data, config.teacher, tokenizer),
+            renderer=renderer,
+            teacher=teacher_of_rollouts(config, renderer, problems, vocab_size),
             grader=grader,
             tokenizer=tokenizer,
-            vocab_size=read_hf_config(model).vocab_size,
+            vocab_size=vocab_size,
             state=BufferState(),
         )
         stack.callback(collector.close)

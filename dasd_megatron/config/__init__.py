@@ -16,7 +16,8 @@ from dasd_megatron.config.schema_rollout import (
     VerifyConfig,
 )
 from dasd_megatron.config.schema_training import (
-    PRIVILEGED_KINDS,
+    ARISING_SOURCES,
+    PRIVILEGED_SOURCES,
     AlgorithmConfig,
     BackendConfig,
     BatchConfig,
@@ -32,6 +33,7 @@ from dasd_megatron.config.schema_training import (
 )
 
 __all__ = [
+    "ARISING_SOURCES",
     "AlgorithmConfig",
     "BackendConfig",
     "BatchConfig",
@@ -45,7 +47,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "PRIVILEGED_KINDS",
+    "PRIVILEGED_SOURCES",
     "ParallelConfig",
     "PolicyLossConfig",
     "PrecisionConfig",

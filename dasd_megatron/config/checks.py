@@ -33,8 +33,9 @@ from dasd_megatron.config.checks_rollout import (
 from dasd_megatron.config.fields import Limits, limits_of, walk_fields
 from dasd_megatron.config.schema import Config, RunConfig
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
-from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig
+from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig, VerifyConfig
 from dasd_megatron.config.schema_training import (
+    PRIVILEGED_SOURCES,
     AlgorithmConfig,
     BackendConfig,
     BatchConfig,
@@ -43,6 +44,7 @@ from dasd_megatron.config.schema_training import (
     ParallelConfig,
     PolicyLossConfig,
     PrecisionConfig,
+    TeacherConfig,
     WarmStartConfig,
 )
 from dasd_megatron.errors import ConfigError, enumerate_names
@@ -288,6 +290,23 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
         )
 
 
+def check_teacher(teacher: TeacherConfig, verify: VerifyConfig) -> None:
+    """Refuse lists of privileged texts that are empty, or that name a source twice or one that is not there."""
+    given, known = teacher.privileged, ", ".join(PRIVILEGED_SOURCES)
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"teacher.privileged={given}: write a list of some of {known}, like [solution]")
+    for source in given:
+        if source not in PRIVILEGED_SOURCES:
+            raise ConfigError(f"teacher.privileged: {source!r} is no source of a text: write some of {known}")
+        if given.count(source) > 1:
+            raise ConfigError(f"teacher.privileged names {source} twice: write each source once")
+    if "feedback" in given and verify.reward is None:
+        raise ConfigError(
+            "teacher.privileged has feedback, which verify.reward gives beside the number: name a function that "
+            "returns (number, text), or leave feedback out"
+        )
+
+
 def check_warm_start(warm_start: WarmStartConfig, parallel: ParallelConfig) -> None:
     """Refuse batches of the warm start that replicas or pipeline stages cannot share."""
     if not warm_start.steps:
@@ -410,6 +429,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_watch(config.watch),
     lambda config: check_batch(config.batch, config.parallel),
     lambda config: check_algorithm(config.algorithm, config.batch, config.loss),
+    lambda config: check_teacher(config.teacher, config.verify),
     lambda config: check_warm_start(config.warm_start, config.parallel),
     lambda config: check_optimizer(config.optimizer),
     lambda config: check_servers(config.rollout),

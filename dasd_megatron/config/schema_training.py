@@ -21,8 +21,10 @@ from dasd_megatron.losses.divergences import DIVERGENCES
 DECAY_STYLES = ("constant", "linear", "cosine")
 """Courses of the learning rate after the warm-up."""
 
-PRIVILEGED_KINDS = ("solution", "hint", "answer")
-"""Kinds of text that the teacher is shown beside the problem."""
+PRIVILEGED_SOURCES = ("solution", "hint", "answer", "peer", "feedback", "unpaired")
+"""Sources of the text that the teacher is shown beside the problem."""
+ARISING_SOURCES = frozenset({"peer", "feedback"})
+"""Those whose texts arise in the run, and are not known before it."""
 
 
 def _describe_divergences() -> str:
@@ -249,19 +251,51 @@ class TeacherConfig:
         "live", "live (the current student), frozen (the student at step 0) or ema", choices=("live", "frozen", "ema")
     )
     ema_decay: float = setting(0.99, "teacher.weights=ema: decay per training step", low=0, high=1)
-    privileged: str = setting(
-        "solution",
-        "what the teacher sees beside the problem: solution, hint (its first part) or answer (the final answer only)",
-        choices=PRIVILEGED_KINDS,
+    # A list of names. One name stands for a list of it, and OmegaConf takes both for no narrower type.
+    privileged: Any = setting(
+        ["solution"],
+        "what the teacher sees beside the problem, a list of which a sample gets the first that it has: solution, "
+        "hint (its first part), answer (the final answer only), peer (a right response of the same group), feedback "
+        "(what verify.reward says of the response, with the response), unpaired (another problem with its solution, "
+        "as a control)",
     )
     hint_fraction: float = setting(
-        0.5, "teacher.privileged=hint: share of the reference solution's characters that is shown", above=0, high=1
+        0.5, "hint: share of the reference solution's characters that is shown", above=0, high=1
+    )
+    success_reward: float = setting(
+        0.5, "reward from which a response counts as right: it can be a peer, and needs no feedback"
+    )
+    peer: str = setting(
+        "shortest",
+        "peer: the right response that is shown, of those that are not the sample itself: shortest (in tokens) or "
+        "random (by the run's seed)",
+        choices=("shortest", "random"),
+    )
+    remove_thinking: bool = setting(
+        True,
+        "peer and feedback: show of a response what is behind its last </think> alone, and nothing from a <think> on",
+    )
+    max_privileged_tokens: int = setting(
+        10240,
+        "peer and feedback: longest text, tokens. A longer peer is not shown; an attempt with feedback loses its "
+        "beginning",
+        low=1,
     )
     template: str | None = setting(
         None,
-        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }} and {{ privileged }}; or "
-        "module:function, which gets the Problem and the privileged text; null: teacher.jinja",
+        "Jinja file or name of a shipped one for the teacher's message, with {{ problem }}, {{ privileged }} and, "
+        "if wanted, {{ source }} (the name of the text's source); or module:function, which gets the Problem and the "
+        "privileged text, and the source as source= if it has such a parameter; null: teacher.jinja",
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.privileged, str):
+            self.privileged = [self.privileged]
+
+    @property
+    def has_arising_texts(self) -> bool:
+        """True where the teacher may be shown a text that arises in the run."""
+        return not ARISING_SOURCES.isdisjoint(self.privileged)
 
 
 @dataclass

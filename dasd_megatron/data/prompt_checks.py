@@ -6,13 +6,22 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.render_process import RenderProcess, text_digest
 from dasd_megatron.data.rendering import RenderError, TemplateError
-from dasd_megatron.data.templates import Message, PromptRenderer, message_digest, turns_of
+from dasd_megatron.data.teacher_prompts import TeacherPrompts
+from dasd_megatron.data.templates import (
+    Arguments,
+    Message,
+    PromptRenderer,
+    message_digest,
+    student_arguments,
+    teacher_arguments,
+    turns_of,
+)
 from dasd_megatron.reading import is_unicode
 
 _PROBLEMS_AT_ONCE = 256
@@ -33,20 +42,21 @@ def check_prompts(
     max_prompt_tokens: int,
     *,
     vocab_size: int | None,
-    teacher: bool = True,
+    teacher: TeacherPrompts | None = None,
 ) -> dict[str, str]:
     """Refuse problems, templates and tokenizers that do not give usable prompts.
 
     Templates are tried in a process with limits. A prompt shows its message as it is, is the same each time, is not
     longer than ``max_prompt_tokens``, and has neither characters that the tokenizer does not know nor tokens that the
-    model does not have. The teacher's is not the student's.
+    model does not have. The teacher's is not the student's; it is tried with every text that is known now, and with
+    stand-ins for those that arise in the run.
 
     Args:
         problems: checked in order; one that fails is named.
         renderer: makes the prompts.
         max_prompt_tokens: the limit, ``rollout.max_prompt_tokens``.
         vocab_size: tokens of the model; None where it is not known.
-        teacher: check the teacher's prompt as well as the student's; False for problems that are only evaluated on.
+        teacher: maker of the teacher's prompts, to check them as well; None for problems that are only evaluated on.
 
     Returns:
         The SHA-256 over the token ids of all prompts, of the student and of the teacher.
@@ -56,26 +66,44 @@ def check_prompts(
             that the model does not have.
         TemplateError: a function or template fails on a problem, or gives what is no prompt of it.
     """
-    kinds = ("student", "teacher") if teacher else ("student",)
     unknown_id = _unknown_token_id(renderer.tokenizer)
-    digests = {kind: hashlib.sha256() for kind in kinds}
+    digests = {kind: hashlib.sha256() for kind in (("student",) if teacher is None else ("student", "teacher"))}
     with RenderProcess() as process:
         _check_chat_template(renderer, process)
         for start in range(0, len(problems), _PROBLEMS_AT_ONCE):
             some = problems[start : start + _PROBLEMS_AT_ONCE]
-            prompts = {kind: _make_prompts(some, kind, renderer, process, max_prompt_tokens) for kind in kinds}
-            for place, problem in enumerate(some):
-                for kind in kinds:
-                    prompt = prompts[kind][place]
-                    _check_shown(problem, kind, prompt, renderer)
-                    _check_tokens(problem, kind, prompt, renderer, max_prompt_tokens, vocab_size, unknown_id)
-                    digests[kind].update(json.dumps(prompt.ids).encode())
-                if teacher and prompts["teacher"][place].ids == prompts["student"][place].ids:
-                    raise TemplateError(
-                        f"{renderer.makers['teacher'].describe(problem)} gives the student's prompt; show the "
-                        "privileged text in the teacher's"
-                    )
+            calls = {"student": [student_arguments(problem) for problem in some]}
+            if teacher is not None:
+                calls["teacher"] = [
+                    teacher_arguments(problem, shown) for problem in some for shown in teacher.texts_to_try(problem)
+                ]
+            prompts = {
+                kind: _make_prompts(arguments, kind, renderer, process, max_prompt_tokens)
+                for kind, arguments in calls.items()
+            }
+            # Of each kind, one that is too long is the last, and refused here.
+            checked = [(kind, *pair) for kind in prompts for pair in zip(calls[kind], prompts[kind], strict=False)]
+            for kind, (problem, *_), prompt in checked:
+                _check_shown(problem, kind, prompt, renderer)
+                _check_tokens(problem, kind, prompt, renderer, max_prompt_tokens, vocab_size, unknown_id)
+                digests[kind].update(json.dumps(prompt.ids).encode())
+            _check_differ(calls, prompts, renderer)
     return {kind: digest.hexdigest() for kind, digest in digests.items()}
+
+
+def _check_differ(
+    calls: Mapping[str, Sequence[Arguments]], prompts: Mapping[str, Sequence[_Prompt]], renderer: PromptRenderer
+) -> None:
+    """Refuse a teacher's prompt that is the student's."""
+    students = {
+        problem.id: prompt.ids for (problem, *_), prompt in zip(calls["student"], prompts["student"], strict=True)
+    }
+    for (problem, *_), prompt in zip(calls.get("teacher", ()), prompts.get("teacher", ()), strict=True):
+        if prompt.ids == students[problem.id]:
+            raise TemplateError(
+                f"{renderer.makers['teacher'].describe(problem)} gives the student's prompt; show the privileged text "
+                "in the teacher's"
+            )
 
 
 def _check_chat_template(renderer: PromptRenderer, process: RenderProcess) -> None:
@@ -118,12 +146,11 @@ def _warn_once(renderer: PromptRenderer, text: str) -> None:
 
 
 def _make_prompts(
-    problems: Sequence[Problem], kind: str, renderer: PromptRenderer, process: RenderProcess, max_prompt_tokens: int
+    arguments: Sequence[Arguments], kind: str, renderer: PromptRenderer, process: RenderProcess, max_prompt_tokens: int
 ) -> list[_Prompt]:
     """Return the prompts of ``kind``, after ``process`` has rendered the same. One that is too long is the last."""
     maker = renderer.makers[kind]
-    arguments = [renderer.arguments(kind, problem) for problem in problems]
-    places = [maker.describe(problem) for problem in problems]
+    places = [maker.describe(problem) for problem, *_ in arguments]
     expected = maker.try_messages(process, arguments)
     messages = [maker.message(*given) for given in arguments]
     for message, digest, where in zip(messages, expected, places, strict=True):

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -52,22 +53,29 @@ class RenderError(Exception):
 
 @dataclass(frozen=True)
 class MessageTemplate:
-    """A Jinja file of the user's, with the names of the variables that it gets and must show."""
+    """A Jinja file of the user's, with the names of the variables that it gets and must show, and those that it gets
+    and may leave out, with the values that they can have."""
 
     source: str
     variables: Sequence[str]
+    optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def inspect(self) -> dict[str, list[str]]:
         """Return the variables that the template reads and does not get (``unknown``), and those that it gets and does
         not show (``hidden``). Raises RenderError."""
         with _naming_failures():
             used = jinja2.meta.find_undeclared_variables(_MESSAGES.parse(self.source))
-        unknown = sorted(used - set(self.variables))
+        unknown = sorted(used - {*self.variables, *self.optional})
         return {"unknown": unknown, "hidden": [] if unknown else [*filter(self._hides, self.variables)]}
 
     def _hides(self, variable: str) -> bool:
-        # Both short and long text is tried, because a template may depend on the length.
-        probes = [(dict.fromkeys(self.variables, "1" * length), "2" * length) for length in (1, 1000)]
+        # Both short and long text is tried, because a template may depend on the length, and so it may on the others.
+        choices = itertools.product(*([(name, value) for value in values] for name, values in self.optional.items()))
+        probes = [
+            ({**dict.fromkeys(self.variables, "1" * length), **dict(choice)}, "2" * length)
+            for choice in choices
+            for length in (1, 1000)
+        ]
         return all(self.render(probe) == self.render({**probe, variable: other}) for probe, other in probes)
 
     def render(self, values: dict[str, str]) -> str:

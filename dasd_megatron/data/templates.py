@@ -7,14 +7,15 @@ message goes through it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_KINDS, DataConfig, TeacherConfig
-from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.config import FUNCTION_PATH, PRIVILEGED_SOURCES, DataConfig, TeacherConfig
+from dasd_megatron.data.privileged import Privileged
+from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.render_process import RenderProcess, text_digest
 from dasd_megatron.data.rendering import (
     LONGEST_SOURCE,
@@ -33,8 +34,10 @@ SHIPPED = Path(__file__).with_name("templates")
 
 Message = str | list[dict[str, str]]
 """One user turn as text, or all turns as chat messages, each with a role and a content."""
+OptionalVariables = Mapping[str, Sequence[str]]
+"""Variables that a message may show or not, with the values that they can have."""
 Arguments = tuple[Problem, *tuple[str, ...]]
-"""A problem, and the privileged text for the teacher."""
+"""A problem; for the teacher also the privileged text and the name of its source."""
 
 
 class MessageMaker(Protocol):
@@ -44,7 +47,7 @@ class MessageMaker(Protocol):
         """Return the setting, the file or function, and the problem, for the head of an error."""
 
     def message(self, problem: Problem, *privileged: str) -> Message:
-        """Return the message for a problem; the teacher's gets the privileged text too."""
+        """Return the message for a problem; the teacher's gets the privileged text and its source too."""
 
     def try_messages(self, process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
         """Return the :func:`message_digest` of what :meth:`message` gives for each of ``arguments``. A template is
@@ -66,12 +69,9 @@ class PromptRenderer:
         student_template: a Jinja file with ``{{ problem }}``, the name of a shipped one (``student_math.jinja``), a
             function's path (``module:function``), or None for the problem as it is. The function gets the problem with
             its answer and solution empty.
-        teacher_template: the same with ``{{ problem }}`` and ``{{ privileged }}``; the function gets the problem and
-            the privileged text. None for the problem, a newline, ``Solution: `` and the privileged text.
-        privileged: what the teacher sees: ``solution``, ``hint`` (the solution's first part) or ``answer`` (the final
-            answer only).
-        hint_fraction: with ``hint``, the share of the solution's characters that is shown, over 0 and at most 1; at
-            least one character is.
+        teacher_template: the same with ``{{ problem }}``, ``{{ privileged }}`` and, if wanted, ``{{ source }}``, the
+            name of the text's source; the function gets the problem and the privileged text, and the source as
+            ``source=`` if it has such a parameter. None for ``teacher.jinja``.
         date: the day that a chat template shows as today's, YYYY-MM-DD; None for templates that show none.
         chat_template_kwargs: further variables of the chat template.
 
@@ -79,7 +79,6 @@ class PromptRenderer:
         TemplateError: a template is missing, unreadable or not Jinja, uses other variables, or does not show what it
             must.
         ConfigError: a function that cannot be found.
-        ValueError: unknown ``privileged`` or ``hint_fraction`` out of range.
     """
 
     def __init__(
@@ -87,67 +86,36 @@ class PromptRenderer:
         tokenizer: Any,
         student_template: str | Path | None = None,
         teacher_template: str | Path | None = None,
-        privileged: str = "solution",
-        hint_fraction: float = 0.5,
         *,
         date: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if privileged not in PRIVILEGED_KINDS:
-            raise ValueError(f"teacher.privileged is {privileged!r}; write one of {', '.join(PRIVILEGED_KINDS)}")
-        if not 0 < hint_fraction <= 1:
-            raise ValueError(f"teacher.hint_fraction is {hint_fraction}; it must be over 0 and at most 1")
         self.tokenizer = tokenizer
-        self.privileged = privileged
-        self.hint_fraction = hint_fraction
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.warnings: list[str] = []
         """What the user has been told of the chat template."""
         self.chat = chat_template(tokenizer, self.chat_template_kwargs, date)
         """None for a tokenizer without a chat template."""
         self.makers: dict[str, MessageMaker] = {
-            "student": _make_template(student_template or "student.jinja", ("problem",), "data.template"),
+            "student": _make_template(student_template or "student.jinja", ("problem",), {}, "data.template"),
             "teacher": _make_template(
-                teacher_template or "teacher.jinja", ("problem", "privileged"), "teacher.template"
+                teacher_template or "teacher.jinja",
+                ("problem", "privileged"),
+                {"source": PRIVILEGED_SOURCES},
+                "teacher.template",
             ),
         }
 
     def student(self, problem: Problem) -> list[int]:
         """Return the token ids of the prompt that the policy answers."""
-        return self._prompt("student", problem)
+        return self._prompt("student", student_arguments(problem))
 
-    def teacher(self, problem: Problem) -> list[int]:
-        """Return the token ids of the same prompt with privileged information.
+    def teacher(self, problem: Problem, shown: Privileged) -> list[int]:
+        """Return the token ids of the same prompt with a privileged text."""
+        return self._prompt("teacher", teacher_arguments(problem, shown))
 
-        Raises:
-            DataError: the problem has no such information.
-        """
-        return self._prompt("teacher", problem)
-
-    def message(self, kind: str, problem: Problem) -> Message:
-        """Return the message of ``kind``, student or teacher, before the chat template. Raises as :meth:`teacher`."""
-        return self.makers[kind].message(*self.arguments(kind, problem))
-
-    def arguments(self, kind: str, problem: Problem) -> Arguments:
-        """Return what the maker of the messages of ``kind``, student or teacher, is called with."""
-        if kind == "student":
-            # An answer that is taken out cannot leak into the prompt by mistake.
-            return (dataclasses.replace(problem, expected_answer="", reference_solution=""),)
-        return problem, self._privileged_text(problem)
-
-    def _privileged_text(self, problem: Problem) -> str:
-        if self.privileged == "answer":
-            return problem.expected_answer
-        solution = problem.reference_solution
-        if not solution:
-            raise DataError(
-                f"problem {problem.id!r} has no reference solution, which teacher.privileged={self.privileged} shows; "
-                "add one, or set teacher.privileged=answer"
-            )
-        return solution if self.privileged == "solution" else solution[: math.ceil(len(solution) * self.hint_fraction)]
-
-    def _prompt(self, kind: str, problem: Problem) -> list[int]:
-        message, where = self.message(kind, problem), self.makers[kind].describe(problem)
+    def _prompt(self, kind: str, arguments: Arguments) -> list[int]:
+        message, where = self.makers[kind].message(*arguments), self.makers[kind].describe(arguments[0])
         try:
             return self.encode(self.text(message, where))
         except RenderError as error:
@@ -189,6 +157,17 @@ class PromptRenderer:
             f"{where}: the tokenizer's own chat template fails on its messages ({roles}): {error}; return messages "
             "that it takes"
         )
+
+
+def student_arguments(problem: Problem) -> Arguments:
+    """Return what the maker of the student's message is called with. An answer that is taken out cannot leak into the
+    prompt by mistake."""
+    return (dataclasses.replace(problem, expected_answer="", reference_solution=""),)
+
+
+def teacher_arguments(problem: Problem, shown: Privileged) -> Arguments:
+    """Return what the maker of the teacher's message is called with."""
+    return problem, shown.text, shown.source
 
 
 def turns_of(message: Message) -> list[dict[str, str]]:
@@ -235,8 +214,6 @@ def make_renderer(data: DataConfig, teacher: TeacherConfig, tokenizer: PreTraine
         tokenizer,
         data.template,
         teacher.template,
-        teacher.privileged,
-        teacher.hint_fraction,
         date=data.date,
         chat_template_kwargs=data.chat_template_kwargs,
     )
@@ -247,23 +224,25 @@ def is_function(template: str | Path | None) -> bool:
     return template is not None and FUNCTION_PATH.fullmatch(str(template)) is not None
 
 
-def _make_template(path: str | Path, variables: tuple[str, ...], setting: str) -> MessageMaker:
+def _make_template(
+    path: str | Path, variables: tuple[str, ...], optional: OptionalVariables, setting: str
+) -> MessageMaker:
     if is_function(path):
-        return _Function(str(path), variables, setting)
-    return _Template(path, variables, setting)
+        return _Function(str(path), variables, optional, setting)
+    return _Template(path, variables, optional, setting)
 
 
 class _Template:
     """A template file, checked when it is read."""
 
-    def __init__(self, path: str | Path, variables: tuple[str, ...], setting: str) -> None:
-        self.setting, self.variables = setting, variables
+    def __init__(self, path: str | Path, variables: tuple[str, ...], optional: OptionalVariables, setting: str) -> None:
+        self.setting, self.variables = setting, (*variables, *optional)
         self.path = self._find(Path(path), setting)
         try:
             source = read_text(self.path, advice="give a readable UTF-8 file", limit=LONGEST_SOURCE)
         except UnreadableError as error:
             raise TemplateError(f"{setting}: {error}") from error
-        self._template = MessageTemplate(source, variables)
+        self._template = MessageTemplate(source, variables, optional)
         self._inspect()
 
     def _inspect(self) -> None:
@@ -326,16 +305,20 @@ class _Function:
     Its results are checked, and not the function itself: it may not take a problem that is made up for the check.
     """
 
-    def __init__(self, path: str, variables: tuple[str, ...], setting: str) -> None:
+    def __init__(self, path: str, variables: tuple[str, ...], optional: OptionalVariables, setting: str) -> None:
         self.path, self.variables, self.setting = path, variables, setting
         self.function = load_function(path, setting)
+        taken = _parameters(self.function)
+        self.optional = [(place, name) for place, name in enumerate(optional, len(variables)) if name in taken]
 
     def describe(self, problem: Problem) -> str:
         return f"{self.setting}={self.path} on problem {problem.id!r}"
 
     def message(self, problem: Problem, *privileged: str) -> Message:
+        values = (problem, *privileged)
+        named = {name: values[place] for place, name in self.optional}
         message = call_own(
-            lambda: self.function(problem, *privileged),
+            lambda: self.function(*values[: len(self.variables)], **named),
             lambda text: TemplateError(
                 f"{self.describe(problem)}: {text}; mend the function, which is called with "
                 f"({', '.join(self.variables)})"
@@ -352,6 +335,14 @@ class _Function:
 
     def try_messages(self, _process: RenderProcess, arguments: Sequence[Arguments]) -> list[str]:
         return [message_digest(self.message(*given)) for given in arguments]
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Return the names of a function's parameters; none where it does not tell them."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
 
 
 def _message_fault(message: object) -> str | None:

@@ -16,9 +16,9 @@ from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.evaluation.health import health_metrics, health_tables, measure
 from dasd_megatron.evaluation.pass_at_k import avg_at_k, maj_at_k, pass_at_k
 from dasd_megatron.files import atomic_file, naming_path, replace_file
-from dasd_megatron.rollout.client import RolloutClient, sampling_seed
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.grading import generate, make_samples
-from dasd_megatron.samples import Sample
+from dasd_megatron.samples import Sample, sampling_seed
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.steps import STEP_CHECKERS
 

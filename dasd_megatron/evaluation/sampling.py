@@ -39,9 +39,9 @@ from dasd_megatron.reading import (
     read_json,
 )
 from dasd_megatron.rollout.answers import Completion
-from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
+from dasd_megatron.rollout.client import RolloutClient, sampling_params
 from dasd_megatron.rollout.grading import make_samples
-from dasd_megatron.samples import Sample
+from dasd_megatron.samples import Sample, sampling_seed
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.steps import STEP_CHECKERS, StepChecker
 

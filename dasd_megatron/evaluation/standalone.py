@@ -75,7 +75,7 @@ def evaluate_model(config: Config, find_directory: Callable[[str, Path], Path]) 
     limit, vocab_size = config.rollout.max_prompt_tokens, stored_vocab_size(hf_folder(model_path))
     check_end_tokens(hf_folder(model_path), tokenizer, vocab_size)
     for of_benchmark in problems.values():
-        check_prompts(of_benchmark, renderer, limit, vocab_size=vocab_size, teacher=False)
+        check_prompts(of_benchmark, renderer, limit, vocab_size=vocab_size)
     prompts = {name: [renderer.student(problem) for problem in of_benchmark] for name, of_benchmark in problems.items()}
     root.mkdir(parents=True, exist_ok=True)
     external = config.rollout.engine == "external"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol
@@ -462,12 +461,6 @@ class RolloutClient(Transport):
         """
         body = {"action": "checksum", "skip_tensor_list": list(skip)}
         return await self._request_from_all("POST", "/weights_checker", read_checksums, body=body)
-
-
-def sampling_seed(*parts: int | str) -> int:
-    """Return a 31-bit seed that depends on ``parts`` alone, so that a resumed rollout draws the same tokens."""
-    digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class ClientFactory(Protocol):

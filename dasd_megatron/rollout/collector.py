@@ -27,15 +27,16 @@ from dasd_megatron import stopping
 from dasd_megatron.config import BatchConfig, RolloutConfig
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.teacher_prompts import TeacherPrompts
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.plugins import PluginError, call_own, describe_raised, load_function
 from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.buffer import BufferState, Counts, Group, GroupBuffer, make_group
-from dasd_megatron.rollout.client import RolloutClient, sampling_params, sampling_seed
+from dasd_megatron.rollout.client import RolloutClient, sampling_params
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.rollout.limits import STOP_POLL_SECONDS, meanwhile, step_limit
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.samples import LOG_PROB_TOLERANCE, Sample, mask_fault, version_name
+from dasd_megatron.samples import LOG_PROB_TOLERANCE, Sample, mask_fault, sampling_seed, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")
@@ -92,6 +93,7 @@ class Collector:
 
     Args:
         order: its seed, the run's, seeds the sampling too.
+        teacher: makes the teacher's prompts of the samples; None where no teacher is shown any.
         vocab_size: number of logits the model has.
         state: where to go on.
     """
@@ -104,6 +106,7 @@ class Collector:
         problems: Sequence[Problem],
         order: DataOrder,
         renderer: PromptRenderer,
+        teacher: TeacherPrompts | None = None,
         grader: Grader,
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
@@ -115,6 +118,7 @@ class Collector:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.renderer = copy.copy(renderer)
         self.renderer.tokenizer = self.tokenizer
+        self.teacher = None if teacher is None else dataclasses.replace(teacher, renderer=self.renderer)
         self.buffer = GroupBuffer(
             batch.groups,
             over_sampling=rollout.over_sampling,
@@ -132,6 +136,8 @@ class Collector:
         """Number of steps whose groups are to be ready or in flight."""
         self._tasks: dict[asyncio.Task, list[int]] = {}
         self._failure: Exception | None = None
+        # Files have no prompts of the teacher. A template may fail, and only take() can raise that everywhere.
+        self._read_back = [*self.buffer.ready, *self.buffer.refused]
         self._sampled_at = 0.0
         self._suspended = self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -204,6 +210,7 @@ class Collector:
                 meanwhile(alongside),
             ):
                 self._start_missing()
+                await self._prepare_read_back()
                 while self._failure is None and not self.buffer.can_take():
                     self._changed.clear()
                     await self._changed.wait()
@@ -220,6 +227,13 @@ class Collector:
             # What is still in flight would be too old for the next step.
             await self._abort()
         return Batch(groups, counts, max(0.0, time.perf_counter() - max(started, self._sampled_at)))
+
+    async def _prepare_read_back(self) -> None:
+        """Make the teacher's prompts of the groups that were read from a checkpoint, before a step takes the first."""
+        if self._read_back:
+            groups = self._read_back
+            await self._in_thread(lambda: self._assign_teacher_prompts(groups))
+            self._read_back = []
 
     def before_sync(self) -> None:
         """Prepare for other weights on the servers: what is in flight is waited for, broken off or suspended.
@@ -477,13 +491,27 @@ class Collector:
         """Return the groups of one request, and whether each is to be trained on; runs in the worker's thread."""
         n = self.batch.samples_per_group
         samples = make_samples(
-            problems, positions, prompts, completions, self.grader, samples_per_group=n, tokenizer=self.tokenizer
+            problems,
+            positions,
+            prompts,
+            completions,
+            self.grader,
+            samples_per_group=n,
+            tokenizer=self.tokenizer,
+            needs_feedback=self.teacher is not None and "feedback" in self.teacher.settings.privileged,
         )
         graded = []
         for index in range(len(positions)):
             members = samples[index * n : (index + 1) * n]
-            graded.append((make_group(members), self._passes_filter(members)))
+            group = make_group(members)
+            self._assign_teacher_prompts([group])
+            graded.append((group, self._passes_filter(members)))
         return graded
+
+    def _assign_teacher_prompts(self, groups: Sequence[Group]) -> None:
+        if self.teacher is not None:
+            for group in groups:
+                self.teacher.assign(group.samples)
 
     def _passes_filter(self, members: list[Sample]) -> bool:
         if self.filter is None:

@@ -78,6 +78,7 @@ def make_samples(
     samples_per_group: int,
     tokenizer: PreTrainedTokenizerBase,
     places: Sequence[int] | None = None,
+    needs_feedback: bool = False,
 ) -> list[Sample]:
     """Grade ``completions``, of which ``samples_per_group`` neighbours belong to each problem, into samples.
 
@@ -85,7 +86,8 @@ def make_samples(
     end for their length have no answer and reward 0.
 
     groups: the position of each problem in the order of training problems, or its index. places: the number of each
-    completion among its problem's; None counts them up.
+    completion among its problem's; None counts them up. needs_feedback: refuse a ``verify.reward`` that gives a number
+    without a text.
 
     The text that is graded and stored is made of the sampled tokens (:func:`sampled_text`): they are what is trained
     on, and a server started without a tokenizer sends no text.
@@ -121,5 +123,5 @@ def make_samples(
     ]
     if grader.reward is not None:
         for sample in samples:
-            sample.reward = own_reward(grader.reward, sample)
+            sample.reward, sample.feedback = own_reward(grader.reward, sample, needs_feedback=needs_feedback)
     return samples

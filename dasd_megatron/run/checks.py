@@ -12,6 +12,7 @@ from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.config import AlgorithmConfig, Config, ModelConfig, WarmStartConfig
 from dasd_megatron.data.prompt_checks import check_prompts, foreign_token
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.teacher_prompts import TeacherPrompts
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import end_token_ids, is_megatron_checkpoint
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
 def needs_teacher(algorithm: AlgorithmConfig) -> bool:
     """Return whether the teacher scores the rollouts of this run."""
     return METHODS[algorithm.name].needs_teacher
+
+
+def make_teacher(
+    config: Config, renderer: PromptRenderer, problems: Sequence[Problem], vocab_size: int | None = None
+) -> TeacherPrompts:
+    """Return the maker of the teacher's prompts of a run on these training problems."""
+    longest = config.rollout.max_prompt_tokens + config.teacher.max_privileged_tokens
+    return TeacherPrompts(config.teacher, renderer, problems, config.run.seed, longest, vocab_size)
+
+
+def teacher_of_rollouts(
+    config: Config, renderer: PromptRenderer, problems: Sequence[Problem], vocab_size: int | None
+) -> TeacherPrompts | None:
+    """Return the maker of the prompts behind which the teacher scores the rollouts; None where it scores none."""
+    return make_teacher(config, renderer, problems, vocab_size) if needs_teacher(config.algorithm) else None
 
 
 def check_key(config: Config) -> None:
@@ -50,7 +66,7 @@ def check_warm_start_lengths(
     model: ModelConfig,
     warm_start: WarmStartConfig,
     hf_config: PretrainedConfig,
-    renderer: PromptRenderer,
+    teacher: TeacherPrompts,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
 ) -> None:
@@ -63,7 +79,7 @@ def check_warm_start_lengths(
         )
     limit = hf_config.max_position_embeddings
     for problem in problems:
-        prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
+        prompt = max(len(teacher.example(problem)), len(teacher.renderer.student(problem)))
         ids = tokenizer.encode(problem.reference_solution, add_special_tokens=False)
         fault = foreign_token([*ids, tokenizer.eos_token_id], tokenizer, hf_config.vocab_size)
         if fault is not None:
@@ -105,9 +121,10 @@ def check_run_prompts(
     """Refuse problems and templates as :func:`check_prompts` does; of training problems the privileged prompt too,
     where it is used. Return the digests of all prompts."""
     limit = config.rollout.max_prompt_tokens
-    teacher = needs_teacher(config.algorithm) or config.warm_start.steps > 0
+    shows_teacher = needs_teacher(config.algorithm) or config.warm_start.steps > 0
+    teacher = make_teacher(config, renderer, train, vocab_size) if shows_teacher else None
     of_train = check_prompts(train, renderer, limit, vocab_size=vocab_size, teacher=teacher)
-    of_heldout = check_prompts(heldout, renderer, limit, vocab_size=vocab_size, teacher=False)
+    of_heldout = check_prompts(heldout, renderer, limit, vocab_size=vocab_size)
     return {
         **{f"train.{kind}": digest for kind, digest in of_train.items()},
         **{f"heldout.{kind}": digest for kind, digest in of_heldout.items()},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dasd_megatron.config import UMASKS, Config, read_config, save_config
 from dasd_megatron.data.generators import generate_problems, generate_splits
+from dasd_megatron.data.privileged import NEEDS_SOLUTION
 from dasd_megatron.data.prompts import Problem, check_disjoint, write_problems
 from dasd_megatron.data.reader import load_problems
 from dasd_megatron.data.templates import make_renderer
@@ -32,6 +33,7 @@ from dasd_megatron.run.checks import (
     check_key,
     check_run_prompts,
     check_warm_start_lengths,
+    make_teacher,
     needs_teacher,
 )
 from dasd_megatron.run.claim import claim_directory
@@ -152,7 +154,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
 def _load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return the training and the held-out problems, which have none in common."""
     needs_solution = config.warm_start.steps > 0 or (
-        needs_teacher(config.algorithm) and config.teacher.privileged != "answer"
+        needs_teacher(config.algorithm) and set(config.teacher.privileged) <= set(NEEDS_SOLUTION)
     )
     sources = config.data
     say = functools.partial(print, flush=True)
@@ -189,7 +191,14 @@ def _check_problems(
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     digests = check_run_prompts(config, renderer, train, heldout, vocab_size=hf_config.vocab_size)
     if config.warm_start.steps > 0:
-        check_warm_start_lengths(config.model, config.warm_start, hf_config, renderer, tokenizer, train)
+        check_warm_start_lengths(
+            config.model,
+            config.warm_start,
+            hf_config,
+            make_teacher(config, renderer, train),
+            tokenizer,
+            train,
+        )
     if config.batch.groups > len(train):
         raise ConfigError(
             f"batch.groups={config.batch.groups} exceeds the {len(train)} training problems: lower it, or give more "

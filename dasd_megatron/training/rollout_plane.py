@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
 from dasd_megatron.data.order import DataOrder
-from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.plugins import PluginError
@@ -28,6 +30,7 @@ from dasd_megatron.rollout.discovery import DiscoveryError, WrongModelError, fin
 from dasd_megatron.rollout.local_server import ServerStartError
 from dasd_megatron.rollout.pool import Status
 from dasd_megatron.rollout.transport import RolloutServerError
+from dasd_megatron.run.checks import teacher_of_rollouts
 from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares
@@ -49,6 +52,8 @@ from dasd_megatron.verify.grader import Grader, GraderError
 T = TypeVar("T")
 
 PROBE_TOKENS = 32
+_FINAL = (PluginError, TemplateError, DataError, OSError)
+"""What a function or a template of the user's own, a problem or a disk fails with. It would fail again."""
 
 
 class RolloutsUnavailableError(RuntimeError):
@@ -74,6 +79,12 @@ class StepRollouts(NamedTuple):
     share: ReplicaShare
     grading_seconds: float
     metrics: dict[str, float]
+
+
+class _Failure(NamedTuple):
+    """A failure of rank 0 that comes again however often servers are started anew."""
+
+    error: Exception
 
 
 class _HandedOut(NamedTuple):
@@ -116,6 +127,7 @@ class RolloutPlane:
         self._handed_out: _HandedOut | None = None
         self._vocab_size = vocab_size
         self._probe_ids = renderer.student(problems[0])[:PROBE_TOKENS]
+        self._teacher = teacher_of_rollouts(config, renderer, problems, vocab_size)
         self.collector: Collector | None = None
         if rank0 and not replays:
             order = DataOrder(len(problems), config.run.seed, config.data.shuffle)
@@ -125,6 +137,7 @@ class RolloutPlane:
                 problems=problems,
                 order=order,
                 renderer=renderer,
+                teacher=self._teacher,
                 grader=grader,
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
@@ -214,7 +227,7 @@ class RolloutPlane:
         rank0, rollout, replay = dist.get_rank() == 0, self.config.rollout, self.config.rollout.replay
         if replay is not None:
             samples = on_selected_rank(
-                rank0, lambda: load_replayed(self.config, step + discarded, self._vocab_size), (ReplayError,)
+                rank0, lambda: self._replay(step + discarded), (ReplayError, TemplateError, DataError)
             )
             self._state.position += self.config.batch.groups
             return scatter_to_replicas(None if samples is None else self._divide(samples, 0.0, {}))
@@ -229,6 +242,14 @@ class RolloutPlane:
         samples = batch.samples()
         metrics = _collection_metrics(batch, samples, step - 1)
         return scatter_to_replicas(self._divide(samples, batch.grading_seconds, metrics))
+
+    def _replay(self, step: int) -> list[Sample]:
+        """Return the saved rollouts of a step with the teacher's prompts, which no file has."""
+        samples = load_replayed(self.config, step, self._vocab_size)
+        if self._teacher is not None:
+            for _, group in itertools.groupby(samples, key=lambda sample: sample.group):
+                self._teacher.assign(list(group))
+        return samples
 
     def state(self, step: int) -> BufferState:
         """Return where to go on after ``step`` steps, to be saved: on global rank 0, elsewhere as it was given. The
@@ -249,11 +270,11 @@ class RolloutPlane:
         ``bounded``: the work has a limit that a collective can wait for.
         """
 
-        def attempt() -> T | PluginError | OSError:
+        def attempt() -> T | _Failure:
             try:
                 return work()
-            except (PluginError, OSError) as error:
-                return error
+            except _FINAL as error:
+                return _Failure(error)
 
         rank0 = dist.get_rank() == 0
         while True:
@@ -278,13 +299,13 @@ class RolloutPlane:
             self.collector.connect(self.fleet.client())
         return refusal
 
-    def _raise_everywhere(self, result: T | PluginError | OSError | None) -> T | None:
-        """Stop the run on every rank where ``result`` is a failure of rank 0. A function of the user's own that fails,
-        and a disk, fail again however often servers are started anew."""
+    def _raise_everywhere(self, result: T | _Failure | None) -> T | None:
+        """Stop the run on every rank where ``result`` is a failure of rank 0 that comes again however often servers are
+        started anew."""
 
         def check() -> T | None:
-            if isinstance(result, (PluginError, OSError)):
-                raise result
+            if isinstance(result, _Failure):
+                raise result.error
             return result
 
         return self._on_rank0_or_stop(check)
@@ -293,7 +314,7 @@ class RolloutPlane:
         """Run ``work`` on rank 0; an error that trying again cannot mend stops the run on every rank."""
         try:
             return on_selected_rank(
-                dist.get_rank() == 0, work, (WrongModelError, RolloutServerError, WeightSyncError, PluginError, OSError)
+                dist.get_rank() == 0, work, (WrongModelError, RolloutServerError, WeightSyncError, *_FINAL)
             )
         except PeerError as error:
             raise RolloutsUnavailableError(str(error)) from error

@@ -12,7 +12,6 @@ import torch
 from dasd_megatron import backend
 from dasd_megatron.algorithms import group_relative_advantage, token_advantages
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
-from dasd_megatron.data.prompts import Problem
 from dasd_megatron.losses import importance_weights
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.samples import Sample
@@ -131,13 +130,9 @@ def _score_teacher(
     """Score the responses behind the privileged prompts; returns their log-probs and, for the distributional objective
     and on the last pipeline stage, what its divergence needs."""
     config, learner = trainer.config, trainer.learner
-    prompts = {
-        sample.group: trainer.renderer.teacher(
-            Problem(sample.problem_id, sample.problem, sample.expected_answer, sample.reference_solution)
-        )
-        for sample in samples
-    }
-    batches = batch_samples(samples, [prompts[sample.group] for sample in samples], layout)
+    # A sample without a teacher is scored behind its own prompt.
+    prompts = [sample.teacher_prompt_ids or sample.prompt_ids for sample in samples]
+    batches = batch_samples(samples, prompts, layout)
     weights = {"live": None, "frozen": learner.start, "ema": learner.average}[config.teacher.weights]
     with weights.applied(learner.model) if weights is not None else contextlib.nullcontext():
         scores = score(

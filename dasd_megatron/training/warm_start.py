@@ -18,8 +18,9 @@ from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import build_model
-from dasd_megatron.rollout.client import sampling_seed
+from dasd_megatron.run.checks import make_teacher
 from dasd_megatron.run.paths import RunPaths, start_hf_files, start_path
+from dasd_megatron.samples import sampling_seed
 from dasd_megatron.training.batching import BatchLayout, make_micro_batches
 from dasd_megatron.training.export import export_model
 from dasd_megatron.training.optimizer import build_optimizer
@@ -62,6 +63,7 @@ def warm_start(
         micro_batch_size=settings.micro_batch_size or config.batch.micro_batch_size,
     )
     order = DataOrder(len(problems), seed=config.run.seed, shuffle=True)
+    teacher = make_teacher(config, renderer, problems)
     share = settings.batch_size // parallel_state.get_data_parallel_world_size()
     first = parallel_state.get_data_parallel_rank() * share
     for step in range(settings.steps):
@@ -72,7 +74,7 @@ def warm_start(
             # A draw for each example, and no alternation, lets a problem be seen both ways in different epochs.
             draw = sampling_seed(config.run.seed, "warm start", position + first + offset) / 2**31
             prompts.append(
-                renderer.teacher(problems[index])
+                teacher.example(problems[index])
                 if draw < settings.privileged_share
                 else renderer.student(problems[index])
             )

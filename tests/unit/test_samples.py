@@ -12,8 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.rollout.client import sampling_seed
-from dasd_megatron.samples import ReplayError, Sample, load_samples, read_samples, rollouts_path, save_samples
+from dasd_megatron.samples import (
+    ReplayError,
+    Sample,
+    load_samples,
+    read_samples,
+    rollouts_path,
+    sampling_seed,
+    save_samples,
+)
 
 
 def sample(group: int, index: int) -> Sample:

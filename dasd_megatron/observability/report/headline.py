@@ -171,13 +171,15 @@ def _settings(run: Run) -> dict[str, Any]:
         model = (
             f"tiny Qwen3 made in code: {get('model.tiny.num_layers')} layers of width {get('model.tiny.hidden_size')}"
         )
-    floor, weights = get("algorithm.scale_floor"), get("teacher.weights")
+    floor, weights, shown = map(get, ("algorithm.scale_floor", "teacher.weights", "teacher.privileged"))
+    # A run from before there were several sources has the name of one.
+    shown = ", ".join(map(str, shown)) if isinstance(shown, list) else shown
     return {
         "Algorithm": get("algorithm.name"),
         "β (teacher weight)": get("algorithm.beta"),
         "ρ (share pushed)": get("algorithm.rho"),
         "Gap scale floor": None if floor is None else f"{floor} nats",
-        "Teacher": None if weights is None else f"{weights} weights, sees the {get('teacher.privileged')}",
+        "Teacher": None if weights is None else f"{weights} weights, sees {shown}",
         "Model": model,
         "Backend": get("backend.kind"),
         "Parallel": " × ".join(f"{short} {size}" for short, size in sizes if size is not None),

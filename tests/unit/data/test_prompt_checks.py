@@ -14,13 +14,14 @@ from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import PromptRenderer
 from tests.support.chat_templates import DATED, PARTS, THINKING, tokenizer_with
+from tests.support.teachers import solution_of, teacher_of
 
 PROBLEMS = [Problem("p0", "What is 0+0?", "0", "0"), Problem("p1", "What is Two?", "2", "Two\n#### 2")]
 
 
 def refusal(renderer: PromptRenderer, *, vocab_size: int | None = None, teacher: bool = False) -> str:
     with pytest.raises((TemplateError, DataError)) as caught:
-        check_prompts(PROBLEMS, renderer, 400, vocab_size=vocab_size, teacher=teacher)
+        check_prompts(PROBLEMS, renderer, 400, vocab_size=vocab_size, teacher=teacher_of(renderer) if teacher else None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,14 +46,15 @@ def refusal(renderer: PromptRenderer, *, vocab_size: int | None = None, teacher:
 )
 def test_errors_of_a_chat_template_name_it(template: Any, said: str) -> None:
     with pytest.raises(TemplateError) as caught:
-        check_prompts(PROBLEMS, PromptRenderer(tokenizer_with(template)), 400, vocab_size=None, teacher=False)
+        check_prompts(PROBLEMS, PromptRenderer(tokenizer_with(template)), 400, vocab_size=None)
     message = str(caught.value)
     assert "the tokenizer's" in message and "chat template" in message and said in message and "\n" not in message
 
 
 def test_the_default_of_several_chat_templates_is_taken() -> None:
     renderer = PromptRenderer(tokenizer_with({"tool_use": "x", "default": THINKING}))
-    assert check_prompts(PROBLEMS, renderer, 400, vocab_size=None).keys() == {"student", "teacher"}
+    teacher = teacher_of(renderer)
+    assert check_prompts(PROBLEMS, renderer, 400, vocab_size=None, teacher=teacher).keys() == {"student", "teacher"}
 
 
 @pytest.mark.parametrize(
@@ -85,14 +87,14 @@ def test_a_chat_template_shows_the_solution_and_every_message(tmp_path: Path, mo
     sys.modules.pop("told")
     # White space at both ends is no part of it.
     trims = tokenizer_with("{% for m in messages %}{{ m.content | trim }}{% endfor %}")
-    check_prompts([Problem("p", " 1 + 1 \n", "2", "")], PromptRenderer(trims), 400, vocab_size=None, teacher=False)
+    check_prompts([Problem("p", " 1 + 1 \n", "2", "")], PromptRenderer(trims), 400, vocab_size=None)
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0].content }}{{ '\\ud800' }}", "{{ messages[0].content }}"])
 def test_halves_of_surrogate_pairs_are_no_text(template: str) -> None:
     half = Problem("p", "1 + 1 =" if "ud800" in template else "1 + \udfff", "2", "")
     with pytest.raises(DataError, match="on problem 'p': the prompt has '.ud(800|fff)', half of a surrogate pair"):
-        check_prompts([half], PromptRenderer(tokenizer_with(template)), 400, vocab_size=None, teacher=False)
+        check_prompts([half], PromptRenderer(tokenizer_with(template)), 400, vocab_size=None)
 
 
 def test_a_chat_template_for_parts_is_given_parts() -> None:
@@ -138,7 +140,7 @@ def test_variables_of_a_chat_template_reach_student_and_teacher(caplog: pytest.L
     tokenizer = tokenizer_with(THINKING)
     renderer = PromptRenderer(tokenizer, chat_template_kwargs={"enable_thinking": False})
     check_prompts(PROBLEMS, renderer, 400, vocab_size=None)
-    for ids in (renderer.student(PROBLEMS[0]), renderer.teacher(PROBLEMS[0])):
+    for ids in (renderer.student(PROBLEMS[0]), renderer.teacher(PROBLEMS[0], solution_of(PROBLEMS[0]))):
         assert tokenizer.decode(ids).endswith("<|assistant|>[]")
     misspelt = PromptRenderer(tokenizer, chat_template_kwargs={"enable_thinkin": False})
     assert "data.chat_template_kwargs.enable_thinkin: " in refusal(misspelt)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -11,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from dasd_megatron.data.prompt_checks import check_prompts
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.rendering import TemplateError
-from dasd_megatron.data.templates import SHIPPED, PromptRenderer
+from dasd_megatron.data.templates import SHIPPED, PromptRenderer, student_arguments, teacher_arguments
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.tiny import character_tokenizer
+from tests.support.teachers import solution_of, teacher_of
 
 PROBLEM = Problem("p1", "4 - 1 =", "3", "4-1=3\n#### 3")
 
@@ -40,10 +42,18 @@ def word_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     )
 
 
+def message_of(renderer: PromptRenderer, problem: Problem) -> Any:
+    """Return the teacher's message before the chat template."""
+    return renderer.makers["teacher"].message(*teacher_arguments(problem, solution_of(problem)))
+
+
 def test_chat_template_and_generation_prompt(tokenizer):
     renderer = PromptRenderer(tokenizer)
     assert tokenizer.decode(renderer.student(PROBLEM)) == "<|user|>4 - 1 =<|end|><|assistant|>"
-    assert tokenizer.decode(renderer.teacher(PROBLEM)) == "<|user|>4 - 1 =\nSolution: 4-1=3\n#### 3<|end|><|assistant|>"
+    assert (
+        tokenizer.decode(renderer.teacher(PROBLEM, solution_of(PROBLEM)))
+        == "<|user|>4 - 1 =\nSolution: 4-1=3\n#### 3<|end|><|assistant|>"
+    )
     assert all(type(token) is int for token in renderer.student(PROBLEM))
 
 
@@ -75,57 +85,38 @@ def test_a_failing_chat_template_is_named(tokenizer):
         PromptRenderer(broken).student(PROBLEM)
 
 
-@pytest.mark.parametrize(
-    ("privileged", "fraction", "shown"),
-    [
-        ("solution", 0.5, "4-1=3\n#### 3"),
-        ("answer", 0.5, "3"),
-        ("hint", 0.5, "4-1=3\n"),
-        ("hint", 0.01, "4"),
-        ("hint", 1.0, "4-1=3\n#### 3"),
-    ],
-)
-def test_privileged_information(tokenizer, privileged, fraction, shown):
-    renderer = PromptRenderer(tokenizer, privileged=privileged, hint_fraction=fraction)
-    assert renderer.message("teacher", PROBLEM) == f"4 - 1 =\nSolution: {shown}"
-
-
-def test_a_missing_solution_is_refused_where_the_teacher_needs_it(tokenizer):
-    bare = Problem("p2", "4 - 1 =", "3", "")
-    for privileged in ("solution", "hint"):
-        with pytest.raises(DataError, match=f"'p2' has no reference solution, which teacher.privileged={privileged}"):
-            PromptRenderer(tokenizer, privileged=privileged).teacher(bare)
-    assert PromptRenderer(tokenizer, privileged="answer").teacher(bare)
-    assert PromptRenderer(tokenizer).student(bare)
-
-
 def test_shipped_templates(tokenizer):
     assert {file.name for file in SHIPPED.iterdir()} == {
         "student.jinja", "student_math.jinja",
         "teacher.jinja", "teacher_bare.jinja", "teacher_math.jinja",
     }  # fmt: skip
     renderer = PromptRenderer(tokenizer)
-    assert renderer.message("student", PROBLEM) == PROBLEM.problem
-    assert len(renderer.message("teacher", PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
+    assert renderer.makers["student"].message(*student_arguments(PROBLEM)) == PROBLEM.problem
+    assert len(message_of(renderer, PROBLEM)) - len(PROBLEM.problem) - len(PROBLEM.reference_solution) < 30
     bare = PromptRenderer(tokenizer, None, "teacher_bare.jinja")
-    assert bare.message("teacher", PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
+    assert message_of(bare, PROBLEM) == f"{PROBLEM.problem}\n{PROBLEM.reference_solution}"
     math = PromptRenderer(tokenizer, "student_math.jinja", "teacher_math.jinja")
-    for message in (math.message("student", PROBLEM), math.message("teacher", PROBLEM)):
+    for message in (
+        math.makers["student"].message(*student_arguments(PROBLEM)),
+        message_of(math, PROBLEM),
+    ):
         assert message.startswith("4 - 1 =\n") and message.endswith("put your final answer within \\boxed{}.")
-    assert PROBLEM.reference_solution in math.message("teacher", PROBLEM)
-    assert PROBLEM.reference_solution not in math.message("student", PROBLEM)
+    assert PROBLEM.reference_solution in math.makers["teacher"].message(
+        *teacher_arguments(PROBLEM, solution_of(PROBLEM))
+    )
+    assert PROBLEM.reference_solution not in math.makers["student"].message(*student_arguments(PROBLEM))
 
 
 def test_a_template_file_of_the_users(tokenizer, tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text("{% if privileged|length > 3 %}Look: {{ privileged }}\n{% endif %}<b> {{ problem|upper }} & é")
     renderer = PromptRenderer(tokenizer, None, path)
-    assert renderer.message("teacher", PROBLEM) == "Look: 4-1=3\n#### 3\n<b> 4 - 1 = & é"
+    assert message_of(renderer, PROBLEM) == "Look: 4-1=3\n#### 3\n<b> 4 - 1 = & é"
 
 
 def test_template_syntax_in_a_problem_is_text(tokenizer):
     problem = Problem("p", "{{ 1 }} {% if %}", "1", "{{ problem }}")
-    assert PromptRenderer(tokenizer).message("teacher", problem) == "{{ 1 }} {% if %}\nSolution: {{ problem }}"
+    assert message_of(PromptRenderer(tokenizer), problem) == "{{ 1 }} {% if %}\nSolution: {{ problem }}"
 
 
 @pytest.mark.parametrize(
@@ -174,33 +165,20 @@ def test_unreadable_templates_are_refused(tokenizer, tmp_path):
         PromptRenderer(tokenizer, binary)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"privileged": "hints"}, "teacher.privileged is 'hints'"),
-        ({"hint_fraction": 0.0}, "hint_fraction is 0.0"),
-        ({"hint_fraction": 1.1}, "hint_fraction"),
-    ],
-)
-def test_bad_settings_are_refused(tokenizer, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        PromptRenderer(tokenizer, **arguments)
-
-
 def test_prompts_have_a_greatest_length(tokenizer):
     renderer = PromptRenderer(tokenizer)
-    student, teacher = len(renderer.student(PROBLEM)), len(renderer.teacher(PROBLEM))
+    student, teacher = len(renderer.student(PROBLEM)), len(renderer.teacher(PROBLEM, solution_of(PROBLEM)))
     assert student < teacher
     short = Problem("p0", "1 =", "1", "1")
-    check_prompts([short, PROBLEM], renderer, teacher, vocab_size=None)
+    check_prompts([short, PROBLEM], renderer, teacher, vocab_size=None, teacher=teacher_of(renderer))
     with pytest.raises(
         DataError,
         match=rf"'p1': the teacher's prompt is {teacher} tokens long, over rollout\.max_prompt_tokens={teacher - 1}",
     ):
-        check_prompts([short, PROBLEM], renderer, teacher - 1, vocab_size=None)
+        check_prompts([short, PROBLEM], renderer, teacher - 1, vocab_size=None, teacher=teacher_of(renderer))
     with pytest.raises(DataError, match=f"'p1': the student's prompt is {student} tokens long"):
-        check_prompts([short, PROBLEM], renderer, student - 1, vocab_size=None, teacher=False)
-    check_prompts([Problem("p3", "1 =", "1", "")], renderer, student, vocab_size=None, teacher=False)
+        check_prompts([short, PROBLEM], renderer, student - 1, vocab_size=None)
+    check_prompts([Problem("p3", "1 =", "1", "")], renderer, student, vocab_size=None)
 
 
 @pytest.mark.parametrize("make", [character_tokenizer, word_tokenizer])
@@ -254,18 +232,23 @@ def test_the_example_functions(tokenizer, monkeypatch):
     renderer = PromptRenderer(tokenizer, "templates:student", "templates:teacher")
     assert tokenizer.decode(renderer.student(problem)) == "<|user|>4 - 1 =<|end|><|assistant|>"
     asked = "<|user|>4 - 1 =<|end|>"
-    assert tokenizer.decode(renderer.teacher(problem)) == f"{asked}<|assistant|>3\n#### 3<|end|>{asked}<|assistant|>"
-    check_prompts([problem], renderer, 64, vocab_size=None)
+    assert (
+        tokenizer.decode(renderer.teacher(problem, solution_of(problem)))
+        == f"{asked}<|assistant|>3\n#### 3<|end|>{asked}<|assistant|>"
+    )
+    check_prompts([problem], renderer, 64, vocab_size=None, teacher=teacher_of(renderer))
     # One may be a function and the other a file.
     mixed = PromptRenderer(tokenizer, "templates:student", "teacher_bare.jinja")
-    assert tokenizer.decode(mixed.teacher(problem)) == "<|user|>4-1=\n3\n#### 3<|end|><|assistant|>"
+    assert (
+        tokenizer.decode(mixed.teacher(problem, solution_of(problem))) == "<|user|>4-1=\n3\n#### 3<|end|><|assistant|>"
+    )
 
 
 def test_what_the_functions_get(tokenizer, mine):
-    renderer = PromptRenderer(tokenizer, "mine:shows_all", "mine:shows_all", privileged="answer")
+    renderer = PromptRenderer(tokenizer, "mine:shows_all", "mine:shows_all")
     # Neither answer nor solution, which would leak.
-    assert renderer.message("student", PROBLEM) == repr((Problem("p1", "4 - 1 =", "", ""),))
-    assert renderer.message("teacher", PROBLEM) == repr((PROBLEM, "3"))
+    assert renderer.makers["student"].message(*student_arguments(PROBLEM)) == repr((Problem("p1", "4 - 1 =", "", ""),))
+    assert message_of(renderer, PROBLEM) == repr((PROBLEM, PROBLEM.reference_solution))
 
 
 def test_chat_messages_go_through_the_chat_template(tokenizer, mine):
@@ -303,7 +286,7 @@ def test_a_function_of_text_needs_no_chat_template(mine):
 def test_functions_that_fail_are_named_before_the_run(tokenizer, mine, name, said):
     renderer = PromptRenderer(tokenizer, None, f"mine:{name}")
     with pytest.raises(TemplateError, match=rf"teacher\.template=mine:{name} on problem 'p1'.*{said}") as caught:
-        check_prompts([PROBLEM], renderer, 100, vocab_size=None)
+        check_prompts([PROBLEM], renderer, 100, vocab_size=None, teacher=teacher_of(renderer))
     assert "\n" not in str(caught.value)
 
 

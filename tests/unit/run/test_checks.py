@@ -21,6 +21,7 @@ from dasd_megatron.run.checks import (
     require_hf_directory,
 )
 from tests.support.small_configs import configure, refusal
+from tests.support.teachers import solution_of, teacher_of
 
 KEY = "k-0123456789abcdefghijklmnopqrstuv"
 
@@ -49,8 +50,9 @@ def test_a_checkpoint_of_megatron_is_no_start_for_a_server(tmp_path: Path) -> No
 def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
     config, tokenizer = configure(), character_tokenizer()
     renderer = make_renderer(config.data, config.teacher, tokenizer)
+    teacher = teacher_of(renderer)
     problem = Problem("p", "1 + 1 =", "2", "1 + 1 = 2")
-    prompt = max(len(renderer.teacher(problem)), len(renderer.student(problem)))
+    prompt = max(len(renderer.teacher(problem, solution_of(problem))), len(renderer.student(problem)))
     # The end-of-sequence token counts too.
     length = prompt + len(problem.reference_solution) + 1
 
@@ -59,7 +61,7 @@ def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
             ModelConfig(path=path),
             SimpleNamespace(max_position_embeddings=positions, vocab_size=len(tokenizer)),
         )
-        check_warm_start_lengths(model, WarmStartConfig(steps=3), sizes, renderer, tokenizer, [problem])
+        check_warm_start_lengths(model, WarmStartConfig(steps=3), sizes, teacher, tokenizer, [problem])
 
     check(length)
     message = refusal(lambda: check(length - 1))
@@ -67,7 +69,7 @@ def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
     assert "(config.json of model.path=/m)" in refusal(lambda: check(length - 1, "/m"))
     sizes = SimpleNamespace(max_position_embeddings=length, vocab_size=tokenizer.eos_token_id)
     message = refusal(
-        lambda: check_warm_start_lengths(ModelConfig(), WarmStartConfig(steps=3), sizes, renderer, tokenizer, [problem])
+        lambda: check_warm_start_lengths(ModelConfig(), WarmStartConfig(steps=3), sizes, teacher, tokenizer, [problem])
     )
     assert "problem 'p' has a solution that, with its end, has the token" in message
     tokenizer.eos_token = None
@@ -79,7 +81,7 @@ def test_privileged_prompts_are_limited_where_they_are_used(method: str, warm_st
     config = configure(f"algorithm={method}", f"warm_start.steps={warm_start}")
     renderer = make_renderer(config.data, config.teacher, character_tokenizer())
     problem = Problem("p", "1 + 1 =", "2", "1 + 1 = 2")
-    student, teacher = len(renderer.student(problem)), len(renderer.teacher(problem))
+    student, teacher = len(renderer.student(problem)), len(renderer.teacher(problem, solution_of(problem)))
     assert student < teacher
     config.rollout.max_prompt_tokens = student
     # No teacher sees held-out problems.
