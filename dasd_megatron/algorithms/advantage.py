@@ -6,11 +6,21 @@ that a comparison changes nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms.credit import Credit, make_credit, output_dtype, rollout_statistics
-from dasd_megatron.algorithms.methods import METHODS, OBJECTIVES, MethodSettings, RolloutFacts, RolloutStatistics
+from dasd_megatron.algorithms.methods import (
+    METHODS,
+    OBJECTIVES,
+    Method,
+    MethodSettings,
+    RolloutFacts,
+    RolloutStatistics,
+    TokenFacts,
+)
 
 
 def group_relative_advantage(
@@ -84,19 +94,19 @@ def token_advantages(
     delta: Tensor,
     lengths: Tensor,
     facts: RolloutFacts | None = None,
+    sum_over_replicas: Callable[[Tensor], Tensor] | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Credit]:
-    """Return the advantage of each token under a method: ``verifier_weight * A + advantage_term``, with A the rollout's
-    verifier advantage.
+    """Return the advantage of each token under a method: ``factor * verifier_weight * A + beta * omega * signal``, with
+    A the rollout's verifier advantage.
 
-    ``dasd``, ``opsd``, ``reversed`` and ``grpo``: the term is ``beta * omega * delta_bar``, omega the direction (the
-    entropy router, 1, -1, 0) times the gate; see :func:`~dasd_megatron.algorithms.credit.direction_adaptive_credit`.
-    ``rlsd`` (arXiv:2604.03128, its token weight without the warm-up that blends it with plain advantages): the token's
-    advantage is ``verifier_weight * A * clip(exp(sign(A) delta), 1 - rlsd_clip, 1 + rlsd_clip)``, so the verifier alone
-    decides the sign; its omega is 0, and the term is what the weight changes.
+    ``dasd``, ``opsd``, ``reversed`` and ``grpo``: factor 1, omega the direction (the entropy router, 1, -1, 0) times
+    the gate, signal delta_bar; see :func:`~dasd_megatron.algorithms.credit.direction_adaptive_credit`. The other
+    methods' factors, directions and signals stand beside them in :mod:`~dasd_megatron.algorithms.methods`; a token that
+    a method does not teach has factor 1 and omega 0, so the verifier's advantage alone.
 
     Under the ``distributional`` objective the teacher acts through a divergence that the loss weights with omega, so
-    the token's advantage is the verifier's alone, and the term is 0.
+    the token's advantage is the verifier's alone, times the factor.
 
     Args:
         name: a key of :data:`~dasd_megatron.algorithms.methods.METHODS`.
@@ -104,18 +114,22 @@ def token_advantages(
         rewards_advantage: ``[B]`` verifier advantage of each rollout.
         entropy, delta: ``[N]`` packed response tokens, nats.
         lengths: ``[B]`` tokens of each rollout.
-        facts: what else is known of the rollouts. None: the teacher has scored all of them. A rollout without a teacher
-            has omega, delta_bar and term of exactly 0; its ``delta`` must be a number, and is not used.
+        facts: what else is known of the rollouts. None: the teacher has scored all of them, and methods that ask for
+            verdicts or for the teacher's entropy are refused. A rollout without a teacher has omega, delta_bar and term
+            of exactly 0; its ``delta`` must be a number, and is not used.
+        sum_over_replicas: sums a float64 ``[2]`` tensor over data-parallel replicas, for a method whose omega has a
+            mean of 1 over the whole batch, and is called by that one alone. None: this process has the whole batch.
         eps: guard of the divisions, nats.
 
     Returns:
-        advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient.
+        advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient. Its term is what
+        is added to ``verifier_weight * A``, a factor included.
 
-    Whole rollouts on this rank, no collectives; under context parallelism gather the tokens first
-    (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes or
-    settings, and NonFiniteTokenError on NaN.
+    Whole rollouts on this rank, no collectives but ``sum_over_replicas``; under context parallelism gather the tokens
+    first (:func:`~dasd_megatron.algorithms.credit.gather_packed_tokens`). Raises ValueError on an unknown name, shapes
+    or settings, and NonFiniteTokenError on NaN.
     """
-    _check(name, settings, rewards_advantage, lengths)
+    _check(name, settings, rewards_advantage, lengths, facts)
     dtype = output_dtype(entropy)
     method = METHODS[name]
     statistics = rollout_statistics(
@@ -128,27 +142,31 @@ def token_advantages(
         entropy_floor=settings.entropy_floor,
         eps=eps,
     )
-    if facts is not None:
-        statistics = _leave_out_teacherless(statistics, facts, lengths)
+    verifier = settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)
+    statistics, tokens = _read_facts(method, statistics, verifier, lengths, facts)
     if method.direction is not None:
-        direction = method.direction(statistics, settings)
+        direction = torch.where(tokens.taught, method.direction(statistics, tokens, settings), 0.0)
     else:
         direction = torch.zeros_like(statistics.routed)
-    if facts is not None:
-        direction = torch.where(facts.has_teacher.to(direction.device)[statistics.rollout], direction, 0.0)
-    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype)
-    verifier = (
-        settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)[statistics.rollout]
-    )
-    if method.verifier_factor is not None:
-        factor = method.verifier_factor(statistics, verifier, settings)
-        credit = credit._replace(advantage_term=(verifier * (factor - 1.0)).to(dtype))
+    if method.has_mean_one:
+        totals = torch.stack([direction.sum(), tokens.taught.double().sum()])
+        total, count = (totals if sum_over_replicas is None else sum_over_replicas(totals)).tolist()
+        direction = direction * (count / total) if total > 0.0 else direction
+    signal = None if method.signal is None else method.signal(statistics)
+    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype, signal=signal)
     if settings.is_distributional:
         credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
-    return verifier.to(dtype) + credit.advantage_term, credit
+    verifier = tokens.verifier
+    if method.verifier_factor is None:
+        return verifier.to(dtype) + credit.advantage_term, credit
+    scaled = torch.where(tokens.taught, verifier * method.verifier_factor(statistics, tokens, settings), verifier)
+    advantage = scaled.to(dtype) + credit.advantage_term
+    return advantage, credit._replace(advantage_term=credit.advantage_term + (scaled - verifier).to(dtype))
 
 
-def _check(name: str, settings: MethodSettings, rewards_advantage: Tensor, lengths: Tensor) -> None:
+def _check(
+    name: str, settings: MethodSettings, rewards_advantage: Tensor, lengths: Tensor, facts: RolloutFacts | None
+) -> None:
     if name not in METHODS:
         raise ValueError(f"algorithm {name!r} is unknown; expected one of {', '.join(METHODS)}")
     if rewards_advantage.shape != lengths.shape:
@@ -156,26 +174,58 @@ def _check(name: str, settings: MethodSettings, rewards_advantage: Tensor, lengt
             f"rewards_advantage has shape {tuple(rewards_advantage.shape)} and lengths {tuple(lengths.shape)}; one "
             "entry per rollout"
         )
-    if not 0.0 <= settings.rlsd_clip < 1.0:
-        raise ValueError(
-            f"rlsd_clip is {settings.rlsd_clip}; expected 0 up to, not including, 1, so that the verifier's sign stays"
-        )
+    for setting in ("rlsd_clip", "rlsd_lambda", "position_w_min"):
+        if not 0.0 <= getattr(settings, setting) <= 1.0:
+            raise ValueError(f"{setting} is {getattr(settings, setting)}; expected 0 to 1")
+    if not settings.srpo_beta >= 0.0:
+        raise ValueError(f"srpo_beta is {settings.srpo_beta}; expected at least 0")
+    if not settings.position_s > 0.0:
+        raise ValueError(f"position_s is {settings.position_s}; expected above 0")
     if settings.objective not in OBJECTIVES:
         raise ValueError(f"objective is {settings.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    method = METHODS[name]
+    if method.teaches != "all" and facts is None:
+        raise ValueError(f"algorithm {name!r} acts on {method.teaches} rollouts alone; give facts")
+    if method.needs_teacher_entropy and (
+        facts is None or (facts.teacher_entropy is None and bool(facts.has_teacher.any()))
+    ):
+        raise ValueError(f"algorithm {name!r} reads the teacher's entropy; give facts.teacher_entropy")
 
 
-def _leave_out_teacherless(statistics: RolloutStatistics, facts: RolloutFacts, lengths: Tensor) -> RolloutStatistics:
-    """Return the statistics with gaps of 0 for rollouts without a teacher; refuse facts of other rollouts or tokens."""
+def _read_facts(
+    method: Method,
+    statistics: RolloutStatistics,
+    verifier: Tensor,
+    lengths: Tensor,
+    facts: RolloutFacts | None,
+) -> tuple[RolloutStatistics, TokenFacts]:
+    """Return the statistics with gaps of 0 for rollouts without a teacher, and the facts of each token, with the
+    verifier's weighted advantage ``[B]`` among them; refuse facts of other rollouts or tokens."""
+    rollout, lengths = statistics.rollout, lengths.to(statistics.rollout.device)
+    starts = lengths.cumsum(0) - lengths
+    index = torch.arange(rollout.numel(), device=rollout.device)
+    tokens = TokenFacts(
+        verifier=verifier[rollout],
+        taught=torch.ones_like(rollout, dtype=torch.bool),
+        place=(index - starts[rollout] + 0.5) / lengths.double()[rollout],
+        teacher_entropy=torch.zeros_like(statistics.gap),
+    )
+    if facts is None:
+        return statistics, tokens
     for name in ("has_teacher", "is_right", "solve_rate"):
         shape = tuple(getattr(facts, name).shape)
         if shape != tuple(lengths.shape):
             raise ValueError(f"facts.{name} has shape {shape}; expected {tuple(lengths.shape)}")
-    if facts.teacher_entropy is not None and facts.teacher_entropy.shape != statistics.gap.shape:
+    teacher_entropy = facts.teacher_entropy
+    if teacher_entropy is not None and teacher_entropy.shape != rollout.shape:
         raise ValueError(
-            f"facts.teacher_entropy has shape {tuple(facts.teacher_entropy.shape)}; expected "
-            f"{tuple(statistics.gap.shape)}"
+            f"facts.teacher_entropy has shape {tuple(teacher_entropy.shape)}; expected {tuple(rollout.shape)}"
         )
-    taught = facts.has_teacher.to(statistics.gap.device)[statistics.rollout]
-    return statistics._replace(
-        gap=torch.where(taught, statistics.gap, 0.0), delta_bar=torch.where(taught, statistics.delta_bar, 0.0)
+    has_teacher, right = (fact.to(rollout.device)[rollout] for fact in (facts.has_teacher, facts.is_right))
+    statistics = statistics._replace(
+        gap=torch.where(has_teacher, statistics.gap, 0.0), delta_bar=torch.where(has_teacher, statistics.delta_bar, 0.0)
     )
+    taught = {"all": has_teacher, "right": has_teacher & right, "wrong": has_teacher & ~right}[method.teaches]
+    if teacher_entropy is not None:
+        tokens = tokens._replace(teacher_entropy=teacher_entropy.detach().to(rollout.device, torch.float64))
+    return statistics, tokens._replace(taught=taught)

@@ -140,12 +140,23 @@ def rollout_statistics(
 
 
 def make_credit(
-    statistics: RolloutStatistics, direction: Tensor, *, beta: float, gate: bool, dtype: torch.dtype
+    statistics: RolloutStatistics,
+    direction: Tensor,
+    *,
+    beta: float,
+    gate: bool,
+    dtype: torch.dtype,
+    signal: Tensor | None = None,
 ) -> Credit:
     """Return the credit of a direction per token ``[N]``: the one place where gate and beta come in, whichever method
-    gives the direction."""
-    omega = direction * torch.sigmoid(statistics.delta_bar.abs() - 1.0) if gate else direction
-    term = beta * omega * statistics.delta_bar
+    gives the direction.
+
+    ``signal`` is ``[N]`` what beta and omega are multiplied with. None: the gap divided by its scale, and the gate is
+    asked for; with a signal omega is the direction itself.
+    """
+    gated = gate and signal is None
+    omega = direction * torch.sigmoid(statistics.delta_bar.abs() - 1.0) if gated else direction
+    term = beta * omega * (statistics.delta_bar if signal is None else signal)
     return Credit(*(value.to(dtype) for value in (omega, statistics.delta_bar, statistics.tau, statistics.sigma, term)))
 
 

@@ -2,15 +2,18 @@
 a token.
 
 A :class:`Method` says all that the rest of the package needs to know of a method, so nothing else compares names. To
-add one, write its function here, its record in :data:`METHODS` and its ``conf/algorithm/<name>.yaml``. The functions
+add one, write its functions here, its record in :data:`METHODS` and its ``conf/algorithm/<name>.yaml``. The functions
 call tensors' own methods, so that this module, which the configuration takes its choices from, imports no torch.
+
+Formulas and sources of all methods are in ``docs/method.md``. There, A is the verifier's advantage of a rollout, and
+gap is log q(y) - log p(y) of a token y under the teacher q and the student p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +57,20 @@ class RolloutFacts(NamedTuple):
     teacher was not run. Not read for rollouts without a teacher."""
 
 
+class TokenFacts(NamedTuple):
+    """What the functions of a method read of N packed tokens, beside the statistics."""
+
+    verifier: Tensor
+    """``[N]`` float64, ``verifier_weight`` times the advantage of the token's rollout."""
+    taught: Tensor
+    """``[N]`` bool: the teacher acts on the token's rollout, by :attr:`Method.teaches` and
+    :attr:`RolloutFacts.has_teacher`."""
+    place: Tensor
+    """``[N]`` float64 place in the rollout, from 0 to 1: (t - 1/2) / T of the t-th of T tokens, counted from 1."""
+    teacher_entropy: Tensor
+    """``[N]`` float64, nats; see :class:`RolloutFacts`. 0 where it is not known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
     """Settings of the methods, each the field of ``algorithm`` in the configuration that has its name.
@@ -69,6 +86,11 @@ class MethodSettings:
     scale_floor: float
     gate: bool
     rlsd_clip: float
+    rlsd_lambda: float = 1.0
+    srpo_beta: float = 1.0
+    position_w_min: float = 0.25
+    position_tau: float = 0.3
+    position_s: float = 0.1
     entropy_floor: float = ENTROPY_FLOOR
     objective: str = SAMPLED
 
@@ -78,21 +100,33 @@ class MethodSettings:
         return self.objective == DISTRIBUTIONAL
 
 
+TokenFunction = Callable[[RolloutStatistics, TokenFacts, MethodSettings], "Tensor"]
+
+
 @dataclass(frozen=True)
 class Method:
     """A method, as far as the rest of the package needs to know it."""
 
     name: str
-    """``algorithm.name`` in the configuration, and the name of the yaml."""
+    """``algorithm.name`` in the configuration, and the name of a yaml."""
     description: str
     """One line for people."""
-    direction: Callable[[RolloutStatistics, MethodSettings], Tensor] | None = None
-    """``[N]`` direction of each token before the reliability gate, in [-1, 1]. None: omega is 0 everywhere, so the
-    teacher adds nothing to the verifier's advantage, and the distributional objective has nothing to weight a
-    divergence with."""
-    verifier_factor: Callable[[RolloutStatistics, Tensor, MethodSettings], Tensor] | None = None
-    """``[N]`` factor on the verifier's advantage of each token, from the statistics, that advantage ``[N]`` and the
-    settings. None: 1."""
+    direction: TokenFunction | None = None
+    """``[N]`` direction of each token before the reliability gate, in [-1, 1]; tokens that are not taught get 0 in any
+    case. None: omega is 0 everywhere, so the teacher adds nothing to the verifier's advantage, and the distributional
+    objective has nothing to weight a divergence with."""
+    signal: Callable[[RolloutStatistics], Tensor] | None = None
+    """``[N]`` what ``beta`` and omega are multiplied with under the sampled objective, and then omega is the direction
+    itself. None: the gap divided by its scale, and the reliability gate weakens omega."""
+    has_mean_one: bool = False
+    """True where omega is divided by its mean over the taught tokens of the step's whole batch."""
+    verifier_factor: TokenFunction | None = None
+    """``[N]`` factor on the verifier's advantage of each token, 1 where the token is not taught. None: 1."""
+    teaches: Literal["all", "right", "wrong"] = "all"
+    """Rollouts that the teacher acts on: all that have one, or of these the right or the wrong ones alone. The others
+    get the verifier's advantage alone."""
+    needs_teacher_entropy: bool = False
+    """True where the entropy of the teacher's distribution is read."""
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
@@ -109,20 +143,52 @@ class Method:
         return self.direction is not None or self.verifier_factor is not None
 
 
-def _route_by_entropy(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
+def _route_by_entropy(statistics: RolloutStatistics, _: TokenFacts, __: MethodSettings) -> Tensor:
     return statistics.routed.tanh()
 
 
-def _pull_everywhere(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
+def _pull_everywhere(statistics: RolloutStatistics, _: TokenFacts, __: MethodSettings) -> Tensor:
     return statistics.routed.new_ones(statistics.routed.shape)
 
 
-def _push_everywhere(statistics: RolloutStatistics, _: MethodSettings) -> Tensor:
+def _push_everywhere(statistics: RolloutStatistics, _: TokenFacts, __: MethodSettings) -> Tensor:
     return -statistics.routed.new_ones(statistics.routed.shape)
 
 
-def _scale_by_gap(statistics: RolloutStatistics, verifier: Tensor, settings: MethodSettings) -> Tensor:
-    return (verifier.sign() * statistics.gap).exp().clamp(1.0 - settings.rlsd_clip, 1.0 + settings.rlsd_clip)
+def _pull_late_tokens(_: RolloutStatistics, facts: TokenFacts, settings: MethodSettings) -> Tensor:
+    """PW-OPSD (arXiv:2605.21606): w_min + (1 - w_min) sigmoid((place - tau) / s)."""
+    rise = ((facts.place - settings.position_tau) / settings.position_s).sigmoid()
+    return settings.position_w_min + (1.0 - settings.position_w_min) * rise
+
+
+def _pull_where_teacher_is_certain(_: RolloutStatistics, facts: TokenFacts, settings: MethodSettings) -> Tensor:
+    """SRPO's weight before it is given a mean of 1 (arXiv:2604.02288): exp(-srpo_beta H), H the teacher's entropy."""
+    return (-settings.srpo_beta * facts.teacher_entropy).exp()
+
+
+def _plain_gap(statistics: RolloutStatistics) -> Tensor:
+    return statistics.gap
+
+
+def _leave_taught_to_teacher(statistics: RolloutStatistics, facts: TokenFacts, _: MethodSettings) -> Tensor:
+    """SRPO's routing (arXiv:2604.02288): the verifier acts on rollouts that the teacher does not act on."""
+    return (~facts.taught).to(statistics.routed.dtype)
+
+
+def _scale_by_gap(statistics: RolloutStatistics, facts: TokenFacts, settings: MethodSettings) -> Tensor:
+    """RLSD (arXiv:2604.03128): 1 - lambda + lambda clip(exp(sign(A) gap), 1 - c, 1 + c)."""
+    return _blend(statistics.gap, facts, settings)
+
+
+def _scale_by_reversed_gap(statistics: RolloutStatistics, facts: TokenFacts, settings: MethodSettings) -> Tensor:
+    """RLRT (arXiv:2605.10781): 1 - lambda + lambda clip(exp(-sign(A) gap), 1 - c, 1 + c)."""
+    return _blend(-statistics.gap, facts, settings)
+
+
+def _blend(exponent: Tensor, facts: TokenFacts, settings: MethodSettings) -> Tensor:
+    """Return ``[N]`` factors of RLSD's form. An exponent of 0 gives exactly 1."""
+    weight = (facts.verifier.sign() * exponent).exp().clamp(1.0 - settings.rlsd_clip, 1.0 + settings.rlsd_clip)
+    return 1.0 + settings.rlsd_lambda * (weight - 1.0)
 
 
 METHODS: dict[str, Method] = {
@@ -135,12 +201,41 @@ METHODS: dict[str, Method] = {
             routes_by_entropy=True,
         ),
         Method("grpo", "leaves the teacher out: the verifier's advantage alone (arXiv:2402.03300)"),
-        Method("opsd", "pulls every token toward the teacher", direction=_pull_everywhere),
+        Method("opsd", "pulls every token toward the teacher (arXiv:2601.18734)", direction=_pull_everywhere),
         Method("reversed", "pushes every token away from the teacher", direction=_push_everywhere),
+        Method(
+            "sdpo",
+            "pulls every token toward the teacher by the gap as it is, without the verifier (arXiv:2601.20802)",
+            direction=_pull_everywhere,
+            signal=_plain_gap,
+        ),
+        Method(
+            "srpo",
+            "leaves right responses to the verifier and wrong ones to the teacher (arXiv:2604.02288)",
+            direction=_pull_where_teacher_is_certain,
+            signal=_plain_gap,
+            has_mean_one=True,
+            verifier_factor=_leave_taught_to_teacher,
+            teaches="wrong",
+            needs_teacher_entropy=True,
+        ),
         Method(
             "rlsd",
             "lets the teacher scale the verifier's advantage (arXiv:2604.03128)",
             verifier_factor=_scale_by_gap,
+        ),
+        Method(
+            "rlrt",
+            "raises the verifier's advantage where a right response goes another way than the teacher "
+            "(arXiv:2605.10781)",
+            verifier_factor=_scale_by_reversed_gap,
+            teaches="right",
+        ),
+        Method(
+            "pw_opsd",
+            "pulls late tokens toward the teacher more than early ones (arXiv:2605.21606)",
+            direction=_pull_late_tokens,
+            signal=_plain_gap,
         ),
     )
 }

@@ -202,9 +202,23 @@ class AlgorithmConfig:
         low=0,
     )
     gate: bool = setting(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
-    rlsd_clip: float = setting(
-        0.2, "rlsd only: the teacher scales the verifier advantage by at most 1 +/- this", low=0, below=1
+    rlsd_lambda: float = setting(
+        0.5,
+        "rlsd and rlrt only: share of the verifier advantage that the teacher scales; the rest stays as it is",
+        low=0,
+        high=1,
     )
+    rlsd_clip: float = setting(
+        0.2, "rlsd and rlrt only: the teacher scales that share by at most 1 +/- this", low=0, high=1
+    )
+    srpo_beta: float = setting(
+        1.0, "srpo only: a token's weight falls by exp(-this) with each nat of the teacher's entropy", low=0
+    )
+    position_w_min: float = setting(0.25, "pw_opsd only: weight that the earliest tokens come close to", low=0, high=1)
+    position_tau: float = setting(
+        0.3, "pw_opsd only: place in the response, from 0 to 1, at which half of the rise is done", low=0, high=1
+    )
+    position_s: float = setting(0.1, "pw_opsd only: width of the rise, in shares of the response", above=0)
     objective: str = setting(
         "sampled",
         "sampled: the teacher acts through the advantage of the sampled token; distributional: through a divergence "

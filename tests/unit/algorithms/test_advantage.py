@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms import (
-    METHODS,
     CreditStatistics,
     MethodSettings,
     credit_metrics,
@@ -97,7 +96,8 @@ def test_dasd_is_verifier_plus_credit() -> None:
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_algorithms_differ_in_direction_alone(gate: bool) -> None:
     data = batch()
-    results = {name: token_advantages(name, replace(SETTINGS, gate=gate), **data) for name in METHODS}
+    names = ("dasd", "grpo", "opsd", "reversed", "rlsd")
+    results = {name: token_advantages(name, replace(SETTINGS, gate=gate), **data) for name in names}
     per_token = data["rewards_advantage"].repeat_interleave(data["lengths"])
     reliability = torch.sigmoid(results["dasd"][1].delta_bar.abs() - 1) if gate else torch.ones(14)
     for name, (advantage, credit) in results.items():
@@ -133,7 +133,13 @@ def test_without_the_verifier_the_teacher_remains() -> None:
     [
         ("ppo", {}, {}, "algorithm 'ppo' is unknown"),
         ("dasd", {}, {"rewards_advantage": torch.zeros(14)}, "one entry per rollout"),
-        ("dasd", {"rlsd_clip": 1.0}, {}, "rlsd_clip is 1.0"),
+        ("dasd", {"rlsd_clip": 1.5}, {}, "rlsd_clip is 1.5; expected 0 to 1"),
+        ("rlsd", {"rlsd_lambda": -0.1}, {}, "rlsd_lambda is -0.1; expected 0 to 1"),
+        ("pw_opsd", {"position_s": 0.0}, {}, "position_s is 0.0; expected above 0"),
+        ("pw_opsd", {"position_w_min": 2.0}, {}, "position_w_min is 2.0; expected 0 to 1"),
+        ("srpo", {"srpo_beta": math.nan}, {}, "srpo_beta is nan; expected at least 0"),
+        ("srpo", {}, {}, "'srpo' acts on wrong rollouts alone; give facts"),
+        ("rlrt", {}, {}, "'rlrt' acts on right rollouts alone; give facts"),
         ("dasd", {"rho": -0.1}, {}, "rho is -0.1"),
     ],
 )
