@@ -252,6 +252,10 @@ def check_batch(batch: BatchConfig, parallel: ParallelConfig) -> None:
         )
 
 
+DIVERGENCE_BOUNDS = ("divergence_pull_cap", "divergence_entry_clip")
+"""Settings of algorithm, null by default, that the distributional objective alone reads."""
+
+
 def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: PolicyLossConfig) -> None:
     """Refuse methods whose signal is always 0, and objectives that they or the loss cannot serve."""
     if batch.samples_per_group == 1 and algorithm.verifier_weight > 0:
@@ -278,11 +282,12 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             f"algorithm.objective=distributional has no direction under algorithm.name={algorithm.name}: "
             f"write {directed}, or objective=sampled"
         )
-    if not distributional and algorithm.divergence_pull_cap is not None:
-        raise ConfigError(
-            "algorithm.divergence_pull_cap bounds a divergence, which algorithm.objective=sampled does not have: drop "
-            "it, or write objective=distributional"
-        )
+    for name in DIVERGENCE_BOUNDS:
+        if not distributional and getattr(algorithm, name) is not None:
+            raise ConfigError(
+                f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: drop it, or "
+                "write objective=distributional"
+            )
     if distributional and not loss.fused_linear:
         raise ConfigError(
             "algorithm.objective=distributional re-projects the teacher's hidden states: write "

@@ -244,6 +244,12 @@ class AlgorithmConfig:
         "null: no cap; our choice",
         above=0,
     )
+    divergence_entry_clip: float | None = setting(
+        None,
+        "distributional only: most that one entry of the vocabulary adds to a token's divergence, nats; beyond it the "
+        "entry has no gradient of its own; null: no bound. OPSD calls it jsd_token_clip and takes 0.05",
+        above=0,
+    )
     jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
 
     @property

@@ -47,13 +47,33 @@ class GradientTerms(NamedTuple):
     """Per-token coefficients ``[T]`` that a divergence adds to the kernels' ``backward``; None stands for 0.
 
     The gradient at column v is ``p_v (constant + linear log p_v - cross X_v) - teacher_share q_v``, with X the
-    logarithm of q, or of the mixture where the divergence uses it.
+    logarithm of q, or of the mixture where the divergence uses it. Where the entries are clipped it is ``p_v constant +
+    entries a_v``, with a the slope of an entry that is not clipped, see :class:`Entries`.
     """
 
     constant: Tensor
     linear: Tensor | None = None
     cross: Tensor | None = None
     teacher_share: Tensor | None = None
+    entries: Tensor | None = None
+
+
+class Probabilities(NamedTuple):
+    """Probabilities of some entries of the vocabulary and their finite natural logarithms, all of one shape."""
+
+    log_p: Tensor
+    p: Tensor
+    log_q: Tensor
+    q: Tensor
+
+
+class Entries(NamedTuple):
+    """Summands of a divergence, one an entry of the vocabulary, and their slopes, shaped as the probabilities are."""
+
+    contribution: Tensor
+    """Nats; their sum over the vocabulary is the divergence."""
+    slope: Tensor
+    """Derivative of the contribution by log p, with q as it is."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,8 @@ class Divergence:
     gradient: Callable[[Tensor, Tensor, float], GradientTerms]
     """Function of the incoming gradient ``[T]``, the value ``[T]`` in nats (KL(p || m) for one that uses the mixture),
     and the mixture's weight w of the student."""
+    entries: Callable[[Probabilities, float], Entries]
+    """The summands, from the probabilities and the mixture's weight w of the student. The results are new tensors."""
     note: str = ""
     """Addition to the name in the documentation of ``algorithm.divergence``."""
 
@@ -120,14 +142,44 @@ def _jensen_shannon_gradient(grad: Tensor, student_to_mixture: Tensor, weight: f
     return GradientTerms(constant=-(grad * student_to_mixture), linear=grad, cross=grad)
 
 
+def _reverse_kl_entries(of: Probabilities, _: float) -> Entries:
+    contribution = (of.log_p - of.log_q) * of.p
+    return Entries(contribution, contribution + of.p)
+
+
+def _forward_kl_entries(of: Probabilities, _: float) -> Entries:
+    return Entries((of.log_q - of.log_p) * of.q, -of.q)
+
+
+def _jensen_shannon_entries(of: Probabilities, weight: float) -> Entries:
+    mixture = of.q.lerp(of.p, weight)
+    # Where the mixture is 0 its logarithm is multiplied by 0, so any finite number does.
+    log_m = mixture.masked_fill(mixture == 0, 1.0).log()
+    slope = (of.log_p - log_m) * of.p * weight
+    return Entries((of.log_q - log_m) * of.q * (1.0 - weight) + slope, slope)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     divergence.name: divergence
     for divergence in (
         Divergence(
-            "reverse_kl", "KL(p || q)", "student", _reverse_kl, _reverse_kl_gradient, note="KL(student || teacher)"
+            "reverse_kl",
+            "KL(p || q)",
+            "student",
+            _reverse_kl,
+            _reverse_kl_gradient,
+            _reverse_kl_entries,
+            note="KL(student || teacher)",
         ),
-        Divergence("forward_kl", "KL(q || p)", "teacher", _forward_kl, _forward_kl_gradient),
-        Divergence("jsd", "w KL(p || m) + (1 - w) KL(q || m)", None, _jensen_shannon, _jensen_shannon_gradient),
+        Divergence("forward_kl", "KL(q || p)", "teacher", _forward_kl, _forward_kl_gradient, _forward_kl_entries),
+        Divergence(
+            "jsd",
+            "w KL(p || m) + (1 - w) KL(q || m)",
+            None,
+            _jensen_shannon,
+            _jensen_shannon_gradient,
+            _jensen_shannon_entries,
+        ),
     )
 }
 """Every divergence by its name, in the order in which messages list them."""

@@ -50,6 +50,7 @@ def linear_token_stats(
     inplace_backward: bool = False,
     reduce_hidden_grad: bool = True,
     jsd_weight: float = 0.5,
+    entry_clip: float | None = None,
     implementation: str = "auto",
 ) -> TokenStats:
     """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never
@@ -64,8 +65,8 @@ def linear_token_stats(
         teacher_hidden: ``[T, h_teacher]`` or None. Never receives a gradient.
         teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is
             now. No gradient.
-        divergence, group, vocab_size, temperature, jsd_weight, implementation: as there. Padded rows of ``weight`` get
-            gradient 0.
+        divergence, group, vocab_size, temperature, jsd_weight, entry_clip, implementation: as there. Padded rows of
+            ``weight`` get gradient 0.
         chunk_size, vocab_chunk_size: tokens and columns of one block; None: :data:`BLOCK_TOKENS` and
             :data:`BLOCK_COLUMNS`.
         inplace_backward: the backward pass writes the gradient of ``hidden`` into its storage.
@@ -83,16 +84,16 @@ def linear_token_stats(
     the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
     the gradient of ``weight`` in. Saved for the backward pass: the inputs and at most 7 numbers per token.
 
-    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` projects both a second time in the
-    forward pass.
+    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
+    time in the forward pass.
 
-    Collectives: forward as there, one all-gather (two for ``jsd``). Backward: one all-reduce of ``[T, h]``, none
-    without ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
+    Collectives: forward as there, one all-gather (two for ``jsd`` and ``entry_clip``). Backward: one all-reduce of
+    ``[T, h]``, none without ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
 
     Raises:
         ValueError: as there, and on hidden states and weights that do not fit each other.
     """
-    objective = make_objective(divergence, jsd_weight)
+    objective = make_objective(divergence, jsd_weight, entry_clip)
     _check_linear("hidden", hidden, "weight", weight, targets)
     teacher = _checked_teacher(weight, targets, teacher_hidden, teacher_weight)
     shard = make_shard(len(weight), targets, vocab_size, group, temperature)
@@ -102,7 +103,8 @@ def linear_token_stats(
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
     # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their
     # own choice.
-    kernels = choose_kernels(implementation, (torch.empty(0, dtype=accumulator(hidden), device=hidden.device),), None)
+    block = torch.empty(0, dtype=accumulator(hidden), device=hidden.device)
+    kernels = choose_kernels(implementation, (block,), None, objective)
     settings = _Settings(
         shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None
     )
@@ -219,12 +221,12 @@ class _LinearTokenStats(torch.autograd.Function):
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         student = _Projector(_Linear(hidden, weight), settings.blocks)
-        teacher, mixture_sums = None, None
+        teacher, second_sums = None, None
         if teacher_hidden is not None and teacher_weight is not None:
             teacher = _Projector(_Linear(teacher_hidden, teacher_weight), settings.blocks)
-            mixture_sums = functools.partial(_mixture_sums, student, teacher, settings)
+            second_sums = functools.partial(_second_sums, student, teacher, settings)
         partials = _partials(student, teacher, settings)
-        finished = finish(partials, settings.objective, settings.shard, mixture_sums)
+        finished = finish(partials, settings.objective, settings.shard, second_sums)
         ctx.settings = settings
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *Saved.of(finished).tensors())
         return to_outputs(ctx, finished, partials.dtype)
@@ -255,7 +257,7 @@ class _LinearTokenStats(torch.autograd.Function):
             grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         for rows in blocks.rows():
             row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
-            row_coefficients = coefficients.of_rows(rows)._asdict()
+            row_coefficients = coefficients.of_rows(rows).arguments()
             for columns in blocks.column_ranges():
                 block = student(rows, columns)
                 # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix
@@ -304,19 +306,16 @@ def _partials(student: _Projector, teacher: _Projector | None, settings: _Settin
     )  # fmt: skip
 
 
-def _mixture_sums(
-    student: _Projector, teacher: _Projector, settings: _Settings, *distributions: Distribution
-) -> Tensor:
-    """Return this rank's sums against the mixture ``[2, T]``, made block by block, for the student's and the teacher's
+def _second_sums(student: _Projector, teacher: _Projector, settings: _Settings, *distributions: Distribution) -> Tensor:
+    """Return this rank's sums of the second pass ``[2, T]``, made block by block, for the student's and the teacher's
     distribution."""
-    shard, blocks, kernels, objective = settings[:4]
+    shard, blocks, kernels = settings[:3]
     sums = student.buffer.new_zeros(2, len(shard.targets))
     for rows in blocks.rows():
         row_distributions = [values[rows] for distribution in distributions for values in distribution]
         for columns in blocks.column_ranges():
-            sums[:, rows] += kernels.mixture_sums(
+            sums[:, rows] += kernels.second_sums(
                 student(rows, columns), teacher(rows, columns), *row_distributions,
                 columns=columns.stop - columns.start, inverse_temperature=shard.inverse_temperature,
-                weight=objective.jsd_weight,
             )  # fmt: skip
     return sums

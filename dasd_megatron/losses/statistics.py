@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, Sums
+from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, GradientTerms, Sums
 from dasd_megatron.losses.torch_kernels import (
     CROSS,
     MAX,
@@ -60,6 +60,13 @@ class Objective(NamedTuple):
 
     divergence: Divergence
     jsd_weight: float
+    entry_clip: float | None = None
+    """Bound on each entry's contribution, nats."""
+
+    @property
+    def needs_second_pass(self) -> bool:
+        """True where the sums need both normalisers, so that they are made in a second pass."""
+        return self.divergence.uses_mixture or self.entry_clip is not None
 
 
 class Distribution(NamedTuple):
@@ -77,7 +84,8 @@ class Comparison(NamedTuple):
     log_prob: Tensor
     divergence: Tensor
     centre: Tensor
-    """The divergence, or KL(p || m) for one that uses the mixture m: the value that its gradient contains."""
+    """The value that the divergence's gradient contains: the divergence, KL(p || m) for one that uses the mixture m, or
+    the sum of the slopes where the entries are clipped."""
 
 
 class Finished(NamedTuple):
@@ -136,6 +144,11 @@ class Coefficients(NamedTuple):
     q_max: Tensor | None = None
     q_log_z: Tensor | None = None
     mixture_weight: float | None = None
+    entries: Tensor | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return those that are given, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     def of_rows(self, rows: slice) -> Coefficients:
         """Return the coefficients of some of the tokens."""
@@ -178,13 +191,15 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
         )
 
 
-def make_objective(divergence: str, jsd_weight: float) -> Objective:
-    """Return the objective; ValueError on an unknown divergence or a weight outside 0 to 1."""
+def make_objective(divergence: str, jsd_weight: float, entry_clip: float | None) -> Objective:
+    """Return the objective; ValueError on an unknown divergence, a weight outside 0 to 1, or a clip of 0 or less."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; expected one of {', '.join(DIVERGENCES)}")
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight is {jsd_weight}; expected a number between 0 and 1, both excluded")
-    return Objective(DIVERGENCES[divergence], jsd_weight)
+    if entry_clip is not None and not entry_clip > 0:
+        raise ValueError(f"entry_clip is {entry_clip}; expected more than 0 nats, or None for no clip")
+    return Objective(DIVERGENCES[divergence], jsd_weight, entry_clip)
 
 
 def all_gather(local: Tensor, shard: Shard) -> Tensor:
@@ -268,14 +283,14 @@ def finish(
     partials: Tensor,
     objective: Objective,
     shard: Shard,
-    mixture_sums: Callable[[Distribution, Distribution], Tensor] | None,
+    second_sums: Callable[[Distribution, Distribution], Tensor] | None,
 ) -> Finished:
     """Return all statistics from this rank's partials ``[n, T]``.
 
-    ``mixture_sums`` makes the second pass over this rank's columns, ``[2, T]``, from the student's and the teacher's
-    distribution. It is called only for a divergence that uses the mixture; None without a teacher.
+    ``second_sums`` makes the second pass over this rank's columns, ``[2, T]``, from the student's and the teacher's
+    distribution. It is called only for an objective that needs it; None without a teacher.
 
-    Collectives: one all-gather, and a second one after ``mixture_sums``.
+    Collectives: one all-gather, and a second one after ``second_sums``.
     """
     rows = all_gather(partials, shard).double().unbind(1)
     inverse_temperature, dtype = shard.inverse_temperature, partials.dtype
@@ -291,11 +306,16 @@ def finish(
     teacher_distribution = Distribution(teacher.whole.maximum.to(dtype), teacher_log_z.to(dtype))
     zeros = torch.zeros_like(mean)
     sums = Sums(mean, log_z, teacher.mean, teacher_log_z, teacher.cross, zeros, zeros)
-    if objective.divergence.uses_mixture and mixture_sums is not None:
-        both = all_gather(mixture_sums(distribution, teacher_distribution), shard).double().sum(0)
+    both = zeros, zeros
+    if objective.needs_second_pass and second_sums is not None:
+        summed = all_gather(second_sums(distribution, teacher_distribution), shard).double().sum(0)
+        both = summed[0], summed[1]
+    if objective.entry_clip is not None:
+        value, centre = both
+    else:
         sums = sums._replace(student_to_mixture=both[0], teacher_to_mixture=both[1])
-    value = objective.divergence.value(sums, objective.jsd_weight)
-    centre = sums.student_to_mixture if objective.divergence.uses_mixture else value
+        value = objective.divergence.value(sums, objective.jsd_weight)
+        centre = sums.student_to_mixture if objective.divergence.uses_mixture else value
     return Finished(log_prob, entropy, distribution, Comparison(teacher_distribution, teacher_log_prob, value, centre))
 
 
@@ -329,9 +349,11 @@ def gradient_coefficients(
     without = Coefficients(saved.student.maximum, saved.student.log_z, constant, linear, one_hot)
     if grad_divergence is None or saved.teacher is None or saved.centre is None:
         return without
-    terms = objective.divergence.gradient(
-        grad_divergence.double() * inverse_temperature, saved.centre, objective.jsd_weight
-    )
+    grad_divergence = grad_divergence.double() * inverse_temperature
+    if objective.entry_clip is not None:
+        terms = GradientTerms(constant=-(grad_divergence * saved.centre), entries=grad_divergence)
+    else:
+        terms = objective.divergence.gradient(grad_divergence, saved.centre, objective.jsd_weight)
     if linear is not None and terms.linear is not None:
         linear = linear + terms.linear
     return without._replace(
@@ -341,5 +363,6 @@ def gradient_coefficients(
         teacher_share=terms.teacher_share,
         q_max=saved.teacher.maximum,
         q_log_z=saved.teacher.log_z,
-        mixture_weight=objective.jsd_weight if objective.divergence.uses_mixture else None,
+        mixture_weight=objective.jsd_weight if objective.divergence.uses_mixture and terms.cross is not None else None,
+        entries=terms.entries,
     )

@@ -44,6 +44,7 @@ def vocab_parallel_token_stats(
     chunk_size: int | None = None,
     inplace_backward: bool = False,
     jsd_weight: float = 0.5,
+    entry_clip: float | None = None,
     implementation: str = "auto",
 ) -> TokenStats:
     """Log-prob of the target, entropy, teacher log-prob of the target and divergence, over the full vocabulary, per
@@ -71,6 +72,10 @@ def vocab_parallel_token_stats(
             Then nothing else may read the logits afterwards; autograd raises where something it saved has been
             overwritten.
         jsd_weight: the mixture's weight of the student, w above.
+        entry_clip: bound in nats on what each entry of the vocabulary adds to the divergence, above 0, as in OPSD's
+            ``jsd_token_clip``: the divergence is then ``sum_v min(k_v, entry_clip)`` of the summands k of its formula,
+            and an entry beyond the bound has no gradient of its own. Summands may be negative, and so may a clipped
+            Kullback-Leibler divergence; one that would be infinite is finite. None: no bound.
         implementation: ``torch``, ``triton``, or ``auto``: Triton for CUDA tensors where it is installed, PyTorch for
             all others.
 
@@ -79,9 +84,10 @@ def vocab_parallel_token_stats(
         gradients to ``logits``. Statistics are accumulated in float32 (float64 for float64 logits) and are bit-equal on
         all ranks.
 
-    Collectives: forward one all-gather of 4 numbers per token, 9 with a teacher, and for ``jsd`` a second one of 2
-    numbers per token: the logarithm of the mixture m is that of a sum, so both normalisers must be known before it can
-    be summed over columns. Backward none. A group of one rank runs no collective.
+    Collectives: forward one all-gather of 4 numbers per token, 9 with a teacher, and for ``jsd`` and ``entry_clip`` a
+    second one of 2 numbers per token: the logarithm of the mixture m is that of a sum, and a summand is compared with
+    the bound, so both normalisers must be known before the columns are summed. Backward none. A group of one rank runs
+    no collective.
 
     Columns at -inf carry no mass. A Kullback-Leibler divergence is +inf where its second distribution has no mass and
     its first has some (more than about 1e-31); the reverse KL of such a token has no finite gradient, and gets 0. NaN
@@ -92,11 +98,12 @@ def vocab_parallel_token_stats(
             check of the targets reads two numbers back from the device, one synchronisation per call; all ranks see the
             same targets, so all raise.
     """
-    objective = make_objective(divergence, jsd_weight)
+    objective = make_objective(divergence, jsd_weight, entry_clip)
     _check_logits(logits, targets, teacher_logits)
     shard = make_shard(logits.shape[1], targets, vocab_size, group, temperature)
     teacher = None if teacher_logits is None else teacher_logits.detach()
-    kernels = choose_kernels(implementation, (logits,) if teacher is None else (logits, teacher), chunk_size)
+    tensors = (logits,) if teacher is None else (logits, teacher)
+    kernels = choose_kernels(implementation, tensors, chunk_size, objective)
     apply: Callable[..., tuple[Any, ...]] = _VocabParallelTokenStats.apply
     return TokenStats(*apply(logits, teacher, shard, kernels, objective, inplace_backward))
 
@@ -133,17 +140,17 @@ class _VocabParallelTokenStats(torch.autograd.Function):
         objective: Objective,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        def mixture_sums(student: Distribution, other: Distribution) -> Tensor:
-            return kernels.mixture_sums(
+        def second_sums(student: Distribution, other: Distribution) -> Tensor:
+            return kernels.second_sums(
                 logits, teacher, *student, *other, columns=shard.columns,
-                inverse_temperature=shard.inverse_temperature, weight=objective.jsd_weight,
+                inverse_temperature=shard.inverse_temperature,
             )  # fmt: skip
 
         partials = kernels.local_partials(
             logits, teacher, shard.targets, columns=shard.columns, first_column=shard.first_column,
             inverse_temperature=shard.inverse_temperature, divergence=objective.divergence.name,
         )  # fmt: skip
-        finished = finish(partials, objective, shard, mixture_sums)
+        finished = finish(partials, objective, shard, second_sums)
         ctx.shard, ctx.kernels, ctx.objective, ctx.inplace_backward = shard, kernels, objective, inplace_backward
         ctx.save_for_backward(logits, teacher, *Saved.of(finished).tensors())
         return to_outputs(ctx, finished, partials.dtype)
@@ -166,7 +173,7 @@ class _VocabParallelTokenStats(torch.autograd.Function):
         )
         ctx.kernels.backward(
             logits, teacher, out, shard.targets, columns=shard.columns, first_column=shard.first_column,
-            inverse_temperature=shard.inverse_temperature, **coefficients._asdict(),
+            inverse_temperature=shard.inverse_temperature, **coefficients.arguments(),
         )  # fmt: skip
         if ctx.inplace_backward:
             # Kernels that write through a pointer go unnoticed, and autograd would read the gradient where it had saved

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dasd_megatron.losses.divergences import DIVERGENCES
+from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, Probabilities
 
 # These are the rows of the packed partial numbers. Expectations are over the shard's own columns, normalised within
 # them, in nats, about its own maxima.
@@ -265,6 +265,117 @@ def backward(
             result.scatter_add_(1, index[rows], one_hot[rows])
         if result is p:
             destination.copy_(p)
+
+
+class EntryClip(NamedTuple):
+    """A bound in nats on each summand of a divergence, and the mixture's weight of the student."""
+
+    divergence: Divergence
+    weight: float
+    bound: float
+
+
+class _ClippedEntries:
+    """Summands of a divergence and their slopes, bounded by a clip, for a few rows at a time."""
+
+    def __init__(self, clip: EntryClip, student: _Frame, other: _Frame, columns: int, buffers: list[Tensor]) -> None:
+        self.clip, self.student, self.other, self.columns, self.buffers = clip, student, other, columns, buffers
+
+    def __call__(self, logits: Tensor, teacher: Tensor, rows: slice) -> tuple[Probabilities, Tensor, Tensor]:
+        """Return the probabilities, the contributions of at most the bound, and the slopes, 0 where the bound holds a
+        contribution back."""
+        work_d, work_p, work_e, work_q = self.buffers
+        # The floor is so low that what is infinite stays above every bound, and is not NaN times a probability of 0.
+        log_p = self.student.log2_probabilities(logits, rows, self.columns, work_d, _BACKWARD_FLOOR)
+        p = torch.exp2(log_p, out=work_p[: len(log_p)])
+        log_q = self.other.log2_probabilities(teacher, rows, self.columns, work_e, _BACKWARD_FLOOR)
+        q = torch.exp2(log_q, out=work_q[: len(log_q)])
+        probabilities = Probabilities(log_p.mul_(_LN_2), p, log_q.mul_(_LN_2), q)
+        entries = self.clip.divergence.entries(probabilities, self.clip.weight)
+        slope = entries.slope.masked_fill_(entries.contribution > self.clip.bound, 0.0)
+        return probabilities, entries.contribution.clamp_max_(self.clip.bound), slope
+
+
+def entry_sums(
+    logits: Tensor,
+    teacher: Tensor,
+    p_max: Tensor,
+    p_log_z: Tensor,
+    q_max: Tensor,
+    q_log_z: Tensor,
+    *,
+    columns: int,
+    inverse_temperature: float,
+    clip: EntryClip,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return the sums of a divergence whose entries are clipped, over this shard's columns, ``[2, T]``: of
+    ``min(contribution, bound)``, and of the slopes of the entries under the bound.
+
+    Maxima and logarithms of the normalisers are those of the whole vocabulary, ``[T]``. What would be infinite counts
+    as the bound, so the sums are finite. Besides four buffers this makes up to four temporary tensors of some rows.
+    """
+    sums = torch.zeros(2, logits.shape[0], dtype=accumulator(logits), device=logits.device)
+    if columns == 0:
+        return sums
+    chunk_size = chunk_size or rows_by_cache(logits, columns, True)
+    scale = _log2_scale(inverse_temperature, sums.dtype)
+    student = _Frame.of(p_max, scale, p_log_z, probabilities=True)
+    other = _Frame.of(q_max, scale, q_log_z, probabilities=True)
+    entries = _ClippedEntries(clip, student, other, columns, _buffers(logits, columns, chunk_size, 4))
+    for rows in _chunks(logits, chunk_size):
+        _, contribution, slope = entries(logits, teacher, rows)
+        torch.sum(contribution, -1, out=sums[0, rows])
+        torch.sum(slope, -1, out=sums[1, rows])
+    return sums
+
+
+def entry_backward(
+    logits: Tensor,
+    teacher: Tensor,
+    out: Tensor,
+    targets: Tensor,
+    *,
+    columns: int,
+    first_column: int,
+    inverse_temperature: float,
+    p_max: Tensor,
+    p_log_z: Tensor,
+    q_max: Tensor,
+    q_log_z: Tensor,
+    constant: Tensor,
+    entries: Tensor,
+    clip: EntryClip,
+    linear: Tensor | None = None,
+    one_hot: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> None:
+    """Write the gradient ``p (constant + linear log p) + entries a + one_hot [v = target]`` into ``out``, with a the
+    slopes of the entries under the bound; the arguments are those of :func:`backward`."""
+    out[:, columns:] = 0
+    if columns == 0:
+        return
+    dtype = accumulator(logits)
+    chunk_size = chunk_size or rows_by_cache(logits, columns, True)
+    scale = _log2_scale(inverse_temperature, dtype)
+    student = _Frame.of(p_max, scale, p_log_z, probabilities=True)
+    other = _Frame.of(q_max, scale, q_log_z, probabilities=True)
+    clipped = _ClippedEntries(clip, student, other, columns, _buffers(logits, columns, chunk_size, 4))
+    constant, entries = constant.to(dtype), entries.to(dtype)
+    linear = None if linear is None else linear.to(dtype)
+    if one_hot is not None:
+        local = targets - first_column
+        owned = (local >= 0) & (local < columns)
+        index, one_hot = torch.where(owned, local, 0)[:, None], torch.where(owned, one_hot, 0.0).to(dtype)[:, None]
+    for rows in _chunks(logits, chunk_size):
+        probabilities, _, slope = clipped(logits, teacher, rows)
+        factor = constant[rows, None]
+        if linear is not None:
+            factor = probabilities.log_p.mul_(linear[rows, None]).add_(factor)
+        result = slope.mul_(entries[rows, None]).addcmul_(probabilities.p, factor)
+        if one_hot is not None:
+            result.scatter_add_(1, index[rows], one_hot[rows])
+        out[rows, :columns] = result
 
 
 class _Terms(NamedTuple):

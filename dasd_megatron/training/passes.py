@@ -79,6 +79,7 @@ def _token_stats(
             teacher_weight=distillation.teacher.weight,
             divergence=distillation.settings.divergence,
             jsd_weight=distillation.settings.jsd_weight,
+            entry_clip=distillation.settings.divergence_entry_clip,
         )
     weight = model.head_weight()
     return linear_token_stats(
@@ -198,7 +199,7 @@ def update(
         capped_share.
 
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
-    ``distillation`` another for the teacher's states, and one more for ``jsd``), and two to report.
+    ``distillation`` another for the teacher's states, and one more for ``jsd`` and clipped entries), and two to report.
     """
 
     def policy_loss(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

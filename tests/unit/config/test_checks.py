@@ -191,6 +191,8 @@ REFUSED = [
     (["run.name=.hidden"], ["run.name", "'.'"]),
     (["algorithm.divergence_pull_cap=0.5"], ["algorithm.divergence_pull_cap", "objective=distributional"]),
     (["algorithm.rlsd_clip=1.1"], ["algorithm.rlsd_clip=1.1", "between 0 and 1"]),
+    (["algorithm.divergence_entry_clip=0.5"], ["algorithm.divergence_entry_clip", "objective=distributional"]),
+    (["algorithm.divergence_entry_clip=0"], ["algorithm.divergence_entry_clip=0", "above 0"]),
     (["loss.dual_clip=1"], ["loss.dual_clip=1", "above 1"]),
     (["teacher.hint_fraction=0"], ["teacher.hint_fraction=0", "above 0"]),
     (["teacher.hint_fraction=1.1"], ["teacher.hint_fraction=1.1", "at most 1"]),

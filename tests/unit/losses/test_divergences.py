@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dasd_megatron.losses import DIVERGENCES, Divergence
-from dasd_megatron.losses.divergences import Sums
+from dasd_megatron.losses.divergences import Probabilities, Sums
 from tests.support.token_stats_reference import dense
 
 WEIGHT = 0.3
@@ -61,6 +61,19 @@ def test_gradient_terms_are_the_derivative(divergence: Divergence) -> None:
     )
     got = p * (terms.constant[:, None] + linear * log_p - cross * log_x) - share * q
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_the_entries_sum_to_the_value_and_have_its_slopes(divergence: Divergence) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits, teacher = torch.randn(2, 5, 11, generator=generator, dtype=torch.float64)
+    log_p = logits.log_softmax(-1).requires_grad_()
+    log_q = teacher.log_softmax(-1)
+    entries = divergence.entries(Probabilities(log_p, log_p.exp(), log_q, log_q.exp()), WEIGHT)
+    want = dense(logits, torch.zeros(5, dtype=torch.int64), teacher, divergence.name, 1.0, 11, WEIGHT).divergence
+    torch.testing.assert_close(entries.contribution.sum(-1), want)
+    (slope,) = torch.autograd.grad(entries.contribution.sum(), log_p)
+    torch.testing.assert_close(entries.slope, slope)
 
 
 def test_an_infinite_reverse_kl_has_no_gradient() -> None:
