@@ -5,6 +5,7 @@ from dasd_megatron.config.checks_rollout import check_servers, check_sglang_argu
 from dasd_megatron.config.fields import FUNCTION_PATH
 from dasd_megatron.config.loading import load_config, read_config, save_config
 from dasd_megatron.config.pipeline import stage_layers
+from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.config.schema import UMASKS, Config, RunConfig, field_limits, known_fields
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import (
@@ -54,6 +55,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "SGLangConfig",
+    "ScheduleConfig",
     "TeacherConfig",
     "TinyModelConfig",
     "UMASKS",

@@ -270,8 +270,12 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             "algorithm.verifier_weight=1"
         )
     distributional = algorithm.is_distributional
+    for name, schedule in algorithm.schedules.items():
+        if name in ("rho", "rlsd_lambda") and schedule.final > 1:
+            raise ConfigError(f"algorithm.{name}_schedule.final={schedule.final}: must be between 0 and 1")
     teacher_weight = "divergence_weight" if distributional else "beta"
-    if algorithm.verifier_weight == 0 and getattr(algorithm, teacher_weight) == 0:
+    rises = teacher_weight in algorithm.schedules and algorithm.schedules[teacher_weight].final > 0
+    if algorithm.verifier_weight == 0 and getattr(algorithm, teacher_weight) == 0 and not rises:
         raise ConfigError(
             f"algorithm.name={algorithm.name} with algorithm.verifier_weight=0 and algorithm.{teacher_weight}=0 "
             "trains on nothing: raise one of them"

@@ -15,6 +15,7 @@ from dasd_megatron.algorithms.methods import (
     MethodSettings,
 )
 from dasd_megatron.config.fields import REQUIRED, setting
+from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.errors import enumerate_names
 from dasd_megatron.losses.divergences import DIVERGENCES
 
@@ -251,6 +252,26 @@ class AlgorithmConfig:
         above=0,
     )
     jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
+    beta_schedule: ScheduleConfig = setting(ScheduleConfig, "course of beta over training")
+    rho_schedule: ScheduleConfig = setting(ScheduleConfig, "course of rho over training")
+    divergence_weight_schedule: ScheduleConfig = setting(ScheduleConfig, "course of divergence_weight over training")
+    rlsd_lambda_schedule: ScheduleConfig = setting(ScheduleConfig, "course of rlsd_lambda over training")
+
+    @property
+    def schedules(self) -> dict[str, ScheduleConfig]:
+        """The schedules of the settings that change over training, by the setting's name."""
+        schedules = {
+            name: getattr(self, f"{name}_schedule") for name in ("beta", "rho", "divergence_weight", "rlsd_lambda")
+        }
+        return {name: schedule for name, schedule in schedules.items() if schedule.changes}
+
+    def at(self, step: int, run_steps: int) -> AlgorithmConfig:
+        """Return the section with the values that its scheduled settings have at a step, counted from 1, of a run of
+        ``run_steps``."""
+        values: dict[str, Any] = {
+            name: schedule.value(getattr(self, name), step, run_steps) for name, schedule in self.schedules.items()
+        }
+        return dataclasses.replace(self, **values)
 
     @property
     def is_distributional(self) -> bool:

@@ -21,7 +21,7 @@ from dasd_megatron.training.inspection import save_inspection, save_rollouts
 from dasd_megatron.training.passes import Distillation, UpdateResult, score, update
 from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts, TeacherStates
 from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
-from dasd_megatron.training.step_metrics import reward_metrics, step_health, step_metrics
+from dasd_megatron.training.step_metrics import reward_metrics, schedule_metrics, step_health, step_metrics
 from dasd_megatron.training.trainer import Trainer
 
 
@@ -82,11 +82,12 @@ def _learn(
     """Route and update by rollouts that have been scored; returns the step's metrics. ``inspects``: this rank writes
     token statistics of the first rollouts."""
     config, step = trainer.config, trainer.state.step
+    algorithm = config.algorithm.at(step, config.run.steps)
     fp8_metrics = compare_fp8(trainer, share.samples, scores)
     with timers("route"):
-        routing = route(config.algorithm, config.loss, share, scores, config.batch.samples_per_group)
+        routing = route(algorithm, config.loss, share, scores, config.batch.samples_per_group)
     with timers("update"):
-        updates = update_policy(trainer, share.samples, scores, routing)
+        updates = update_policy(trainer, share.samples, scores, routing, algorithm)
     report_not_applied(trainer, updates)
     if inspects:
         save_inspection(trainer, share.samples, scores, routing)
@@ -95,7 +96,7 @@ def _learn(
         with timers("health"):
             health_metrics = step_health(share.samples, scores, config.health, config.data.train.generator)
     metrics = step_metrics(share, scores, routing, updates, timers.finish(), config.batch.samples_per_group)
-    return {**metrics, **fp8_metrics, **health_metrics}
+    return {**metrics, **schedule_metrics(algorithm), **fp8_metrics, **health_metrics}
 
 
 def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollouts:
@@ -186,7 +187,11 @@ def route(
 
 
 def update_policy(
-    trainer: Trainer, samples: Sequence[Sample], scores: ScoredRollouts, routing: Routing
+    trainer: Trainer,
+    samples: Sequence[Sample],
+    scores: ScoredRollouts,
+    routing: Routing,
+    algorithm: AlgorithmConfig,
 ) -> list[UpdateResult]:
     """Take an optimizer step on each minibatch of the rollouts, over all epochs, and move the averaged weights after
     the live ones; returns one result for each optimizer step. Collective over all ranks."""
@@ -201,7 +206,7 @@ def update_policy(
         distillation = None
         if config.algorithm.is_distributional:
             teacher = None if scores.teacher is None else scores.teacher.part(tokens)
-            distillation = Distillation(routing.credit.omega[tokens], teacher, config.algorithm)
+            distillation = Distillation(routing.credit.omega[tokens], teacher, algorithm)
         results.append(
             update(
                 learner.model,

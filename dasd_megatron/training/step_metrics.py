@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dasd_megatron import backend
 from dasd_megatron.algorithms import CreditStatistics, credit_metrics, credit_statistics
-from dasd_megatron.config import HealthConfig
+from dasd_megatron.config import AlgorithmConfig, HealthConfig
 from dasd_megatron.evaluation.health import health_metrics, join, measure
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import ReplicaShare
@@ -17,6 +17,13 @@ from dasd_megatron.training.parallel import gather_replicas, is_replica_source, 
 from dasd_megatron.training.passes import UpdateResult
 from dasd_megatron.training.scores import Routing, ScoredRollouts
 from dasd_megatron.verify.steps import STEP_CHECKERS
+
+_SCHEDULED = {
+    "beta": "schedule/beta",
+    "rho": "schedule/rho",
+    "divergence_weight": "schedule/divergence_weight",
+    "rlsd_lambda": "schedule/rlsd_lambda",
+}
 
 
 def step_metrics(
@@ -63,6 +70,12 @@ def step_metrics(
         metrics["rollout/importance_mean"] = sums["importance"] / sums["tokens"]
         metrics["rollout/importance_cut_share"] = sums["importance_cut"] / sums["tokens"]
     return metrics | update_metrics(updates)
+
+
+def schedule_metrics(algorithm: AlgorithmConfig) -> dict[str, float]:
+    """Return the scheduled settings' values at this step, by the names of ``metrics.jsonl``; ``algorithm`` is the
+    section at this step."""
+    return {_SCHEDULED[name]: getattr(algorithm, name) for name in algorithm.schedules}
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:

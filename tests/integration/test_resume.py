@@ -21,14 +21,15 @@ from tests.support.runs import finish, kill, reproducible, rows, rows_so_far, st
 pytestmark = pytest.mark.integration
 
 # Everything that a checkpoint has to carry: optimizer and schedule over several updates a step, an averaged teacher,
-# the starting model
-# for the KL penalty, two ranks, and data that is reshuffled in the middle of the run (40 problems, 4 a step, 14 steps).
+# the starting model for the KL penalty, a scheduled weight of the teacher, two ranks, and data that is reshuffled in
+# the middle of the run (40 problems, 4 a step, 14 steps).
 OVERRIDES = [
     "parallel=tp2",
     "run.steps=14",
     "batch.minibatches=2",
     "loss.kl_coef=0.05",
     "teacher.weights=ema",
+    "algorithm.beta_schedule.style=cosine",
     "optimizer.decay_style=cosine",
     "optimizer.warmup_steps=4",
     "checkpoint.every=3",
@@ -41,7 +42,8 @@ OVERRIDES = [
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("uninterrupted") / "run"
     train(*OVERRIDES, f"run.dir={path}")
-    assert len(rows(path / "metrics.jsonl")) == 14
+    values = [row["schedule/beta"] for row in rows(path / "metrics.jsonl")]
+    assert len(values) == 14 and values == sorted(values, reverse=True) and values[0] == 0.02 and values[-1] == 0.0
     return path
 
 

@@ -6,7 +6,6 @@ import pathlib
 
 import pytest
 
-from dasd_megatron.algorithms import METHODS
 from dasd_megatron.config import load_config, read_config, save_config
 from dasd_megatron.errors import ConfigError
 
@@ -65,11 +64,6 @@ def test_groups_of_a_directory_of_ones_own(tmp_path: pathlib.Path) -> None:
         load_config(["experiment=mine"])
     with pytest.raises(ConfigError, match="--config-dir .* is no directory"):
         load_config([QUICK], folder / "experiment" / "mine.yaml")
-
-
-@pytest.mark.parametrize("algorithm", METHODS)
-def test_every_algorithm_group_composes(algorithm: str) -> None:
-    assert load_config([QUICK, f"algorithm={algorithm}"]).algorithm.name == algorithm
 
 
 def test_entries_of_mappings_are_given_like_fields() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
 from dasd_megatron.training.step import Timers, route
+from dasd_megatron.training.step_metrics import schedule_metrics
 
 REWARDS = [1.0, 0.0, 0.0, 1.0]
 GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0.0)
@@ -55,3 +56,12 @@ def test_seconds_of_grading_are_taken_from_those_of_the_rollout() -> None:
     timers.move("rollout", "verify", 1.0)
     assert timers.seconds == {"rollout": 2.0, "verify": 1.0}
     assert timers.finish()["total"] == pytest.approx(0.0, abs=5.0)
+
+
+def test_scheduled_values_of_a_step_are_metrics() -> None:
+    course = ScheduleConfig("linear", final=0.1, steps=2)
+    settings = AlgorithmConfig(beta=0.3, scale_floor=1.0, beta_schedule=course, rlsd_lambda_schedule=course)
+    later = settings.at(2, 50)
+    assert schedule_metrics(later) == {"schedule/beta": later.beta, "schedule/rlsd_lambda": later.rlsd_lambda}
+    assert later.beta == pytest.approx(0.2) and later.rlsd_lambda == pytest.approx(0.3)
+    assert schedule_metrics(GRPO) == {}
