@@ -201,7 +201,7 @@ METHODS: dict[str, Method] = {
             routes_by_entropy=True,
         ),
         Method("grpo", "leaves the teacher out: the verifier's advantage alone (arXiv:2402.03300)"),
-        Method("opsd", "pulls every token toward the teacher (arXiv:2601.18734)", direction=_pull_everywhere),
+        Method("opsd", "pulls every token toward the teacher", direction=_pull_everywhere),
         Method("reversed", "pushes every token away from the teacher", direction=_push_everywhere),
         Method(
             "sdpo",
