@@ -31,9 +31,15 @@ from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
 from dasd_megatron.observability.progress import format_duration
 from dasd_megatron.planning.estimate import Architecture, bubble_fraction, chunk_parameters, total_parameters
-from dasd_megatron.planning.layout import check_layout, place_of, warmup_passes
+from dasd_megatron.planning.layout import (
+    check_layout,
+    check_teacher_lengths,
+    longest_teacher_prompt,
+    place_of,
+    warmup_passes,
+)
 from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_sizes
-from dasd_megatron.run.checks import check_end_tokens, teacher_of_rollouts
+from dasd_megatron.run.checks import check_end_tokens, needs_teacher, teacher_of_rollouts
 from dasd_megatron.run.dates import choose_date
 
 if TYPE_CHECKING:
@@ -103,6 +109,7 @@ def dry_run(arguments: list[str]) -> None:
     described = _choose_preset(config)
     sizes = model_sizes(described.model)
     check_layout(config.model, config.parallel, config.rollout, sizes)
+    check_teacher_lengths(config, sizes)
     hosts = _hosts(config.parallel, options)
     arch = Architecture.of(sizes)
     on_gpu = config.backend.kind == "cuda"
@@ -208,13 +215,23 @@ def _settings_lines(config: Config, arch: Architecture) -> list[str]:
     return [
         f"{config.run.name}: {config.run.steps} steps of {batch.groups} prompts x {batch.samples_per_group} "
         f"rollouts, {batch.minibatches} minibatches x {batch.epochs} epochs",
-        f"{config.algorithm.name}, {config.algorithm.objective} objective, teacher {config.teacher.weights}",
+        f"{config.algorithm.name}, {config.algorithm.objective} objective, {_teacher_text(config)}",
         f"{total_parameters(arch):,} parameters in {arch.layers} layers, {precision.params_dtype}, recompute "
         f"{precision.recompute}, {config.backend.kind}",
         f"prompts up to {rollout.max_prompt_tokens:,} and responses up to {rollout.max_new_tokens:,} tokens; "
         f"rollouts from rollout.engine={rollout.engine}, weights by {rollout.weight_sync}, at most "
         f"{rollout.max_staleness} steps old",
     ]
+
+
+def _teacher_text(config: Config) -> str:
+    if not needs_teacher(config.algorithm):
+        return "no teacher"
+    shown = f"teacher {config.teacher.weights}, sees {', '.join(config.teacher.privileged)}"
+    longest = longest_teacher_prompt(config)
+    if longest == config.rollout.max_prompt_tokens:
+        return shown
+    return f"{shown} (its prompts up to {longest:,} tokens)"
 
 
 def _evaluation_lines(config: Config, tokens_per_second: float) -> list[str]:

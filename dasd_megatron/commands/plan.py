@@ -10,7 +10,7 @@ from dasd_megatron.arguments import Parser, at_least
 from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture, kv_bytes_per_token, total_parameters
-from dasd_megatron.planning.layout import check_layout
+from dasd_megatron.planning.layout import check_layout, check_teacher_lengths, longest_teacher_prompt
 from dasd_megatron.planning.plan import Plan, make_plan, model_sizes, plan_config, search_layouts
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def plan(arguments: list[str]) -> None:
         _print_search(config, sizes, options, transformer_engine)
         return
     check_layout(config.model, config.parallel, config.rollout, sizes)
+    check_teacher_lengths(config, sizes)
     arch = Architecture.of(sizes)
     found = make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
     _print_plan(config, arch, found, options)
@@ -143,6 +144,7 @@ def _plan_rows(
             f"{gigabytes(full.activations)}, recompute {config.precision.recompute}, {found.rows} sequences a "
             "micro-batch",
         ),
+        ("longest sequences", _length_text(config)),
         ("logits and loss on the last stage", f"{gigabytes(loss[chosen])} {chosen} ({gigabytes(loss[other])} {other})"),
         ("total, with reserve", f"{gigabytes(full.total)} of {gigabytes(limit)}: {verdict}"),
         ("bubble", f"{found.bubble:.1%} of a stage's time, {found.micro_batches} micro-batches a minibatch"),
@@ -157,6 +159,13 @@ def _plan_rows(
             f"{resident:,.0f} tokens of KV beside the training state, {offloaded:,.0f} with it offloaded",
         ),
     ]
+
+
+def _length_text(config: Config) -> str:
+    response, prompt = config.rollout.max_new_tokens, config.rollout.max_prompt_tokens
+    text = f"{prompt + response:,} tokens"
+    longest = longest_teacher_prompt(config)
+    return text if longest == prompt else f"{text}, {longest + response:,} behind the teacher's prompt"
 
 
 def _print_search(

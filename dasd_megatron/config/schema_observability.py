@@ -8,7 +8,7 @@ from dasd_megatron.config.fields import setting
 
 WATCH_CONDITIONS = (
     "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rewards_all_right", "rewards_all_wrong",
-    "groups_filtered", "teacher_equals_student", "pushed_diverge", "non_finite",
+    "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_diverge", "non_finite",
 )  # fmt: skip
 """Conditions that :class:`dasd_megatron.observability.watch.Watch` looks for."""
 
@@ -130,6 +130,9 @@ class WatchConfig:
         "groups_filtered: share of the groups drawn that rollout.filter refuses, at least; above 0",
         above=0,
         high=1,
+    )
+    absent_share: float = setting(
+        0.9, "teacher_absent: share of rollouts without a teacher, at least; above 0", above=0, high=1
     )
     teacher_gap: float = setting(1e-3, "teacher_equals_student: mean |delta| of a token, at most, nats", low=0)
     pushed_drop: float = setting(

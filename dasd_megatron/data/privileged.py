@@ -83,6 +83,18 @@ def choose_peer(lengths: dict[int, int], own: int, way: str, seed: int) -> int |
     return min(places, key=lambda place: lengths[place]) if way == "shortest" else places[seed % len(places)]
 
 
+def unknown_token_id(tokenizer: Any) -> int | None:
+    """Return the id that stands for text without a token.
+
+    Some fast tokenizers have such an id although ``unk_token_id`` is None.
+    """
+    unknown_id: int | None = tokenizer.unk_token_id
+    if unknown_id is None and tokenizer.is_fast:
+        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+        unknown_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
+    return unknown_id
+
+
 class RunTexts:
     """Texts that arise in the run, as a prompt may show them.
 
@@ -100,7 +112,7 @@ class RunTexts:
         for text in texts:
             self._special.setdefault(text[-1], {}).setdefault(len(text), set()).add(text)
         # The token for unknown text is harmless: it stands for a character of the text.
-        self._special_ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._special_ids = set(tokenizer.all_special_ids) - {unknown_token_id(tokenizer)}
 
     def plain(self, text: str) -> str:
         """Return the text without literal special tokens, also those that arise where one is taken out.
@@ -142,6 +154,11 @@ class RunTexts:
                 return text
             room = room * 7 // 8
         return alone
+
+    def stand_in(self, tokens: int) -> str:
+        """Return a text of about so many tokens and no more, for trying templates."""
+        # A pair of characters is a token at least where the tokenizer knows no longer ones.
+        return self._head("1 " * tokens, tokens)
 
     def _head(self, text: str, tokens: int) -> str:
         ids = self._encode(text)

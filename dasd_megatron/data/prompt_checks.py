@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dasd_megatron.data.privileged import unknown_token_id
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.render_process import RenderProcess, text_digest
 from dasd_megatron.data.rendering import RenderError, TemplateError
@@ -66,7 +67,7 @@ def check_prompts(
             that the model does not have.
         TemplateError: a function or template fails on a problem, or gives what is no prompt of it.
     """
-    unknown_id = _unknown_token_id(renderer.tokenizer)
+    unknown_id = unknown_token_id(renderer.tokenizer)
     digests = {kind: hashlib.sha256() for kind in (("student",) if teacher is None else ("student", "teacher"))}
     with RenderProcess() as process:
         _check_chat_template(renderer, process)
@@ -250,15 +251,3 @@ def _text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> st
                 return f"token {position}"
             return repr(text[slice(*encoded["offset_mapping"][position])])
     return None
-
-
-def _unknown_token_id(tokenizer: Any) -> int | None:
-    """Return the id that stands for text without a token.
-
-    Some fast tokenizers have such an id although ``unk_token_id`` is None.
-    """
-    unknown_id: int | None = tokenizer.unk_token_id
-    if unknown_id is None and tokenizer.is_fast:
-        unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
-        unknown_id = None if unknown is None else tokenizer.convert_tokens_to_ids(unknown)
-    return unknown_id

@@ -16,6 +16,7 @@ from dasd_megatron.data.privileged import (
     without_thinking,
 )
 from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.samples import Sample, sampling_seed
 
@@ -103,6 +104,23 @@ class TeacherPrompts:
         stands for texts that arise in the run."""
         arising = Privileged("peer" if "peer" in self.settings.privileged else "solution", problem.reference_solution)
         return self.renderer.teacher(problem, self.known_text(problem) or arising)
+
+    def check_long_texts(self, problem: Problem, tokens: int) -> None:
+        """Refuse a template that makes more of a text of the greatest length than one prompt may have: the source would
+        always be passed over. ``problem``: the longest; ``tokens``: of the text.
+
+        Raises:
+            TemplateError: names the template and what to change.
+        """
+        text = self._run_texts.stand_in(tokens)
+        for source in self.settings.privileged:
+            length = len(self.renderer.teacher(problem, Privileged(source, text))) if source in ARISING_SOURCES else 0
+            if length > self.max_tokens:
+                raise TemplateError(
+                    f"{self.renderer.makers['teacher'].describe(problem)} makes a prompt of {length} tokens of a "
+                    f"{source} of {tokens}, over {self.max_tokens} (rollout.max_prompt_tokens and the text); show the "
+                    "text once, lower teacher.max_privileged_tokens, or raise rollout.max_prompt_tokens"
+                )
 
     def _known(self, source: str, problem: Problem) -> str:
         if source == "unpaired":

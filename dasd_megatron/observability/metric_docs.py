@@ -282,6 +282,32 @@ _STEP = [
         "1 everywhere: gaps saturate; raise algorithm.scale_floor",
     ),
     Metric(
+        "teacher/absent_share",
+        "share of rollouts",
+        "rollouts without a teacher: they have no source of teacher.privileged, and learn from the verifier alone",
+        "0 with solution or answer; with peer alone, those of groups that are all wrong, and right ones that are alone",
+        "over watch.absent_share: easier problems, more batch.samples_per_group, or a further source behind the others",
+        "for algorithms with a teacher",
+    ),
+    *(
+        Metric(
+            f"teacher/{source}_share",
+            "share of rollouts",
+            f"rollouts whose teacher is shown {what}",
+            "steady; with teacher/absent_share they add up to 1",
+            "0: the sources before it in teacher.privileged are always there, or it never is",
+            f"with {source} in teacher.privileged",
+        )
+        for source, what in (
+            ("solution", "the reference solution"),
+            ("hint", "the first part of the reference solution"),
+            ("answer", "the final answer"),
+            ("peer", "a right response of the same group"),
+            ("feedback", "the response with the reward function's feedback on it"),
+            ("unpaired", "another problem with its solution"),
+        )
+    ),
+    Metric(
         "credit/delta_mean",
         "nats per token",
         "mean gap delta = log q - log p of the sampled tokens, teacher minus student",

@@ -168,6 +168,12 @@ def _share(share: float, limit: float, subject: str, field: str) -> str | None:
     return f"{share:.0%} {subject} (watch.{field}={limit:g})" if share >= limit else None
 
 
+def _teacher_absent(values: Values, series: Histories, settings: WatchConfig) -> str | None:
+    return _share(
+        values["teacher/absent_share"], settings.absent_share, "of the rollouts have no teacher", "absent_share"
+    )
+
+
 def _teacher_equals_student(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     gap = values["credit/delta_abs_mean"]
     if gap <= settings.teacher_gap:
@@ -259,6 +265,15 @@ CONDITIONS = (
         "rollout.filter leaves next to nothing: most samples are thrown away, and over rollout.filter_limit refused "
         "groups are trained on",
         "take problems of another difficulty, or loosen the filter",
+    ),
+    Condition(
+        "teacher_absent",
+        ("teacher/absent_share",),
+        _teacher_absent,
+        "no source of teacher.privileged has a text for them, so that the verifier trains alone: peers need a right "
+        "response in the group, and feedback a reward function that says something",
+        "take easier problems or more batch.samples_per_group, warm-start longer (warm_start.steps), or write a "
+        "further source behind the others, like teacher.privileged=[peer,answer]",
     ),
     Condition(
         "teacher_equals_student",

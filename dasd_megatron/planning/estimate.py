@@ -22,6 +22,7 @@ from dasd_megatron.config import (
 )
 from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import padded_vocab_size
+from dasd_megatron.planning.layout import longest_teacher_prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -298,6 +299,22 @@ def loss_bytes(
     return materialised, block + 2 * response_tokens * arch.hidden * _FP32
 
 
+def scoring_bytes(
+    arch: Architecture,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    tokens: float,
+    *,
+    transformer_engine: bool,
+) -> float:
+    """Return the bytes of activations of a forward pass of ``tokens`` padded tokens that keeps nothing for a backward
+    pass: what one layer works in, at most as much as autograd would keep of it, and the hidden states between layers.
+    """
+    hidden = arch.hidden / (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    layer = layer_activation_bytes(arch, parallel, precision, transformer_engine=transformer_engine)
+    return tokens / parallel.context_parallel_size * (layer + DTYPE_BYTES[precision.params_dtype] * hidden)
+
+
 def bubble_fraction(parallel: ParallelConfig, micro_batches: int) -> float:
     """Return the share of a step's forward and backward time that a pipeline stage waits."""
     pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
@@ -326,11 +343,17 @@ class Communication:
     weight_sync: float
 
 
+def teacher_share(config: Config) -> float:
+    """Return the tokens that the teacher reads for each of a longest sequence of the student."""
+    response = config.rollout.max_new_tokens
+    return (longest_teacher_prompt(config) + response) / (config.rollout.max_prompt_tokens + response)
+
+
 def communication(arch: Architecture, config: Config, tokens: float, state: State) -> Communication:
     """Return the traffic of ``tokens`` padded tokens of one replica in one step.
 
-    It counts forward and backward passes of the update, and the forward passes that score student and teacher. Weight
-    sync counts the bytes that global rank 0 writes for the rollout servers.
+    It counts forward and backward passes of the update, and the forward passes that score student and teacher, whose
+    prompts may be longer. Weight sync counts the bytes that global rank 0 writes for the rollout servers.
     """
     parallel, batch = config.parallel, config.batch
     width = DTYPE_BYTES[config.precision.params_dtype]
@@ -340,7 +363,7 @@ def communication(arch: Architecture, config: Config, tokens: float, state: Stat
         parallel.data_parallel_size,
     )
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
-    forwards = 2 + batch.epochs
+    forwards = 1 + teacher_share(config) + batch.epochs
     recomputed: float = batch.epochs if config.precision.recompute == "full" else 0
     if config.precision.recompute == "selective" and "mlp" in config.precision.recompute_modules:
         recomputed = batch.epochs / 2

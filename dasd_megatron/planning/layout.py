@@ -1,11 +1,12 @@
-"""Division of a model and of ranks by a parallel layout, by arithmetic alone."""
+"""Division of a model and of ranks by a parallel layout, and the lengths of sequences, by arithmetic alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dasd_megatron.config import ModelConfig, ParallelConfig, RolloutConfig, stage_layers
+from dasd_megatron.algorithms.methods import METHODS
+from dasd_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig, stage_layers
 from dasd_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +62,41 @@ def check_layout(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
             f"{sizes.max_position_embeddings} ({where}): lower them"
         )
+
+
+def longest_run_text(config: Config) -> int:
+    """Return the tokens of the longest privileged text that arises in the run; 0 where none does.
+
+    A peer is a response, and so no longer than one.
+    """
+    teacher = config.teacher
+    if not METHODS[config.algorithm.name].needs_teacher or not teacher.has_arising_texts:
+        return 0
+    if "feedback" in teacher.privileged:
+        return teacher.max_privileged_tokens
+    return min(teacher.max_privileged_tokens, config.rollout.max_new_tokens)
+
+
+def longest_teacher_prompt(config: Config) -> int:
+    """Return the tokens of the teacher's longest prompt. ``rollout.max_prompt_tokens`` bounds what is known before the
+    run; a text that arises in it comes on top."""
+    return config.rollout.max_prompt_tokens + longest_run_text(config)
+
+
+def check_teacher_lengths(config: Config, sizes: ModelSizes | PretrainedConfig) -> None:
+    """Refuse (ConfigError) texts that arise in the run and would not fit into the model's positions together with the
+    problem and the response. :func:`check_layout` comes first."""
+    limit, added = sizes.max_position_embeddings, longest_run_text(config)
+    room = limit - config.rollout.max_prompt_tokens - config.rollout.max_new_tokens
+    if not added or added <= room:
+        return
+    advice = f"write at most {room}" if room > 0 else "lower rollout.max_prompt_tokens or rollout.max_new_tokens"
+    raise ConfigError(
+        f"teacher.max_privileged_tokens={config.teacher.max_privileged_tokens}: the teacher reads up to {added} tokens "
+        f"of a privileged text with rollout.max_prompt_tokens={config.rollout.max_prompt_tokens} and "
+        f"rollout.max_new_tokens={config.rollout.max_new_tokens}, over max_position_embeddings={limit} of the model: "
+        f"{advice}"
+    )
 
 
 def warmup_passes(parallel: ParallelConfig, micro_batches: int) -> list[int]:

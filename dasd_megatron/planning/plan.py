@@ -23,10 +23,12 @@ from dasd_megatron.planning.estimate import (
     bubble_fraction,
     communication,
     loss_bytes,
+    scoring_bytes,
+    teacher_share,
     total_parameters,
     training_state,
 )
-from dasd_megatron.planning.layout import check_layout
+from dasd_megatron.planning.layout import check_layout, longest_teacher_prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -86,12 +88,15 @@ class Plan:
 
 
 class _Batches(NamedTuple):
-    """Sequences of a replica in a step, tokens of the longest one, and the division into micro-batches."""
+    """Sequences of a replica in a step, tokens of the longest one, and the division into micro-batches. The teacher has
+    its own, since its prompts may be longer."""
 
     sequences: int
     length: int
     rows: int
     micro_batches: int
+    teacher_length: int
+    teacher_rows: int
 
 
 def plan_config(overrides: Sequence[str], config_dir: str | None = None) -> Config:
@@ -152,6 +157,15 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
             micro_batches=batches.micro_batches,
             transformer_engine=transformer_engine,
         )
+        # A forward pass of the teacher alone may need more than an update, where its prompts are much longer.
+        scoring = scoring_bytes(
+            arch,
+            config.parallel,
+            config.precision,
+            batches.teacher_rows * batches.teacher_length,
+            transformer_engine=transformer_engine,
+        )
+        kept = max(kept, scoring)
         stages.append(_stage_memory(config, arch, stage, batches, kept, loss if stage == pipeline - 1 else 0.0))
     fullest = max(stages, key=lambda memory: memory.total)
     bubble = bubble_fraction(config.parallel, batches.micro_batches)
@@ -163,12 +177,18 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
 def _divide_batch(config: Config) -> _Batches:
     batch, rollout = config.batch, config.rollout
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
-    rows = batch.micro_batch_size
-    if batch.micro_batch_tokens is not None:
-        rows = max(1, min(rows, batch.micro_batch_tokens // length))
+    teacher_length = longest_teacher_prompt(config) + rollout.max_new_tokens
     sequences = batch.groups * batch.samples_per_group // config.parallel.data_parallel_size
-    rows = min(rows, sequences // batch.minibatches)
-    return _Batches(sequences, length, rows, math.ceil(sequences // batch.minibatches / rows))
+
+    def rows_of(length: int) -> int:
+        rows = batch.micro_batch_size
+        if batch.micro_batch_tokens is not None:
+            rows = max(1, min(rows, batch.micro_batch_tokens // length))
+        return min(rows, sequences // batch.minibatches)
+
+    rows = rows_of(length)
+    micro_batches = math.ceil(sequences // batch.minibatches / rows)
+    return _Batches(sequences, length, rows, micro_batches, teacher_length, rows_of(teacher_length))
 
 
 def _stage_memory(
@@ -196,7 +216,7 @@ def _step_seconds(
     """Return the estimated time of a step, which is good for comparing layouts and for nothing else."""
     parallel, epochs = config.parallel, config.batch.epochs
     # Forward passes count two operations a parameter and token, backward passes four.
-    forwards = 2 + epochs * (1 + _recomputed_share(config.precision, arch))
+    forwards = 1 + teacher_share(config) + epochs * (1 + _recomputed_share(config.precision, arch))
     operations = batches.sequences * batches.length * total_parameters(arch) * 2 * (forwards + 2 * epochs)
     # The stage with the most layers sets the pace.
     slowest = max(stage_layers(parallel, arch.layers)) * parallel.pipeline_model_parallel_size / arch.layers

@@ -11,11 +11,12 @@ from dasd_megatron.access import AccessError, api_key
 from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.config import AlgorithmConfig, Config, ModelConfig, WarmStartConfig
 from dasd_megatron.data.prompt_checks import check_prompts, foreign_token
-from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.teacher_prompts import TeacherPrompts
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import end_token_ids, is_megatron_checkpoint
+from dasd_megatron.planning.layout import longest_run_text, longest_teacher_prompt
 from dasd_megatron.rollout.discovery import check_access
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ def make_teacher(
     config: Config, renderer: PromptRenderer, problems: Sequence[Problem], vocab_size: int | None = None
 ) -> TeacherPrompts:
     """Return the maker of the teacher's prompts of a run on these training problems."""
-    longest = config.rollout.max_prompt_tokens + config.teacher.max_privileged_tokens
-    return TeacherPrompts(config.teacher, renderer, problems, config.run.seed, longest, vocab_size)
+    return TeacherPrompts(
+        config.teacher, renderer, problems, config.run.seed, longest_teacher_prompt(config), vocab_size
+    )
 
 
 def teacher_of_rollouts(
@@ -123,12 +125,29 @@ def check_run_prompts(
     limit = config.rollout.max_prompt_tokens
     shows_teacher = needs_teacher(config.algorithm) or config.warm_start.steps > 0
     teacher = make_teacher(config, renderer, train, vocab_size) if shows_teacher else None
+    if teacher is not None:
+        _check_unpaired(teacher)
     of_train = check_prompts(train, renderer, limit, vocab_size=vocab_size, teacher=teacher)
+    if teacher is not None and train and (longest := longest_run_text(config)):
+        teacher.check_long_texts(max(train, key=lambda problem: len(problem.problem)), longest)
     of_heldout = check_prompts(heldout, renderer, limit, vocab_size=vocab_size)
     return {
         **{f"train.{kind}": digest for kind, digest in of_train.items()},
         **{f"heldout.{kind}": digest for kind, digest in of_heldout.items()},
     }
+
+
+def _check_unpaired(teacher: TeacherPrompts) -> None:
+    """Refuse (DataError) to show other problems where a problem may have none beside it."""
+    if "unpaired" not in teacher.settings.privileged:
+        return
+    found = teacher.unpaired.distinct
+    if found < 2:
+        raise DataError(
+            f"teacher.privileged has unpaired, which shows another training problem with its solution: {found} of "
+            f"{len(teacher.problems)} has one, and there must be two that differ; give data.train.solution_field, or "
+            "leave unpaired out"
+        )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

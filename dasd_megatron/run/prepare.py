@@ -26,7 +26,7 @@ from dasd_megatron.models.hf_config import (
     read_hf_config,
 )
 from dasd_megatron.models.hf_weights import HfWeights
-from dasd_megatron.planning.layout import check_layout
+from dasd_megatron.planning.layout import check_layout, check_teacher_lengths
 from dasd_megatron.plugins import load_function
 from dasd_megatron.run.checks import (
     check_end_tokens,
@@ -143,6 +143,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
                 f"preset {expected}: choose the preset of that model, or model=hf"
             )
     check_layout(config.model, config.parallel, config.rollout, hf_config)
+    check_teacher_lengths(config, hf_config)
     tokenizer = load_tokenizer(start_hf_files(model, paths))
     check_end_tokens(start_hf_files(model, paths), tokenizer, hf_config.vocab_size)
     if model.path is not None and not is_megatron_checkpoint(model.path):

@@ -44,6 +44,7 @@ from dasd_megatron.training.parallel import (
     while_others_look,
 )
 from dasd_megatron.training.passes import score
+from dasd_megatron.training.step_metrics import teacher_metrics
 from dasd_megatron.training.weight_sync import make_weight_sync
 from dasd_megatron.training.weight_sync.base import WeightSyncError, raise_failure
 from dasd_megatron.training.weight_sync.verify import verify_weights
@@ -230,7 +231,9 @@ class RolloutPlane:
                 rank0, lambda: self._replay(step + discarded), (ReplayError, TemplateError, DataError)
             )
             self._state.position += self.config.batch.groups
-            return scatter_to_replicas(None if samples is None else self._divide(samples, 0.0, {}))
+            return scatter_to_replicas(
+                None if samples is None else self._divide(samples, 0.0, self._teacher_metrics(samples))
+            )
         batch = self._with_recovery(self._take_batch)
         if self.collector is not None:
             if rollout.release_memory:
@@ -240,8 +243,11 @@ class RolloutPlane:
             return scatter_to_replicas(None)
         self._handed_out = _HandedOut(step, batch)
         samples = batch.samples()
-        metrics = _collection_metrics(batch, samples, step - 1)
+        metrics = _collection_metrics(batch, samples, step - 1) | self._teacher_metrics(samples)
         return scatter_to_replicas(self._divide(samples, batch.grading_seconds, metrics))
+
+    def _teacher_metrics(self, samples: list[Sample]) -> dict[str, float]:
+        return {} if self._teacher is None else teacher_metrics(samples, self._teacher.settings.privileged)
 
     def _replay(self, step: int) -> list[Sample]:
         """Return the saved rollouts of a step with the teacher's prompts, which no file has."""

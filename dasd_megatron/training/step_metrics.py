@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,14 @@ _SCHEDULED = {
     "rho": "schedule/rho",
     "divergence_weight": "schedule/divergence_weight",
     "rlsd_lambda": "schedule/rlsd_lambda",
+}
+_SOURCE_METRICS = {
+    "solution": "teacher/solution_share",
+    "hint": "teacher/hint_share",
+    "answer": "teacher/answer_share",
+    "peer": "teacher/peer_share",
+    "feedback": "teacher/feedback_share",
+    "unpaired": "teacher/unpaired_share",
 }
 
 
@@ -124,6 +133,14 @@ def reward_metrics(share: ReplicaShare, seconds: dict[str, float], samples_per_g
         "throughput/tokens_per_second": all_tokens / seconds["total"],
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
+
+
+def teacher_metrics(samples: Sequence[Sample], sources: Sequence[str]) -> dict[str, float]:
+    """Return the share of a step's samples whose teacher is shown a text of each of ``sources``, and of those without a
+    teacher, by the names of ``metrics.jsonl``. ``samples``: all of the step. No collectives."""
+    counts = collections.Counter(sample.privileged_source for sample in samples)
+    shares = {_SOURCE_METRICS[source]: counts[source] / len(samples) for source in sources}
+    return {**shares, "teacher/absent_share": counts[None] / len(samples)}
 
 
 def step_health(

@@ -67,6 +67,33 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     assert [sample.response_mask for sample in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
 
 
+def test_what_the_teacher_saw_is_kept_for_people_and_its_prompt_is_not(tmp_path: Path) -> None:
+    shown, bare = sample(0, 0), sample(0, 1)
+    shown.feedback, shown.privileged_source, shown.privileged = "no\u2028", "feedback", "Feedback:\nno"
+    shown.teacher_prompt_ids = [1, 2, 3]
+    path = rollouts_path(tmp_path, 1)
+    save_samples(path, [shown, bare])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all("teacher_prompt_ids" not in row for row in rows)
+    shown.teacher_prompt_ids = None
+    assert read_samples(path) == [shown, bare]
+    # As they were saved before there were other sources than the problem's own.
+    later = ("response_mask", "feedback", "privileged_source", "privileged")
+    path.write_text("".join(json.dumps({key: row[key] for key in row if key not in later}) + "\n" for row in rows))
+    shown.feedback, shown.privileged_source, shown.privileged = None, None, ""
+    assert read_samples(path) == [shown, bare]
+
+
+@pytest.mark.parametrize("name", ["feedback", "privileged_source", "privileged"])
+@pytest.mark.parametrize("value", [3, ["a"], "\ud800"])
+def test_broken_texts_of_the_teacher_are_refused(name: str, value: object, tmp_path: Path) -> None:
+    path = rollouts_path(tmp_path, 1)
+    save_samples(path, [sample(0, 0)])
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}) + "\n")
+    with pytest.raises(ReplayError, match=f"step_000001.jsonl:1: {name} must be a text"):
+        read_samples(path)
+
+
 @pytest.mark.parametrize("mask", [[1], [0, 0], [0, 2], [1, None], [[1], 0], "01", 3])
 def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
     path = rollouts_path(tmp_path, 1)

@@ -29,6 +29,23 @@ def test_saved_configuration_reads_back_equal(tmp_path: pathlib.Path) -> None:
     assert read_config(tmp_path / "config.yaml") == config
 
 
+def test_one_source_of_the_teachers_text_is_a_list_of_it(tmp_path: pathlib.Path) -> None:
+    """As it was written before there were lists: on the command line, in a group, and in the file of a run."""
+    listed = load_config([QUICK, "teacher.privileged=[answer]"])
+    assert load_config([QUICK, "teacher.privileged=answer"]) == listed
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - quickstart\n  - _self_\nteacher:\n  privileged: answer\n"
+    (tmp_path / "mine" / "experiment" / "mine.yaml").write_text(text)
+    assert load_config(["experiment=mine"], tmp_path / "mine") == listed
+    save_config(listed, tmp_path / "config.yaml")
+    saved = (tmp_path / "config.yaml").read_text()
+    old = saved.replace("  privileged:\n  - answer\n", "  privileged: answer\n")
+    assert old != saved
+    (tmp_path / "config.yaml").write_text(old)
+    assert read_config(tmp_path / "config.yaml") == listed
+    assert load_config([QUICK]).teacher.privileged == ["solution"]
+
+
 def test_saved_configuration_outlives_the_paths_it_names(tmp_path: pathlib.Path) -> None:
     checkpoint, data, rollouts = tmp_path / "step_000001", tmp_path / "train.jsonl", tmp_path / "rollouts"
     checkpoint.mkdir()

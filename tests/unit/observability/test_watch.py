@@ -30,6 +30,7 @@ HEALTHY = {
     "rollout/log_prob_diff_mean": 0.01,
     "rollout/groups_filtered": 2,
     "rollout/groups_drawn": 10,
+    "teacher/absent_share": 0.2,
     "credit/delta_abs_mean": 0.3,
     "credit/pushed_log_prob_mean": -1.2,
     "update/loss": 0.1,
@@ -82,6 +83,7 @@ FIRES = [
     ("rewards_all_right", {"reward/groups_all_correct": [0.95] * 3}, 3, "95% of the groups are all right"),
     ("rewards_all_wrong", {"reward/groups_all_wrong": [1.0] * 3}, 3, "100% of the groups are all wrong"),
     ("groups_filtered", {"rollout/groups_filtered": [10] * 3}, 3, "100% of 10 groups drawn are refused"),
+    ("teacher_absent", {"teacher/absent_share": [0.95] * 3}, 3, "95% of the rollouts have no teacher"),
     ("teacher_equals_student", {"credit/delta_abs_mean": [1e-7] * 3}, 3, "teacher.template"),
     (
         "pushed_diverge",

@@ -17,12 +17,12 @@ from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.grader import Grader
-from dasd_megatron.verify.reward import RewardError
+from dasd_megatron.verify.reward import LONGEST_FEEDBACK, RewardError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "custom_reward"
 
 
-def graded(path: str | None, *responses: str) -> list[Sample]:
+def graded(path: str | None, *responses: str, needs_feedback: bool = False) -> list[Sample]:
     tokenizer = character_tokenizer()
     completions = []
     for response in responses:
@@ -31,7 +31,14 @@ def graded(path: str | None, *responses: str) -> list[Sample]:
     with Grader(VerifyConfig(workers=0, reward=path)) as grader:
         problem = Problem("p", "1+1 =", "2", "")
         return make_samples(
-            [problem], [0], [[1]], completions, grader, samples_per_group=len(responses), tokenizer=tokenizer
+            [problem],
+            [0],
+            [[1]],
+            completions,
+            grader,
+            samples_per_group=len(responses),
+            tokenizer=tokenizer,
+            needs_feedback=needs_feedback,
         )
 
 
@@ -47,6 +54,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def huge(sample): return 1e308\n"
         "def low(sample): return -1.5e15\n"
         "def largest(sample): return -1e15\n"
+        "def said(sample): return 0.25, 'too \\ud800 short ' + 'x' * 10**6\n"
+        "def silent(sample): return 1, ' \\n' if sample.sample else None\n"
+        "def three(sample): return 1, 'a', 'b'\n"
+        "def code(sample): return 1, b'a'\n"
+        "def wordy(sample): return 'much', 'a'\n"
         "partial = functools.partial(lambda sample, by: 1 / by, by=0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -74,12 +86,33 @@ def test_without_one_the_verdict_is_the_reward() -> None:
         ("text", "could not convert string"),
         ("exits", "SystemExit: 3"),
         ("huge", r"gave 1e\+308; a reward lies between -1e\+15 and 1e\+15"),
+        ("three", "float"),
+        ("code", "gave the feedback b'a'; return"),
+        ("wordy", "could not convert string"),
         ("low", r"gave -1\.5e\+15; a reward lies between"),
     ],
 )
 def test_what_fails_is_named(module: str, name: str, said: str) -> None:
     with pytest.raises(RewardError, match=f"{module}:{name} on problem p, sample 0.*{said}"):
         graded(f"{module}:{name}", "#### 2")
+
+
+def test_a_text_beside_the_number_is_the_feedback(module: str) -> None:
+    (sample,) = graded(f"{module}:said", "#### 2", needs_feedback=True)
+    assert sample.reward == 0.25 and sample.feedback.startswith("too ? short xxx")
+    assert len(sample.feedback) == LONGEST_FEEDBACK
+    assert [sample.feedback for sample in graded(f"{module}:silent", "#### 2", "3", needs_feedback=True)] == [None] * 2
+    # Without a teacher that is shown it, a number is enough.
+    assert [sample.feedback for sample in graded(f"{module}:largest", "#### 2")] == [None]
+
+
+@pytest.mark.parametrize("name", ["largest", "three"])
+def test_a_number_alone_is_refused_where_the_teacher_is_shown_feedback(module: str, name: str) -> None:
+    with pytest.raises(
+        RewardError, match=rf"{module}:{name} on problem p, sample 0 gave .*feedback; return \(number, text\)"
+    ) as caught:
+        graded(f"{module}:{name}", "#### 2", needs_feedback=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_largest_reward_has_finite_statistics(module: str) -> None:
