@@ -19,16 +19,19 @@ if TYPE_CHECKING:
         gather_packed_tokens,
     )
     from dasd_megatron.algorithms.credit_sums import CreditStatistics, credit_metrics, credit_statistics
+    from dasd_megatron.algorithms.gates import PUSH_GATES, PushGate
     from dasd_megatron.algorithms.methods import METHODS, Method, MethodSettings, RolloutFacts
 
 __all__ = [
     "GAP_LIMIT",
     "METHODS",
+    "PUSH_GATES",
     "Credit",
     "CreditStatistics",
     "Method",
     "MethodSettings",
     "NonFiniteTokenError",
+    "PushGate",
     "RolloutFacts",
     "context_parallel_credit",
     "credit_metrics",
@@ -39,7 +42,7 @@ __all__ = [
     "token_advantages",
 ]
 # The lightest module is tried first, so that a name of a table loads no torch.
-_MODULES = ("methods", "credit", "credit_sums", "advantage")
+_MODULES = ("methods", "gates", "credit", "credit_sums", "advantage")
 
 
 def __getattr__(name: str) -> Any:

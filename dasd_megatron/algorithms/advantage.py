@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dasd_megatron.algorithms.credit import Credit, make_credit, output_dtype, rollout_statistics
+from dasd_megatron.algorithms.gates import PUSH_GATES
 from dasd_megatron.algorithms.methods import (
     METHODS,
+    NO_GATE,
     OBJECTIVES,
     Method,
     MethodSettings,
@@ -144,16 +146,17 @@ def token_advantages(
     )
     verifier = settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)
     statistics, tokens = _read_facts(method, statistics, verifier, lengths, facts)
-    if method.direction is not None:
-        direction = torch.where(tokens.taught, method.direction(statistics, tokens, settings), 0.0)
-    else:
-        direction = torch.zeros_like(statistics.routed)
-    if method.has_mean_one:
-        totals = torch.stack([direction.sum(), tokens.taught.double().sum()])
-        total, count = (totals if sum_over_replicas is None else sum_over_replicas(totals)).tolist()
-        direction = direction * (count / total) if total > 0.0 else direction
+    direction = _find_direction(method, statistics, tokens, settings, facts, sum_over_replicas)
     signal = None if method.signal is None else method.signal(statistics)
-    credit = make_credit(statistics, direction, beta=settings.beta, gate=settings.gate, dtype=dtype, signal=signal)
+    credit = make_credit(
+        statistics,
+        direction,
+        beta=settings.beta,
+        gate=settings.gate,
+        term_clip=settings.term_clip,
+        dtype=dtype,
+        signal=signal,
+    )
     if settings.is_distributional:
         credit = credit._replace(advantage_term=torch.zeros_like(credit.advantage_term))
     verifier = tokens.verifier
@@ -229,3 +232,34 @@ def _read_facts(
     if teacher_entropy is not None:
         tokens = tokens._replace(teacher_entropy=teacher_entropy.detach().to(rollout.device, torch.float64))
     return statistics, tokens._replace(taught=taught)
+
+
+def _find_direction(
+    method: Method,
+    statistics: RolloutStatistics,
+    tokens: TokenFacts,
+    settings: MethodSettings,
+    facts: RolloutFacts | None,
+    sum_over_replicas: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Return ``[N]`` directions of a method's tokens before the reliability gate, with pushes scaled by the push gate;
+    0 for tokens that it does not teach."""
+    if method.direction is None:
+        return torch.zeros_like(statistics.routed)
+    direction = torch.where(tokens.taught, method.direction(statistics, tokens, settings), 0.0)
+    if method.has_mean_one:
+        totals = torch.stack([direction.sum(), tokens.taught.double().sum()])
+        total, count = (totals if sum_over_replicas is None else sum_over_replicas(totals)).tolist()
+        direction = direction * (count / total) if total > 0.0 else direction
+    if settings.push_gate != NO_GATE:
+        direction = _gate_pushes(settings.push_gate, direction, statistics, facts)
+    return direction
+
+
+def _gate_pushes(name: str, direction: Tensor, statistics: RolloutStatistics, facts: RolloutFacts | None) -> Tensor:
+    """Return the directions with pushes scaled by a gate."""
+    if name not in PUSH_GATES:
+        raise ValueError(f"push_gate is {name!r}; expected {NO_GATE} or one of {', '.join(PUSH_GATES)}")
+    if facts is None:
+        raise ValueError(f"push_gate={name} needs the facts of the rollouts")
+    return torch.where(direction < 0, direction * PUSH_GATES[name].factor(statistics, facts), direction)

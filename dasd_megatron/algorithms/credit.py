@@ -55,6 +55,7 @@ def direction_adaptive_credit(
     entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,
+    term_clip: float | None = None,
 ) -> Credit:
     """Route the direction of the teacher's signal by the student's entropy.
 
@@ -67,7 +68,7 @@ def direction_adaptive_credit(
         sigma     mean |H - mean H|
         delta_bar delta / max(mean |delta|, scale_floor, eps)
         omega     tanh((tau - H) / max(sigma, eps)) * sigmoid(|delta_bar| - 1)
-        term      beta * omega * delta_bar
+        term      beta * omega * delta_bar, cut to +-term_clip
 
     Args:
         entropy: ``[N]`` student's entropy at each response token, nats; packed, rollout after rollout.
@@ -80,6 +81,7 @@ def direction_adaptive_credit(
             lies beyond the quantile also where the policy is certain of all of them.
         eps: guard of both divisions, nats.
         gate: False leaves the sigmoid out.
+        term_clip: most that the teacher adds to or takes from an advantage; None: no bound but those of gap and scale.
 
     Returns:
         Credit. Nothing in it carries a gradient. Statistics are computed in float64.
@@ -106,7 +108,14 @@ def direction_adaptive_credit(
         entropy_floor=entropy_floor,
         eps=eps,
     )
-    return make_credit(statistics, torch.tanh(statistics.routed), beta=beta, gate=gate, dtype=output_dtype(entropy))
+    return make_credit(
+        statistics,
+        torch.tanh(statistics.routed),
+        beta=beta,
+        gate=gate,
+        term_clip=term_clip,
+        dtype=output_dtype(entropy),
+    )
 
 
 def rollout_statistics(
@@ -136,7 +145,7 @@ def rollout_statistics(
     sigma = _mean_per_rollout((entropy - mean_entropy[rollout]).abs(), lengths)
     scale = _mean_per_rollout(delta.abs(), lengths).clamp_min(max(scale_floor, eps))
     routed = (tau[rollout] - entropy) / sigma.clamp_min(eps)[rollout]
-    return RolloutStatistics(rollout, delta, delta / scale[rollout], tau, sigma, routed)
+    return RolloutStatistics(rollout, entropy, delta, delta / scale[rollout], tau, sigma, routed)
 
 
 def make_credit(
@@ -145,11 +154,12 @@ def make_credit(
     *,
     beta: float,
     gate: bool,
+    term_clip: float | None,
     dtype: torch.dtype,
     signal: Tensor | None = None,
 ) -> Credit:
-    """Return the credit of a direction per token ``[N]``: the one place where gate and beta come in, whichever method
-    gives the direction.
+    """Return the credit of a direction per token ``[N]``: the one place where gate, beta and clip come in, whichever
+    method gives the direction.
 
     ``signal`` is ``[N]`` what beta and omega are multiplied with. None: the gap divided by its scale, and the gate is
     asked for; with a signal omega is the direction itself.
@@ -157,6 +167,10 @@ def make_credit(
     gated = gate and signal is None
     omega = direction * torch.sigmoid(statistics.delta_bar.abs() - 1.0) if gated else direction
     term = beta * omega * (statistics.delta_bar if signal is None else signal)
+    if term_clip is not None and not term_clip > 0.0:
+        raise ValueError(f"term_clip is {term_clip}; expected above 0, or None")
+    if term_clip is not None:
+        term = term.clamp(-term_clip, term_clip)
     return Credit(*(value.to(dtype) for value in (omega, statistics.delta_bar, statistics.tau, statistics.sigma, term)))
 
 
@@ -226,6 +240,7 @@ def context_parallel_credit(
     entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,
+    term_clip: float | None = None,
 ) -> Credit:
     """:func:`direction_adaptive_credit` for tokens spread over a context-parallel group; the identical result for any
     split.
@@ -247,6 +262,7 @@ def context_parallel_credit(
         entropy_floor=entropy_floor,
         eps=eps,
         gate=gate,
+        term_clip=term_clip,
     )
     return credit._replace(
         omega=credit.omega[positions],

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SAMPLED, DISTRIBUTIONAL = OBJECTIVES = ("sampled", "distributional")
 QUANTILE_SIDES = ("upper", "lower")
 
+NO_GATE = "none"
+"""``algorithm.push_gate`` without a gate of :data:`~dasd_megatron.algorithms.gates.PUSH_GATES`."""
+
 ENTROPY_FLOOR = 0.3
 """Default of the least entropy threshold, nats; our choice."""
 
@@ -30,6 +33,8 @@ class RolloutStatistics(NamedTuple):
 
     rollout: Tensor
     """``[N]`` int64, the rollout of each token."""
+    entropy: Tensor
+    """``[N]`` student's entropy, nats."""
     gap: Tensor
     """``[N]`` teacher's minus student's log-prob of the sampled token, nats, bounded."""
     delta_bar: Tensor
@@ -92,6 +97,8 @@ class MethodSettings:
     position_tau: float = 0.3
     position_s: float = 0.1
     entropy_floor: float = ENTROPY_FLOOR
+    term_clip: float | None = None
+    push_gate: str = NO_GATE
     objective: str = SAMPLED
 
     @property
@@ -127,6 +134,8 @@ class Method:
     get the verifier's advantage alone."""
     needs_teacher_entropy: bool = False
     """True where the entropy of the teacher's distribution is read."""
+    pushes_away: bool = False
+    """True where directions may be below 0, so that ``algorithm.push_gate`` has pushes to scale."""
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
@@ -198,11 +207,17 @@ METHODS: dict[str, Method] = {
             "dasd",
             "pulls certain tokens toward the teacher and pushes uncertain ones away (arXiv:2605.22263)",
             direction=_route_by_entropy,
+            pushes_away=True,
             routes_by_entropy=True,
         ),
         Method("grpo", "leaves the teacher out: the verifier's advantage alone (arXiv:2402.03300)"),
         Method("opsd", "pulls every token toward the teacher", direction=_pull_everywhere),
-        Method("reversed", "pushes every token away from the teacher", direction=_push_everywhere),
+        Method(
+            "reversed",
+            "pushes every token away from the teacher",
+            direction=_push_everywhere,
+            pushes_away=True,
+        ),
         Method(
             "sdpo",
             "pulls every token toward the teacher by the gap as it is, without the verifier (arXiv:2601.20802)",

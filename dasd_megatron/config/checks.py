@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from dasd_megatron.algorithms.methods import METHODS
+from dasd_megatron.algorithms.methods import METHODS, NO_GATE
 from dasd_megatron.config.checks_rollout import (
     check_functions,
     check_memory_release,
@@ -292,6 +292,12 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
                 f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: drop it, or "
                 "write objective=distributional"
             )
+    if algorithm.push_gate != NO_GATE and not METHODS[algorithm.name].pushes_away:
+        pushing = enumerate_names((method.name for method in METHODS.values() if method.pushes_away), "or")
+        raise ConfigError(
+            f"algorithm.push_gate={algorithm.push_gate} has no pushes to scale under algorithm.name={algorithm.name}: "
+            f"write {pushing}, or push_gate={NO_GATE}"
+        )
     if distributional and not loss.fused_linear:
         raise ConfigError(
             "algorithm.objective=distributional re-projects the teacher's hidden states: write "

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from dasd_megatron.algorithms.gates import PUSH_GATES
 from dasd_megatron.algorithms.methods import (
     DISTRIBUTIONAL,
     ENTROPY_FLOOR,
     METHODS,
+    NO_GATE,
     OBJECTIVES,
     QUANTILE_SIDES,
     MethodSettings,
@@ -201,6 +203,17 @@ class AlgorithmConfig:
         ENTROPY_FLOOR,
         "least entropy threshold tau, nats: a token of less entropy is never pushed away; our choice",
         low=0,
+    )
+    term_clip: float | None = setting(
+        1.0,
+        "most that the teacher adds to or takes from the advantage of a token; null: no bound; our choice",
+        above=0,
+    )
+    push_gate: str = setting(
+        NO_GATE,
+        "what scales the pushes away from the teacher, to tell a choice from ignorance: none, or "
+        + "; ".join(f"{gate.name} ({gate.description})" for gate in PUSH_GATES.values()),
+        choices=(NO_GATE, *PUSH_GATES),
     )
     gate: bool = setting(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
     rlsd_lambda: float = setting(

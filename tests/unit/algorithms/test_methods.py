@@ -72,6 +72,12 @@ def test_a_method_with_a_direction_trains_without_the_verifier(method: Method) -
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_method_pushes_where_it_says_so(method: Method) -> None:
+    _, credit = advantages(method)
+    assert bool((credit.omega < 0).any()) is method.pushes_away
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_rho_matters_to_the_methods_that_route_by_entropy(method: Method) -> None:
     advantage, _ = advantages(method)
     other, _ = advantages(method, replace(SETTINGS, rho=0.7))

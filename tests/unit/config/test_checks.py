@@ -213,6 +213,9 @@ REFUSED = [
     (["algorithm.beta=-inf"], ["algorithm.beta=-inf", "finite"]),
     (["model.tiny.num_layers=0"], ["model.tiny.num_layers=0", "at least 1"]),
     (["algorithm=rlsd", "algorithm.verifier_weight=0"], ["rlsd", "algorithm.verifier_weight"]),
+    (["algorithm.push_gate=no_such"], ["algorithm.push_gate", "none, group"]),
+    (["algorithm=opsd", "algorithm.push_gate=group"], ["push_gate=group", "opsd", "dasd or reversed"]),
+    (["algorithm.term_clip=0"], ["algorithm.term_clip", "above 0"]),
     *(
         (
             [f"algorithm={name}", "algorithm.verifier_weight=0", "algorithm.beta=0"],
