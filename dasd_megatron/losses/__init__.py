@@ -13,23 +13,26 @@ if TYPE_CHECKING:
     from dasd_megatron.losses.kernels import IMPLEMENTATIONS
     from dasd_megatron.losses.linear_stats import linear_token_stats
     from dasd_megatron.losses.policy import importance_weights, kl_k3, policy_surrogate, routed_divergence
-    from dasd_megatron.losses.statistics import TokenStats
+    from dasd_megatron.losses.statistics import TokenStats, TopK
     from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
+    from dasd_megatron.losses.top_k import top_k_divergence
 
 __all__ = [
     "DIVERGENCES",
     "IMPLEMENTATIONS",
     "Divergence",
     "TokenStats",
+    "TopK",
     "importance_weights",
     "kl_k3",
     "linear_token_stats",
     "policy_surrogate",
     "routed_divergence",
+    "top_k_divergence",
     "vocab_parallel_token_stats",
 ]
 # The lightest module is tried first, so that a name of a table loads no torch.
-_MODULES = ("divergences", "policy", "kernels", "statistics", "token_stats", "linear_stats")
+_MODULES = ("divergences", "policy", "kernels", "statistics", "token_stats", "linear_stats", "top_k")
 
 
 def __getattr__(name: str) -> Any:

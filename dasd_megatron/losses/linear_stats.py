@@ -24,6 +24,7 @@ from dasd_megatron.losses.statistics import (
     Saved,
     Shard,
     TokenStats,
+    TopK,
     finish,
     gradient_coefficients,
     make_objective,
@@ -31,6 +32,7 @@ from dasd_megatron.losses.statistics import (
     merge_partials,
 )
 from dasd_megatron.losses.token_stats import FLOATING, to_outputs
+from dasd_megatron.losses.top_k import GivenEntries, LargestEntries, entry_log_probs, local_entries
 from dasd_megatron.losses.torch_kernels import accumulator
 
 
@@ -51,6 +53,8 @@ def linear_token_stats(
     reduce_hidden_grad: bool = True,
     jsd_weight: float = 0.5,
     entry_clip: float | None = None,
+    top_k: int | None = None,
+    entry_ids: Tensor | None = None,
     implementation: str = "auto",
 ) -> TokenStats:
     """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never
@@ -67,28 +71,32 @@ def linear_token_stats(
             now. No gradient.
         divergence, group, vocab_size, temperature, jsd_weight, entry_clip, implementation: as there. Padded rows of
             ``weight`` get gradient 0.
-        chunk_size, vocab_chunk_size: tokens and columns of one block; None: :data:`BLOCK_TOKENS` and
-            :data:`BLOCK_COLUMNS`.
+        top_k: number of most probable entries to return, the largest first.
+        entry_ids: ``[T, k]`` global ids, -1 for no entry, of entries to return; the same on every rank. Not with
+            ``top_k``.
+        chunk_size, vocab_chunk_size: tokens and columns of one block; None: BLOCK_TOKENS and BLOCK_COLUMNS.
         inplace_backward: the backward pass writes the gradient of ``hidden`` into its storage.
         reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves
             each rank its own part of the sum, for a caller that reduces it itself: under sequence parallelism the
             reduce-scatter that belongs to the all-gather of ``hidden`` does.
 
     Returns:
-        TokenStats like there; ``log_prob``, ``entropy`` and ``divergence`` carry gradients to ``hidden`` and
-        ``weight``. Logits of half precision inputs are accumulated and kept in float32, so they are more exact than a
-        materialised half precision tensor. The gradient of a block of logits is rounded to the inputs' dtype for its
-        two matrix products, whose sums are kept in float32.
+        TokenStats like there; ``log_prob``, ``entropy``, ``divergence`` and ``top.log_prob`` carry gradients to
+        ``hidden`` and ``weight``. Logits of half precision inputs are accumulated and kept in float32, so they are more
+        exact than a materialised half precision tensor. The gradient of a block of logits is rounded to the inputs'
+        dtype for its two matrix products, whose sums are kept in float32.
 
     Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
     the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
-    the gradient of ``weight`` in. Saved for the backward pass: the inputs and at most 7 numbers per token.
+    the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the inputs, at most 7
+    numbers per token, and the ids.
 
     Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
     time in the forward pass.
 
-    Collectives: forward as there, one all-gather (two for ``jsd`` and ``entry_clip``). Backward: one all-reduce of
-    ``[T, h]``, none without ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
+    Collectives: forward as there, one all-gather (two for ``jsd`` and ``entry_clip``), for ``top_k`` two more of
+    ``[T, k]``, for ``entry_ids`` one all-reduce of it. Backward: one all-reduce of ``[T, h]``, none without
+    ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
 
     Raises:
         ValueError: as there, and on hidden states and weights that do not fit each other.
@@ -97,19 +105,17 @@ def linear_token_stats(
     _check_linear("hidden", hidden, "weight", weight, targets)
     teacher = _checked_teacher(weight, targets, teacher_hidden, teacher_weight)
     shard = make_shard(len(weight), targets, vocab_size, group, temperature)
-    for name, size in (("chunk_size", chunk_size), ("vocab_chunk_size", vocab_chunk_size)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1, or None to choose it")
+    _check_sizes(targets, entry_ids, top_k=top_k, chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
-    # The kernels see contiguous blocks of logits in float32 (float64), whatever the inputs are; rows at once are their
-    # own choice.
+    # The kernels see contiguous blocks in float32 (float64), and choose themselves how many rows they take at once.
     block = torch.empty(0, dtype=accumulator(hidden), device=hidden.device)
     kernels = choose_kernels(implementation, (block,), None, objective)
     settings = _Settings(
-        shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None
+        shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None, top_k
     )
     apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
-    return TokenStats(*apply(hidden, weight, *(teacher or (None, None)), settings))
+    outputs = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
+    return TokenStats(*outputs[:4])._replace(top=None if outputs[4] is None else TopK(*outputs[4:]))
 
 
 # One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers'
@@ -146,6 +152,7 @@ class _Settings(NamedTuple):
     objective: Objective
     inplace_backward: bool
     reduces_hidden_grad: bool
+    top_k: int | None
 
 
 def _checked_teacher(
@@ -164,6 +171,20 @@ def _checked_teacher(
             "vocabulary and sharding"
         )
     return teacher
+
+
+def _check_sizes(targets: Tensor, entry_ids: Tensor | None, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1, or None")
+    if entry_ids is None:
+        return
+    if sizes["top_k"] is not None:
+        raise ValueError("top_k and entry_ids are both given; expected at most one of them")
+    if entry_ids.dim() != 2 or len(entry_ids) != len(targets) or entry_ids.is_floating_point():
+        raise ValueError(
+            f"entry_ids is {entry_ids.dtype} {tuple(entry_ids.shape)}; expected integers [{len(targets)}, entries]"
+        )
 
 
 def _check_linear(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor, targets: Tensor) -> None:
@@ -218,18 +239,26 @@ class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None,
-        settings: _Settings,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        entry_ids: Tensor | None, settings: _Settings,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         student = _Projector(_Linear(hidden, weight), settings.blocks)
         teacher, second_sums = None, None
         if teacher_hidden is not None and teacher_weight is not None:
             teacher = _Projector(_Linear(teacher_hidden, teacher_weight), settings.blocks)
             second_sums = functools.partial(_second_sums, student, teacher, settings)
-        partials = _partials(student, teacher, settings)
+        entries: LargestEntries | GivenEntries | None = None
+        if settings.top_k is not None:
+            entries = LargestEntries(settings.top_k, settings.shard, student.buffer.dtype)
+        elif entry_ids is not None:
+            entries = GivenEntries(entry_ids, settings.shard, student.buffer.dtype)
+        partials = _partials(student, teacher, settings, entries)
         finished = finish(partials, settings.objective, settings.shard, second_sums)
+        ids = log_probs = None
+        if entries is not None:
+            ids, log_probs = entry_log_probs(*entries.finish(), *finished.student, settings.shard.inverse_temperature)
         ctx.settings = settings
-        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *Saved.of(finished).tensors())
-        return to_outputs(ctx, finished, partials.dtype)
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, ids, *Saved.of(finished).tensors())
+        return *to_outputs(ctx, finished, partials.dtype, ids), ids, log_probs
 
     @staticmethod
     @once_differentiable
@@ -239,13 +268,19 @@ class _LinearTokenStats(torch.autograd.Function):
         grad_entropy: Tensor | None,
         _: Tensor | None,
         grad_divergence: Tensor | None,
+        __: Tensor | None,
+        grad_entries: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, teacher_hidden, teacher_weight, *saved = ctx.saved_tensors
-        shard, blocks, kernels, objective, inplace, reduces = ctx.settings
+        hidden, weight, teacher_hidden, teacher_weight, ids, *saved = ctx.saved_tensors
+        shard, blocks, kernels, objective, inplace, reduces = ctx.settings[:6]
         gradients = (grad_log_prob, grad_entropy, grad_divergence)
         coefficients = gradient_coefficients(
             Saved.from_tensors(saved), objective, shard.inverse_temperature, *gradients
         )
+        if grad_entries is not None:
+            # The gradient of log p_i is 1[v = i] - p_v, times the incoming one.
+            grad_entries = torch.where(ids < 0, 0.0, grad_entries.double() * shard.inverse_temperature)
+            coefficients = coefficients._replace(constant=coefficients.constant - grad_entries.sum(-1))
         student = _Projector(_Linear(hidden, weight), blocks)
         # Only a divergence's gradient depends on the teacher.
         teacher = None if grad_divergence is None else _Projector(_Linear(teacher_hidden, teacher_weight), blocks)
@@ -268,6 +303,9 @@ class _LinearTokenStats(torch.autograd.Function):
                     columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
                     inverse_temperature=shard.inverse_temperature, **row_coefficients,
                 )  # fmt: skip
+                if grad_entries is not None:
+                    index, owned = local_entries(ids[rows], shard, columns)
+                    gradient.scatter_add_(1, index, torch.where(owned, grad_entries[rows], 0.0).to(gradient.dtype))
                 if grad_hidden is not None:
                     _matmul(gradient, weight[columns], row_grad, add=True)
                 if grad_weight is not None:
@@ -278,22 +316,27 @@ class _LinearTokenStats(torch.autograd.Function):
             dist.all_reduce(grad_hidden, group=shard.group)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-def _partials(student: _Projector, teacher: _Projector | None, settings: _Settings) -> Tensor:
-    """Return this rank's partial sums ``[n, T]``, made block by block."""
+def _partials(
+    student: _Projector, teacher: _Projector | None, settings: _Settings, entries: LargestEntries | GivenEntries | None
+) -> Tensor:
+    """Return this rank's partial sums ``[n, T]``, made block by block; ``entries`` reads every block."""
     shard, blocks, kernels, objective = settings[:4]
     parts = []
     for rows in blocks.rows():
-        row_parts = [
-            kernels.local_partials(
-                student(rows, columns), None if teacher is None else teacher(rows, columns), shard.targets[rows],
+        row_parts = []
+        for columns in blocks.column_ranges():
+            block = student(rows, columns)
+            part = kernels.local_partials(
+                block, None if teacher is None else teacher(rows, columns), shard.targets[rows],
                 columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
                 inverse_temperature=shard.inverse_temperature, divergence=objective.divergence.name,
-            )
-            for columns in blocks.column_ranges()
-        ]  # fmt: skip
+            )  # fmt: skip
+            row_parts.append(part)
+            if entries is not None:
+                entries.read(block, rows, columns)
         if row_parts:
             parts.append(merge_partials(torch.stack(row_parts), objective.divergence, shard.inverse_temperature))
     if parts:

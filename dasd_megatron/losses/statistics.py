@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, GradientTerms, Sums
+from dasd_megatron.losses.divergences import DIVERGENCES, Divergence, GradientTerms, Probabilities, Sums
 from dasd_megatron.losses.torch_kernels import (
     CROSS,
     MAX,
@@ -32,14 +32,23 @@ from dasd_megatron.losses.torch_kernels import (
 )
 
 
+class TopK(NamedTuple):
+    """Some entries of the vocabulary for each of T tokens: global ids ``[T, k]`` int64, -1 for no entry, and their
+    log-probs in nats, ``[T, k]``, -inf for no entry."""
+
+    ids: Tensor
+    log_prob: Tensor
+
+
 class TokenStats(NamedTuple):
     """Statistics of T tokens, in nats; float32 ``[T]`` (float64 for float64 logits), the same on every rank of the
-    group."""
+    group. ``top`` is None unless it was asked for."""
 
     log_prob: Tensor
     entropy: Tensor
     teacher_log_prob: Tensor | None
     divergence: Tensor | None
+    top: TopK | None = None
 
 
 class Shard(NamedTuple):
@@ -67,6 +76,11 @@ class Objective(NamedTuple):
     def needs_second_pass(self) -> bool:
         """True where the sums need both normalisers, so that they are made in a second pass."""
         return self.divergence.uses_mixture or self.entry_clip is not None
+
+    def contributions(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Return the summands of the divergence from finite logarithms of the probabilities, without the clip."""
+        probabilities = Probabilities(log_p, log_p.exp(), log_q, log_q.exp())
+        return self.divergence.entries(probabilities, self.jsd_weight).contribution
 
 
 class Distribution(NamedTuple):

@@ -182,15 +182,20 @@ class _VocabParallelTokenStats(torch.autograd.Function):
         return out, None, None, None, None, None
 
 
-def to_outputs(ctx: Any, finished: Finished, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def to_outputs(
+    ctx: Any, finished: Finished, dtype: torch.dtype, *others: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the four statistics in ``dtype``.
 
-    The teacher's log-prob takes no gradient. The gradients of outputs that nothing depends on come back as None.
+    The teacher's log-prob takes no gradient, nor do ``others``, which the caller returns beside them. The gradients of
+    outputs that nothing depends on come back as None.
     """
     ctx.set_materialize_grads(False)
     log_prob, entropy, compared = finished.log_prob.to(dtype), finished.entropy.to(dtype), finished.comparison
+    constants = [other for other in others if other is not None]
     if compared is None:
+        ctx.mark_non_differentiable(*constants)
         return log_prob, entropy, None, None
     teacher_log_prob = compared.log_prob.to(dtype)
-    ctx.mark_non_differentiable(teacher_log_prob)
+    ctx.mark_non_differentiable(teacher_log_prob, *constants)
     return log_prob, entropy, teacher_log_prob, compared.divergence.to(dtype)

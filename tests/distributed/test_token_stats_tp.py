@@ -26,7 +26,9 @@ def pool(request: pytest.FixtureRequest) -> Iterator[GlooPool]:
         yield pool
 
 
-@pytest.mark.parametrize("check", ["check_features", "check_target_refused_everywhere", "check_context_parallel"])
+@pytest.mark.parametrize(
+    "check", ["check_features", "check_top_k", "check_target_refused_everywhere", "check_context_parallel"]
+)
 def test_groups_agree_with_one_process(pool: GlooPool, check: str) -> None:
     seed = int.from_bytes(os.urandom(3), "big")
     pool.run(CHECKS, check, {"seed": seed}, f"seed {seed}")

@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 
 from dasd_megatron.algorithms import context_parallel_credit, direction_adaptive_credit, gather_packed_tokens
-from dasd_megatron.losses import DIVERGENCES, TokenStats, linear_token_stats, vocab_parallel_token_stats
+from dasd_megatron.losses import (
+    DIVERGENCES,
+    TokenStats,
+    linear_token_stats,
+    top_k_divergence,
+    vocab_parallel_token_stats,
+)
 
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_gather_object", "broadcast",
@@ -190,6 +196,41 @@ def check_linear_case(rank: int, world_size: int, case: dict, message: str) -> N
     torch.testing.assert_close(
         own[1].grad, whole[1].grad[rows], rtol=1e-8, atol=1e-9, msg=lambda m: f"{message} gradient of weight: {m}"
     )
+
+
+def check_top_k(rank: int, world_size: int, case: dict, message: str) -> None:
+    """The most probable entries over all shards, and the divergence over them with its gradients, against one process
+    with the whole head. Shards have fewer columns than entries are asked for, and the last one is padding."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    width, tokens, k = 5, 8, 7
+    vocab_size = width * world_size - (width if world_size > 2 else 1)
+    hidden, teacher_hidden = torch.randn(2, tokens, 6, generator=generator, dtype=torch.float64)
+    head, teacher_head = torch.randn(2, width * world_size, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+
+    def divergence(rows: slice, group: dist.ProcessGroup | None) -> tuple[list[torch.Tensor], list[Counter]]:
+        common = dict(group=group, vocab_size=vocab_size, temperature=0.8, chunk_size=3, vocab_chunk_size=4)
+        own = [hidden.clone().requires_grad_(), head[rows].clone().requires_grad_()]
+        with counted() as finding:
+            teacher = linear_token_stats(teacher_hidden, teacher_head[rows], targets, top_k=k, **common).top
+        with counted() as reading:
+            top = linear_token_stats(*own, targets, entry_ids=teacher.ids, **common).top
+        value = top_k_divergence(top.log_prob, teacher.log_prob, divergence="jsd", tail=True)
+        value.sum().backward()
+        results = [teacher.ids, teacher.log_prob, top.log_prob.detach(), value.detach(), own[0].grad, own[1].grad]
+        return results, [finding, reading]
+
+    rows = slice(rank * width, (rank + 1) * width)
+    found, counts = divergence(rows, dist.group.WORLD)
+    expected, _ = divergence(slice(None), None)
+    expected[-1] = expected[-1][rows]
+    # One all-gather of the partial sums, two of the best entries, one all-reduce of the given ones.
+    assert [calls.total() for calls in counts] == ([0, 0] if world_size == 1 else [3, 2]), f"{message}: {counts}"
+    assert torch.equal(found[0], expected[0]), f"{message}: {found[0]} instead of {expected[0]}"
+    for got, want in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10, msg=lambda m: f"{message}: {m}")
+    for value in found[:-1]:
+        assert_equal_on_all_ranks(value, message)
 
 
 def check_features(rank: int, world_size: int, case: dict, message: str) -> None:
