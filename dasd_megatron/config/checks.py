@@ -322,6 +322,15 @@ def check_teacher(teacher: TeacherConfig, verify: VerifyConfig) -> None:
         )
 
 
+def check_teacher_weights(teacher: TeacherConfig, loss: PolicyLossConfig) -> None:
+    """Refuse a mixture of two models where logits are materialised."""
+    if teacher.weights == "trust_region" and not loss.fused_linear:
+        raise ConfigError(
+            "teacher.weights=trust_region mixes two models by their hidden states: write loss.fused_linear=true, or "
+            "other weights"
+        )
+
+
 def check_warm_start(warm_start: WarmStartConfig, parallel: ParallelConfig) -> None:
     """Refuse batches of the warm start that replicas or pipeline stages cannot share."""
     if not warm_start.steps:
@@ -445,6 +454,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_batch(config.batch, config.parallel),
     lambda config: check_algorithm(config.algorithm, config.batch, config.loss),
     lambda config: check_teacher(config.teacher, config.verify),
+    lambda config: check_teacher_weights(config.teacher, config.loss),
     lambda config: check_warm_start(config.warm_start, config.parallel),
     lambda config: check_optimizer(config.optimizer),
     lambda config: check_servers(config.rollout),

@@ -302,9 +302,24 @@ class TeacherConfig:
     """The self-teacher: its weights and what it is shown."""
 
     weights: str = setting(
-        "live", "live (the current student), frozen (the student at step 0) or ema", choices=("live", "frozen", "ema")
+        "live",
+        "live (the current student), frozen (the student at step 0), ema (an average over the steps), snapshot (the "
+        "student of some steps ago) or trust_region (a mixture of frozen and live)",
+        choices=("live", "frozen", "ema", "snapshot", "trust_region"),
     )
-    ema_decay: float = setting(0.99, "teacher.weights=ema: decay per training step", low=0, high=1)
+    ema_decay: float = setting(
+        0.99, "teacher.weights=ema: decay per training step, 1 minus the rate of an update", low=0, high=1
+    )
+    snapshot_every: int = setting(
+        10, "teacher.weights=snapshot: the teacher takes the student's weights every this many steps", low=1
+    )
+    trust_region_mix: float = setting(
+        0.05,
+        "teacher.weights=trust_region: share of the live student's logits, the rest being those of the student at "
+        "step 0",
+        above=0,
+        below=1,
+    )
     # A list of names. One name stands for a list of it, and OmegaConf takes both for no narrower type.
     privileged: Any = setting(
         ["solution"],

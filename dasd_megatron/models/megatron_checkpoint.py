@@ -44,7 +44,7 @@ from dasd_megatron.models.hf_weights import (
 from dasd_megatron.models.pickles import check_pickle, load_tensors
 
 # A checkpoint may hold tensors under these names beside the model's, and no model has them.
-_NOT_THE_MODEL = ("optimizer", "average.", "chained_", "rng_state", "rerun_state")
+_NOT_THE_MODEL = ("optimizer", "average.", "snapshot.", "chained_", "rng_state", "rerun_state")
 
 # Megatron-Core and PyTorch use these names in a checkpoint's .metadata. All of them make plain records, so that
 # reading it runs no foreign code.

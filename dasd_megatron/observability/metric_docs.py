@@ -481,18 +481,18 @@ _STEP = [
     Metric(
         "update/divergence",
         "nats per token",
-        "divergence from the teacher over the whole vocabulary, before its cap",
+        "divergence from the teacher over the whole vocabulary, before its cap, over the tokens that have a teacher",
         "falls where pulled",
         "growing: lower algorithm.divergence_weight or algorithm.beta",
-        when="algorithm.objective=distributional",
+        when="algorithm.objective=distributional and a sample has a teacher",
     ),
     Metric(
         "update/capped_share",
-        "share of tokens",
+        "share of tokens with a teacher",
         "pushed tokens whose divergence is over algorithm.divergence_cap, and pulled ones over divergence_pull_cap",
         "under 0.1",
         "lower algorithm.beta or algorithm.rho; raise a divergence_pull_cap",
-        when="algorithm.objective=distributional",
+        when="algorithm.objective=distributional and a sample has a teacher",
     ),
     Metric(
         "schedule/beta",
@@ -615,6 +615,14 @@ _STEP = [
         "reasoning health of the step's responses",
         "under 0.01 of seconds/total",
         "a larger health.every",
+    ),
+    Metric(
+        "teacher/entropy_mean",
+        "nats per token",
+        "mean entropy of the teacher's next-token distribution, over the tokens that have a teacher",
+        "under entropy/mean: what the teacher sees makes it more certain",
+        "over entropy/mean: the privileged text confuses the teacher; check teacher.template",
+        when="a sample has a teacher",
     ),
     Metric(
         "credit/pushed_log_prob_mean",

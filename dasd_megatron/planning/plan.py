@@ -194,17 +194,20 @@ def _divide_batch(config: Config) -> _Batches:
 def _stage_memory(
     config: Config, arch: Architecture, stage: int, batches: _Batches, activations: float, loss: float
 ) -> StageMemory:
-    parallel, teacher = config.parallel, config.teacher.weights
-    needs_teacher = METHODS[config.algorithm.name].needs_teacher
+    parallel = config.parallel
+    teacher = config.teacher.weights if METHODS[config.algorithm.name].needs_teacher else "live"
     state = training_state(arch, parallel, config.precision, config.optimizer, stage)
     width = DTYPE_BYTES[config.precision.params_dtype]
-    # There may be copies of the weights: the starting model, or the averaged teacher in float32.
-    copies = width * (config.loss.kl_coef > 0 or (needs_teacher and teacher == "frozen"))
-    copies += 4 * (needs_teacher and teacher == "ema")
+    # There may be copies of the weights: the starting model, and the teacher's own, an average of them in float32.
+    copies = width * (config.loss.kl_coef > 0 or teacher in ("frozen", "trust_region"))
+    copies += {"ema": 4, "snapshot": width}.get(teacher, 0)
     snapshots = float(state.parameters * copies)
-    if config.algorithm.is_distributional and stage == parallel.pipeline_model_parallel_size - 1:
-        states = batches.sequences * config.rollout.max_new_tokens * arch.hidden
-        snapshots += states / parallel.tensor_model_parallel_size * width
+    # A mixture of two models has the states and the head of both.
+    models = 2 if teacher == "trust_region" else 1
+    if stage == parallel.pipeline_model_parallel_size - 1 and (config.algorithm.is_distributional or models > 1):
+        states = batches.sequences * config.rollout.max_new_tokens
+        heads = arch.padded_vocab(parallel.tensor_model_parallel_size) * (models - 1)
+        snapshots += models * (states + heads) * arch.hidden / parallel.tensor_model_parallel_size * width
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
     total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
     return StageMemory(stage, state, snapshots, activations, loss, total)

@@ -1,11 +1,12 @@
 """Checkpoints from which a killed run goes on with the numbers it would have had.
 
-A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule,
-averaged teacher), ``rng.pt`` (the generators of every rank), ``hf`` (config and tokenizer, so that ``dasd convert``
-needs nothing else), ``trainer.json`` (step, data position and prompts that were under way; the weight version is the
-step's), where there are any ``ready.jsonl`` and ``refused.jsonl`` (rollouts collected for steps to come), and a
-manifest with the SHA-256 of every file. It is written under another name, fsynced and renamed when every rank is done,
-see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves the previous one in place.
+A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, and
+the weights of a teacher that follows the policy), ``rng.pt`` (the generators of every rank), ``hf`` (config and
+tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json`` (step, data position and prompts that were
+under way; the weight version is the step's), where there are any ``ready.jsonl`` and ``refused.jsonl`` (rollouts
+collected for steps to come), and a manifest with the SHA-256 of every file. It is written under another name, fsynced
+and renamed when every rank is done, see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves
+the previous one in place.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> No
 
 
 def _sharded_state(
-    model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None, *, is_loading: bool
+    model: ShardedModel, optimizer: OptimizerState, teacher: WeightSnapshot | None, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     model_state = {
@@ -106,8 +107,8 @@ def _sharded_state(
         for index, chunk in enumerate(model.chunks)
     }
     state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading)}
-    if average is not None:
-        state["average"] = average.sharded_state_dict(model, model_state, "average.")
+    if teacher is not None:
+        state[teacher.name] = teacher.sharded_state_dict(model, model_state)
     return state
 
 
@@ -155,14 +156,14 @@ class CheckpointSaver:
         settings: CheckpointConfig,
         model: ShardedModel,
         optimizer: OptimizerState,
-        average: WeightSnapshot | None,
+        teacher: WeightSnapshot | None,
         *,
         template_dir: Path,
         timeout_seconds: float,
     ) -> None:
         self.run_dir, self.settings, self.template_dir = run_dir, settings, template_dir
         self.timeout_seconds = timeout_seconds
-        self.model, self.optimizer, self.average = model, optimizer, average
+        self.model, self.optimizer, self.teacher = model, optimizer, teacher
         self.stalled = 0.0
         self._pending: PendingCheckpoint | None = None
         # All checkpoints share one strategy: their tensors are the same, and from the third on so is what the ranks
@@ -214,7 +215,7 @@ class CheckpointSaver:
         filesystem_async._results_queue = ResultFile(partial / f"results_{dist.get_rank()}.pickle")
         checkpoint = self._pending = PendingCheckpoint(partial, final)
         try:
-            sharded = _sharded_state(self.model, self.optimizer, self.average, is_loading=False)
+            sharded = _sharded_state(self.model, self.optimizer, self.teacher, is_loading=False)
             _narrow_storages(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
             self._await_removal()
@@ -397,7 +398,7 @@ def _make_room(partial: Path, size: int) -> None:
 
 
 def load_checkpoint(
-    path: Path, model: ShardedModel, optimizer: OptimizerState, average: WeightSnapshot | None
+    path: Path, model: ShardedModel, optimizer: OptimizerState, teacher: WeightSnapshot | None
 ) -> TrainerState:
     """Restore everything that :class:`CheckpointSaver` wrote, in place. Collective over all ranks.
 
@@ -409,7 +410,7 @@ def load_checkpoint(
         setattr(state.rollouts, name, groups)
     do_on_rank0(lambda: read_metadata(path))
     recipe = kept_scaling(model.config)
-    state_to_load = _sharded_state(model, optimizer, average, is_loading=True)
+    state_to_load = _sharded_state(model, optimizer, teacher, is_loading=True)
     if recipe is None:
         for index in range(len(model.chunks)):
             state_to_load[f"model{index}"] = without_extra_states(state_to_load[f"model{index}"])
@@ -424,14 +425,14 @@ def load_checkpoint(
     except PeerError as error:
         raise CheckpointError(f"{path}: {error}") from error
     optimizer.load_state_dict(loaded)
-    if average is not None:
+    if teacher is not None:
         names = [
             (f"model{index}", name)
             for index, chunk in enumerate(model.chunks)
             for name, _ in unwrap_model(chunk).named_parameters()
         ]
-        for tensor, (chunk_name, name) in zip(average.tensors, names, strict=True):
-            tensor.copy_(loaded["average"][chunk_name][name])
+        for tensor, (chunk_name, name) in zip(teacher.tensors, names, strict=True):
+            tensor.copy_(loaded[teacher.name][chunk_name][name])
     if record["world_size"] == dist.get_world_size():
         _restore_generators(path / "rng.pt")
     return state

@@ -34,6 +34,10 @@ TokenLoss = Callable[[TokenStats, torch.Tensor], tuple[torch.Tensor, dict[str, t
 the loss summed over them, and sums over them to report, by the name of their mean. The names are the same for any
 tokens, none included."""
 
+_TEACHER_SHARE = "teacher_share"
+"""Sum of the tokens with a teacher, over which the divergence is averaged."""
+_TEACHER_MEANS = ("divergence", "capped_share")
+
 
 class UpdateResult(NamedTuple):
     """One optimizer step: ``means`` over the response tokens of all replicas, by the names that the loss reported, and
@@ -48,10 +52,11 @@ class UpdateResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Distillation:
-    """The distributional objective of one update: direction ``omega`` [N] float32 and the teacher, None before the last
-    stage."""
+    """The distributional objective of one update: direction ``omega`` [N] float32, which tokens have a teacher, bool
+    [N], and the teacher, None before the last stage."""
 
     omega: torch.Tensor
+    has_teacher: torch.Tensor
     teacher: TeacherStates | None
     settings: AlgorithmConfig
 
@@ -67,30 +72,50 @@ def _token_stats(
     """Compute the statistics of a micro-batch's response tokens from the last stage's output; see
     :class:`ShardedModel`."""
     rows = output[micro_batch.rows, micro_batch.columns]
-    common: dict[str, Any] = dict(
-        group=parallel_state.get_tensor_model_parallel_group(), vocab_size=model.vocab_size, temperature=temperature
-    )
     if not model.fused_linear:
         # The rows are a copy of ours, so their gradient may take their place.
-        return vocab_parallel_token_stats(rows, micro_batch.targets, inplace_backward=True, **common)
+        return vocab_parallel_token_stats(
+            rows,
+            micro_batch.targets,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=model.vocab_size,
+            temperature=temperature,
+            inplace_backward=True,
+        )
+    teacher: dict[str, Any] = {}
     if distillation is not None and distillation.teacher is not None:
-        common |= dict(
+        teacher = dict(
             teacher_hidden=distillation.teacher.of(micro_batch.packed_index),
             teacher_weight=distillation.teacher.weight,
             divergence=distillation.settings.divergence,
             jsd_weight=distillation.settings.jsd_weight,
             entry_clip=distillation.settings.divergence_entry_clip,
         )
-    weight = model.head_weight()
+    return _linear_stats(model, rows, model.head_weight(), micro_batch.targets, loss, temperature, **teacher)
+
+
+def _linear_stats(
+    model: ShardedModel,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    loss: PolicyLossConfig,
+    temperature: float,
+    **teacher: Any,
+) -> TokenStats:
+    """Compute the statistics of ``targets`` from hidden states and this rank's shard of an LM head."""
     return linear_token_stats(
         # Megatron hands the last stage's output over in float32; the values are those of the model's own dtype.
-        rows.to(weight.dtype),
+        hidden.to(weight.dtype),
         weight,
-        micro_batch.targets,
+        targets,
+        group=parallel_state.get_tensor_model_parallel_group(),
+        vocab_size=model.vocab_size,
+        temperature=temperature,
         chunk_size=loss.block_tokens,
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
-        **common,
+        **teacher,
     )
 
 
@@ -131,47 +156,84 @@ def run_schedule(
 
 @torch.no_grad()
 def score(
-    model: ShardedModel,
-    micro_batches: list[MicroBatch],
-    loss: PolicyLossConfig,
-    *,
-    temperature: float,
-    keep_hidden: bool = False,
+    model: ShardedModel, micro_batches: list[MicroBatch], loss: PolicyLossConfig, *, temperature: float
 ) -> TokenScores:
     """Return the log-prob of every response token and the entropy of the distribution it was drawn from, at
     ``temperature``.
 
-    ``keep_hidden``: the last pipeline stage also returns the states that the LM head was applied to, for which
-    ``loss.fused_linear`` is needed.
-
     Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage;
-    under context parallelism two all-reduces, and one of the states.
+    under context parallelism two all-reduces.
     """
-    packed_index = torch.cat([batch.packed_index for batch in micro_batches])
-    total = int(sum_over_sequence_parts(torch.tensor(len(packed_index), device=packed_index.device)))
+
+    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> TokenStats:
+        return _token_stats(model, micro_batch, output, loss, temperature)
+
+    return _packed_scores(micro_batches, run_schedule(model, micro_batches, last_stage, forward_only=True))
+
+
+@torch.no_grad()
+def hidden_states(model: ShardedModel, micro_batches: list[MicroBatch]) -> torch.Tensor | None:
+    """Return the states that the LM head is applied to, of every response token: ``[N, h / TP]`` in the model's dtype,
+    each tensor-parallel rank's part, on the last pipeline stage, and None elsewhere. ``loss.fused_linear`` is needed.
+
+    Collectives: under context parallelism two all-reduces.
+    """
     width = model.config.hidden_size // parallel_state.get_tensor_model_parallel_world_size()
     begin = parallel_state.get_tensor_model_parallel_rank() * width
+    total, device = _response_tokens(micro_batches), micro_batches[0].tokens.device
     hidden = None
-    if keep_hidden and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        hidden = packed_index.new_zeros(total, width, dtype=model.config.params_dtype)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        hidden = torch.zeros(total, width, dtype=model.config.params_dtype, device=device)
 
-    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        if hidden is not None:
-            part = output[..., begin : begin + width][micro_batch.rows, micro_batch.columns]
-            hidden[micro_batch.packed_index] = part.to(hidden.dtype)
-        stats = _token_stats(model, micro_batch, output, loss, temperature)
-        return torch.stack([stats.log_prob, stats.entropy])
+    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> None:
+        assert hidden is not None
+        part = output[..., begin : begin + width][micro_batch.rows, micro_batch.columns]
+        hidden[micro_batch.packed_index] = part.to(hidden.dtype)
 
-    outputs = run_schedule(model, micro_batches, last_stage, forward_only=True)
-    packed = torch.zeros(2, total, dtype=torch.float32, device=packed_index.device)
-    if outputs:
+    run_schedule(model, micro_batches, last_stage, forward_only=True)
+    # One rank has the states of a token, and the others have zeros.
+    return None if hidden is None else sum_over_sequence_parts(hidden)
+
+
+@torch.no_grad()
+def score_states(
+    model: ShardedModel,
+    micro_batches: list[MicroBatch],
+    loss: PolicyLossConfig,
+    states: TeacherStates | None,
+    *,
+    temperature: float,
+) -> TokenScores:
+    """Return what :func:`score` does, of the states of a teacher on the last pipeline stage and not of a pass of the
+    model; ``states`` is None elsewhere.
+
+    Collectives: those of :func:`score`, and another all-gather per micro-batch for each part of the states.
+    """
+    stats = []
+    if states is not None:
+        for micro_batch in micro_batches:
+            hidden = states.of(micro_batch.packed_index)
+            stats.append(_linear_stats(model, hidden, states.weight, micro_batch.targets, loss, temperature))
+    return _packed_scores(micro_batches, stats)
+
+
+def _response_tokens(micro_batches: list[MicroBatch]) -> int:
+    """Return the number of response tokens of all ranks that share the sequences."""
+    own = sum(batch.packed_index.numel() for batch in micro_batches)
+    return int(sum_over_sequence_parts(torch.tensor(own, device=micro_batches[0].tokens.device)))
+
+
+def _packed_scores(micro_batches: list[MicroBatch], stats: list[TokenStats]) -> TokenScores:
+    """Return the statistics of micro-batches in the order of the callers' sequences. ``stats``: one for each on the
+    last pipeline stage, none elsewhere."""
+    packed_index = torch.cat([batch.packed_index for batch in micro_batches])
+    packed = torch.zeros(2, _response_tokens(micro_batches), dtype=torch.float32, device=packed_index.device)
+    if stats:
+        outputs = [torch.stack([part.log_prob, part.entropy]) for part in stats]
         packed[:, packed_index] = torch.cat(outputs, dim=1)
         # One rank has the statistics of a token, and the others have zeros.
         sum_over_sequence_parts(packed)
-        if hidden is not None:
-            sum_over_sequence_parts(hidden)
-    log_prob, entropy = broadcast_from_last_stage(packed)
-    return TokenScores(log_prob, entropy, hidden)
+    return TokenScores(*broadcast_from_last_stage(packed))
 
 
 def update(
@@ -196,7 +258,7 @@ def update(
 
     Returns:
         ``means`` has loss and clip_share, with ``start_log_prob`` kl_to_start, and with ``distillation`` divergence and
-        capped_share.
+        capped_share over the tokens that have a teacher, if any has one.
 
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
     ``distillation`` another for the teacher's states, and one more for ``jsd`` and clipped entries), and two to report.
@@ -225,14 +287,27 @@ def update(
             )
             loss = loss + distillation.settings.divergence_weight * term.sum()
             # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.
-            sums["divergence"] = torch.where(torch.isinf(stats.divergence), 0.0, stats.divergence).sum()
+            has_teacher = distillation.has_teacher[index]
+            counted = has_teacher & ~torch.isinf(stats.divergence)
+            sums["divergence"] = torch.where(counted, stats.divergence, 0.0).sum()
             sums["capped_share"] = capped.sum()
+            sums[_TEACHER_SHARE] = has_teacher.sum()
         return loss, {"loss": loss, **sums}
 
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
         return _token_stats(model, micro_batch, output, settings, temperature, distillation)
 
-    return _optimize(model, optimizer, micro_batches, token_stats, policy_loss)
+    result = _optimize(model, optimizer, micro_batches, token_stats, policy_loss)
+    return result._replace(means=_over_teacher_tokens(result.means))
+
+
+def _over_teacher_tokens(means: dict[str, float]) -> dict[str, float]:
+    """Turn the divergence's means over all tokens into means over the tokens with a teacher, and leave them out where
+    no token has one."""
+    others = dict(means)
+    share = others.pop(_TEACHER_SHARE, 0.0)
+    of_teacher = {name: others.pop(name) for name in _TEACHER_MEANS if name in others}
+    return others | ({name: value / share for name, value in of_teacher.items()} if share else {})
 
 
 def supervised_update(

@@ -62,7 +62,7 @@ def roll_back(trainer: Trainer) -> None:
     path = _find_good_checkpoint(trainer.paths.root, state)
     if path is None:
         raise TrainingError(f"{reason}, and there is no checkpoint before them to go back to: {advice}")
-    good_step = load_checkpoint(path, learner.model, learner.optimizer, learner.average).step
+    good_step = load_checkpoint(path, learner.model, learner.optimizer, learner.teacher).step
     if config.rollout.replay is not None:
         state.discarded += state.step - good_step
     trainer.display.warning(f"{reason}: back to {path}, and on with other problems")

@@ -12,36 +12,57 @@ from dasd_megatron.algorithms import Credit
 
 
 class TokenScores(NamedTuple):
-    """Packed statistics of the response tokens of one batch, float32 [N], equal on all ranks of a replica.
-
-    ``hidden``, where it was asked for and on the last pipeline stage alone: ``[N, h / TP]`` in the model's dtype, each
-    tensor-parallel rank's part of the states that the LM head was applied to.
-    """
+    """Packed statistics of the response tokens of one batch, float32 [N], equal on all ranks of a replica."""
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
-    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """The teacher's side of the full-vocabulary divergence, on the last pipeline stage.
+    """The teacher's next-token distributions, from which its statistics and the full-vocabulary divergence are made, on
+    the last pipeline stage.
+
+    The logits are ``states @ weight.T``. A mixture of two models' logits is the product of their states side by side
+    with their heads side by side, each head times its share.
 
     Attributes:
-        hidden: ``[N, h / TP]``, see :class:`TokenScores`.
-        weight: ``[V_local, h]``, this rank's shard of the LM head that the teacher was scored with.
+        parts: of each model ``[M, h / TP]``, each tensor-parallel rank's part of the states of the tokens that the
+            teacher has scored.
+        weight: ``[V_local, parts * h]``, this rank's shard of the LM head that the teacher was scored with.
+        rows: ``[N]`` int64, the row in ``parts`` of each packed token; -1 for a token without a teacher.
     """
 
-    hidden: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     weight: torch.Tensor
+    rows: torch.Tensor
 
     def of(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the whole states ``[R, h]`` of these packed tokens; one all-gather over tensor-parallel ranks."""
-        return gather_from_tensor_model_parallel_region(self.hidden[index])
+        """Return the whole states ``[R, parts * h]`` of these packed tokens, zeros without a teacher; one all-gather
+        over tensor-parallel ranks for each part."""
+        rows = self.rows[index]
+        # Zeros are a teacher that says the same of every token. Its divergence is finite, and its direction is 0.
+        states = [torch.where(rows[:, None] >= 0, part[rows], 0.0) for part in self.parts]
+        return torch.cat([gather_from_tensor_model_parallel_region(part) for part in states], dim=1)
 
-    def part(self, tokens: slice) -> TeacherStates:
-        """Return the states of a range of the packed tokens."""
-        return TeacherStates(self.hidden[tokens], self.weight)
+    def at(self, rows: torch.Tensor) -> TeacherStates:
+        """Return the states with other ``rows``."""
+        return TeacherStates(self.parts, self.weight, rows)
+
+
+class TeacherScores(NamedTuple):
+    """The teacher's scores of a replica's rollouts.
+
+    ``log_prob`` and ``entropy`` are float32 [N], equal on all ranks of a replica, and the student's where a sample has
+    no teacher. ``has_teacher`` is bool [B]. ``ran``: some sample of some replica has a teacher. ``states`` is for the
+    distributional objective, on the last pipeline stage.
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    has_teacher: torch.Tensor
+    ran: bool
+    states: TeacherStates | None = None
 
 
 @dataclass(frozen=True)
@@ -49,21 +70,31 @@ class ScoredRollouts:
     """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the
     sampling temperature.
 
-    ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B]. ``teacher`` is for
-    the distributional objective, on the last pipeline stage.
+    ``teacher_log_prob`` and ``teacher_entropy`` are the student's where a sample has no teacher. ``has_teacher`` is
+    bool [B]. ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B].
+    ``teacher_ran``: some sample of some replica has a teacher. ``teacher`` is for the distributional objective, on the
+    last pipeline stage.
     """
 
     student: TokenScores
     teacher_log_prob: torch.Tensor
+    teacher_entropy: torch.Tensor
+    has_teacher: torch.Tensor
     start_log_prob: torch.Tensor | None
     rollout_log_prob: torch.Tensor
     lengths: torch.Tensor
+    teacher_ran: bool
     teacher: TeacherStates | None = None
 
     @property
     def delta(self) -> torch.Tensor:
-        """Teacher log-prob minus student log-prob, all zero for an algorithm without a teacher."""
+        """Teacher log-prob minus student log-prob, exactly 0 for tokens without a teacher."""
         return self.teacher_log_prob - self.student.log_prob
+
+    @property
+    def teacher_tokens(self) -> torch.Tensor:
+        """The tokens that have a teacher, bool [N]."""
+        return self.has_teacher.repeat_interleave(self.lengths, output_size=len(self.student.log_prob))
 
     @property
     def bounds(self) -> list[int]:

@@ -1,4 +1,5 @@
-"""Copies of the policy's weights beside the live ones: the starting model, and an exponential moving average."""
+"""Copies of the policy's weights beside the live ones: the starting model, an exponential moving average, and the
+weights of some steps ago."""
 
 from __future__ import annotations
 
@@ -14,10 +15,14 @@ from dasd_megatron.models.gpt import ShardedModel
 
 
 class WeightSnapshot:
-    """This rank's shard of every parameter, copied when made. An average is kept in float32, a frozen copy in the
-    parameters' dtype."""
+    """This rank's shard of every parameter, copied when made. An average is kept in float32, other copies in the
+    parameters' dtype.
 
-    def __init__(self, model: ShardedModel, *, dtype: torch.dtype | None = None) -> None:
+    ``name``: what a checkpoint calls the copy, before the names of the model's parameters.
+    """
+
+    def __init__(self, model: ShardedModel, name: str, *, dtype: torch.dtype | None = None) -> None:
+        self.name = name
         self.tensors = [parameter.detach().to(dtype or parameter.dtype, copy=True) for parameter in model.parameters()]
 
     @contextlib.contextmanager
@@ -40,9 +45,15 @@ class WeightSnapshot:
         for tensor, parameter in zip(self.tensors, model.parameters(), strict=True):
             tensor.lerp_(parameter.detach().to(tensor.dtype), 1.0 - decay)
 
-    def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    @torch.no_grad()
+    def copy(self, model: ShardedModel) -> None:
+        """Take the live weights."""
+        for tensor, parameter in zip(self.tensors, model.parameters(), strict=True):
+            tensor.copy_(parameter)
+
+    def sharded_state_dict(self, model: ShardedModel, model_state: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters in ``model_state`` (the live model's sharded state, by chunk and name), with this
-        snapshot's tensors in their place and ``prefix`` before their keys."""
+        snapshot's tensors in their place and its name before their keys."""
         by_parameter = {
             id(parameter): tensor for parameter, tensor in zip(model.parameters(), self.tensors, strict=True)
         }
@@ -52,7 +63,7 @@ class WeightSnapshot:
             for name, value in values.items():
                 if not isinstance(value, ShardedBase) or id(value.data) not in by_parameter:
                     continue
-                changes: dict[str, Any] = {"key": prefix + value.key, "data": by_parameter[id(value.data)]}
+                changes: dict[str, Any] = {"key": f"{self.name}.{value.key}", "data": by_parameter[id(value.data)]}
                 if isinstance(value, ShardedTensor):
                     changes["dtype"] = changes["data"].dtype
                 replaced[chunk][name] = dataclasses.replace(value, **changes)

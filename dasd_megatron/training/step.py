@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dasd_megatron import backend
-from dasd_megatron.algorithms import group_relative_advantage, token_advantages
+from dasd_megatron.algorithms import RolloutFacts, group_relative_advantage, token_advantages
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
 from dasd_megatron.losses import importance_weights
 from dasd_megatron.run.checks import needs_teacher
@@ -18,10 +18,12 @@ from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_samples
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
+from dasd_megatron.training.parallel import reduce_over_replicas
 from dasd_megatron.training.passes import Distillation, UpdateResult, score, update
-from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts, TeacherStates
+from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts
 from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
 from dasd_megatron.training.step_metrics import reward_metrics, schedule_metrics, step_health, step_metrics
+from dasd_megatron.training.teacher import move_weights, score_teacher, without_teacher
 from dasd_megatron.training.trainer import Trainer
 
 
@@ -85,7 +87,14 @@ def _learn(
     algorithm = config.algorithm.at(step, config.run.steps)
     fp8_metrics = compare_fp8(trainer, share.samples, scores)
     with timers("route"):
-        routing = route(algorithm, config.loss, share, scores, config.batch.samples_per_group)
+        routing = route(
+            algorithm,
+            config.loss,
+            share,
+            scores,
+            samples_per_group=config.batch.samples_per_group,
+            success_reward=config.teacher.success_reward,
+        )
     with timers("update"):
         updates = update_policy(trainer, share.samples, scores, routing, algorithm)
     report_not_applied(trainer, updates)
@@ -111,45 +120,22 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
     if config.loss.kl_coef > 0 and learner.start is not None:
         with learner.start.applied(learner.model):
             start_log_prob = score(learner.model, batches, config.loss, temperature=temperature).log_prob
-    teacher_log_prob, teacher = student.log_prob, None
     if needs_teacher(config.algorithm):
-        teacher_log_prob, teacher = _score_teacher(trainer, samples, layout)
+        teacher = score_teacher(trainer, samples, student, layout)
+    else:
+        teacher = without_teacher(samples, student)
     log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
     return ScoredRollouts(
         student=student,
-        teacher_log_prob=teacher_log_prob,
+        teacher_log_prob=teacher.log_prob,
+        teacher_entropy=teacher.entropy,
+        has_teacher=teacher.has_teacher,
         start_log_prob=start_log_prob,
         rollout_log_prob=torch.tensor(log_probs, dtype=torch.float32, device=device),
         lengths=torch.tensor([len(sample.sampled) for sample in samples], device=device),
-        teacher=teacher,
+        teacher_ran=teacher.ran,
+        teacher=teacher.states,
     )
-
-
-def _score_teacher(
-    trainer: Trainer, samples: Sequence[Sample], layout: BatchLayout
-) -> tuple[torch.Tensor, TeacherStates | None]:
-    """Score the responses behind the privileged prompts; returns their log-probs and, for the distributional objective
-    and on the last pipeline stage, what its divergence needs."""
-    config, learner = trainer.config, trainer.learner
-    # A sample without a teacher is scored behind its own prompt.
-    prompts = [sample.teacher_prompt_ids or sample.prompt_ids for sample in samples]
-    batches = batch_samples(samples, prompts, layout)
-    weights = {"live": None, "frozen": learner.start, "ema": learner.average}[config.teacher.weights]
-    with weights.applied(learner.model) if weights is not None else contextlib.nullcontext():
-        scores = score(
-            learner.model,
-            batches,
-            config.loss,
-            temperature=config.rollout.temperature,
-            keep_hidden=config.algorithm.is_distributional,
-        )
-        if scores.hidden is None:
-            return scores.log_prob, None
-        # The divergence needs the head that the teacher was scored with. The first update changes the live one, while
-        # a snapshot stays as it is.
-        changes = weights is None and config.batch.minibatches * config.batch.epochs > 1
-        head = learner.model.head_weight().detach()
-        return scores.log_prob, TeacherStates(scores.hidden, head.clone() if changes else head)
 
 
 def route(
@@ -157,14 +143,20 @@ def route(
     loss: PolicyLossConfig,
     share: ReplicaShare,
     scores: ScoredRollouts,
+    *,
     samples_per_group: int,
+    success_reward: float,
 ) -> Routing:
-    """Make the tokens' advantages and directions of rewards and scores. No collectives."""
+    """Make the tokens' advantages and directions of rewards and scores. One all-reduce over replicas for a method whose
+    weights have a mean of 1, no collectives for others."""
     rewards = torch.tensor(share.rewards, device=scores.lengths.device)
     all_advantages = group_relative_advantage(
         rewards, samples_per_group=samples_per_group, normalize_std=settings.normalize_std
     )
     verifier_advantage = all_advantages[share.places]
+    # Compared as the rewards are given: float32 would put one at the threshold on either side.
+    is_right = torch.tensor([reward >= success_reward for reward in share.rewards], device=rewards.device)
+    solve_rate = is_right.float().view(-1, samples_per_group).mean(1).repeat_interleave(samples_per_group)
     advantage, credit = token_advantages(
         settings.name,
         settings.method_settings,
@@ -172,6 +164,13 @@ def route(
         entropy=scores.student.entropy,
         delta=scores.delta,
         lengths=scores.lengths,
+        facts=RolloutFacts(
+            has_teacher=scores.has_teacher,
+            is_right=is_right[share.places],
+            solve_rate=solve_rate[share.places],
+            teacher_entropy=scores.teacher_entropy if scores.teacher_ran else None,
+        ),
+        sum_over_replicas=reduce_over_replicas,
     )
     importance = None
     if loss.importance_sampling != "none":
@@ -193,7 +192,7 @@ def update_policy(
     routing: Routing,
     algorithm: AlgorithmConfig,
 ) -> list[UpdateResult]:
-    """Take an optimizer step on each minibatch of the rollouts, over all epochs, and move the averaged weights after
+    """Take an optimizer step on each minibatch of the rollouts, over all epochs, and let the teacher's weights follow
     the live ones; returns one result for each optimizer step. Collective over all ranks."""
     config, learner = trainer.config, trainer.learner
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
@@ -204,9 +203,9 @@ def update_policy(
         minibatch = samples[first : first + share]
         tokens = slice(bounds[first], bounds[first + share])
         distillation = None
-        if config.algorithm.is_distributional:
-            teacher = None if scores.teacher is None else scores.teacher.part(tokens)
-            distillation = Distillation(routing.credit.omega[tokens], teacher, algorithm)
+        if config.algorithm.is_distributional and scores.teacher_ran:
+            teacher = None if scores.teacher is None else scores.teacher.at(scores.teacher.rows[tokens])
+            distillation = Distillation(routing.credit.omega[tokens], scores.teacher_tokens[tokens], teacher, algorithm)
         results.append(
             update(
                 learner.model,
@@ -221,6 +220,5 @@ def update_policy(
             )
         )
     learner.model.gather_parameters()
-    if learner.average is not None:
-        learner.average.average_in(learner.model, config.teacher.ema_decay)
+    move_weights(learner, config.teacher, trainer.state.step)
     return results

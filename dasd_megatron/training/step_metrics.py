@@ -52,17 +52,22 @@ def step_metrics(
     """
     log_ratio = (scores.student.log_prob - scores.rollout_log_prob).double()
     pushed = (routing.credit.omega < 0).double()
+    has_teacher = scores.teacher_tokens
     own_sums = {
         "tokens": torch.ones_like(log_ratio).sum(),
         "kl": (log_ratio.exp() - 1.0 - log_ratio).sum(),
         "difference": log_ratio.abs().sum(),
         "pushed": pushed.sum(),
         "pushed_log_prob": (scores.student.log_prob.double() * pushed).sum(),
+        "teacher_tokens": has_teacher.double().sum(),
+        "teacher_entropy": (scores.teacher_entropy.double() * has_teacher).sum(),
     }
     if routing.importance is not None:
         own_sums["importance"] = routing.importance.weights.double().sum()
         own_sums["importance_cut"] = routing.importance.cut.double().sum()
-    routed = credit_statistics(routing.credit, scores.student.entropy, scores.delta, routing.advantage)
+    routed = credit_statistics(
+        routing.credit, scores.student.entropy, scores.delta, routing.advantage, taught=has_teacher
+    )
     reduced = reduce_over_replicas(torch.cat([torch.stack([*own_sums.values()]), routed.sums]))
     maxima = reduce_over_replicas(torch.cat([log_ratio.abs().max()[None], routed.maxima]), dist.ReduceOp.MAX)
     sums = dict(zip(own_sums, reduced.tolist(), strict=False))
@@ -75,6 +80,8 @@ def step_metrics(
     }
     if sums["pushed"]:
         metrics["credit/pushed_log_prob_mean"] = sums["pushed_log_prob"] / sums["pushed"]
+    if sums["teacher_tokens"]:
+        metrics["teacher/entropy_mean"] = sums["teacher_entropy"] / sums["teacher_tokens"]
     if routing.importance is not None:
         metrics["rollout/importance_mean"] = sums["importance"] / sums["tokens"]
         metrics["rollout/importance_cut_share"] = sums["importance_cut"] / sums["tokens"]
@@ -93,8 +100,9 @@ def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:
     applied = [update for update in updates if update.applied]
     metrics: dict[str, float] = {"update/skipped": len(updates) - len(applied)}
     if applied:
-        for name in applied[0].means:
-            metrics[f"update/{name}"] = _mean([update.means[name] for update in applied])
+        for name in {name: None for update in applied for name in update.means}:
+            # No token of a minibatch may have a teacher, and then its update reports no divergence.
+            metrics[f"update/{name}"] = _mean([update.means[name] for update in applied if name in update.means])
         metrics["update/grad_norm"] = _mean([update.grad_norm for update in applied])
         metrics["update/lr"] = applied[-1].lr
     return metrics

@@ -48,12 +48,13 @@ from dasd_megatron.verify.grader import Grader
 
 class Learner(NamedTuple):
     """The policy that learns, its optimizer, and copies of its weights where the configuration reads them: ``start`` as
-    they were when the run began, and ``average`` over the run."""
+    they were when the run began, and ``teacher`` of a teacher that follows the policy, an average or a snapshot, which
+    checkpoints hold."""
 
     model: ShardedModel
     optimizer: OptimizerState
     start: WeightSnapshot | None
-    average: WeightSnapshot | None
+    teacher: WeightSnapshot | None
 
 
 @dataclass(kw_only=True)
@@ -123,7 +124,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
         learner = build_learner(config, model_path)
         state = TrainerState()
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.average)
+            state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.teacher)
             if logger is not None:
                 _drop_later_results(paths.root, checkpoint, state.step, logger, display)
             display.message(f"resumed from {checkpoint} at step {state.step}")
@@ -133,7 +134,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
                 config.checkpoint,
                 learner.model,
                 learner.optimizer,
-                learner.average,
+                learner.teacher,
                 template_dir=hf_files,
                 timeout_seconds=config.backend.timeout_seconds,
             )
@@ -174,10 +175,15 @@ def build_learner(config: Config, model_path: Path) -> Learner:
     optimizer = build_optimizer(
         config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
     )
-    teacher_weights = config.teacher.weights if needs_teacher(config.algorithm) else None
-    start = WeightSnapshot(model) if config.loss.kl_coef > 0 or teacher_weights == "frozen" else None
-    average = WeightSnapshot(model, dtype=torch.float32) if teacher_weights == "ema" else None
-    return Learner(model, optimizer, start, average)
+    weights = config.teacher.weights if needs_teacher(config.algorithm) else "live"
+    start = teacher = None
+    if config.loss.kl_coef > 0 or weights in ("frozen", "trust_region"):
+        start = WeightSnapshot(model, "start")
+    if weights == "ema":
+        teacher = WeightSnapshot(model, "average", dtype=torch.float32)
+    elif weights == "snapshot":
+        teacher = WeightSnapshot(model, "snapshot")
+    return Learner(model, optimizer, start, teacher)
 
 
 def open_logger(

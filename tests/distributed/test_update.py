@@ -1,5 +1,5 @@
 """The distributional update equals the formulas, computed densely by transformers, in several layouts, precisions and
-divergences; and tokens that the policy did not sample are context in it."""
+divergences, where some responses have no teacher; and tokens that the policy did not sample are context in it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ TP2, PP2, VPP2 = (
     "parallel.pipeline_model_parallel_size=2",
     "parallel.virtual_pipeline_model_parallel_size=2",
 )
+MIXTURE = ["teacher.weights=trust_region", "teacher.trust_region_mix=0.3"]
 CASES = {
     "single": ("qwen3-tied", "reverse_kl", 1, ["parallel=single"]),
-    "tp2-sp": ("qwen2-untied", "jsd", 2, ["parallel=single", TP2, "parallel.sequence_parallel=true"]),
-    "pp2-vpp2": ("qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2]),
+    "tp2-sp, mixture": (
+        "qwen2-untied", "jsd", 2, ["parallel=single", TP2, "parallel.sequence_parallel=true", *MIXTURE]
+    ),
+    "pp2-vpp2, mixture": ("qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2, *MIXTURE]),
     "bf16": ("qwen2-untied", "reverse_kl", 1, ["parallel=single", "precision=bf16"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

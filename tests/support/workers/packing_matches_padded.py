@@ -34,7 +34,7 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
-from dasd_megatron.training.passes import Distillation, UpdateResult, score, update  # noqa: E402
+from dasd_megatron.training.passes import Distillation, UpdateResult, hidden_states, score, update  # noqa: E402
 from dasd_megatron.training.scores import TeacherStates, TokenScores  # noqa: E402
 
 parallel.initialize(config)
@@ -84,9 +84,12 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
     batches = batches_of(prompts, packing)
     assert all((batch.starts is not None) == packing for batch in batches)
     student = score(model, batches, config.loss, temperature=1.0)
-    teacher = score(model, batches_of(teacher_prompts, packing), config.loss, temperature=1.0, keep_hidden=True)
+    teacher = hidden_states(model, batches_of(teacher_prompts, packing))
     distillation = Distillation(
-        omega.clamp(-1, 1), TeacherStates(teacher.hidden, model.head_weight().detach()), config.algorithm
+        omega.clamp(-1, 1),
+        torch.ones(total, dtype=torch.bool, device=device),
+        TeacherStates((teacher,), model.head_weight().detach(), torch.arange(total, device=device)),
+        config.algorithm,
     )
     result = update(
         model, optimizer, batches, old_log_prob=expected.log_prob.float() + 0.05 * noise, advantage=advantage,

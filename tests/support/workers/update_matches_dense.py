@@ -1,12 +1,14 @@
 """Scoring and one update of the distributional objective against the formulas, computed densely by transformers from
-the same weights.
+the same weights. Some responses have no teacher.
 
 The reference knows nothing of our statistics: logits of student and teacher, log-softmax, and the definitions. Most
 responses have tokens that the policy did not sample, of which the formulas know nothing either.
 """
 
+import copy
 import json
 import sys
+from types import SimpleNamespace
 
 from dasd_megatron import backend
 from dasd_megatron.config import load_config
@@ -22,17 +24,22 @@ import torch.distributed as dist  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
+from dasd_megatron.samples import Sample  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
-from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
+from dasd_megatron.training.batching import BatchLayout, batch_samples  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import Distillation, score, update  # noqa: E402
-from dasd_megatron.training.scores import TeacherStates  # noqa: E402
+from dasd_megatron.training.snapshots import WeightSnapshot  # noqa: E402
+from dasd_megatron.training.teacher import score_teacher  # noqa: E402
+from dasd_megatron.training.trainer import Learner  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
 optimizer = build_optimizer(config.optimizer, model, steps=1, updates_per_step=1)
 half = config.precision.params_dtype == "bf16"
-temperature = 0.7
+config.rollout.temperature = temperature = 0.7
+# The frozen model of a mixture has the live one's weights times this.
+FROZEN = 0.8
 generator = torch.Generator().manual_seed(arguments["seed"])
 
 
@@ -50,14 +57,33 @@ masks: list[list[int] | None] = [
 masks[0] = None
 for mask in masks[1:]:
     mask[int(torch.randint(0, len(mask), (1,), generator=generator))] = 1
+untaught = int(torch.randint(1, 7, (1,), generator=generator))
+taught = [0 < index != untaught for index in range(7)]
+samples = [
+    Sample(
+        index, 0, index, "", "", "", "", prompt, response, [], "", "stop", [], 0.0, None, False, mask,
+        teacher_prompt_ids=teacher_prompt if has_teacher else None,
+    )
+    for index, (prompt, response, mask, teacher_prompt, has_teacher) in enumerate(
+        zip(prompts, responses, masks, teacher_prompts, taught, strict=True)
+    )
+]  # fmt: skip
 layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
-batches, teacher_batches = (
-    make_micro_batches(contexts, responses, layout, response_mask=masks) for contexts in (prompts, teacher_prompts)
-)
+batches = batch_samples(samples, prompts, layout)
 student = score(model, batches, config.loss, temperature=temperature)
-teacher = score(model, teacher_batches, config.loss, temperature=temperature, keep_hidden=True)
+start = None
+if config.teacher.weights == "trust_region":
+    start = WeightSnapshot(model, "start")
+    for values in start.tensors:
+        values.mul_(FROZEN)
+trainer = SimpleNamespace(config=config, learner=Learner(model, optimizer, start, None))
+teacher = score_teacher(trainer, samples, student, layout)
 total = len(student.log_prob)
+sizes = torch.tensor([len(sample.sampled) for sample in samples])
+has_teacher = torch.tensor(taught).repeat_interleave(sizes)
+assert teacher.ran and teacher.has_teacher.tolist() == taught
 omega, advantage = torch.rand(total, generator=generator) * 2 - 1, torch.randn(total, generator=generator)
+omega = torch.where(has_teacher, omega, 0.0)
 # Off by a little, so that the ratio of the surrogate is not 1.
 old_log_prob = student.log_prob + 0.05 * torch.randn(total, generator=generator)
 
@@ -70,16 +96,25 @@ chosen = torch.cat(
 ).bool()
 
 
-def dense_log_probs(all_prompts: list[list[int]]) -> torch.Tensor:
-    """[N, V] of the sampled tokens' distributions."""
+def dense_logits(of: torch.nn.Module, all_prompts: list[list[int]]) -> torch.Tensor:
+    """[N, V] before the sampled tokens."""
     parts = [
-        (reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        of(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
         for prompt, response in zip(all_prompts, responses, strict=True)
     ]
     return torch.cat(parts)[chosen]
 
 
-log_p, log_q = dense_log_probs(prompts), dense_log_probs(teacher_prompts).detach()
+log_p = dense_logits(reference, prompts).log_softmax(-1)
+with torch.no_grad():
+    teacher_logits = dense_logits(reference, teacher_prompts)
+    if start is not None:
+        frozen = copy.deepcopy(reference)
+        for parameter in frozen.parameters():
+            parameter.mul_(FROZEN)
+        mix = config.teacher.trust_region_mix
+        teacher_logits = (1 - mix) * dense_logits(frozen, teacher_prompts) + mix * teacher_logits
+    log_q = teacher_logits.log_softmax(-1)
 targets = torch.tensor([token for response in responses for token in response])[chosen]
 log_prob = log_p.gather(1, targets[:, None])[:, 0]
 p, q, w = log_p.exp(), log_q.exp(), config.algorithm.jsd_weight
@@ -113,23 +148,30 @@ def assert_near(found: float, expected: torch.Tensor, name: str) -> None:
     )
 
 
+log_q_of_token = log_q.gather(1, targets[:, None])[:, 0]
 for name, found, expected in (
     ("student", student.log_prob, log_prob),
-    ("teacher", teacher.log_prob, log_q.gather(1, targets[:, None])[:, 0]),
+    ("teacher", teacher.log_prob[has_teacher], log_q_of_token[has_teacher]),
+    ("teacher's entropy", teacher.entropy[has_teacher], -(log_q.exp() * log_q).sum(-1)[has_teacher]),
 ):
     assert_near(float((found.double() - expected).abs().mean()), torch.tensor(0.0), name)
+assert torch.equal(teacher.log_prob[~has_teacher], student.log_prob[~has_teacher])
+assert torch.equal(teacher.entropy[~has_teacher], student.entropy[~has_teacher])
 
-states = None if teacher.hidden is None else TeacherStates(teacher.hidden, model.head_weight().detach().clone())
 before = [parameter.detach().clone() for parameter in model.parameters()]
 result = update(
     model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None,
-    distillation=Distillation(omega, states, config.algorithm), settings=config.loss, temperature=temperature,
+    distillation=Distillation(omega, has_teacher, teacher.states, config.algorithm), settings=config.loss,
+    temperature=temperature,
 )  # fmt: skip
 assert_near(result.means["loss"], expected_loss, "loss")
-assert_near(result.means["divergence"], divergence.mean(), "divergence")
+assert_near(result.means["divergence"], divergence[has_teacher].mean(), "divergence")
 capped_share = result.means["capped_share"]
-capped = torch.where(omega < 0, divergence >= cap, divergence >= pull_cap).double().mean()
-assert abs(capped_share - float(capped)) <= (0.1 if half else 1.01 / total), (capped_share, float(capped))
+capped = torch.where(omega < 0, divergence >= cap, divergence >= pull_cap)[has_teacher].double().mean()
+assert abs(capped_share - float(capped)) <= (0.1 if half else 1.01 / int(has_teacher.sum())), (
+    capped_share,
+    float(capped),
+)
 # The whole gradient is that of the sampled tokens.
 assert abs(result.grad_norm - expected_norm) <= (0.05 if half else 1e-4) * expected_norm, (
     result.grad_norm,

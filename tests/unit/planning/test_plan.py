@@ -111,7 +111,7 @@ def test_copies_of_the_weights_are_counted() -> None:
         memory = plan_of(changed).fullest
         return memory.snapshots / memory.state.parameters
 
-    assert [snapshots("dasd", weights) for weights in ("live", "frozen", "ema")] == [0, 2, 4]
+    assert [snapshots("dasd", weights) for weights in ("live", "frozen", "ema", "snapshot")] == [0, 2, 4, 2]
     # GRPO has no teacher, so it keeps none; the KL penalty needs the starting model.
     assert [snapshots("grpo", "frozen"), snapshots("grpo", "ema", kl_coef=0.1)] == [0, 2]
 

@@ -74,9 +74,12 @@ def test_statistics_stand_beside_the_tokens_that_were_sampled(tmp_path: Path) ->
     scores = ScoredRollouts(
         student=TokenScores(-tokens, tokens),
         teacher_log_prob=-2 * tokens,
+        teacher_entropy=tokens,
+        has_teacher=torch.tensor([True, True, True]),
         start_log_prob=None,
         rollout_log_prob=-tokens,
         lengths=torch.tensor([2, 3, 3]),
+        teacher_ran=True,
     )
     credit = Credit(tokens / 10, tokens, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]), tokens)
     routing = Routing(torch.tensor([0.5, -0.5, 1.0]), 10 * tokens, credit, None)

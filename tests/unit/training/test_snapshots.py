@@ -30,7 +30,7 @@ class Model:
 
 def test_a_copy_stays_when_the_model_learns() -> None:
     model = Model()
-    start = WeightSnapshot(model)
+    start = WeightSnapshot(model, "start")
     storages = [parameter.data_ptr() for parameter in model.weights]
     model.fill(9.0)
     with start.applied(model):
@@ -42,7 +42,7 @@ def test_a_copy_stays_when_the_model_learns() -> None:
 
 def test_live_weights_come_back_after_an_error() -> None:
     model = Model()
-    start = WeightSnapshot(model)
+    start = WeightSnapshot(model, "start")
     model.fill(9.0)
     with pytest.raises(ZeroDivisionError), start.applied(model):
         raise ZeroDivisionError
@@ -51,7 +51,7 @@ def test_live_weights_come_back_after_an_error() -> None:
 
 def test_an_average_keeps_what_half_precision_would_round_away() -> None:
     model = Model(torch.bfloat16)
-    average = WeightSnapshot(model, dtype=torch.float32)
+    average = WeightSnapshot(model, "average", dtype=torch.float32)
     model.fill(3.0)
     average.average_in(model, decay=0.999)
     assert average.tensors[0].tolist() == pytest.approx([1.002, 2.001], abs=1e-6)
@@ -61,9 +61,22 @@ def test_an_average_keeps_what_half_precision_would_round_away() -> None:
         assert {parameter.dtype for parameter in model.weights} == {torch.bfloat16}
 
 
+def test_a_snapshot_takes_the_weights_of_its_moment() -> None:
+    model = Model(torch.bfloat16)
+    snapshot = WeightSnapshot(model, "snapshot")
+    tensors = snapshot.tensors
+    model.fill(9.0)
+    snapshot.copy(model)
+    model.fill(3.0)
+    assert [tensor.tolist() for tensor in snapshot.tensors] == [[9.0, 9.0], [9.0]]
+    # A checkpoint that is being written refers to the tensors.
+    assert all(tensor is old for tensor, old in zip(snapshot.tensors, tensors, strict=True))
+    assert {tensor.dtype for tensor in snapshot.tensors} == {torch.bfloat16}
+
+
 def test_a_checkpoint_gets_the_copies_under_keys_of_their_own() -> None:
     model = Model(torch.bfloat16)
-    average = WeightSnapshot(model, dtype=torch.float32)
+    average = WeightSnapshot(model, "average", dtype=torch.float32)
 
     def sharded(key: str, data: torch.Tensor) -> ShardedTensor:
         return ShardedTensor.from_rank_offsets(key, data)
@@ -80,7 +93,7 @@ def test_a_checkpoint_gets_the_copies_under_keys_of_their_own() -> None:
     }
     # Megatron's sharded state refers to the parameters themselves.
     state["model0"]["first"].data, state["model1"]["second"].data = first, second
-    found = average.sharded_state_dict(model, state, "average.")
+    found = average.sharded_state_dict(model, state)
     assert {chunk: list(values) for chunk, values in found.items()} == {"model0": ["first"], "model1": ["second"]}
     replaced = found["model0"]["first"]
     assert (replaced.key, replaced.dtype) == ("average.layer.first", torch.float32)

@@ -21,11 +21,15 @@ def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig 
     scores = ScoredRollouts(
         student=TokenScores(torch.zeros(count), torch.ones(count)),
         teacher_log_prob=torch.zeros(count),
+        teacher_entropy=torch.ones(count),
+        has_teacher=torch.ones(len(places), dtype=torch.bool),
         start_log_prob=None,
         rollout_log_prob=torch.tensor([-1.0, 0.0] * len(places)),
         lengths=torch.full((len(places),), 2),
+        teacher_ran=True,
     )
-    return route(settings, loss, ReplicaShare([], places, REWARDS), scores, samples_per_group=2)
+    share = ReplicaShare([], places, REWARDS)
+    return route(settings, loss, share, scores, samples_per_group=2, success_reward=0.5)
 
 
 def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:

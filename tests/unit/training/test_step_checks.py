@@ -49,9 +49,12 @@ def scored(**places: tuple[int, float]) -> ScoredRollouts:
     return ScoredRollouts(
         student=TokenScores(values["log_prob"], values["entropy"]),
         teacher_log_prob=values["teacher"],
+        teacher_entropy=values["entropy"],
+        has_teacher=torch.ones(len(SAMPLES), dtype=torch.bool),
         start_log_prob=values["start"] if "start" in places else None,
         rollout_log_prob=torch.full((TOKENS,), -1.0),
         lengths=torch.tensor([len(sample.sampled) for sample in SAMPLES]),
+        teacher_ran=True,
     )
 
 
