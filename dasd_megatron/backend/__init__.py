@@ -9,11 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from dasd_megatron.backend.base import Backend
+from dasd_megatron.backend.base import NO_GPU_FOR_ROLLOUTS, Backend
 from dasd_megatron.config import BackendConfig
 from dasd_megatron.errors import ConfigError
 
-__all__ = ["Backend", "check_devices", "current", "process_environment", "select"]
+__all__ = ["Backend", "check_devices", "current", "load", "process_environment", "select"]
 
 _selected: Backend | None = None
 
@@ -22,13 +22,15 @@ def select(config: BackendConfig) -> Backend:
     """Install and return the backend named by ``config.kind``; :class:`ConfigError` when it cannot run on this
     machine."""
     global _selected
-    chosen = _load(config.kind)
+    chosen = load(config.kind)
     chosen.install(config)
     _selected = chosen
     return chosen
 
 
-def _load(kind: str) -> Backend:
+def load(kind: str) -> Backend:
+    """Return the backend of a kind of device, without a change to this process; :class:`ConfigError` for an unknown
+    kind."""
     # Each is imported only where it is chosen, for the CPU's changes torch.
     if kind == "cpu":
         from dasd_megatron.backend import cpu
@@ -46,13 +48,19 @@ def process_environment(config: BackendConfig) -> dict[str, str]:
     any Python runs."""
     # Spinning OpenMP threads make the rollout server, and anything else on the machine, ten times slower.
     common = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    return common | _load(config.kind).process_environment()
+    return common | load(config.kind).process_environment()
 
 
-def check_devices(config: BackendConfig, processes: int) -> None:
-    """Refuse (ConfigError) more processes on this machine than it has GPUs. Imports no torch."""
+def check_devices(config: BackendConfig, processes: int, rollout_device: str = "cpu") -> None:
+    """Refuse (ConfigError) more processes on this machine than it has GPUs, and a rollout server on a GPU where there
+    is none. Imports no torch.
+
+    Args:
+        processes: training processes on this machine; rollout_device: that of the server which this machine starts.
+    """
     # The launcher has to block signals before torch makes threads, so it is not asked to load a backend for this.
-    if config.kind != "cuda":
+    needed = processes if config.kind == "cuda" else 0
+    if not needed and rollout_device != "cuda":
         return
     # Another process asks torch, since the launcher must not have a CUDA context beside its workers'.
     probe = subprocess.run(
@@ -62,11 +70,14 @@ def check_devices(config: BackendConfig, processes: int) -> None:
         timeout=120,
         check=True,
     )
-    if int(probe.stdout) < processes:
+    found = int(probe.stdout)
+    if found < needed:
         raise ConfigError(
-            f"backend.kind=cuda: the parallel sizes need {processes} GPUs on this machine and torch sees "
-            f"{probe.stdout.strip()}; lower them, start on more machines, or set backend.kind=cpu"
+            f"backend.kind=cuda: the parallel sizes need {needed} GPUs on this machine and torch sees "
+            f"{found}; lower them, start on more machines, or set backend.kind=cpu"
         )
+    if not found:
+        raise ConfigError(NO_GPU_FOR_ROLLOUTS)
 
 
 def current() -> Backend:

@@ -9,6 +9,11 @@ from dasd_megatron.config import BackendConfig, PrecisionConfig
 if TYPE_CHECKING:
     import torch
 
+NO_GPU_FOR_ROLLOUTS = (
+    "rollout.device=cuda, but torch sees no GPU: run on a GPU machine with a CUDA build of torch, or set "
+    "rollout.device=cpu"
+)
+
 
 class Backend(Protocol):
     """One kind of device that a run computes on. The modules ``cpu`` and ``cuda`` are the two implementations."""
@@ -37,6 +42,16 @@ class Backend(Protocol):
 
     def collective_backend(self) -> str:
         """Return torch's name of the collectives for tensors on this device."""
+
+    def serving_device(self) -> torch.device:
+        """Return the device for the model of a rollout server, in its own process, which need not be prepared for
+        training; :class:`~dasd_megatron.errors.ConfigError` when this machine has none."""
+
+    def free_memory(self, device: torch.device) -> int:
+        """Return the bytes of ``device`` that no process has taken."""
+
+    def release_cached_memory(self) -> None:
+        """Give memory that this process has freed and kept back, so that other processes can take it."""
 
     def get_rng_state(self) -> torch.Tensor:
         """Return the state of the device's default generator, uint8 on the host."""

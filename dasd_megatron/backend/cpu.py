@@ -7,6 +7,7 @@ meaning, in this process only and only when the configuration asks for the CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import logging
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from dasd_megatron import machine
 from dasd_megatron.config import BackendConfig, PrecisionConfig
 
 _installed = False
@@ -177,6 +179,23 @@ def init_process_group(timeout_seconds: float) -> None:
 def collective_backend() -> str:
     """Return gloo."""
     return "gloo"
+
+
+def serving_device() -> torch.device:
+    """Return the CPU."""
+    return torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that the machine and a container's limit leave free."""
+    return machine.free_memory()
+
+
+def release_cached_memory() -> None:
+    """Let the C library give back what was freed; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def get_rng_state() -> torch.Tensor:

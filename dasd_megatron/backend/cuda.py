@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dasd_megatron.backend.base import NO_GPU_FOR_ROLLOUTS
 from dasd_megatron.config import BackendConfig, PrecisionConfig
 from dasd_megatron.errors import ConfigError
 
@@ -103,6 +104,28 @@ def init_process_group(timeout_seconds: float) -> None:
 def collective_backend() -> str:
     """Return NCCL's name."""
     return "nccl"
+
+
+def serving_device() -> torch.device:
+    """Return a GPU that no rank of the trainer on this machine has, or else the first one, which is then shared."""
+    # A cache that grows leaves blocks behind that are too small for it later. Segments that grow need no other place.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    count = torch.cuda.device_count()
+    if not count:
+        raise ConfigError(NO_GPU_FOR_ROLLOUTS)
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return torch.device("cuda", trainers if trainers < count else 0)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that no process on this GPU has taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def release_cached_memory() -> None:
+    """Let torch's allocator give back the blocks that hold no tensor."""
+    torch.cuda.empty_cache()
 
 
 def get_rng_state() -> torch.Tensor:

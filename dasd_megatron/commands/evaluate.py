@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dasd_megatron import backend
 from dasd_megatron.arguments import Parser
 from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
 
@@ -25,6 +26,7 @@ def evaluate(arguments: list[str]) -> None:
     else:
         named = any(argument.startswith("experiment=") for argument in arguments)
         config = load_arguments(arguments if named else ["experiment=evaluate", *arguments])
+        backend.check_devices(config.backend, 0, config.rollout.device)
         # torch and transformers come with this. A configuration that is refused does not wait for them.
         from dasd_megatron.evaluation.standalone import evaluate_model
 

@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dasd_megatron import backend
 from dasd_megatron.commands.configuration import asks_for_help, load_arguments, print_fields
 from dasd_megatron.config import Config, read_config
 from dasd_megatron.data.order import DataOrder
@@ -38,6 +39,7 @@ def collect_rollouts(arguments: list[str]) -> None:
         print_fields("rollout")
         return
     config = load_arguments(arguments)
+    backend.check_devices(config.backend, 0, config.rollout.device)
     sample_steps(config, choose_run_dir(config))
 
 

@@ -50,7 +50,9 @@ def _launch_workers(config: Config) -> None:
 
     nodes = read_nodes(config.run, config.parallel.world_size, os.environ)
     root = choose_run_dir(config)
-    backend.check_devices(config.backend, nodes.processes)
+    # The first node starts the server.
+    serves = nodes.rank == 0 and config.rollout.replay is None
+    backend.check_devices(config.backend, nodes.processes, config.rollout.device if serves else "cpu")
     if nodes.rank == 0:
         _check_port(config.rollout)
 

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from dasd_megatron.algorithms.methods import METHODS, NO_GATE
 from dasd_megatron.config.checks_rollout import (
+    check_embedded_server,
     check_functions,
     check_memory_release,
     check_servers,
@@ -458,6 +459,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_warm_start(config.warm_start, config.parallel),
     lambda config: check_optimizer(config.optimizer),
     lambda config: check_servers(config.rollout),
+    lambda config: check_embedded_server(config.rollout),
     lambda config: check_sglang_arguments(config.rollout.sglang),
     lambda config: check_functions(config.verify, config.rollout),
     lambda config: check_unfinished(config.rollout),

@@ -53,6 +53,18 @@ def check_servers(rollout: RolloutConfig) -> None:
         )
 
 
+def check_embedded_server(rollout: RolloutConfig) -> None:
+    """Refuse settings of the embedded server where another one serves."""
+    if rollout.engine == "embedded":
+        return
+    for name, given in (("device", rollout.device != "auto"), ("cache_gib", rollout.cache_gib is not None)):
+        if given:
+            raise ConfigError(
+                f"rollout.{name}={getattr(rollout, name)} is for the embedded server, and rollout.engine="
+                f"{rollout.engine}: leave it out, or write rollout.engine=embedded"
+            )
+
+
 def _check_address(field: str, address: str) -> None:
     if "@" in address:
         raise ConfigError(

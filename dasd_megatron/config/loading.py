@@ -142,6 +142,8 @@ def _to_config(values: Any) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     validate(config)
+    if config.rollout.engine == "embedded" and config.rollout.device == "auto":
+        config.rollout.device = config.backend.kind
     return config
 
 

@@ -65,6 +65,18 @@ class RolloutConfig:
         high=65535,
     )
     threads: int = setting(2, "CPU threads of the trainer's own server", low=1)
+    device: str = setting(
+        "auto",
+        "device of the embedded server. auto: that of backend.kind; cuda: a GPU that no training process has, or else "
+        "the first one, shared with the trainer; cpu",
+        choices=("auto", "cpu", "cuda"),
+    )
+    cache_gib: float | None = setting(
+        None,
+        "memory of the embedded server for keys and values, GiB; null: half of what its device has free at its start",
+        low=1e-3,
+        high=1 << 20,
+    )
     dtype: str = setting(
         "float32", "float32 or bfloat16: the weights of the trainer's own server", choices=("float32", "bfloat16")
     )

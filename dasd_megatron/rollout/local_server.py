@@ -187,6 +187,10 @@ class LocalServer:
         command = [sys.executable, "-m", "dasd_megatron.rollout.server", "--model-path", self.model_path]
         command += ["--weight-version", self.weight_version, "--fd", str(descriptor), "--dtype", rollout.dtype]
         command += ["--threads", str(rollout.threads), "--max-batch-size", str(rollout.max_batch_size)]
+        if rollout.device != "auto":
+            command += ["--device", rollout.device]
+        if rollout.cache_gib is not None:
+            command += ["--cache-gib", str(rollout.cache_gib)]
         return command + ["--exit-with-parent"] + (["--deterministic"] if rollout.deterministic else [])
 
     def _bind(self) -> socket.socket:

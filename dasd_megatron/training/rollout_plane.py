@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from dasd_megatron import backend
 from dasd_megatron.config import Config
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import DataError, Problem
@@ -181,6 +182,8 @@ class RolloutPlane:
         if self.collector is not None:
             self.collector.before_sync()
         self.fleet.pool.expect(policy.version)
+        if self.config.rollout.release_memory:
+            backend.current().release_cached_memory()
         self.fleet.resume_memory("weights")
         if self.fleet.starts_server and self.directory.is_empty():
             # A server starts from a directory, whichever way its later weights come.

@@ -82,7 +82,7 @@ def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(
         assert len(drawn) == len(set(drawn)) == 12
 
 
-@pytest.mark.parametrize("engine", ["embedded", "sglang"])
+@pytest.mark.parametrize("engine", ["embedded", pytest.param("sglang", marks=pytest.mark.drill)])
 def test_stragglers_are_retracted_and_go_on_under_new_weights(engine: str, tmp_path: Path, rewards: list[str]) -> None:
     options = [
         *NO_EVALUATION,

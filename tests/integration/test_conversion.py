@@ -103,9 +103,8 @@ def test_it_comes_back_bit_for_bit(smollm2: Path, checkpoint: Path, tmp_path: Pa
 
 
 # All families do so in all layouts, as small models, in tests/distributed/test_model_parallel.py.
-@pytest.mark.parametrize(
-    "layout", [name if name == "tp3" else pytest.param(name, marks=pytest.mark.drill) for name in LAYOUTS]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_computes_the_same_in_every_layout(layout: str, smollm2: Path, checkpoint: Path, tmp_path: Path) -> None:
     nproc, overrides = LAYOUTS[layout]
     entry = {

@@ -235,6 +235,7 @@ def test_one_of_two_servers_has_another_model(
             asyncio.run(check_updated(over))
 
 
+@pytest.mark.drill
 def test_real_sglang_that_takes_the_weights_of_a_deeper_model(models: dict[str, Path], tmp_path: Path) -> None:
     """It leaves out the layers that it has not, and says that all went well: what it computes gives it away."""
     sglang = SGLangConfig(backend="cpu", python=sglang_python(), max_total_tokens=4096)

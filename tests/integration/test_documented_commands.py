@@ -214,8 +214,15 @@ def serve(text: str, folder: Path) -> None:
         process.kill()
 
 
+# Real SGLang starts for a minute. tests/integration/rollout_contract starts one in `make test`.
 @pytest.mark.parametrize(
-    "command", [command for command in all_commands() if here(command)], ids=lambda command: command.text[:60]
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.drill] if "--engine sglang" in command.text else [])
+        for command in all_commands()
+        if here(command)
+    ],
+    ids=lambda command: command.text[:60],
 )
 def test_a_documented_command_runs(command: Command, folder: Path) -> None:
     text = typed(command.text)

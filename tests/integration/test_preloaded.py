@@ -84,8 +84,8 @@ def test_all_processes_of_a_run_are_forked_and_end_with_the_launcher(tmp_path: P
 
 
 def test_interpreters_that_are_started_make_the_same_run(tmp_path: Path) -> None:
-    """The way of a user: nothing is preloaded, in the launcher, two ranks and a server."""
-    options = [*NO_EVALUATION, "parallel=tp2", "run.steps=2"]
+    """The way of a user: nothing is preloaded, in the launcher, a rank and a server."""
+    options = [*NO_EVALUATION, "run.steps=2"]
     with preloaded.real_start():
         train(*options, f"run.dir={tmp_path / 'started'}")
     train(*options, f"run.dir={tmp_path / 'forked'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -38,7 +39,12 @@ print("imported", status, *sorted({name.partition(".")[0] for name in sys.module
 def run(*arguments: str) -> tuple[int, str, set[str]]:
     """Return the status of a command in a process of its own, what it says, and the packages that it has imported."""
     child = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
     *said, last = child.stdout.splitlines()
     _, status, *packages = last.split()
@@ -54,6 +60,7 @@ def run(*arguments: str) -> tuple[int, str, set[str]]:
         (["evaluate", "--help"], 0, "evaluation.benchmarks", HEAVY),
         (["train", "experiment=quickstart", "run.stepz=3"], 1, "did you mean run.steps?", HEAVY),
         (["train", "experiment=quickstart", "algorithm.rho=2"], 1, "algorithm.rho=2", HEAVY),
+        (["train", "experiment=quickstart", "rollout.device=cuda"], 1, "torch sees no GPU", HEAVY),
         (["evaluate", "run.stepz=3"], 1, "did you mean run.steps?", HEAVY),
         (["plan", "model=qwen3_8b"], 0, "8,190,735,360 in all", HEAVY),
         (["plan", "experiment=quickstart"], 0, "fits", HEAVY),

@@ -81,14 +81,15 @@ class DecodingBatch:
         self.cache = cache
         self.mask = mask
         self.positions = positions
-        self.next_ids = torch.zeros(len(rows), dtype=torch.int64)
+        self.next_ids = torch.zeros(len(rows), dtype=torch.int64, device=mask.device)
         self._read_params()
 
     def _read_params(self) -> None:
         params = [row.params for row in self.rows]
-        self.temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64)
-        self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
-        self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.int64)
+        device = self.mask.device
+        self.temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+        self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device)
         self.seeds = np.array([p.seed for p in params], dtype=np.int64)
         self.longest_minimum = max((p.min_new_tokens for p in params), default=0)
 
@@ -102,7 +103,7 @@ class DecodingBatch:
             return False
         if 8 * (len(self.rows) - len(keep)) < len(self.rows):
             return True
-        index = torch.tensor(keep)
+        index = torch.tensor(keep, device=self.mask.device)
         mask = self.mask[index]
         start = int(mask.any(0).nonzero()[0])
         self.mask = mask[:, start:]
@@ -154,14 +155,18 @@ def prefill_groups(rows: Sequence[Row]) -> list[list[Row]]:
     return groups
 
 
-def pad_left(sequences: Sequence[Sequence[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and mask, both [B, length] int64, of sequences of at most ``length`` tokens; 0 on padding."""
-    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+def pad_left(
+    sequences: Sequence[Sequence[int]], length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids and mask, both [B, length] int64 on ``device``, of sequences of at most ``length`` tokens; 0 on
+    padding."""
+    # They are filled on the host: on a GPU each row would be a copy of its own.
+    ids = np.zeros((len(sequences), length), dtype=np.int64)
+    mask = np.zeros_like(ids)
     for i, sequence in enumerate(sequences):
-        ids[i, length - len(sequence) :] = torch.tensor(sequence)
+        ids[i, length - len(sequence) :] = sequence
         mask[i, length - len(sequence) :] = 1
-    return ids, mask
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -181,7 +186,7 @@ def record_prompt_log_probs(row: Row, logits: torch.Tensor, first: int) -> None:
     if start >= end:
         return
     log_probs = torch.log_softmax(logits[start - first : end - first].double(), dim=-1)
-    targets = torch.tensor(row.prompt[start + 1 : end + 1], dtype=torch.int64)
+    targets = torch.tensor(row.prompt[start + 1 : end + 1], dtype=torch.int64, device=logits.device)
     row.input_log_probs += log_probs.gather(-1, targets[:, None])[:, 0].tolist()
     if row.top_logprobs:
         values, ids = (t.tolist() for t in log_probs.topk(row.top_logprobs))

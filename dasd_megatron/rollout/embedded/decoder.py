@@ -65,7 +65,7 @@ class Decoder:
         Batched decoding would be silently wrong otherwise. Raises ModelDirectoryError.
         """
         cache = GrowingCache(self._num_layers)
-        token = torch.zeros(1, 1, dtype=torch.int64)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
             self._forward(token, torch.ones_like(token), torch.zeros_like(token), cache, last_only=True)
         except Exception as error:  # whatever the architecture trips over
@@ -116,10 +116,10 @@ class Decoder:
         distinct = list(dict.fromkeys(tuple(row.prompt) for row in rows))
         index = {prompt: i for i, prompt in enumerate(distinct)}
         longest = max(map(len, distinct))
-        ids, mask = pad_left(distinct, longest)
+        ids, mask = pad_left(distinct, longest, self.model.device)
         positions = positions_of(mask)
         cache = GrowingCache(self._num_layers)
-        select = torch.tensor([index[tuple(row.prompt)] for row in rows])
+        select = torch.tensor([index[tuple(row.prompt)] for row in rows], device=ids.device)
         wants_prompt = any(row.logprob_start < len(row.prompt) for row in rows)
         for row in rows:
             row.input_log_probs, row.input_top = [], []
@@ -156,7 +156,8 @@ class Decoder:
         """Compute the keys and values of what a batch has read and drawn under the weights that are served now."""
         length = batch.mask.shape[1]
         # The last token of each row is drawn, but not yet read.
-        ids, _ = pad_left([[*row.prompt, *row.output_ids[:-1]][-length:] for row in batch.rows], length)
+        read = [[*row.prompt, *row.output_ids[:-1]][-length:] for row in batch.rows]
+        ids, _ = pad_left(read, length, self.model.device)
         positions = positions_of(batch.mask)
         cache = GrowingCache(self._num_layers)
         columns = max(1, PREFILL_TOKENS // len(batch.rows))
@@ -175,7 +176,7 @@ class Decoder:
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
-            cache_position=torch.arange(past, mask.shape[1]),
+            cache_position=torch.arange(past, mask.shape[1], device=mask.device),
             use_cache=True,
             **({"logits_to_keep": 1} if last_only and self._keeps_last_logits else {}),
         )
@@ -185,7 +186,8 @@ class Decoder:
         """Draw the next token of every row from [B, V] logits and record it; return the rows that end with it."""
         if batch.longest_minimum:
             logits = _bar_stops(batch.rows, logits)
-        uniforms = torch.from_numpy(counter_uniforms(batch.seeds, batch.positions.numpy()))
+        # Drawn on the host, so that a seed gives the same uniforms whatever the device.
+        uniforms = torch.from_numpy(counter_uniforms(batch.seeds, batch.positions.cpu().numpy())).to(logits.device)
         tokens, log_probs = sample_tokens(logits, batch.temperature, batch.top_k, batch.top_p, uniforms)
         batch.next_ids = tokens
         chosen = log_probs.gather(-1, tokens[:, None])[:, 0].tolist()

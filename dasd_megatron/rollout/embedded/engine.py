@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from dasd_megatron import backend
 from dasd_megatron.rollout.embedded.batch import DecodingBatch
 from dasd_megatron.rollout.embedded.decoder import Decoder, internal_error
 from dasd_megatron.rollout.embedded.loading import (
@@ -83,18 +83,21 @@ class Engine:
         self,
         model_path: str,
         *,
+        device: torch.device,
         dtype: torch.dtype,
         max_batch_size: int,
         weight_version: str,
         deterministic: bool,
         cache_bytes: int,
     ):
-        model = load_model(model_path, dtype)
+        model = load_model(model_path, dtype, device)
         self.tokenizer = load_tokenizer(model_path)
         self.config = copy.deepcopy(model.config)
         self.model_path = model_path
         self.weight_version = weight_version
+        self.device = device
         self.dtype = dtype
+        self.cache_bytes = cache_bytes
         self.max_batch_size = max_batch_size
         self.deterministic = deterministic
         embeddings: Any = model.get_input_embeddings()
@@ -107,6 +110,7 @@ class Engine:
         self.context_length = context_length
         self.eos_ids = _end_of_sequence_ids(self.config, model.generation_config, self.tokenizer)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._decoder = Decoder(model, self.tokenizer, context_length=context_length, model_path=model_path)
         self.cache_tokens = cache_bytes // (CACHE_COPIES * self._decoder.cache_token_bytes)
         """Tokens, padding included, whose keys and values a batch of several rows may hold."""
@@ -205,9 +209,11 @@ class Engine:
     def update_from_disk(self, model_path: str, weight_version: str | None) -> Future[UpdateResult]:
         """Queue a weight update behind the requests that came before it; raises EngineClosedError."""
         weights = sum(shape.numel() for shape in self.shapes.values())
-        return self._queue_update(
-            UpdateJob(lambda: load_update(model_path, self.dtype, self.config, weights), model_path, weight_version)
-        )
+
+        def load() -> PreTrainedModel:
+            return load_update(model_path, self.dtype, self.device, self.config, weights)
+
+        return self._queue_update(UpdateJob(load, model_path, weight_version))
 
     def replace_model(self, model: PreTrainedModel) -> Future[UpdateResult]:
         """Queue an update to a model in memory, of the served one's architecture and dtype, under the old version.
@@ -289,9 +295,7 @@ class Engine:
                 self._weights_lost = True
                 for parameter in self.model.parameters():
                     parameter.data = parameter.data.new_empty(0)
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc keeps what was freed
-        if trim is not None:
-            trim(0)
+        backend.load(self.device.type).release_cached_memory()
 
     def resume_memory(self, tags: Sequence[str] | None) -> None:
         """End the release of these kinds of memory; weights come with the next update.
@@ -307,7 +311,7 @@ class Engine:
     def checksums(self, skip: Sequence[str]) -> dict[str, str]:
         """Return SGLang's checksum of each parameter's bytes, except where the name contains one of ``skip``."""
         return {
-            name: cpu_checksum([parameter])
+            name: cpu_checksum([parameter.cpu()])
             for name, parameter in self.model.named_parameters()
             if not any(part in name for part in skip)
         }

@@ -41,7 +41,9 @@ def message_in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def load_update(path: str, dtype: torch.dtype, config: PretrainedConfig, weights: int) -> PreTrainedModel:
+def load_update(
+    path: str, dtype: torch.dtype, device: torch.device, config: PretrainedConfig, weights: int
+) -> PreTrainedModel:
     """Load other weights for the served model from a directory that a client has named.
 
     config: the served model's, which the directory has to fit exactly; weights: the number of its parameters. Raises
@@ -56,11 +58,13 @@ def load_update(path: str, dtype: torch.dtype, config: PretrainedConfig, weights
     # The system refuses paths that are too long or have a null character.
     except (OSError, ValueError) as error:
         raise ModelDirectoryError(f"{brief(path)} cannot be read: {message_in_one_line(error)}") from error
-    return load_model(path, dtype, config)
+    return load_model(path, dtype, device, config)
 
 
-def load_model(path: str, dtype: torch.dtype, config: PretrainedConfig | None = None) -> PreTrainedModel:
-    """Load a causal LM onto the CPU from a local directory; nothing is fetched.
+def load_model(
+    path: str, dtype: torch.dtype, device: torch.device, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """Load a causal LM onto ``device`` from a local directory; nothing is fetched.
 
     config: takes the place of the directory's. Raises ModelDirectoryError when the directory is missing, incomplete,
     unreadable or of another shape.
@@ -95,8 +99,9 @@ def load_model(path: str, dtype: torch.dtype, config: PretrainedConfig | None = 
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         # A copy is equally aligned on every load, and no longer backed by the file.
-        parameter.data = parameter.data.clone()
-    return model
+        parameter.data = parameter.data.to(device, copy=True)
+    # Buffers are left.
+    return model.to(device)
 
 
 def _check_files(path: Path, most_bytes: int) -> None:

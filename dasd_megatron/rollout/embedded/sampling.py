@@ -45,7 +45,7 @@ def keep_top(probs: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> t
     """
     ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    rank = torch.arange(probs.shape[-1])
+    rank = torch.arange(probs.shape[-1], device=probs.device)
     drop = (rank >= top_k[:, None]) | (before > top_p[:, None])
     return torch.zeros_like(probs).scatter_(-1, ids, ordered.masked_fill(drop, 0.0))
 

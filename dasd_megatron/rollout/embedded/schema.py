@@ -352,4 +352,4 @@ class PauseGenerationReqInput:
 class ContinueGenerationReqInput:
     """Body of /continue_generation."""
 
-    torch_empty_cache: bool = True  # accepted for compatibility; there is no GPU
+    torch_empty_cache: bool = True  # accepted for compatibility

@@ -19,7 +19,7 @@ import torch
 import transformers
 import uvicorn
 
-from dasd_megatron import access, machine
+from dasd_megatron import access, backend
 from dasd_megatron.arguments import Parser, at_least, port
 from dasd_megatron.errors import ConfigError, printable_lines
 from dasd_megatron.models.hf_config import check_model_directory
@@ -85,13 +85,25 @@ def serve(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    kind = backend.load(args.device)
+    device = kind.serving_device()
+    free = kind.free_memory(device)
     engine = Engine(
         args.model_path,
+        device=device,
         dtype=getattr(torch, args.dtype),
         max_batch_size=args.max_batch_size,
         weight_version=args.weight_version,
         deterministic=args.deterministic,
-        cache_bytes=int(args.cache_gib * GIB) if args.cache_gib is not None else machine.free_memory() // 2,
+        cache_bytes=int(args.cache_gib * GIB) if args.cache_gib is not None else free // 2,
+    )
+    logger.info(
+        "%s had %.1f GiB free; the model takes %.1f, keys and values of %d tokens %.1f at most",
+        device,
+        free / GIB,
+        engine.weight_bytes / GIB,
+        engine.longest_sequence,
+        engine.cache_bytes / GIB,
     )
     host, own_port = sock.getsockname()[:2]
     config = uvicorn.Config(
@@ -118,7 +130,7 @@ def _settings(args: argparse.Namespace, engine: Engine, host: str, port: int) ->
         "host": host,
         "port": port,
         "dtype": args.dtype,
-        "device": "cpu",
+        "device": str(engine.device),
         "threads": args.threads,
         "max_running_requests": args.max_batch_size,
         "cache_tokens": engine.cache_tokens,
@@ -135,7 +147,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with status 2."""
     parser = Parser(
         prog="dasd serve",
-        description="Serve a Hugging Face causal LM with SGLang's native HTTP API, on the CPU. "
+        description="Serve a Hugging Face causal LM with SGLang's native HTTP API, on the CPU or one GPU. "
         "`dasd serve --engine sglang --help` is about SGLang itself.",
     )
     parser.add_argument("--model-path", required=True, help="Hugging Face model directory")
@@ -147,6 +159,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         help=argparse.SUPPRESS,
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the model (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads of the model")
     parser.add_argument(
@@ -155,7 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--cache-gib",
         type=float,
-        help="memory for keys and values in GiB; half of what is free at the start unless given",
+        help="memory for keys and values in GiB; half of what the device has free at the start unless given",
     )
     parser.add_argument(
         "--weight-version", default="default", help="version of the weights that the server starts with"

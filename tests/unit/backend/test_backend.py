@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from dasd_megatron import backend
 from dasd_megatron.backend import Backend, cpu, cuda
@@ -59,6 +60,34 @@ def test_a_machine_with_too_few_gpus_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="need 4 GPUs on this machine and torch sees 2; lower them"):
         backend.check_devices(BackendConfig(kind="cuda"), 4)
     assert {command[0] for command in commands} == {sys.executable}
+
+
+def test_a_rollout_server_on_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["0\n", "1\n", "0\n"]
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, answers.pop(0)))
+    refused = "^rollout.device=cuda, but torch sees no GPU: .* or set rollout.device=cpu$"
+    with pytest.raises(ConfigError, match=refused):
+        backend.check_devices(BackendConfig(kind="cpu"), 2, "cuda")
+    backend.check_devices(BackendConfig(kind="cpu"), 2, "cuda")
+    with pytest.raises(ConfigError, match=refused):
+        backend.check_devices(BackendConfig(kind="cuda"), 0, "cuda")
+    backend.check_devices(BackendConfig(kind="cpu"), 2, "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=refused):
+        cuda.serving_device()
+
+
+@pytest.mark.parametrize(("trainers", "gpus", "expected"), [(None, 2, 0), (1, 1, 0), (1, 2, 1), (4, 4, 0), (3, 4, 3)])
+def test_a_server_gets_a_gpu_of_its_own_where_there_is_one(
+    trainers: int | None, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    if trainers is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(trainers))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert cuda.serving_device() == torch.device("cuda", expected)
+    assert cpu.serving_device() == torch.device("cpu") and cpu.free_memory(torch.device("cpu")) > 0
 
 
 def test_the_meta_device_takes_no_memory_after_the_cpu_backend() -> None:

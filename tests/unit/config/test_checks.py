@@ -124,6 +124,12 @@ REFUSED = [
         ["rollout.verify_weights", "quantization"],
     ),
     (["rollout.servers=[http://a:1]"], ["rollout.servers", "external"]),
+    (
+        ["rollout=external", "rollout.servers=[http://a:1]", "rollout.device=cuda"],
+        ["rollout.device=cuda", "embedded"],
+    ),
+    (["rollout=sglang_cpu", "rollout.cache_gib=2"], ["rollout.cache_gib=2", "embedded"]),
+    (["rollout.device=tpu"], ["rollout.device=tpu", "auto, cpu, cuda"]),
     (["rollout=external", "rollout.servers=[http://me:secret@a:1]"], ["rollout.servers", "config.yaml"]),
     (["rollout=external", "rollout.servers=['http://[::1']"], ["rollout.servers", "is not an address"]),
     (["rollout=external", "rollout.servers=['http://a:99999']"], ["rollout.servers", "is not an address"]),

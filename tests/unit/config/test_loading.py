@@ -100,3 +100,15 @@ def test_presets_of_models_that_think_ask_for_no_thought(preset: str, tmp_path: 
         assert config.model.architecture["model_type"] == "qwen3" and config.model.path == str(tmp_path)
         thinking = load_config([*arguments, "data.chat_template_kwargs.enable_thinking=true"])
         assert thinking.data.chat_template_kwargs == {"enable_thinking": True}
+
+
+def test_the_embedded_server_computes_where_the_trainer_does_unless_told(tmp_path: pathlib.Path) -> None:
+    gpu = ["backend.kind=cuda"]
+    for overrides, device in (([], "cpu"), (gpu, "cuda"), ([*gpu, "rollout.device=cpu"], "cpu")):
+        config = load_config([QUICK, *overrides])
+        assert config.rollout.device == device
+        save_config(config, tmp_path / "config.yaml")
+        assert read_config(tmp_path / "config.yaml").rollout.device == device
+    other = load_config([QUICK, *gpu, "rollout=external", "rollout.servers=[http://a:1]"])
+    save_config(other, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml").rollout.device == "auto"

@@ -20,6 +20,7 @@ from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.embedded.loading import ModelDirectoryError, load_model
 from dasd_megatron.rollout.embedded.loading import load_tokenizer as load_server_tokenizer
 
+CPU = torch.device("cpu")
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
 )
@@ -51,7 +52,7 @@ def read_everything(model: Path) -> None:
     read_hf_config(model)
     load_tokenizer(model)
     load_server_tokenizer(str(model))
-    load_model(str(model), torch.float32)
+    load_model(str(model), torch.float32, CPU)
     with HfWeights(model):
         pass
 
@@ -66,18 +67,18 @@ def test_weights_that_are_pickles_are_refused(model: Path, mark: Path) -> None:
     (model / "model.safetensors").unlink()
     torch.save(Evil(mark), model / "pytorch_model.bin")
     with pytest.raises(ModelDirectoryError, match="model.safetensors"):
-        load_model(str(model), torch.float32)
+        load_model(str(model), torch.float32, CPU)
     with pytest.raises(WeightsError, match="safetensors"):
         HfWeights(model).__enter__()
     assert not mark.exists()
 
 
 def test_weights_that_are_sound_pickles_are_refused_too(model: Path) -> None:
-    weights = load_model(str(model), torch.float32).state_dict()
+    weights = load_model(str(model), torch.float32, CPU).state_dict()
     (model / "model.safetensors").unlink()
     torch.save(weights, model / "pytorch_model.bin")
     with pytest.raises(ModelDirectoryError, match="model.safetensors"):
-        load_model(str(model), torch.float32)
+        load_model(str(model), torch.float32, CPU)
 
 
 def test_pickles_beside_the_model_are_left_alone(model: Path, mark: Path) -> None:

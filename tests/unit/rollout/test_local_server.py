@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dasd_megatron.config import RolloutConfig, SGLangConfig
 from dasd_megatron.rollout import local_server
+from dasd_megatron.rollout.embedded.server import parse_args
 from dasd_megatron.rollout.local_server import LocalServer, ServerStartError, sglang_command
 
 
@@ -29,6 +31,17 @@ def test_the_script_that_starts_sglang_is_there() -> None:
     rollout = RolloutConfig(max_new_tokens=8, max_prompt_tokens=8, sglang=SGLangConfig(python="python"))
     python, script, *_ = sglang_command(rollout, "model", 1)
     assert python == "python" and Path(script).is_file()
+
+
+def test_the_embedded_server_gets_its_device_and_memory(tmp_path: Path) -> None:
+    def options(**settings: Any) -> list[str]:
+        rollout = RolloutConfig(max_new_tokens=8, max_prompt_tokens=8, dtype="bfloat16", **settings)
+        words = LocalServer("model", "v1", rollout, tmp_path / "log")._embedded_command(7)
+        parsed = parse_args(words[words.index("dasd_megatron.rollout.server") + 1 :])
+        return [parsed.device, parsed.cache_gib, parsed.dtype]
+
+    assert options() == ["cpu", None, "bfloat16"]
+    assert options(device="cuda", cache_gib=2.5) == ["cuda", 2.5, "bfloat16"]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_a_growing_layer_holds_what_was_added():
 
 
 def test_padding_is_on_the_left_and_has_position_0():
-    ids, mask = pad_left([[5, 6, 7], [8]], 4)
+    ids, mask = pad_left([[5, 6, 7], [8]], 4, torch.device("cpu"))
     assert ids.tolist() == [[0, 5, 6, 7], [0, 0, 0, 8]]
     assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
     assert positions_of(mask).tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]

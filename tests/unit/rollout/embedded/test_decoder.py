@@ -14,6 +14,7 @@ from dasd_megatron.rollout.embedded.decoder import Decoder
 from dasd_megatron.rollout.embedded.loading import load_model, load_tokenizer
 from dasd_megatron.rollout.embedded.requests import build_job
 
+CPU = torch.device("cpu")
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
 )
@@ -23,7 +24,7 @@ PROMPTS = [list(range(5, 25)), [7, 8, 9], list(range(30, 39))]
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
     path = str(make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", TINY, 0))
-    return Decoder(load_model(path, torch.float32), load_tokenizer(path), context_length=256, model_path=path)
+    return Decoder(load_model(path, torch.float32, CPU), load_tokenizer(path), context_length=256, model_path=path)
 
 
 def rows_of(**body):
@@ -58,6 +59,42 @@ def test_prompts_read_in_parts_are_those_read_at_once(decoder, monkeypatch, limi
         if start >= 0:
             assert len(b.input_log_probs) == len(b.prompt) - start and b.input_log_probs[0] is None
             assert [[i for _, i in top] for top in a.input_top[1:]] == [[i for _, i in top] for top in b.input_top[1:]]
+
+
+def test_everything_is_on_the_device_of_the_model(decoder):
+    """A tensor that is made on no device in particular cannot be used here: it would be on the meta device."""
+    options = {
+        "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2,
+        "sampling_params": [
+            {"max_new_tokens": 6, "sampling_seed": 3, "top_k": top_k, "min_new_tokens": least, "ignore_eos": True}
+            for top_k, least in ((-1, 0), (5, 0), (1, 4))
+        ],
+    }  # fmt: skip
+    expected, found = rows_of(**options), rows_of(**options)
+    for rows, device in ((expected, "cpu"), (found, "meta")):
+        with torch.inference_mode(), torch.device(device):
+            batch, _ = decoder.read_prompts(rows)
+            decoder.decode(batch)
+            other, _ = decoder.read_prompts(rows_of())
+            batch.join(other)
+            decoder.decode(batch)
+            decoder.recompute_cache(batch)
+            batch.rows[0].finish_reason = {"type": "length"}
+            assert batch.compact() and len(batch.rows) == 5
+            decoder.decode(batch)
+    assert [row.output_ids for row in found] == [row.output_ids for row in expected]
+    assert [row.log_probs for row in found] == [row.log_probs for row in expected]
+
+
+def test_half_precision_is_that_of_the_weights(decoder, tmp_path):
+    path = str(make_tiny_model(tmp_path / "tiny", TINY, 0))
+    half = Decoder(load_model(path, torch.bfloat16, CPU), load_tokenizer(path), context_length=256, model_path=path)
+    assert half.cache_token_bytes * 2 == decoder.cache_token_bytes
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    asked = {"return_logprob": True, "logprob_start_len": 0}
+    for exact, rounded in zip(sample(decoder, 1, **asked), sample(half, 1, **asked), strict=True):
+        for x, y in zip(exact.input_log_probs[1:], rounded.input_log_probs[1:], strict=True):
+            assert 0 < abs(x - y) < 0.05
 
 
 def test_top_log_probs_of_one_row_cost_the_others_nothing(decoder):

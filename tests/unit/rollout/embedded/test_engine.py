@@ -29,7 +29,7 @@ def model_path(tmp_path_factory):
 
 def make_engine(model_path, **changes):
     options = {"max_batch_size": 8, "weight_version": "1", "deterministic": False, "cache_bytes": 1 << 28}
-    return Engine(model_path, dtype=torch.float32, **{**options, **changes})
+    return Engine(model_path, device=torch.device("cpu"), dtype=torch.float32, **{**options, **changes})
 
 
 @pytest.fixture

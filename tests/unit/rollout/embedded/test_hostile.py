@@ -99,6 +99,7 @@ def model_path(tmp_path_factory):
 def make_engine(model_path, cache_bytes=1 << 28):
     return Engine(
         model_path,
+        device=torch.device("cpu"),
         dtype=torch.float32,
         max_batch_size=128,
         weight_version="1",

@@ -12,6 +12,7 @@ from dasd_megatron.config import TinyModelConfig
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.embedded.loading import ModelDirectoryError, load_model, load_update
 
+CPU = torch.device("cpu")
 TINY = TinyModelConfig(
     hidden_size=32, num_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64
 )
@@ -19,7 +20,7 @@ TINY = TinyModelConfig(
 
 def test_loaded_weights_do_not_depend_on_the_file_afterwards(tmp_path):
     path = make_tiny_model(tmp_path / "model", TINY, 0)
-    model = load_model(str(path), torch.float32)
+    model = load_model(str(path), torch.float32, CPU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     file = path / "model.safetensors"
     with file.open("r+b") as f:
@@ -104,7 +105,7 @@ ODD_DIRECTORIES = {
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     path = make_tiny_model(tmp_path_factory.mktemp("served") / "model", TINY, 0)
-    return load_model(str(path), torch.float32)
+    return load_model(str(path), torch.float32, CPU)
 
 
 @pytest.mark.parametrize("kind", ODD_DIRECTORIES)
@@ -112,19 +113,19 @@ def test_an_odd_directory_is_no_update(kind, served, tmp_path):
     path = make_tiny_model(tmp_path / "model", TINY, 1)
     ODD_DIRECTORIES[kind](path)
     with pytest.raises(ModelDirectoryError) as caught:
-        load_update(str(path), torch.float32, served.config, served.num_parameters())
+        load_update(str(path), torch.float32, CPU, served.config, served.num_parameters())
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize("path", ["", "/nowhere", "a\0b", "x" * 4000, "/dev/null", "/proc/self/mem", "\x1b[31m"])
 def test_a_path_that_is_no_directory_is_no_update(path, served):
     with pytest.raises(ModelDirectoryError) as caught:
-        load_update(path, torch.float32, served.config, served.num_parameters())
+        load_update(path, torch.float32, CPU, served.config, served.num_parameters())
     assert "\n" not in str(caught.value)
 
 
 def test_an_update_that_fits_is_loaded(served, tmp_path):
     path = make_tiny_model(tmp_path / "model", TINY, 1)
-    new = load_update(str(path), torch.float32, served.config, served.num_parameters())
+    new = load_update(str(path), torch.float32, CPU, served.config, served.num_parameters())
     assert not torch.equal(new.lm_head.weight, served.lm_head.weight)
     assert new.state_dict().keys() == served.state_dict().keys()
