@@ -67,6 +67,8 @@ class Sample:
     teacher_prompt_ids: list[int] | None = None
     """Token ids of the teacher's prompt; None for a sample without a teacher. It is in no file: whoever reads samples
     for training assigns it anew (:class:`~dasd_megatron.data.teacher_prompts.TeacherPrompts`)."""
+    measures: dict[str, float] | None = None
+    """Named numbers of ``verify.measures``; None where it is not set."""
 
     @property
     def sampled(self) -> Sequence[int]:
@@ -132,6 +134,10 @@ def _is_log_prob(value: Any) -> bool:
     return _is_number(value, -_LARGEST_FLOAT32, LOG_PROB_TOLERANCE)
 
 
+def _is_measure(value: Any) -> bool:
+    return _is_number(value, -LARGEST_REWARD, LARGEST_REWARD)
+
+
 def _is_stretch(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_count(value[1])
 
@@ -165,6 +171,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "feedback": ("a text or null", lambda value: value is None or _is_text(value)),
     "privileged_source": ("a text or null", lambda value: value is None or _is_text(value)),
     "privileged": _TEXT,
+    "measures": (
+        "null, or finite numbers by name",
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_measure, value.values()))),
+    ),
 }
 """What a field of a saved rollout has to be, in words and as a test."""
 
@@ -199,7 +209,7 @@ _FIELDS = [field.name for field in dataclasses.fields(Sample) if field.name != "
 _ADDED_LATER = {
     field.name: field.default
     for field in dataclasses.fields(Sample)
-    if field.name in ("response_mask", "feedback", "privileged_source", "privileged")
+    if field.name in ("response_mask", "feedback", "privileged_source", "privileged", "measures")
 }
 
 

@@ -333,9 +333,20 @@ def check_teacher_weights(teacher: TeacherConfig, loss: PolicyLossConfig) -> Non
 
 
 def check_warm_start(warm_start: WarmStartConfig, parallel: ParallelConfig) -> None:
-    """Refuse batches of the warm start that replicas or pipeline stages cannot share."""
+    """Refuse a file of examples beside settings that leave it unread or that it leaves unread, and batches of the warm
+    start that replicas or pipeline stages cannot share."""
+    if warm_start.path is not None and not warm_start.steps:
+        raise ConfigError(
+            f"warm_start.path={warm_start.path} is not read with warm_start.steps=0: write how many steps to take, or "
+            "leave it out"
+        )
     if not warm_start.steps:
         return
+    if warm_start.path is not None and warm_start.privileged_share is not None:
+        raise ConfigError(
+            f"warm_start.privileged_share={warm_start.privileged_share} says how often the training problems show "
+            "their solution, and the rows of warm_start.path have prompts of their own: leave one of them out"
+        )
     if warm_start.batch_size % parallel.data_parallel_size:
         raise ConfigError(
             f"warm_start.batch_size={warm_start.batch_size}: write a multiple of parallel.data_parallel_size"
@@ -483,12 +494,14 @@ def check_paths(config: Config) -> None:
         "model.path",
         "data.train.path",
         "data.heldout.path",
+        "warm_start.path",
         "rollout.replay",
         "evaluation.nemo_skills_python",
     ):
         path = operator.attrgetter(name)(config)
-        # Problem files may be named by a pattern.
-        found = path is None or os.path.exists(path) or (name.startswith("data.") and glob.glob(path, recursive=True))
+        # Files of rows may be named by a pattern.
+        is_pattern = name.startswith(("data.", "warm_start."))
+        found = path is None or os.path.exists(path) or (is_pattern and glob.glob(path, recursive=True))
         if not found:
             raise ConfigError(f"{name}={path}: no such file or directory")
     if config.resume not in ("none", "auto") and not os.path.isdir(config.resume):

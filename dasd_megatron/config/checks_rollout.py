@@ -109,6 +109,7 @@ def check_functions(verify: VerifyConfig, rollout: RolloutConfig) -> None:
     """Refuse functions of the user's own that are not named as module:function; they are imported later."""
     functions = {
         "verify.reward": verify.reward,
+        "verify.measures": verify.measures,
         "rollout.filter": rollout.filter,
         "rollout.function": rollout.function,
     }

@@ -260,6 +260,11 @@ class VerifyConfig:
         "module:function that gives the reward of a dasd_megatron.samples.Sample, whose own is 1 or 0; above "
         "0 counts as right in evaluation; null: 1 or 0",
     )
+    measures: str | None = setting(
+        None,
+        "module:function that gets a graded dasd_megatron.samples.Sample and returns named numbers, like "
+        "{'thinks': 1}; their means over the responses that have them are measure/... in the metrics; null: none",
+    )
     truncated_is_wrong: bool = setting(
         False,
         "responses that rollout.max_new_tokens cut short get reward 0 ungraded, so that going on behind the "

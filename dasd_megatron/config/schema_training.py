@@ -444,6 +444,11 @@ class WarmStartConfig:
     """Supervised fine-tuning before reinforcement."""
 
     steps: int = setting(0, "steps of supervised fine-tuning before reinforcement; 0: none", low=0)
+    path: str | None = setting(
+        None,
+        "file of examples, each with a response and its prompt, in place of the training problems and their reference "
+        "solutions; see docs/running.md",
+    )
     batch_size: int = setting(64, "examples of one step", low=1)
     micro_batch_size: int | None = setting(None, "sequences of one forward pass; null: batch.micro_batch_size", low=1)
     lr: float = setting(1e-3, "peak learning rate, after a linear warm-up", low=0, high=1)
@@ -454,9 +459,10 @@ class WarmStartConfig:
     hidden_dropout: float = setting(
         0.0, "share of the hidden states that is dropped; reinforcement drops none", low=0, high=1, below=1
     )
-    privileged_share: float = setting(
-        0.5,
-        "share of examples whose prompt shows the reference solution, so that the self-teacher can use it",
+    privileged_share: float | None = setting(
+        None,
+        "share of examples whose prompt shows the reference solution, so that the self-teacher can use it; null: 0.5. "
+        "Not with warm_start.path, whose rows have prompts of their own",
         low=0,
         high=1,
     )

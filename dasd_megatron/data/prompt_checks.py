@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dasd_megatron.data.privileged import unknown_token_id
@@ -158,13 +158,33 @@ def _make_prompts(
         # Every rank renders for itself, in every step.
         if message_digest(message) != digest:
             raise TemplateError(f"{where} gives another message each time; make it depend on the problem alone")
+    prompts = []
+    for message, text in zip(messages, chat_texts(messages, places, renderer, process), strict=False):
+        prompts.append(_Prompt(message, text, renderer.encode(text)))
+        # It is refused. The others would be as long, and hundreds of them would fill the memory.
+        if len(prompts[-1].ids) > max_prompt_tokens:
+            break
+    return prompts
+
+
+def chat_texts(
+    messages: Sequence[Message], places: Sequence[str], renderer: PromptRenderer, process: RenderProcess
+) -> Iterator[str]:
+    """Yield the prompt's text of each message, after ``process`` has rendered the same.
+
+    Args:
+        places: the heads of errors, one for each message.
+
+    Raises:
+        TemplateError: the chat template fails on a message, or gives another text each time.
+        DataError: a text has half of a surrogate pair.
+    """
     tried: list[str] = []
     if renderer.chat is not None:
         try:
             tried = process.digests(renderer.chat, [turns_of(message) for message in messages])
         except RenderError as error:
             raise renderer.refusal(messages[error.index], places[error.index], error) from error
-    prompts = []
     for place, (message, where) in enumerate(zip(messages, places, strict=True)):
         try:
             text = renderer.text(message, where)
@@ -180,11 +200,7 @@ def _make_prompts(
             raise DataError(
                 f"{where}: the prompt has {half!r}, half of a surrogate pair, which is no text; take it out"
             )
-        prompts.append(_Prompt(message, text, renderer.encode(text)))
-        # It is refused. The others would be as long, and hundreds of them would fill the memory.
-        if len(prompts[-1].ids) > max_prompt_tokens:
-            break
-    return prompts
+        yield text
 
 
 def _check_shown(problem: Problem, kind: str, prompt: _Prompt, renderer: PromptRenderer) -> None:
@@ -218,7 +234,7 @@ def _check_tokens(
     fault = foreign_token(prompt.ids, renderer.tokenizer, vocab_size)
     if fault is not None:
         raise DataError(f"problem {problem.id!r}: the {kind}'s prompt has {fault}")
-    unknown = None if unknown_id is None else _text_without_token(prompt.message, renderer.tokenizer, unknown_id)
+    unknown = None if unknown_id is None else text_without_token(prompt.message, renderer.tokenizer, unknown_id)
     if unknown is not None:
         raise DataError(
             f"problem {problem.id!r}: the {kind}'s prompt has {unknown}, for which the tokenizer has no "
@@ -241,7 +257,7 @@ def foreign_token(ids: Sequence[int], tokenizer: Any, vocab_size: int | None) ->
     )
 
 
-def _text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> str | None:
+def text_without_token(message: Message, tokenizer: Any, unknown_id: int) -> str | None:
     """Return the first part of a message that the tokenizer has no token for, as an error shows it."""
     for text in [message] if isinstance(message, str) else [turn["content"] for turn in message]:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)

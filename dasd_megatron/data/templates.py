@@ -324,7 +324,7 @@ class _Function:
                 f"({', '.join(self.variables)})"
             ),
         )
-        fault = _message_fault(message)
+        fault = message_fault(message)
         if fault is not None:
             raise TemplateError(
                 f"{self.describe(problem)} gave {fault}; return text, or chat messages like [{{'role': 'user', "
@@ -345,8 +345,8 @@ def _parameters(function: Callable[..., Any]) -> set[str]:
         return set()
 
 
-def _message_fault(message: object) -> str | None:
-    """Return what is wrong with a function's result, for an error; None if nothing is."""
+def message_fault(message: object) -> str | None:
+    """Return what is wrong with a message that is not of this project's making, for an error; None if nothing is."""
     if isinstance(message, str):
         return None if message.strip() else "an empty text"
     if not isinstance(message, list) or not message:

@@ -27,6 +27,9 @@ Array = NDArray[Any]
 Table = dict[str, Array]
 """A column for each number, with a row for each response."""
 CALIBRATION_BINS = 10
+MEASURE = "measure/"
+"""In a table and in the metrics, the beginning of the names of the user's own measures."""
+_HAS_MEASURE = "has_measure/"
 
 # So few responses are measured at once that their words and tokens stay in a processor's cache.
 _CHUNK = 8
@@ -207,7 +210,17 @@ def measure(
                 corrections,
             )
         )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | _own_measures(samples)
+
+
+def _own_measures(samples: Sequence[Sample]) -> Table:
+    """Return two columns for each measure of the user's own: its value, and whether the response has one."""
+    columns: Table = {}
+    for name in sorted({name for sample in samples for name in sample.measures or {}}):
+        found = [(sample.measures or {}).get(name) for sample in samples]
+        columns[MEASURE + name] = np.array([0.0 if value is None else value for value in found])
+        columns[_HAS_MEASURE + name] = np.array([value is not None for value in found])
+    return columns
 
 
 def _log_probs(samples: Sequence[Sample]) -> Array:
@@ -287,7 +300,11 @@ def _digest(text: str) -> int:
 def join(tables: Sequence[Table]) -> Table:
     """Return one table of all responses, in the order of (group, sample), so that sums do not depend on how the
     responses were spread."""
-    joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    # A measure that no response of a table has is not in it.
+    names = dict.fromkeys(name for table in tables for name in table)
+    joined = {
+        name: np.concatenate([table.get(name, np.zeros(len(table["group"]))) for table in tables]) for name in names
+    }
     order = np.lexsort((joined["sample"], joined["group"]))
     return {name: column[order] for name, column in joined.items()}
 
@@ -300,7 +317,9 @@ def to_rows(table: Table) -> list[dict[str, Any]]:
 
 def from_rows(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the table behind :func:`to_rows`' objects."""
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    # A measure that no response of a request had is not in its rows.
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, 0) for row in rows]) for name in names}
 
 
 def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
@@ -349,6 +368,9 @@ def health_metrics(table: Table, settings: HealthConfig) -> dict[str, float]:
         wrong = table["first_wrong"][table["first_wrong"] > 0]
         if len(wrong):
             metrics["health/first_wrong_step"] = float(wrong.mean())
+    for name in sorted(name for name in table if name.startswith(MEASURE)):
+        has = table[_HAS_MEASURE + name.removeprefix(MEASURE)].astype(bool)
+        metrics[name] = float(table[name][has].mean())
     return metrics
 
 

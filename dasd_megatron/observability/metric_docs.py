@@ -18,7 +18,7 @@ class Metric:
     """The documentation of one metric."""
 
     name: str
-    """It may hold ``<k>`` for a number."""
+    """It may hold ``<k>`` for a number, and ``<name>`` for a name of the user's choice."""
     unit: str
     meaning: str
     healthy: str = ""
@@ -118,6 +118,12 @@ _RESPONSE_HEALTH = [
         "rises",
         "see health/step_accuracy",
         when="the steps of the task can be checked",
+    ),
+    Metric(
+        "measure/<name>",
+        "your own",
+        "mean of a number that verify.measures gives, over the responses that have it",
+        when="verify.measures is set",
     ),
 ]
 

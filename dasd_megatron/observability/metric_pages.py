@@ -12,8 +12,13 @@ from dasd_megatron.observability.metric_files import EVALUATION, METRICS, WARM_S
 def find_metric(name: str, file: str = METRICS) -> Metric | None:
     """Return the documentation of a name that a run wrote into ``file``, None if there is none."""
     return next(
-        (metric for metric in FILES[file] if re.fullmatch(re.escape(metric.name).replace("<k>", r"\d+"), name)), None
+        (metric for metric in FILES[file] if re.fullmatch(_pattern(metric), name)),
+        None,
     )
+
+
+def _pattern(metric: Metric) -> str:
+    return re.escape(metric.name).replace("<k>", r"\d+").replace("<name>", "[a-z0-9_]+")
 
 
 def explain(*names: str, file: str = METRICS) -> str:

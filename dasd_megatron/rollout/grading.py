@@ -124,4 +124,7 @@ def make_samples(
     if grader.reward is not None:
         for sample in samples:
             sample.reward, sample.feedback = own_reward(grader.reward, sample, needs_feedback=needs_feedback)
+    if grader.measures is not None:
+        for sample in samples:
+            sample.measures = grader.measures.of(sample)
     return samples

@@ -64,6 +64,20 @@ def require_hf_directory(model_path: str | None) -> None:
         )
 
 
+def learns_solutions(warm_start: WarmStartConfig) -> bool:
+    """Return whether a run begins with supervised fine-tuning on its training problems' reference solutions."""
+    return warm_start.steps > 0 and warm_start.path is None
+
+
+def check_warm_start_end(model: ModelConfig, warm_start: WarmStartConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse (ConfigError) a tokenizer without the token that ends what the warm start teaches."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"warm_start.steps={warm_start.steps} needs a tokenizer with an end-of-sequence token: "
+            f"set eos_token in tokenizer_config.json of model.path={model.path}, or write warm_start.steps=0"
+        )
+
+
 def check_warm_start_lengths(
     model: ModelConfig,
     warm_start: WarmStartConfig,
@@ -74,11 +88,6 @@ def check_warm_start_lengths(
 ) -> None:
     """Refuse (ConfigError) problems whose prompt, reference solution and end-of-sequence token do not fit into the
     model's positions."""
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"warm_start.steps={warm_start.steps} needs a tokenizer with an end-of-sequence token: "
-            f"set eos_token in tokenizer_config.json of model.path={model.path}, or write warm_start.steps=0"
-        )
     limit = hf_config.max_position_embeddings
     for problem in problems:
         prompt = max(len(teacher.example(problem)), len(teacher.renderer.student(problem)))
@@ -123,7 +132,7 @@ def check_run_prompts(
     """Refuse problems and templates as :func:`check_prompts` does; of training problems the privileged prompt too,
     where it is used. Return the digests of all prompts."""
     limit = config.rollout.max_prompt_tokens
-    shows_teacher = needs_teacher(config.algorithm) or config.warm_start.steps > 0
+    shows_teacher = needs_teacher(config.algorithm) or learns_solutions(config.warm_start)
     teacher = make_teacher(config, renderer, train, vocab_size) if shows_teacher else None
     if teacher is not None:
         _check_unpaired(teacher)

@@ -62,6 +62,11 @@ class RunPaths:
         """Digests of the prompts that the problems had when the run began."""
         return self.root / "data" / "prompts.json"
 
+    @property
+    def examples(self) -> Path:
+        """The examples of a warm start from a file, as token ids."""
+        return self.root / "data" / "warm_start.jsonl"
+
     def problems(self, name: str) -> Path:
         """The run's own copy of a problem set."""
         return self.root / "data" / f"{name}.jsonl"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dasd_megatron.config import UMASKS, Config, read_config, save_config
+from dasd_megatron.data.examples import Example, load_examples, write_examples
 from dasd_megatron.data.generators import generate_problems, generate_splits
 from dasd_megatron.data.privileged import NEEDS_SOLUTION
 from dasd_megatron.data.prompts import Problem, check_disjoint, write_problems
@@ -32,7 +33,9 @@ from dasd_megatron.run.checks import (
     check_end_tokens,
     check_key,
     check_run_prompts,
+    check_warm_start_end,
     check_warm_start_lengths,
+    learns_solutions,
     make_teacher,
     needs_teacher,
 )
@@ -42,6 +45,7 @@ from dasd_megatron.run.environment import describe_environment
 from dasd_megatron.run.paths import RunPaths, start_hf_files
 from dasd_megatron.run.resume import (
     check_free_directory,
+    check_same_examples,
     check_same_problems,
     check_same_prompts,
     check_same_run,
@@ -79,13 +83,18 @@ def prepare_run(config: Config, root: Path) -> RunPaths:
     for run in continued:
         check_same_problems(run, {"train": train, "heldout": heldout})
     digests = _check_problems(config, hf_config, tokenizer, train, heldout)
+    examples = _load_examples(config, hf_config, tokenizer)
     for run in continued:
         check_same_prompts(run, digests, config.teacher)
+        check_same_examples(run, examples)
     for name, problems in {"train": train, "heldout": heldout}.items():
         # The problems of a run that goes on have just been found equal, and stay as they were written.
         if not (paths.config.exists() and paths.problems(name).exists()):
             with naming_path(paths.problems(name)):
                 write_problems(paths.problems(name), problems)
+    if examples and not (paths.config.exists() and paths.examples.exists()):
+        with naming_path(paths.examples):
+            write_examples(paths.examples, examples)
     replace_file(paths.prompts, json.dumps(digests, indent=2) + "\n")
     with naming_path(paths.config):
         save_config(config, paths.config)
@@ -97,6 +106,7 @@ def _check_functions(config: Config) -> None:
     """Load the user's own functions, so that one that cannot be loaded is refused now."""
     functions = {
         "verify.reward": config.verify.reward,
+        "verify.measures": config.verify.measures,
         "rollout.filter": config.rollout.filter,
         "rollout.function": config.rollout.function,
     }
@@ -154,7 +164,7 @@ def _prepare_model(config: Config, paths: RunPaths) -> tuple[PretrainedConfig, P
 
 def _load_problems(config: Config) -> tuple[list[Problem], list[Problem]]:
     """Return the training and the held-out problems, which have none in common."""
-    needs_solution = config.warm_start.steps > 0 or (
+    needs_solution = learns_solutions(config.warm_start) or (
         needs_teacher(config.algorithm) and set(config.teacher.privileged) <= set(NEEDS_SOLUTION)
     )
     sources = config.data
@@ -192,6 +202,8 @@ def _check_problems(
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     digests = check_run_prompts(config, renderer, train, heldout, vocab_size=hf_config.vocab_size)
     if config.warm_start.steps > 0:
+        check_warm_start_end(config.model, config.warm_start, tokenizer)
+    if learns_solutions(config.warm_start):
         check_warm_start_lengths(
             config.model,
             config.warm_start,
@@ -206,3 +218,15 @@ def _check_problems(
             "problems"
         )
     return digests
+
+
+def _load_examples(config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Return the examples of ``warm_start.path``, none without one."""
+    if config.warm_start.path is None:
+        return []
+    return load_examples(
+        Path(config.warm_start.path),
+        make_renderer(config.data, config.teacher, tokenizer),
+        vocab_size=hf_config.vocab_size,
+        max_tokens=hf_config.max_position_embeddings,
+    )

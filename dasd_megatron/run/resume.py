@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dasd_megatron.config import Config, TeacherConfig, read_config
+from dasd_megatron.data.examples import Example, read_examples
 from dasd_megatron.data.prompts import Problem, read_written_problems
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.reading import read_json
@@ -28,10 +29,11 @@ _FIXED_ON_RESUME = (
     "optimizer.distributed",
     "teacher.weights",
 )
-# What a problem set holds is compared itself, since its file may have moved.
+# What a file holds is compared itself, since it may have moved.
 _MAY_DIFFER = (
     "resume",
     "run.dir",
+    "warm_start.path",
     *(
         f"data.{name}.{field}"
         for name in ("train", "heldout")
@@ -79,6 +81,9 @@ def check_same_run(previous: Config, config: Config) -> None:
         if name == "data.date" and before[name] is None:
             # The run began before dates were kept, or with a template without a date.
             continue
+        if name == "warm_start.privileged_share" and value is None and before[name] == 0.5:
+            # The run began when this was the default.
+            continue
         if any(name == fixed or name.startswith(fixed + ".") for fixed in _FIXED_ON_RESUME):
             raise ConfigError(
                 f"{name}={value} differs from {before.get(name)} in the run to resume: write "
@@ -113,3 +118,14 @@ def check_same_problems(run: RunPaths, loaded: Mapping[str, Sequence[Problem]]) 
                 f"data.{name}: the file or generator changed since the run began, its problems differ from {path}: "
                 "restore it, or start a new run"
             )
+
+
+def check_same_examples(run: RunPaths, loaded: Sequence[Example]) -> None:
+    """Refuse (ConfigError) to go on with other examples of ``warm_start.path`` than those the run began with; none
+    stands for a warm start without a file."""
+    found = read_examples(run.examples) if run.examples.exists() else []
+    if found != loaded:
+        raise ConfigError(
+            f"warm_start.path: the file, a template or the tokenizer changed since the run began, its examples differ "
+            f"from {run.examples}: restore it, or start a new run"
+        )

@@ -311,17 +311,27 @@ def _over_teacher_tokens(means: dict[str, float]) -> dict[str, float]:
 
 
 def supervised_update(
-    model: ShardedModel, optimizer: OptimizerState, micro_batches: list[MicroBatch], settings: PolicyLossConfig
+    model: ShardedModel,
+    optimizer: OptimizerState,
+    micro_batches: list[MicroBatch],
+    settings: PolicyLossConfig,
+    *,
+    token_weights: torch.Tensor | None = None,
 ) -> UpdateResult:
     """Take one optimizer step on the mean negative log-likelihood of the response tokens; ``means`` has the loss, in
     nats.
+
+    Args:
+        token_weights: float32 [N], factors of the tokens' losses before the mean is taken over the tokens of all
+            replicas, packed in the order of the micro-batches' sequences; None: 1.
 
     Raises:
         TrainingError: the gradient is not finite; nothing was changed.
     """
 
-    def negative_log_likelihood(stats: TokenStats, _: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = -stats.log_prob.sum()
+    def negative_log_likelihood(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        log_prob = stats.log_prob if token_weights is None else stats.log_prob * token_weights[index]
+        loss = -log_prob.sum()
         return loss, {"loss": loss}
 
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:

@@ -22,6 +22,7 @@ from dasd_megatron.config import VerifyConfig
 from dasd_megatron.plugins import load_function
 from dasd_megatron.verify.answers import extract_answer
 from dasd_megatron.verify.comparison import compare_answers
+from dasd_megatron.verify.measures import Measures
 from dasd_megatron.verify.symbolic import prepare_worker, symbolically_equal
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class Grader:
         self.config = config
         self.reward = load_function(config.reward, "verify.reward")
         """The user's own reward function, or None."""
+        measures = load_function(config.measures, "verify.measures")
+        self.measures = None if measures is None else Measures(measures)
+        """The user's own measures of graded samples, or None."""
         self._pool: pebble.ProcessPool | None = None
         self._lock = threading.Lock()
         self._closed = False

@@ -1,16 +1,20 @@
-"""Every algorithm from one warm start, with several seeds, on two tasks; the results page with means, deviations,
+"""Algorithms side by side: every method from one start, with several seeds; a page with means, deviations, learning
 curves and paired tests.
 
-    python examples/compare_algorithms/compare.py --runs RUNS                   # everything; goes on where it stopped
-    python examples/compare_algorithms/compare.py --runs RUNS --seeds 1 2 --tasks countdown --methods grpo dasd
-    python examples/compare_algorithms/compare.py --runs RUNS --only-results    # the page from what is there
+    python examples/compare_algorithms/compare.py --runs RUNS                     # everything; goes on where it stopped
+    python examples/compare_algorithms/compare.py COMPARISON.yaml --runs RUNS --seeds 1 2 --methods grpo dasd
+    python examples/compare_algorithms/compare.py COMPARISON.yaml --runs RUNS --only-results   # from what is there
+    python examples/compare_algorithms/compare.py COMPARISON.yaml --runs RUNS -- model.path=DIR  # further settings
+
+A comparison is a YAML file like the ``comparison.yaml`` beside this script, which is the one that is taken without a
+name. :class:`Comparison` and :class:`Task` have its fields.
 
 Runs are made two at a time (``--parallel``), one core each. Every run of a task begins from the same weights and is
 evaluated on the same problems with the same sampling seeds. ``run.seed`` decides the order of the problems and the
 rollouts. Methods are compared in pairs of runs with the same seed: the mean difference, its deviation over seeds, and p
 of a paired t test, two-sided and not corrected for the number of comparisons.
 
-Writes ``results.json`` and ``RESULTS.md`` with its pictures beside this script, or under ``--output``.
+Writes ``results.json`` and ``RESULTS.md`` with its pictures beside the comparison, or under ``--output``.
 """
 
 from __future__ import annotations
@@ -25,116 +29,216 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import yaml
 
 HERE = Path(__file__).parent
-TASKS = ("chain_sum", "countdown")
-WARM_START_STEPS = {"chain_sum": 400, "countdown": 400}
-METHODS: dict[str, list[str]] = {
-    "grpo": ["algorithm=grpo"],
-    "opsd": ["algorithm=opsd"],
-    "opsd, beta 0.1": ["algorithm=opsd", "algorithm.beta=0.1"],
-    "rlsd": ["algorithm=rlsd"],
-    "reversed": ["algorithm=reversed"],
-    "reversed, beta 0.1": ["algorithm=reversed", "algorithm.beta=0.1"],
-    "dasd": ["algorithm=dasd"],
-    "dasd, beta 0.005": ["algorithm=dasd", "algorithm.beta=0.005"],
-    "dasd, beta 0.1": ["algorithm=dasd", "algorithm.beta=0.1"],
-    "dasd, beta 0.1, no scale floor": ["algorithm=dasd", "algorithm.beta=0.1", "algorithm.scale_floor=0.0"],
-    "dasd, beta 0.1, rho from below": ["algorithm=dasd", "algorithm.beta=0.1", "algorithm.quantile_side=lower"],
-    "dasd, distributional": ["algorithm=dasd", "algorithm.objective=distributional"],
-}
-"""The settings of each method. Beta and the floor are otherwise the defaults of the project: 0.02 and 1 nat."""
-BASELINE = "grpo"
-"""The method of :data:`METHODS` that every other one is compared with."""
-SAME_BETA = [
-    ("dasd", "opsd"),
-    ("dasd, beta 0.1", "opsd, beta 0.1"),
-    ("reversed", "opsd"),
-    ("reversed, beta 0.1", "opsd, beta 0.1"),
-]
-"""Pairs that differ in nothing but the direction."""
+ROOT = HERE.parents[1]
 LAST_STEPS = 5
-"""Entropy and length are means over so many steps at the end, and points of the curves over so many steps up to
-theirs."""
-MEASURES = {
-    "Avg@16": ("avg@16", 100, "%", 2),
-    "Pass@16": ("pass@16", 100, "%", 2),
-    "entropy, nats": ("entropy", 1, "", 3),
-    "length, tokens": ("length", 1, "", 2),
-    "step accuracy": ("step_accuracy", 100, "%", 2),
-    "distinct right answers": ("distinct_correct_paths", 1, "", 2),
-}
-"""Name, key of a run, factor, unit, decimals."""
+"""Means over the last steps are over so many, and points of the curves over so many up to theirs."""
+TIMEOUT_SECONDS = 14400
 
 
-def train(folder: Path, *overrides: str) -> float:
-    """Make a whole run in ``folder``, unless it is there; return its wall seconds."""
-    done = folder / "seconds"
-    if not done.exists():
-        started = time.perf_counter()
-        command = [sys.executable, "-m", "dasd_megatron.cli", "train", f"--config-dir={HERE}", *overrides]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".log"), "w") as log:
-            result = subprocess.run(
-                [*command, f"run.dir={folder}", "resume=auto"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                timeout=7200,
-            )
-        if result.returncode:
-            raise SystemExit(f"{' '.join(overrides)} failed:\n{folder.with_suffix('.log').read_text()[-3000:]}")
-        done.write_text(f"{time.perf_counter() - started:.1f}")
-    return float(done.read_text())
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run. ``after``: its name in the last evaluation; ``last``: a metric of training, averaged over the
+    last steps. One of the two. ``unit`` is % for a share. ``compared``: the paired tests have it."""
+
+    after: str | None = None
+    last: str | None = None
+    unit: str = ""
+    decimals: int = 2
+    compared: bool = False
+
+    def of(self, run: Run) -> float | None:
+        """Return the number in its unit; None where the run has none."""
+        value = run["after"].get(self.after) if self.after else run["last"].get(self.last)
+        return None if value is None else value * self.scale
+
+    @property
+    def scale(self) -> float:
+        return 100.0 if self.unit == "%" else 1.0
 
 
-def warm_start(runs: Path, task: str) -> Path:
-    """Train the model that all runs of a task begin from; return its directory."""
-    folder = runs / task / "warm_start"
-    train(
-        folder,
-        f"experiment=compare_{task}",
-        "run.steps=0",
-        f"warm_start.steps={WARM_START_STEPS[task]}",
-        "evaluation.after=false",
-    )
-    return folder / "model"
+@dataclass(frozen=True)
+class Task:
+    """A task: settings of all of its runs, and the start that they share.
+
+    settings: overrides, ``experiment=...`` among them. start: overrides of the run without reinforcement that makes the
+    model all others begin from; without any, all begin from the ``model.path`` of the settings. methods: the names of
+    those that are compared here; none for all.
+    """
+
+    settings: list[str]
+    start: list[str] | None = None
+    methods: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file.
+
+    folder: where it stands; ``experiment/`` in it has the configurations. prepare: a command, a Python script of the
+    folder and its arguments, that is run once before all else. pythonpath: folders with functions of the runs' own,
+    relative to it. ``{runs}`` in settings and arguments is the folder of the runs. pairs: a title and pairs of methods
+    to compare beside those with ``baseline``. before: measures of the start. curves: a title and a metric of training.
+    """
+
+    folder: Path
+    name: str
+    tasks: dict[str, Task]
+    methods: dict[str, list[str]]
+    baseline: str
+    measures: dict[str, Measure]
+    before: list[str]
+    curves: dict[str, str]
+    pairs: dict[str, list[list[str]]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    prepare: list[str] = field(default_factory=list)
+    pythonpath: list[str] = field(default_factory=list)
+
+    def methods_of(self, task: str) -> list[str]:
+        return self.tasks[task].methods or list(self.methods)
+
+    def environment(self) -> dict[str, str]:
+        paths = [str((self.folder / path).resolve()) for path in self.pythonpath]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+Run = dict[str, Any]
+"""Numbers of a run: ``before`` and ``after`` (evaluations), ``last`` (means over the last steps), ``curves`` (by
+metric, a value a step) and ``seconds``."""
+Found = dict[str, dict[str, dict[int, Run]]]
+"""Runs by task, method and seed."""
+
+
+class Job(NamedTuple):
+    task: str
+    method: str
+    seed: int
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read a comparison file."""
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tasks = {name: Task(**task) for name, task in fields.pop("tasks").items()}
+    measures = {name: Measure(**measure) for name, measure in fields.pop("measures").items()}
+    comparison = Comparison(folder=path.parent, name=path.stem, tasks=tasks, measures=measures, **fields)
+    named = [comparison.baseline, *(method for pairs in comparison.pairs.values() for pair in pairs for method in pair)]
+    named += [method for task in tasks.values() for method in task.methods or []]
+    unknown = sorted(set(named) - set(comparison.methods))
+    if unknown:
+        raise SystemExit(f"{path}: no methods {', '.join(unknown)} among {', '.join(comparison.methods)}")
+    return comparison
+
+
+class Runner:
+    """The runs of a comparison in a folder. ``extra``: overrides of all of them."""
+
+    def __init__(self, comparison: Comparison, runs: Path, extra: list[str]) -> None:
+        self.comparison, self.runs, self.extra = comparison, runs, extra
+
+    def prepare(self) -> None:
+        """Run the command of the comparison that makes its data, unless it has been."""
+        done, command = self.runs / "prepared", [self._placed(part) for part in self.comparison.prepare]
+        if not command or done.exists():
+            return
+        self.runs.mkdir(parents=True, exist_ok=True)
+        script = [sys.executable, str(self.comparison.folder / command[0]), *command[1:]]
+        subprocess.run(script, check=True, timeout=TIMEOUT_SECONDS, env=self.comparison.environment())
+        done.touch()
+
+    def start(self, task: str) -> None:
+        """Make the model that all runs of a task begin from."""
+        start = self.comparison.tasks[task].start
+        if start is not None:
+            self.train(start_of(self.runs, task), task, "run.steps=0", "evaluation.after=false", *start)
+
+    def run(self, job: Job) -> float:
+        """Make a run of a method; return its seconds."""
+        task = self.comparison.tasks[job.task]
+        begin = []
+        if task.start is not None:
+            model = start_of(self.runs, job.task) / "model"
+            begin = ["model=hf", f"model.path={model}", "warm_start.steps=0", "warm_start.path=null"]
+            begin += ["evaluation.before=false"]
+        method = self.comparison.methods[job.method]
+        return self.train(folder_of(self.runs, job), job.task, *begin, *method, f"run.seed={job.seed}")
+
+    def train(self, folder: Path, task: str, *overrides: str) -> float:
+        """Make a whole run in ``folder``, unless it is there; return its wall seconds."""
+        done = folder / "seconds"
+        if not done.exists():
+            started = time.perf_counter()
+            settings = [*self.comparison.tasks[task].settings, *overrides, *self.extra]
+            command = [sys.executable, "-m", "dasd_megatron.cli", "train", f"--config-dir={self.comparison.folder}"]
+            command += [*map(self._placed, settings), f"run.dir={folder}", "resume=auto"]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with open(folder.with_suffix(".log"), "w") as log:
+                result = subprocess.run(
+                    command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self.comparison.environment(),
+                    timeout=TIMEOUT_SECONDS,
+                )
+            if result.returncode:
+                said = folder.with_suffix(".log").read_text()[-3000:]
+                raise SystemExit(f"{folder}: {' '.join(overrides)} failed:\n{said}")
+            done.write_text(f"{time.perf_counter() - started:.1f}")
+        return float(done.read_text())
+
+    def _placed(self, text: str) -> str:
+        return text.replace("{runs}", str(self.runs))
 
 
 def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "_")
 
 
-def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], parallel: int) -> None:
-    print(f"warm start of {' and '.join(tasks)}", flush=True)
+def start_of(runs: Path, task: str) -> Path:
+    return runs / task / "warm_start"
+
+
+def folder_of(runs: Path, job: Job) -> Path:
+    return runs / job.task / slug(job.method) / f"seed{job.seed}"
+
+
+def jobs_of(comparison: Comparison, tasks: list[str], methods: list[str], seeds: list[int]) -> Iterator[Job]:
+    """Yield the runs of a comparison seed by seed, so that those that are complete after an interruption can be
+    compared."""
+    for seed in seeds:
+        for task in tasks:
+            for method in comparison.methods_of(task):
+                if method in methods:
+                    yield Job(task, method, seed)
+
+
+def run_all(runner: Runner, jobs: list[Job], parallel: int) -> None:
+    """Make the starts of the tasks, and then all runs, ``parallel`` at a time."""
+    runner.prepare()
+    tasks = list(dict.fromkeys(job.task for job in jobs))
+    print(f"starts of {', '.join(tasks)}", flush=True)
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        for future in [pool.submit(warm_start, runs, task) for task in tasks]:
+        for future in [pool.submit(runner.start, task) for task in tasks]:
             future.result()
-    # The jobs go seed by seed, so that the runs that are complete after an interruption can be compared.
-    jobs = [(task, method, seed) for seed in seeds for task in tasks for method in methods]
     lock, done, began = threading.Lock(), 0, time.perf_counter()
 
-    def run_job(job: tuple[str, str, int]) -> None:
+    def run_job(job: Job) -> None:
         nonlocal done
-        task, method, seed = job
-        model = ["model=hf", f"model.path={runs / task / 'warm_start' / 'model'}"]
-        seconds = train(
-            runs / task / slug(method) / f"seed{seed}",
-            f"experiment=compare_{task}",
-            *model,
-            *METHODS[method],
-            f"run.seed={seed}",
-            "evaluation.before=false",
-        )
+        seconds = runner.run(job)
         with lock:
             done += 1
             left = (time.perf_counter() - began) / done * (len(jobs) - done)
             print(
-                f"{done}/{len(jobs)} {task}, {method}, seed {seed}: {seconds:.0f} s; about {left / 60:.0f} minutes "
-                "left",
+                f"{done}/{len(jobs)} {job.task}, {job.method}, seed {job.seed}: {seconds:.0f} s; about "
+                f"{left / 60:.0f} minutes left",
                 flush=True,
             )
 
@@ -148,59 +252,64 @@ def run_all(runs: Path, tasks: list[str], methods: list[str], seeds: list[int], 
             raise
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(comparison: Comparison, runs: Path, job: Job) -> Run:
     """Return the numbers of one run that are compared."""
-    before, after = (
-        json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1])
-        for place in (folder.parents[1] / "warm_start", folder)
-    )
+    folder = folder_of(runs, job)
+    after = _evaluation(folder, "after")
+    before = _evaluation(start_of(runs, job.task), "before") or _evaluation(folder, "before")
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = steps[-LAST_STEPS:]
+    of_evaluations = [measure.after for measure in comparison.measures.values() if measure.after]
+    last = {}
+    for name in [measure.last for measure in comparison.measures.values() if measure.last]:
+        values = [row[name] for row in steps[-LAST_STEPS:] if row.get(name) is not None]
+        if values:
+            last[name] = statistics.mean(values)
     return {
-        "avg@16": after["avg@16"],
-        "pass@16": after["pass@16"],
-        "avg@16 before": before["avg@16"],
-        "pass@16 before": before["pass@16"],
-        "step_accuracy": after.get("health/step_accuracy"),
-        "distinct_correct_paths": after["health/distinct_correct_paths"],
-        "entropy": statistics.mean(row["entropy/mean"] for row in last),
-        "length": statistics.mean(row["response/length_mean"] for row in last),
-        "curve": [row["reward/accuracy"] for row in steps],
-        "entropy curve": [row["entropy/mean"] for row in steps],
+        "before": {name: before[name] for name in of_evaluations if name in before},
+        "after": {name: after[name] for name in of_evaluations if name in after},
+        "last": last,
+        "curves": {name: [row.get(name) for row in steps] for name in comparison.curves.values()},
         "seconds": float((folder / "seconds").read_text()),
     }
 
 
-def read_all(
-    runs: Path, tasks: list[str], methods: list[str], seeds: list[int]
-) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """Return results by task, method and seed, of the runs that are complete."""
-    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for task in tasks:
-        for method in methods:
-            for seed in sorted(seeds):
-                folder = runs / task / slug(method) / f"seed{seed}"
-                if (folder / "seconds").exists():
-                    found.setdefault(task, {}).setdefault(method, {})[seed] = read_run(folder)
-    return found
+def _evaluation(folder: Path, label: str) -> dict[str, Any]:
+    path = folder / "evaluation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return next((row for row in reversed(rows) if row["label"] == label), {})
 
 
-def paired(
-    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], key: str
-) -> tuple[float, float, float] | None:
-    """Return (mean difference, its deviation, p of the paired t test) over the seeds that both have; None with fewer
-    than two."""
-    differences = [
-        ours[seed][key] - theirs[seed][key]
-        for seed in sorted(ours.keys() & theirs.keys())
-        if ours[seed][key] is not None
-    ]
+def read_all(comparison: Comparison, runs: Path, jobs: list[Job]) -> Found:
+    """Return the runs that are complete."""
+    found: Found = {}
+    for task, method, seed in sorted(jobs, key=lambda job: job.seed):
+        if (folder_of(runs, Job(task, method, seed)) / "seconds").exists():
+            run = read_run(comparison, runs, Job(task, method, seed))
+            found.setdefault(task, {}).setdefault(method, {})[seed] = run
+    return {
+        task: {method: found[task][method] for method in comparison.methods if method in found[task]} for task in found
+    }
+
+
+class Difference(NamedTuple):
+    """Mean and deviation over seeds of a difference, and p of the paired t test."""
+
+    mean: float
+    deviation: float
+    p: float
+
+
+def paired(ours: dict[int, float | None], theirs: dict[int, float | None]) -> Difference | None:
+    """Return ``ours`` minus ``theirs`` over the seeds that have both; None with fewer than two."""
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    differences = [first - second for first, second in pairs if first is not None and second is not None]
     if len(differences) < 2:
         return None
     mean, deviation = statistics.mean(differences), statistics.stdev(differences)
     if deviation == 0:
-        return mean, 0.0, 1.0 if mean == 0 else 0.0
-    return mean, deviation, student_p(mean / (deviation / math.sqrt(len(differences))), len(differences) - 1)
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    p = student_p(mean / (deviation / math.sqrt(len(differences))), len(differences) - 1)
+    return Difference(mean, deviation, p)
 
 
 def student_p(t: float, freedom: int) -> float:
@@ -217,64 +326,92 @@ def student_p(t: float, freedom: int) -> float:
     return 1 - 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
 
 
-def difference_row(methods: dict[str, dict[int, dict[str, Any]]], method: str, other: str) -> str:
-    """Return ``method`` minus ``other`` in the first three measures, as a row of a table."""
+def values_of(measure: Measure, seeds: dict[int, Run]) -> dict[int, float | None]:
+    return {seed: measure.of(run) for seed, run in seeds.items()}
+
+
+def difference_row(comparison: Comparison, methods: dict[str, dict[int, Run]], method: str, other: str) -> str:
+    """Return ``method`` minus ``other`` in the measures that are compared, as a row of a table."""
     cells = []
-    for key, scale, _, decimals in list(MEASURES.values())[:3]:
-        result = paired(methods[method], methods[other], key)
-        cells.append(
-            ""
-            if result is None
-            else f"{result[0] * scale:+.{decimals}f} ± {result[1] * scale:.{decimals}f} ({result[2]:.3f})"
-        )
+    for measure in comparison.measures.values():
+        if measure.compared:
+            found = paired(values_of(measure, methods[method]), values_of(measure, methods[other]))
+            digits = measure.decimals
+            cells.append(
+                "" if found is None else f"{found.mean:+.{digits}f} ± {found.deviation:.{digits}f} ({found.p:.3f})"
+            )
     return f"| {method} − {other} | " + " | ".join(cells) + " |"
 
 
-def page(found: dict[str, dict[str, dict[int, dict[str, Any]]]], pictures: dict[str, str]) -> str:
-    """Return the results page; ``pictures`` has the file of each task's curves."""
+def table_of_means(comparison: Comparison, methods: dict[str, dict[int, Run]]) -> list[str]:
+    """Return a row for each method, with means and deviations over seeds."""
+    lines = [
+        "| method | seeds | " + " | ".join(comparison.measures) + " |",
+        "|---|---|" + "---|" * len(comparison.measures),
+    ]
+    for method, seeds in methods.items():
+        cells = []
+        for measure in comparison.measures.values():
+            values = [value for value in values_of(measure, seeds).values() if value is not None]
+            spread = f" ± {statistics.stdev(values):.{measure.decimals}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{measure.decimals}f}{measure.unit}{spread}" if values else "")
+        lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def tables_of_differences(comparison: Comparison, methods: dict[str, dict[int, Run]]) -> list[str]:
+    """Return the paired tests against the baseline, and those of the comparison's pairs."""
+    lines = []
+    compared = [
+        f"{name}, points" if measure.unit == "%" else name
+        for name, measure in comparison.measures.items()
+        if measure.compared
+    ]
+    against_baseline = [[method, comparison.baseline] for method in methods if method != comparison.baseline]
+    for title, pairs in {f"Against {comparison.baseline}": against_baseline, **comparison.pairs}.items():
+        rows = [difference_row(comparison, methods, *pair) for pair in pairs if methods.keys() >= set(pair)]
+        if rows:
+            lines += [
+                "",
+                f"{title}, seed by seed: difference ± deviation (p of a paired t test, not corrected for "
+                f"{len(rows)} comparisons)",
+                "",
+                "| | " + " | ".join(compared) + " |",
+                "|---|" + "---|" * len(compared),
+                *rows,
+            ]
+    return lines
+
+
+def page(comparison: Comparison, found: Found) -> str:
+    """Return the results page. It shows the picture ``<task>.svg`` of each task."""
     lines = [
         "# Results",
         "",
-        "Made by `python examples/compare_algorithms/compare.py`; the README beside it says what this can show.",
+        f"Made by `compare.py` of `{comparison.name}.yaml`; the README beside it says what this can show.",
         "",
     ]
     for task, methods in found.items():
         runs = [run for seeds in methods.values() for run in seeds.values()]
-        first_entropy = statistics.mean(run["entropy curve"][0] for run in runs)
+        seconds = [run["seconds"] for run in runs]
+        before = []
+        for name in comparison.before:
+            measure = comparison.measures[name]
+            values = [run["before"][measure.after] for run in runs if measure.after in run["before"]]
+            if values:
+                before.append(f"{name} {statistics.mean(values) * measure.scale:.{measure.decimals}f}{measure.unit}")
         lines += [
             f"## {task}",
             "",
-            f"Before: Avg@16 {runs[0]['avg@16 before']:.1%}, Pass@16 {runs[0]['pass@16 before']:.1%}, entropy of the "
-            f"first step {first_entropy:.3f} nats. {len(runs)} runs of "
-            f"{statistics.median(run['seconds'] for run in runs):.0f} s (median). After, mean ± deviation over seeds:",
+            f"Before: {', '.join(before)}. {len(runs)} runs of {statistics.median(seconds):.0f} s (median), "
+            f"{sum(seconds) / 60:.0f} minutes in all. After, mean ± deviation over seeds:",
             "",
-            "| method | seeds | " + " | ".join(MEASURES) + " |",
-            "|---|---|" + "---|" * len(MEASURES),
+            *table_of_means(comparison, methods),
+            *tables_of_differences(comparison, methods),
+            "",
+            f"![learning curves of {task}]({task}.svg)",
+            "",
         ]
-        for method, seeds in methods.items():
-            cells = []
-            for key, scale, unit, decimals in MEASURES.values():
-                values = [run[key] * scale for run in seeds.values() if run[key] is not None]
-                spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.{decimals}f}{unit}{spread}" if values else "")
-            lines.append(f"| {method} | {len(seeds)} | " + " | ".join(cells) + " |")
-        against_baseline = [(method, BASELINE) for method in methods if method != BASELINE]
-        for title, pairs in (
-            (f"Against {BASELINE}", against_baseline),
-            ("Of the same beta, in two directions", SAME_BETA),
-        ):
-            rows = [difference_row(methods, *pair) for pair in pairs if methods.keys() >= set(pair)]
-            if rows:
-                lines += [
-                    "",
-                    f"{title}, seed by seed: difference ± deviation (p of a paired t test, not corrected for "
-                    f"{len(rows)} comparisons)",
-                    "",
-                    "| | Avg@16, points | Pass@16, points | entropy, nats |",
-                    "|---|---|---|---|",
-                    *rows,
-                ]
-        lines += ["", f"![learning curves of {task}]({pictures[task]})", ""]
     return "\n".join(lines)
 
 
@@ -292,76 +429,110 @@ _COLOURS = (
     "#332288",
     "#DDCC77",
 )
+_DASHES = ("", "6 3", "2 2", "8 2 2 2")
+_WIDTH, _HEIGHT, _LEFT, _GAP = 360, 240, 44, 60
 
 
-def picture(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Draw accuracy of the rollouts and entropy by step, means over seeds and the last steps, as SVG."""
-    width, height, left, gap = 360, 240, 44, 60
+def picture(comparison: Comparison, methods: dict[str, dict[int, Run]]) -> str:
+    """Draw the comparison's curves by step, means over seeds and the last steps, as SVG."""
+    styles = [(colour, dash) for dash in _DASHES for colour in _COLOURS]
     parts = []
-    for place, (title, key) in enumerate(
-        (
-            (f"accuracy of rollouts, mean of {LAST_STEPS} steps", "curve"),
-            (f"entropy, nats, mean of {LAST_STEPS} steps", "entropy curve"),
-        )
-    ):
-        curves = {}
-        for method, seeds in methods.items():
-            steps = min(len(run[key]) for run in seeds.values())
-            means = [statistics.mean(run[key][step] for run in seeds.values()) for step in range(steps)]
-            curves[method] = [statistics.mean(means[max(0, step + 1 - LAST_STEPS) : step + 1]) for step in range(steps)]
-        top = max(max(curve) for curve in curves.values()) or 1.0
-        x0 = left + place * (width + gap)
+    for place, (title, metric) in enumerate(comparison.curves.items()):
+        curves = {method: mean_curve(seeds, metric) for method, seeds in methods.items()}
+        top = max((value for curve in curves.values() for value in curve if value is not None), default=0.0) or 1.0
+        x0 = _LEFT + place * (_WIDTH + _GAP)
         parts.append(
-            f'<text x="{x0}" y="16">{title}</text><path d="M{x0} 28V{28 + height}H{x0 + width}" fill="none" '
-            'stroke="#888"/>'
+            f'<text x="{x0}" y="16">{title}, mean of {LAST_STEPS} steps</text>'
+            f'<path d="M{x0} 28V{28 + _HEIGHT}H{x0 + _WIDTH}" fill="none" stroke="#888"/>'
         )
         for share in (0.0, 0.5, 1.0):
-            parts.append(
-                f'<text x="{x0 - 6}" y="{28 + height * (1 - share) + 4:.0f}" text-anchor="end">{top * share:.2g}</text>'
-            )
-        for colour, curve in zip(_COLOURS * 2, curves.values(), strict=False):
+            y = 28 + _HEIGHT * (1 - share) + 4
+            parts.append(f'<text x="{x0 - 6}" y="{y:.0f}" text-anchor="end">{top * share:.2g}</text>')
+        for (colour, dash), curve in zip(styles, curves.values(), strict=False):
             points = " ".join(
-                f"{x0 + width * step / max(len(curve) - 1, 1):.1f},{28 + height * (1 - value / top):.1f}"
+                f"{x0 + _WIDTH * step / max(len(curve) - 1, 1):.1f},{28 + _HEIGHT * (1 - value / top):.1f}"
                 for step, value in enumerate(curve)
+                if value is not None
             )
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    for index, (colour, method) in enumerate(zip(_COLOURS * 2, methods, strict=False)):
-        x, y = left + (index % 3) * 270, 28 + height + 28 + (index // 3) * 20
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-dasharray="{dash}" '
+                'stroke-width="1.5"/>'
+            )
+    for index, ((colour, dash), method) in enumerate(zip(styles, methods, strict=False)):
+        x, y = _LEFT + (index % 3) * 270, 28 + _HEIGHT + 28 + (index // 3) * 20
         parts.append(
-            f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-width="3"/><text x="{x + 26}" y="{y}">{method}</text>'
+            f'<path d="M{x} {y - 4}h20" stroke="{colour}" stroke-dasharray="{dash}" stroke-width="3"/>'
+            f'<text x="{x + 26}" y="{y}">{method}</text>'
         )
-    total_width, total_height = left + 2 * width + gap + 16, 28 + height + 36 + 20 * math.ceil(len(methods) / 3)
+    width = max(_LEFT + len(comparison.curves) * (_WIDTH + _GAP) - _GAP + 16, _LEFT + 3 * 270)
+    height = 28 + _HEIGHT + 36 + 20 * math.ceil(len(methods) / 3)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
     )
 
 
+def mean_curve(seeds: dict[int, Run], metric: str) -> list[float | None]:
+    """Return the mean over seeds and over the last steps up to each; None where no run has a value."""
+    curves = [run["curves"][metric] for run in seeds.values()]
+    points: list[float | None] = []
+    for step in range(min(map(len, curves))):
+        window = slice(max(0, step + 1 - LAST_STEPS), step + 1)
+        values = [value for curve in curves for value in curve[window] if value is not None]
+        points.append(statistics.mean(values) if values else None)
+    return points
+
+
+def write_results(comparison: Comparison, found: Found, output: Path) -> Path:
+    """Write results.json, the page and its pictures; return the page."""
+    output.mkdir(parents=True, exist_ok=True)
+    for task, methods in found.items():
+        (output / f"{task}.svg").write_text(picture(comparison, methods))
+    (output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (output / "RESULTS.md").write_text(page(comparison, found) + "\n")
+    return output / "RESULTS.md"
+
+
+def preload() -> None:
+    """Fork the runs from a process that has imported what they import, as the tests do: most of a short run's seconds
+    are imports. Needs the repository's folder on PYTHONPATH."""
+    from tests.support.preloaded import fork_children
+
+    fork_children()
+
+
 def main() -> None:
+    arguments = sys.argv[1:]
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, further = arguments[:place], arguments[place + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, nargs="?", default=HERE / "comparison.yaml")
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder of the runs; what is complete in it is not run again"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--parallel", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--preload", action="store_true", help="fork the runs from a process with everything imported")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--only-results", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    comparison = read_comparison(options.comparison)
+    tasks, methods = options.tasks or list(comparison.tasks), options.methods or list(comparison.methods)
+    for kind, chosen, known in (("task", tasks, comparison.tasks), ("method", methods, comparison.methods)):
+        for name in chosen:
+            if name not in known:
+                parser.error(f"{options.comparison} has no {kind} {name!r}: choose of {', '.join(known)}")
+    jobs = list(jobs_of(comparison, tasks, methods, options.seeds or comparison.seeds))
     if not options.only_results:
-        run_all(options.runs, options.tasks, options.methods, options.seeds, options.parallel)
-    found = read_all(options.runs, options.tasks, options.methods, options.seeds)
+        if options.preload:
+            preload()
+        run_all(Runner(comparison, options.runs.absolute(), further), jobs, options.parallel)
+    found = read_all(comparison, options.runs, jobs)
     if not found:
         parser.error(f"{options.runs} holds no complete run")
-    options.output.mkdir(parents=True, exist_ok=True)
-    pictures = {}
-    for task, methods in found.items():
-        pictures[task] = f"{task}.svg"
-        (options.output / pictures[task]).write_text(picture(methods))
-    (options.output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    (options.output / "RESULTS.md").write_text(page(found, pictures) + "\n")
-    print(options.output / "RESULTS.md")
+    print(write_results(comparison, found, options.output or comparison.folder))
 
 
 if __name__ == "__main__":

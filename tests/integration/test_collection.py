@@ -20,7 +20,13 @@ AHEAD = [
     "rollout.max_staleness=1",
     "loss.importance_sampling=token",
 ]
-REWARDS = "def even(sample):\n    return float(sum(sample.response_ids) % 2 == 0)\n"
+REWARDS = """
+def even(sample):
+    return float(sum(sample.response_ids) % 2 == 0)
+
+def measures(sample):
+    return {"right": sample.reward, "first": sample.response_ids[0] if sample.reward else None}
+"""
 
 
 def samples(run: Path) -> list[list[dict]]:
@@ -69,7 +75,9 @@ def test_one_step_ahead_killed_and_resumed_is_like_uninterrupted(tmp_path: Path)
 def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(
     tmp_path: Path, rewards: list[str]
 ) -> None:
-    options = [*NO_EVALUATION, "run.steps=3", "rollout.over_sampling=1.5", *rewards]
+    options = [
+        *NO_EVALUATION, "run.steps=3", "rollout.over_sampling=1.5", "verify.measures=own_rewards:measures", *rewards
+    ]  # fmt: skip
     for replicas in (1, 2):
         train(*options, f"parallel.data_parallel_size={replicas}", f"run.dir={tmp_path / str(replicas)}")
     first, second = (rows(tmp_path / name / "metrics.jsonl") for name in ("1", "2"))
@@ -80,6 +88,11 @@ def test_which_groups_are_trained_on_does_not_depend_on_the_number_of_replicas(
     for name in ("1", "2"):
         drawn = [position for step in positions(tmp_path / name) for position in step]
         assert len(drawn) == len(set(drawn)) == 12
+    for name, metrics in (("1", first), ("2", second)):
+        for row, step in zip(metrics, samples(tmp_path / name), strict=True):
+            right = [sample["response_ids"][0] for sample in step if sample["reward"]]
+            assert row["measure/right"] == row["reward/accuracy"] == len(right) / len(step)
+            assert row["measure/first"] == pytest.approx(sum(right) / len(right))
 
 
 @pytest.mark.parametrize("engine", ["embedded", pytest.param("sglang", marks=pytest.mark.drill)])

@@ -47,6 +47,10 @@ ELSEWHERE = {
         '"rollout.filter=filters:neither_easy_nor_cut"',
     ),
     "PYTHONPATH=examples/custom_template": ("tests/integration/test_examples.py", '"data.template=templates:student"'),
+    "PYTHONPATH=examples/think_or_answer": (
+        "tests/integration/test_examples.py",
+        '"experiment=think_or_answer"',
+    ),
     "dasd train --dry-run experiment=dasd_70b": ("tests/integration/test_dry_run.py", '"experiment=dasd_70b"'),
     "dasd train experiment=quickstart rollout=sglang_cpu": (
         "tests/integration/test_fault_drill.py",

@@ -130,3 +130,24 @@ def test_prompts_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for saved in rows(run / "rollouts" / "step_000001.jsonl"):
         spaced = saved["problem"].replace("+", " + ").replace("-", " - ").replace("=", " =")
         assert tokenizer.decode(saved["prompt_ids"]) == f"<|user|>{spaced}<|end|><|assistant|>"
+
+
+def test_think_or_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its README's two commands, small: data, a supervised start from the file, a step, and the measures."""
+    example = ROOT / "examples" / "think_or_answer"
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(example), os.environ.get("PYTHONPATH", "")]))
+    data, run = tmp_path / "think_or_answer", tmp_path / "run"
+    subprocess.run([sys.executable, example / "think_or_answer.py", data, "--examples=99"], check=True, timeout=60)
+    sizes = [size for size in SMALL if not size.startswith(("experiment=", "warm_start."))]
+    files = {"data.train.path": "train", "data.heldout.path": "heldout", "warm_start.path": "warm_start"}
+    dasd(
+        "train", "--config-dir", example, "experiment=think_or_answer", *sizes, "warm_start.steps=2", "run.steps=1",
+        *(f"{field}={data / name}.jsonl" for field, name in files.items()),
+        f"run.dir={run}",
+    )  # fmt: skip
+    [row] = rows(run / "metrics.jsonl")
+    evaluations = rows(run / "evaluation.jsonl")
+    assert len(rows(run / "warm_start.jsonl")) == len(evaluations) == 2
+    for found in (row, *evaluations):
+        # A model that has learnt nothing does not think.
+        assert 0 <= found["measure/thinks"] <= 1 and "measure/straight_right" in found

@@ -54,16 +54,17 @@ def test_round_trip_is_exact_and_ordered(tmp_path: Path) -> None:
 
 def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     masked, whole = sample(0, 0), sample(0, 1)
+    masked.measures = {"thinks": 1.0, "steps": -0.25}
     masked.response_mask, masked.rollout_log_probs = [0, 1], [0.0, -1.0]
     assert ([*masked.sampled], [*whole.sampled]) == ([1], [0, 1])
     path = rollouts_path(tmp_path, 1)
     save_samples(path, [masked, whole])
     assert load_samples(path, groups=1, samples_per_group=2) == [masked, whole]
-    # As they were saved before there were masks.
+    # As they were saved before there were masks and measures.
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text(
-        "".join(json.dumps({key: value for key, value in row.items() if key != "response_mask"}) + "\n" for row in rows)
-    )
+    for row in rows:
+        del row["response_mask"], row["measures"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [sample.response_mask for sample in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
 
 

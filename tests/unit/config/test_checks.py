@@ -239,6 +239,12 @@ REFUSED = [
         ],
         ["warm_start.batch_size=6", "at least 8"],
     ),
+    (["warm_start.steps=0", "warm_start.path=sft.jsonl"], ["warm_start.path=sft.jsonl", "warm_start.steps=0"]),
+    (
+        ["warm_start.path=sft.jsonl", "warm_start.privileged_share=0.5"],
+        ["warm_start.privileged_share=0.5", "warm_start.path"],
+    ),
+    (["verify.measures=measures"], ["verify.measures=measures", "module:function"]),
 ]
 
 

@@ -17,6 +17,7 @@ from dasd_megatron.evaluation import health
 from dasd_megatron.samples import Sample
 from dasd_megatron.verify.steps import StepCheck, chain_sum_steps
 from tests.support.phrase_reference import slow_count
+from tests.support.small_samples import make_sample
 
 
 @pytest.fixture
@@ -24,28 +25,6 @@ def draw() -> random.Random:
     seed = secrets.randbelow(2**31)
     print(f"seed {seed}")
     return random.Random(seed)
-
-
-def make_sample(group: int, sample: int, tokens: list[int], text: str, **changes) -> Sample:
-    values = {
-        "group": group,
-        "sample": sample,
-        "position": group,
-        "problem_id": str(group),
-        "problem": "4-1-7=",
-        "expected_answer": "-4",
-        "reference_solution": "",
-        "prompt_ids": [0],
-        "response_ids": tokens,
-        "rollout_log_probs": [-0.5] * len(tokens),
-        "text": text,
-        "finish_reason": "stop",
-        "weight_versions": [["v", len(tokens)]],
-        "reward": 0.0,
-        "predicted_answer": None,
-        "timed_out": False,
-    }
-    return Sample(**(values | changes))
 
 
 def packed(rows: list[list]) -> tuple[list, list[int]]:
@@ -246,6 +225,23 @@ def test_the_spread_over_processes_and_files_changes_nothing(draw):
     assert health.health_metrics(health.join(parts), settings) == whole
     rows = json.loads(json.dumps(health.to_rows(parts[0]) + health.to_rows(parts[1])))
     assert health.health_metrics(health.join([health.from_rows(rows)]), settings) == whole
+
+
+def test_measures_of_ones_own_are_means_over_the_responses_that_have_them(draw):
+    settings = HealthConfig()
+    samples, _, _ = random_samples(draw, groups=12, per_group=4)
+    names = {name for name in "abc" if draw.random() < 0.9}
+    for sample in samples:
+        sample.measures = {name: draw.uniform(-2, 2) for name in sorted(names) if draw.random() < 0.3} or None
+    whole = health.health_metrics(health.measure(samples, settings), settings)
+    for name in "abc":
+        values = [sample.measures[name] for sample in samples if sample.measures and name in sample.measures]
+        assert whole.get(f"measure/{name}") == (pytest.approx(np.mean(values)) if values else None)
+    # A replica or a request may have no response with a measure.
+    parts = [health.measure(samples[first : first + 4], settings) for first in range(0, 48, 4)]
+    assert health.health_metrics(health.join(parts), settings) == pytest.approx(whole)
+    rows = json.loads(json.dumps([row for part in parts for row in health.to_rows(part)]))
+    assert health.health_metrics(health.join([health.from_rows(rows)]), settings) == pytest.approx(whole)
 
 
 def test_problems_whose_steps_cannot_be_checked_do_not_count(draw):

@@ -22,7 +22,7 @@ def test_names_are_named_once_and_explained(file):
     names = [metric.name for metric in FILES[file]]
     assert len(names) == len(set(names))
     for metric in FILES[file]:
-        assert re.fullmatch(r"([a-z]+/)?[a-z0-9_]+(@?<k>)?", metric.name), metric.name
+        assert re.fullmatch(r"([a-z]+/)?([a-z0-9_]+(@?<k>)?|<name>)", metric.name), metric.name
         assert metric.unit and metric.meaning
         assert not metric.action or metric.healthy, f"{metric.name}: what to do outside which range?"
 
@@ -35,7 +35,9 @@ def test_what_not_every_run_writes_is_in_the_code():
         if path.name not in ("metric_docs.py", "curves.py")
     )
     literals = set(re.findall(r'"[^"\n]*"', source))
-    conditional = [metric.name for metrics in FILES.values() for metric in metrics if metric.when]
+    conditional = [
+        metric.name.removesuffix("<name>") for metrics in FILES.values() for metric in metrics if metric.when
+    ]
     assert len(conditional) > 10
     # A loss reports its means without the group: "clip_share" becomes update/clip_share.
     assert [name for name in conditional if not {f'"{name}"', f'"{name.removeprefix("update/")}"'} & literals] == []
@@ -60,4 +62,5 @@ def test_numbers_in_names_match_any():
     assert (
         find_metric("avg@16", "evaluation.jsonl").name == "avg@<k>" and find_metric("avg@x", "evaluation.jsonl") is None
     )
+    assert find_metric("measure/thinks").name == "measure/<name>" and find_metric("measure/") is None
     assert explain("reward/mean", "nonsense").startswith("reward/mean: mean reward")
