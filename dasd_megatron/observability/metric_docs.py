@@ -653,7 +653,7 @@ _WARM_START = [
     Metric(
         "loss",
         "nats per token",
-        "cross-entropy of the worked solutions",
+        "cross-entropy of the worked solutions, or of the responses of warm_start.path by their weights",
         "falls",
         "flat or rising: lower warm_start.lr",
         when="warm_start.steps is above 0",

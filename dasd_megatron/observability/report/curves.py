@@ -83,6 +83,8 @@ class Chart:
 
 _SMOOTHED = "reward/accuracy of 10 steps"
 _LOST = "update/skipped where above 0"
+_MEASURE = re.compile(r"measure/[a-z][a-z0-9_]{0,47}")
+_MOST_MEASURES = 32
 _SOURCES = {_LOST: "update/skipped", _SMOOTHED: "reward/accuracy"}
 """The metrics behind the columns that :func:`_rows_with_derived` adds."""
 
@@ -91,7 +93,7 @@ WARM_START_CHARTS = (
         "Loss of the warm start",
         "nats per token",
         (Curve("loss", "loss"),),
-        note="Supervised fine-tuning on worked solutions, before reinforcement.",
+        note="Supervised fine-tuning before reinforcement, on worked solutions or on the examples of a file.",
     ),
     Chart("Gradient norm of the warm start", "L2, before clipping", (Curve("gradient norm", "grad_norm"),)),
 )
@@ -213,8 +215,17 @@ def training_charts(runs: Sequence[Run]) -> list[Markup]:
     """Draw the curves of training, after the held-out accuracy where it was evaluated between steps."""
     heldout = _heldout_chart(runs)
     tables = [_rows_with_derived(run) for run in runs]
-    charts = _draw_charts(runs, TRAINING_CHARTS, tables, "training step", METRICS)
+    charts = _draw_charts(runs, [*TRAINING_CHARTS, *_measure_charts(tables)], tables, "training step", METRICS)
     return [heldout, *charts] if heldout is not None else charts
+
+
+def _measure_charts(tables: Sequence[list[Row]]) -> list[Chart]:
+    """Return a chart for each of the user's own measures (``verify.measures``) that a step has."""
+    names = sorted({name for rows in tables for row in rows for name in row if _MEASURE.fullmatch(name)})
+    return [
+        Chart(f"Measure: {name.partition('/')[2]}", "mean over responses", (Curve(name.partition("/")[2], name),))
+        for name in names[:_MOST_MEASURES]
+    ]
 
 
 def _rows_with_derived(run: Run) -> list[Row]:

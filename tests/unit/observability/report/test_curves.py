@@ -13,12 +13,13 @@ from tests.support.report_runs import load_page, make_run, metrics, write_lines
 
 def test_charts_of_some_runs_only(tmp_path):
     run = make_run(tmp_path / "run")
-    rare = {"Divergence from the teacher", "Updates skipped"}
+    rare = {"Divergence from the teacher", "Updates skipped", "Measure: thinks", "Measure: <b>"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for fields, shown in (
         ({"update/skipped": 0}, set()),
         ({"update/skipped": 1}, {"Updates skipped"}),
         ({"update/divergence": 0.1}, {"Divergence from the teacher"}),
+        ({"measure/thinks": 0.5, "measure/<b>": 0.5}, {"Measure: thinks"}),
     ):
         write_lines(run / "metrics.jsonl", [*rows[:-1], {**rows[-1], **fields}])
         _, page, data = load_page(run)
