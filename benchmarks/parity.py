@@ -430,12 +430,14 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
     for objective, overrides in OBJECTIVES.items():
         for name in [ALONE, *layouts[objective]]:
             jobs[f"{objective}/{name}"] = (False, [*overrides, *LAYOUTS.get(name, [])])
-    compared = {} if only and "dropout" not in only else DROPOUT
+    compared = {
+        name: case for name, case in DROPOUT.items() if not only or "dropout" in only or f"dropout/{name}" in only
+    }
     for name, (layout, other) in compared.items():
         jobs[f"dropout/{name}"] = (True, layout)
         jobs[f"dropout/={' '.join(other)}"] = (True, other)
     if compared:
-        jobs["dropout/another seed"] = (True, ["run.seed=2"])
+        jobs |= {"dropout/=": (True, []), "dropout/another seed": (True, ["run.seed=2"])}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         fork_and_wait([(folder, seed)], draw_rollouts)
@@ -483,13 +485,12 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Parallel layouts against one process.")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="LAYOUT", help=f"one of {', '.join([*LAYOUTS, 'dropout'])}"
-    )
+    known = [*LAYOUTS, "dropout", *(f"dropout/{name}" for name in DROPOUT)]
+    parser.add_argument("--only", action="append", default=[], metavar="LAYOUT", help=f"one of {'; '.join(known)}")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parity.json")
     options = parser.parse_args()
-    unknown = set(options.only) - {*LAYOUTS, "dropout"}
+    unknown = set(options.only) - set(known)
     if unknown:
         parser.error(f"no such layout: {', '.join(sorted(unknown))}")
     print(f"seed {options.seed}", flush=True)

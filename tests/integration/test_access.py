@@ -178,6 +178,7 @@ def test_a_key_in_the_configuration_and_one_that_is_none_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+# Its short forms in `make test` are the tests above, with the embedded server.
 @pytest.mark.drill
 def test_real_sglang_and_its_router_take_the_key_and_tell_nobody(
     model: Path, server: LocalServer, tmp_path: Path

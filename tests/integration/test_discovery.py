@@ -235,6 +235,7 @@ def test_one_of_two_servers_has_another_model(
             asyncio.run(check_updated(over))
 
 
+# Its short form in `make test` is the test above, with embedded servers.
 @pytest.mark.drill
 def test_real_sglang_that_takes_the_weights_of_a_deeper_model(models: dict[str, Path], tmp_path: Path) -> None:
     """It leaves out the layers that it has not, and says that all went well: what it computes gives it away."""

@@ -136,6 +136,7 @@ def test_a_server_is_cut_off_and_comes_back(tmp_path: Path, key: str) -> None:
         watched.goes_on_without_serve0(2, key)
 
 
+# Its short form is the test above.
 @pytest.mark.drill
 def test_links_are_cut_and_restored(tmp_path: Path, key: str) -> None:
     run, log = tmp_path / "run", tmp_path / "first.0.log"

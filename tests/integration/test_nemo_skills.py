@@ -93,6 +93,7 @@ def test_its_grader_says_what_the_golden_file_says(python: str, tmp_path: Path) 
     assert [row[0]["predicted_answer"] for row in found] == [row["predicted_answer"] for row in golden]
 
 
+# Its short form in `make test` is the grading above, without a server.
 @pytest.mark.drill
 def test_ns_eval_asks_real_sglang(python: str, tmp_path: Path) -> None:
     config = TinyModelConfig(hidden_size=32, num_layers=2, num_attention_heads=4, head_dim=8, intermediate_size=48)

@@ -83,9 +83,12 @@ def test_all_processes_of_a_run_are_forked_and_end_with_the_launcher(tmp_path: P
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 
+# Its short form in `make test` is the fixture `folder` of tests/integration/test_documented_commands.py: a whole run by
+# the program that a user calls.
+@pytest.mark.drill
 def test_interpreters_that_are_started_make_the_same_run(tmp_path: Path) -> None:
-    """The way of a user: nothing is preloaded, in the launcher, a rank and a server."""
-    options = [*NO_EVALUATION, "run.steps=2"]
+    """The way of a user: nothing is preloaded, in the launcher, two ranks and a server."""
+    options = [*NO_EVALUATION, "parallel=tp2", "run.steps=2"]
     with preloaded.real_start():
         train(*options, f"run.dir={tmp_path / 'started'}")
     train(*options, f"run.dir={tmp_path / 'forked'}")
