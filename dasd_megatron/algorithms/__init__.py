@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dasd_megatron.algorithms.credit_sums import CreditStatistics, credit_metrics, credit_statistics
     from dasd_megatron.algorithms.gates import PUSH_GATES, PushGate
     from dasd_megatron.algorithms.methods import METHODS, Method, MethodSettings, RolloutFacts
+    from dasd_megatron.algorithms.switch import EntropySwitch
 
 __all__ = [
     "GAP_LIMIT",
@@ -28,6 +29,7 @@ __all__ = [
     "PUSH_GATES",
     "Credit",
     "CreditStatistics",
+    "EntropySwitch",
     "Method",
     "MethodSettings",
     "NonFiniteTokenError",
@@ -42,7 +44,7 @@ __all__ = [
     "token_advantages",
 ]
 # The lightest module is tried first, so that a name of a table loads no torch.
-_MODULES = ("methods", "gates", "credit", "credit_sums", "advantage")
+_MODULES = ("methods", "gates", "switch", "credit", "credit_sums", "advantage")
 
 
 def __getattr__(name: str) -> Any:

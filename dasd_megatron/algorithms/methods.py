@@ -11,6 +11,7 @@ gap is log q(y) - log p(y) of a token y under the teacher q and the student p.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -136,6 +137,9 @@ class Method:
     """True where the entropy of the teacher's distribution is read."""
     pushes_away: bool = False
     """True where directions may be below 0, so that ``algorithm.push_gate`` has pushes to scale."""
+    has_entropy_switch: bool = False
+    """True where ``beta`` and ``divergence_weight`` count as 0 while the run's
+    :class:`~dasd_megatron.algorithms.switch.EntropySwitch` is off."""
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
@@ -177,6 +181,13 @@ def _pull_where_teacher_is_certain(_: RolloutStatistics, facts: TokenFacts, sett
 
 def _plain_gap(statistics: RolloutStatistics) -> Tensor:
     return statistics.gap
+
+
+def _jensen_shannon_gap(statistics: RolloutStatistics) -> Tensor:
+    """AntiSD's phi (arXiv:2605.11609): (softplus(gap) - log 2) / 2, at least -0.35 however small the gap is."""
+    gap = statistics.gap
+    # softplus(u) = max(u, 0) + log(1 + exp(-|u|)), which does not overflow.
+    return 0.5 * (gap.clamp_min(0.0) + (-gap.abs()).exp().log1p() - math.log(2.0))
 
 
 def _leave_taught_to_teacher(statistics: RolloutStatistics, facts: TokenFacts, _: MethodSettings) -> Tensor:
@@ -245,6 +256,14 @@ METHODS: dict[str, Method] = {
             "(arXiv:2605.10781)",
             verifier_factor=_scale_by_reversed_gap,
             teaches="right",
+        ),
+        Method(
+            "antisd",
+            "pushes every token away from the teacher, while the teacher is uncertain enough (arXiv:2605.11609)",
+            direction=_push_everywhere,
+            signal=_jensen_shannon_gap,
+            has_entropy_switch=True,
+            pushes_away=True,
         ),
         Method(
             "pw_opsd",

@@ -228,6 +228,18 @@ class AlgorithmConfig:
     srpo_beta: float = setting(
         1.0, "srpo only: a token's weight falls by exp(-this) with each nat of the teacher's entropy", low=0
     )
+    antisd_warmup_steps: int = setting(
+        5,
+        "antisd only: first steps, in which the teacher does not act and its entropy is measured, to compare with",
+        low=1,
+    )
+    antisd_off_share: float = setting(
+        0.93,
+        "antisd only: the teacher stops to act when its entropy falls below this share of that, and goes on when it "
+        "is back there",
+        low=0,
+        high=1,
+    )
     position_w_min: float = setting(0.25, "pw_opsd only: weight that the earliest tokens come close to", low=0, high=1)
     position_tau: float = setting(
         0.3, "pw_opsd only: place in the response, from 0 to 1, at which half of the rise is done", low=0, high=1

@@ -501,6 +501,14 @@ _STEP = [
         when="algorithm.objective=distributional and a sample has a teacher",
     ),
     Metric(
+        "teacher/switch_on",
+        "0 or 1",
+        "whether the teacher acts at this step",
+        "0 in the first algorithm.antisd_warmup_steps, then mostly 1",
+        "0 for good: the teacher has become certain; see teacher/entropy_mean",
+        when="algorithm.name=antisd",
+    ),
+    Metric(
         "schedule/beta",
         "weight",
         "value of algorithm.beta at this step",

@@ -330,6 +330,7 @@ class CheckpointSaver:
             "collected": dataclasses.asdict(state.rollouts.counts),
             "world_size": dist.get_world_size(),
             "architecture": architecture(self.model.bridge.hf_config),
+            "teacher_switch": dataclasses.asdict(state.teacher_switch),
         }
         (partial / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         for name in _COLLECTED:

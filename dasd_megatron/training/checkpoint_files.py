@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ _STATE_SHAPE = {
     "pending": [int],
     "collected": {str: int},
     "architecture": {str: object},
+    "teacher_switch?": {"warm_up": [float], "is_on": bool},
 }
 
 
@@ -125,7 +127,9 @@ def read_record(path: Path) -> dict[str, Any]:
     counts += record["collected"].values()
     unknown = record["collected"].keys() - {"drawn", "filtered", "restarted"}
     wrong_places = [place for place in record["pending"] if not 0 <= place < record["position"]]
-    if min(counts) < 0 or record["rolled_back_to"] < -1 or unknown or wrong_places:
+    entropies = record.get("teacher_switch", {"warm_up": []})["warm_up"]
+    wrong_entropies = [entropy for entropy in entropies if not 0.0 <= entropy < math.inf]
+    if min(counts) < 0 or record["rolled_back_to"] < -1 or unknown or wrong_places or wrong_entropies:
         raise UnreadableError(file, "is damaged (it has counts that no run has)", advice)
     return record
 

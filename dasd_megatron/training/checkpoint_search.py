@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dasd_megatron.algorithms import EntropySwitch
 from dasd_megatron.files import RunDirectoryError
 from dasd_megatron.models.hf_weights import WeightsError
 from dasd_megatron.rollout.buffer import BufferState, Counts
@@ -46,7 +47,7 @@ class TrainerState:
 
     ``skipped``: number of the last steps in a row that were skipped; ``rollbacks``: times that the run went back to a
     checkpoint, the last time to that of step ``rolled_back_to`` (-1: never); ``discarded``: replayed steps that were
-    undone by it, and are not used again.
+    undone by it, and are not used again. ``teacher_switch``: for the methods that have one.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class TrainerState:
     discarded: int = 0
     rollbacks: int = 0
     rolled_back_to: int = -1
+    teacher_switch: EntropySwitch = field(default_factory=EntropySwitch)
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
@@ -115,7 +117,10 @@ def read_state(path: Path) -> tuple[TrainerState, dict[str, Any]]:
     record = answer_of_rank0(lambda: read_record(path))
     rollouts = BufferState(record["position"], record["pending"], counts=Counts(**record["collected"]))
     counters = {name: record[name] for name in ("step", *COUNTERS)}
-    return TrainerState(rollouts=rollouts, **counters), record
+    # Checkpoints of versions without a switch have none.
+    switch = record.get("teacher_switch", {"warm_up": [], "is_on": False})
+    switch = EntropySwitch(tuple(map(float, switch["warm_up"])), switch["is_on"])
+    return TrainerState(rollouts=rollouts, teacher_switch=switch, **counters), record
 
 
 def answer_of_rank0(work: Callable[[], T]) -> T:

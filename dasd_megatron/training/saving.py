@@ -62,11 +62,12 @@ def roll_back(trainer: Trainer) -> None:
     path = _find_good_checkpoint(trainer.paths.root, state)
     if path is None:
         raise TrainingError(f"{reason}, and there is no checkpoint before them to go back to: {advice}")
-    good_step = load_checkpoint(path, learner.model, learner.optimizer, learner.teacher).step
+    saved = load_checkpoint(path, learner.model, learner.optimizer, learner.teacher)
+    good_step = saved.step
     if config.rollout.replay is not None:
         state.discarded += state.step - good_step
     trainer.display.warning(f"{reason}: back to {path}, and on with other problems")
-    state.step, state.rolled_back_to = good_step, good_step
+    state.step, state.rolled_back_to, state.teacher_switch = good_step, good_step, saved.teacher_switch
     state.skipped, state.rollbacks = 0, state.rollbacks + 1
     if trainer.logger is not None:
         depart_from(trainer.paths.root, path, good_step)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from dasd_megatron import backend
-from dasd_megatron.algorithms import RolloutFacts, group_relative_advantage, token_advantages
+from dasd_megatron.algorithms import METHODS, RolloutFacts, group_relative_advantage, token_advantages
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
 from dasd_megatron.losses import importance_weights
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_samples
+from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
-from dasd_megatron.training.parallel import reduce_over_replicas
+from dasd_megatron.training.parallel import gather_replicas, reduce_over_replicas
 from dasd_megatron.training.passes import Distillation, UpdateResult, score, update
 from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts
 from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
-from dasd_megatron.training.step_metrics import reward_metrics, schedule_metrics, step_health, step_metrics
+from dasd_megatron.training.step_metrics import (
+    reward_metrics,
+    schedule_metrics,
+    step_health,
+    step_metrics,
+    switch_metrics,
+)
 from dasd_megatron.training.teacher import move_weights, score_teacher, without_teacher
 from dasd_megatron.training.trainer import Trainer
 
@@ -84,7 +93,7 @@ def _learn(
     """Route and update by rollouts that have been scored; returns the step's metrics. ``inspects``: this rank writes
     token statistics of the first rollouts."""
     config, step = trainer.config, trainer.state.step
-    algorithm = config.algorithm.at(step, config.run.steps)
+    algorithm = set_teacher_switch(trainer.state, config.algorithm.at(step, config.run.steps), scores)
     fp8_metrics = compare_fp8(trainer, share.samples, scores)
     with timers("route"):
         routing = route(
@@ -105,7 +114,8 @@ def _learn(
         with timers("health"):
             health_metrics = step_health(share.samples, scores, config.health, config.data.train.generator)
     metrics = step_metrics(share, scores, routing, updates, timers.finish(), config.batch.samples_per_group)
-    return {**metrics, **schedule_metrics(algorithm), **fp8_metrics, **health_metrics}
+    metrics |= schedule_metrics(algorithm) | switch_metrics(algorithm, trainer.state.teacher_switch)
+    return {**metrics, **fp8_metrics, **health_metrics}
 
 
 def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollouts:
@@ -136,6 +146,26 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         teacher_ran=teacher.ran,
         teacher=teacher.states,
     )
+
+
+def set_teacher_switch(state: TrainerState, algorithm: AlgorithmConfig, scores: ScoredRollouts) -> AlgorithmConfig:
+    """Set the run's switch by the teacher's entropies at this step, for a method that has one, and return the section
+    with the weights of the teacher that follow: 0 while the switch is off.
+
+    Collective over replicas for such a method: one gather of the entropies, so that all ranks set it alike.
+    """
+    if not METHODS[algorithm.name].has_entropy_switch:
+        return algorithm
+    parts = gather_replicas(scores.teacher_entropy[scores.teacher_tokens].double().cpu().numpy())
+    entropies = numpy.concatenate(parts)
+    state.teacher_switch = state.teacher_switch.after(
+        float(numpy.median(entropies)) if len(entropies) else None,
+        warmup_steps=algorithm.antisd_warmup_steps,
+        off_share=algorithm.antisd_off_share,
+    )
+    if state.teacher_switch.is_on:
+        return algorithm
+    return dataclasses.replace(algorithm, beta=0.0, divergence_weight=0.0)
 
 
 def route(

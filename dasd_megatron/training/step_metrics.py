@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dasd_megatron import backend
-from dasd_megatron.algorithms import CreditStatistics, credit_metrics, credit_statistics
+from dasd_megatron.algorithms import METHODS, CreditStatistics, EntropySwitch, credit_metrics, credit_statistics
 from dasd_megatron.config import AlgorithmConfig, HealthConfig
 from dasd_megatron.evaluation.health import health_metrics, join, measure
 from dasd_megatron.samples import Sample
@@ -92,6 +92,12 @@ def schedule_metrics(algorithm: AlgorithmConfig) -> dict[str, float]:
     """Return the scheduled settings' values at this step, by the names of ``metrics.jsonl``; ``algorithm`` is the
     section at this step."""
     return {_SCHEDULED[name]: getattr(algorithm, name) for name in algorithm.schedules}
+
+
+def switch_metrics(algorithm: AlgorithmConfig, switch: EntropySwitch) -> dict[str, float]:
+    """Return whether the teacher's switch is on at this step, by the name of ``metrics.jsonl``, for a method that has
+    one."""
+    return {"teacher/switch_on": float(switch.is_on)} if METHODS[algorithm.name].has_entropy_switch else {}
 
 
 def update_metrics(updates: Sequence[UpdateResult]) -> dict[str, float]:

@@ -96,12 +96,14 @@ def reference(name: str, settings: MethodSettings, data: dict[str, Any], facts: 
                 rise = 1 / (1 + math.exp(-(share - settings.position_tau) / settings.position_s))
                 weight = settings.position_w_min + (1 - settings.position_w_min) * rise
                 advantage = verifier + settings.beta * weight * gap
+            elif name == "antisd" and taught:
+                advantage = verifier - settings.beta * (math.log(1 + math.exp(gap)) - math.log(2)) / 2
             advantages.append(advantage)
             token += 1
     return advantages
 
 
-RIVALS = ("sdpo", "srpo", "rlsd", "rlrt", "pw_opsd")
+RIVALS = ("sdpo", "srpo", "rlsd", "rlrt", "antisd", "pw_opsd")
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -176,6 +178,15 @@ def test_srpo_without_a_wrong_rollout_is_grpo() -> None:
     facts = facts._replace(is_right=torch.ones(7, dtype=torch.bool))
     advantage, credit = token_advantages("srpo", SETTINGS, **data, facts=facts)
     assert torch.equal(advantage, token_advantages("grpo", SETTINGS, **data)[0]) and not credit.omega.any()
+
+
+def test_antisd_bounds_the_push_for_tokens_that_the_teacher_rules_out() -> None:
+    data, facts = batch()
+    data["delta"][:] = -math.inf
+    credit = token_advantages("antisd", SETTINGS, **data, facts=facts)[1]
+    taught = facts.has_teacher.repeat_interleave(data["lengths"])
+    assert credit.advantage_term[taught].numpy() == pytest.approx(0.7 * math.log(2) / 2, rel=1e-6)
+    assert not credit.advantage_term[~taught].any()
 
 
 @pytest.mark.parametrize("name", ["rlsd", "rlrt"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -279,6 +280,9 @@ def test_a_folder_that_a_crash_left_does_not_keep_a_step_from_being_saved_again(
         ({"collected": []}, "collected is not an object"),
         ({"position": 2**70}, "position is not an integer"),
         ({"rolled_back_to": -2}, "counts that no run has"),
+        ({"teacher_switch": {"warm_up": [-0.1], "is_on": True}}, "counts that no run has"),
+        ({"teacher_switch": {"warm_up": [math.nan], "is_on": True}}, "counts that no run has"),
+        ({"teacher_switch": {"warm_up": [0.1]}}, "is_on"),
     ],
 )
 def test_a_record_with_other_numbers_than_a_runs_is_refused(change: dict, named: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dasd_megatron.algorithms import EntropySwitch
 from dasd_megatron.training.checkpoint_files import CheckpointError, checkpoint_path, hash_files, publish
-from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint
+from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint, read_state
 from dasd_megatron.training.saving import _find_good_checkpoint
 from tests.support.damage import trainer_record
 from tests.support.thread_ranks import ThreadRanks
@@ -134,3 +136,12 @@ def test_a_run_does_not_go_back_to_one_checkpoint_twice(ranks: ThreadRanks, tmp_
     first, second = write(tmp_path, 1), write(tmp_path, 2)
     assert good(ranks, tmp_path, TrainerState(step=5, skipped=4, rolled_back_to=2)) == [first] * RANKS
     assert good(ranks, tmp_path, TrainerState(step=5, skipped=4, rolled_back_to=1)) == [second] * RANKS
+
+
+def test_the_switch_of_the_teacher_is_read_to_the_bit(ranks: ThreadRanks, tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    # Checkpoints of versions without a switch are taken as well.
+    assert ranks.run(lambda _: read_state(path)[0].teacher_switch) == [EntropySwitch()] * RANKS
+    switch = EntropySwitch((0.1 + 0.2, 1.0, 1e-300), is_on=True)
+    (path / "trainer.json").write_text(json.dumps(trainer_record(3, teacher_switch=dataclasses.asdict(switch))))
+    assert ranks.run(lambda _: read_state(path)[0].teacher_switch) == [switch] * RANKS

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy
 import pytest
 import torch
 
+from dasd_megatron.algorithms import EntropySwitch
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig
+from dasd_megatron.training import step
 from dasd_megatron.training.batching import ReplicaShare
+from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
-from dasd_megatron.training.step import Timers, route
-from dasd_megatron.training.step_metrics import schedule_metrics
+from dasd_megatron.training.step import Timers, route, set_teacher_switch
+from dasd_megatron.training.step_metrics import schedule_metrics, switch_metrics
 
 REWARDS = [1.0, 0.0, 0.0, 1.0]
 GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0.0)
@@ -17,8 +23,14 @@ GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0
 
 def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig = GRPO) -> Routing:
     """Routing of the rollouts at ``places``, of which each has two tokens of other log-probs at the servers."""
+    share = ReplicaShare([], places, REWARDS)
+    return route(settings, loss, share, scored(places), samples_per_group=2, success_reward=0.5)
+
+
+def scored(places: list[int]) -> ScoredRollouts:
+    """Scores of rollouts of two tokens each."""
     count = 2 * len(places)
-    scores = ScoredRollouts(
+    return ScoredRollouts(
         student=TokenScores(torch.zeros(count), torch.ones(count)),
         teacher_log_prob=torch.zeros(count),
         teacher_entropy=torch.ones(count),
@@ -28,8 +40,6 @@ def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig 
         lengths=torch.full((len(places),), 2),
         teacher_ran=True,
     )
-    share = ReplicaShare([], places, REWARDS)
-    return route(settings, loss, share, scores, samples_per_group=2, success_reward=0.5)
 
 
 def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:
@@ -69,3 +79,25 @@ def test_scheduled_values_of_a_step_are_metrics() -> None:
     assert schedule_metrics(later) == {"schedule/beta": later.beta, "schedule/rlsd_lambda": later.rlsd_lambda}
     assert later.beta == pytest.approx(0.2) and later.rlsd_lambda == pytest.approx(0.3)
     assert schedule_metrics(GRPO) == {}
+
+
+def test_the_switch_follows_the_median_entropy_of_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = AlgorithmConfig(name="antisd", beta=0.5, divergence_weight=0.2, scale_floor=1.0, antisd_warmup_steps=1)
+    state = TrainerState()
+    others = numpy.array([3.0, 3.0, 9.0])
+    monkeypatch.setattr(step, "gather_replicas", lambda own: [own, others])
+    scores = dataclasses.replace(
+        scored([0, 1]), teacher_entropy=torch.tensor([1.0, 2.0, 0.0, 0.0]), has_teacher=torch.tensor([True, False])
+    )
+    # The entropies of the rollout without a teacher are not read: the median is 3, and not 2.
+    off = set_teacher_switch(state, settings, scores)
+    assert state.teacher_switch == EntropySwitch((3.0,)) and (off.beta, off.divergence_weight) == (0.0, 0.0)
+    assert switch_metrics(off, state.teacher_switch) == {"teacher/switch_on": 0.0}
+    on = set_teacher_switch(state, settings, scores)
+    assert on is settings and switch_metrics(on, state.teacher_switch) == {"teacher/switch_on": 1.0}
+    others[:] = 1.0
+    assert set_teacher_switch(state, settings, scores).beta == 0.0 and not state.teacher_switch.is_on
+
+    kept = TrainerState()
+    assert set_teacher_switch(kept, GRPO, scores) is GRPO and kept.teacher_switch == EntropySwitch()
+    assert switch_metrics(GRPO, kept.teacher_switch) == {}
