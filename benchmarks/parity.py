@@ -15,6 +15,7 @@ unless told otherwise. With ``--only``, the results of other layouts in it stay 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import importlib.metadata
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ COMMON = [
     "batch.minibatches=2",
     "loss.kl_coef=0.1",
     "loss.dual_clip=3.0",
-    "teacher.weights=ema",
+    "teacher.privileged=[solution,peer]",
     # Rounding must not grow into a difference: with a tiny epsilon Adam's first step is the sign of each gradient,
     # which rounding decides where a gradient is nearly zero.
     "optimizer.lr=3e-4",
@@ -63,8 +65,13 @@ COMMON = [
     "verify.workers=0",
 ]
 OBJECTIVES = {
-    "sampled": ["algorithm.objective=sampled"],
-    "distributional": ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"],
+    "sampled": ["algorithm.objective=sampled", "teacher.weights=ema"],
+    "distributional": [
+        "algorithm.objective=distributional",
+        "algorithm.divergence_weight=0.3",
+        "teacher.weights=trust_region",
+        "teacher.trust_region_mix=0.3",
+    ],
 }
 TP2, PP2, PP4, VPP2, DP2, SP = (
     "parallel.tensor_model_parallel_size=2",
@@ -132,8 +139,11 @@ ROUTING = (
 
 
 def draw_rollouts(folder: Path, seed: int) -> None:
-    """A model whose tokens differ in certainty, and rollouts of every length for it, with rewards and masks by
-    chance."""
+    """A model whose tokens differ in certainty, and rollouts of every length for it, with rewards and masks by chance.
+
+    Some have no teacher: half of the problems have no solution, and of these not all have a right response. The second
+    minibatch of step 2 has none at all.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -159,6 +169,7 @@ def draw_rollouts(folder: Path, seed: int) -> None:
         for group in range(GROUPS):
             prompt = tokens(3, 20)
             problem = "".join(draw.choice("0123456789+-") for _ in range(8))
+            all_wrong = group == 3 or (group == 2 and step == 2)
             for sample in range(SAMPLES):
                 response = tokens(3, 40)
                 mask = None if draw.random() < 0.7 else [1, *(int(draw.random() < 0.7) for _ in response[1:])]
@@ -171,14 +182,14 @@ def draw_rollouts(folder: Path, seed: int) -> None:
                         f"p{group}",
                         problem,
                         "1",
-                        f"{problem} is 1",
+                        f"{problem} is 1" if group < 2 else "",
                         prompt,
                         response,
                         log_probs,
-                        "",
+                        "".join(draw.choice("0123456789+-") for _ in response),
                         "stop",
                         [["step_000000", len(response)]],
-                        float(draw.random() < 0.5),
+                        float(draw.random() < 0.5 and not all_wrong),
                         None,
                         False,
                         mask,
@@ -237,27 +248,23 @@ def gathering_attention() -> type:
     return GatheringAttention
 
 
-def train(config: Config, folder: Path) -> dict[str, Any]:
-    """The training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
+@contextlib.contextmanager
+def open_replaying(config: Config, folder: Path) -> Iterator[Any]:
+    """A trainer without servers, grader and files of its own, that replays the rollouts in ``folder``."""
     from dasd_megatron.config import DataSourceConfig
     from dasd_megatron.data.prompts import Problem
     from dasd_megatron.data.templates import make_renderer
     from dasd_megatron.models.hf_config import load_tokenizer
     from dasd_megatron.observability.progress import ProgressDisplay
     from dasd_megatron.run.paths import RunPaths
-    from dasd_megatron.samples import load_samples, rollouts_path
-    from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.checkpoint_search import TrainerState
-    from dasd_megatron.training.passes import score
     from dasd_megatron.training.rollout_plane import RolloutPlane
-    from dasd_megatron.training.step import train_step
     from dasd_megatron.training.trainer import Trainer, build_learner
 
     assert isinstance(config.data.train, DataSourceConfig)
     tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     learner = build_learner(config, Path(config.model.path))
-    model = learner.model
     state, problems = TrainerState(), [Problem("p", "1", "1", "1")]
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
         plane = RolloutPlane(
@@ -267,10 +274,10 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
             grader=None,
             renderer=renderer,
             tokenizer=tokenizer,
-            vocab_size=model.vocab_size,
+            vocab_size=learner.model.vocab_size,
             state=state.rollouts,
         )
-        trainer = Trainer(
+        yield Trainer(
             config=config,
             paths=paths,
             tokenizer=tokenizer,
@@ -284,6 +291,17 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
             display=display,
             logger=None,
         )
+
+
+def train(config: Config, folder: Path) -> dict[str, Any]:
+    """The training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
+    from dasd_megatron.samples import load_samples, rollouts_path
+    from dasd_megatron.training.batching import BatchLayout, make_micro_batches
+    from dasd_megatron.training.passes import score
+    from dasd_megatron.training.step import train_step
+
+    with open_replaying(config, folder) as trainer:
+        model = trainer.learner.model
         rows = [train_step(trainer) for _ in range(STEPS)]
     samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
     batches = make_micro_batches(

@@ -59,7 +59,7 @@ from dasd_megatron.training.parallel import (
     on_selected_rank,
     true_on_any,
 )
-from dasd_megatron.training.snapshots import WeightSnapshot
+from dasd_megatron.training.snapshots import KEPT_COPIES, WeightSnapshot
 
 _ARCHITECTURE = (
     "model_type",
@@ -96,6 +96,21 @@ def check_architecture(path: Path, record: dict[str, Any], hf_config: Any) -> No
                 f"{path} was saved from a model with {name}={saved}, this model has {value}; "
                 "set model.path to the model that the checkpoint came from, or start a new run"
             )
+
+
+def check_kept_teacher(path: Path, weights: str) -> None:
+    """Refuse (CheckpointError) a checkpoint without what a teacher of these ``teacher.weights`` has to go on from.
+    Collective: rank 0 reads."""
+
+    def look() -> None:
+        name = KEPT_COPIES.get(weights)
+        if name is not None and not any(key.startswith(f"{name}.") for key in read_metadata(path).state_dict_metadata):
+            raise CheckpointError(
+                f"{path} has no weights of a teacher of teacher.weights={weights}: go on with the algorithm.name and "
+                "teacher.weights of the run that saved it, or start a new run"
+            )
+
+    do_on_rank0(look)
 
 
 def _sharded_state(
@@ -404,7 +419,8 @@ def load_checkpoint(
     """Restore everything that :class:`CheckpointSaver` wrote, in place. Collective over all ranks.
 
     The parallel layout may differ from the one that saved; the generators are then seeded anew, since each belongs to a
-    rank. Call :func:`~dasd_megatron.training.checkpoint_search.find_checkpoint` and :func:`check_architecture` first.
+    rank. Call :func:`~dasd_megatron.training.checkpoint_search.find_checkpoint`, :func:`check_architecture` and
+    :func:`check_kept_teacher` first.
     """
     state, record = read_state(path)
     for name, groups in (do_on_rank0(lambda: _read_collected(path)) or {}).items():

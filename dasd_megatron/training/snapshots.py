@@ -13,6 +13,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 
 from dasd_megatron.models.gpt import ShardedModel
 
+KEPT_COPIES = {"ema": "average", "snapshot": "snapshot"}
+"""For each ``teacher.weights`` that has weights of its own, the name of the copy, by which checkpoints keep it."""
+
 
 class WeightSnapshot:
     """This rank's shard of every parameter, copied when made. An average is kept in float32, other copies in the

@@ -35,13 +35,13 @@ from dasd_megatron.observability.trackers import Tracker
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.run.paths import RunPaths, run_problems, start_hf_files, start_path
 from dasd_megatron.samples import ReplayError
-from dasd_megatron.training.checkpoint import CheckpointSaver, check_architecture, load_checkpoint
+from dasd_megatron.training.checkpoint import CheckpointSaver, check_architecture, check_kept_teacher, load_checkpoint
 from dasd_megatron.training.checkpoint_files import checkpoints_folder, depart_from
 from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint, read_state
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank
 from dasd_megatron.training.rollout_plane import RolloutPlane, load_replayed
-from dasd_megatron.training.snapshots import WeightSnapshot
+from dasd_megatron.training.snapshots import KEPT_COPIES, WeightSnapshot
 from dasd_megatron.training.warm_start import warm_start
 from dasd_megatron.verify.grader import Grader
 
@@ -100,7 +100,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     train_problems, heldout_problems = run_problems(paths, "train"), run_problems(paths, "heldout")
     checkpoint = find_checkpoint(config.resume, paths.root)
-    began = TrainerState() if checkpoint is None else _checked_state(checkpoint, hf_files)
+    began = TrainerState() if checkpoint is None else _checked_state(checkpoint, hf_files, _teacher_weights(config))
     first_step = began.step
     _check_first_replayed(config, hf_files, began)
     with contextlib.ExitStack() as stack:
@@ -175,15 +175,18 @@ def build_learner(config: Config, model_path: Path) -> Learner:
     optimizer = build_optimizer(
         config.optimizer, model, steps=config.run.steps, updates_per_step=config.batch.minibatches * config.batch.epochs
     )
-    weights = config.teacher.weights if needs_teacher(config.algorithm) else "live"
+    weights = _teacher_weights(config)
     start = teacher = None
     if config.loss.kl_coef > 0 or weights in ("frozen", "trust_region"):
         start = WeightSnapshot(model, "start")
-    if weights == "ema":
-        teacher = WeightSnapshot(model, "average", dtype=torch.float32)
-    elif weights == "snapshot":
-        teacher = WeightSnapshot(model, "snapshot")
+    if weights in KEPT_COPIES:
+        teacher = WeightSnapshot(model, KEPT_COPIES[weights], dtype=torch.float32 if weights == "ema" else None)
     return Learner(model, optimizer, start, teacher)
+
+
+def _teacher_weights(config: Config) -> str:
+    """Return the kind of the teacher's weights, ``live`` where no teacher is needed."""
+    return config.teacher.weights if needs_teacher(config.algorithm) else "live"
 
 
 def open_logger(
@@ -200,10 +203,12 @@ def open_logger(
     )
 
 
-def _checked_state(checkpoint: Path, hf_files: Path) -> TrainerState:
-    """Return how far a checkpoint of this run's model is; CheckpointError if it is another's."""
+def _checked_state(checkpoint: Path, hf_files: Path, teacher_weights: str) -> TrainerState:
+    """Return how far a checkpoint of this run's model is; CheckpointError if it is another's, or another teacher's.
+    Collective over all ranks."""
     state, record = read_state(checkpoint)
     check_architecture(checkpoint, record, read_hf_config(hf_files))
+    check_kept_teacher(checkpoint, teacher_weights)
     return state
 
 
