@@ -12,7 +12,7 @@ from dasd_megatron.algorithms.credit import GAP_LIMIT, Credit
 
 _SUMS = (
     "tokens", "rollouts", "pushed", "pulled", "entropy", "entropy_pushed", "entropy_pulled", "omega", "omega_squared",
-    "delta", "delta_abs", "delta_bar_abs", "advantage_abs", "tau", "sigma", "taught",
+    "delta", "delta_abs", "delta_bar_abs", "push", "push_delta", "advantage_abs", "tau", "sigma", "taught",
 )  # fmt: skip
 
 
@@ -21,7 +21,7 @@ class CreditStatistics(NamedTuple):
     :func:`credit_metrics`."""
 
     sums: Tensor
-    """``[16]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or
+    """``[18]``: counts of tokens, rollouts, pushed (omega < 0) and pulled (omega > 0) tokens, then sums over tokens or
     rollouts, and last the count of tokens whose gaps are summed."""
     maxima: Tensor
     """``[2]``: the largest omega, and minus the smallest; -inf without tokens."""
@@ -60,6 +60,8 @@ def credit_statistics(
         "delta": delta.sum(),
         "delta_abs": delta.abs().sum(),
         "delta_bar_abs": delta_bar.abs().sum(),
+        "push": (-omega * pushed).sum(),
+        "push_delta": (-omega * pushed * delta).sum(),
         "advantage_abs": advantage.abs().sum(),
         "tau": credit.tau.double().sum(),
         "sigma": credit.sigma.double().sum(),
@@ -73,10 +75,10 @@ def credit_statistics(
 def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
     """Return metrics from reduced statistics, by the names of the metrics file; entropies and gaps in nats.
 
-    ``entropy/pushed`` and ``entropy/pulled`` are left out where no token is pushed or pulled, the metrics of gaps where
-    no token has a teacher, and everything without any token. ``credit/tau_mean`` and ``credit/sigma_mean`` are means
-    over rollouts, those of gaps over tokens that have a teacher, all others over tokens. The tensors are read back from
-    their device.
+    ``entropy/pushed``, ``credit/pushed_delta_mean`` and ``entropy/pulled`` are left out where no token is pushed or
+    pulled, the metrics of gaps where no token has a teacher, and everything without any token. ``credit/tau_mean`` and
+    ``credit/sigma_mean`` are means over rollouts, those of gaps over tokens that have a teacher, all others over
+    tokens. The tensors are read back from their device.
     """
     total = dict(zip(_SUMS, statistics.sums.tolist(), strict=True))
     omega_max, minus_omega_min = statistics.maxima.tolist()
@@ -87,6 +89,7 @@ def credit_metrics(statistics: CreditStatistics) -> dict[str, float]:
     metrics = {"entropy/mean": total["entropy"] / tokens}
     if total["pushed"]:
         metrics["entropy/pushed"] = total["entropy_pushed"] / total["pushed"]
+        metrics["credit/pushed_delta_mean"] = total["push_delta"] / total["push"]
     if total["pulled"]:
         metrics["entropy/pulled"] = total["entropy_pulled"] / total["pulled"]
     if total["taught"]:

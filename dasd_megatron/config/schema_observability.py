@@ -8,7 +8,8 @@ from dasd_megatron.config.fields import setting
 
 WATCH_CONDITIONS = (
     "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rewards_all_right", "rewards_all_wrong",
-    "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_diverge", "non_finite",
+    "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_unlikely", "pushed_diverge",
+    "non_finite",
 )  # fmt: skip
 """Conditions that :class:`dasd_megatron.observability.watch.Watch` looks for."""
 
@@ -135,6 +136,12 @@ class WatchConfig:
         0.9, "teacher_absent: share of rollouts without a teacher, at least; above 0", above=0, high=1
     )
     teacher_gap: float = setting(1e-3, "teacher_equals_student: mean |delta| of a token, at most, nats", low=0)
+    pushed_gap: float = setting(
+        2.0,
+        "pushed_unlikely: the mean gap of tokens pushed away from the teacher, weighted by |omega|, is below minus "
+        "this, nats",
+        low=0,
+    )
     pushed_drop: float = setting(
         2.0,
         "pushed_diverge: the mean log-prob of tokens pushed away from the teacher is under its highest level by "

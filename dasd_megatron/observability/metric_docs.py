@@ -639,6 +639,15 @@ _STEP = [
         when="a sample has a teacher",
     ),
     Metric(
+        "credit/pushed_delta_mean",
+        "nats per token",
+        "mean gap of the tokens that are pushed away, weighted by |omega|",
+        "over -1",
+        "far below 0: pushing raises tokens that the teacher all but rules out, so the policy does not know what the "
+        "teacher knows; warm-start longer, lower algorithm.beta, write algorithm.push_gate=teacher_entropy",
+        when="a token is pushed",
+    ),
+    Metric(
         "credit/pushed_log_prob_mean",
         "nats per token",
         "mean log-prob of the tokens that are pushed away from the teacher",

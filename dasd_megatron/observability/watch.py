@@ -184,6 +184,16 @@ def _teacher_equals_student(values: Values, series: Histories, settings: WatchCo
     return None
 
 
+def _pushed_unlikely(values: Values, series: Histories, settings: WatchConfig) -> str | None:
+    gap = values["credit/pushed_delta_mean"]
+    if gap < -settings.pushed_gap:
+        return (
+            f"tokens pushed away from the teacher are {-gap:.3g} nats less likely under it than under the policy "
+            f"(watch.pushed_gap={settings.pushed_gap:g})"
+        )
+    return None
+
+
 def _pushed_diverge(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     now, highest = values["credit/pushed_log_prob_mean"], series["credit/pushed_log_prob_mean"].highest
     if math.isfinite(highest) and now < highest - settings.pushed_drop:
@@ -282,6 +292,15 @@ CONDITIONS = (
         "what the teacher sees beside the problem has no effect, so its term is noise",
         "look at teacher.template and teacher.privileged, show it examples in the warm start "
         "(warm_start.privileged_share), or raise algorithm.scale_floor",
+    ),
+    Condition(
+        "pushed_unlikely",
+        ("credit/pushed_delta_mean",),
+        _pushed_unlikely,
+        "the policy is uncertain because it does not know the next step, and pushing raises what the teacher knows to "
+        "be wrong",
+        "start from a policy that mostly knows the steps (a longer warm start, easier problems), lower algorithm.beta, "
+        "or write algorithm.push_gate=teacher_entropy",
     ),
     Condition(
         "pushed_diverge",

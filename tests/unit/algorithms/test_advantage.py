@@ -158,6 +158,7 @@ def test_metrics_are_what_they_say() -> None:
         "entropy/pushed": entropy[omega < 0].mean(),
         "entropy/pulled": entropy[omega > 0].mean(),
         "credit/pushed_share": (omega < 0).float().mean(),
+        "credit/pushed_delta_mean": (omega * delta)[omega < 0].sum() / omega[omega < 0].sum(),
         "credit/omega_mean": omega.mean(),
         "credit/omega_std": omega.std(correction=0),
         "credit/omega_min": omega.min(),

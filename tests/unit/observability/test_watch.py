@@ -32,6 +32,7 @@ HEALTHY = {
     "rollout/groups_drawn": 10,
     "teacher/absent_share": 0.2,
     "credit/delta_abs_mean": 0.3,
+    "credit/pushed_delta_mean": -0.6,
     "credit/pushed_log_prob_mean": -1.2,
     "update/loss": 0.1,
     "update/grad_norm": 1.0,
@@ -85,6 +86,7 @@ FIRES = [
     ("groups_filtered", {"rollout/groups_filtered": [10] * 3}, 3, "100% of 10 groups drawn are refused"),
     ("teacher_absent", {"teacher/absent_share": [0.95] * 3}, 3, "95% of the rollouts have no teacher"),
     ("teacher_equals_student", {"credit/delta_abs_mean": [1e-7] * 3}, 3, "teacher.template"),
+    ("pushed_unlikely", {"credit/pushed_delta_mean": [-2.5] * 3}, 3, "are 2.5 nats less likely under it"),
     (
         "pushed_diverge",
         {"credit/pushed_log_prob_mean": [-1.0] * 4 + [-3.5] * 3},
@@ -125,6 +127,7 @@ SILENT = [
     {"rollout/groups_filtered": [8] * 9},
     {"rollout/groups_filtered": [0] * 9, "rollout/groups_drawn": [0] * 9},
     {"credit/delta_abs_mean": [0.0011] * 9},
+    {"credit/pushed_delta_mean": [-1.9] * 9},
     {"credit/pushed_log_prob_mean": [-1.0] * 5 + [-2.9] * 9},
     {"credit/pushed_log_prob_mean": [-9.0] * 5 + [-1.0] * 9},
 ]
