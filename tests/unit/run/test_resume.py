@@ -36,6 +36,23 @@ def test_resuming_with_changed_problems_is_refused(files: list[str], tmp_path: P
     assert paths.problems(name).read_bytes() == before
 
 
+def test_resuming_with_other_examples_of_the_warm_start_is_refused(files: list[str], tmp_path: Path) -> None:
+    path, root = tmp_path / "sft.jsonl", tmp_path / "run"
+    path.write_text(json.dumps({"prompt": "1+1=", "response": "2"}) + "\n")
+    begun = [*files, "warm_start.steps=3", f"warm_start.path={path}"]
+    kept = prepare_run(configure(*begun), root).examples
+    before = kept.read_bytes()
+    resumed = [*begun, "resume=auto"]
+    prepare_run(configure(*resumed), root)
+    assert "changed since the run began" in refusal(
+        lambda: prepare_run(configure(*resumed, "warm_start.path=null"), root)
+    )
+    path.write_text(json.dumps({"prompt": "1+1=", "response": "2", "weight": 2}) + "\n")
+    message = refusal(lambda: prepare_run(configure(*resumed), root))
+    assert message.startswith("warm_start.path: ") and str(kept) in message
+    assert kept.read_bytes() == before
+
+
 def test_checkpoint_of_another_run_fixes_the_same_fields(files: list[str], tmp_path: Path) -> None:
     checkpoint = tmp_path / "first" / "checkpoints" / "step_000001"
     prepare_run(configure(*files), tmp_path / "first")
