@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dasd_megatron.algorithms.methods import ENTROPY_FLOOR, QUANTILE_SIDES, RolloutStatistics
+from dasd_megatron.algorithms.methods import BETA, ENTROPY_FLOOR, QUANTILE_SIDES, SCALE_FLOOR, RolloutStatistics
 
 # The gap of a token is bounded by this many nats, so that a token that the teacher rules out (log q = -inf) stays a
 # finite outlier.
@@ -50,8 +50,8 @@ def direction_adaptive_credit(
     *,
     rho: float = 0.2,
     quantile_side: str = "upper",
-    beta: float = 1.0,
-    scale_floor: float = 0.0,
+    beta: float = BETA,
+    scale_floor: float = SCALE_FLOOR,
     entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,
@@ -75,6 +75,7 @@ def direction_adaptive_credit(
         delta: ``[N]`` teacher's minus student's log-prob of the sampled token, nats.
         lengths: ``[B]`` integer tokens of each rollout, 0 allowed; their sum is N.
         rho: share of tokens beyond the threshold, 0 to 1.
+        beta: weight of the term.
         scale_floor: least scale of the gap, nats. Where teacher and student agree all gaps are noise, and the floor
             keeps them small.
         entropy_floor: least threshold, nats. No token of at most this entropy is pushed away: a share of the tokens
@@ -235,8 +236,8 @@ def context_parallel_credit(
     group: dist.ProcessGroup | None,
     rho: float = 0.2,
     quantile_side: str = "upper",
-    beta: float = 1.0,
-    scale_floor: float = 0.0,
+    beta: float = BETA,
+    scale_floor: float = SCALE_FLOOR,
     entropy_floor: float = ENTROPY_FLOOR,
     eps: float = 1e-6,
     gate: bool = True,

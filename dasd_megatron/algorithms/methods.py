@@ -25,8 +25,9 @@ QUANTILE_SIDES = ("upper", "lower")
 NO_GATE = "none"
 """``algorithm.push_gate`` without a gate of :data:`~dasd_megatron.algorithms.gates.PUSH_GATES`."""
 
-ENTROPY_FLOOR = 0.3
-"""Default of the least entropy threshold, nats; our choice."""
+BETA, SCALE_FLOOR, ENTROPY_FLOOR = 0.02, 1.0, 0.3
+"""Defaults of the weight of the teacher's term, and of the least scale of the gap and the least entropy threshold,
+nats. They are our choice, and bounds within which no run of ours was lost."""
 
 
 class RolloutStatistics(NamedTuple):

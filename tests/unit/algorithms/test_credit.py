@@ -26,8 +26,8 @@ def loop_credit(
     lengths: list[int],
     rho=0.2,
     quantile_side="upper",
-    beta=1.0,
-    scale_floor=0.0,
+    beta=0.02,
+    scale_floor=1.0,
     entropy_floor=0.3,
     eps=1e-6,
     gate=True,
@@ -167,7 +167,7 @@ def test_one_token_and_constant_entropy_add_nothing_above_the_floor() -> None:
         torch.tensor([2.0, 1.0, -4.0, 0.5]),
         torch.tensor([1, 3]),
     )
-    credit = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.25)
+    credit = direction_adaptive_credit(entropy, delta, lengths, entropy_floor=0.25, scale_floor=0.0)
     assert credit.omega.tolist() == [0.0] * 4 and credit.advantage_term.abs().sum() == 0
     torch.testing.assert_close(credit.tau, torch.tensor([1.7, 0.3]))
     torch.testing.assert_close(credit.sigma, torch.zeros(2))
@@ -189,7 +189,10 @@ def test_all_gaps_zero() -> None:
 def test_the_scale_floor_keeps_noise_small() -> None:
     delta = torch.tensor([1e-4, -1e-4, 2e-4])
     entropy = torch.tensor([0.1, 0.2, 0.9])
-    assert direction_adaptive_credit(entropy, delta, torch.tensor([3])).delta_bar.abs().mean() == pytest.approx(1.0)
+    free = direction_adaptive_credit(entropy, delta, torch.tensor([3]), scale_floor=0.0)
+    assert free.delta_bar.abs().mean() == pytest.approx(1.0)
+    # By default there is a floor.
+    torch.testing.assert_close(direction_adaptive_credit(entropy, delta, torch.tensor([3])).delta_bar, delta)
     floored = direction_adaptive_credit(entropy, delta, torch.tensor([3]), scale_floor=0.5)
     torch.testing.assert_close(floored.delta_bar, delta / 0.5)
     # Above the floor it changes nothing.
