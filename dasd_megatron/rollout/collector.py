@@ -116,9 +116,10 @@ class Collector:
         self.problems, self.order, self.grader, self.vocab_size = problems, order, grader, vocab_size
         # The trainer uses its own tokenizer while this one is used in a thread, and a tokenizer bears one thread alone.
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.renderer = copy.copy(renderer)
-        self.renderer.tokenizer = self.tokenizer
-        self.teacher = None if teacher is None else dataclasses.replace(teacher, renderer=self.renderer)
+        self.renderer = self._own(renderer)
+        self.teacher = None
+        if teacher is not None:
+            self.teacher = dataclasses.replace(teacher, renderer=self._own(teacher.renderer))
         self.buffer = GroupBuffer(
             batch.groups,
             over_sampling=rollout.over_sampling,
@@ -145,6 +146,11 @@ class Collector:
         self._at_work = asyncio.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._thread.start()
+
+    def _own(self, renderer: PromptRenderer) -> PromptRenderer:
+        own = copy.copy(renderer)
+        own.tokenizer = self.tokenizer
+        return own
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` in the loop's thread and wait for it; raises PluginError where that is stuck or has ended."""

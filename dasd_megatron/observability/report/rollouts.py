@@ -29,6 +29,7 @@ SAMPLES_PER_GROUP = 4
 SAMPLE_CHARS = 1500
 PROBLEM_CHARS = 1500
 ANSWER_CHARS = 200
+SEEN_CHARS = 800
 TOKENS_PER_ROLLOUT = 1500
 LEAST_TOKENS = 30
 HELDOUT_PROBLEMS = 6
@@ -177,8 +178,18 @@ class _GroupRecord:
                     "answer": shorten(row.get("predicted_answer"), ANSWER_CHARS),
                     "reward": reward,
                     "end": shorten(row.get("finish_reason"), END_CHARS),
+                    **_teacher_saw(row),
                 }
             )
+
+
+def _teacher_saw(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the source of a rollout's privileged text and the text, which stands on the page already where it is the
+    reference solution. A rollout without a teacher has neither, and so have those of old runs."""
+    source, text = row.get("privileged_source"), row.get("privileged")
+    if not source or text == row.get("reference_solution"):
+        return {}
+    return {"source": shorten(source, END_CHARS), "seen": shorten(text, SEEN_CHARS)}
 
 
 @dataclass
@@ -321,6 +332,7 @@ def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -
             "answer": shorten(row.get("predicted_answer"), ANSWER_CHARS),
             "solution": shorten(row.get("reference_solution"), PROBLEM_CHARS),
             "end": shorten(row.get("finish_reason"), END_CHARS),
+            **_teacher_saw(row),
         }
         for row in rows
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import re
 import sys
@@ -16,16 +17,19 @@ import pytest
 from dasd_megatron.config import Config, load_config
 from dasd_megatron.data.order import DataOrder
 from dasd_megatron.data.prompts import Problem
+from dasd_megatron.data.rendering import TemplateError
+from dasd_megatron.data.teacher_prompts import TeacherPrompts
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.answers import Completion
-from dasd_megatron.rollout.buffer import BufferState
+from dasd_megatron.rollout.buffer import BufferState, read_groups
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.samples import version_name
+from dasd_megatron.samples import save_samples, version_name
 from dasd_megatron.verify.grader import Grader
+from tests.support.teachers import teacher_of
 
 TOKENIZER = character_tokenizer()
 PROBLEMS = [Problem(f"p{index}", f"{index}+1 =", str(index + 1), "") for index in range(10)]
@@ -106,7 +110,9 @@ def configuration(*overrides: str) -> Config:
 def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
     made: list[tuple[Collector, Grader]] = []
 
-    def of(*overrides: str, state: BufferState | None = None, step: int = 0) -> tuple[Collector, Servers]:
+    def of(
+        *overrides: str, state: BufferState | None = None, step: int = 0, teacher: TeacherPrompts | None = None
+    ) -> tuple[Collector, Servers]:
         config = configuration(*overrides)
         grader = Grader(config.verify)
         collector = Collector(
@@ -115,6 +121,7 @@ def start() -> Iterator[Callable[..., tuple[Collector, Servers]]]:
             problems=PROBLEMS,
             order=DataOrder(len(PROBLEMS), config.run.seed, config.data.shuffle),
             renderer=PromptRenderer(TOKENIZER),
+            teacher=teacher,
             grader=grader,
             tokenizer=TOKENIZER,
             vocab_size=1000,
@@ -278,6 +285,37 @@ def test_what_was_collected_ahead_is_saved_and_used(start: Callable[..., tuple[C
     assert positions(again) == [2, 3] and fresh.asked == []
     stricter, fresh = start(state=state, step=1)  # resumed on-policy: too old
     assert positions(stricter) == [2, 3] and fresh.asked == [(2, 1), (3, 1)]
+
+
+def test_samples_have_the_teachers_prompt_also_where_a_checkpoint_has_them(
+    start: Callable[..., tuple[Collector, Servers]], tmp_path: Path
+) -> None:
+    teacher = teacher_of(PromptRenderer(TOKENIZER), "peer")
+    collector, _ = start("rollout.max_staleness=1", teacher=teacher)
+    for sample in (sample for group in collector.take().groups for sample in group.samples):
+        # The second response is right, and has no other one that is.
+        assert sample.privileged_source == (None if sample.sample else "peer")
+    collector.start_ahead(1)
+    eventually(lambda: len(collector.state().ready) == 2)
+    state = collector.state()
+    expected = [sample for group in state.ready for sample in group.samples]
+    assert [sample.teacher_prompt_ids is None for sample in expected] == [False, True] * 2
+    path = tmp_path / "ready.jsonl"
+    save_samples(path, expected)
+    read_back = dataclasses.replace(state, ready=read_groups(path), refused=[])
+    again, servers = start("rollout.max_staleness=1", state=read_back, step=1, teacher=teacher)
+    assert [sample for group in again.take().groups for sample in group.samples] == expected and servers.asked == []
+
+
+def test_a_template_that_fails_in_the_run_is_raised_by_take(
+    start: Callable[..., tuple[Collector, Servers]], tmp_path: Path
+) -> None:
+    path = tmp_path / "brittle.jinja"
+    path.write_text("{{ problem }}{{ privileged }}{% if '####' in privileged %}{{ 1 // 0 }}{% endif %}")
+    collector, servers = start(teacher=teacher_of(PromptRenderer(TOKENIZER, None, path), "peer"))
+    servers.answer = lambda problem, sample: RIGHT
+    with pytest.raises(TemplateError, match="ZeroDivisionError"):
+        collector.take()
 
 
 def test_a_failure_loses_nothing(start: Callable[..., tuple[Collector, Servers]]) -> None:

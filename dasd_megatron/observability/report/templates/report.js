@@ -124,6 +124,7 @@
   const verdict = (reward) => reward > 0 ? make("span", { class: "ok" }, "✓ accepted") : make("span", { class: "no" }, "✗ rejected");
   const joined = (...parts) => parts.flatMap((part, i) => i ? [" · ", part] : [part]);
   const solution = (text) => make("details", {}, make("summary", {}, "Reference solution (what the teacher may see)"), block(text));
+  const seen = (item) => item.seen ? [make("details", {}, make("summary", {}, `What the teacher saw (${item.source})`), block(item.seen))] : [];
 
   const groupsPicker = document.getElementById("groups-picker");
   if (groupsPicker) {
@@ -132,7 +133,7 @@
     const samples = (group) => {
       const shown = group.samples.map((sample) => make("div", {},
         make("div", { class: "tag" }, ...joined(verdict(sample.reward), `reward ${write(sample.reward)}`, `answer ${sample.answer || "none"}`, `ended by ${sample.end}`)),
-        block(sample.text)));
+        block(sample.text), ...seen(sample)));
       const more = group.count > shown.length ? [make("p", { class: "small" }, `The first ${shown.length} of ${group.count} rollouts of this group.`)] : [];
       return make("td", { class: "samples", colspan: columns },
         make("div", { class: "tag" }, "Problem, expected ", make("b", {}, group.expected || "none")), block(group.problem),
@@ -140,7 +141,7 @@
     };
     paged(groupsPicker, 10, {
       items: (choice) => data.groups[choice],
-      text: searched((group) => [group.problem, group.expected, group.solution, ...group.samples.map((sample) => `${sample.text}\n${sample.answer}`)]),
+      text: searched((group) => [group.problem, group.expected, group.solution, ...group.samples.map((sample) => `${sample.text}\n${sample.answer}\n${sample.seen || ""}`)]),
       keep: () => true,
       draw: (groups) => {
         body.replaceChildren(...groups.flatMap((group) => {
@@ -219,11 +220,11 @@
       return make("article", { class: "heat panel" }, title, make("div", { class: "tag" }, "Problem"), block(rollout.problem),
         make("div", { class: "tag" }, ...joined("Rollout", ...facts)), tokens, ...cut, ...whole,
         make("ul", { class: "numbers" }, ...numbers.filter(([, value]) => value !== null).map(([name, value, unit]) => make("li", {}, make("span", {}, name), write(value) + unit))),
-        ...entropy(rollout), ...(rollout.solution ? [solution(rollout.solution)] : []));
+        ...entropy(rollout), ...(rollout.solution ? [solution(rollout.solution)] : []), ...seen(rollout));
     };
     paged(rolloutsPicker, 5, {
       items: () => data.rollouts,
-      text: searched((rollout) => [rollout.t.join(""), rollout.problem, rollout.answer, rollout.expected, rollout.solution]),
+      text: searched((rollout) => [rollout.t.join(""), rollout.problem, rollout.answer, rollout.expected, rollout.solution, rollout.seen]),
       keep: (rollout, [accepted, run]) => (!accepted || (rollout.reward > 0) === (accepted === "yes")) && (!run || rollout.run === Number(run)),
       draw: (rollouts, choice) => {
         const limit = write(Number(data.limits[choice].toPrecision(3))), [low, high] = scales[choice];

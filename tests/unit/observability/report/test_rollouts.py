@@ -42,6 +42,33 @@ def test_the_heat_map_shows_the_sample_behind_it(tmp_path):
     assert (data["rollouts"][0]["answer"], data["rollouts"][0]["end"]) == ("the-answer", "length")
 
 
+def test_what_the_teacher_saw_is_shown_as_text(tmp_path):
+    run = make_run(tmp_path / "run", steps=1)
+    hostile = "</pre><script>alert(1)</script>" + "x" * 5000
+    rows = [
+        rollout("1+1=2\n\\boxed{2}", group=0, privileged_source="peer", privileged=hostile),
+        rollout("other", group=1, privileged_source="solution", privileged="1 + 1 = 2"),
+        rollout("alone", group=2, privileged_source=None, privileged=""),
+        rollout("odd", group=3, privileged_source=["<b>"], privileged={"<i>": 1}),
+    ]
+    write_lines(run / "rollouts" / "step_000001.jsonl", rows)
+    text, page, data = load_page(run)
+    samples = {
+        sample["text"]: sample
+        for end in ("best", "worst")
+        for group in data["groups"][end]
+        for sample in group["samples"]
+    }
+    shown = samples["1+1=2\n\\boxed{2}"]
+    assert shown["source"] == "peer" and shown["seen"].startswith("</pre><script>") and len(shown["seen"]) < 1000
+    # The reference solution stands on the page already.
+    assert "seen" not in samples["other"] and "seen" not in samples["alone"] and "<i>" in samples["odd"]["seen"]
+    assert data["rollouts"][0]["seen"] == shown["seen"]
+    assert len(page.all("script")) == 2 and page.all("b") == load_page(make_run(tmp_path / "plain", steps=1))[1].all(
+        "b"
+    )
+
+
 def test_best_and_worst_groups(tmp_path):
     run = make_run(tmp_path / "run", steps=2)
     noise = random.Random(3)
