@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from dasd_megatron.config import ParallelConfig
-from dasd_megatron.planning.layout import Place, place_of, warmup_passes
+from dasd_megatron.planning.layout import Place, check_teacher_lengths, place_of, warmup_passes
+from tests.support.small_configs import configure, refusal
 
 
 def test_places_are_those_of_nested_loops() -> None:
@@ -25,6 +27,27 @@ def test_places_are_those_of_nested_loops() -> None:
         assert [place_of(parallel, rank) for rank in range(parallel.world_size)] == [
             Place(t, c, d, p) for p, d, c, t in loops
         ]
+
+
+def test_texts_of_the_run_have_to_fit_into_the_models_positions() -> None:
+    sizes = ["rollout.max_prompt_tokens=100", "rollout.max_new_tokens=50"]
+
+    def check(positions: int, *overrides: str) -> None:
+        check_teacher_lengths(configure(*sizes, *overrides), SimpleNamespace(max_position_embeddings=positions))
+
+    check(150)
+    check(200, "teacher.privileged=[peer]")
+    assert "teacher.max_privileged_tokens=10240: the teacher reads up to 50 tokens" in refusal(
+        lambda: check(199, "teacher.privileged=[peer]")
+    )
+    check(199, "teacher.privileged=[peer]", "teacher.max_privileged_tokens=49")
+    check(199, "teacher.privileged=[peer]", "algorithm=grpo")
+    feedback = ["teacher.privileged=[feedback]", "verify.reward=my:reward"]
+    assert "over max_position_embeddings=1000 of the model: write at most 850" in refusal(
+        lambda: check(1000, *feedback)
+    )
+    check(1000, *feedback, "teacher.max_privileged_tokens=850")
+    assert "lower rollout.max_prompt_tokens" in refusal(lambda: check(150, *feedback))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import dasd_megatron
 from dasd_megatron.config import Config, load_config
 from dasd_megatron.planning.estimate import Architecture, total_parameters
+from dasd_megatron.planning.layout import longest_teacher_prompt
 from dasd_megatron.planning.plan import (
     OVERHEAD_BYTES,
     Plan,
@@ -95,6 +96,32 @@ def test_micro_batches_keep_to_their_tokens() -> None:
     assert (whole.rows, whole.micro_batches) == (8, 4)
     limited = plan_of(dataclasses.replace(config, batch=dataclasses.replace(batch, micro_batch_tokens=9000)))
     assert (limited.rows, limited.micro_batches) == (2, 16)
+
+
+def test_longer_prompts_of_the_teacher_are_planned_for() -> None:
+    sizes = ["model=qwen3_8b", "rollout.max_prompt_tokens=1000", "rollout.max_new_tokens=3000"]
+    # Of the whole model nothing is kept for the backward pass, so that the teacher's pass can be the larger one.
+    sizes += ["precision.recompute=full", "batch.micro_batch_size=4", "batch.groups=8"]
+    sizes += ["batch.micro_batch_tokens=null"]
+
+    def planned(privileged: str, *more: str) -> tuple[int, Plan]:
+        config = plan_config([*sizes, f"teacher.privileged={privileged}", *more])
+        return longest_teacher_prompt(config), plan_of(config)
+
+    length, solution = planned("solution")
+    assert length == 1000
+    # A peer is a response. Feedback may be as long as the field says.
+    length, peer = planned("[peer,answer]")
+    assert length == 1000 + 3000 and peer.rows == solution.rows
+    length, feedback = planned("[peer,feedback]", "verify.reward=my:reward")
+    assert length == 1000 + 10240
+    assert planned("[peer]", "teacher.max_privileged_tokens=500")[0] == 1500
+    assert planned("[peer]", "algorithm=grpo")[0] == 1000
+    assert solution.seconds < peer.seconds < feedback.seconds
+    assert solution.fullest.activations < feedback.fullest.activations
+    # One sequence at a time needs less.
+    split = planned("[peer,feedback]", "verify.reward=my:reward", "batch.micro_batch_tokens=15000")[1]
+    assert split.rows == 3 and split.fullest.activations < solution.fullest.activations
 
 
 def test_copies_of_the_weights_are_counted() -> None:

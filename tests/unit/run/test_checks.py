@@ -10,6 +10,7 @@ import pytest
 from dasd_megatron.access import AccessError
 from dasd_megatron.config import AlgorithmConfig, ModelConfig, WarmStartConfig
 from dasd_megatron.data.prompts import DataError, Problem
+from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import make_renderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.run.checks import (
@@ -94,6 +95,31 @@ def test_privileged_prompts_are_limited_where_they_are_used(method: str, warm_st
     config.rollout.max_prompt_tokens = student - 1
     with pytest.raises(DataError, match="max_prompt_tokens"):
         check_run_prompts(config, renderer, [], [problem], vocab_size=500)
+
+
+def test_other_problems_are_shown_only_where_every_problem_has_one() -> None:
+    config = configure("teacher.privileged=[unpaired]")
+    renderer = make_renderer(config.data, config.teacher, character_tokenizer())
+    one, same = Problem("a", "1 + 1 =", "2", "1 + 1 = 2"), Problem("b", "1 + 1  =", "2", "2")
+    bare = Problem("c", "2 + 2 =", "4", "")
+    with pytest.raises(DataError, match="teacher.privileged has unpaired.*1 of 3 has one.*two that differ"):
+        check_run_prompts(config, renderer, [one, same, bare], [], vocab_size=500)
+    check_run_prompts(config, renderer, [one, same, Problem("c", "2 + 2 =", "4", "4")], [], vocab_size=500)
+
+
+def test_a_template_that_makes_too_much_of_a_peer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jinja"
+    path.write_text("{{ problem }}{{ privileged }}{{ privileged }}")
+    config = configure("teacher.privileged=[peer]", f"teacher.template={path}", "rollout.max_prompt_tokens=30")
+    config.teacher.max_privileged_tokens = 40
+    renderer = make_renderer(config.data, config.teacher, character_tokenizer())
+    problem = Problem("p", "1 + 1 =", "2", "")
+    with pytest.raises(
+        TemplateError, match=r"twice.jinja on problem 'p' makes a prompt of .* of a peer of 40, over 70"
+    ):
+        check_run_prompts(config, renderer, [problem], [], vocab_size=500)
+    config.teacher.max_privileged_tokens = 10
+    check_run_prompts(config, renderer, [problem], [], vocab_size=500)
 
 
 def test_nested_mappings_are_flattened() -> None:

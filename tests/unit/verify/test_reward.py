@@ -74,6 +74,16 @@ def test_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (short.predicted_answer, wrong.predicted_answer) == ("2", "3")
 
 
+def test_the_example_with_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    found = graded("rewards:explained", "#### 2", "#### 3", "well", needs_feedback=True)
+    assert [(sample.reward, sample.feedback) for sample in found] == [
+        (1.0, None),
+        (0.0, "3 is not the answer."),
+        (0.0, "No answer was found in the response."),
+    ]
+
+
 def test_without_one_the_verdict_is_the_reward() -> None:
     assert [sample.reward for sample in graded(None, "#### 2", "#### 3")] == [1.0, 0.0]
 
