@@ -305,23 +305,19 @@ def make_calls(
 
     from dasd_megatron.training.passes import run_schedule, score
     from dasd_megatron.training.passes import update as policy_update
+    from dasd_megatron.training.policy_loss import PolicyTargets
 
     device = backend.current().device()
     old_log_prob = torch.full((response_tokens,), -12.0, device=device)
-    advantage = torch.randn(response_tokens, device=device)
+    targets = PolicyTargets(
+        old_log_prob,
+        advantage=torch.randn(response_tokens, device=device),
+        weight=torch.ones(response_tokens, device=device),
+        lengths=torch.tensor([response_tokens], device=device),
+    )
 
     def our_update() -> None:
-        policy_update(
-            model,
-            optimizer,
-            batches,
-            old_log_prob=old_log_prob,
-            advantage=advantage,
-            start_log_prob=None,
-            distillation=None,
-            settings=config.loss,
-            temperature=1.0,
-        )
+        policy_update(model, optimizer, batches, targets, config.loss, temperature=1.0)
 
     def scoring() -> None:
         score(model, batches, config.loss, temperature=1.0)

@@ -49,6 +49,7 @@ from dasd_megatron.config.schema_training import (
     WarmStartConfig,
 )
 from dasd_megatron.errors import ConfigError, enumerate_names
+from dasd_megatron.losses.surrogates import REJECTIONS, SURROGATES
 
 RESERVED_TEMPLATE_NAMES = (
     *("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"),
@@ -332,6 +333,37 @@ def check_teacher_weights(teacher: TeacherConfig, loss: PolicyLossConfig) -> Non
         )
 
 
+def check_policy_loss(loss: PolicyLossConfig) -> None:
+    """Refuse settings that the surrogate or the rejection does not take, and a veto above the bound on tokens."""
+    if loss.dual_clip is not None and not SURROGATES[loss.surrogate].takes_dual_clip:
+        takers = enumerate_names((name for name, record in SURROGATES.items() if record.takes_dual_clip), "or")
+        raise ConfigError(
+            f"loss.dual_clip={loss.dual_clip:g} does nothing under loss.surrogate={loss.surrogate}: write null, or "
+            f"surrogate={takers}"
+        )
+    if loss.rejection not in REJECTIONS:
+        for name in ("rejection_low", "rejection_high"):
+            if getattr(loss, name) is not None:
+                raise ConfigError(
+                    f"loss.{name}={getattr(loss, name):g} does nothing under loss.rejection={loss.rejection}: write "
+                    f"loss.rejection={enumerate_names(REJECTIONS, 'or')}, or null"
+                )
+        return
+    bounds = REJECTIONS[loss.rejection].bounds
+    low = bounds.low if loss.rejection_low is None else loss.rejection_low
+    high = bounds.high if loss.rejection_high is None else loss.rejection_high
+    if low == high:
+        raise ConfigError(
+            f"loss.rejection_low={low:g} and loss.rejection_high={high:g} reject nearly everything: lower the one or "
+            "raise the other"
+        )
+    if REJECTIONS[loss.rejection].is_by_token and loss.rejection_veto is not None and loss.rejection_veto > low:
+        raise ConfigError(
+            f"loss.rejection_veto={loss.rejection_veto:g} leaves out whole responses for tokens that "
+            f"loss.rejection_low={low:g} keeps: write at most {low:g}"
+        )
+
+
 def check_warm_start(warm_start: WarmStartConfig, parallel: ParallelConfig) -> None:
     """Refuse a file of examples beside settings that leave it unread or that it leaves unread, and batches of the warm
     start that replicas or pipeline stages cannot share."""
@@ -467,6 +499,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_algorithm(config.algorithm, config.batch, config.loss),
     lambda config: check_teacher(config.teacher, config.verify),
     lambda config: check_teacher_weights(config.teacher, config.loss),
+    lambda config: check_policy_loss(config.loss),
     lambda config: check_warm_start(config.warm_start, config.parallel),
     lambda config: check_optimizer(config.optimizer),
     lambda config: check_servers(config.rollout),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from dasd_megatron.config.fields import setting
 
 WATCH_CONDITIONS = (
-    "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rewards_all_right", "rewards_all_wrong",
-    "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_unlikely", "pushed_diverge",
+    "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rejected", "rewards_all_right",
+    "rewards_all_wrong", "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_unlikely",
+    "pushed_diverge",
     "non_finite",
 )  # fmt: skip
 """Conditions that :class:`dasd_megatron.observability.watch.Watch` looks for."""
@@ -123,6 +124,9 @@ class WatchConfig:
         low=1,
     )
     mismatch_floor: float = setting(0.03, "mismatch: differences up to this are left alone, nats a token", low=0)
+    rejected_share: float = setting(
+        0.5, "rejected: share of the tokens that loss.rejection leaves out, at least; above 0", above=0, high=1
+    )
     saturated_share: float = setting(
         0.9, "rewards_all_right, rewards_all_wrong: share of groups, at least; above 0", above=0, high=1
     )

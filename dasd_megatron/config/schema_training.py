@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from dasd_megatron.config.fields import REQUIRED, setting
 from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.errors import enumerate_names
 from dasd_megatron.losses.divergences import DIVERGENCES
+from dasd_megatron.losses.surrogates import AGGREGATIONS, REJECTIONS, SURROGATES, Aggregation, Surrogate
 
 DECAY_STYLES = ("constant", "linear", "cosine")
 """Courses of the learning rate after the warm-up."""
@@ -32,7 +34,23 @@ ARISING_SOURCES = frozenset({"peer", "feedback"})
 
 def _describe_divergences() -> str:
     notes = [f"{name}, {divergence.note}" if divergence.note else name for name, divergence in DIVERGENCES.items()]
-    return "; ".join([*notes[:-1], f"or {notes[-1]}"])
+    return _join_choices(notes)
+
+
+def _describe_formulas(table: Mapping[str, Surrogate] | Mapping[str, Aggregation]) -> str:
+    return _join_choices([f"{name}, {record.formula}" for name, record in table.items()])
+
+
+def _join_choices(choices: list[str]) -> str:
+    return "; ".join([*choices[:-1], f"or {choices[-1]}"])
+
+
+def _describe_defaults(field: str) -> str:
+    return ", ".join(f"{getattr(surrogate, field):g} under {name}" for name, surrogate in SURROGATES.items())
+
+
+def _describe_bounds(side: str) -> str:
+    return ", ".join(f"{getattr(level.bounds, side):g} under {name}" for name, level in REJECTIONS.items())
 
 
 @dataclass
@@ -383,9 +401,25 @@ class TeacherConfig:
 class PolicyLossConfig:
     """The policy loss and what happens when it is not finite."""
 
-    clip_low: float = setting(0.2, "PPO clip below: ratio >= 1 - clip_low", low=0, high=1)
-    clip_high: float = setting(0.28, "PPO clip above: ratio <= 1 + clip_high", low=0)
-    dual_clip: float | None = setting(None, "bound on the surrogate at negative advantages, > 1; null: none", above=1)
+    surrogate: str = setting(
+        "ppo",
+        f"{_describe_formulas(SURROGATES)}; r is the ratio of the policy's probabilities, A the advantage",
+        choices=tuple(SURROGATES),
+    )
+    clip_low: float | None = setting(
+        None, f"clip below, ratio >= 1 - clip_low; null: {_describe_defaults('clip_low')}", low=0, high=1
+    )
+    clip_high: float | None = setting(
+        None, f"clip above, ratio <= 1 + clip_high; null: {_describe_defaults('clip_high')}", low=0
+    )
+    dual_clip: float | None = setting(
+        None, "surrogate=ppo only: bound on the surrogate at negative advantages, > 1; null: none", above=1
+    )
+    aggregation: str = setting(
+        "token_mean",
+        f"loss of a minibatch: {_describe_formulas(AGGREGATIONS)}",
+        choices=tuple(AGGREGATIONS),
+    )
     importance_sampling: str = setting(
         "none",
         "correct for the rollout engine's probabilities being others than the trainer's: none, token (each token's "
@@ -393,6 +427,26 @@ class PolicyLossConfig:
         choices=("none", "token", "sequence"),
     )
     importance_cap: float = setting(2.0, "importance_sampling: largest ratio", above=0)
+    rejection: str = setting(
+        "none",
+        "leave out what the rollout engine's probabilities differ too much for, from the whole loss and its means: "
+        "none; token, by each token's ratio; or whole responses: sequence, by the product of their ratios, geometric, "
+        "by their geometric mean",
+        choices=("none", *REJECTIONS),
+    )
+    rejection_low: float | None = setting(
+        None, f"rejection: least ratio that is kept; null: {_describe_bounds('low')}", low=0, high=1
+    )
+    rejection_high: float | None = setting(
+        None, f"rejection: largest ratio that is kept; null: {_describe_bounds('high')}", low=1
+    )
+    rejection_veto: float | None = setting(
+        None,
+        "leave out every response with a token whose ratio is below this, like 1e-4, whatever rejection says; null: "
+        "none",
+        above=0,
+        below=1,
+    )
     kl_coef: float = setting(
         0.0, "weight of the KL penalty to the starting model (k3 estimator), per token; 0: the model is not kept", low=0
     )
@@ -410,6 +464,11 @@ class PolicyLossConfig:
         low=0,
     )
     max_rollbacks: int = setting(1, "times that a run goes back in this way; then it stops", low=0)
+
+    @property
+    def rejects(self) -> bool:
+        """True where tokens or responses may be left out."""
+        return self.rejection in REJECTIONS or self.rejection_veto is not None
 
 
 @dataclass

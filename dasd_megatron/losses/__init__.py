@@ -1,6 +1,6 @@
-"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, policy surrogate, penalties.
+"""Losses as pure functions on tensors: token statistics of vocabulary-parallel logits, surrogates, penalties.
 
-The public names are imported where they are first used, so that the table of divergences comes without torch.
+The public names are imported where they are first used, so that the tables come without torch.
 """
 
 from __future__ import annotations
@@ -12,27 +12,50 @@ if TYPE_CHECKING:
     from dasd_megatron.losses.divergences import DIVERGENCES, Divergence
     from dasd_megatron.losses.kernels import IMPLEMENTATIONS
     from dasd_megatron.losses.linear_stats import linear_token_stats
-    from dasd_megatron.losses.policy import importance_weights, kl_k3, policy_surrogate, routed_divergence
+    from dasd_megatron.losses.mismatch import Rejected, importance_weights, reject
+    from dasd_megatron.losses.policy import (
+        aggregation_weights,
+        count_trained,
+        kl_k3,
+        policy_surrogate,
+        response_means,
+        rollouts_of_tokens,
+        routed_divergence,
+    )
     from dasd_megatron.losses.statistics import TokenStats, TopK
+    from dasd_megatron.losses.surrogates import AGGREGATIONS, REJECTIONS, SURROGATES, Bounds
     from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
     from dasd_megatron.losses.top_k import top_k_divergence
 
 __all__ = [
+    "AGGREGATIONS",
     "DIVERGENCES",
     "IMPLEMENTATIONS",
+    "REJECTIONS",
+    "SURROGATES",
+    "Bounds",
     "Divergence",
+    "Rejected",
     "TokenStats",
     "TopK",
+    "aggregation_weights",
+    "count_trained",
     "importance_weights",
     "kl_k3",
     "linear_token_stats",
     "policy_surrogate",
+    "reject",
+    "response_means",
+    "rollouts_of_tokens",
     "routed_divergence",
     "top_k_divergence",
     "vocab_parallel_token_stats",
 ]
 # The lightest module is tried first, so that a name of a table loads no torch.
-_MODULES = ("divergences", "policy", "kernels", "statistics", "token_stats", "linear_stats", "top_k")
+_MODULES = (
+    *("divergences", "surrogates", "mismatch", "policy", "kernels", "statistics", "token_stats", "linear_stats"),
+    "top_k",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,15 @@
-"""The clipped policy surrogate of PPO and the KL penalty to a reference policy, per token."""
+"""The policy loss: clipped surrogates, divergence from a teacher and KL penalty per token, and their average over a
+batch."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dasd_megatron.losses.surrogates import AGGREGATIONS, SURROGATES, BatchCounts, Bounds
 
 # exp(20) is 5e8: far outside every clip range, and far from overflow.
 _MAX_LOG_RATIO = 20.0
@@ -20,51 +24,142 @@ def policy_surrogate(
     old_log_prob: Tensor,
     advantage: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
+    surrogate: str = "ppo",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
     dual_clip: float | None = None,
+    response_log_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return PPO's clipped surrogate per token, as a loss to minimise.
+    """Return the clipped surrogate of the policy gradient per token, as a loss to minimise.
 
-    With r = exp(log_prob - old_log_prob) and A the advantage, the loss is ``-min(r A, clip(r, 1 - clip_low, 1 +
-    clip_high) A)`` (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With ``dual_clip`` c, tokens of
-    negative advantage lose at most ``-c A`` (arXiv:1912.09729).
+    With r = exp(log_prob - old_log_prob), A the advantage and clip(r) = clip(r, 1 - clip_low, 1 + clip_high):
+
+    - ``ppo``: ``-min(r A, clip(r) A)`` (arXiv:1707.06347; separate bounds as in DAPO, arXiv:2503.14476). With
+      ``dual_clip`` c, tokens of negative advantage lose at most ``-c A`` (arXiv:1912.09729).
+    - ``gspo``: ``-min(s A, clip(s) A)``, where s has the value of the geometric mean of the ratios over the whole
+      response, and the gradient ``s d log_prob`` of the token's own log-prob (GSPO-token, arXiv:2507.18071).
+    - ``cispo``: ``-sg(clip(r)) A log_prob`` with the weight as a constant (arXiv:2506.13585). No token loses its
+      gradient.
 
     Args:
         log_prob: ``[N]`` log-prob under the policy being trained, nats; the only argument that receives a gradient.
         old_log_prob: ``[N]`` log-prob under the policy that the ratio is taken against.
         advantage: ``[N]`` any finite number.
-        clip_low, clip_high: width of the trust region below and above a ratio of 1; 0 <= clip_low <= 1, clip_high >= 0.
-        dual_clip: None, or a number above 1.
+        surrogate: name in :data:`~dasd_megatron.losses.surrogates.SURROGATES`.
+        clip_low, clip_high: width of the trust region below and above a ratio of 1; 0 <= clip_low <= 1, clip_high >= 0;
+            None: the surrogate's own.
+        dual_clip: None, or a number above 1; ``ppo`` only.
+        response_log_ratio: ``[N]`` mean of log_prob - old_log_prob over each token's whole response
+            (:func:`response_means`); for surrogates that use it, and None for others.
 
     Returns:
         loss ``[N]``, float32 or wider, and clipped ``[N]`` bool: tokens whose gradient the clip, or the dual clip,
-        removes. The log-ratio is held within +-20, so that a mismatch between the policies gives a large finite loss
-        and never an infinite one.
+        removes; of ``cispo`` those whose weight it changes. The log-ratio is held within +-20, so that a mismatch
+        between the policies gives a large finite loss and never an infinite one.
 
-    Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes or bounds that do
-    not fit.
+    Elementwise, so it works on any shard of the tokens; no collectives. Raises ValueError on shapes, bounds or
+    arguments that do not fit.
     """
-    _same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
+    kind = SURROGATES[surrogate]
+    clip_low = kind.clip_low if clip_low is None else clip_low
+    clip_high = kind.clip_high if clip_high is None else clip_high
+    check_same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantage=advantage)
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(f"clip_low is {clip_low}; expected 0 to 1, so that the ratio's lower bound is not negative")
     if not clip_high >= 0.0:
         raise ValueError(f"clip_high is {clip_high}; expected at least 0")
-    if dual_clip is not None and not dual_clip > 1.0:
-        raise ValueError(f"dual_clip is {dual_clip}; expected a number above 1, or None for no dual clip")
-    log_prob = _at_least_float32(log_prob)
+    if dual_clip is not None and not (kind.takes_dual_clip and dual_clip > 1.0):
+        raise ValueError(f"dual_clip is {dual_clip}; expected None, or under ppo a number above 1")
+    if (response_log_ratio is not None) != kind.uses_response_ratio:
+        raise ValueError(f"response_log_ratio: {surrogate} needs {'one' if kind.uses_response_ratio else 'none'}")
+    log_prob = at_least_float32(log_prob)
     advantage = advantage.detach().to(log_prob.dtype)
-    ratio = (log_prob - old_log_prob.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    unclipped = -advantage * ratio
-    bounded = -advantage * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    clipped = bounded > unclipped
-    loss = torch.where(clipped, bounded, unclipped)
+    log_ratio = log_prob - old_log_prob.detach()
+    if response_log_ratio is not None:
+        check_same_shape(log_prob=log_prob, response_log_ratio=response_log_ratio)
+        # The difference is 0 and carries the gradient.
+        log_ratio = response_log_ratio.detach().to(log_prob.dtype) + (log_prob - log_prob.detach())
+    log_ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    loss, clipped = kind.loss(log_ratio, log_prob, advantage, Bounds(1.0 - clip_low, 1.0 + clip_high))
     if dual_clip is not None:
         limit = -advantage * dual_clip
         over = (advantage < 0) & (loss > limit)
         loss = torch.where(over, limit, loss)
         clipped = clipped | over
     return loss, clipped.detach()
+
+
+def response_means(
+    values: Tensor, rollout: Tensor, lengths: Tensor, *, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return for each token the mean of ``values`` over its whole response.
+
+    Args:
+        values: ``[R]`` any of the tokens of some responses; each response is whole over the ranks of ``group``.
+        rollout: ``[R]`` int64, the response of each token, an index of ``lengths``.
+        lengths: ``[B]`` int64, tokens of every response, over all ranks of ``group``.
+        group: ranks that have different tokens of the same responses (context parallelism); None: this rank has all.
+
+    Returns:
+        ``[R]`` in the values' dtype; no gradient flows.
+
+    Collectives: one all-reduce of ``[B]`` float64 over ``group``, also from ranks without any token.
+    """
+    totals = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
+    totals.index_add_(0, rollout, values.detach().double())
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    means: Tensor = (totals / lengths)[rollout]
+    return means.to(values.dtype)
+
+
+def count_trained(lengths: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Count what a loss is averaged over.
+
+    Args:
+        lengths: ``[B]`` int64, tokens of every response, whose sum is N.
+        kept: ``[N]`` bool, the packed tokens that rejection has left; None: all.
+
+    Returns:
+        trained ``[B]`` int64, tokens of every response without rejected ones, and counts ``[3]`` float64: all tokens,
+        trained tokens, and responses with a trained token. The counts of several replicas add up. No collectives.
+    """
+    trained = lengths
+    if kept is not None:
+        trained = torch.zeros_like(lengths).index_add_(0, rollouts_of_tokens(lengths), kept.long())
+    return trained, torch.stack([lengths.sum(), trained.sum(), (trained > 0).sum()]).double()
+
+
+def aggregation_weights(
+    lengths: Tensor,
+    kept: Tensor | None,
+    trained: Tensor,
+    counts: Tensor,
+    *,
+    aggregation: str,
+    max_tokens: int,
+) -> Tensor:
+    """Return the weights of the tokens' losses whose weighted mean over all tokens of the batch is its loss.
+
+    Rejected tokens weigh 0 and count in no mean, nor do responses of which no token is left. That is how verl and slime
+    average after rejection.
+
+    Args:
+        lengths, kept: see :func:`count_trained`.
+        trained, counts: its results; the counts are those of the whole batch, summed over replicas.
+        aggregation: name in :data:`~dasd_megatron.losses.surrogates.AGGREGATIONS`.
+        max_tokens: the longest response that the configuration allows, tokens.
+
+    Returns:
+        ``[N]`` float32; all exactly 1 for ``token_mean`` without rejection, all 0 where everything is rejected. No
+        collectives.
+    """
+    tokens, trained_tokens, responses = counts.tolist()
+    batch = BatchCounts(trained_tokens, responses, max_tokens)
+    divisor = AGGREGATIONS[aggregation].divisor(trained.double(), batch).expand(len(lengths))
+    of_response: Tensor = (tokens / divisor).masked_fill(trained == 0, 0.0)
+    weights = of_response.float().repeat_interleave(lengths)
+    return weights if kept is None else weights * kept
 
 
 def routed_divergence(
@@ -91,7 +186,7 @@ def routed_divergence(
 
     Elementwise; no collectives. Raises ValueError on shapes or caps that do not fit.
     """
-    _same_shape(divergence=divergence, omega=omega)
+    check_same_shape(divergence=divergence, omega=omega)
     if not cap >= 0.0:
         raise ValueError(f"cap is {cap}; expected at least 0 nats")
     if pull_cap is not None and not pull_cap > 0.0:
@@ -103,46 +198,6 @@ def routed_divergence(
         return omega * bounded, pushed_out.detach()
     pulled_out = (omega > 0) & (divergence >= pull_cap)
     return omega * torch.where(pulled_out, pull_cap, bounded), (pushed_out | pulled_out).detach()
-
-
-def importance_weights(
-    log_prob: Tensor, rollout_log_prob: Tensor, lengths: Tensor, *, level: str, cap: float
-) -> tuple[Tensor, Tensor]:
-    """Return truncated importance weights between the trainer and the rollout engine, which differ even where their
-    weights are equal.
-
-    ``token``: ``min(p(y_t) / m(y_t), cap)`` with p the trainer's and m the engine's probability; ``sequence``: the
-    ratio of the whole response, ``min(prod_t p(y_t) / m(y_t), cap)``, for each of its tokens. Multiplied onto the
-    advantages, they make the expectation over the engine's samples one over the trainer's policy, but for what the cap
-    cuts off.
-
-    Args:
-        log_prob, rollout_log_prob: ``[N]`` packed response tokens of B rollouts, nats; no gradient flows.
-        lengths: ``[B]`` int64, sum N, every one at least 1.
-        cap: above 0.
-
-    Returns:
-        weights ``[N]``, float32 or wider, and cut ``[N]`` bool: tokens whose weight the cap has lowered. No
-        collectives: a rollout has to be whole here for ``sequence``. Raises ValueError on another level, a cap of 0 or
-        below, or shapes that do not fit.
-    """
-    _same_shape(log_prob=log_prob, rollout_log_prob=rollout_log_prob)
-    if level not in ("token", "sequence"):
-        raise ValueError(f"level is {level!r}; expected token or sequence")
-    if not cap > 0.0:
-        raise ValueError(f"cap is {cap}; expected a number above 0")
-    if int(lengths.sum()) != log_prob.numel():
-        raise ValueError(f"lengths sum to {int(lengths.sum())}, but there are {log_prob.numel()} tokens")
-    log_ratio = _at_least_float32(log_prob.detach()) - rollout_log_prob.detach()
-    if level == "sequence":
-        rollout = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        # Float32 would lose the fourth digit of the ratio over some ten thousand tokens.
-        totals = torch.zeros(len(lengths), dtype=torch.float64, device=log_ratio.device).index_add_(
-            0, rollout, log_ratio.double()
-        )
-        log_ratio = totals.to(log_ratio.dtype)[rollout]
-    limit = math.log(cap)
-    return log_ratio.clamp(max=limit).exp(), log_ratio > limit
 
 
 def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
@@ -163,8 +218,8 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
 
     Elementwise; no collectives. Raises ValueError on different shapes.
     """
-    _same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
-    log_prob = _at_least_float32(log_prob)
+    check_same_shape(log_prob=log_prob, ref_log_prob=ref_log_prob)
+    log_prob = at_least_float32(log_prob)
     gap = ref_log_prob.detach().to(log_prob.dtype) - log_prob
     # Every branch sees only its own gaps. A branch that another one corrects afterwards would leave the small gradient
     # as the difference of two large ones, which float32 has no digits for.
@@ -182,11 +237,18 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     return torch.where(near, series, torch.where(far, tangent, curve))
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def rollouts_of_tokens(lengths: Tensor) -> Tensor:
+    """Return the rollout of each packed token, ``[N]`` int64, from the rollouts' numbers of tokens ``[B]``."""
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64 if it is, else in float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _same_shape(**tensors: Tensor) -> None:
+def check_same_shape(**tensors: Tensor) -> None:
+    """Refuse (ValueError) tensors of different shapes, which the message names."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"shapes differ: {shapes}; expected one entry per token in each")

@@ -143,6 +143,12 @@ def _mismatch(values: Values, series: Histories, settings: WatchConfig) -> str |
     return None
 
 
+def _rejected(values: Values, series: Histories, settings: WatchConfig) -> str | None:
+    return _share(
+        values["rollout/rejected_share"], settings.rejected_share, "of the tokens are rejected", "rejected_share"
+    )
+
+
 def _all_right(values: Values, series: Histories, settings: WatchConfig) -> str | None:
     return _share(
         values["reward/groups_all_correct"], settings.saturated_share, "of the groups are all right", "saturated_share"
@@ -251,6 +257,15 @@ CONDITIONS = (
         "or a policy that moves too far in a step",
         "write loss.importance_sampling=token, lower rollout.max_staleness or optimizer.lr, or serve in the "
         "trainer's precision",
+    ),
+    Condition(
+        "rejected",
+        ("rollout/rejected_share",),
+        _rejected,
+        "trainer and servers differ more than the bounds of loss.rejection allow, so that an update rests on the few "
+        "tokens that are left",
+        "wider loss.rejection_low and rejection_high, another loss.rejection, lower rollout.max_staleness, or the "
+        "trainer's precision on the servers",
     ),
     Condition(
         "rewards_all_right",

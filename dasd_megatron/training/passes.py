@@ -4,7 +4,6 @@ updates."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,29 +13,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dasd_megatron import backend
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
-from dasd_megatron.losses import (
-    TokenStats,
-    kl_k3,
-    linear_token_stats,
-    policy_surrogate,
-    routed_divergence,
-    vocab_parallel_token_stats,
-)
+from dasd_megatron.config import PolicyLossConfig
+from dasd_megatron.losses import TokenStats, linear_token_stats, vocab_parallel_token_stats
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
 from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas, sum_over_sequence_parts
+from dasd_megatron.training.policy_loss import (
+    Distillation,
+    PolicyTargets,
+    TokenLoss,
+    over_teacher_tokens,
+    policy_loss,
+)
 from dasd_megatron.training.scores import TeacherStates, TokenScores
-
-TokenLoss = Callable[[TokenStats, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""A loss of a micro-batch: from the statistics of its R response tokens and their places ``[R]`` in the packed batch to
-the loss summed over them, and sums over them to report, by the name of their mean. The names are the same for any
-tokens, none included."""
-
-_TEACHER_SHARE = "teacher_share"
-"""Sum of the tokens with a teacher, over which the divergence is averaged."""
-_TEACHER_MEANS = ("divergence", "capped_share")
 
 
 class UpdateResult(NamedTuple):
@@ -48,17 +38,6 @@ class UpdateResult(NamedTuple):
     grad_norm: float
     lr: float
     applied: bool
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """The distributional objective of one update: direction ``omega`` [N] float32, which tokens have a teacher, bool
-    [N], and the teacher, None before the last stage."""
-
-    omega: torch.Tensor
-    has_teacher: torch.Tensor
-    teacher: TeacherStates | None
-    settings: AlgorithmConfig
 
 
 def _token_stats(
@@ -240,74 +219,26 @@ def update(
     model: ShardedModel,
     optimizer: OptimizerState,
     micro_batches: list[MicroBatch],
-    *,
-    old_log_prob: torch.Tensor,
-    advantage: torch.Tensor,
-    start_log_prob: torch.Tensor | None,
-    distillation: Distillation | None,
+    targets: PolicyTargets,
     settings: PolicyLossConfig,
+    *,
     temperature: float,
 ) -> UpdateResult:
-    """Take one optimizer step on the clipped surrogate, averaged over the response tokens of all replicas.
-
-    With ``distillation`` the loss also has ``divergence_weight * omega * D(student, teacher)`` of every token.
-
-    Args:
-        old_log_prob, advantage, start_log_prob: float32 [N], packed in the order of the micro-batches' sequences; the
-            last is the starting model's log-prob, None without a KL penalty.
-
-    Returns:
-        ``means`` has loss and clip_share, with ``start_log_prob`` kl_to_start, and with ``distillation`` divergence and
-        capped_share over the tokens that have a teacher, if any has one.
+    """Take one optimizer step on the policy loss of the response tokens of all replicas; ``means`` is what
+    :func:`~dasd_megatron.training.policy_loss.policy_loss` reports.
 
     Collectives: those of Megatron's backward and optimizer, one all-gather per micro-batch for the statistics (with
-    ``distillation`` another for the teacher's states, and one more for ``jsd`` and clipped entries), and two to report.
+    distillation another for the teacher's states, and one more for ``jsd`` and clipped entries), those of the loss, and
+    two to report.
     """
-
-    def policy_loss(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        surrogate, clipped = policy_surrogate(
-            stats.log_prob,
-            old_log_prob[index],
-            advantage[index],
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            dual_clip=settings.dual_clip,
-        )
-        loss = surrogate.sum()
-        sums = {"clip_share": clipped.sum()}
-        if start_log_prob is not None:
-            sums["kl_to_start"] = kl_k3(stats.log_prob, start_log_prob[index]).sum()
-            loss = loss + settings.kl_coef * sums["kl_to_start"]
-        if distillation is not None and stats.divergence is not None:
-            term, capped = routed_divergence(
-                stats.divergence,
-                distillation.omega[index],
-                cap=distillation.settings.divergence_cap,
-                pull_cap=distillation.settings.divergence_pull_cap,
-            )
-            loss = loss + distillation.settings.divergence_weight * term.sum()
-            # An infinite divergence, of which the term has taken nothing, would hide all others in the mean.
-            has_teacher = distillation.has_teacher[index]
-            counted = has_teacher & ~torch.isinf(stats.divergence)
-            sums["divergence"] = torch.where(counted, stats.divergence, 0.0).sum()
-            sums["capped_share"] = capped.sum()
-            sums[_TEACHER_SHARE] = has_teacher.sum()
-        return loss, {"loss": loss, **sums}
+    distributed = parallel_state.get_context_parallel_world_size() > 1
+    group = parallel_state.get_context_parallel_group() if distributed else None
 
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
-        return _token_stats(model, micro_batch, output, settings, temperature, distillation)
+        return _token_stats(model, micro_batch, output, settings, temperature, targets.distillation)
 
-    result = _optimize(model, optimizer, micro_batches, token_stats, policy_loss)
-    return result._replace(means=_over_teacher_tokens(result.means))
-
-
-def _over_teacher_tokens(means: dict[str, float]) -> dict[str, float]:
-    """Turn the divergence's means over all tokens into means over the tokens with a teacher, and leave them out where
-    no token has one."""
-    others = dict(means)
-    share = others.pop(_TEACHER_SHARE, 0.0)
-    of_teacher = {name: others.pop(name) for name in _TEACHER_MEANS if name in others}
-    return others | ({name: value / share for name, value in of_teacher.items()} if share else {})
+    result = _optimize(model, optimizer, micro_batches, token_stats, policy_loss(targets, settings, group=group))
+    return result._replace(means=over_teacher_tokens(result.means))
 
 
 def supervised_update(

@@ -9,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from dasd_megatron.algorithms import Credit
+from dasd_megatron.losses import Rejected
 
 
 class TokenScores(NamedTuple):
@@ -114,13 +115,15 @@ class Routing(NamedTuple):
     """Advantages and directions of a step's rollouts.
 
     ``verifier_advantage`` is float32 [B], each rollout's reward relative to its group; ``advantage`` is float32 [N],
-    each response token's from verifier and teacher together; ``importance`` is None without importance sampling.
+    each response token's from verifier and teacher together; ``importance`` is None without importance sampling, and
+    ``rejected`` without rejection.
     """
 
     verifier_advantage: torch.Tensor
     advantage: torch.Tensor
     credit: Credit
     importance: Importance | None
+    rejected: Rejected | None = None
 
     @property
     def weighted_advantage(self) -> torch.Tensor:

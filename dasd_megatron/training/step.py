@@ -14,7 +14,7 @@ import torch
 from dasd_megatron import backend
 from dasd_megatron.algorithms import METHODS, RolloutFacts, group_relative_advantage, token_advantages
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
-from dasd_megatron.losses import importance_weights
+from dasd_megatron.losses import importance_weights, reject
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_samples
@@ -22,7 +22,8 @@ from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
 from dasd_megatron.training.parallel import gather_replicas, reduce_over_replicas
-from dasd_megatron.training.passes import Distillation, UpdateResult, score, update
+from dasd_megatron.training.passes import UpdateResult, score, update
+from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights
 from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts
 from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
 from dasd_megatron.training.step_metrics import (
@@ -212,7 +213,18 @@ def route(
             cap=loss.importance_cap,
         )
         importance = Importance(weights, cut)
-    return Routing(verifier_advantage, advantage, credit, importance)
+    rejected = None
+    if loss.rejects:
+        rejected = reject(
+            scores.student.log_prob,
+            scores.rollout_log_prob,
+            scores.lengths,
+            level=loss.rejection,
+            low=loss.rejection_low,
+            high=loss.rejection_high,
+            veto=loss.rejection_veto,
+        )
+    return Routing(verifier_advantage, advantage, credit, importance, rejected)
 
 
 def update_policy(
@@ -236,19 +248,19 @@ def update_policy(
         if config.algorithm.is_distributional and scores.teacher_ran:
             teacher = None if scores.teacher is None else scores.teacher.at(scores.teacher.rows[tokens])
             distillation = Distillation(routing.credit.omega[tokens], scores.teacher_tokens[tokens], teacher, algorithm)
-        results.append(
-            update(
-                learner.model,
-                learner.optimizer,
-                batch_samples(minibatch, [sample.prompt_ids for sample in minibatch], layout),
-                old_log_prob=scores.student.log_prob[tokens],
-                advantage=advantage[tokens],
-                start_log_prob=None if scores.start_log_prob is None else scores.start_log_prob[tokens],
-                distillation=distillation,
-                settings=config.loss,
-                temperature=config.rollout.temperature,
-            )
+        lengths = scores.lengths[first : first + share]
+        kept = None if routing.rejected is None else routing.rejected.kept[tokens]
+        targets = PolicyTargets(
+            old_log_prob=scores.student.log_prob[tokens],
+            advantage=advantage[tokens],
+            weight=loss_weights(config.loss, lengths, kept, config.rollout.max_new_tokens),
+            lengths=lengths,
+            start_log_prob=None if scores.start_log_prob is None else scores.start_log_prob[tokens],
+            distillation=distillation,
         )
+        batches = batch_samples(minibatch, [sample.prompt_ids for sample in minibatch], layout)
+        temperature = config.rollout.temperature
+        results.append(update(learner.model, learner.optimizer, batches, targets, config.loss, temperature=temperature))
     learner.model.gather_parameters()
     move_weights(learner, config.teacher, trainer.state.step)
     return results

@@ -12,6 +12,7 @@ from dasd_megatron import backend
 from dasd_megatron.algorithms import METHODS, CreditStatistics, EntropySwitch, credit_metrics, credit_statistics
 from dasd_megatron.config import AlgorithmConfig, HealthConfig
 from dasd_megatron.evaluation.health import health_metrics, join, measure
+from dasd_megatron.losses import count_trained
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.parallel import gather_replicas, is_replica_source, reduce_over_replicas
@@ -65,6 +66,11 @@ def step_metrics(
     if routing.importance is not None:
         own_sums["importance"] = routing.importance.weights.double().sum()
         own_sums["importance_cut"] = routing.importance.cut.double().sum()
+    if routing.rejected is not None:
+        trained, _ = count_trained(scores.lengths, routing.rejected.kept)
+        own_sums["kept"] = routing.rejected.kept.double().sum()
+        own_sums["left_out"] = (trained == 0).double().sum()
+        own_sums["vetoed"] = routing.rejected.vetoed.double().sum()
     routed = credit_statistics(
         routing.credit, scores.student.entropy, scores.delta, routing.advantage, taught=has_teacher
     )
@@ -85,6 +91,11 @@ def step_metrics(
     if routing.importance is not None:
         metrics["rollout/importance_mean"] = sums["importance"] / sums["tokens"]
         metrics["rollout/importance_cut_share"] = sums["importance_cut"] / sums["tokens"]
+    if routing.rejected is not None:
+        responses = len(share.rewards)
+        metrics["rollout/rejected_share"] = 1.0 - sums["kept"] / sums["tokens"]
+        metrics["rollout/rejected_response_share"] = sums["left_out"] / responses
+        metrics["rollout/vetoed_share"] = sums["vetoed"] / responses
     return metrics | update_metrics(updates)
 
 

@@ -1,5 +1,5 @@
-"""Token statistics and credit over gloo groups of 1, 2 and 4: features one by one, and properties over random shapes
-and settings."""
+"""Token statistics, credit and policy loss over gloo groups of 1, 2 and 4: features one by one, and properties over
+random shapes and settings."""
 
 from __future__ import annotations
 
@@ -27,11 +27,18 @@ def pool(request: pytest.FixtureRequest) -> Iterator[GlooPool]:
 
 
 @pytest.mark.parametrize(
-    "check", ["check_features", "check_top_k", "check_target_refused_everywhere", "check_context_parallel"]
+    ("module", "check"),
+    [
+        (CHECKS, "check_features"),
+        (CHECKS, "check_top_k"),
+        (CHECKS, "check_target_refused_everywhere"),
+        (CHECKS, "check_context_parallel"),
+        ("tests.support.policy_checks", "check_shared_responses"),
+    ],
 )
-def test_groups_agree_with_one_process(pool: GlooPool, check: str) -> None:
+def test_groups_agree_with_one_process(pool: GlooPool, module: str, check: str) -> None:
     seed = int.from_bytes(os.urandom(3), "big")
-    pool.run(CHECKS, check, {"seed": seed}, f"seed {seed}")
+    pool.run(module, check, {"seed": seed}, f"seed {seed}")
 
 
 DIVERGENCE = st.sampled_from([None, *DIVERGENCES])

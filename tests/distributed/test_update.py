@@ -24,12 +24,17 @@ TP2, PP2, VPP2 = (
     "parallel.virtual_pipeline_model_parallel_size=2",
 )
 MIXTURE = ["teacher.weights=trust_region", "teacher.trust_region_mix=0.3"]
+GSPO = ["loss.surrogate=gspo", "loss.aggregation=seq_mean_token_mean"]
+CISPO = ["loss.surrogate=cispo", "loss.aggregation=seq_mean_token_sum_norm"]
 CASES = {
     "single": ("qwen3-tied", "reverse_kl", 1, ["parallel=single"]),
-    "tp2-sp, mixture": (
-        "qwen2-untied", "jsd", 2, ["parallel=single", TP2, "parallel.sequence_parallel=true", *MIXTURE]
+    "tp2-sp, mixture, gspo": (
+        "qwen2-untied", "jsd", 2,
+        ["parallel=single", TP2, "parallel.sequence_parallel=true", *MIXTURE, *GSPO],
     ),
-    "pp2-vpp2, mixture": ("qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2, *MIXTURE]),
+    "pp2-vpp2, mixture, cispo": (
+        "qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2, *MIXTURE, *CISPO]
+    ),
     "bf16": ("qwen2-untied", "reverse_kl", 1, ["parallel=single", "precision=bf16"]),
 }  # fmt: skip
 

@@ -22,6 +22,8 @@ COMMON = [
     *NO_EVALUATION, "run.steps=2", "batch.minibatches=2", "loss.importance_sampling=token", "loss.kl_coef=0.1",
     "optimizer.lr=3e-4",
     "optimizer.adam_eps=1e-4",
+    "loss.surrogate=gspo", "loss.clip_low=0.2", "loss.clip_high=0.2", "loss.aggregation=seq_mean_token_mean",
+    "loss.rejection=token", "loss.rejection_veto=1e-4",
 ]  # fmt: skip
 DASD = ["algorithm.objective=distributional", "algorithm.divergence_weight=0.3"]
 

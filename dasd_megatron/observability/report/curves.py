@@ -173,6 +173,16 @@ TRAINING_CHARTS = (
         note="Tokens that the trainer finds far more likely than the rollout engine did; with "
         "loss.importance_sampling only.",
     ),
+    Chart(
+        "Rejected",
+        "share",
+        (
+            Curve("tokens", "rollout/rejected_share"),
+            Curve("whole responses", "rollout/rejected_response_share", "c2", "5 4"),
+        ),
+        format_percent,
+        note="Left out of the loss, since trainer and rollout engine differ too much; with loss.rejection only.",
+    ),
     Chart("KL to the starting model", "nats per token", (Curve("KL", "update/kl_to_start"),)),
     Chart("Clipped tokens", "share of response tokens", (Curve("clipped", "update/clip_share"),), format_percent),
     Chart("Gradient norm", "L2, before clipping", (Curve("gradient norm", "update/grad_norm"),)),

@@ -22,6 +22,7 @@ from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
 from dasd_megatron.training.passes import UpdateResult, score, update  # noqa: E402
+from dasd_megatron.training.policy_loss import PolicyTargets  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -52,11 +53,9 @@ def updated(
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     batches = make_micro_batches(prompts, responses, layout, response_mask=masks)
     log_prob = score(model, batches, config.loss, temperature=0.7).log_prob
-    result = update(
-        model, optimizer, batches, old_log_prob=log_prob + old_noise, advantage=advantage, start_log_prob=None,
-        distillation=None,
-        settings=config.loss, temperature=0.7,
-    )  # fmt: skip
+    counts = [len(response) for response in responses] if masks is None else [sum(mask) for mask in masks]
+    targets = PolicyTargets(log_prob + old_noise, advantage, torch.ones(len(log_prob)), torch.tensor(counts))
+    result = update(model, optimizer, batches, targets, config.loss, temperature=0.7)
     return log_prob, torch.cat([parameter.main_grad.flatten().clone() for parameter in model.parameters()]), result
 
 

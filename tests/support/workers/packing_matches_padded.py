@@ -34,7 +34,8 @@ from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
-from dasd_megatron.training.passes import Distillation, UpdateResult, hidden_states, score, update  # noqa: E402
+from dasd_megatron.training.passes import UpdateResult, hidden_states, score, update  # noqa: E402
+from dasd_megatron.training.policy_loss import Distillation, PolicyTargets  # noqa: E402
 from dasd_megatron.training.scores import TeacherStates, TokenScores  # noqa: E402
 
 parallel.initialize(config)
@@ -91,12 +92,14 @@ def run(packing: bool) -> tuple[TokenScores, torch.Tensor, UpdateResult]:
         TeacherStates((teacher,), model.head_weight().detach(), torch.arange(total, device=device)),
         config.algorithm,
     )
-    result = update(
-        model, optimizer, batches, old_log_prob=expected.log_prob.float() + 0.05 * noise, advantage=advantage,
-        start_log_prob=None,
-        distillation=distillation if config.algorithm.is_distributional else None, settings=config.loss,
-        temperature=1.0,
-    )  # fmt: skip
+    targets = PolicyTargets(
+        expected.log_prob.float() + 0.05 * noise,
+        advantage,
+        weight=torch.ones_like(advantage),
+        lengths=torch.tensor([len(response) for response in responses], device=device),
+        distillation=distillation if config.algorithm.is_distributional else None,
+    )
+    result = update(model, optimizer, batches, targets, config.loss, temperature=1.0)
     return student, torch.cat([parameter.main_grad.flatten().clone() for parameter in model.parameters()]), result
 
 

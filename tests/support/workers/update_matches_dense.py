@@ -28,7 +28,8 @@ from dasd_megatron.samples import Sample  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, batch_samples  # noqa: E402
 from dasd_megatron.training.optimizer import build_optimizer  # noqa: E402
-from dasd_megatron.training.passes import Distillation, score, update  # noqa: E402
+from dasd_megatron.training.passes import score, update  # noqa: E402
+from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights  # noqa: E402
 from dasd_megatron.training.snapshots import WeightSnapshot  # noqa: E402
 from dasd_megatron.training.teacher import score_teacher  # noqa: E402
 from dasd_megatron.training.trainer import Learner  # noqa: E402
@@ -129,12 +130,30 @@ cap = 0.99 * float(divergence[omega < 0].median())
 config.algorithm.divergence_cap = cap
 pull_cap = 1.01 * float(divergence[omega > 0].median())
 config.algorithm.divergence_pull_cap = pull_cap
-ratio = (log_prob - old_log_prob).exp()
-surrogate = -torch.minimum(
-    ratio * advantage, ratio.clamp(1 - config.loss.clip_low, 1 + config.loss.clip_high) * advantage
-)
+lengths = torch.tensor([len(r) if mask is None else sum(mask) for r, mask in zip(responses, masks, strict=True)])
+log_ratio = log_prob - old_log_prob
+ratio = log_ratio.exp()
+if config.loss.surrogate == "ppo":
+    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+elif config.loss.surrogate == "gspo":
+    means = torch.cat([part.detach().mean().expand(len(part)) for part in log_ratio.split(lengths.tolist())])
+    ratio = means.exp() * (log_prob - log_prob.detach()).exp()
+    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(1 - 3e-4, 1 + 4e-4) * advantage)
+else:
+    surrogate = -ratio.detach().clamp(max=5.0) * advantage * log_prob
 term = omega * torch.where(omega < 0, divergence.clamp(max=cap), divergence.clamp(max=pull_cap))
-expected_loss = (surrogate + config.algorithm.divergence_weight * term).mean()
+loss = surrogate + config.algorithm.divergence_weight * term
+kept, expected_loss = None, loss.mean()
+if config.loss.aggregation != "token_mean":
+    # The first response is left out, and the last token of every other that has several.
+    kept = torch.ones(total, dtype=torch.bool)
+    kept[: lengths[0]] = False
+    kept[(lengths.cumsum(0) - 1)[lengths > 1]] = False
+    by_response = zip(loss.split(lengths.tolist()), kept.split(lengths.tolist()), strict=True)
+    left = [losses[mask] for losses, mask in by_response if mask.any()]
+    by_tokens = config.loss.aggregation == "seq_mean_token_mean"
+    divisors = [len(losses) if by_tokens else config.rollout.max_new_tokens for losses in left]
+    expected_loss = sum(losses.sum() / count for losses, count in zip(left, divisors, strict=True)) / len(left)
 expected_loss.backward()
 expected_norm = sum(float(parameter.grad.square().sum()) for parameter in reference.parameters()) ** 0.5
 tolerance = dict(rel=0.05, abs=0.02) if half else dict(rel=1e-5, abs=1e-5)
@@ -159,11 +178,14 @@ assert torch.equal(teacher.log_prob[~has_teacher], student.log_prob[~has_teacher
 assert torch.equal(teacher.entropy[~has_teacher], student.entropy[~has_teacher])
 
 before = [parameter.detach().clone() for parameter in model.parameters()]
-result = update(
-    model, optimizer, batches, old_log_prob=old_log_prob, advantage=advantage, start_log_prob=None,
-    distillation=Distillation(omega, has_teacher, teacher.states, config.algorithm), settings=config.loss,
-    temperature=temperature,
-)  # fmt: skip
+targets = PolicyTargets(
+    old_log_prob,
+    advantage,
+    weight=loss_weights(config.loss, lengths, kept, config.rollout.max_new_tokens),
+    lengths=lengths,
+    distillation=Distillation(omega, has_teacher, teacher.states, config.algorithm),
+)
+result = update(model, optimizer, batches, targets, config.loss, temperature=temperature)
 assert_near(result.means["loss"], expected_loss, "loss")
 assert_near(result.means["divergence"], divergence[has_teacher].mean(), "divergence")
 capped_share = result.means["capped_share"]

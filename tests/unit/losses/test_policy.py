@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dasd_megatron.losses import importance_weights, kl_k3, policy_surrogate, routed_divergence
+from dasd_megatron.losses import kl_k3, policy_surrogate, response_means, routed_divergence
 
 
 def plain_surrogate(
@@ -86,11 +86,72 @@ def test_surrogate_gradient_reaches_log_prob_alone() -> None:
         ({"clip_high": -0.1}, "clip_high is -0.1"),
         ({"clip_high": math.nan}, "clip_high is nan"),
         ({"dual_clip": 1.0}, "dual_clip is 1.0"),
+        ({"dual_clip": 2.0, "surrogate": "cispo"}, "dual_clip is 2.0"),
+        ({"surrogate": "gspo"}, "gspo needs one"),
+        ({"surrogate": "cispo", "response_log_ratio": torch.zeros(2)}, "cispo needs none"),
+        ({"surrogate": "gspo", "response_log_ratio": torch.zeros(3)}, r"response_log_ratio \(3,\)"),
     ],
 )
 def test_surrogate_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy_surrogate(torch.zeros(2), torch.zeros(2), torch.zeros(2), **{"clip_low": 0.2, "clip_high": 0.2} | change)
+
+
+def test_surrogates_have_bounds_of_their_own() -> None:
+    """At a log-ratio of 0.1 PPO does not clip yet, GSPO does, and CISPO only bounds the weight at 5."""
+    old, advantage = torch.zeros(3), torch.tensor([1.0, -1.0, 1.0])
+    for name, want, slope in (
+        ("ppo", [-math.exp(0.1), math.exp(0.1), -1.28], [-math.exp(0.1), math.exp(0.1), 0.0]),
+        ("gspo", [-1.0004, math.exp(0.1), -1.0004], [0.0, math.exp(0.1), 0.0]),
+        ("cispo", [-math.exp(0.1) * 0.1, math.exp(0.1) * 0.1, -10.0], [-math.exp(0.1), math.exp(0.1), -5.0]),
+    ):
+        log_prob = torch.tensor([0.1, 0.1, 2.0]).requires_grad_()
+        means = log_prob.detach() if name == "gspo" else None
+        loss, clipped = policy_surrogate(log_prob, old, advantage, surrogate=name, response_log_ratio=means)
+        loss.sum().backward()
+        torch.testing.assert_close(loss.detach(), torch.tensor(want))
+        torch.testing.assert_close(log_prob.grad, torch.tensor(slope))
+        assert clipped.tolist() == {"ppo": [False, False, True], "gspo": [True, False, True]}.get(
+            name, [False, False, True]
+        )
+
+
+@pytest.mark.parametrize("surrogate", ["gspo", "cispo"])
+def test_an_absurd_ratio_has_a_finite_loss_and_gradient(surrogate: str) -> None:
+    log_prob = torch.tensor([0.0, -5000.0], requires_grad=True)
+    old, advantage = torch.tensor([-5000.0, 0.0]), torch.tensor([-1.0, -1.0])
+    means = (log_prob - old).detach() if surrogate == "gspo" else None
+    loss, _ = policy_surrogate(log_prob, old, advantage, surrogate=surrogate, response_log_ratio=means)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(log_prob.grad).all()
+
+
+def test_one_response_of_one_advantage_has_the_gradient_of_gspo_itself() -> None:
+    """Where all tokens of a response share their advantage, the form by token is GSPO's, whose ratio has the gradient
+    of the mean over the response."""
+    generator = torch.Generator().manual_seed(2)
+    old, start = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    gradients = []
+    for by_token in (True, False):
+        log_prob = (old + 0.1 * start).requires_grad_()
+        rollout, lengths = torch.zeros(9, dtype=torch.int64), torch.tensor([9])
+        if by_token:
+            means = response_means((log_prob - old).detach(), rollout, lengths)
+            loss, _ = policy_surrogate(
+                log_prob, old, torch.full((9,), -1.5), surrogate="gspo", clip_high=9.0, response_log_ratio=means
+            )
+            loss.mean().backward()
+        else:
+            (1.5 * (log_prob - old).mean().exp()).backward()
+        gradients.append(log_prob.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_response_means_are_of_each_response() -> None:
+    values, rollout = torch.tensor([1.0, 2.0, 6.0, 5.0], requires_grad=True), torch.tensor([2, 0, 2, 2])
+    means = response_means(values, rollout, torch.tensor([1, 4, 3]))
+    assert means.tolist() == [4.0, 2.0, 4.0, 4.0] and not means.requires_grad
+    assert response_means(torch.zeros(0), rollout[:0], torch.tensor([1, 4, 3])).shape == (0,)
 
 
 def test_different_shapes_are_refused() -> None:
@@ -159,48 +220,3 @@ def test_routed_divergence_refusals() -> None:
         routed_divergence(torch.zeros(2), torch.zeros(3), cap=1.0)
     with pytest.raises(ValueError, match="cap is -1.0"):
         routed_divergence(torch.zeros(2), torch.zeros(2), cap=-1.0)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), cap=st.floats(0.1, 5.0), seed=st.integers(0, 2**31 - 1)
-)
-@settings(max_examples=60, deadline=None)
-def test_importance_weights_are_the_plain_formulas(lengths: list[int], cap: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    trainer, engine = torch.randn(2, sum(lengths), generator=generator, dtype=torch.float64)
-    rollouts = list(zip(trainer.split(lengths), engine.split(lengths), strict=True))
-    token = [math.exp(p - m) for ps, ms in rollouts for p, m in zip(ps.tolist(), ms.tolist(), strict=True)]
-    sequence = [
-        math.prod(math.exp(p - m) for p, m in zip(ps.tolist(), ms.tolist(), strict=True))
-        for ps, ms in rollouts
-        for _ in ps
-    ]
-    for level, ratios in (("token", token), ("sequence", sequence)):
-        weights, cut = importance_weights(trainer, engine, torch.tensor(lengths), level=level, cap=cap)
-        torch.testing.assert_close(weights, torch.tensor([min(ratio, cap) for ratio in ratios], dtype=torch.float64))
-        clear = [abs(ratio - cap) > 1e-9 for ratio in ratios]
-        assert [value for value, sure in zip(cut.tolist(), clear, strict=True) if sure] == [
-            ratio > cap for ratio, sure in zip(ratios, clear, strict=True) if sure
-        ]
-
-
-def test_importance_weights_correct_the_expectation() -> None:
-    """Uncapped and over many samples of the engine's distribution, they give the trainer's mean."""
-    generator = torch.Generator().manual_seed(0)
-    engine, trainer = torch.randn(2, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
-    value = torch.randn(7, generator=generator, dtype=torch.float64)
-    drawn = torch.multinomial(engine.exp(), 200_000, replacement=True, generator=generator)
-    weights, _ = importance_weights(
-        trainer[drawn], engine[drawn], torch.ones(len(drawn), dtype=torch.int64), level="token", cap=1e9
-    )
-    assert abs((weights * value[drawn]).mean() - (trainer.exp() * value).sum()) < 0.02
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"level": "word"}, "level"), ({"cap": 0.0}, "cap"), ({"lengths": torch.tensor([2])}, "lengths sum to 2")],
-)
-def test_importance_weights_refuse(changes: dict, named: str) -> None:
-    arguments = {"lengths": torch.tensor([1, 2]), "level": "token", "cap": 2.0} | changes
-    with pytest.raises(ValueError, match=named):
-        importance_weights(torch.zeros(3), torch.zeros(3), arguments.pop("lengths"), **arguments)

@@ -62,6 +62,20 @@ def test_importance_weights_act_on_the_advantage_that_is_trained_on() -> None:
     assert weighted.weighted_advantage.tolist() == [1.0, 0.5, -1.0, -0.5]
 
 
+def test_rejection_compares_the_trainer_with_the_servers() -> None:
+    """Of each rollout, the first token is e times as likely to the trainer, and the second equally so."""
+    for loss, kept in (
+        (PolicyLossConfig(), None),
+        (PolicyLossConfig(rejection="token"), [True, True, True, True]),
+        (PolicyLossConfig(rejection="token", rejection_high=2.0), [False, True, False, True]),
+        (PolicyLossConfig(rejection="geometric", rejection_high=1.5), [False, False, False, False]),
+        (PolicyLossConfig(rejection="geometric", rejection_high=1.7), [True, True, True, True]),
+        (PolicyLossConfig(rejection_veto=0.5), [True, True, True, True]),
+    ):
+        rejected = routed([0, 1], loss).rejected
+        assert (None if rejected is None else rejected.kept.tolist()) == kept
+
+
 def test_seconds_of_grading_are_taken_from_those_of_the_rollout() -> None:
     timers = Timers()
     with timers("rollout"):
