@@ -100,5 +100,9 @@ def test_every_preset_makes_a_run(preset: str) -> None:
     if preset in ("sdpo", "srpo"):
         assert (config.teacher.weights, config.teacher.ema_decay) == ("ema", 0.95)
         assert config.teacher.privileged == ["peer"]
+    if preset == "pw_opsd":
+        assert config.loss.aggregation == "seq_mean_token_mean"
+    if preset == "dr_grpo":
+        assert not config.algorithm.normalize_std and config.loss.aggregation == "seq_mean_token_sum_norm"
     if preset in ("sdpo", "pw_opsd", "opsd_full"):
         assert config.algorithm.verifier_weight == 0.0
