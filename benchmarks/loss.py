@@ -1,13 +1,16 @@
 """Time and memory of the token statistics, as ratios to named peers in the same run.
 
-    python benchmarks/loss.py              # both parts; about 20 minutes on two cores
-    python benchmarks/loss.py --parts 1    # one of them; what the results file has of the other stays
+    python benchmarks/loss.py              # all parts; about 25 minutes on two cores
+    python benchmarks/loss.py --parts 1    # one of them; what the results file has of the others stays
 
 Part 1, vocabulary-parallel logits: two gloo processes of one thread each (TP=2), float32, forward and backward, against
 Megatron-Core's ``vocab_parallel_cross_entropy`` and against straightforward autograd.
 
 Part 2, from hidden states: ``linear_token_stats`` against the matrix product followed by
 ``vocab_parallel_token_stats``, one process, all cores.
+
+Part 3, the divergence's options from hidden states: clipped entries and the k most probable entries beside the full
+divergences, one process, all cores.
 
 Variants alternate. Times are medians over the rounds of the slowest process. Memory is the peak beyond the inputs,
 measured in processes of its own. Variants that overwrite their logits, as the cross-entropy does, get a copy for each
@@ -41,6 +44,7 @@ from dasd_megatron.config import BackendConfig
 
 WORLD_SIZE = 2
 BASELINE = "Megatron cross-entropy"
+OPTIONS_BASELINE = "log-prob + entropy"
 Prepare = Callable[[], Callable[[], None]]
 
 
@@ -217,6 +221,65 @@ def measure_linear(tokens: int, vocab_size: int, hidden_size: int, rounds: int, 
     return table(measured, "materialised logits", "materialised peak", measured["peaks"]["materialised logits"])
 
 
+def _options_worker(
+    _: int, port: int, tokens: int, vocab_size: int, hidden_size: int, rounds: int, output: str
+) -> None:
+    from dasd_megatron.losses import linear_token_stats, top_k_divergence
+
+    torch.set_num_threads(os.cpu_count())
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, tokens, hidden_size, generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator).mul_(hidden_size**-0.5)
+    targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    top = linear_token_stats(teacher_hidden, weight, targets, top_k=100).top
+
+    def update(divergence: str | None, entry_clip: float | None = None) -> Callable[[], None]:
+        states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        extra = {} if divergence is None else {"teacher_hidden": teacher_hidden, "divergence": divergence}
+
+        def call() -> None:
+            stats = linear_token_stats(states, head, targets, entry_clip=entry_clip, **extra)
+            loss = stats.log_prob.sum() + 0.1 * stats.entropy.sum()
+            (loss if divergence is None else loss + stats.divergence.sum()).backward()
+
+        return call
+
+    def update_by_entries() -> Callable[[], None]:
+        states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+
+        def call() -> None:
+            stats = linear_token_stats(states, head, targets, entry_ids=top.ids)
+            divergence = top_k_divergence(stats.top.log_prob, top.log_prob, divergence="forward_kl", tail=True)
+            (stats.log_prob.sum() + 0.1 * stats.entropy.sum() + divergence.sum()).backward()
+
+        return call
+
+    def score(top_k: int | None) -> Callable[[], None]:
+        return lambda: linear_token_stats(teacher_hidden, weight, targets, top_k=top_k)
+
+    variants = {
+        OPTIONS_BASELINE: functools.partial(update, None),
+        "+ teacher, forward KL": functools.partial(update, "forward_kl"),
+        "+ teacher, forward KL, clipped entries": functools.partial(update, "forward_kl", 0.05),
+        "+ teacher, reverse KL, clipped entries": functools.partial(update, "reverse_kl", 0.05),
+        "+ teacher, JSD": functools.partial(update, "jsd"),
+        "+ teacher, JSD, clipped entries": functools.partial(update, "jsd", 0.05),
+        "+ teacher's top 100 and the tail, forward KL": update_by_entries,
+        "scoring, no gradient": functools.partial(score, None),
+        "scoring with the top 100, no gradient": functools.partial(score, 100),
+    }
+    Path(output).write_text(json.dumps(measure(variants, rounds, lambda values: values)))
+
+
+def measure_options(tokens: int, vocab_size: int, hidden_size: int, rounds: int, output: Path) -> dict[str, Any]:
+    measured = in_processes(_options_worker, 1, (tokens, vocab_size, hidden_size), rounds, output.with_suffix(".part"))
+    print(
+        f"\nT={tokens} V={vocab_size} h={hidden_size} float32, {os.cpu_count()} threads, median of {rounds} "
+        "alternated rounds"
+    )
+    return table(measured, OPTIONS_BASELINE, "logits", tokens * vocab_size * 4)
+
+
 def table(measured: dict[str, Any], baseline: str, memory_unit: str, memory_bytes: int) -> dict[str, Any]:
     """Print medians and ratios to ``baseline``, and return them. Ratios are medians of the ratios within each round."""
     rows = {}
@@ -251,31 +314,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of part 1 (default: 1024)")
     parser.add_argument("--linear-tokens", type=int, default=4096, help="tokens of part 2 (default: 4096)")
-    parser.add_argument("--hidden-size", type=int, default=1024, help="hidden size of part 2 (default: 1024)")
+    parser.add_argument("--options-tokens", type=int, default=1024, help="tokens of part 3 (default: 1024)")
+    parser.add_argument("--hidden-size", type=int, default=1024, help="hidden size of parts 2 and 3 (default: 1024)")
     parser.add_argument("--vocab-size", type=int, default=151_936, help="vocabulary; a multiple of 2 (default: 151936)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument(
-        "--parts", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="parts to run (default: both)"
+        "--parts", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="parts to run (default: all)"
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "loss.json")
     args = parser.parse_args()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     for part in args.parts:
-        measured = (
-            measure_vocab_parallel(args.tokens, args.vocab_size, args.rounds, args.output)
-            if part == 1
-            else measure_linear(args.linear_tokens, args.vocab_size, args.hidden_size, args.rounds, args.output)
-        )
-        settings = {"vocab_size": args.vocab_size, "rounds": args.rounds, "dtype": "float32"}
-        settings |= (
-            {"tokens": args.tokens} if part == 1 else {"tokens": args.linear_tokens, "hidden_size": args.hidden_size}
-        )
-        results["vocab_parallel" if part == 1 else "linear"] = {
-            "machine": describe(),
-            "settings": settings,
-            "variants": measured,
-        }
+        name, measure_part, tokens = {
+            1: ("vocab_parallel", measure_vocab_parallel, args.tokens),
+            2: ("linear", measure_linear, args.linear_tokens),
+            3: ("options", measure_options, args.options_tokens),
+        }[part]
+        sizes = {"tokens": tokens} | ({} if part == 1 else {"hidden_size": args.hidden_size})
+        measured = measure_part(**sizes, vocab_size=args.vocab_size, rounds=args.rounds, output=args.output)
+        settings = {"vocab_size": args.vocab_size, "rounds": args.rounds, "dtype": "float32", **sizes}
+        results[name] = {"machine": describe(), "settings": settings, "variants": measured}
         write_record(args.output, results)
 
 
