@@ -254,7 +254,7 @@ def check_batch(batch: BatchConfig, parallel: ParallelConfig) -> None:
         )
 
 
-DIVERGENCE_BOUNDS = ("divergence_pull_cap", "divergence_entry_clip")
+DIVERGENCE_SETTINGS = ("divergence_pull_cap", "divergence_entry_clip", "divergence_top_k")
 """Settings of algorithm, null by default, that the distributional objective alone reads."""
 
 
@@ -288,7 +288,7 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             f"algorithm.objective=distributional has no direction under algorithm.name={algorithm.name}: "
             f"write {directed}, or objective=sampled"
         )
-    for name in DIVERGENCE_BOUNDS:
+    for name in DIVERGENCE_SETTINGS:
         if not distributional and getattr(algorithm, name) is not None:
             raise ConfigError(
                 f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: drop it, or "

@@ -294,6 +294,23 @@ class AlgorithmConfig:
         "entry has no gradient of its own; null: no bound. OPSD calls it jsd_token_clip and takes 0.05",
         above=0,
     )
+    divergence_top_k: int | None = setting(
+        None,
+        "distributional only: compare the distributions on this many most probable entries of the vocabulary, and keep "
+        "the teacher's log-probs of these instead of its states; null: the full vocabulary. SDPO takes 100",
+        low=1,
+    )
+    divergence_top_k_of: str = setting(
+        "teacher",
+        "divergence_top_k only: whose most probable entries: teacher (as OPSD) or student (as SDPO), the policy that "
+        "the step scores",
+        choices=("teacher", "student"),
+    )
+    divergence_tail: bool = setting(
+        True,
+        "divergence_top_k only: the rest of the vocabulary is one more entry (as SDPO); false: both distributions are "
+        "divided by their sum over the entries (as OPSD)",
+    )
     jsd_weight: float = setting(0.5, "divergence=jsd only: weight of the student in the mixture", above=0, below=1)
     beta_schedule: ScheduleConfig = setting(ScheduleConfig, "course of beta over training")
     rho_schedule: ScheduleConfig = setting(ScheduleConfig, "course of rho over training")
@@ -315,6 +332,10 @@ class AlgorithmConfig:
             name: schedule.value(getattr(self, name), step, run_steps) for name, schedule in self.schedules.items()
         }
         return dataclasses.replace(self, **values)
+
+    def top_k_of(self, owner: str) -> int | None:
+        """Return the number of ``owner``'s most probable entries that the divergence compares, None for none."""
+        return self.divergence_top_k if self.divergence_top_k_of == owner else None
 
     @property
     def is_distributional(self) -> bool:

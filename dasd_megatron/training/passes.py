@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dasd_megatron import backend
 from dasd_megatron.config import PolicyLossConfig
-from dasd_megatron.losses import TokenStats, linear_token_stats, vocab_parallel_token_stats
+from dasd_megatron.losses import TokenStats, TopK, linear_token_stats, top_k_divergence, vocab_parallel_token_stats
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
@@ -47,9 +47,13 @@ def _token_stats(
     loss: PolicyLossConfig,
     temperature: float,
     distillation: Distillation | None = None,
+    *,
+    top_k: int | None = None,
+    entry_ids: torch.Tensor | None = None,
 ) -> TokenStats:
     """Compute the statistics of a micro-batch's response tokens from the last stage's output; see
-    :class:`ShardedModel`."""
+    :class:`ShardedModel`. ``top_k`` and ``entry_ids`` ask for entries of the vocabulary, as
+    :func:`~dasd_megatron.losses.linear_token_stats` does."""
     rows = output[micro_batch.rows, micro_batch.columns]
     if not model.fused_linear:
         # The rows are a copy of ours, so their gradient may take their place.
@@ -61,16 +65,21 @@ def _token_stats(
             temperature=temperature,
             inplace_backward=True,
         )
-    teacher: dict[str, Any] = {}
-    if distillation is not None and distillation.teacher is not None:
-        teacher = dict(
-            teacher_hidden=distillation.teacher.of(micro_batch.packed_index),
-            teacher_weight=distillation.teacher.weight,
-            divergence=distillation.settings.divergence,
-            jsd_weight=distillation.settings.jsd_weight,
-            entry_clip=distillation.settings.divergence_entry_clip,
-        )
-    return _linear_stats(model, rows, model.head_weight(), micro_batch.targets, loss, temperature, **teacher)
+    arguments = (model, rows, model.head_weight(), micro_batch.targets, loss, temperature)
+    if distillation is None or distillation.teacher is None:
+        return _linear_stats(*arguments, top_k=top_k, entry_ids=entry_ids)
+    teacher, settings = distillation.teacher, distillation.settings
+    objective: dict[str, Any] = dict(
+        divergence=settings.divergence, jsd_weight=settings.jsd_weight, entry_clip=settings.divergence_entry_clip
+    )
+    if isinstance(teacher, TeacherStates):
+        states = teacher.of(micro_batch.packed_index)
+        return _linear_stats(*arguments, teacher_hidden=states, teacher_weight=teacher.weight, **objective)
+    entries = teacher.of(micro_batch.packed_index)
+    stats = _linear_stats(*arguments, entry_ids=entries.ids)
+    assert stats.top is not None
+    divergence = top_k_divergence(stats.top.log_prob, entries.log_prob, tail=settings.divergence_tail, **objective)
+    return stats._replace(divergence=divergence)
 
 
 def _linear_stats(
@@ -80,7 +89,7 @@ def _linear_stats(
     targets: torch.Tensor,
     loss: PolicyLossConfig,
     temperature: float,
-    **teacher: Any,
+    **others: Any,
 ) -> TokenStats:
     """Compute the statistics of ``targets`` from hidden states and this rank's shard of an LM head."""
     return linear_token_stats(
@@ -94,7 +103,7 @@ def _linear_stats(
         chunk_size=loss.block_tokens,
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
-        **teacher,
+        **others,
     )
 
 
@@ -135,17 +144,28 @@ def run_schedule(
 
 @torch.no_grad()
 def score(
-    model: ShardedModel, micro_batches: list[MicroBatch], loss: PolicyLossConfig, *, temperature: float
+    model: ShardedModel,
+    micro_batches: list[MicroBatch],
+    loss: PolicyLossConfig,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    entry_ids: torch.Tensor | None = None,
 ) -> TokenScores:
     """Return the log-prob of every response token and the entropy of the distribution it was drawn from, at
     ``temperature``.
 
-    Collectives: one all-gather over tensor-parallel ranks per micro-batch; one broadcast from the last pipeline stage;
-    under context parallelism two all-reduces.
+    ``top_k``: also the most probable entries of the vocabulary; ``entry_ids``: also the log-probs of these, [N, k] on
+    the last pipeline stage. Either needs ``loss.fused_linear``.
+
+    Collectives: one all-gather over tensor-parallel ranks per micro-batch, with ``top_k`` two more and with
+    ``entry_ids`` an all-reduce; one broadcast from the last pipeline stage; under context parallelism two all-reduces,
+    and two of entries.
     """
 
     def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> TokenStats:
-        return _token_stats(model, micro_batch, output, loss, temperature)
+        ids = None if entry_ids is None else entry_ids[micro_batch.packed_index]
+        return _token_stats(model, micro_batch, output, loss, temperature, top_k=top_k, entry_ids=ids)
 
     return _packed_scores(micro_batches, run_schedule(model, micro_batches, last_stage, forward_only=True))
 
@@ -159,7 +179,7 @@ def hidden_states(model: ShardedModel, micro_batches: list[MicroBatch]) -> torch
     """
     width = model.config.hidden_size // parallel_state.get_tensor_model_parallel_world_size()
     begin = parallel_state.get_tensor_model_parallel_rank() * width
-    total, device = _response_tokens(micro_batches), micro_batches[0].tokens.device
+    total, device = response_tokens(micro_batches), micro_batches[0].tokens.device
     hidden = None
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         hidden = torch.zeros(total, width, dtype=model.config.params_dtype, device=device)
@@ -182,6 +202,8 @@ def score_states(
     states: TeacherStates | None,
     *,
     temperature: float,
+    top_k: int | None = None,
+    entry_ids: torch.Tensor | None = None,
 ) -> TokenScores:
     """Return what :func:`score` does, of the states of a teacher on the last pipeline stage and not of a pass of the
     model; ``states`` is None elsewhere.
@@ -192,11 +214,13 @@ def score_states(
     if states is not None:
         for micro_batch in micro_batches:
             hidden = states.of(micro_batch.packed_index)
-            stats.append(_linear_stats(model, hidden, states.weight, micro_batch.targets, loss, temperature))
+            ids = None if entry_ids is None else entry_ids[micro_batch.packed_index]
+            arguments = (model, hidden, states.weight, micro_batch.targets, loss, temperature)
+            stats.append(_linear_stats(*arguments, top_k=top_k, entry_ids=ids))
     return _packed_scores(micro_batches, stats)
 
 
-def _response_tokens(micro_batches: list[MicroBatch]) -> int:
+def response_tokens(micro_batches: list[MicroBatch]) -> int:
     """Return the number of response tokens of all ranks that share the sequences."""
     own = sum(batch.packed_index.numel() for batch in micro_batches)
     return int(sum_over_sequence_parts(torch.tensor(own, device=micro_batches[0].tokens.device)))
@@ -206,13 +230,25 @@ def _packed_scores(micro_batches: list[MicroBatch], stats: list[TokenStats]) -> 
     """Return the statistics of micro-batches in the order of the callers' sequences. ``stats``: one for each on the
     last pipeline stage, none elsewhere."""
     packed_index = torch.cat([batch.packed_index for batch in micro_batches])
-    packed = torch.zeros(2, _response_tokens(micro_batches), dtype=torch.float32, device=packed_index.device)
+    total, device = response_tokens(micro_batches), packed_index.device
+    packed, top = torch.zeros(2, total, dtype=torch.float32, device=device), None
     if stats:
         outputs = [torch.stack([part.log_prob, part.entropy]) for part in stats]
         packed[:, packed_index] = torch.cat(outputs, dim=1)
         # One rank has the statistics of a token, and the others have zeros.
         sum_over_sequence_parts(packed)
-    return TokenScores(*broadcast_from_last_stage(packed))
+        tops = [part.top for part in stats if part.top is not None]
+        if tops:
+            ids, log_prob = (torch.cat(values) for values in zip(*tops, strict=True))
+            top = TopK(
+                torch.zeros(total, ids.shape[1], dtype=torch.int32, device=device),
+                torch.zeros(total, ids.shape[1], dtype=torch.float32, device=device),
+            )
+            top.ids[packed_index], top.log_prob[packed_index] = ids.int(), log_prob
+            for values in top:
+                sum_over_sequence_parts(values)
+    log_prob, entropy = broadcast_from_last_stage(packed)
+    return TokenScores(log_prob, entropy, top)
 
 
 def update(

@@ -21,7 +21,7 @@ from dasd_megatron.losses import (
     routed_divergence,
 )
 from dasd_megatron.training.parallel import reduce_over_replicas
-from dasd_megatron.training.scores import TeacherStates
+from dasd_megatron.training.scores import TeacherEntries, TeacherStates
 
 TokenLoss = Callable[[TokenStats, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """A loss of a micro-batch: from the statistics of its R response tokens and their places ``[R]`` in the packed batch to
@@ -41,7 +41,7 @@ class Distillation:
 
     omega: torch.Tensor
     has_teacher: torch.Tensor
-    teacher: TeacherStates | None
+    teacher: TeacherStates | TeacherEntries | None
     settings: AlgorithmConfig
 
 

@@ -9,14 +9,16 @@ import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from dasd_megatron.algorithms import Credit
-from dasd_megatron.losses import Rejected
+from dasd_megatron.losses import Rejected, TopK
 
 
 class TokenScores(NamedTuple):
-    """Packed statistics of the response tokens of one batch, float32 [N], equal on all ranks of a replica."""
+    """Packed statistics of the response tokens of one batch, float32 [N], equal on all ranks of a replica. ``top`` has
+    [N, k] entries of the vocabulary, where they were asked for and on the last pipeline stage."""
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
+    top: TopK | None = None
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,45 @@ class TeacherStates:
         return TeacherStates(self.parts, self.weight, rows)
 
 
+@dataclass(frozen=True)
+class TeacherEntries:
+    """The teacher's probabilities of some entries of the vocabulary, from which the divergence over them is made, on
+    the last pipeline stage.
+
+    Attributes:
+        top: int32 ids and float32 log-probs ``[M, k]`` of the tokens that the teacher has scored; the same on all ranks
+            of the stage.
+        rows: ``[N]`` int64, the row in ``top`` of each packed token; -1 for a token without a teacher.
+    """
+
+    top: TopK
+    rows: torch.Tensor
+
+    def of(self, index: torch.Tensor) -> TopK:
+        """Return the entries of these packed tokens; one without a teacher has none, which makes its divergence 0."""
+        rows = self.rows[index]
+        ids, log_prob = (values[rows] for values in self.top)
+        without = (rows < 0)[:, None]
+        return TopK(ids.masked_fill(without, -1).long(), log_prob.masked_fill(without, -torch.inf))
+
+    def at(self, rows: torch.Tensor) -> TeacherEntries:
+        """Return the entries with other ``rows``."""
+        return TeacherEntries(self.top, rows)
+
+
 class TeacherScores(NamedTuple):
     """The teacher's scores of a replica's rollouts.
 
     ``log_prob`` and ``entropy`` are float32 [N], equal on all ranks of a replica, and the student's where a sample has
-    no teacher. ``has_teacher`` is bool [B]. ``ran``: some sample of some replica has a teacher. ``states`` is for the
-    distributional objective, on the last pipeline stage.
+    no teacher. ``has_teacher`` is bool [B]. ``ran``: some sample of some replica has a teacher. ``distribution`` is for
+    the distributional objective, on the last pipeline stage.
     """
 
     log_prob: torch.Tensor
     entropy: torch.Tensor
     has_teacher: torch.Tensor
     ran: bool
-    states: TeacherStates | None = None
+    distribution: TeacherStates | TeacherEntries | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +113,7 @@ class ScoredRollouts:
     rollout_log_prob: torch.Tensor
     lengths: torch.Tensor
     teacher_ran: bool
-    teacher: TeacherStates | None = None
+    teacher: TeacherStates | TeacherEntries | None = None
 
     @property
     def delta(self) -> torch.Tensor:

@@ -126,7 +126,9 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
     temperature = config.rollout.temperature
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     batches = batch_samples(samples, [sample.prompt_ids for sample in samples], layout)
-    student = score(learner.model, batches, config.loss, temperature=temperature)
+    student = score(
+        learner.model, batches, config.loss, temperature=temperature, top_k=config.algorithm.top_k_of("student")
+    )
     start_log_prob = None
     if config.loss.kl_coef > 0 and learner.start is not None:
         with learner.start.applied(learner.model):
@@ -137,7 +139,7 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         teacher = without_teacher(samples, student)
     log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
     return ScoredRollouts(
-        student=student,
+        student=student._replace(top=None),
         teacher_log_prob=teacher.log_prob,
         teacher_entropy=teacher.entropy,
         has_teacher=teacher.has_teacher,
@@ -145,7 +147,7 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         rollout_log_prob=torch.tensor(log_probs, dtype=torch.float32, device=device),
         lengths=torch.tensor([len(sample.sampled) for sample in samples], device=device),
         teacher_ran=teacher.ran,
-        teacher=teacher.states,
+        teacher=teacher.distribution,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,8 @@ from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.parallel import largest_of_replicas
-from dasd_megatron.training.passes import hidden_states, score, score_states
-from dasd_megatron.training.scores import TeacherScores, TeacherStates, TokenScores
+from dasd_megatron.training.passes import hidden_states, response_tokens, score, score_states
+from dasd_megatron.training.scores import TeacherEntries, TeacherScores, TeacherStates, TokenScores
 from dasd_megatron.training.snapshots import WeightSnapshot
 from dasd_megatron.training.trainer import Learner, Trainer
 
@@ -47,17 +47,17 @@ def score_teacher(
     batches = _teacher_batches(list(itertools.compress(samples, acts)), layout)
     if not batches:
         return without_teacher(samples, student)
-    scores, states = _score_batches(trainer.config, trainer.learner, batches)
     has_teacher = torch.tensor(acts, device=student.log_prob.device)
     lengths = torch.tensor([len(sample.sampled) for sample in samples], device=student.log_prob.device)
     places = has_teacher.repeat_interleave(lengths).nonzero()[:, 0]
+    scores, distribution = _score_batches(trainer.config, trainer.learner, batches, _entries(student, places, batches))
     log_prob, entropy = student.log_prob.clone(), student.entropy.clone()
     log_prob[places], entropy[places] = scores.log_prob[: len(places)], scores.entropy[: len(places)]
-    if states is not None:
+    if distribution is not None:
         rows = torch.full_like(log_prob, -1, dtype=torch.int64)
         rows[places] = torch.arange(len(places), device=rows.device)
-        states = states.at(rows)
-    return TeacherScores(log_prob, entropy, has_teacher, ran=True, states=states)
+        distribution = distribution.at(rows)
+    return TeacherScores(log_prob, entropy, has_teacher, ran=True, distribution=distribution)
 
 
 def move_weights(learner: Learner, settings: TeacherConfig, step: int) -> None:
@@ -93,6 +93,16 @@ def _teacher_batches(chosen: Sequence[Sample], layout: BatchLayout) -> list[Micr
     )
 
 
+def _entries(student: TokenScores, places: torch.Tensor, batches: list[MicroBatch]) -> torch.Tensor | None:
+    """Return the ids of the student's entries for the tokens that the teacher scores ``[M, k]``, no entry where a
+    sequence only fills up; None where the student has no entries."""
+    if student.top is None:
+        return None
+    ids = student.top.ids.new_full((response_tokens(batches), student.top.ids.shape[1]), -1)
+    ids[: len(places)] = student.top.ids[places]
+    return ids
+
+
 class _Part(NamedTuple):
     """A model whose logits are a part of the teacher's: its weights, None for the live ones, and its share."""
 
@@ -108,15 +118,20 @@ def _teacher_parts(settings: TeacherConfig, learner: Learner) -> list[_Part]:
 
 
 def _score_batches(
-    config: Config, learner: Learner, batches: list[MicroBatch]
-) -> tuple[TokenScores, TeacherStates | None]:
+    config: Config, learner: Learner, batches: list[MicroBatch], entry_ids: torch.Tensor | None
+) -> tuple[TokenScores, TeacherStates | TeacherEntries | None]:
     """Return the teacher's statistics of the response tokens and, for the distributional objective and on the last
-    pipeline stage, its states."""
-    model, temperature = learner.model, config.rollout.temperature
+    pipeline stage, its states, or its probabilities of the most probable entries alone. ``entry_ids``: [M, k] entries
+    that the student has chosen, on that stage."""
+    model, algorithm = learner.model, config.algorithm
     parts = _teacher_parts(config.teacher, learner)
-    if len(parts) == 1 and not config.algorithm.is_distributional:
+    needs_states = algorithm.is_distributional and algorithm.divergence_top_k is None
+    options: dict[str, Any] = dict(
+        temperature=config.rollout.temperature, top_k=algorithm.top_k_of("teacher"), entry_ids=entry_ids
+    )
+    if len(parts) == 1 and not needs_states:
         with _applied(parts[0], model):
-            return score(model, batches, config.loss, temperature=temperature), None
+            return _with_entries(score(model, batches, config.loss, **options))
     hidden, heads = [], []
     for part in parts:
         with _applied(part, model):
@@ -133,8 +148,16 @@ def _score_batches(
             changes = parts[0].weights is None and config.batch.minibatches * config.batch.epochs > 1
             head = heads[0].clone() if changes else heads[0]
         states = TeacherStates(tuple(hidden), head, torch.arange(len(hidden[0]), device=head.device))
-    scores = score_states(model, batches, config.loss, states, temperature=temperature)
-    return scores, states if config.algorithm.is_distributional else None
+    scores = score_states(model, batches, config.loss, states, **options)
+    return (scores, states) if needs_states else _with_entries(scores)
+
+
+def _with_entries(scores: TokenScores) -> tuple[TokenScores, TeacherEntries | None]:
+    """Return the scores without their entries, and the entries."""
+    if scores.top is None:
+        return scores, None
+    rows = torch.arange(len(scores.top.ids), device=scores.top.ids.device)
+    return scores._replace(top=None), TeacherEntries(scores.top, rows)
 
 
 def _applied(part: _Part, model: ShardedModel) -> contextlib.AbstractContextManager[None]:

@@ -26,6 +26,7 @@ TP2, PP2, VPP2 = (
 MIXTURE = ["teacher.weights=trust_region", "teacher.trust_region_mix=0.3"]
 GSPO = ["loss.surrogate=gspo", "loss.aggregation=seq_mean_token_mean"]
 CISPO = ["loss.surrogate=cispo", "loss.aggregation=seq_mean_token_sum_norm"]
+ENTRIES = ["algorithm.divergence_top_k=20"]
 CASES = {
     "single": ("qwen3-tied", "reverse_kl", 1, ["parallel=single"]),
     "tp2-sp, mixture, gspo": (
@@ -34,6 +35,14 @@ CASES = {
     ),
     "pp2-vpp2, mixture, cispo": (
         "qwen3-tied", "forward_kl", 2, ["parallel=single", PP2, VPP2, *MIXTURE, *CISPO]
+    ),
+    "tp2-sp, the student's entries": (
+        "qwen3-tied", "jsd", 2, ["parallel=single", TP2, "parallel.sequence_parallel=true", *ENTRIES,
+        "algorithm.divergence_top_k_of=student"],
+    ),
+    "pp2-vpp2, a mixture's clipped entries": (
+        "qwen2-untied", "forward_kl", 2, ["parallel=single", PP2, VPP2, *MIXTURE, *ENTRIES,
+        "algorithm.divergence_tail=false", "algorithm.divergence_entry_clip=0.05"],
     ),
     "bf16": ("qwen2-untied", "reverse_kl", 1, ["parallel=single", "precision=bf16"]),
 }  # fmt: skip

@@ -33,6 +33,7 @@ from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss
 from dasd_megatron.training.snapshots import WeightSnapshot  # noqa: E402
 from dasd_megatron.training.teacher import score_teacher  # noqa: E402
 from dasd_megatron.training.trainer import Learner  # noqa: E402
+from tests.support.token_stats_reference import clipped_sum  # noqa: E402
 
 parallel.initialize(config)
 model = build_model(config, arguments["path"])
@@ -71,7 +72,8 @@ samples = [
 ]  # fmt: skip
 layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
 batches = batch_samples(samples, prompts, layout)
-student = score(model, batches, config.loss, temperature=temperature)
+top_k = config.algorithm.divergence_top_k
+student = score(model, batches, config.loss, temperature=temperature, top_k=config.algorithm.top_k_of("student"))
 start = None
 if config.teacher.weights == "trust_region":
     start = WeightSnapshot(model, "start")
@@ -118,13 +120,23 @@ with torch.no_grad():
     log_q = teacher_logits.log_softmax(-1)
 targets = torch.tensor([token for response in responses for token in response])[chosen]
 log_prob = log_p.gather(1, targets[:, None])[:, 0]
-p, q, w = log_p.exp(), log_q.exp(), config.algorithm.jsd_weight
-log_m = (w * p + (1 - w) * q).log()
-divergence = {
-    "reverse_kl": (p * (log_p - log_q)).sum(-1),
-    "forward_kl": (q * (log_q - log_p)).sum(-1),
-    "jsd": w * (p * (log_p - log_m)).sum(-1) + (1 - w) * (q * (log_q - log_m)).sum(-1),
-}[config.algorithm.divergence]
+
+
+def on_entries(log_probs: torch.Tensor) -> torch.Tensor:
+    """[N, k] or with the tail [N, k + 1], on the most probable entries."""
+    of = log_q if config.algorithm.divergence_top_k_of == "teacher" else log_p.detach()
+    order = of.topk(top_k, dim=1).indices
+    chosen, rest = log_probs.gather(1, order), log_probs.scatter(1, order, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([chosen, rest], 1) if config.algorithm.divergence_tail else chosen.log_softmax(-1)
+
+
+divergence = clipped_sum(
+    log_p if top_k is None else on_entries(log_p),
+    log_q if top_k is None else on_entries(log_q),
+    config.algorithm.divergence,
+    weight=config.algorithm.jsd_weight,
+    clip=config.algorithm.divergence_entry_clip or torch.inf,
+)
 # Below the median, which rounding would put on either side.
 cap = 0.99 * float(divergence[omega < 0].median())
 config.algorithm.divergence_cap = cap
@@ -183,7 +195,7 @@ targets = PolicyTargets(
     advantage,
     weight=loss_weights(config.loss, lengths, kept, config.rollout.max_new_tokens),
     lengths=lengths,
-    distillation=Distillation(omega, has_teacher, teacher.states, config.algorithm),
+    distillation=Distillation(omega, has_teacher, teacher.distribution, config.algorithm),
 )
 result = update(model, optimizer, batches, targets, config.loss, temperature=temperature)
 assert_near(result.means["loss"], expected_loss, "loss")

@@ -211,6 +211,8 @@ REFUSED = [
     (["algorithm.divergence_pull_cap=0.5"], ["algorithm.divergence_pull_cap", "objective=distributional"]),
     (["algorithm.rlsd_clip=1.1"], ["algorithm.rlsd_clip=1.1", "between 0 and 1"]),
     (["algorithm.divergence_entry_clip=0.5"], ["algorithm.divergence_entry_clip", "objective=distributional"]),
+    (["algorithm.divergence_top_k=9"], ["algorithm.divergence_top_k", "objective=distributional"]),
+    (["algorithm.divergence_top_k_of=both"], ["algorithm.divergence_top_k_of=both", "teacher", "student"]),
     (["algorithm.divergence_entry_clip=0"], ["algorithm.divergence_entry_clip=0", "above 0"]),
     (["loss.dual_clip=1"], ["loss.dual_clip=1", "above 1"]),
     (["teacher.privileged=solutions"], ["teacher.privileged", "'solutions'", "solution, hint, answer, peer, feedback"]),
