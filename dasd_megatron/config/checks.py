@@ -307,7 +307,7 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
         )
 
 
-def check_teacher(teacher: TeacherConfig, verify: VerifyConfig) -> None:
+def check_teacher(teacher: TeacherConfig, verify: VerifyConfig, batch: BatchConfig) -> None:
     """Refuse lists of privileged texts that are empty, or that name a source twice or one that is not there."""
     given, known = teacher.privileged, ", ".join(PRIVILEGED_SOURCES)
     if not isinstance(given, list) or not given:
@@ -317,6 +317,11 @@ def check_teacher(teacher: TeacherConfig, verify: VerifyConfig) -> None:
             raise ConfigError(f"teacher.privileged: {source!r} is no source of a text: write some of {known}")
         if given.count(source) > 1:
             raise ConfigError(f"teacher.privileged names {source} twice: write each source once")
+    if given == ["peer"] and batch.samples_per_group == 1:
+        raise ConfigError(
+            "teacher.privileged=[peer] shows other responses of the group, and batch.samples_per_group=1 leaves none: "
+            "write 2 or more, or a further source"
+        )
     if "feedback" in given and verify.reward is None:
         raise ConfigError(
             "teacher.privileged has feedback, which verify.reward gives beside the number: name a function that "
@@ -497,7 +502,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_watch(config.watch),
     lambda config: check_batch(config.batch, config.parallel),
     lambda config: check_algorithm(config.algorithm, config.batch, config.loss),
-    lambda config: check_teacher(config.teacher, config.verify),
+    lambda config: check_teacher(config.teacher, config.verify, config.batch),
     lambda config: check_teacher_weights(config.teacher, config.loss),
     lambda config: check_policy_loss(config.loss),
     lambda config: check_warm_start(config.warm_start, config.parallel),

@@ -107,9 +107,9 @@ class RunTexts:
     def __init__(self, tokenizer: Any, most_tokens: int, vocab_size: int | None) -> None:
         self.tokenizer, self.most_tokens, self.vocab_size = tokenizer, most_tokens, vocab_size
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)} - {""}
+        self._texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)} - {""}
         self._special: dict[str, dict[int, set[str]]] = {}
-        for text in texts:
+        for text in self._texts:
             self._special.setdefault(text[-1], {}).setdefault(len(text), set()).add(text)
         # The token for unknown text is harmless: it stands for a character of the text.
         self._special_ids = set(tokenizer.all_special_ids) - {unknown_token_id(tokenizer)}
@@ -119,6 +119,9 @@ class RunTexts:
 
         It takes time in proportion to the length.
         """
+        # Nearly all texts have none.
+        if not any(special in text for special in self._texts):
+            return text.strip()
         kept: list[str] = []
         for character in text:
             kept.append(character)
@@ -139,12 +142,15 @@ class RunTexts:
     def attempt_with_feedback(self, attempt: str, feedback: str) -> str:
         """Return a failed attempt and what was said of it, within the limit; empty where nothing was said.
 
-        The feedback may take half of the tokens, from its beginning on. Of the attempt the end is kept.
+        Where they are longer, the feedback keeps its beginning: what the attempt leaves, and half at least. Of the
+        attempt the end is kept.
         """
-        feedback = self._head(feedback, max(1, self.most_tokens // 2))
+        ids = self._encode(attempt)
+        left = self.most_tokens - len(ids) - len(self._encode("Attempt:\n\n\nFeedback:\n"))
+        feedback = self._head(feedback, max(1, self.most_tokens // 2, left))
         if not feedback:
             return ""
-        ids, alone = self._encode(attempt), f"Feedback:\n{feedback}"
+        alone = f"Feedback:\n{feedback}"
         room = min(len(ids), self.most_tokens - len(self._encode(f"Attempt:\n\n\n{alone}")))
         # Texts may have more tokens together than apart, so it is tried.
         while room > 0:

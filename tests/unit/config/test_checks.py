@@ -224,6 +224,10 @@ REFUSED = [
     (["teacher.privileged={peer:1}"], ["teacher.privileged"]),
     (["teacher.privileged=[[peer]]"], ["teacher.privileged", "['peer']"]),
     (["teacher.privileged=[peer,feedback]"], ["teacher.privileged", "verify.reward", "(number, text)"]),
+    (
+        ["teacher.privileged=peer", "batch.samples_per_group=1", "algorithm.verifier_weight=0"],
+        ["teacher.privileged=[peer]", "batch.samples_per_group=1"],
+    ),
     (["teacher.peer=longest"], ["teacher.peer=longest", "shortest, random"]),
     (["teacher.max_privileged_tokens=0"], ["teacher.max_privileged_tokens=0", "at least 1"]),
     (["teacher.hint_fraction=0"], ["teacher.hint_fraction=0", "above 0"]),

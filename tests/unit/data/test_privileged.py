@@ -200,6 +200,8 @@ def test_an_attempt_loses_its_beginning_and_long_feedback_its_end() -> None:
     kept = found.removeprefix("Attempt:\n").partition("\n\n")[0]
     assert kept and attempt.endswith(kept) and len(found) == 60
     assert texts.attempt_with_feedback("", "no") == "Feedback:\nno"
+    # A short attempt leaves more to the feedback.
+    assert texts.attempt_with_feedback("12", "f" * 200) == "Attempt:\n12\n\nFeedback:\n" + "f" * 37
     # There is no room for the attempt, and then for nothing.
     tight = teacher_of(RENDERER, "feedback", max_privileged_tokens=20)
     assert shown(tight, sample_of(0, attempt, feedback="f" * 200)) == [("feedback", "Feedback:\n" + "f" * 10)]
