@@ -68,7 +68,7 @@ OBJECTIVES = {
     "sampled": ["algorithm.objective=sampled", "teacher.weights=ema"],
     "distributional": [
         "algorithm.objective=distributional",
-        "algorithm.divergence_weight=0.3",
+        "algorithm.divergence_weight=1.0",
         "teacher.weights=trust_region",
         "teacher.trust_region_mix=0.3",
     ],

@@ -320,6 +320,7 @@ _STEP = [
         "near 0",
         "strongly negative: the teacher finds the student's tokens unlikely; check teacher.template and "
         "teacher.privileged",
+        when="a sample has a teacher",
     ),
     Metric(
         "credit/delta_abs_mean",
@@ -327,6 +328,7 @@ _STEP = [
         "mean size of the gap",
         "0.01 to 1, larger than rollout/log_prob_diff_mean",
         "near 0: the privileged text has no effect; check that problems have solutions, and teacher.template",
+        when="a sample has a teacher",
     ),
     Metric(
         "credit/delta_bar_abs_mean",
@@ -334,6 +336,7 @@ _STEP = [
         "mean size of the gap divided by its scale",
         "under 3",
         "large: a few outliers rule; raise algorithm.scale_floor",
+        when="a sample has a teacher",
     ),
     Metric(
         "credit/tau_mean",

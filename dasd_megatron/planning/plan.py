@@ -202,12 +202,13 @@ def _stage_memory(
     copies = width * (config.loss.kl_coef > 0 or teacher in ("frozen", "trust_region"))
     copies += {"ema": 4, "snapshot": width}.get(teacher, 0)
     snapshots = float(state.parameters * copies)
-    # A mixture of two models has the states and the head of both.
+    # A mixture of two models has the states and the head of both; of a live teacher later updates need the former head.
     models = 2 if teacher == "trust_region" else 1
     if stage == parallel.pipeline_model_parallel_size - 1 and (config.algorithm.is_distributional or models > 1):
-        states = batches.sequences * config.rollout.max_new_tokens
-        heads = arch.padded_vocab(parallel.tensor_model_parallel_size) * (models - 1)
-        snapshots += models * (states + heads) * arch.hidden / parallel.tensor_model_parallel_size * width
+        changes = teacher == "live" and config.batch.minibatches * config.batch.epochs > 1
+        heads = arch.padded_vocab(parallel.tensor_model_parallel_size) * (models if models > 1 else changes)
+        states = models * batches.sequences * config.rollout.max_new_tokens
+        snapshots += (states + heads) * arch.hidden / parallel.tensor_model_parallel_size * width
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
     total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
     return StageMemory(stage, state, snapshots, activations, loss, total)

@@ -87,9 +87,10 @@ def scores_are_finite(trainer: Trainer, samples: Sequence[Sample], scores: Score
 
 def non_finite_tokens(scores: ScoredRollouts) -> torch.Tensor:
     """Return which packed tokens have a statistic that is not finite, bool [N]. A teacher's log-prob may be -inf: that
-    is what it says of a token that it rules out, and routing can take it."""
+    is what it says of a token that it rules out, and routing can take it. Its entropy may not."""
     bad = torch.isnan(scores.teacher_log_prob) | (scores.teacher_log_prob == math.inf)
-    for values in (scores.student.log_prob, scores.student.entropy, scores.start_log_prob):
+    student, start_log_prob = scores.student, scores.start_log_prob
+    for values in (student.log_prob, student.entropy, scores.teacher_entropy, start_log_prob):
         if values is not None:
             bad |= ~torch.isfinite(values)
     return bad

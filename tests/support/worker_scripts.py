@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = Path(__file__).parent / "workers"
+ROOT = Path(__file__).parents[2]
+# What pytest has on its path: workers may import benchmarks, which import one another as scripts do.
+SEARCHED = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
 def torchrun(worker: str, nproc: int, arguments: dict[str, Any], timeout: float = 240) -> str:
@@ -36,6 +39,7 @@ def _run(launcher: list[str], worker: str, arguments: Any, timeout: float) -> st
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(SEARCHED),
     }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parents[3]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from benchmarks.parity import STEPS, configure, open_replaying  # noqa: E402
-from dasd_megatron import backend  # noqa: E402
-from dasd_megatron.config import Config  # noqa: E402
+from benchmarks.parity import STEPS, configure, open_replaying
+from dasd_megatron import backend
+from dasd_megatron.config import Config
 
 arguments = json.loads(sys.argv[1])
 folder = Path(arguments["folder"])

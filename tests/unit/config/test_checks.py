@@ -208,6 +208,10 @@ REFUSED = [
     (["rollout.replay=/tmp"], ["rollout.replay", "evaluation.before=false"]),
     (["run.name=a/b"], ["run.name"]),
     (["run.name=.hidden"], ["run.name", "'.'"]),
+    (
+        ["teacher.weights=trust_region", "loss.fused_linear=false"],
+        ["teacher.weights=trust_region", "fused_linear=true"],
+    ),
     (["algorithm.divergence_pull_cap=0.5"], ["algorithm.divergence_pull_cap", "objective=distributional"]),
     (["algorithm.rlsd_clip=1.1"], ["algorithm.rlsd_clip=1.1", "between 0 and 1"]),
     (["algorithm.divergence_entry_clip=0.5"], ["algorithm.divergence_entry_clip", "objective=distributional"]),

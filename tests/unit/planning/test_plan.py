@@ -143,6 +143,25 @@ def test_copies_of_the_weights_are_counted() -> None:
     assert [snapshots("grpo", "frozen"), snapshots("grpo", "ema", kl_coef=0.1)] == [0, 2]
 
 
+def test_states_and_heads_of_a_teacher_are_counted() -> None:
+    def parts(*overrides: str) -> tuple[float, float]:
+        """Return the bytes of copies beside whole copies of the weights, and of a head, in states of one model."""
+        config = plan_config(["model=qwen3_8b", "batch.groups=8", "parallel.tensor_model_parallel_size=1", *overrides])
+        memory = plan_of(config).fullest
+        states = 8 * config.batch.samples_per_group * config.rollout.max_new_tokens
+        copies = 2 * memory.state.parameters if "teacher.weights=trust_region" in overrides else 0
+        return (memory.snapshots - copies) / (2 * 4096 * states), 151936 / states
+
+    distributional, mixture = "algorithm.objective=distributional", "teacher.weights=trust_region"
+    assert parts()[0] == 0
+    assert parts(distributional)[0] == pytest.approx(1)
+    found, head = parts(distributional, "batch.minibatches=2")
+    assert found == pytest.approx(1 + head)
+    for overrides in ([mixture], [mixture, distributional], [mixture, distributional, "batch.minibatches=2"]):
+        found, head = parts(*overrides)
+        assert found == pytest.approx(2 + 2 * head)
+
+
 def test_the_total_is_the_sum_of_its_parts_and_a_reserve() -> None:
     found = plan_of(plan_config(["model=qwen3_8b", "batch.groups=8", "parallel.pipeline_model_parallel_size=2"]))
     assert [memory.stage for memory in found.stages] == [0, 1]

@@ -43,13 +43,15 @@ TOKENS = 5
 
 def scored(**places: tuple[int, float]) -> ScoredRollouts:
     """Scores of the five sampled tokens, with a value at a place of each named statistic."""
-    values = {name: torch.full((TOKENS,), -1.0) for name in ("log_prob", "entropy", "teacher", "start")}
+    values = {
+        name: torch.full((TOKENS,), -1.0) for name in ("log_prob", "entropy", "teacher", "teacher_entropy", "start")
+    }
     for name, (place, value) in places.items():
         values[name][place] = value
     return ScoredRollouts(
         student=TokenScores(values["log_prob"], values["entropy"]),
         teacher_log_prob=values["teacher"],
-        teacher_entropy=values["entropy"],
+        teacher_entropy=values["teacher_entropy"],
         has_teacher=torch.ones(len(SAMPLES), dtype=torch.bool),
         start_log_prob=values["start"] if "start" in places else None,
         rollout_log_prob=torch.full((TOKENS,), -1.0),
@@ -81,6 +83,7 @@ def trainer_with(weight: float, warnings: list[str]) -> Any:
         (scored(teacher=(2, -math.inf)), []),
         (scored(teacher=(2, math.inf)), [2]),
         (scored(teacher=(2, math.nan)), [2]),
+        (scored(teacher_entropy=(0, math.nan)), [0]),
         (scored(start=(3, math.nan)), [3]),
     ],
 )
