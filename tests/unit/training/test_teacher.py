@@ -37,7 +37,7 @@ def score_with(
     sequences in each micro-batch that it has passed. ``most``: samples with a teacher on the replica with most."""
     passed: list[int] = []
 
-    def score(model: Any, batches: Any, loss: Any, *, temperature: float) -> TokenScores:
+    def score(model: Any, batches: Any, *_: Any, **__: Any) -> TokenScores:
         passed.extend(len(batch.tokens) for batch in batches)
         tokens = torch.arange(sum(len(batch.packed_index) for batch in batches)).float()
         return TokenScores(-tokens, tokens)
@@ -82,7 +82,7 @@ def test_every_replica_passes_as_many_sequences(
 def test_no_pass_where_no_replica_has_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     found, passed = score_with([sample_of(2, prompt=None)], monkeypatch, most=0)
     assert not found.ran and not passed and found.log_prob.tolist() == [-50.0, -50.0]
-    assert found.has_teacher.tolist() == [False] and found.states is None
+    assert found.has_teacher.tolist() == [False] and found.distribution is None
 
 
 @pytest.mark.parametrize(
