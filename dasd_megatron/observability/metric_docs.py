@@ -514,7 +514,8 @@ _STEP = [
     Metric(
         "update/divergence",
         "nats per token",
-        "divergence from the teacher over the whole vocabulary, before its cap, over the tokens that have a teacher",
+        "divergence from the teacher as algorithm.divergence* define it, before the caps, over the tokens that have a "
+        "teacher",
         "falls where pulled",
         "growing: lower algorithm.divergence_weight or algorithm.beta",
         when="algorithm.objective=distributional and a sample has a teacher",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dasd_megatron.losses import DIVERGENCES, linear_token_stats
+from dasd_megatron.losses import DIVERGENCES, linear_token_stats, top_k_divergence
 from tests.support.kernel_reference import (
     COEFFICIENTS,
     CROSS,
@@ -19,7 +19,7 @@ from tests.support.kernel_reference import (
     make_case,
     normalisers,
 )
-from tests.support.token_stats_reference import dense, weighted_sum
+from tests.support.token_stats_reference import clipped_sum, dense, weighted_sum
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -239,3 +239,43 @@ def test_linear_token_stats(generator: torch.Generator, divergence: str | None, 
             assert not tokens or (got.grad.double() - want.grad).abs().max() <= bound, (
                 f"seed {generator.initial_seed()}"
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_clipped_and_most_probable_entries(generator: torch.Generator, divergence: str, dtype: torch.dtype) -> None:
+    """PyTorch's kernels beside Triton's: entries that are clipped, and the teacher's most probable ones."""
+    shapes = ((300, 64), (20_100, 64), (300, 96), (20_100, 96))
+    hidden, head, teacher_hidden, teacher_head = (
+        torch.randn(shape, generator=generator, device="cuda").to(dtype) / 4 for shape in shapes
+    )
+    targets = torch.randint(0, 20_000, (300,), generator=generator, device="cuda")
+    common = dict(vocab_size=20_000, temperature=0.7, chunk_size=128, vocab_chunk_size=4096)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden, head)]
+    log_p, log_q = (
+        (states.double() @ weight.double().t() / 0.7)[:, :20_000].log_softmax(-1)
+        for states, weight in (exact, (teacher_hidden, teacher_head))
+    )
+    top = linear_token_stats(teacher_hidden, teacher_head, targets, top_k=50, **common).top
+    for entries in (False, True):
+        own = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        if entries:
+            student = linear_token_stats(*own, targets, entry_ids=top.ids, **common).top.log_prob
+            value = top_k_divergence(
+                student, top.log_prob, divergence=divergence, tail=False, jsd_weight=0.3, entry_clip=0.05
+            )
+            reference = (part.gather(1, top.ids).log_softmax(-1) for part in (log_p, log_q))
+        else:
+            value = linear_token_stats(
+                *own, targets, teacher_hidden=teacher_hidden, teacher_weight=teacher_head, divergence=divergence,
+                jsd_weight=0.3, entry_clip=1e-4, **common,
+            ).divergence  # fmt: skip
+            reference = (log_p, log_q)
+        want = clipped_sum(*reference, divergence, weight=0.3, clip=0.05 if entries else 1e-4)
+        message = f"seed {generator.initial_seed()} entries {entries}"
+        torch.testing.assert_close(value.double(), want.detach(), rtol=1e-4, atol=1e-5, msg=message)
+        value.sum().backward()
+        gradients = torch.autograd.grad(want.sum(), exact, retain_graph=True)
+        for got, expected in zip(own, gradients, strict=True):
+            bound = (2e-2 if dtype == torch.bfloat16 else 1e-3) * expected.abs().amax()
+            assert (got.grad.double() - expected).abs().max() <= bound, message
