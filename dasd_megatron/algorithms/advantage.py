@@ -252,14 +252,20 @@ def _find_direction(
         total, count = (totals if sum_over_replicas is None else sum_over_replicas(totals)).tolist()
         direction = direction * (count / total) if total > 0.0 else direction
     if settings.push_gate != NO_GATE:
-        direction = _gate_pushes(settings.push_gate, direction, statistics, facts)
+        direction = _gate_pushes(settings, direction, statistics, facts)
     return direction
 
 
-def _gate_pushes(name: str, direction: Tensor, statistics: RolloutStatistics, facts: RolloutFacts | None) -> Tensor:
-    """Return the directions with pushes scaled by a gate."""
+def _gate_pushes(
+    settings: MethodSettings, direction: Tensor, statistics: RolloutStatistics, facts: RolloutFacts | None
+) -> Tensor:
+    """Return the directions with pushes scaled, or turned, by a gate."""
+    name = settings.push_gate
     if name not in PUSH_GATES:
         raise ValueError(f"push_gate is {name!r}; expected {NO_GATE} or one of {', '.join(PUSH_GATES)}")
     if facts is None:
         raise ValueError(f"push_gate={name} needs the facts of the rollouts")
-    return torch.where(direction < 0, direction * PUSH_GATES[name].factor(statistics, facts), direction)
+    factor = PUSH_GATES[name].factor(statistics, facts)
+    if settings.push_gate_pulls:
+        factor = 2.0 * factor - 1.0
+    return torch.where(direction < 0, direction * factor, direction)

@@ -2,8 +2,9 @@
 teacher.
 
 A policy is uncertain for two reasons. It may have several good ways on, which DASD is to keep open, or it may not know
-the next step, which the teacher does. The entropy alone cannot tell them apart. A gate is a factor from 0 to 1 on the
-pushes; pulls are left as they are. All of these are our choice. The functions call tensors' own methods, so that this
+the next step, which the teacher does. The entropy alone cannot tell them apart. A gate is a factor g from 0 to
+1 on the pushes; pulls are left as they are. With ``push_gate_pulls`` the factor is 2 g - 1, so that a push that g is
+against becomes a pull. All of these are our choice. The functions call tensors' own methods, so that this
 module, which the configuration takes its choices from, imports no torch.
 """
 
@@ -39,7 +40,7 @@ def _by_teacher_entropy(statistics: RolloutStatistics, facts: RolloutFacts) -> T
     if facts.teacher_entropy is None:
         raise ValueError("the gate teacher_entropy needs facts.teacher_entropy")
     student = statistics.entropy.clamp_min(1e-6)
-    return (facts.teacher_entropy.to(student) / student).clamp(0.0, 1.0)
+    return (2.0 * facts.teacher_entropy.to(student) / student).clamp(0.0, 1.0)
 
 
 def _by_verdict(statistics: RolloutStatistics, facts: RolloutFacts) -> Tensor:
@@ -57,7 +58,9 @@ PUSH_GATES: dict[str, PushGate] = {
     for gate in (
         PushGate("group", "scaled by the share of right responses in the group", _by_group),
         PushGate(
-            "teacher_entropy", "scaled by the teacher's entropy over the student's, at most 1", _by_teacher_entropy
+            "teacher_entropy",
+            "scaled by twice the teacher's entropy over the student's, at most 1",
+            _by_teacher_entropy,
         ),
         PushGate(
             "verdict",

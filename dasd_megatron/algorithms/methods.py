@@ -101,6 +101,7 @@ class MethodSettings:
     entropy_floor: float = ENTROPY_FLOOR
     term_clip: float | None = None
     push_gate: str = NO_GATE
+    push_gate_pulls: bool = False
     objective: str = SAMPLED
 
     @property

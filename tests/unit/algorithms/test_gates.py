@@ -59,7 +59,7 @@ def loop_factor(gate: str, entropy: float, gap: float, teacher_entropy: float, r
     if gate == "group":
         return rate
     if gate == "teacher_entropy":
-        return 1.0 if entropy <= 0 else min(max(teacher_entropy / max(entropy, 1e-6), 0.0), 1.0)
+        return 1.0 if entropy <= 0 else min(max(2 * teacher_entropy / max(entropy, 1e-6), 0.0), 1.0)
     if rate == 1.0:
         return 1.0
     # A push adds to the advantage of a token with a negative gap.
@@ -72,20 +72,22 @@ def loop_factor(gate: str, entropy: float, gap: float, teacher_entropy: float, r
     lengths=st.lists(st.integers(0, 9), max_size=6),
     gate=st.sampled_from(sorted(PUSH_GATES)),
     name=st.sampled_from(["dasd", "reversed"]),
+    pulls=st.booleans(),
     clip=st.sampled_from([None, 0.01, 0.2, 100.0]),
     seed=st.integers(0, 2**31 - 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_property_a_gate_scales_pushes_alone_and_the_bound_cuts_both(lengths, gate, name, clip, seed) -> None:
+def test_property_a_gate_scales_pushes_alone_and_the_bound_cuts_both(lengths, gate, name, pulls, clip, seed) -> None:
     data, facts = batch(lengths, seed)
     _, plain = token_advantages(name, SETTINGS, **data, facts=facts)
-    advantage, gated = token_advantages(name, replace(SETTINGS, push_gate=gate, term_clip=clip), **data, facts=facts)
+    chosen = replace(SETTINGS, push_gate=gate, push_gate_pulls=pulls, term_clip=clip)
+    advantage, gated = token_advantages(name, chosen, **data, facts=facts)
     token = 0
     for rollout, length in enumerate(lengths):
         for _ in range(length):
             omega = plain.omega[token].item()
             if omega < 0:
-                omega *= loop_factor(
+                factor = loop_factor(
                     gate,
                     data["entropy"][token].item(),
                     data["delta"][token].item(),
@@ -93,6 +95,7 @@ def test_property_a_gate_scales_pushes_alone_and_the_bound_cuts_both(lengths, ga
                     bool(facts.is_right[rollout]),
                     facts.solve_rate[rollout].item(),
                 )
+                omega *= 2 * factor - 1 if pulls else factor
             term = 0.3 * omega * plain.delta_bar[token].item()
             if clip is not None:
                 term = min(max(term, -clip), clip)
@@ -136,19 +139,20 @@ def test_what_the_gates_are_for() -> None:
         "lengths": torch.tensor([4]),
     }
 
-    def pushes(gate: str, right: bool, rate: float) -> list[float]:
+    def pushes(gate: str, right: bool, rate: float, pulls: bool = False) -> list[float]:
         facts = RolloutFacts(
             has_teacher=torch.tensor([True]),
             is_right=torch.tensor([right]),
             solve_rate=torch.tensor([rate]),
             teacher_entropy=torch.tensor([0.7, 0.0, 0.0, 0.0]),
         )
-        chosen = replace(SETTINGS, push_gate=gate, gate=False, entropy_floor=0.0, rho=0.6)
+        chosen = replace(SETTINGS, push_gate=gate, push_gate_pulls=pulls, gate=False, entropy_floor=0.0, rho=0.6)
         return token_advantages("dasd", chosen, **data, facts=facts)[1].omega[:2].tolist()
 
     full = pushes("none", True, 0.5)
     assert full[0] == full[1] < 0
     assert pushes("teacher_entropy", True, 0.5) == [full[0], 0.0]
+    assert pushes("teacher_entropy", True, 0.5, pulls=True) == [full[0], -full[0]]
     assert pushes("group", True, 0.25) == [pytest.approx(full[0] / 4)] * 2 and pushes("group", False, 0.0) == [0.0, 0.0]
     assert pushes("verdict", True, 0.5) == [full[0], 0.0] and pushes("verdict", False, 0.5) == [0.0, full[1]]
     assert pushes("verdict", False, 0.0) == [0.0, 0.0] and pushes("verdict", True, 1.0) == full
