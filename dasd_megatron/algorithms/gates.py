@@ -38,7 +38,9 @@ def _by_group(statistics: RolloutStatistics, facts: RolloutFacts) -> Tensor:
 
 def _by_teacher_entropy(statistics: RolloutStatistics, facts: RolloutFacts) -> Tensor:
     if facts.teacher_entropy is None:
-        raise ValueError("the gate teacher_entropy needs facts.teacher_entropy")
+        if bool(facts.has_teacher.any()):
+            raise ValueError("the gate teacher_entropy needs facts.teacher_entropy")
+        return statistics.entropy.new_ones(statistics.entropy.shape)
     student = statistics.entropy.clamp_min(1e-6)
     return (2.0 * facts.teacher_entropy.to(student) / student).clamp(0.0, 1.0)
 

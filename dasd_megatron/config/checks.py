@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from dasd_megatron.algorithms.gates import PUSH_GATES
 from dasd_megatron.algorithms.methods import METHODS, NO_GATE
 from dasd_megatron.config.checks_rollout import (
     check_embedded_server,
@@ -300,11 +299,6 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
         raise ConfigError(
             f"algorithm.push_gate={algorithm.push_gate} has no pushes to scale under algorithm.name={algorithm.name}: "
             f"write {pushing}, or push_gate={NO_GATE}"
-        )
-    if algorithm.push_gate_pulls and algorithm.push_gate == NO_GATE:
-        raise ConfigError(
-            f"algorithm.push_gate_pulls=true turns what a gate is against, and there is none: write "
-            f"algorithm.push_gate={', '.join(PUSH_GATES)}, or push_gate_pulls=false"
         )
     if distributional and not loss.fused_linear:
         raise ConfigError(

@@ -234,7 +234,7 @@ class AlgorithmConfig:
         choices=(NO_GATE, *PUSH_GATES),
     )
     push_gate_pulls: bool = setting(
-        False, "a push that algorithm.push_gate is against becomes a pull: 2 g - 1 in place of its factor g"
+        False, "with a push_gate: a push that it is against becomes a pull, by 2 g - 1 in place of its factor g"
     )
     gate: bool = setting(True, "multiply the direction by the reliability gate sigmoid(|delta_bar| - 1)")
     rlsd_lambda: float = setting(

@@ -130,6 +130,15 @@ def test_rollouts_without_a_teacher_do_not_read_its_entropy() -> None:
     assert (credit.omega[3:] == 0).all() and torch.isfinite(advantage).all() and (credit.omega[:3] < 0).any()
 
 
+def test_a_step_without_any_teacher_has_no_pushes_to_gate() -> None:
+    data, facts = batch([3, 4], 3)
+    facts = facts._replace(has_teacher=torch.tensor([False, False]), teacher_entropy=None)
+    gated = replace(SETTINGS, push_gate="teacher_entropy", push_gate_pulls=True)
+    advantage, credit = token_advantages("dasd", gated, **data, facts=facts)
+    assert torch.equal(advantage, data["rewards_advantage"].repeat_interleave(data["lengths"]))
+    assert not credit.omega.any()
+
+
 def test_what_the_gates_are_for() -> None:
     # Two uncertain tokens of one rollout: at the first the teacher is as uncertain, at the second it is certain.
     data = {

@@ -243,7 +243,6 @@ REFUSED = [
     (["model.tiny.num_layers=0"], ["model.tiny.num_layers=0", "at least 1"]),
     (["algorithm=rlsd", "algorithm.verifier_weight=0"], ["rlsd", "algorithm.verifier_weight"]),
     (["algorithm.push_gate=no_such"], ["algorithm.push_gate", "none, group"]),
-    (["algorithm.push_gate=none", "algorithm.push_gate_pulls=true"], ["push_gate_pulls=true", "there is none"]),
     (["algorithm=opsd", "algorithm.push_gate=group"], ["push_gate=group", "opsd", "dasd, reversed"]),
     (["algorithm.term_clip=0"], ["algorithm.term_clip", "above 0"]),
     *(
