@@ -223,7 +223,7 @@ class AlgorithmConfig:
         low=0,
     )
     term_clip: float | None = setting(
-        1.0,
+        None,
         "most that the teacher adds to or takes from the advantage of a token; null: no bound; our choice",
         above=0,
     )
