@@ -72,6 +72,20 @@ OBJECTIVES = {
         "teacher.weights=trust_region",
         "teacher.trust_region_mix=0.3",
     ],
+    # What needs whole responses, and counts of all replicas. The bounds are far from most ratios, so that rounding does
+    # not put one on the other side.
+    "by response": [
+        "algorithm.objective=sampled",
+        "teacher.weights=live",
+        "loss.surrogate=gspo",
+        "loss.dual_clip=null",
+        "loss.clip_low=0.5",
+        "loss.clip_high=0.5",
+        "loss.aggregation=seq_mean_token_mean",
+        "loss.rejection=geometric",
+        "loss.rejection_low=0.2",
+        "loss.rejection_high=1.5",
+    ],
 }
 TP2, PP2, PP4, VPP2, DP2, SP = (
     "parallel.tensor_model_parallel_size=2",
@@ -126,6 +140,12 @@ CONTEXT_LAYOUTS = {
     "CP2 PP2 DP2, overlap, packing": [CP2, PP2, DP2, *OVERLAP, *PACKING],
 }
 LAYOUTS |= {f"{name}, gathering attention": overrides for name, overrides in CONTEXT_LAYOUTS.items()}
+# The objective by response is compared in these alone.
+RESPONSE_LAYOUTS = (
+    "DP2, distributed optimizer, overlap",
+    "TP2 SP PP2 VPP2, recompute full, packing",
+    "CP2, packing, gathering attention",
+)
 ALONE = "one process"
 METRICS = {"loss": "update/loss", "gradient norm": "update/grad_norm"}
 ROUTING = (
@@ -444,7 +464,11 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
     jobs: dict[str, tuple[bool, list[str]]] = {}
     chosen = [name for name in LAYOUTS if not only or name in only]
     # The distributional objective works on hidden states.
-    layouts = {"sampled": chosen, "distributional": [name for name in chosen if name != "materialised logits"]}
+    layouts = {
+        "sampled": chosen,
+        "distributional": [name for name in chosen if name != "materialised logits"],
+        "by response": [name for name in chosen if name in RESPONSE_LAYOUTS],
+    }
     for objective, overrides in OBJECTIVES.items():
         for name in [ALONE, *layouts[objective]]:
             jobs[f"{objective}/{name}"] = (False, [*overrides, *LAYOUTS.get(name, [])])

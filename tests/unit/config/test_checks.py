@@ -303,3 +303,9 @@ def test_servers_of_this_machine_can_share_memory(server: str) -> None:
         f"rollout.servers=['{server}']",
     ]
     assert load_config([QUICK, *overrides]).rollout.servers == [server]
+
+
+def test_dr_grpo_has_neither_the_deviation_nor_the_lengths_in_its_loss() -> None:
+    config = load_config([QUICK, "algorithm=dr_grpo"])
+    assert (config.algorithm.name, config.algorithm.normalize_std) == ("grpo", False)
+    assert config.loss.aggregation == "seq_mean_token_sum_norm"
