@@ -296,8 +296,10 @@ class _LinearTokenStats(torch.autograd.Function):
             for columns in blocks.column_ranges():
                 block = student(rows, columns)
                 # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix
-                # units are fast.
-                gradient = block if hidden.dtype == dtype else torch.empty_like(block, dtype=hidden.dtype)
+                # units are fast. With entries it is rounded later, since their part cancels nearly all of the rest
+                # where the policy is certain.
+                rounds_later = hidden.dtype == dtype or grad_entries is not None
+                gradient = block if rounds_later else torch.empty_like(block, dtype=hidden.dtype)
                 kernels.backward(
                     block, None if teacher is None else teacher(rows, columns), gradient, shard.targets[rows],
                     columns=columns.stop - columns.start, first_column=shard.first_column + columns.start,
@@ -306,6 +308,7 @@ class _LinearTokenStats(torch.autograd.Function):
                 if grad_entries is not None:
                     index, owned = local_entries(ids[rows], shard, columns)
                     gradient.scatter_add_(1, index, torch.where(owned, grad_entries[rows], 0.0).to(gradient.dtype))
+                    gradient = gradient.to(hidden.dtype)
                 if grad_hidden is not None:
                     _matmul(gradient, weight[columns], row_grad, add=True)
                 if grad_weight is not None:

@@ -203,12 +203,16 @@ def _stage_memory(
     copies += {"ema": 4, "snapshot": width}.get(teacher, 0)
     snapshots = float(state.parameters * copies)
     # A mixture of two models has the states and the head of both; of a live teacher later updates need the former head.
-    models = 2 if teacher == "trust_region" else 1
-    if stage == parallel.pipeline_model_parallel_size - 1 and (config.algorithm.is_distributional or models > 1):
+    models, tokens = 2 if teacher == "trust_region" else 1, batches.sequences * config.rollout.max_new_tokens
+    is_last, top_k = stage == parallel.pipeline_model_parallel_size - 1, config.algorithm.divergence_top_k
+    if is_last and (models > 1 or (config.algorithm.is_distributional and top_k is None)):
         changes = teacher == "live" and config.batch.minibatches * config.batch.epochs > 1
         heads = arch.padded_vocab(parallel.tensor_model_parallel_size) * (models if models > 1 else changes)
-        states = models * batches.sequences * config.rollout.max_new_tokens
-        snapshots += (states + heads) * arch.hidden / parallel.tensor_model_parallel_size * width
+        snapshots += (models * tokens + heads) * arch.hidden / parallel.tensor_model_parallel_size * width
+    if is_last and top_k is not None:
+        # Of each entry an id and a log-prob, whole on every rank; while the teacher scores the student's entries, both.
+        owners = 2 if config.algorithm.divergence_top_k_of == "student" else 1
+        snapshots += owners * tokens * top_k * 8
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
     total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
     return StageMemory(stage, state, snapshots, activations, loss, total)

@@ -83,6 +83,8 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     if scores_are_finite(trainer, share.samples, scores):
         metrics = _learn(trainer, share, scores, timers, inspects=saves and trainer.logger is not None)
     else:
+        # A snapshot that is due is not put off by a whole interval.
+        move_weights(trainer.learner, config.teacher, state.step)
         metrics = reward_metrics(share, timers.finish(), config.batch.samples_per_group)
         metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
     return {"step": state.step, **metrics, **rollouts.metrics, "weight_version": share.samples[0].weight_version}

@@ -184,6 +184,28 @@ def test_gradients_reach_the_students_states(name: str, tail: bool, of_teacher: 
         assert off <= 1e-4 * expected.grad.abs().max(), f"seed {seed}: {off}"
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_half_precision_keeps_the_gradient_of_certain_tokens(name: str, tail: bool) -> None:
+    """Where the policy is certain, the entries' part and the normaliser's nearly cancel."""
+    states, head, *_ = make(64, 32, 90, 0)
+    targets = (states @ head.t()).argmax(1)
+    # Along the head's row of the target, so that its probability is nearly 1.
+    own, teacher, head = (values.bfloat16() for values in (head[targets], 0.9 * head[targets], head))
+    ids = linear_token_stats(teacher, head, targets, top_k=8, vocab_chunk_size=32).top.ids
+    gradients = []
+    for dtype in (torch.float64, torch.bfloat16):
+        hidden, weight = (values.to(dtype, copy=True).requires_grad_() for values in (own, head))
+        common = dict(entry_ids=ids, vocab_chunk_size=32)
+        log_q = linear_token_stats(teacher.to(dtype), head.to(dtype), targets, **common).top.log_prob
+        stats = linear_token_stats(hidden, weight, targets, **common)
+        assert stats.log_prob.median() > -1e-3
+        top_k_divergence(stats.top.log_prob, log_q, divergence=name, tail=tail).sum().backward()
+        gradients.append([hidden.grad.double(), weight.grad.double()])
+    for exact, got in zip(*gradients, strict=True):
+        assert (got - exact).norm() <= 0.02 * exact.norm()
+
+
 def test_the_whole_vocabulary_as_entries_is_the_full_divergence() -> None:
     states, head, teacher_states, teacher_head = make(6, 5, 30, torch.seed() % 2**31)
     targets = torch.arange(6)

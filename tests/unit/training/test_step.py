@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
 from dasd_megatron.algorithms import EntropySwitch
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig, load_config
 from dasd_megatron.training import step
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
-from dasd_megatron.training.step import Timers, route, set_teacher_switch
+from dasd_megatron.training.step import Timers, route, set_teacher_switch, train_step
 from dasd_megatron.training.step_metrics import schedule_metrics, switch_metrics
 
 REWARDS = [1.0, 0.0, 0.0, 1.0]
@@ -40,6 +42,30 @@ def scored(places: list[int]) -> ScoredRollouts:
         lengths=torch.full((len(places),), 2),
         teacher_ran=True,
     )
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_the_teachers_weights_follow_a_step_that_is_skipped_too(
+    is_finite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(step, "move_weights", lambda learner, teacher, number: moved.append(number))
+    # The rest of a step that is not skipped, of which only the update moves the teacher.
+    monkeypatch.setattr(step, "_learn", lambda *_, **__: moved.append(0) or {})
+    monkeypatch.setattr(step, "scores_are_finite", lambda *_: is_finite)
+    for name in ("score_rollouts", "check_agreement", "reward_metrics"):
+        monkeypatch.setattr(step, name, lambda *_: {})
+    sample = SimpleNamespace(weight_version="step_000003")
+    rollouts = SimpleNamespace(share=ReplicaShare([sample], [0], [0.0]), grading_seconds=0.0, metrics={})
+    trainer: Any = SimpleNamespace(
+        config=load_config(["experiment=quickstart"]),
+        learner=None,
+        logger=None,
+        state=TrainerState(step=3),
+        plane=SimpleNamespace(rollouts=lambda *_: rollouts),
+    )
+    assert train_step(trainer)["step"] == 4
+    assert moved == [0 if is_finite else 4]
 
 
 def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:
