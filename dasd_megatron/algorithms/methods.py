@@ -142,6 +142,8 @@ class Method:
     has_entropy_switch: bool = False
     """True where ``beta`` and ``divergence_weight`` count as 0 while the run's
     :class:`~dasd_megatron.algorithms.switch.EntropySwitch` is off."""
+    blends_verifier: bool = False
+    """True where the verifier's factor is of RLSD's form, with ``algorithm.rlsd_lambda`` and ``rlsd_clip``."""
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
@@ -251,12 +253,14 @@ METHODS: dict[str, Method] = {
             "rlsd",
             "lets the teacher scale the verifier's advantage (arXiv:2604.03128)",
             verifier_factor=_scale_by_gap,
+            blends_verifier=True,
         ),
         Method(
             "rlrt",
             "raises the verifier's advantage where a right response goes another way than the teacher "
             "(arXiv:2605.10781)",
             verifier_factor=_scale_by_reversed_gap,
+            blends_verifier=True,
             teaches="right",
         ),
         Method(

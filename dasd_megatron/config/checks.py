@@ -272,9 +272,6 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             "algorithm.verifier_weight=1"
         )
     distributional = algorithm.is_distributional
-    for name, schedule in algorithm.schedules.items():
-        if name in ("rho", "rlsd_lambda") and schedule.final > 1:
-            raise ConfigError(f"algorithm.{name}_schedule.final={schedule.final}: must be between 0 and 1")
     teacher_weight = "divergence_weight" if distributional else "beta"
     rises = teacher_weight in algorithm.schedules and algorithm.schedules[teacher_weight].final > 0
     if algorithm.verifier_weight == 0 and getattr(algorithm, teacher_weight) == 0 and not rises:
@@ -305,6 +302,25 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
             "algorithm.objective=distributional re-projects the teacher's hidden states: write "
             "loss.fused_linear=true, or objective=sampled"
         )
+
+
+def check_schedules(algorithm: AlgorithmConfig) -> None:
+    """Refuse schedules that end outside the setting's range, and those of settings that nothing reads."""
+    method = METHODS[algorithm.name]
+    is_read = {
+        "beta": method.has_direction and not algorithm.is_distributional,
+        "rho": method.routes_by_entropy,
+        "divergence_weight": algorithm.is_distributional,
+        "rlsd_lambda": method.blends_verifier,
+    }
+    for name, schedule in algorithm.schedules.items():
+        if name in ("rho", "rlsd_lambda") and schedule.final > 1:
+            raise ConfigError(f"algorithm.{name}_schedule.final={schedule.final}: must be between 0 and 1")
+        if not is_read[name]:
+            raise ConfigError(
+                f"algorithm.{name}_schedule.style={schedule.style} does nothing, since algorithm.name={algorithm.name} "
+                f"with algorithm.objective={algorithm.objective} does not read algorithm.{name}: write constant"
+            )
 
 
 def check_teacher(teacher: TeacherConfig, verify: VerifyConfig, batch: BatchConfig) -> None:
@@ -502,6 +518,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_watch(config.watch),
     lambda config: check_batch(config.batch, config.parallel),
     lambda config: check_algorithm(config.algorithm, config.batch, config.loss),
+    lambda config: check_schedules(config.algorithm),
     lambda config: check_teacher(config.teacher, config.verify, config.batch),
     lambda config: check_teacher_weights(config.teacher, config.loss),
     lambda config: check_policy_loss(config.loss),

@@ -90,6 +90,23 @@ def test_a_share_does_not_rise_above_one(name: str) -> None:
         load_config([QUICK, *course])
 
 
+@pytest.mark.parametrize(
+    ("name", "unread", "read"),
+    [
+        ("beta", ["algorithm=rlsd"], ["algorithm=opsd"]),
+        ("beta", ["algorithm=dasd", "algorithm.objective=distributional"], ["algorithm=dasd"]),
+        ("rho", ["algorithm=opsd"], ["algorithm=dasd"]),
+        ("divergence_weight", ["algorithm=opsd"], ["algorithm=opsd_full"]),
+        ("rlsd_lambda", ["algorithm=dasd"], ["algorithm=rlrt"]),
+    ],
+)
+def test_schedules_of_what_nothing_reads_are_refused(name: str, unread: list[str], read: list[str]) -> None:
+    course = f"algorithm.{name}_schedule.style=linear"
+    with pytest.raises(ConfigError, match=f"{course} does nothing.*does not read algorithm.{name}: write constant"):
+        load_config([QUICK, *unread, course])
+    load_config([QUICK, *read, course])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_makes_a_run(preset: str) -> None:
     config = load_config([QUICK, f"algorithm={preset}"])
