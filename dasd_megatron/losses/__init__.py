@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         rollouts_of_tokens,
         routed_divergence,
     )
-    from dasd_megatron.losses.statistics import TokenStats, TopK
+    from dasd_megatron.losses.statistics import EntryStats, TokenStats, TopK
     from dasd_megatron.losses.surrogates import AGGREGATIONS, REJECTIONS, SURROGATES, Bounds
     from dasd_megatron.losses.token_stats import vocab_parallel_token_stats
     from dasd_megatron.losses.top_k import top_k_divergence
@@ -35,6 +35,7 @@ __all__ = [
     "SURROGATES",
     "Bounds",
     "Divergence",
+    "EntryStats",
     "Rejected",
     "TokenStats",
     "TopK",

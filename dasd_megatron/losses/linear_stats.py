@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from dasd_megatron.losses.kernels import Kernels, choose_kernels
 from dasd_megatron.losses.statistics import (
     Distribution,
+    EntryStats,
     Objective,
     Saved,
     Shard,
@@ -56,7 +57,7 @@ def linear_token_stats(
     top_k: int | None = None,
     entry_ids: Tensor | None = None,
     implementation: str = "auto",
-) -> TokenStats:
+) -> TokenStats | EntryStats:
     """:func:`~dasd_megatron.losses.vocab_parallel_token_stats` of the logits ``hidden @ weight.T``, which are never
     materialised.
 
@@ -81,10 +82,10 @@ def linear_token_stats(
             reduce-scatter that belongs to the all-gather of ``hidden`` does.
 
     Returns:
-        TokenStats like there; ``log_prob``, ``entropy``, ``divergence`` and ``top.log_prob`` carry gradients to
-        ``hidden`` and ``weight``. Logits of half precision inputs are accumulated and kept in float32, so they are more
-        exact than a materialised half precision tensor. The gradient of a block of logits is rounded to the inputs'
-        dtype for its two matrix products, whose sums are kept in float32.
+        TokenStats like there, EntryStats where ``top_k`` or ``entry_ids`` is given. ``log_prob``, ``entropy``,
+        ``divergence`` and ``top.log_prob`` carry gradients to ``hidden`` and ``weight``. Logits of half precision
+        inputs are kept in float32, and the gradient of a block of logits is rounded to the inputs' dtype for its two
+        matrix products, whose sums are kept in float32.
 
     Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
     the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
@@ -114,8 +115,8 @@ def linear_token_stats(
         shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None, top_k
     )
     apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
-    outputs = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
-    return TokenStats(*outputs[:4])._replace(top=None if outputs[4] is None else TopK(*outputs[4:]))
+    *stats, ids, log_prob = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
+    return TokenStats(*stats) if ids is None else EntryStats(*stats, top=TopK(ids, log_prob))
 
 
 # One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers'

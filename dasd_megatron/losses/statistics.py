@@ -42,13 +42,22 @@ class TopK(NamedTuple):
 
 class TokenStats(NamedTuple):
     """Statistics of T tokens, in nats; float32 ``[T]`` (float64 for float64 logits), the same on every rank of the
-    group. ``top`` is None unless it was asked for."""
+    group."""
 
     log_prob: Tensor
     entropy: Tensor
     teacher_log_prob: Tensor | None
     divergence: Tensor | None
-    top: TopK | None = None
+
+
+class EntryStats(NamedTuple):
+    """:class:`TokenStats`, and the entries of the vocabulary that were asked for."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    teacher_log_prob: Tensor | None
+    divergence: Tensor | None
+    top: TopK
 
 
 class Shard(NamedTuple):

@@ -33,6 +33,8 @@ HEALTH_SECONDS = 10.0
 STACKS_SIGNAL = signal.SIGUSR2
 """Lets the processes of a server write the Python stacks of their threads into its log: start_server.py and the entry
 point of the embedded server register it."""
+STACKS_SECONDS = 0.5
+"""Time that a process has to write its stacks."""
 SGLANG_STARTER = Path(__file__).parent / "sglang" / "start_server.py"
 ROUTER_STARTER = SGLANG_STARTER.with_name("start_router.py")
 # Without a GPU, SGLang takes its kernels in plain PyTorch, and does without the tricks that hide the launches of one
@@ -301,12 +303,13 @@ def _describe_processes(process: subprocess.Popen[bytes]) -> str:
 
 
 def _write_stacks(process: subprocess.Popen[bytes]) -> None:
-    """Let ``process`` and the other processes of its session write their Python stacks into the log, and give them a
-    second for it. Those that cannot yet are ended by the signal."""
+    """Let ``process`` and the other processes of its session write their Python stacks into the log. Those that cannot
+    yet are ended by the signal."""
     for member in [psutil.Process(process.pid), *_session_members(process)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.send_signal(STACKS_SIGNAL)
-    time.sleep(1.0)
+        # Two that write at once would mix their lines.
+        time.sleep(STACKS_SECONDS)
 
 
 def for_sglang(environment: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@ updates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dasd_megatron import backend
 from dasd_megatron.config import PolicyLossConfig
-from dasd_megatron.losses import TokenStats, TopK, linear_token_stats, top_k_divergence, vocab_parallel_token_stats
+from dasd_megatron.losses import (
+    EntryStats,
+    TokenStats,
+    TopK,
+    linear_token_stats,
+    top_k_divergence,
+    vocab_parallel_token_stats,
+)
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
@@ -50,7 +57,7 @@ def _token_stats(
     *,
     top_k: int | None = None,
     entry_ids: torch.Tensor | None = None,
-) -> TokenStats:
+) -> TokenStats | EntryStats:
     """Compute the statistics of a micro-batch's response tokens from the last stage's output; see
     :class:`ShardedModel`. ``top_k`` and ``entry_ids`` ask for entries of the vocabulary, as
     :func:`~dasd_megatron.losses.linear_token_stats` does."""
@@ -77,9 +84,9 @@ def _token_stats(
         return _linear_stats(*arguments, teacher_hidden=states, teacher_weight=teacher.weight, **objective)
     entries = teacher.of(micro_batch.packed_index)
     stats = _linear_stats(*arguments, entry_ids=entries.ids)
-    assert stats.top is not None
+    assert isinstance(stats, EntryStats), "it was asked for entries"
     divergence = top_k_divergence(stats.top.log_prob, entries.log_prob, tail=settings.divergence_tail, **objective)
-    return stats._replace(divergence=divergence)
+    return TokenStats(stats.log_prob, stats.entropy, None, divergence)
 
 
 def _linear_stats(
@@ -90,7 +97,7 @@ def _linear_stats(
     loss: PolicyLossConfig,
     temperature: float,
     **others: Any,
-) -> TokenStats:
+) -> TokenStats | EntryStats:
     """Compute the statistics of ``targets`` from hidden states and this rank's shard of an LM head."""
     return linear_token_stats(
         # Megatron hands the last stage's output over in float32; the values are those of the model's own dtype.
@@ -163,7 +170,7 @@ def score(
     and two of entries.
     """
 
-    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> TokenStats:
+    def last_stage(micro_batch: MicroBatch, output: torch.Tensor, non_loss_data: bool) -> TokenStats | EntryStats:
         ids = None if entry_ids is None else entry_ids[micro_batch.packed_index]
         return _token_stats(model, micro_batch, output, loss, temperature, top_k=top_k, entry_ids=ids)
 
@@ -226,7 +233,7 @@ def response_tokens(micro_batches: list[MicroBatch]) -> int:
     return int(sum_over_sequence_parts(torch.tensor(own, device=micro_batches[0].tokens.device)))
 
 
-def _packed_scores(micro_batches: list[MicroBatch], stats: list[TokenStats]) -> TokenScores:
+def _packed_scores(micro_batches: list[MicroBatch], stats: Sequence[TokenStats | EntryStats]) -> TokenScores:
     """Return the statistics of micro-batches in the order of the callers' sequences. ``stats``: one for each on the
     last pipeline stage, none elsewhere."""
     packed_index = torch.cat([batch.packed_index for batch in micro_batches])
@@ -237,7 +244,7 @@ def _packed_scores(micro_batches: list[MicroBatch], stats: list[TokenStats]) -> 
         packed[:, packed_index] = torch.cat(outputs, dim=1)
         # One rank has the statistics of a token, and the others have zeros.
         sum_over_sequence_parts(packed)
-        tops = [part.top for part in stats if part.top is not None]
+        tops = [part.top for part in stats if isinstance(part, EntryStats)]
         if tops:
             ids, log_prob = (torch.cat(values) for values in zip(*tops, strict=True))
             top = TopK(
@@ -271,7 +278,7 @@ def update(
     group = parallel_state.get_context_parallel_group() if distributed else None
 
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
-        return _token_stats(model, micro_batch, output, settings, temperature, targets.distillation)
+        return TokenStats(*_token_stats(model, micro_batch, output, settings, temperature, targets.distillation)[:4])
 
     result = _optimize(model, optimizer, micro_batches, token_stats, policy_loss(targets, settings, group=group))
     return result._replace(means=over_teacher_tokens(result.means))
@@ -302,7 +309,7 @@ def supervised_update(
         return loss, {"loss": loss}
 
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
-        return _token_stats(model, micro_batch, output, settings, 1.0)
+        return TokenStats(*_token_stats(model, micro_batch, output, settings, 1.0)[:4])
 
     result = _optimize(model, optimizer, micro_batches, token_stats, negative_log_likelihood)
     if not result.applied:

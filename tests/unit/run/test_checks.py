@@ -16,6 +16,7 @@ from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.run.checks import (
     check_key,
     check_run_prompts,
+    check_warm_start_end,
     check_warm_start_lengths,
     flatten,
     needs_teacher,
@@ -73,8 +74,10 @@ def test_the_longest_warm_start_sequence_fits_to_the_token() -> None:
         lambda: check_warm_start_lengths(ModelConfig(), WarmStartConfig(steps=3), sizes, teacher, tokenizer, [problem])
     )
     assert "problem 'p' has a solution that, with its end, has the token" in message
+    check_warm_start_end(ModelConfig(path="/m"), WarmStartConfig(steps=3), tokenizer)
     tokenizer.eos_token = None
-    assert "end-of-sequence token" in refusal(lambda: check(length, "/m"))
+    message = refusal(lambda: check_warm_start_end(ModelConfig(path="/m"), WarmStartConfig(steps=3), tokenizer))
+    assert "end-of-sequence token" in message and "model.path=/m" in message
 
 
 @pytest.mark.parametrize(("method", "warm_start"), [("dasd", 0), ("grpo", 0), ("grpo", 1)])
