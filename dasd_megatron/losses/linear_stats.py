@@ -116,7 +116,7 @@ def linear_token_stats(
     )
     apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
     *stats, ids, log_prob = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
-    return TokenStats(*stats) if ids is None else EntryStats(*stats, top=TopK(ids, log_prob))
+    return TokenStats(*stats) if ids is None else EntryStats._make([*stats, TopK(ids, log_prob)])
 
 
 # One float32 block is 32 MiB: enough work for a matrix product to run at full speed, and little beside the layers'

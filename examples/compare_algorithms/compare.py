@@ -14,7 +14,9 @@ evaluated on the same problems with the same sampling seeds. ``run.seed`` decide
 rollouts. Methods are compared in pairs of runs with the same seed: the mean difference, its deviation over seeds, and p
 of a paired t test, two-sided and not corrected for the number of comparisons.
 
-Writes ``results.json`` and ``RESULTS.md`` with its pictures beside the comparison, or under ``--output``.
+Writes ``results.json`` and ``RESULTS.md`` with its pictures beside the comparison, or under ``--output``. With
+``--add`` the runs that stand in ``results.json`` already are not made again and stay on the page, so that a comparison
+can be made in parts, on several machines.
 """
 
 from __future__ import annotations
@@ -291,6 +293,32 @@ def read_all(comparison: Comparison, runs: Path, jobs: list[Job]) -> Found:
     }
 
 
+def read_published(output: Path) -> Found:
+    """Return the runs of a results.json; none where there is no such file."""
+    path = output / "results.json"
+    written = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        task: {method: {int(seed): run for seed, run in seeds.items()} for method, seeds in methods.items()}
+        for task, methods in written.items()
+    }
+
+
+def join(comparison: Comparison, published: Found, new: Found) -> Found:
+    """Return the runs of both, in the order of the comparison. Raises SystemExit where the runs of a task with a start
+    of its own do not all begin from the same policy."""
+    joined: Found = {}
+    for task in [name for name in comparison.tasks if name in published or name in new]:
+        parts = [part.get(task, {}) for part in (published, new)]
+        methods = [name for name in comparison.methods if any(name in part for part in parts)]
+        joined[task] = {
+            name: dict(sorted((parts[0].get(name, {}) | parts[1].get(name, {})).items())) for name in methods
+        }
+        starts = [run["before"] for seeds in joined[task].values() for run in seeds.values()]
+        if comparison.tasks[task].start and any(start != starts[0] for start in starts):
+            raise SystemExit(f"runs of {task} begin from different policies: make all of them anew, without --add")
+    return joined
+
+
 class Difference(NamedTuple):
     """Mean and deviation over seeds of a difference, and p of the paired t test."""
 
@@ -516,6 +544,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--preload", action="store_true", help="fork the runs from a process with everything imported")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the runs of results.json, and add those it lacks")
     parser.add_argument("--only-results", action="store_true")
     options = parser.parse_args(arguments)
     comparison = read_comparison(options.comparison)
@@ -524,15 +553,21 @@ def main() -> None:
         for name in chosen:
             if name not in known:
                 parser.error(f"{options.comparison} has no {kind} {name!r}: choose of {', '.join(known)}")
-    jobs = list(jobs_of(comparison, tasks, methods, options.seeds or comparison.seeds))
-    if not options.only_results:
+    output = options.output or comparison.folder
+    published = read_published(output) if options.add else {}
+    jobs = [
+        job
+        for job in jobs_of(comparison, tasks, methods, options.seeds or comparison.seeds)
+        if job.seed not in published.get(job.task, {}).get(job.method, {})
+    ]
+    if jobs and not options.only_results:
         if options.preload:
             preload()
         run_all(Runner(comparison, options.runs.absolute(), further), jobs, options.parallel)
-    found = read_all(comparison, options.runs, jobs)
+    found = join(comparison, published, read_all(comparison, options.runs, jobs))
     if not found:
         parser.error(f"{options.runs} holds no complete run")
-    print(write_results(comparison, found, options.output or comparison.folder))
+    print(write_results(comparison, found, output))
 
 
 if __name__ == "__main__":

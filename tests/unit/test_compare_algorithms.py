@@ -122,6 +122,30 @@ def test_the_page_has_means_and_deviations(
     ElementTree.fromstring((tmp_path / "out" / "countdown.svg").read_text())
 
 
+def test_a_comparison_is_made_in_parts(compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(runs: Path, seed: int, before: float, *options: str) -> dict[str, dict[str, float]]:
+        start = runs / "countdown" / "warm_start"
+        start.mkdir(parents=True)
+        (start / "evaluation.jsonl").write_text(json.dumps({"label": "before", "avg@16": before}) + "\n")
+        write_run(runs / "countdown" / "grpo" / f"seed{seed}", random.Random(seed))
+        arguments = ["--runs", str(runs), "--only-results", "--output", str(tmp_path / "out"), *options]
+        monkeypatch.setattr(sys, "argv", ["compare.py", str(EXAMPLE / "comparison.yaml"), *arguments])
+        compare.main()
+        results: dict[str, dict[str, float]] = json.loads((tmp_path / "out" / "results.json").read_text())["countdown"][
+            "grpo"
+        ]
+        return results
+
+    first = make(tmp_path / "first", 1, 0.4)
+    second = make(tmp_path / "second", 2, 0.4, "--add")
+    assert sorted(second) == ["1", "2"] and second["1"] == first["1"]
+    with pytest.raises(SystemExit, match="different policies"):
+        make(tmp_path / "third", 3, 0.5, "--add")
+    # A run that is there is not made again, whatever the folder holds.
+    assert make(tmp_path / "fourth", 1, 0.4, "--add") == second
+    assert sorted(make(tmp_path / "fifth", 3, 0.5)) == ["3"]
+
+
 def test_a_run_that_fails_lets_no_other_begin(compare: ModuleType, tmp_path: Path) -> None:
     begun = []
     comparison = compare.read_comparison(EXAMPLE / "comparison.yaml")
