@@ -142,7 +142,10 @@ def _score_batches(
     states = None
     if hidden:
         if len(parts) > 1:
-            head = torch.cat([part.share * head for part, head in zip(parts, heads, strict=True)], dim=1)
+            # Scaled in place: the heads may be the largest tensors of this stage.
+            head = torch.cat(heads, dim=1)
+            for part, columns in zip(parts, head.chunk(len(parts), dim=1), strict=True):
+                columns.mul_(part.share)
         else:
             # The first update changes the live head, which the divergence needs as it was.
             changes = parts[0].weights is None and config.batch.minibatches * config.batch.epochs > 1
