@@ -9,8 +9,7 @@ from dasd_megatron.config.fields import setting
 WATCH_CONDITIONS = (
     "entropy_low", "entropy_high", "accuracy_drop", "length", "mismatch", "rejected", "rewards_all_right",
     "rewards_all_wrong", "groups_filtered", "teacher_absent", "teacher_equals_student", "pushed_unlikely",
-    "pushed_diverge",
-    "non_finite",
+    "pushed_diverge", "non_finite",
 )  # fmt: skip
 """Conditions that :class:`dasd_megatron.observability.watch.Watch` looks for."""
 
