@@ -291,11 +291,6 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
                 f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: drop it, or "
                 "write objective=distributional"
             )
-    if algorithm.term_clip is not None and (distributional or not has_direction):
-        raise ConfigError(
-            f"algorithm.term_clip={algorithm.term_clip:g} does nothing, since algorithm.name={algorithm.name} with "
-            f"algorithm.objective={algorithm.objective} adds no term to the advantage: write null"
-        )
     if algorithm.push_gate != NO_GATE and not METHODS[algorithm.name].pushes_away:
         pushing = enumerate_names((method.name for method in METHODS.values() if method.pushes_away), "or")
         raise ConfigError(

@@ -224,7 +224,8 @@ class AlgorithmConfig:
     )
     term_clip: float | None = setting(
         None,
-        "most that the teacher adds to or takes from the advantage of a token; null: no bound; our choice",
+        "sampled only: most that the teacher adds to or takes from the advantage of a token; null: no bound; our "
+        "choice",
         above=0,
     )
     push_gate: str = setting(

@@ -245,8 +245,6 @@ REFUSED = [
     (["algorithm.push_gate=no_such"], ["algorithm.push_gate", "none, group"]),
     (["algorithm=opsd", "algorithm.push_gate=group"], ["push_gate=group", "opsd", "dasd, reversed"]),
     (["algorithm.term_clip=0"], ["algorithm.term_clip", "above 0"]),
-    (["algorithm=rlsd", "algorithm.term_clip=1"], ["algorithm.term_clip=1 does nothing", "rlsd", "write null"]),
-    (["algorithm=sdpo", "algorithm.term_clip=1"], ["algorithm.term_clip=1 does nothing", "distributional"]),
     *(
         (
             [f"algorithm={name}", "algorithm.verifier_weight=0", "algorithm.beta=0"],
