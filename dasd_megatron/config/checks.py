@@ -32,11 +32,13 @@ from dasd_megatron.config.checks_rollout import (
     check_weight_sync,
 )
 from dasd_megatron.config.fields import Limits, limits_of, walk_fields
+from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.config.schema import Config, RunConfig
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig, VerifyConfig
 from dasd_megatron.config.schema_training import (
     PRIVILEGED_SOURCES,
+    SCHEDULED_SETTINGS,
     AlgorithmConfig,
     BackendConfig,
     BatchConfig,
@@ -305,7 +307,8 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
 
 
 def check_schedules(algorithm: AlgorithmConfig) -> None:
-    """Refuse schedules that end outside the setting's range, and those of settings that nothing reads."""
+    """Refuse final values that no step reaches or that the setting does not take, and schedules of settings that
+    nothing reads."""
     method = METHODS[algorithm.name]
     is_read = {
         "beta": method.has_direction and not algorithm.is_distributional,
@@ -313,6 +316,13 @@ def check_schedules(algorithm: AlgorithmConfig) -> None:
         "divergence_weight": algorithm.is_distributional,
         "rlsd_lambda": method.blends_verifier,
     }
+    for name in SCHEDULED_SETTINGS:
+        schedule: ScheduleConfig = getattr(algorithm, f"{name}_schedule")
+        if not schedule.changes and schedule.final:
+            raise ConfigError(
+                f"algorithm.{name}_schedule.final={schedule.final:g} does nothing under style={schedule.style}: write "
+                "style=linear or cosine"
+            )
     for name, schedule in algorithm.schedules.items():
         if name in ("rho", "rlsd_lambda") and schedule.final > 1:
             raise ConfigError(f"algorithm.{name}_schedule.final={schedule.final}: must be between 0 and 1")

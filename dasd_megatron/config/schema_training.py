@@ -26,6 +26,9 @@ from dasd_megatron.losses.surrogates import AGGREGATIONS, REJECTIONS, SURROGATES
 DECAY_STYLES = ("constant", "linear", "cosine")
 """Courses of the learning rate after the warm-up."""
 
+SCHEDULED_SETTINGS = ("beta", "rho", "divergence_weight", "rlsd_lambda")
+"""Settings of algorithm that may change over training, each by the schedule of its name."""
+
 PRIVILEGED_SOURCES = ("solution", "hint", "answer", "peer", "feedback", "unpaired")
 """Sources of the text that the teacher is shown beside the problem."""
 ARISING_SOURCES = frozenset({"peer", "feedback"})
@@ -324,9 +327,7 @@ class AlgorithmConfig:
     @property
     def schedules(self) -> dict[str, ScheduleConfig]:
         """The schedules of the settings that change over training, by the setting's name."""
-        schedules = {
-            name: getattr(self, f"{name}_schedule") for name in ("beta", "rho", "divergence_weight", "rlsd_lambda")
-        }
+        schedules = {name: getattr(self, f"{name}_schedule") for name in SCHEDULED_SETTINGS}
         return {name: schedule for name, schedule in schedules.items() if schedule.changes}
 
     def at(self, step: int, run_steps: int) -> AlgorithmConfig:

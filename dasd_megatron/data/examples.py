@@ -29,7 +29,8 @@ from dasd_megatron.files import atomic_file
 from dasd_megatron.reading import MalformedError, UnreadableError, check_shape, is_unicode, iterate_json_lines
 
 SETTING = "warm_start.path"
-_LARGEST_WEIGHT = 1e6
+# A loss of float32 keeps its precision with these.
+_LEAST_WEIGHT, _LARGEST_WEIGHT = 1e-6, 1e6
 _ROWS_AT_ONCE = 256
 _FORMS = "a prompt (text or chat messages), or a problem, maybe with a privileged text"
 _WRITTEN = {"prompt_ids": [int], "response_ids": [int], "weight": float}
@@ -80,7 +81,7 @@ def load_examples(path: Path, renderer: PromptRenderer, *, vocab_size: int, max_
       the student's message does, and through no other template.
     - or ``problem``, which goes through the student's template, and with ``privileged`` through the teacher's.
     - ``response``: the text to be learnt. The end-of-sequence token follows it.
-    - ``weight``: above 0, 1 where it is absent.
+    - ``weight``: between 1e-6 and 1e6, and 1 where it is absent.
 
     Args:
         renderer: makes the prompts. Templates are tried in a process with limits before.
@@ -198,10 +199,10 @@ def _weight(value: Any, where: str) -> float:
         weight = math.nan if isinstance(value, (bool, str)) else float(number)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not 0 < weight <= _LARGEST_WEIGHT:
+    if not _LEAST_WEIGHT <= weight <= _LARGEST_WEIGHT:
         raise DataError(
-            f"{SETTING}: {where}: weight is {number!r:.80}; write a number above 0, {_LARGEST_WEIGHT:g} at most, or "
-            "leave it out for 1"
+            f"{SETTING}: {where}: weight is {number!r:.80}; write a number between {_LEAST_WEIGHT:g} and "
+            f"{_LARGEST_WEIGHT:g}, or leave it out for 1"
         )
     return weight
 

@@ -212,7 +212,7 @@ def _stage_memory(
     if is_last and top_k is not None:
         # Of each entry an id and a log-prob, whole on every rank; while the teacher scores the student's entries, both.
         owners = 2 if config.algorithm.divergence_top_k_of == "student" else 1
-        snapshots += owners * tokens * top_k * 8
+        snapshots += owners * tokens * min(top_k, arch.vocab) * 8
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
     total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
     return StageMemory(stage, state, snapshots, activations, loss, total)

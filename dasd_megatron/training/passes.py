@@ -96,9 +96,14 @@ def _linear_stats(
     targets: torch.Tensor,
     loss: PolicyLossConfig,
     temperature: float,
+    *,
+    top_k: int | None = None,
     **others: Any,
 ) -> TokenStats | EntryStats:
     """Compute the statistics of ``targets`` from hidden states and this rank's shard of an LM head."""
+    if top_k is not None:
+        # Places beyond the vocabulary would take memory and hold no entry.
+        top_k = min(top_k, model.vocab_size)
     return linear_token_stats(
         # Megatron hands the last stage's output over in float32; the values are those of the model's own dtype.
         hidden.to(weight.dtype),
@@ -110,6 +115,7 @@ def _linear_stats(
         chunk_size=loss.block_tokens,
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
+        top_k=top_k,
         **others,
     )
 

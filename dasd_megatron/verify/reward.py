@@ -50,7 +50,7 @@ def own_reward(function: Callable[[Sample], Any], sample: Sample, *, needs_feedb
         )
     else:
         number, text = given, None
-    reward = call_own(lambda: float(number), refuse)
+    reward = call_own(lambda: float(number), lambda text: refuse(f"{text}; return a number, or (number, text)"))
     if not math.isfinite(reward):
         raise RewardError(f"{where} gave {reward}; a reward is a finite number")
     if abs(reward) > LARGEST_REWARD:

@@ -215,6 +215,7 @@ REFUSED = [
     (["algorithm.divergence_pull_cap=0.5"], ["algorithm.divergence_pull_cap", "objective=distributional"]),
     (["algorithm.rlsd_clip=1.1"], ["algorithm.rlsd_clip=1.1", "between 0 and 1"]),
     (["algorithm.divergence_entry_clip=0.5"], ["algorithm.divergence_entry_clip", "objective=distributional"]),
+    (["algorithm.beta_schedule.final=0.5"], ["algorithm.beta_schedule.final=0.5", "style=linear or cosine"]),
     (["algorithm.divergence_top_k=9"], ["algorithm.divergence_top_k", "objective=distributional"]),
     (["algorithm.divergence_top_k_of=both"], ["algorithm.divergence_top_k_of=both", "teacher", "student"]),
     (["algorithm.divergence_entry_clip=0"], ["algorithm.divergence_entry_clip=0", "above 0"]),

@@ -121,7 +121,7 @@ def test_damage_of_the_runs_own_copy_is_named(tmp_path: Path, line: str) -> None
         ({"problem": "1+1=", "privileged": ["2"], "response": "2"}, "privileged is ['2'] and no text"),
         *(
             ({**GOOD, "weight": weight}, "weight is ")
-            for weight in (0, -1, True, "1", 1e7, float("nan"), float("inf"), [1])
+            for weight in (0, -1, 1e-7, 5e-324, True, "1", 1e7, float("nan"), float("inf"), [1])
         ),
         ('{"prompt": "1+1=", "response": "2", "weight": 1e999}', "weight is '1e999'"),
         ({**GOOD, "response": "é"}, "response has 'é', for which the tokenizer has no token"),
