@@ -290,8 +290,8 @@ def check_algorithm(algorithm: AlgorithmConfig, batch: BatchConfig, loss: Policy
     for name in DIVERGENCE_SETTINGS:
         if not distributional and getattr(algorithm, name) is not None:
             raise ConfigError(
-                f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: drop it, or "
-                "write objective=distributional"
+                f"algorithm.{name} is about a divergence, which algorithm.objective=sampled does not have: write "
+                "null, or objective=distributional"
             )
     if algorithm.push_gate != NO_GATE and not METHODS[algorithm.name].pushes_away:
         pushing = enumerate_names((method.name for method in METHODS.values() if method.pushes_away), "or")

@@ -217,6 +217,8 @@ REFUSED = [
     (["algorithm.divergence_entry_clip=0.5"], ["algorithm.divergence_entry_clip", "objective=distributional"]),
     (["algorithm.beta_schedule.final=0.5"], ["algorithm.beta_schedule.final=0.5", "style=linear or cosine"]),
     (["algorithm.divergence_top_k=9"], ["algorithm.divergence_top_k", "objective=distributional"]),
+    # A preset may have set it, so the message says what to write over it.
+    (["algorithm=sdpo", "algorithm.objective=sampled"], ["algorithm.divergence_top_k", "write null"]),
     (["algorithm.divergence_top_k_of=both"], ["algorithm.divergence_top_k_of=both", "teacher", "student"]),
     (["algorithm.divergence_entry_clip=0"], ["algorithm.divergence_entry_clip=0", "above 0"]),
     (["loss.dual_clip=1"], ["loss.dual_clip=1", "above 1"]),
