@@ -52,7 +52,7 @@ def load_problems(
     remedies = Remedies(
         f"set {place}.problem_field",
         f"set {place}.answer_field",
-        f"set {place}.solution_field, or teacher.privileged=answer, which needs none",
+        f"set {place}.solution_field, or teacher.privileged=[peer] or [answer], which need none",
     )
     read = read_problems(
         Path(source.path),
