@@ -82,6 +82,14 @@ class Sample:
         """The version of the weights behind the first token, which is the oldest."""
         return str(self.weight_versions[0][0])
 
+    def copy(self) -> Sample:
+        """Return a copy that shares nothing that can be changed. Functions of the user's own are given one, so that
+        what they change in it changes nothing of the run."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        copied: dict[str, Any] = {name: held.copy() for name, held in values.items() if isinstance(held, (list, dict))}
+        copied["weight_versions"] = [span.copy() for span in self.weight_versions]
+        return dataclasses.replace(self, **copied)
+
 
 def sampling_seed(*parts: int | str) -> int:
     """Return a 31-bit number that depends on ``parts`` alone, so that what is drawn again is the same."""

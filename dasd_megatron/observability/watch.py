@@ -295,8 +295,9 @@ CONDITIONS = (
         "teacher_absent",
         ("teacher/absent_share",),
         _teacher_absent,
-        "no source of teacher.privileged has a text for them, so that the verifier trains alone: peers need a right "
-        "response in the group, and feedback a reward function that says something",
+        "no source of teacher.privileged has a text for them, so that the verifier trains alone, and with "
+        "algorithm.verifier_weight=0 nothing does: peers need a right response in the group, and feedback a reward "
+        "function that says something",
         "take easier problems or more batch.samples_per_group, warm-start longer (warm_start.steps), or write a "
         "further source behind the others, like teacher.privileged=[peer,answer]",
     ),

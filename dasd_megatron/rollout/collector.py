@@ -431,7 +431,10 @@ class Collector:
         if self.function is None:
             repeated = [prompt for prompt in prompts for _ in range(n)]
             return await self._generate(repeated, list(itertools.chain.from_iterable(params)))
-        requests = [RolloutRequest(*parts, self.tokenizer) for parts in zip(problems, prompts, params, strict=True)]
+        requests = [
+            RolloutRequest(problem, list(prompt), sampling, self.tokenizer)
+            for problem, prompt, sampling in zip(problems, prompts, params, strict=True)
+        ]
         answers = await asyncio.gather(*(self._call_function(self.function, request) for request in requests))
         return list(itertools.chain.from_iterable(answers))
 
@@ -524,7 +527,9 @@ class Collector:
             return True
         where = f"rollout.filter={self.rollout.filter} on problem {members[0].problem_id}"
         own_filter = self.filter
-        wanted = call_own(lambda: own_filter(members), lambda text: PluginError(f"{where}: {text}"))
+        wanted = call_own(
+            lambda: own_filter([sample.copy() for sample in members]), lambda text: PluginError(f"{where}: {text}")
+        )
         if not isinstance(wanted, bool):
             raise PluginError(f"{where} gave {wanted!r:.80}; return True or False")
         return wanted

@@ -249,6 +249,26 @@ def reduce_over_replicas(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dis
     return tensor
 
 
+def median_of_replicas(values: torch.Tensor) -> float | None:
+    """Return the median of all data-parallel replicas' values, on every rank; None where there are none.
+
+    ``values``: float32 [n], at least 0, this replica's own. The values stay where they are: their median is found by
+    halving the range of floats. Collectives over replicas: 32 all-reduces of one or two numbers.
+    """
+    total = int(reduce_over_replicas(torch.tensor(values.numel(), device=values.device)))
+    if total == 0:
+        return None
+    # As integers, the bits of floats from 0 on have the order of the floats.
+    keys = values.clamp_min(0.0).view(torch.int32)
+    ranks = torch.tensor([(total - 1) // 2, total // 2], device=values.device)
+    low, high = torch.zeros_like(ranks), torch.full_like(ranks, 2**31 - 1)
+    for _ in range(31):
+        middle = (low + high) // 2
+        below = reduce_over_replicas((keys[:, None] <= middle).sum(0))
+        low, high = torch.where(below > ranks, low, middle + 1), torch.where(below > ranks, middle, high)
+    return float(low.int().view(torch.float32).double().mean())
+
+
 def on_selected_rank(selected: bool, work: Callable[[], T], errors: tuple[type[Exception], ...]) -> T | None:
     """Run ``work`` where ``selected``; if it raises one of ``errors`` on any rank, raise :class:`PeerError` on all of
     them, and likewise :class:`~dasd_megatron.stopping.StopRequested`.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy
 import torch
 
 from dasd_megatron import backend
@@ -21,7 +20,7 @@ from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_sam
 from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
-from dasd_megatron.training.parallel import gather_replicas, reduce_over_replicas
+from dasd_megatron.training.parallel import median_of_replicas, reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult, score, update
 from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights
 from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts
@@ -157,14 +156,13 @@ def set_teacher_switch(state: TrainerState, algorithm: AlgorithmConfig, scores: 
     """Set the run's switch by the teacher's entropies at this step, for a method that has one, and return the section
     with the weights of the teacher that follow: 0 while the switch is off.
 
-    Collective over replicas for such a method: one gather of the entropies, so that all ranks set it alike.
+    Collective over replicas for such a method: those of
+    :func:`~dasd_megatron.training.parallel.median_of_replicas`, so that all ranks set it alike.
     """
     if not METHODS[algorithm.name].has_entropy_switch:
         return algorithm
-    parts = gather_replicas(scores.teacher_entropy[scores.teacher_tokens].double().cpu().numpy())
-    entropies = numpy.concatenate(parts)
     state.teacher_switch = state.teacher_switch.after(
-        float(numpy.median(entropies)) if len(entropies) else None,
+        median_of_replicas(scores.teacher_entropy[scores.teacher_tokens]),
         warmup_steps=algorithm.antisd_warmup_steps,
         off_share=algorithm.antisd_off_share,
     )

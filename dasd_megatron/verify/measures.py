@@ -39,7 +39,9 @@ class Measures:
             f"verify.measures: {self.function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
         )
         found = call_own(
-            lambda: {name: float(value) for name, value in dict(self.function(sample)).items() if value is not None},
+            lambda: {
+                name: float(value) for name, value in dict(self.function(sample.copy())).items() if value is not None
+            },
             lambda text: MeasureError(f"{where}: {text}; return a dict of names and numbers"),
         )
         for name, value in found.items():

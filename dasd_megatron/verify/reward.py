@@ -40,7 +40,7 @@ def own_reward(function: Callable[[Sample], Any], sample: Sample, *, needs_feedb
     def refuse(text: str) -> RewardError:
         return RewardError(f"{where}: {text}")
 
-    given = call_own(lambda: function(sample), refuse)
+    given = call_own(lambda: function(sample.copy()), refuse)
     if isinstance(given, tuple) and len(given) == 2:
         number, text = given
     elif needs_feedback:

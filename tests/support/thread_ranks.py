@@ -49,7 +49,8 @@ class ThreadRanks:
         """The rank of this thread; 0 outside of :meth:`run`, which is all there is of a single rank."""
         return getattr(self._local, "rank", 0)
 
-    def _exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any) -> list[Any]:
+        """Give ``value`` to all ranks; what each of them gave, by rank."""
         self._slots[self._rank()] = value
         self._barrier.wait()
         everything = list(self._slots)
@@ -57,7 +58,7 @@ class ThreadRanks:
         return everything
 
     def _all_gather(self, gathered: list[Any], value: Any, group: Any = None) -> None:
-        gathered[:] = self._exchange(value)
+        gathered[:] = self.exchange(value)
 
     def _broadcast(self, box: list[Any], src: int, group: Any = None) -> None:
-        box[:] = self._exchange(list(box))[src]
+        box[:] = self.exchange(list(box))[src]

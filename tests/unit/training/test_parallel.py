@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
 
 from dasd_megatron import backend
 from dasd_megatron.stopping import StopRequested
+from dasd_megatron.training import parallel
 from dasd_megatron.training.decisions import Signals
 from dasd_megatron.training.parallel import (
     LostPeerError,
@@ -75,6 +77,23 @@ def test_a_flag_is_true_everywhere_if_it_is_true_on_any_rank(reductions: list[li
 def test_a_single_flag_takes_one_number(reductions: list[int]) -> None:
     assert true_on_any(True) is True and true_on_any(False) is False
     assert reductions == [1, 0]
+
+
+@pytest.mark.parametrize("sizes", [(5, 0, 4), (1, 3, 4), (0, 1, 0), (0, 0, 0)])
+def test_the_median_is_that_of_all_replicas(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    print(f"seed {torch.seed()}")
+    ranks = ThreadRanks(len(sizes), monkeypatch)
+
+    def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp, group: object) -> None:
+        tensor.copy_(torch.stack(ranks.exchange(tensor.clone())).sum(0))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(parallel, "parallel_state", SimpleNamespace(get_data_parallel_group=lambda: None))
+    # Equal values and 0 are among them.
+    parts = [torch.randn(size).exp().mul(4).round().div(4) for size in sizes]
+    found = ranks.run(lambda rank: parallel.median_of_replicas(parts[rank]))
+    values = torch.cat(parts).double().numpy()
+    assert found == [float(numpy.median(values)) if len(values) else None] * len(sizes)
 
 
 def test_a_failure_on_the_selected_rank_is_raised_on_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def test_the_switch_follows_the_median_entropy_of_all_replicas(monkeypatch: pyte
     settings = AlgorithmConfig(name="antisd", beta=0.5, divergence_weight=0.2, scale_floor=1.0, antisd_warmup_steps=1)
     state = TrainerState()
     others = numpy.array([3.0, 3.0, 9.0])
-    monkeypatch.setattr(step, "gather_replicas", lambda own: [own, others])
+    monkeypatch.setattr(step, "median_of_replicas", lambda own: float(numpy.median([*own.tolist(), *others])))
     scores = dataclasses.replace(
         scored([0, 1]), teacher_entropy=torch.tensor([1.0, 2.0, 0.0, 0.0]), has_teacher=torch.tensor([True, False])
     )

@@ -59,6 +59,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def three(sample): return 1, 'a', 'b'\n"
         "def code(sample): return 1, b'a'\n"
         "def wordy(sample): return 'much', 'a'\n"
+        "def vandal(sample):\n"
+        "    for ids in (sample.prompt_ids, sample.response_ids, sample.rollout_log_probs): ids.clear()\n"
+        "    sample.weight_versions[0][0] = 'other'; sample.text = None; return 0.25\n"
         "partial = functools.partial(lambda sample, by: 1 / by, by=0)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -123,6 +126,14 @@ def test_a_number_alone_is_refused_where_the_teacher_is_shown_feedback(module: s
     ) as caught:
         graded(f"{module}:{name}", "#### 2", needs_feedback=True)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_function_changes_in_its_sample_changes_nothing(module: str) -> None:
+    before, after = (graded(path, "#### 2", "3") for path in (None, f"{module}:vandal"))
+    assert [sample.reward for sample in after] == [0.25, 0.25]
+    for sample, other in zip(before, after, strict=True):
+        other.reward = sample.reward
+        assert sample == other
 
 
 def test_the_largest_reward_has_finite_statistics(module: str) -> None:
