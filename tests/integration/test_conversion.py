@@ -227,6 +227,7 @@ def test_a_full_disk_is_one_line_and_a_changed_source_is_not_mixed_in(tmp_path: 
     )
 
 
+@pytest.mark.drill
 def test_a_run_starts_from_a_checkpoint_as_from_the_directory(tmp_path: Path) -> None:
     common = [*NO_EVALUATION, "run.steps=2"]
     train(*common, "run.steps=0", f"run.dir={tmp_path / 'made'}")

@@ -2,7 +2,7 @@
 that was left in peace.
 
 ``CRASH_MOMENTS`` says how often in the drill (20), ``CRASH_SEED`` repeats a series, ``CRASH_KINDS`` limits what happens
-to some kinds; a series of three, of kinds for which no interpreter starts, is the drill's short form. Nothing may hang:
+to some kinds; a series of two, of kinds for which no interpreter starts, is the drill's short form. Nothing may hang:
 what is to end does so within a minute, and what goes on does a step within a minute.
 """
 
@@ -31,7 +31,7 @@ from tests.support.runs import NO_EVALUATION, finish, kill, reproducible, rows_s
 pytestmark = pytest.mark.integration
 
 MOMENTS = int(os.environ.get("CRASH_MOMENTS", "20"))
-SHORT = 3
+SHORT = 2
 
 LIMIT_SECONDS = 60.0
 START_SECONDS = 180.0

@@ -64,7 +64,10 @@ def gsm8k(folder: Path, name: str, terms: range) -> Path:
     return path
 
 
-@pytest.mark.parametrize("experiment", ["chain_sum", "gsm_symbolic", "gsm8k"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["chain_sum", *(pytest.param(name, marks=pytest.mark.drill) for name in ("gsm_symbolic", "gsm8k"))],
+)
 def test_one_step(experiment: str, checkpoint: Path, tmp_path: Path) -> None:
     data = []
     if experiment == "gsm8k":

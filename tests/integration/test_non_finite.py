@@ -87,6 +87,7 @@ def test_a_step_with_nan_logits_is_skipped_described_and_counted(
     assert all(torch.equal(tensor.nan_to_num(9.0), single[name].nan_to_num(9.0)) for name, tensor in skipped.items())
 
 
+@pytest.mark.drill
 def test_too_many_skipped_steps_in_a_row_take_the_run_back_once(
     poisoned: tuple[Path, Path, int], tmp_path: Path
 ) -> None:

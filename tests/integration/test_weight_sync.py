@@ -66,7 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("way", ["distributed", "tensor"])
+@pytest.mark.parametrize("way", [pytest.param("distributed", marks=pytest.mark.drill), "tensor"])
 def test_a_server_that_goes_is_replaced_and_nothing_changes(way: str, undisturbed: Path, tmp_path: Path) -> None:
     """Whatever it was doing, a sync or rollouts: it comes back on the weights that it was started from, and gets the
     current ones."""
