@@ -67,6 +67,12 @@ def call_own(work: Callable[[], T], make_error: Callable[[str], Exception]) -> T
         raise make_error(describe_raised(error)) from error
 
 
+def function_path(function: Callable[..., Any]) -> str:
+    """Return ``module:name`` of a function, for messages."""
+    # A callable object, like a partial function, has no name.
+    return f"{function.__module__}:{getattr(function, '__name__', repr(function))}"
+
+
 def describe_raised(error: BaseException) -> str:
     """Return a line that says what the user's code has raised."""
     return f"{type(error).__name__}: {first_line(error)}"

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from dasd_megatron.files import RunDirectoryError
+
+T = TypeVar("T")
 
 SMALL_FILE_BYTES = 2**24
 """Most bytes of a file that is read as a whole."""
@@ -154,6 +156,29 @@ def iterate_json_lines(path: Path, *, advice: str) -> Iterator[JsonLine]:
                     yield _parse_line(number, data)
     except OSError as error:
         raise _cannot_read(path, error, advice) from error
+
+
+def read_written(path: Path, shape: Any, make: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Return what ``make`` makes of each line of a JSON Lines file that this project has written for a run.
+
+    Args:
+        shape: of a line, for :func:`check_shape`.
+
+    Raises:
+        UnreadableError: the file is missing or damaged, or has a number that ``make`` finds too large (OverflowError).
+    """
+    advice = "restore it, or start a new run"
+    made = []
+    for line in iterate_json_lines(path, advice=advice):
+        fault = line.problem
+        try:
+            check_shape(line.row, shape)
+            made.append(make(line.row))
+        except (MalformedError, OverflowError) as error:
+            fault = fault or str(error)
+        if fault is not None:
+            raise UnreadableError(path, f"line {line.number} is damaged ({fault})", advice)
+    return made
 
 
 def read_json_lines(path: Path, *, advice: str) -> list[JsonLine]:

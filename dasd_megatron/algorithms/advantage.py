@@ -228,10 +228,9 @@ def _read_facts(
     statistics = statistics._replace(
         gap=torch.where(has_teacher, statistics.gap, 0.0), delta_bar=torch.where(has_teacher, statistics.delta_bar, 0.0)
     )
-    taught = {"all": has_teacher, "right": has_teacher & right, "wrong": has_teacher & ~right}[method.teaches]
     if teacher_entropy is not None:
         tokens = tokens._replace(teacher_entropy=teacher_entropy.detach().to(rollout.device, torch.float64))
-    return statistics, tokens._replace(taught=taught)
+    return statistics, tokens._replace(taught=has_teacher & method.acts_on(right))
 
 
 def _find_direction(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,6 +147,11 @@ class Method:
     routes_by_entropy: bool = False
     """True where the direction depends on the entropy threshold, so that ``algorithm.rho`` decides which tokens are
     pushed away."""
+
+    def acts_on(self, is_right: Any) -> Any:
+        """Return whether the teacher acts on a rollout that has one, from whether it is right: a bool, or bools of any
+        shape as a tensor."""
+        return (self.teaches == "all") | (is_right == (self.teaches == "right"))
 
     @property
     def has_direction(self) -> bool:

@@ -417,6 +417,10 @@ class TeacherConfig:
         if isinstance(self.privileged, str):
             self.privileged = [self.privileged]
 
+    def is_right(self, reward: float) -> bool:
+        """Return whether a response of this reward counts as right."""
+        return reward >= self.success_reward
+
     @property
     def has_arising_texts(self) -> bool:
         """True where the teacher may be shown a text that arises in the run."""

@@ -26,7 +26,7 @@ from dasd_megatron.data.templates import (
     teacher_arguments,
 )
 from dasd_megatron.files import atomic_file
-from dasd_megatron.reading import MalformedError, UnreadableError, check_shape, is_unicode, iterate_json_lines
+from dasd_megatron.reading import is_unicode, read_written
 
 SETTING = "warm_start.path"
 # A loss of float32 keeps its precision with these.
@@ -125,20 +125,13 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         UnreadableError: the file is missing or damaged.
     """
-    advice = "restore it, or start a new run"
-    examples = []
-    for line in iterate_json_lines(path, advice=advice):
-        fault = line.problem
-        try:
-            check_shape(line.row, _WRITTEN)
-            prompt, response, weight = (line.row[name] for name in _WRITTEN)
-            examples.append(Example(array("i", prompt), array("i", response), weight))
+
+    def make(row: dict[str, Any]) -> Example:
+        prompt, response, weight = (row[name] for name in _WRITTEN)
         # An integer that is no token id does not fit into the array.
-        except (MalformedError, OverflowError) as error:
-            fault = fault or str(error)
-        if fault is not None:
-            raise UnreadableError(path, f"line {line.number} is damaged ({fault})", advice)
-    return examples
+        return Example(array("i", prompt), array("i", response), weight)
+
+    return read_written(path, _WRITTEN, make)
 
 
 def _chunks(sources: Iterator[_Source], size: int) -> Iterator[list[_Source]]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from dasd_megatron.files import atomic_file
-from dasd_megatron.reading import MalformedError, UnreadableError, check_shape, iterate_json_lines
+from dasd_megatron.reading import read_written
 
 # NFKC would make 32 of a power of three.
 _RAISED = str.maketrans(
@@ -56,18 +56,7 @@ def read_written_problems(path: Path) -> list[Problem]:
     Raises:
         UnreadableError: the file is missing or damaged.
     """
-    advice = "restore it, or start a new run"
-    problems = []
-    for line in iterate_json_lines(path, advice=advice):
-        fault = line.problem
-        try:
-            check_shape(line.row, _SHAPE)
-        except MalformedError as error:
-            fault = fault or str(error)
-        if fault is not None:
-            raise UnreadableError(path, f"line {line.number} is damaged ({fault})", advice)
-        problems.append(Problem(**{name: line.row[name] for name in _SHAPE}))
-    return problems
+    return read_written(path, _SHAPE, lambda row: Problem(**{name: row[name] for name in _SHAPE}))
 
 
 def normalize_text(text: str) -> str:

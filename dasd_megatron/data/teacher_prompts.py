@@ -58,7 +58,7 @@ class TeacherPrompts:
         peers = {
             place: tokens
             for place, text in texts.items()
-            if group[place].reward >= self.settings.success_reward and (tokens := self._run_texts.tokens(text))
+            if self.settings.is_right(group[place].reward) and (tokens := self._run_texts.tokens(text))
         }
         for place, sample in enumerate(group):
             sample.privileged_source, sample.privileged, sample.teacher_prompt_ids = None, "", None
@@ -132,7 +132,7 @@ class TeacherPrompts:
         return self._run_texts.plain(without_thinking(sample.text) if self.settings.remove_thinking else sample.text)
 
     def _feedback(self, sample: Sample, attempt: str) -> str:
-        if sample.feedback is None or sample.reward >= self.settings.success_reward:
+        if sample.feedback is None or self.settings.is_right(sample.reward):
             return ""
         text = self._run_texts.attempt_with_feedback(attempt, self._run_texts.plain(sample.feedback))
         return text if self._run_texts.tokens(text) else ""

@@ -12,7 +12,7 @@ import torch
 
 from dasd_megatron import backend
 from dasd_megatron.algorithms import METHODS, RolloutFacts, group_relative_advantage, token_advantages
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, TeacherConfig
 from dasd_megatron.losses import importance_weights, reject
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.samples import Sample
@@ -104,7 +104,7 @@ def _learn(
             share,
             scores,
             samples_per_group=config.batch.samples_per_group,
-            success_reward=config.teacher.success_reward,
+            teacher=config.teacher,
         )
     with timers("update"):
         updates = update_policy(trainer, share.samples, scores, routing, algorithm)
@@ -178,7 +178,7 @@ def route(
     scores: ScoredRollouts,
     *,
     samples_per_group: int,
-    success_reward: float,
+    teacher: TeacherConfig,
 ) -> Routing:
     """Make the tokens' advantages and directions of rewards and scores. One all-reduce over replicas for a method whose
     weights have a mean of 1, no collectives for others."""
@@ -188,7 +188,7 @@ def route(
     )
     verifier_advantage = all_advantages[share.places]
     # Compared as the rewards are given: float32 would put one at the threshold on either side.
-    is_right = torch.tensor([reward >= success_reward for reward in share.rewards], device=rewards.device)
+    is_right = torch.tensor([teacher.is_right(reward) for reward in share.rewards], device=rewards.device)
     solve_rate = is_right.float().view(-1, samples_per_group).mean(1).repeat_interleave(samples_per_group)
     advantage, credit = token_advantages(
         settings.name,

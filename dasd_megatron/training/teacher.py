@@ -72,9 +72,8 @@ def move_weights(learner: Learner, settings: TeacherConfig, step: int) -> None:
 
 def _acts_on(config: Config, sample: Sample) -> bool:
     """Return whether the method reads what the teacher says of a sample, and there is a teacher."""
-    teaches = METHODS[config.algorithm.name].teaches
-    is_right = sample.reward >= config.teacher.success_reward
-    return sample.teacher_prompt_ids is not None and (teaches == "all" or (teaches == "right") == is_right)
+    acts_on: bool = METHODS[config.algorithm.name].acts_on(config.teacher.is_right(sample.reward))
+    return sample.teacher_prompt_ids is not None and acts_on
 
 
 def _teacher_batches(chosen: Sequence[Sample], layout: BatchLayout) -> list[MicroBatch]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dasd_megatron.plugins import PluginError, call_own
+from dasd_megatron.plugins import PluginError, call_own, function_path
 from dasd_megatron.samples import LARGEST_REWARD, Sample
 
 MOST_MEASURES = 32
@@ -33,11 +33,8 @@ class Measures:
             MeasureError: the function failed, or gave something else, or more than :data:`MOST_MEASURES` names by now;
                 the message names it and the sample.
         """
-        # A callable object, like a partial function, has no name.
-        name = getattr(self.function, "__name__", repr(self.function))
-        where = (
-            f"verify.measures: {self.function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
-        )
+        path = function_path(self.function)
+        where = f"verify.measures: {path} on problem {sample.problem_id}, sample {sample.sample}"
         found = call_own(
             lambda: {
                 name: float(value) for name, value in dict(self.function(sample.copy())).items() if value is not None

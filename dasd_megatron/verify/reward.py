@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dasd_megatron.plugins import PluginError, call_own
+from dasd_megatron.plugins import PluginError, call_own, function_path
 from dasd_megatron.samples import LARGEST_REWARD, Sample
 
 LONGEST_FEEDBACK = 2**16
@@ -33,9 +33,7 @@ def own_reward(function: Callable[[Sample], Any], sample: Sample, *, needs_feedb
     Raises:
         RewardError: the function failed or gave something else; the message names it and the sample.
     """
-    # A callable object, like a partial function, has no name.
-    name = getattr(function, "__name__", repr(function))
-    where = f"verify.reward: {function.__module__}:{name} on problem {sample.problem_id}, sample {sample.sample}"
+    where = f"verify.reward: {function_path(function)} on problem {sample.problem_id}, sample {sample.sample}"
 
     def refuse(text: str) -> RewardError:
         return RewardError(f"{where}: {text}")

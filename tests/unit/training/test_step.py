@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dasd_megatron.algorithms import EntropySwitch
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig, load_config
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig, TeacherConfig, load_config
 from dasd_megatron.training import step
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.checkpoint_search import TrainerState
@@ -26,7 +26,7 @@ GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0
 def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig = GRPO) -> Routing:
     """Routing of the rollouts at ``places``, of which each has two tokens of other log-probs at the servers."""
     share = ReplicaShare([], places, REWARDS)
-    return route(settings, loss, share, scored(places), samples_per_group=2, success_reward=0.5)
+    return route(settings, loss, share, scored(places), samples_per_group=2, teacher=TeacherConfig())
 
 
 def scored(places: list[int]) -> ScoredRollouts:
