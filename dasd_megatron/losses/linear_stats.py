@@ -4,6 +4,14 @@ time.
 Every block is projected, reduced to partial sums and forgotten; the backward pass projects it again, turns it into its
 own gradient and multiplies that into the gradients of hidden states and head. One more matrix product than with stored
 logits buys memory that no longer grows with tokens times vocabulary.
+
+Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
+the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
+the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the inputs, at most 7
+numbers per token, and the ids.
+
+Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
+time in the forward pass.
 """
 
 from __future__ import annotations
@@ -52,6 +60,7 @@ def linear_token_stats(
     vocab_chunk_size: int | None = None,
     inplace_backward: bool = False,
     reduce_hidden_grad: bool = True,
+    check_targets: bool = True,
     jsd_weight: float = 0.5,
     entry_clip: float | None = None,
     top_k: int | None = None,
@@ -70,8 +79,8 @@ def linear_token_stats(
         teacher_hidden: ``[T, h_teacher]`` or None. Never receives a gradient.
         teacher_weight: ``[V_local, h_teacher]``, the teacher's head, sharded the same way; None: ``weight`` as it is
             now. No gradient.
-        divergence, group, vocab_size, temperature, jsd_weight, entry_clip, implementation: as there. Padded rows of
-            ``weight`` get gradient 0.
+        divergence, group, vocab_size, temperature, check_targets, jsd_weight, entry_clip, implementation: as there.
+            Padded rows of ``weight`` get gradient 0.
         top_k: number of most probable entries to return, the largest first.
         entry_ids: ``[T, k]`` global ids, -1 for no entry, of entries to return; the same on every rank. Not with
             ``top_k``.
@@ -87,14 +96,6 @@ def linear_token_stats(
         inputs are kept in float32, and the gradient of a block of logits is rounded to the inputs' dtype for its two
         matrix products, whose sums are kept in float32.
 
-    Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
-    the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
-    the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the inputs, at most 7
-    numbers per token, and the ids.
-
-    Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
-    time in the forward pass.
-
     Collectives: forward as there, one all-gather (two for ``jsd`` and ``entry_clip``), for ``top_k`` two more of
     ``[T, k]``, for ``entry_ids`` one all-reduce of it. Backward: one all-reduce of ``[T, h]``, none without
     ``reduce_hidden_grad``, in a group of one, or where hidden needs no gradient.
@@ -105,7 +106,7 @@ def linear_token_stats(
     objective = make_objective(divergence, jsd_weight, entry_clip)
     _check_linear("hidden", hidden, "weight", weight, targets)
     teacher = _checked_teacher(weight, targets, teacher_hidden, teacher_weight)
-    shard = make_shard(len(weight), targets, vocab_size, group, temperature)
+    shard = make_shard(len(weight), targets, vocab_size, group, temperature, check_targets=check_targets)
     _check_sizes(targets, entry_ids, top_k=top_k, chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
     # The kernels see contiguous blocks in float32 (float64), and choose themselves how many rows they take at once.
@@ -215,11 +216,25 @@ def _matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> T
     """Compute ``left @ right`` into float32 or wider ``out``, accumulated in its precision, or added to it."""
     if left.dtype == out.dtype:
         return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
-    if left.is_cuda:
-        if add:
-            return out.add_(torch.mm(left, right, out_dtype=out.dtype))
+    if not left.is_cuda:
+        return _matmul(left.to(out.dtype), right.to(out.dtype), out, add=add)
+    if not add:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return _matmul(left.to(out.dtype), right.to(out.dtype), out, add=add)
+    if _adds_wider(left.device, left.dtype, out.dtype):
+        return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    return out.add_(torch.mm(left, right, out_dtype=out.dtype))
+
+
+@functools.cache
+def _adds_wider(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Return whether torch adds a product of ``dtype`` to a sum of ``out_dtype`` in one kernel on this device. Its
+    first release with ``out_dtype`` wants a sum of the factors' type, and other devices have no such kernel."""
+    factor, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, dtype=out_dtype, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=out_dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 class _Projector:

@@ -182,10 +182,16 @@ class Coefficients(NamedTuple):
 
 
 def make_shard(
-    width: int, targets: Tensor, vocab_size: int | None, group: dist.ProcessGroup | None, temperature: float
+    width: int,
+    targets: Tensor,
+    vocab_size: int | None,
+    group: dist.ProcessGroup | None,
+    temperature: float,
+    *,
+    check_targets: bool,
 ) -> Shard:
     """Return the shard of this rank, ``width`` columns wide; ValueError on a vocabulary that does not fit the shards
-    and on a target outside it."""
+    and, with ``check_targets``, on a target outside it."""
     rank, world_size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if vocab_size is None:
         vocab_size = width * world_size
@@ -195,14 +201,15 @@ def make_shard(
         )
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
-    _check_targets(targets, vocab_size)
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets has dtype {targets.dtype}; expected int64")
+    if check_targets:
+        _check_targets(targets, vocab_size)
     columns = min(max(vocab_size - rank * width, 0), width)
     return Shard(columns, rank * width, targets, 1.0 / temperature, group if world_size > 1 else None, world_size)
 
 
 def _check_targets(targets: Tensor, vocab_size: int) -> None:
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets has dtype {targets.dtype}; expected int64")
     if targets.numel() == 0:
         return
     lowest, highest = torch.stack(torch.aminmax(targets)).tolist()

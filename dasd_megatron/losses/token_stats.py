@@ -43,6 +43,7 @@ def vocab_parallel_token_stats(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     inplace_backward: bool = False,
+    check_targets: bool = True,
     jsd_weight: float = 0.5,
     entry_clip: float | None = None,
     implementation: str = "auto",
@@ -71,6 +72,9 @@ def vocab_parallel_token_stats(
         inplace_backward: the backward pass writes the gradient into the storage of ``logits`` instead of allocating it.
             Then nothing else may read the logits afterwards; autograd raises where something it saved has been
             overwritten.
+        check_targets: refuse targets outside the vocabulary, which reads two numbers back from the device: one
+            synchronisation a call. False: the caller has looked, where the ids were still on the host. A target outside
+            the vocabulary then counts as a logit of 0, and gets no gradient.
         jsd_weight: the mixture's weight of the student, w above.
         entry_clip: bound in nats on what each entry of the vocabulary adds to the divergence, above 0, as in OPSD's
             ``jsd_token_clip``: the divergence is then ``sum_v min(k_v, entry_clip)`` of the summands k of its formula,
@@ -94,13 +98,12 @@ def vocab_parallel_token_stats(
     logits make their own tokens NaN and no others; so does a token without any finite logit.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or arguments that do not fit, and on a target outside the vocabulary. The
-            check of the targets reads two numbers back from the device, one synchronisation per call; all ranks see the
-            same targets, so all raise.
+        ValueError: on shapes, dtypes, devices or arguments that do not fit, and on a target outside the vocabulary. All
+            ranks see the same targets, so all raise.
     """
     objective = make_objective(divergence, jsd_weight, entry_clip)
     _check_logits(logits, targets, teacher_logits)
-    shard = make_shard(logits.shape[1], targets, vocab_size, group, temperature)
+    shard = make_shard(logits.shape[1], targets, vocab_size, group, temperature, check_targets=check_targets)
     teacher = None if teacher_logits is None else teacher_logits.detach()
     tensors = (logits,) if teacher is None else (logits, teacher)
     kernels = choose_kernels(implementation, tensors, chunk_size, objective)

@@ -101,6 +101,8 @@ class MicroBatch:
         starts: int32 [sequences + 1], where each sequence of a pack begins and the last one ends, padding included and
             over all context-parallel ranks; None without packing.
         longest: tokens of the longest sequence of a pack, padding included.
+        least_target, largest_target: of ``targets`` over all context-parallel ranks, known without asking the device;
+            0 and -1 where there are none.
     """
 
     tokens: torch.Tensor
@@ -111,6 +113,8 @@ class MicroBatch:
     packed_index: torch.Tensor
     starts: torch.Tensor | None = None
     longest: int = 0
+    least_target: int = 0
+    largest_target: int = -1
 
 
 def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
@@ -276,6 +280,8 @@ def _micro_batch(sequences: list[_Sequence], widths: list[int], layout: BatchLay
         packed_index=on_device(packed_index[here]),
         starts=None if grid.starts is None else on_device(grid.starts.astype(np.int32)),
         longest=max(grid.sizes),
+        least_target=int(targets.min()) if targets.size else 0,
+        largest_target=int(targets.max(initial=-1)),
     )
 
 

@@ -71,6 +71,7 @@ def _token_stats(
             vocab_size=model.vocab_size,
             temperature=temperature,
             inplace_backward=True,
+            check_targets=False,
         )
     arguments = (model, rows, model.head_weight(), micro_batch.targets, loss, temperature)
     if distillation is None or distillation.teacher is None:
@@ -115,6 +116,7 @@ def _linear_stats(
         chunk_size=loss.block_tokens,
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
+        check_targets=False,
         top_k=top_k,
         **others,
     )
@@ -133,7 +135,18 @@ def run_schedule(
     model: ShardedModel, micro_batches: list[MicroBatch], last_stage: Callable[..., Any], *, forward_only: bool
 ) -> list[Any]:
     """Run all micro-batches forward (and backward); returns what ``last_stage(micro_batch, output)`` reported, in
-    order, on the last pipeline stage, and nothing elsewhere."""
+    order, on the last pipeline stage, and nothing elsewhere.
+
+    Raises:
+        ValueError: a response token is outside the vocabulary; on all ranks of the replica.
+    """
+    # The statistics are made without this check, which would wait for the device at every micro-batch.
+    for batch in micro_batches:
+        if batch.least_target < 0 or batch.largest_target >= model.vocab_size:
+            raise ValueError(
+                f"response tokens of a micro-batch range from {batch.least_target} to {batch.largest_target}, outside "
+                f"the vocabulary of {model.vocab_size}"
+            )
 
     def forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         micro_batch = next(batches)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dasd_megatron.losses import DIVERGENCES, linear_token_stats, top_k_divergence
+from dasd_megatron.losses.linear_stats import _matmul
 from tests.support.kernel_reference import (
     COEFFICIENTS,
     CROSS,
@@ -51,6 +52,39 @@ def wide_case(
 ) -> Case:
     columns, padding, gap = LAYOUTS[layout]
     return make_case(generator, tokens, columns, padding=padding, gap=gap, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+def test_statistics_and_gradients_do_not_wait_for_the_device(
+    generator: torch.Generator, divergence: str | None
+) -> None:
+    hidden, head = (
+        torch.randn(shape, device="cuda", generator=generator).bfloat16().requires_grad_()
+        for shape in ((300, 64), (9000, 64))
+    )
+    targets = torch.randint(0, 9000, (300,), device="cuda", generator=generator)
+    teacher = {} if divergence is None else {"teacher_hidden": hidden.detach() + 1, "divergence": divergence}
+
+    def call() -> None:
+        stats = linear_token_stats(hidden, head, targets, check_targets=False, **teacher)
+        weighted_sum(stats, torch.ones(3, 300, device="cuda")).backward()
+
+    # The first call compiles, and looks once for what torch offers.
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_is_added_to_a_wider_sum(generator: torch.Generator, dtype: torch.dtype) -> None:
+    left, right = (torch.randn(64, 64, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    total = torch.randn(64, 64, device="cuda", generator=generator)
+    expected = total.double() + left.double() @ right.double()
+    assert _matmul(left, right, total, add=True) is total
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

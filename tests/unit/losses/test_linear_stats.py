@@ -247,6 +247,14 @@ def test_refusals(change: dict, message: str) -> None:
         linear_token_stats(arguments.pop("hidden"), arguments.pop("weight"), arguments.pop("targets"), **arguments)
 
 
+def test_targets_that_the_caller_has_checked_are_not_looked_at() -> None:
+    hidden, head, targets = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8), torch.tensor([0, 20, 1])
+    for values in (linear_token_stats(hidden, head, targets, check_targets=False),
+                   vocab_parallel_token_stats(hidden @ head.t(), targets, check_targets=False)):  # fmt: skip
+        expected = (hidden @ head.t()).log_softmax(-1)
+        torch.testing.assert_close(values.log_prob[[0, 2]], expected[[0, 2], [0, 1]])
+
+
 _MEMORY = """
 import resource, sys, torch
 from dasd_megatron.losses import linear_token_stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from dasd_megatron import backend
 from dasd_megatron.losses import TokenStats
 from dasd_megatron.training import passes
+from dasd_megatron.training.batching import BatchLayout, make_micro_batches
 
 
 def a_loss(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -34,6 +36,16 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         collective(name)
     monkeypatch.setattr(backend, "current", lambda: SimpleNamespace(device=lambda: torch.device("cpu")))
     return called
+
+
+@pytest.mark.parametrize("token", [-1, 50])
+def test_a_response_token_outside_the_vocabulary_is_refused_before_the_pass(token: int) -> None:
+    batches = make_micro_batches([[1], [1]], [[49, 3], [0, token]], BatchLayout(micro_batch_size=1))
+    model: Any = SimpleNamespace(vocab_size=50)
+    with pytest.raises(
+        ValueError, match=f"range from {min(token, 0)} to {max(token, 0)}, outside the vocabulary of 50"
+    ):
+        passes.run_schedule(model, batches, lambda *_: None, forward_only=True)
 
 
 def test_names_are_known_where_no_loss_is_computed() -> None:
