@@ -440,7 +440,8 @@ def report_plan(config: Config, hf_config: Any, peak: int) -> dict[str, Any]:
     from dasd_megatron.planning.plan import OVERHEAD_BYTES, make_plan
 
     engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
-    plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine)
+    memory = torch.cuda.get_device_properties(backend.current().device()).total_memory
+    plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine, gpu_bytes=memory)
     # The reserve of a plan is for memory that torch does not allocate.
     planned = plan.fullest.total - OVERHEAD_BYTES
     print(f"peak of our update: {peak / 1e9:.2f} GB; dasd plan, without its reserve: {planned / 1e9:.2f} GB")

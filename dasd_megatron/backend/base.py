@@ -50,6 +50,10 @@ class Backend(Protocol):
     def free_memory(self, device: torch.device) -> int:
         """Return the bytes of ``device`` that no process has taken."""
 
+    def loss_block_tokens(self, columns: int) -> int:
+        """Return the tokens of one block of the fused loss's logits, of ``columns`` columns, on this process's device;
+        see :func:`~dasd_megatron.backend.blocks.loss_block_tokens`."""
+
     def release_cached_memory(self) -> None:
         """Give memory that this process has freed and kept back, so that other processes can take it."""
 

@@ -21,6 +21,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from dasd_megatron import machine
+from dasd_megatron.backend import blocks
 from dasd_megatron.config import BackendConfig, PrecisionConfig
 
 _installed = False
@@ -189,6 +190,11 @@ def serving_device() -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that the machine and a container's limit leave free."""
     return machine.free_memory()
+
+
+def loss_block_tokens(columns: int) -> int:
+    """Return the CPU's own choice."""
+    return blocks.loss_block_tokens("cpu", 0, columns)
 
 
 def release_cached_memory() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dasd_megatron.backend import blocks
 from dasd_megatron.backend.base import NO_GPU_FOR_ROLLOUTS
 from dasd_megatron.config import BackendConfig, PrecisionConfig
 from dasd_megatron.errors import ConfigError
@@ -121,6 +122,11 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that no process on this GPU has taken."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
+
+
+def loss_block_tokens(columns: int) -> int:
+    """Return what this GPU's memory allows."""
+    return blocks.loss_block_tokens("cuda", torch.cuda.get_device_properties(device()).total_memory, columns)
 
 
 def release_cached_memory() -> None:

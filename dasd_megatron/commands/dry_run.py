@@ -38,7 +38,7 @@ from dasd_megatron.planning.layout import (
     place_of,
     warmup_passes,
 )
-from dasd_megatron.planning.plan import Plan, make_plan, model_config, model_sizes
+from dasd_megatron.planning.plan import GPU_BYTES, Plan, make_plan, model_config, model_sizes
 from dasd_megatron.run.checks import check_end_tokens, needs_teacher, teacher_of_rollouts
 from dasd_megatron.run.dates import choose_date
 
@@ -114,8 +114,15 @@ def dry_run(arguments: list[str]) -> None:
     arch = Architecture.of(sizes)
     on_gpu = config.backend.kind == "cuda"
     transformer_engine = on_gpu and config.backend.transformer_impl != "local"
-    plan = make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
-    limit = 1e9 * (options.gpu_memory or (80.0 if on_gpu else math.inf))
+    gpu_bytes = 1e9 * options.gpu_memory if options.gpu_memory else GPU_BYTES
+    plan = make_plan(
+        config,
+        arch,
+        gpus_per_node=options.gpus_per_node,
+        transformer_engine=transformer_engine,
+        gpu_bytes=gpu_bytes,
+    )
+    limit = gpu_bytes if on_gpu or options.gpu_memory else math.inf
     _check_memory(plan, limit)
     cluster = Cluster(hosts, options.gpus_per_node, limit, options.server_tp)
     commands = start_commands(config, cluster, arch, options.overrides, options.config_dir)

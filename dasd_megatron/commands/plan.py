@@ -11,7 +11,7 @@ from dasd_megatron.config import Config, stage_layers
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.estimate import Architecture, kv_bytes_per_token, total_parameters
 from dasd_megatron.planning.layout import check_layout, check_teacher_lengths, longest_teacher_prompt
-from dasd_megatron.planning.plan import Plan, make_plan, model_sizes, plan_config, search_layouts
+from dasd_megatron.planning.plan import GPU_BYTES, Plan, make_plan, model_sizes, plan_config, search_layouts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,7 +27,11 @@ _MAX_GPUS = 131072
 def _parser() -> Parser:
     parser = Parser(prog="dasd plan", description="Memory, traffic and idle time of a configuration, without a GPU.")
     parser.add_argument(
-        "--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, 10^9 bytes (default: 80)"
+        "--gpu-memory",
+        type=float,
+        default=GPU_BYTES / 1e9,
+        metavar="GB",
+        help="of one GPU, 10^9 bytes (default: 80)",
     )
     parser.add_argument(
         "--gpus-per-node",
@@ -76,7 +80,13 @@ def plan(arguments: list[str]) -> None:
     check_layout(config.model, config.parallel, config.rollout, sizes)
     check_teacher_lengths(config, sizes)
     arch = Architecture.of(sizes)
-    found = make_plan(config, arch, gpus_per_node=options.gpus_per_node, transformer_engine=transformer_engine)
+    found = make_plan(
+        config,
+        arch,
+        gpus_per_node=options.gpus_per_node,
+        transformer_engine=transformer_engine,
+        gpu_bytes=1e9 * options.gpu_memory,
+    )
     _print_plan(config, arch, found, options)
 
 

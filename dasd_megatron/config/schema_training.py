@@ -485,7 +485,12 @@ class PolicyLossConfig:
         "token statistics straight from hidden states and LM head, block by block; false materialises all logits "
         "of a micro-batch",
     )
-    block_tokens: int = setting(1024, "fused_linear only: tokens of one block of logits", low=1)
+    block_tokens: int | None = setting(
+        None,
+        "fused_linear only: tokens of one block of logits; null: 1024 on a CPU, on a GPU the power of two whose block "
+        "takes at most 1/256 of its memory",
+        low=1,
+    )
     block_columns: int = setting(8192, "fused_linear only: vocabulary columns of one block of logits", low=1)
     max_skipped_steps: int = setting(
         3,

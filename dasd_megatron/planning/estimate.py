@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _FP32 = 4
-# The fused loss works in so many buffers of one block's logits: logits, probabilities and the gradient, of student and
-# teacher.
-_LOSS_BUFFERS = 6
+# The fused loss works in so many buffers of one block's logits: the logits of student and teacher, and the gradient.
+_LOSS_BUFFERS = 3
 
 
 @dataclass(frozen=True)
@@ -287,14 +286,15 @@ def loss_bytes(
     loss: PolicyLossConfig,
     tokens: float,
     response_tokens: float,
+    block_tokens: int,
 ) -> tuple[float, float]:
-    """Return the bytes of logits and loss buffers on the last stage: (materialised, fused). The fused ones include the
-    gradient of the hidden states."""
+    """Return the bytes of logits and loss buffers on the last stage: (materialised, fused). The fused ones are of
+    blocks of ``block_tokens``, and include the gradient of the hidden states."""
     tensor = parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
     materialised = tokens * columns * (width + _FP32) + response_tokens * columns * _FP32
-    rows = min(loss.block_tokens, response_tokens)
+    rows = min(block_tokens, response_tokens)
     block = rows * min(loss.block_columns, columns) * _FP32 * _LOSS_BUFFERS
     return materialised, block + 2 * response_tokens * arch.hidden * _FP32
 

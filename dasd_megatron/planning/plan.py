@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dasd_megatron.algorithms.methods import METHODS
+from dasd_megatron.backend.blocks import loss_block_tokens
 from dasd_megatron.config import Config, ModelConfig, PrecisionConfig, load_config, stage_layers, validate
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
@@ -51,6 +52,8 @@ _DEFAULTS = (
     "precision=bf16",
     "batch.micro_batch_size=1",
 )
+GPU_BYTES = 80e9
+"""Memory of a GPU where nothing else is said."""
 OVERHEAD_BYTES = 4e9
 """Reserve on a GPU for what is not estimated: the CUDA context, NCCL's buffers and the allocator's slack."""
 # These only decide the order of layouts: an H100's dense bf16 peak and the share of it that a large model reaches, and
@@ -132,8 +135,16 @@ def model_sizes(model: ModelConfig) -> ModelSizes | PretrainedConfig:
     return sizes if sizes is not None else model_config(model)
 
 
-def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transformer_engine: bool) -> Plan:
-    """Return the plan of a step with sequences of the greatest length."""
+def make_plan(
+    config: Config,
+    arch: Architecture,
+    *,
+    gpus_per_node: int,
+    transformer_engine: bool,
+    gpu_bytes: float = GPU_BYTES,
+) -> Plan:
+    """Return the plan of a step with sequences of the greatest length, on GPUs of ``gpu_bytes``, by which the trainer
+    chooses the blocks of its loss."""
     batches = _divide_batch(config)
     pipeline = config.parallel.pipeline_model_parallel_size
     share = batches.rows / config.parallel.context_parallel_size
@@ -144,6 +155,7 @@ def make_plan(config: Config, arch: Architecture, *, gpus_per_node: int, transfo
         config.loss,
         share * batches.length,
         share * config.rollout.max_new_tokens,
+        config.loss.block_tokens or loss_block_tokens(config.backend.kind, gpu_bytes, config.loss.block_columns),
     )
     loss = fused if config.loss.fused_linear else materialised
     stages = []
@@ -290,7 +302,13 @@ def search_layouts(
             refused_fields.append(str(error).split("=")[0].split(" ")[0])
             continue
         tried += 1
-        plan = make_plan(changed, arch, gpus_per_node=gpus_per_node, transformer_engine=transformer_engine)
+        plan = make_plan(
+            changed,
+            arch,
+            gpus_per_node=gpus_per_node,
+            transformer_engine=transformer_engine,
+            gpu_bytes=gpu_bytes,
+        )
         least = min(least, plan.fullest.total)
         if plan.fullest.total <= gpu_bytes:
             fitting.append(Candidate(changed, plan))

@@ -113,7 +113,7 @@ def _linear_stats(
         group=parallel_state.get_tensor_model_parallel_group(),
         vocab_size=model.vocab_size,
         temperature=temperature,
-        chunk_size=loss.block_tokens,
+        chunk_size=loss.block_tokens or backend.current().loss_block_tokens(loss.block_columns),
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
         check_targets=False,

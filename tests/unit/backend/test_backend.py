@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dasd_megatron import backend
 from dasd_megatron.backend import Backend, cpu, cuda
+from dasd_megatron.backend.blocks import loss_block_tokens
 from dasd_megatron.config import BackendConfig
 from dasd_megatron.errors import ConfigError
 
@@ -103,3 +105,20 @@ def test_the_meta_device_takes_no_memory_after_the_cpu_backend() -> None:
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split("\n")[-2] == "{'meta'} cpu"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "columns", "tokens"), [(141, 8192, 16384), (80, 8192, 8192), (24, 8192, 2048), (80, 151_936, 512)]
+)
+def test_a_block_of_the_loss_takes_a_small_share_of_a_gpu(gigabytes: int, columns: int, tokens: int) -> None:
+    assert loss_block_tokens("cuda", gigabytes * 1e9, columns) == tokens
+    assert tokens * columns * 4 <= gigabytes * 1e9 / 256 < 2 * tokens * columns * 4
+
+
+def test_blocks_of_the_loss_are_the_cpus_own_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.loss_block_tokens(8192) == loss_block_tokens("cpu", 1e12, 8192) == 1024
+    # However small the memory, a block is not cut to nothing.
+    assert loss_block_tokens("cuda", 1e6, 8192) == 128
+    monkeypatch.setattr(cuda, "device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=150 * 10**9))
+    assert cuda.loss_block_tokens(8192) == 16384

@@ -88,9 +88,9 @@ def test_fields_of_the_layout_come_through() -> None:
 def test_fused_loss_is_bounded_by_its_block() -> None:
     config = plan_config(["model=llama3_8b", TP + "2", "batch.groups=8"])
     arch = Architecture.of(model_sizes(config.model))
-    loss = dataclasses.replace(config.loss, block_tokens=64, block_columns=1024)
-    materialised, fused = loss_bytes(arch, config.parallel, config.precision, loss, 1000, 500)
+    loss = dataclasses.replace(config.loss, block_columns=1024)
+    materialised, fused = loss_bytes(arch, config.parallel, config.precision, loss, 1000, 500, 64)
     # Half of the vocabulary: bf16 and fp32 logits of every token, and fp32 ones of the response.
     assert materialised == 128256 // 2 * (1000 * (2 + 4) + 500 * 4)
-    # Six fp32 buffers of a block, and two fp32 hidden states of the response.
-    assert fused == 64 * 1024 * 4 * 6 + 2 * 500 * 4096 * 4
+    # Three fp32 buffers of a block, and two fp32 hidden states of the response.
+    assert fused == 64 * 1024 * 4 * 3 + 2 * 500 * 4096 * 4

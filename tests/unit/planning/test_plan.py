@@ -190,7 +190,8 @@ def test_the_total_is_the_sum_of_its_parts_and_a_reserve() -> None:
 
 
 def search(gpu_bytes: float, *overrides: str, gpus: int = 4) -> Search:
-    config = plan_config(["model=qwen3_8b", "batch.groups=8", *overrides])
+    # Blocks of a fixed size, since the memory that the search is given would choose others.
+    config = plan_config(["model=qwen3_8b", "batch.groups=8", "loss.block_tokens=1024", *overrides])
     return search_layouts(
         config,
         model_sizes(config.model),
@@ -224,3 +225,12 @@ def test_the_search_names_the_fields_of_refused_layouts() -> None:
     refused = search(math.inf, gpus=7)
     assert refused.tried == 0 and refused.least_bytes == math.inf
     assert "batch.groups" in refused.refused_fields
+
+
+def test_the_blocks_of_the_loss_are_those_of_the_trainer() -> None:
+    config = plan_config(["model=qwen3_8b", "rollout.max_new_tokens=30000"])
+    arch, layout = Architecture.of(model_sizes(config.model)), dict(gpus_per_node=8, transformer_engine=True)
+    found = {size: make_plan(config, arch, **layout, gpu_bytes=size * 1e9).loss_fused for size in (80, 141)}
+    assert found[141] - found[80] == (16384 - 8192) * 8192 * 4 * 3
+    config.loss.block_tokens = 1000
+    assert found[80] - make_plan(config, arch, **layout).loss_fused == (8192 - 1000) * 8192 * 4 * 3
