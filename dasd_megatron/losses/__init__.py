@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dasd_megatron.losses.divergences import DIVERGENCES, Divergence
     from dasd_megatron.losses.kernels import IMPLEMENTATIONS
-    from dasd_megatron.losses.linear_stats import linear_token_stats
+    from dasd_megatron.losses.linear_stats import GradientSum, linear_token_stats
     from dasd_megatron.losses.mismatch import Rejected, importance_weights, reject
     from dasd_megatron.losses.policy import (
         aggregation_weights,
@@ -36,6 +36,7 @@ __all__ = [
     "Bounds",
     "Divergence",
     "EntryStats",
+    "GradientSum",
     "Rejected",
     "TokenStats",
     "TopK",

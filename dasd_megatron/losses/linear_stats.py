@@ -6,9 +6,9 @@ own gradient and multiplies that into the gradients of hidden states and head. O
 logits buys memory that no longer grows with tokens times vocabulary.
 
 Memory beyond inputs and outputs: one float32 block of logits (two with a teacher), float32 ``[chunk_size, h]``, and
-the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and float32 ``[V_local, h]`` to sum
-the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the inputs, at most 7
-numbers per token, and the ids.
+the PyTorch kernels' buffers; for half precision inputs also a block's gradient, and without ``weight_grad`` float32
+``[V_local, h]`` to sum the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the
+inputs, at most 7 numbers per token, and the ids.
 
 Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
 time in the forward pass.
@@ -45,6 +45,15 @@ from dasd_megatron.losses.top_k import GivenEntries, LargestEntries, entry_log_p
 from dasd_megatron.losses.torch_kernels import accumulator
 
 
+class GradientSum(NamedTuple):
+    """A sum of a weight's gradients that somebody else keeps, as Megatron does in ``main_grad``."""
+
+    total: Tensor
+    """``[V_local, h]``, float32 (float64 for float64 weights): gradients are added to it in place."""
+    finish: Callable[[], Tensor | None]
+    """Called when a gradient has been added. What it returns goes on to autograd in place of the gradient."""
+
+
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -60,6 +69,7 @@ def linear_token_stats(
     vocab_chunk_size: int | None = None,
     inplace_backward: bool = False,
     reduce_hidden_grad: bool = True,
+    weight_grad: GradientSum | None = None,
     check_targets: bool = True,
     jsd_weight: float = 0.5,
     entry_clip: float | None = None,
@@ -89,6 +99,7 @@ def linear_token_stats(
         reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves
             each rank its own part of the sum, for a caller that reduces it itself: under sequence parallelism the
             reduce-scatter that belongs to the all-gather of ``hidden`` does.
+        weight_grad: a sum that the gradient of ``weight`` is added to; None: autograd gets the gradient.
 
     Returns:
         TokenStats like there, EntryStats where ``top_k`` or ``entry_ids`` is given. ``log_prob``, ``entropy``,
@@ -107,14 +118,14 @@ def linear_token_stats(
     _check_linear("hidden", hidden, "weight", weight, targets)
     teacher = _checked_teacher(weight, targets, teacher_hidden, teacher_weight)
     shard = make_shard(len(weight), targets, vocab_size, group, temperature, check_targets=check_targets)
+    _check_weight_grad(weight, weight_grad)
     _check_sizes(targets, entry_ids, top_k=top_k, chunk_size=chunk_size, vocab_chunk_size=vocab_chunk_size)
     blocks = _Blocks(shard, chunk_size or BLOCK_TOKENS, vocab_chunk_size or BLOCK_COLUMNS)
     # The kernels see contiguous blocks in float32 (float64), and choose themselves how many rows they take at once.
     block = torch.empty(0, dtype=accumulator(hidden), device=hidden.device)
     kernels = choose_kernels(implementation, (block,), None, objective)
-    settings = _Settings(
-        shard, blocks, kernels, objective, inplace_backward, reduce_hidden_grad and shard.group is not None, top_k
-    )
+    reduces = reduce_hidden_grad and shard.group is not None
+    settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduces, weight_grad, top_k)
     apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
     *stats, ids, log_prob = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
     return TokenStats(*stats) if ids is None else EntryStats._make([*stats, TopK(ids, log_prob)])
@@ -154,6 +165,7 @@ class _Settings(NamedTuple):
     objective: Objective
     inplace_backward: bool
     reduces_hidden_grad: bool
+    weight_grad: GradientSum | None
     top_k: int | None
 
 
@@ -173,6 +185,17 @@ def _checked_teacher(
             "vocabulary and sharding"
         )
     return teacher
+
+
+def _check_weight_grad(weight: Tensor, weight_grad: GradientSum | None) -> None:
+    if weight_grad is None:
+        return
+    total, wanted = weight_grad.total, accumulator(weight)
+    if total.shape != weight.shape or total.dtype != wanted or total.device != weight.device:
+        raise ValueError(
+            f"weight_grad is {total.dtype} {tuple(total.shape)} on {total.device}; expected {wanted} "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
 
 
 def _check_sizes(targets: Tensor, entry_ids: Tensor | None, **sizes: int | None) -> None:
@@ -288,7 +311,7 @@ class _LinearTokenStats(torch.autograd.Function):
         grad_entries: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, teacher_hidden, teacher_weight, ids, *saved = ctx.saved_tensors
-        shard, blocks, kernels, objective, inplace, reduces = ctx.settings[:6]
+        shard, blocks, kernels, objective, inplace, reduces, weight_sum = ctx.settings[:7]
         gradients = (grad_log_prob, grad_entropy, grad_divergence)
         coefficients = gradient_coefficients(
             Saved.from_tensors(saved), objective, shard.inverse_temperature, *gradients
@@ -305,7 +328,7 @@ class _LinearTokenStats(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden = hidden.detach() if inplace else torch.empty_like(hidden)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            grad_weight = torch.zeros_like(weight, dtype=dtype) if weight_sum is None else weight_sum.total
         for rows in blocks.rows():
             row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
             row_coefficients = coefficients.of_rows(rows).arguments()
@@ -334,7 +357,7 @@ class _LinearTokenStats(torch.autograd.Function):
         if grad_hidden is not None and reduces:
             dist.all_reduce(grad_hidden, group=shard.group)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = grad_weight.to(weight.dtype) if weight_sum is None else weight_sum.finish()
         return grad_hidden, grad_weight, None, None, None, None
 
 

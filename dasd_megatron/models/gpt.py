@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dasd_megatron import backend
 from dasd_megatron.config import Config, PrecisionConfig
 from dasd_megatron.errors import first_line
+from dasd_megatron.losses import GradientSum
 from dasd_megatron.models.bridge import make_bridge
 from dasd_megatron.models.extra_state import load_state, without_extra_states
 from dasd_megatron.models.hf_config import hf_folder, is_megatron_checkpoint, read_hf_config
@@ -140,6 +141,28 @@ class ShardedModel:
             if last.share_embeddings_and_output_weights
             else last.output_layer.weight
         )
+
+    def head_gradient(self) -> GradientSum | None:
+        """Return DDP's float32 sum of the LM head's gradients, for the loss to add to; None where there is none. On the
+        last pipeline stage only.
+
+        This is what Megatron's own layers do under ``gradient_accumulation_fusion``: the gradient goes into
+        ``main_grad``, the parameter says so by ``grad_added_to_main_grad``, and DDP's hook does not add it again.
+        """
+        weight: Any = self.head_weight()
+        total = getattr(weight, "main_grad", None)
+        if total is None or total.dtype != torch.float32:
+            return None
+        # Where the embedding is the same parameter, autograd has that gradient for the hook, which adds it.
+        is_also_embedding = getattr(weight, "zero_out_wgrad", False)
+        needs_any = self.chunks[-1].ddp_config.overlap_grad_reduce and not is_also_embedding
+
+        def finish() -> torch.Tensor | None:
+            weight.grad_added_to_main_grad = True
+            # A hook that reduces wants to see some gradient, and does not read it.
+            return torch.empty_like(weight) if needs_any else None
+
+        return GradientSum(total, finish)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Return the parameters with Megatron's names, chunk by chunk."""

@@ -73,18 +73,22 @@ def _token_stats(
             inplace_backward=True,
             check_targets=False,
         )
-    arguments = (model, rows, model.head_weight(), micro_batch.targets, loss, temperature)
+    linear_stats = partial(
+        _linear_stats,
+        *(model, rows, model.head_weight(), micro_batch.targets, loss, temperature),
+        weight_grad=model.head_gradient() if torch.is_grad_enabled() else None,
+    )
     if distillation is None or distillation.teacher is None:
-        return _linear_stats(*arguments, top_k=top_k, entry_ids=entry_ids)
+        return linear_stats(top_k=top_k, entry_ids=entry_ids)
     teacher, settings = distillation.teacher, distillation.settings
     objective: dict[str, Any] = dict(
         divergence=settings.divergence, jsd_weight=settings.jsd_weight, entry_clip=settings.divergence_entry_clip
     )
     if isinstance(teacher, TeacherStates):
         states = teacher.of(micro_batch.packed_index)
-        return _linear_stats(*arguments, teacher_hidden=states, teacher_weight=teacher.weight, **objective)
+        return linear_stats(teacher_hidden=states, teacher_weight=teacher.weight, **objective)
     entries = teacher.of(micro_batch.packed_index)
-    stats = _linear_stats(*arguments, entry_ids=entries.ids)
+    stats = linear_stats(entry_ids=entries.ids)
     assert isinstance(stats, EntryStats), "it was asked for entries"
     divergence = top_k_divergence(stats.top.log_prob, entries.log_prob, tail=settings.divergence_tail, **objective)
     return TokenStats(stats.log_prob, stats.entropy, None, divergence)

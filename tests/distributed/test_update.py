@@ -65,6 +65,32 @@ def test_tokens_that_were_not_sampled_are_context(processes: int, overrides: lis
     torchrun("masked_update", processes, {"path": str(tmp_path / "model"), "seed": seed, "overrides": overrides})
 
 
+DP2_OVERLAP = ["parallel.data_parallel_size=2", "parallel.overlap_grad_reduce=true", "parallel.bucket_size=3000"]
+HEAD_CASES = {
+    "tied": ("qwen3-tied", 1, ["precision=bf16"]),
+    "tp2-sp, untied": ("qwen2-untied", 2, [TP2, "parallel.sequence_parallel=true"]),
+    "pp2-vpp2, tied": ("qwen3-tied", 2, [PP2, VPP2]),
+    "dp2, overlap, tied": ("qwen3-tied", 2, DP2_OVERLAP),
+    "dp2, overlap, untied, replicated optimizer": (
+        "qwen2-untied", 2, [*DP2_OVERLAP, "optimizer.distributed=false"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEAD_CASES)
+def test_gradients_of_the_head_go_into_the_sums_of_ddp(case: str, tmp_path: Path) -> None:
+    """As they do when autograd hands them over, with the embedding's where it is the same parameter, on this stage or
+    on the first."""
+    name, processes, overrides = HEAD_CASES[case]
+    seed = save_model(name, tmp_path / "model")
+    arguments = {
+        "path": str(tmp_path / "model"),
+        "seed": seed,
+        "tolerance": 1e-2 if "precision=bf16" in overrides else 1e-5,
+    }
+    torchrun("head_gradient", processes, {**arguments, "overrides": ["batch.micro_batch_size=2", *overrides]})
+
+
 def test_packed_sequences_update_as_padded_ones(tmp_path: Path) -> None:
     """In half precision; ``tests/gpu/test_packing.py`` runs the same with Transformer Engine, and test_parity.py in
     float32 in layouts."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dasd_megatron.losses import DIVERGENCES, TokenStats, linear_token_stats, vocab_parallel_token_stats
+from dasd_megatron.losses import DIVERGENCES, GradientSum, TokenStats, linear_token_stats, vocab_parallel_token_stats
 from tests.support.token_stats_reference import dense, weighted_sum
 
 
@@ -186,6 +186,24 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert not linear_token_stats(torch.randn(2, 4), torch.randn(9, 4), targets).log_prob.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_head_are_added_to_a_sum_of_the_callers(seed: int, dtype: torch.dtype) -> None:
+    hidden, head = torch.randn(6, 8).to(dtype), torch.randn(30, 8).to(dtype).requires_grad_()
+    targets, before = torch.randint(0, 28, (6,)), torch.randn(30, 8)
+    options = dict(vocab_size=28, chunk_size=4, vocab_chunk_size=16)
+    linear_token_stats(hidden, head, targets, **options).log_prob.sum().backward()
+    expected, head.grad = head.grad, None
+    instead, total = torch.full_like(head, 7.0), before.clone()
+    calls = iter([None, instead])
+    for times in (1, 2):
+        gradient = GradientSum(total, lambda: next(calls))
+        linear_token_stats(hidden, head, targets, weight_grad=gradient, **options).log_prob.sum().backward()
+        assert head.grad is None if times == 1 else torch.equal(head.grad, instead)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(total, before + times * expected.float(), rtol=tolerance, atol=tolerance)
+    assert next(calls, "none left") == "none left" and torch.equal(total[28:], before[28:])
+
+
 def test_inplace_backward_writes_into_hidden(seed: int) -> None:
     leaf, head = torch.randn(6, 8).requires_grad_(), torch.randn(30, 8)
     targets = torch.randint(0, 30, (6,))
@@ -229,6 +247,8 @@ def test_agrees_with_the_materialised_path_where_logits_are_infinite(seed: int) 
             "teacher_weight has 24 rows and weight 20",
         ),
         ({"teacher_hidden": torch.randn(3, 5)}, "teacher_hidden is"),
+        ({"weight_grad": GradientSum(torch.zeros(20, 9), lambda: None)}, r"weight_grad is torch.float32 \(20, 9\)"),
+        ({"weight_grad": GradientSum(torch.zeros(20, 8).half(), lambda: None)}, "weight_grad is torch.float16"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"vocab_chunk_size": -1}, "vocab_chunk_size is -1"),
         ({"implementation": "cuda"}, "implementation is 'cuda'"),
