@@ -1,4 +1,7 @@
-"""A graded rollout and its file format, which training writes and replay reads."""
+"""A graded rollout and its file format, which training writes and replay reads.
+
+What there is for each token is an array: ids are int32, log-probs float32 and masks bool, 9 bytes a token at most.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dasd_megatron.files import atomic_file
 from dasd_megatron.reading import JsonLine, UnreadableError, is_unicode, iterate_json_lines
@@ -19,18 +25,73 @@ LOG_PROB_TOLERANCE = 1e-3
 LARGEST_REWARD = 1e15
 """Advantages square rewards and sum the squares in float32, whose largest value is 3e38."""
 _LARGEST_INTEGER = 2**63 - 1
-_LARGEST_FLOAT32 = 3.4028234663852886e38
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+Ids = NDArray[np.int32]
+LogProbs = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 class ReplayError(ValueError):
     """A saved batch of rollouts that cannot be trained on; the message names the file and line."""
 
 
-@dataclass(slots=True)
+def ids_array(values: Sequence[int] | NDArray[Any]) -> Ids:
+    """Return token ids as int32 [tokens], without a copy where they are that already; raise ValueError for what is no
+    list of whole numbers from 0 to 2^31 - 1."""
+    array = np.asarray(values)
+    if array.dtype != np.int32:
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ValueError("token ids are a list of whole numbers")
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
+            raise ValueError("token ids lie between 0 and 2^31 - 1")
+        array = array.astype(np.int32)
+    return array
+
+
+def log_probs_array(values: Sequence[float] | NDArray[Any]) -> LogProbs:
+    """Return log-probs as float32 [tokens], without a copy where they are that already; raise ValueError for what is no
+    list of numbers."""
+    array = np.asarray(values)
+    if array.dtype != np.float32:
+        if array.ndim != 1 or (array.dtype.kind not in "iuf" and array.size):
+            raise ValueError("log-probs are a list of numbers")
+        # What float32 cannot hold becomes infinite, which the checks on log-probs refuse.
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    return array
+
+
+def mask_array(values: Sequence[int] | NDArray[Any]) -> Mask:
+    """Return a response_mask as bool [tokens], without a copy where it is that already; raise ValueError for what is no
+    list of 1 and 0."""
+    array = np.asarray(values)
+    if array.dtype != np.bool_:
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not np.isin(array, (0, 1)).all():
+            raise ValueError("a response_mask is a list of 1 and 0")
+        array = array.astype(np.bool_)
+    return array
+
+
+def same_fields(one: Any, other: Any) -> bool:
+    """Return whether two records of one dataclass, some of whose fields are arrays, have the same values."""
+    for field in dataclasses.fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, np.ndarray) or isinstance(theirs, np.ndarray):
+            if mine is None or theirs is None or not np.array_equal(mine, theirs):
+                return False
+        elif mine != theirs:
+            return False
+    return True
+
+
+@dataclass(slots=True, eq=False)
 class Sample:
     """A response, its prompt and its grade.
 
-    Only tokens that the policy sampled are trained on and counted.
+    Only tokens that the policy sampled are trained on and counted. Ids, log-probs and masks are NumPy arrays; lists of
+    numbers that a sample is made with become arrays. The samples of a group may share one array of the prompt.
     """
 
     group: int
@@ -43,9 +104,9 @@ class Sample:
     problem: str
     expected_answer: str
     reference_solution: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    rollout_log_probs: list[float]
+    prompt_ids: Ids
+    response_ids: Ids
+    rollout_log_probs: LogProbs
     """Natural logs after temperature, one for each of ``response_ids``; 0.0 for tokens that were not sampled."""
     text: str
     """Text of the tokens that the policy sampled, which is graded. A tool's answer stands in ``response_ids`` alone."""
@@ -55,27 +116,45 @@ class Sample:
     reward: float
     predicted_answer: str | None
     timed_out: bool
-    response_mask: list[int] | None = None
-    """One for each of ``response_ids``: 1 for a token that the policy sampled, 0 for context like a tool's answer.
-    None: it sampled all."""
+    response_mask: Mask | None = None
+    """One for each of ``response_ids``: true for a token that the policy sampled, false for context like a tool's
+    answer. None: it sampled all."""
     feedback: str | None = None
     """What the reward function has said of the response; None where it says nothing."""
     privileged_source: str | None = None
     """Source of ``teacher.privileged`` that the teacher's text is from; None for a sample without a teacher."""
     privileged: str = ""
     """The privileged text that the teacher was shown. Training takes it from the group anew, and not from a file."""
-    teacher_prompt_ids: list[int] | None = None
+    teacher_prompt_ids: Ids | None = None
     """Token ids of the teacher's prompt; None for a sample without a teacher. It is in no file: whoever reads samples
     for training assigns it anew (:class:`~dasd_megatron.data.teacher_prompts.TeacherPrompts`)."""
     measures: dict[str, float] | None = None
     """Named numbers of ``verify.measures``; None where it is not set."""
 
+    def __post_init__(self) -> None:
+        self.prompt_ids, self.response_ids = ids_array(self.prompt_ids), ids_array(self.response_ids)
+        self.rollout_log_probs = log_probs_array(self.rollout_log_probs)
+        if self.response_mask is not None:
+            self.response_mask = mask_array(self.response_mask)
+        if self.teacher_prompt_ids is not None:
+            self.teacher_prompt_ids = ids_array(self.teacher_prompt_ids)
+
+    def __eq__(self, other: object) -> bool:
+        return same_fields(self, other) if isinstance(other, Sample) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
-    def sampled(self) -> Sequence[int]:
+    def sampled(self) -> Sequence[int] | NDArray[np.int64]:
         """Places in ``response_ids`` of the tokens that the policy sampled, in order."""
         if self.response_mask is None:
             return range(len(self.response_ids))
-        return [place for place, sampled in enumerate(self.response_mask) if sampled]
+        return np.flatnonzero(self.response_mask)
+
+    def of_sampled(self, values: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Return those of ``values``, one for each of ``response_ids``, that belong to tokens which the policy
+        sampled."""
+        return values if self.response_mask is None else values[self.response_mask]
 
     @property
     def weight_version(self) -> str:
@@ -86,7 +165,7 @@ class Sample:
         """Return a copy that shares nothing that can be changed. Functions of the user's own are given one, so that
         what they change in it changes nothing of the run."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        copied: dict[str, Any] = {name: held.copy() for name, held in values.items() if isinstance(held, (list, dict))}
+        copied: dict[str, Any] = {name: held.copy() for name, held in values.items() if hasattr(held, "copy")}
         copied["weight_versions"] = [span.copy() for span in self.weight_versions]
         return dataclasses.replace(self, **copied)
 
@@ -109,25 +188,32 @@ def version_step(name: str) -> int:
     return int(name.removeprefix("step_"))
 
 
-def mask_fault(mask: list[int] | None, log_probs: Sequence[float]) -> str | None:
-    """Return what is wrong with a response_mask beside a response's ``log_probs``, for an error message; None if
-    nothing is."""
+def mask_fault(mask: Any, log_probs: NDArray[Any]) -> str | None:
+    """Return what is wrong with a response_mask, a list or an array, beside a response's ``log_probs``, for an error
+    message; None if nothing is."""
     if mask is None:
         return None
-    if (
-        not isinstance(mask, list)
-        or len(mask) != len(log_probs)
-        or any(type(value) is not int or value not in (0, 1) for value in mask)
-        or 1 not in mask
-    ):
+    is_list = isinstance(mask, list) and all(type(value) is int and value in (0, 1) for value in mask)
+    is_array = isinstance(mask, np.ndarray) and mask.dtype == np.bool_ and mask.ndim == 1
+    if not (is_list or is_array) or len(mask) != len(log_probs) or not any(mask):
         return "response_mask must be null, or have a 1 or 0 for each of response_ids and at least one 1"
-    if any(log_prob != 0 for log_prob, sampled in zip(log_probs, mask, strict=True) if not sampled):
+    if log_probs[~np.asarray(mask, dtype=np.bool_)].any():
         return "rollout_log_probs must be 0.0 where response_mask is 0: the policy did not sample these tokens"
     return None
 
 
+def log_probs_are_sound(log_probs: LogProbs) -> bool:
+    """Return whether all are finite and at most 0, within :data:`LOG_PROB_TOLERANCE`."""
+    # A comparison with NaN is false.
+    return bool((log_probs >= -LARGEST_FLOAT32).all() and (log_probs <= np.float32(LOG_PROB_TOLERANCE)).all())
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_INTEGER
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _is_text(value: Any) -> bool:
@@ -139,7 +225,7 @@ def _is_number(value: Any, lowest: float, highest: float) -> bool:
 
 
 def _is_log_prob(value: Any) -> bool:
-    return _is_number(value, -_LARGEST_FLOAT32, LOG_PROB_TOLERANCE)
+    return _is_number(value, -LARGEST_FLOAT32, LOG_PROB_TOLERANCE)
 
 
 def _is_measure(value: Any) -> bool:
@@ -156,7 +242,7 @@ def _is_list_of(value: Any, is_element: Callable[[Any], bool]) -> bool:
 
 _COUNT = ("a whole number from 0 on", _is_count)
 _TEXT = ("a text", _is_text)
-_IDS = ("a list of token ids, at least one", lambda value: _is_list_of(value, _is_count))
+_IDS = ("a list of token ids, at least one", lambda value: _is_list_of(value, _is_id))
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("group", "sample", "position"), _COUNT),
     **dict.fromkeys(("problem_id", "problem", "expected_answer", "reference_solution", "text", "finish_reason"), _TEXT),
@@ -209,7 +295,7 @@ def _record_fault(record: dict[str, Any], vocab_size: int | None) -> str | None:
     for name in ("prompt_ids", "response_ids"):
         if vocab_size is not None and max(record[name]) >= vocab_size:
             return f"{name} has token {max(record[name])}, and the model has {vocab_size} (vocab_size in config.json)"
-    return mask_fault(record["response_mask"], log_probs)
+    return mask_fault(record["response_mask"], np.asarray(log_probs))
 
 
 _FIELDS = [field.name for field in dataclasses.fields(Sample) if field.name != "teacher_prompt_ids"]
@@ -231,7 +317,16 @@ def save_samples(path: Path, samples: Iterable[Sample]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps({name: getattr(sample, name) for name in _FIELDS}) + "\n")
+            file.write(json.dumps(as_json(sample)) + "\n")
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+    """Return a sample as JSON has it, without the teacher's prompt: arrays are lists, and a mask has 1 and 0."""
+    record = {name: getattr(sample, name) for name in _FIELDS}
+    record = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in record.items()}
+    if sample.response_mask is not None:
+        record["response_mask"] = sample.response_mask.astype(int).tolist()
+    return record
 
 
 def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:

@@ -18,7 +18,7 @@ from dasd_megatron.data.privileged import (
 from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import PromptRenderer
-from dasd_megatron.samples import Sample, sampling_seed
+from dasd_megatron.samples import Sample, ids_array, sampling_seed
 
 STAND_IN = "1"
 """Text that stands for one that arises in the run, where templates are tried before it."""
@@ -72,7 +72,8 @@ class TeacherPrompts:
                     text = self._known(source, _problem_of(sample))
                 ids = self._prompt(_problem_of(sample), Privileged(source, text)) if text else None
                 if ids is not None:
-                    sample.privileged_source, sample.privileged, sample.teacher_prompt_ids = source, text, ids
+                    sample.privileged_source, sample.privileged = source, text
+                    sample.teacher_prompt_ids = ids_array(ids)
                     break
 
     def known_text(self, problem: Problem) -> Privileged | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import Config
@@ -93,7 +94,7 @@ def evaluate(
         **{f"pass@{k}": pass_at_k(outcomes, k) for k in settings.ks},
         f"maj@{settings.samples}": maj_at_k(answers, outcomes, settings.samples),
         "response/length_mean": num_tokens / len(samples),
-        "nll_mean": -sum(sum(sample.rollout_log_probs) for sample in samples) / num_tokens,
+        "nll_mean": -sum(float(sample.rollout_log_probs.sum(dtype=np.float64)) for sample in samples) / num_tokens,
         "truncated_share": sum(sample.finish_reason == "length" for sample in samples) / len(samples),
         "timeouts": sum(sample.timed_out for sample in samples),
         **health_metrics(health, config.health),

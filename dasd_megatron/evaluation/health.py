@@ -224,16 +224,8 @@ def _own_measures(samples: Sequence[Sample]) -> Table:
 
 
 def _log_probs(samples: Sequence[Sample]) -> Array:
-    return _packed([sample.rollout_log_probs for sample in samples], samples, np.float64)
-
-
-def _packed(rows: Sequence[Sequence[Any]], samples: Sequence[Sample], dtype: type) -> Array:
-    """Return the values of the sampled tokens, one row after the other."""
-    parts: list[Array] = []
-    for row, sample in zip(rows, samples, strict=True):
-        part: Array = np.array(row, dtype=dtype)
-        parts.append(part if sample.response_mask is None else part[np.array(sample.response_mask, dtype=bool)])
-    return np.concatenate(parts)
+    """Return the log-probs of the sampled tokens, one response after the other."""
+    return np.concatenate([sample.of_sampled(sample.rollout_log_probs) for sample in samples], dtype=np.float64)
 
 
 def _measure_chunk(
@@ -253,9 +245,8 @@ def _measure_chunk(
         find_self_correction(sample.text, corrections.find(own, some))
         for sample, own, some in zip(samples, words, places, strict=True)
     ]
-    repeated = repetition(
-        _packed([sample.response_ids for sample in samples], samples, np.int64), lengths, settings.repetition_ngram
-    )
+    tokens = np.concatenate([sample.of_sampled(sample.response_ids) for sample in samples])
+    repeated = repetition(tokens, lengths, settings.repetition_ngram)
     uncertainty = -log_prob if entropy is None else entropy
     table = {
         "group": np.array([sample.group for sample in samples], dtype=np.int64),

@@ -23,6 +23,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import BatchConfig, Config, EvaluationConfig, RolloutConfig
@@ -91,7 +92,7 @@ def sample_record(sample: Sample, seed: int) -> Record:
         "sample": sample.sample,
         "sampling_seed": seed,
         "finish_reason": sample.finish_reason,
-        "log_prob": sum(sample.rollout_log_probs),
+        "log_prob": float(sample.rollout_log_probs.sum(dtype=np.float64)),
         "grading_timed_out": sample.timed_out,
     }
 

@@ -41,6 +41,7 @@ from dasd_megatron.rollout.transport import (
     Transport,
     all_or_cancel,
 )
+from dasd_megatron.samples import ids_array
 
 MemoryTag = Literal["weights", "kv_cache"]
 
@@ -73,13 +74,13 @@ class RolloutClient(Transport):
     ) -> list[Completion]:
         """Sample one completion of every prompt; returns them in the prompts' order.
 
-        prompts: token ids; sampling_params: one dict per prompt (``n`` must be absent or 1; give each its own
-        ``sampling_seed``). weight_version: the version that every token must have been sampled under, or the versions
-        that it may have; a set is read when the answer comes. None accepts any. rows_per_request: prompts in one HTTP
-        request. It goes to the healthy server with the fewest requests, and a further try to another one. A router
-        takes one sampling_params for a whole request, and so one row at a time. vocab_size: number of logits the model
-        has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone. on_answer is called when a
-        request has been answered.
+        prompts: token ids, as lists or arrays. sampling_params: one dict per prompt (``n`` must be absent or 1; give
+        each its own ``sampling_seed``). weight_version: the version that every token must have been sampled under, or
+        the versions that it may have; a set is read when the answer comes. None accepts any. rows_per_request: prompts
+        in one HTTP request. It goes to the healthy server with the fewest requests, and a further try to another one. A
+        router takes one sampling_params for a whole request, and so one row at a time. vocab_size: number of logits the
+        model has; an id outside [0, vocab_size) is a failed try. None refuses negative ids alone. on_answer is called
+        when a request has been answered.
 
         Raises RequestRefusedError at once when a server refuses a request (400). Raises WeightVersionError or
         RolloutServerError when a request has failed ``max_retries + 1`` times; the other requests are then cancelled.
@@ -100,7 +101,7 @@ class RolloutClient(Transport):
             rows = slice(start, start + rows_per_request)
             params = list(sampling_params[rows])
             body = {
-                "input_ids": [list(prompt) for prompt in prompts[rows]],
+                "input_ids": [ids_array(prompt).tolist() for prompt in prompts[rows]],
                 "sampling_params": params if self.router is None else params[0],
                 "return_logprob": True,
             }

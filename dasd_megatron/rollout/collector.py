@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import itertools
 import logging
-import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -36,7 +35,7 @@ from dasd_megatron.rollout.client import RolloutClient, sampling_params
 from dasd_megatron.rollout.grading import make_samples
 from dasd_megatron.rollout.limits import STOP_POLL_SECONDS, meanwhile, step_limit
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.samples import LOG_PROB_TOLERANCE, Sample, mask_fault, sampling_seed, version_name
+from dasd_megatron.samples import Sample, log_probs_are_sound, mask_fault, sampling_seed, version_name
 from dasd_megatron.verify.grader import Grader
 
 T = TypeVar("T")
@@ -560,8 +559,8 @@ def completion_fault(completion: Any, vocab_size: int, max_new_tokens: int) -> s
         )
     if len(ids) > max_new_tokens:
         return f"{len(ids)} output_ids, more than rollout.max_new_tokens={max_new_tokens}"
-    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+    if ids.min() < 0 or ids.max() >= vocab_size:
         return f"output_ids outside the vocabulary of {vocab_size}"
-    if not all(math.isfinite(value) and value <= LOG_PROB_TOLERANCE for value in log_probs):
+    if not log_probs_are_sound(log_probs):
         return "log_probs that are none"
     return mask_fault(completion.response_mask, log_probs)

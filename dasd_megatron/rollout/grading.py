@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.config import RolloutConfig
@@ -13,7 +13,7 @@ from dasd_megatron.data.prompts import Problem
 from dasd_megatron.rollout.answers import Completion
 from dasd_megatron.rollout.client import RolloutClient, sampling_params
 from dasd_megatron.rollout.limits import step_limit
-from dasd_megatron.samples import Sample
+from dasd_megatron.samples import Sample, ids_array
 from dasd_megatron.verify.grader import Grader
 from dasd_megatron.verify.reward import own_reward
 
@@ -63,9 +63,10 @@ def sampled_text(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> 
     if mask is None:
         stretches = [ids]
     else:
-        runs = itertools.groupby(zip(mask, ids, strict=True), key=lambda pair: bool(pair[0]))
-        stretches = [[token for _, token in run] for sampled, run in runs if sampled]
-    return "\n".join(tokenizer.decode(stretch, skip_special_tokens=True) for stretch in stretches)
+        bounds = np.flatnonzero(np.diff(mask)) + 1
+        parts = zip(np.split(ids, bounds), np.split(mask, bounds), strict=True)
+        stretches = [part for part, sampled in parts if sampled[0]]
+    return "\n".join(tokenizer.decode(stretch.tolist(), skip_special_tokens=True) for stretch in stretches)
 
 
 def make_samples(
@@ -92,7 +93,8 @@ def make_samples(
     The text that is graded and stored is made of the sampled tokens (:func:`sampled_text`): they are what is trained
     on, and a server started without a tokenizer sends no text.
     """
-    repeated = [part for part in zip(problems, groups, prompts, strict=True) for _ in range(samples_per_group)]
+    arrays = [ids_array(prompt) for prompt in prompts]
+    repeated = [part for part in zip(problems, groups, arrays, strict=True) for _ in range(samples_per_group)]
     texts = [sampled_text(completion, tokenizer) for completion in completions]
     cut = [grader.config.truncated_is_wrong and completion.finish_reason == "length" for completion in completions]
     graded = ["" if is_cut else text for text, is_cut in zip(texts, cut, strict=True)]
@@ -106,7 +108,7 @@ def make_samples(
             problem=problem.problem,
             expected_answer=problem.expected_answer,
             reference_solution=problem.reference_solution,
-            prompt_ids=list(prompt),
+            prompt_ids=prompt,
             response_ids=completion.output_ids,
             rollout_log_probs=completion.log_probs,
             text=text,

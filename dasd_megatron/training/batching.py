@@ -20,6 +20,10 @@ FP8_TOKEN_MULTIPLE = {"none": 1, "delayed": 16, "tensorwise": 16, "blockwise": 1
 that share a scale, or of the tensor cores' tiles."""
 
 
+Tokens = Sequence[int] | np.ndarray
+"""Token ids of a sequence, or its mask."""
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """The division of sequences into micro-batches, which the configuration and the parallel layout ask for.
@@ -165,11 +169,11 @@ def replica_shares(samples: list[Sample], *, replicas: int, minibatches: int) ->
 
 
 def make_micro_batches(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Sequence[Tokens],
+    responses: Sequence[Tokens],
     layout: BatchLayout,
     *,
-    response_mask: Sequence[Sequence[int] | None] | None = None,
+    response_mask: Sequence[Tokens | None] | None = None,
 ) -> list[MicroBatch]:
     """Cut ``prompts[i] + responses[i]`` into micro-batches, those with the longest sequences first, so that a batch
     which does not fit in memory fails at once.
@@ -185,6 +189,7 @@ def make_micro_batches(
     it is rounded down and micro-batches exceed the bounds.
 
     Args:
+        prompts, responses: token ids, as arrays or lists.
         layout: the names above, of which :class:`BatchLayout` says more.
         response_mask: for each response None, or 1 for the tokens that the policy sampled and 0 for others, like a
             tool's answer. Others are inputs to what follows them, as the prompt is, and no response tokens.
@@ -204,7 +209,7 @@ def make_micro_batches(
     ]
 
 
-def batch_samples(samples: Sequence[Sample], prompts: Sequence[Sequence[int]], layout: BatchLayout) -> list[MicroBatch]:
+def batch_samples(samples: Sequence[Sample], prompts: Sequence[Tokens], layout: BatchLayout) -> list[MicroBatch]:
     """Cut the responses of ``samples`` behind ``prompts``, which are the student's or the teacher's, into
     micro-batches; see :func:`make_micro_batches`."""
     responses = [sample.response_ids for sample in samples]
@@ -218,16 +223,14 @@ class _Sequence(NamedTuple):
     predict the response tokens; ``targets``: [R], these tokens; ``packed_index``: [R], see :class:`MicroBatch`.
     """
 
-    inputs: list[int]
+    inputs: np.ndarray
     predictors: np.ndarray
     targets: np.ndarray
     packed_index: np.ndarray
 
 
 def _sequences(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    response_mask: Sequence[Sequence[int] | None] | None,
+    prompts: Sequence[Tokens], responses: Sequence[Tokens], response_mask: Sequence[Tokens | None] | None
 ) -> list[_Sequence]:
     masks = [None] * len(responses) if response_mask is None else response_mask
     sequences, end = [], 0
@@ -236,7 +239,7 @@ def _sequences(
         begin, end = end, end + len(places)
         sequences.append(
             _Sequence(
-                inputs=[*prompt, *response][:-1],
+                inputs=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, response)])[:-1],
                 predictors=places + len(prompt) - 1,
                 targets=np.asarray(response, dtype=np.int64)[places],
                 packed_index=np.arange(begin, end),
@@ -245,7 +248,7 @@ def _sequences(
     return sequences
 
 
-def _sampled_places(response: Sequence[int], mask: Sequence[int] | None) -> np.ndarray:
+def _sampled_places(response: Tokens, mask: Tokens | None) -> np.ndarray:
     """Return the places of the tokens in ``response`` that the policy sampled."""
     if mask is None:
         return np.arange(len(response))

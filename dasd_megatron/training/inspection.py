@@ -53,7 +53,7 @@ def inspect_rollout(
         "text": sample.text,
         "reward": sample.reward,
         "advantage": routing.verifier_advantage[index].item(),
-        "tokens": [tokenizer.decode([sample.response_ids[place]]) for place in sample.sampled],
+        "tokens": [tokenizer.decode([token]) for token in sample.of_sampled(sample.response_ids).tolist()],
         "entropy": scores.student.entropy[tokens].tolist(),
         "delta": scores.delta[tokens].tolist(),
         "omega": routing.credit.omega[tokens].tolist(),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from dasd_megatron import backend
@@ -138,14 +139,14 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         teacher = score_teacher(trainer, samples, student, layout)
     else:
         teacher = without_teacher(samples, student)
-    log_probs = [sample.rollout_log_probs[place] for sample in samples for place in sample.sampled]
+    log_probs = np.concatenate([sample.of_sampled(sample.rollout_log_probs) for sample in samples])
     return ScoredRollouts(
         student=student._replace(top=None),
         teacher_log_prob=teacher.log_prob,
         teacher_entropy=teacher.entropy,
         has_teacher=teacher.has_teacher,
         start_log_prob=start_log_prob,
-        rollout_log_prob=torch.tensor(log_probs, dtype=torch.float32, device=device),
+        rollout_log_prob=torch.from_numpy(log_probs).to(device),
         lengths=torch.tensor([len(sample.sampled) for sample in samples], device=device),
         teacher_ran=teacher.ran,
         teacher=teacher.distribution,

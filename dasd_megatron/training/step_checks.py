@@ -102,7 +102,7 @@ def _describe_place(bad: torch.Tensor, lengths: torch.Tensor, samples: Sequence[
     index = bisect.bisect_right(ends, token)
     sample = samples[index]
     # Places are counted back from the end of the response, so that the lengths before it need not be subtracted.
-    position = sample.sampled[token - ends[index]]
+    position = int(sample.sampled[token - ends[index]])
     return (
         f"{int(bad.sum())} of {bad.numel()} tokens, first response token {position} of problem {sample.problem_id}, "
         f"sample {sample.sample}"

@@ -85,7 +85,7 @@ def _teacher_batches(chosen: Sequence[Sample], layout: BatchLayout) -> list[Micr
         return []
     filling = [_FILLING] * (sequences - len(chosen))
     return make_micro_batches(
-        [*(sample.teacher_prompt_ids or [] for sample in chosen), *filling],
+        [*(sample.teacher_prompt_ids for sample in chosen if sample.teacher_prompt_ids is not None), *filling],
         [*(sample.response_ids for sample in chosen), *filling],
         layout,
         response_mask=[*(sample.response_mask for sample in chosen), *[None] * len(filling)],

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.samples import Sample, load_samples, rollouts_path, save_samples
+from dasd_megatron.samples import (
+    Sample,
+    ids_array,
+    load_samples,
+    log_probs_array,
+    mask_array,
+    rollouts_path,
+    save_samples,
+)
 from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
 
 pytestmark = pytest.mark.integration
@@ -66,17 +74,23 @@ def replay(recorded: Path, run: Path, change: Callable[[Sample], None] | None, *
 def append_answer(sample: Sample) -> None:
     """Append what a tool says behind the policy's last token."""
     count = 1 + sample.sample
-    sample.response_mask = [1] * len(sample.response_ids) + [0] * count
-    sample.response_ids = sample.response_ids + [7 + sample.group] * count
-    sample.rollout_log_probs = sample.rollout_log_probs + [0.0] * count
+    mask = [1] * len(sample.response_ids) + [0] * count
+    ids, log_probs = [*sample.response_ids, *[7 + sample.group] * count], [*sample.rollout_log_probs, *[0.0] * count]
+    _replace(sample, ids, log_probs, mask)
 
 
 def insert_answer(sample: Sample) -> None:
     """Turns of the policy with a tool's answer between them."""
     middle, answer = len(sample.response_ids) // 2, [5, 6, 7]
-    sample.response_mask = [1] * middle + [0] * 3 + [1] * (len(sample.response_ids) - middle)
-    sample.response_ids = sample.response_ids[:middle] + answer + sample.response_ids[middle:]
-    sample.rollout_log_probs = sample.rollout_log_probs[:middle] + [0.0] * 3 + sample.rollout_log_probs[middle:]
+    mask = [1] * middle + [0] * 3 + [1] * (len(sample.response_ids) - middle)
+    ids, log_probs = sample.response_ids.tolist(), sample.rollout_log_probs.tolist()
+    ids[middle:middle], log_probs[middle:middle] = answer, [0.0] * 3
+    _replace(sample, ids, log_probs, mask)
+
+
+def _replace(sample: Sample, ids: list[int], log_probs: list[float], mask: list[int]) -> None:
+    sample.response_ids, sample.rollout_log_probs = ids_array(ids), log_probs_array(log_probs)
+    sample.response_mask = mask_array(mask)
 
 
 def assert_same(found: list[dict], expected: list[dict]) -> None:
@@ -96,7 +110,7 @@ def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_
     found = replay(recorded, tmp_path / "single", insert_answer)
     assert_same(replay(recorded, tmp_path / "dp2", insert_answer, "parallel.data_parallel_size=2"), found)
     samples = load_samples(rollouts_path(tmp_path / "single-rollouts", 1), groups=4, samples_per_group=4)
-    assert found[0]["response/length_mean"] == sum(sum(sample.response_mask) for sample in samples) / len(samples)
+    assert found[0]["response/length_mean"] == sum(int(sample.response_mask.sum()) for sample in samples) / len(samples)
     # The tokens behind the answer are other than what was recorded for them.
     assert (
         found[0]["rollout/log_prob_diff_mean"] > 100 * rows(recorded / "metrics.jsonl")[0]["rollout/log_prob_diff_mean"]
@@ -105,7 +119,7 @@ def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_
     assert inspected
     for record, sample in zip(inspected, samples, strict=False):
         counts = {len(record[name]) for name in ("tokens", "entropy", "delta", "omega", "student_log_prob")}
-        assert counts == {sum(sample.response_mask)}
+        assert counts == {int(sample.response_mask.sum())}
 
 
 def test_rollouts_that_cannot_be_trained_on_end_a_run_before_its_model_is_made(tmp_path: Path) -> None:

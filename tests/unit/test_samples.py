@@ -7,6 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,11 @@ from hypothesis import strategies as st
 from dasd_megatron.samples import (
     ReplayError,
     Sample,
+    as_json,
+    ids_array,
     load_samples,
+    log_probs_array,
+    mask_array,
     read_samples,
     rollouts_path,
     sampling_seed,
@@ -55,7 +60,7 @@ def test_round_trip_is_exact_and_ordered(tmp_path: Path) -> None:
 def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     masked, whole = sample(0, 0), sample(0, 1)
     masked.measures = {"thinks": 1.0, "steps": -0.25}
-    masked.response_mask, masked.rollout_log_probs = [0, 1], [0.0, -1.0]
+    masked.response_mask, masked.rollout_log_probs = mask_array([0, 1]), log_probs_array([0.0, -1.0])
     assert ([*masked.sampled], [*whole.sampled]) == ([1], [0, 1])
     path = rollouts_path(tmp_path, 1)
     save_samples(path, [masked, whole])
@@ -71,7 +76,7 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
 def test_what_the_teacher_saw_is_kept_for_people_and_its_prompt_is_not(tmp_path: Path) -> None:
     shown, bare = sample(0, 0), sample(0, 1)
     shown.feedback, shown.privileged_source, shown.privileged = "no\u2028", "feedback", "Feedback:\nno"
-    shown.teacher_prompt_ids = [1, 2, 3]
+    shown.teacher_prompt_ids = ids_array([1, 2, 3])
     path = rollouts_path(tmp_path, 1)
     save_samples(path, [shown, bare])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -108,7 +113,7 @@ def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
 
 def test_a_log_prob_of_a_token_that_was_not_sampled_is_refused(tmp_path: Path) -> None:
     shifted = sample(0, 0)
-    shifted.response_mask, shifted.rollout_log_probs = [0, 1], [-1.0, 0.0]
+    shifted.response_mask, shifted.rollout_log_probs = mask_array([0, 1]), log_probs_array([-1.0, 0.0])
     path = rollouts_path(tmp_path, 1)
     save_samples(path, [shifted])
     with pytest.raises(ReplayError, match="must be 0.0 where response_mask is 0"):
@@ -246,7 +251,7 @@ UNSOUND: dict[str, list[object]] = {
 
 
 def write_record(path: Path, **changes: object) -> None:
-    record = dataclasses.asdict(sample(0, 0)) | changes
+    record = as_json(sample(0, 0)) | changes
     path.write_text(json.dumps(record, allow_nan=True) + "\n")
 
 
@@ -328,8 +333,9 @@ def test_any_rollout_is_sound_or_refused_in_one_line(changes: dict[str, object],
         for found in samples:
             count = len(found.response_ids)
             assert count == len(found.rollout_log_probs) > 0 and len(found.sampled) > 0
-            assert all(type(token) is int and 0 <= token < 10 for token in found.prompt_ids + found.response_ids)
-            assert torch.tensor(found.rollout_log_probs, dtype=torch.float32).isfinite().all()
+            assert {found.prompt_ids.dtype, found.response_ids.dtype} == {np.dtype(np.int32)}
+            assert all(0 <= token < 10 for token in [*found.prompt_ids, *found.response_ids])
+            assert found.rollout_log_probs.dtype == np.float32 and np.isfinite(found.rollout_log_probs).all()
             assert torch.tensor(found.reward, dtype=torch.float32).square().mul(1e6).isfinite()
-            write_record(path, **dataclasses.asdict(found))
+            write_record(path, **as_json(found))
             assert read_samples(path) == [found]

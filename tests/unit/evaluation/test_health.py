@@ -139,7 +139,10 @@ def random_samples(draw: random.Random, groups: int, per_group: int) -> tuple[li
             text = draw.choice(["3\n#### -4", "Hmm, 4-1=2. Wait, 4-1=3\n#### -4.0", "wait 5\n#### 4", ""])
             answer = {"-4": "-4", ".0": "-4.0", " 4": "4", "": None}[text[-2:]]
             mask = [int(draw.random() < 0.7) for _ in range(length - 1)] + [1] if draw.random() < 0.3 else None
-            tokens, logs = [draw.randrange(3) for _ in range(length)], [-draw.random() for _ in range(length)]
+            tokens, logs = (
+                [draw.randrange(3) for _ in range(length)],
+                [float(np.float32(-draw.random())) for _ in range(length)],
+            )
             sample = make_sample(
                 group,
                 number,

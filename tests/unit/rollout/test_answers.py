@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from random import Random
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -58,7 +59,9 @@ def sound_by_the_definition(answer_row, limit, vocab_size):
         and isinstance(triples, list)
         and len(triples) == len(ids)
         and all(isinstance(triple, list) and len(triple) >= 2 for triple in triples)
-        and all(type(value) in (int, float) and math.isfinite(value) and value <= 1e-3 for value, *_ in triples)
+        and all(
+            type(value) in (int, float) and math.isfinite(value) and -3.5e38 < value <= 1e-3 for value, *_ in triples
+        )
         and all(triple[1] == token for triple, token in zip(triples, ids, strict=True))
     )
 
@@ -79,6 +82,7 @@ def test_random_answers_are_accepted_exactly_by_the_definition():
         0.0,
         -0.5,
         1.0,
+        -1e39,
         1e-3,
         0.002,
         -math.inf,
@@ -116,8 +120,9 @@ def test_random_answers_are_accepted_exactly_by_the_definition():
         accepted += expected
         if expected:
             [completion] = check_completions([found], [{"max_new_tokens": 3}], VERSION, 10)
-            assert (completion.output_ids, completion.log_probs) == (ids, [triple[0] for triple in triples])
-            assert all(type(value) is float for value in completion.log_probs)
+            assert (completion.output_ids.dtype, completion.output_ids.tolist()) == (np.int32, ids)
+            assert completion.log_probs.dtype == np.float32
+            assert completion.log_probs.tolist() == [np.float32(triple[0]) for triple in triples]
         else:
             with pytest.raises(FailedTryError, match="row 0") as caught:
                 check_completions([found], [{"max_new_tokens": 3}], VERSION, 10)

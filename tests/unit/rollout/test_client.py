@@ -128,8 +128,8 @@ async def test_rows_keep_their_order_over_requests_and_servers():
     first, second = FakeServer(), FakeServer()
     async with first.serve() as a, second.serve() as b:
         completions = await sample(client(a, b))
-    assert [c.output_ids for c in completions] == EXPECTED
-    assert completions[0].log_probs == [-0.5, -1.0, -1.5]
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED
+    assert completions[0].log_probs.tolist() == [-0.5, -1.0, -1.5]
     assert (completions[0].finish_reason, completions[0].weight_version, completions[0].text) == ("stop", VERSION, "t")
     assert sorted(len(body["input_ids"]) for _, _, body in first.requests) == [3, 3]  # requests 0 and 2
     assert sorted(len(body["input_ids"]) for _, _, body in second.requests) == [1, 3]  # requests 1 and 3
@@ -215,7 +215,7 @@ async def test_one_bad_answer_is_asked_for_again(action):
     server = FakeServer([action])
     async with server.serve() as url:
         completions = await sample(client(url))
-    assert [c.output_ids for c in completions] == EXPECTED
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED
     assert len(server.requests) == 5  # four requests, one of them twice
 
 
@@ -235,7 +235,7 @@ async def test_ids_outside_the_vocabulary_are_asked_for_again():
     server = FakeServer([sampled([1, largest + 1])])
     async with server.serve() as url:
         completions = await sample(client(url), vocab_size=largest + 1)
-    assert [c.output_ids for c in completions] == EXPECTED  # the largest id of the vocabulary among them
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED  # the largest id of the vocabulary among them
     assert len(server.requests) == 5
 
 
@@ -256,7 +256,7 @@ async def test_each_row_has_its_own_limit_or_none():
     ]
     server = FakeServer()
     async with server.serve() as url:
-        assert [c.output_ids for c in await sample(client(url), PROMPTS[:2], params[:2])] == EXPECTED[:2]
+        assert [c.output_ids.tolist() for c in await sample(client(url), PROMPTS[:2], params[:2])] == EXPECTED[:2]
         with pytest.raises(RolloutServerError, match="row 2: 3 tokens, but max_new_tokens is 2"):
             await sample(client(url), PROMPTS[:3], params)
 
@@ -275,7 +275,7 @@ async def test_a_hanging_request_is_repeated():
     server = FakeServer(["hang"])
     async with server.serve() as url:
         completions = await sample(client(url, request_timeout=0.3))
-    assert [c.output_ids for c in completions] == EXPECTED
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED
 
 
 async def test_version_error_names_the_expected_version():
@@ -314,7 +314,7 @@ async def test_a_server_that_does_not_take_the_key_is_named_at_once_and_another_
             await sample(client(a, api_key=key), rows_per_request=10)
         assert caught.value.tries == 1 and len(denying.requests) == 1
         assert key is None or key not in str(caught.value)
-        assert [c.output_ids for c in await sample(client(a, b, api_key=key), rows_per_request=10)] == EXPECTED
+        assert [c.output_ids.tolist() for c in await sample(client(a, b, api_key=key), rows_per_request=10)] == EXPECTED
         denying.replies["/model_info"] = (403, {"error": "Forbidden"})
         both = client(a, b, "http://127.0.0.1:9", api_key=key)
         async with both:
@@ -330,7 +330,7 @@ async def test_a_dead_server_is_replaced_by_the_next():
     server = FakeServer()
     async with server.serve() as url:
         completions = await sample(client("http://127.0.0.1:9", url))
-    assert [c.output_ids for c in completions] == EXPECTED
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED
 
 
 async def test_a_server_that_fails_gets_nothing_more_while_another_serves():
@@ -339,7 +339,7 @@ async def test_a_server_that_fails_gets_nothing_more_while_another_serves():
     async with bad.serve() as a, good.serve() as b, client(a, b, max_in_flight=1) as c:
         for _ in range(5):
             completions = await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=1)
-            assert [completion.output_ids for completion in completions] == EXPECTED
+            assert [completion.output_ids.tolist() for completion in completions] == EXPECTED
         assert len(bad.requests) == 1
         assert c.pool.with_status(Status.SUSPECT) == [a] and c.pool.with_status(Status.SERVING) == [b]
 
@@ -434,7 +434,7 @@ def test_one_client_serves_several_event_loops():
             return await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=5)
 
     for _ in range(2):
-        assert [x.output_ids for x in asyncio.run(once())] == EXPECTED
+        assert [x.output_ids.tolist() for x in asyncio.run(once())] == EXPECTED
 
 
 async def test_control_calls_reach_every_server():
@@ -505,7 +505,7 @@ async def test_through_a_router_go_single_rows_and_nothing_else():
         completions = await c.generate(PROMPTS, PARAMS, weight_version=VERSION, rows_per_request=3)
         await c.pause_generation()
         await c.continue_generation()
-    assert [c.output_ids for c in completions] == EXPECTED
+    assert [c.output_ids.tolist() for c in completions] == EXPECTED
     assert sorted(body["input_ids"] for _, _, body in router.requests) == [[prompt] for prompt in PROMPTS]
     assert {path for _, path, _ in router.requests} == {"/generate"} and router.most_running <= 4
     # not in a list
@@ -535,7 +535,7 @@ async def test_a_router_heeds_the_limits_of_a_request():
     router = FakeServer(["hang"])
     async with router.serve() as r, client("http://127.0.0.1:9", router=r, request_timeout=0.2) as c:
         (completion,) = await c.generate(PROMPTS[:1], PARAMS[:1], weight_version=VERSION, rows_per_request=1)
-    assert completion.output_ids == EXPECTED[0]
+    assert completion.output_ids.tolist() == EXPECTED[0]
     with pytest.raises(ValueError, match="must start with http"):
         client("http://a:1", router="a:2")
 

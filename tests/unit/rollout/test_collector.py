@@ -415,7 +415,11 @@ def test_tokens_that_the_policy_did_not_sample_are_masked(
 ) -> None:
     collector, _ = start(f"rollout.function={module}:tool")
     sample = collector.take().groups[0].samples[1]
-    assert sample.response_ids[:2] == [7, 7] and sample.response_mask[:3] == [0, 0, 1] and sample.reward == 1.0
+    assert (
+        sample.response_ids[:2].tolist() == [7, 7]
+        and sample.response_mask[:3].tolist() == [0, 0, 1]
+        and sample.reward == 1.0
+    )
 
 
 def test_a_filter_of_ones_own_chooses_groups(start: Callable[..., tuple[Collector, Servers]], module: str) -> None:

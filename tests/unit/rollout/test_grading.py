@@ -38,7 +38,9 @@ def test_rewards_and_texts_are_those_of_the_tokens(server_text: str) -> None:
     assert [sample.reward for sample in samples] == [1.0, 0.0, 1.0, 0.0]
     assert [sample.predicted_answer for sample in samples] == ["2", "3", "3", "2"]
     assert [sample.text for sample in samples] == responses  # without the end token
-    assert [sample.response_ids for sample in samples] == [c.output_ids for c in completions]  # with it
+    assert [sample.response_ids is c.output_ids for sample, c in zip(samples, completions, strict=True)] == [
+        True
+    ] * 4  # with it
     assert [(sample.problem_id, sample.group, sample.sample) for sample in samples] == [
         ("a", 4, 0),
         ("a", 4, 1),
@@ -80,7 +82,7 @@ def test_the_vocabulary_bounds_what_servers_answer(
     options = {"temperature": 1.0, "top_p": 1.0, "weight_version": "7", "rows_per_request": 1, "vocab_size": vocab_size}
     client = make_client(config, ["http://server"])
     if accepted:
-        assert [c.output_ids for c in generate(client, [[1]], [0], config, **options)] == [[99]]
+        assert [c.output_ids.tolist() for c in generate(client, [[1]], [0], config, **options)] == [[99]]
     else:
         with pytest.raises(RolloutServerError, match="id 99 of token 0 is outside the vocabulary of 99"):
             generate(client, [[1]], [0], config, **options)

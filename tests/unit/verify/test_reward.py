@@ -60,7 +60,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def code(sample): return 1, b'a'\n"
         "def wordy(sample): return 'much', 'a'\n"
         "def vandal(sample):\n"
-        "    for ids in (sample.prompt_ids, sample.response_ids, sample.rollout_log_probs): ids.clear()\n"
+        "    for ids in (sample.prompt_ids, sample.response_ids, sample.rollout_log_probs): ids[:] = 0\n"
         "    sample.weight_versions[0][0] = 'other'; sample.text = None; return 0.25\n"
         "partial = functools.partial(lambda sample, by: 1 / by, by=0)\n"
     )
