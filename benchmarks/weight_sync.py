@@ -193,7 +193,7 @@ def bucket_sync(
     from dasd_megatron.training.weight_sync import weight_sync_class
     from dasd_megatron.training.weight_sync.send import send_weights
 
-    sender = weight_sync_class(kind).sender_class(config.rollout, {url: 1}, ServerPool([url]))
+    sender = weight_sync_class(kind).sender_class(config.rollout, {url: 1}, ServerPool([url]), stage=0)
     numbers = itertools.count(1)
 
     def sync() -> None:

@@ -39,7 +39,7 @@ WEIGHT_WAYS: dict[str, WeightWay] = {
         ),
         WeightWay(
             "distributed",
-            "broadcast over a process group of trainer and servers",
+            "broadcast by the source of every pipeline stage, over process groups with the servers",
             "dasd_megatron.training.weight_sync.distributed:DistributedSync",
             gpu_route="over NCCL",
         ),

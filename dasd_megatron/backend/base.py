@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dasd_megatron.config import BackendConfig, PrecisionConfig
@@ -56,6 +57,12 @@ class Backend(Protocol):
 
     def release_cached_memory(self) -> None:
         """Give memory that this process has freed and kept back, so that other processes can take it."""
+
+    def beside(self, tensor: torch.Tensor) -> AbstractContextManager[None]:
+        """Return a context for work of a thread on ``tensor`` that nothing else on its device waits for.
+
+        The work begins after all that was queued before. At the end of the context it is done.
+        """
 
     def get_rng_state(self) -> torch.Tensor:
         """Return the state of the device's default generator, uint8 on the host."""

@@ -204,6 +204,11 @@ def release_cached_memory() -> None:
         trim(0)
 
 
+def beside(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return a context that does nothing, since a thread of the host holds up no other."""
+    return contextlib.nullcontext()
+
+
 def get_rng_state() -> torch.Tensor:
     """Return the state of the default generator, uint8."""
     return torch.get_rng_state()

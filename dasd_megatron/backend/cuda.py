@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -132,6 +134,16 @@ def loss_block_tokens(columns: int) -> int:
 def release_cached_memory() -> None:
     """Let torch's allocator give back the blocks that hold no tensor."""
     torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def beside(tensor: torch.Tensor) -> Iterator[None]:
+    """Put the work of the body on a stream of its own, and wait for it at the end."""
+    stream = torch.cuda.Stream(tensor.device)
+    stream.wait_stream(torch.cuda.default_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def get_rng_state() -> torch.Tensor:

@@ -138,12 +138,15 @@ class RolloutConfig:
     )
     weight_bucket_bytes: int = setting(
         512 * 2**20,
-        "weight_sync=distributed and tensor: bytes sent at once; two buckets are in memory, one travels while the "
-        "next is gathered",
+        "weight_sync=distributed and tensor: bytes sent at once; a sending rank has two buckets in memory, one travels "
+        "while the next is gathered",
         low=1,
     )
     weight_sync_timeout_seconds: float = setting(
-        300.0, "limit of each request of a weight sync, of each broadcast and of the start of the group", low=0.1
+        300.0,
+        "limit of each request of a weight sync; of the start of the groups, and of the broadcasts that follow one "
+        "another, twice that",
+        low=0.1,
     )
     verify_weights: int = setting(
         0,

@@ -8,13 +8,13 @@ class with these three corrected.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from transformers import PretrainedConfig
@@ -23,24 +23,10 @@ from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, cast
 from dasd_megatron.models.mbridge_families import Bridge, bridge_class
+from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, HfTensor, plan_buckets, split_bucket
 
-
-@dataclass(frozen=True)
-class ExportEntry:
-    """One Megatron parameter: where it is, and the shape of its shard."""
-
-    stage: int
-    """Pipeline stage."""
-    chunk: int
-    """Model chunk on that stage."""
-    local_name: str
-    """Name in the chunk."""
-    name: str
-    """Name in the whole model."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    partition_dim: int | None
-    """Dimension that tensor-parallel ranks share; None where each has all of it."""
+EXPORT_BUCKET_BYTES = 32 * 2**20
+"""Bytes of tensors that are gathered at once where nobody asks for another size."""
 
 
 class _CheckedReader:
@@ -85,43 +71,109 @@ class _Corrections(Bridge):
                 for name, parameter in model.named_parameters():
                     dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
                     place = (self.mpu.pp_rank, index, name, names[name])
-                    mine.append(ExportEntry(*place, tuple(parameter.shape), parameter.dtype, dim))
+                    tensors = tuple(
+                        HfTensor(hf_name, parameter.dtype, self.hf_shapes[hf_name])
+                        for hf_name in self._weight_name_mapping_mcore_to_hf(names[name])
+                    )
+                    mine.append(ExportEntry(*place, tuple(parameter.shape), parameter.dtype, dim, tensors))
             stages: list[list[ExportEntry]] = [[] for _ in range(self.mpu.pp_size)]
             dist.all_gather_object(stages, mine, group=self.mpu.pp_group)
             self._plan = [entry for stage in stages for entry in stage]
         return self._plan
 
+    @property
+    def export_stage(self) -> int | None:
+        """The pipeline stage whose weights this rank gathers, as its source: that is the first tensor-parallel rank of
+        the stage, in the first data-parallel replica, since the others have the same weights. None on other ranks; 0
+        on global rank 0."""
+        return self.mpu.pp_rank if self._exports() and self.mpu.tp_rank == 0 else None
+
+    def _exports(self) -> bool:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
     @torch.no_grad()
     def export_weights(
         self, chunks: list[torch.nn.Module], only: Collection[str] | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield Hugging Face's names and tensors, on every rank; with ``only`` those made of these parameters of the
-        plan.
+        """Yield Hugging Face's names and tensors on global rank 0, and nothing on other ranks; with ``only`` those made
+        of these parameters of the plan.
 
-        Collectives: per parameter a broadcast over the pipeline ranks and an all-gather over the tensor-parallel ranks,
-        where there are several. Tensors may be views of the parameters.
+        To be iterated on every rank. Collectives: those of :meth:`collect_bucket` for every bucket of
+        ``EXPORT_BUCKET_BYTES``. The tensors are views of the bucket, whose memory nothing else uses.
         """
-        parameters = [dict(unwrap_model(chunk).named_parameters()) for chunk in chunks]
-        device = next(parameter.device for chunk in parameters for parameter in chunk.values())
-        for entry in self.export_plan(chunks):
-            if only is not None and entry.name not in only:
-                continue
-            if entry.stage == self.mpu.pp_rank:
-                shard: Any = parameters[entry.chunk][entry.local_name]
-            else:
-                shard = torch.empty(entry.shape, dtype=entry.dtype, device=device)
-                if entry.partition_dim is not None:
-                    shard.tensor_model_parallel, shard.partition_dim = True, entry.partition_dim
-            if self.mpu.pp_size > 1:
-                dist.broadcast(
-                    shard.detach(), dist.get_global_rank(self.mpu.pp_group, entry.stage), group=self.mpu.pp_group
-                )
+        rank0 = self.export_stage == 0
+        for bucket in plan_buckets(self.export_plan(chunks), EXPORT_BUCKET_BYTES, only):
+            flat = torch.empty(bucket.size, dtype=torch.uint8, device=_device(chunks)) if rank0 else None
+            self.collect_bucket(chunks, bucket, flat, to_stage=0)
+            if flat is not None:
+                yield from _named_views(bucket, flat)
+
+    @torch.no_grad()
+    def collect_bucket(
+        self, chunks: list[torch.nn.Module], bucket: ExportBucket, flat: torch.Tensor | None, *, to_stage: int
+    ) -> None:
+        """Bring a bucket to the source rank of the pipeline stage ``to_stage``.
+
+        Every rank may call it; those that have no part in it return at once. Collectives: one gather over the
+        tensor-parallel ranks of the bucket's stage, of the shards of all its parameters, and one message between two
+        pipeline stages where ``to_stage`` is another one.
+
+        flat: [bucket.size] uint8 on the rank that gets it, elsewhere None. None there too lets the bucket go by.
+        """
+        if not self._exports():
+            return
+        source, moves = self.export_stage == bucket.stage, bucket.stage != to_stage
+        receives = moves and self.export_stage == to_stage
+        if flat is None and (receives or (moves and source)):
+            flat = torch.empty(bucket.size, dtype=torch.uint8, device=_device(chunks))
+        if self.mpu.pp_rank == bucket.stage:
+            parameters = [dict(unwrap_model(chunk).named_parameters()) for chunk in chunks]
+            shards = [parameters[entry.chunk][entry.local_name] for entry in bucket.entries]
+            parts = self._gather_shards(bucket.entries, shards)
+            if flat is not None:
+                self._fill_bucket(bucket, flat, shards, parts)
+        pipeline = self.mpu.pp_group
+        if flat is not None and receives:
+            dist.recv(flat, dist.get_global_rank(pipeline, bucket.stage), group=pipeline)
+        elif flat is not None and moves:
+            dist.send(flat, dist.get_global_rank(pipeline, to_stage), group=pipeline)
+
+    def _gather_shards(
+        self, entries: Sequence[ExportEntry], shards: Sequence[torch.Tensor]
+    ) -> dict[str, list[torch.Tensor]]:
+        """Return all tensor-parallel ranks' shards of the parameters that they share, by name, on the first of them;
+        elsewhere nothing. One gather, where there are several ranks."""
+        shared = [
+            (entry, shard) for entry, shard in zip(entries, shards, strict=True) if entry.partition_dim is not None
+        ]
+        if self.mpu.tp_size == 1 or not shared:
+            return {}
+        # Wide elements first, so that each shard begins at a multiple of its element's size.
+        shared.sort(key=lambda pair: -pair[0].dtype.itemsize)
+        packed = torch.cat([shard.detach().contiguous().view(torch.uint8).flatten() for _, shard in shared])
+        first = self.mpu.tp_rank == 0
+        # The other ranks have no use for the whole bucket.
+        gathered = [torch.empty_like(packed) for _ in range(self.mpu.tp_size)] if first else None
+        dist.gather(packed, gathered, dist.get_global_rank(self.mpu.tp_group, 0), group=self.mpu.tp_group)
+        dtypes, shapes = [entry.dtype for entry, _ in shared], [entry.shape for entry, _ in shared]
+        by_rank = [split_bucket(flat, dtypes, shapes) for flat in gathered or []]
+        return {entry.name: [parts[index] for parts in by_rank] for index, (entry, _) in enumerate(shared) if first}
+
+    def _fill_bucket(
+        self,
+        bucket: ExportBucket,
+        flat: torch.Tensor,
+        shards: Sequence[torch.Tensor],
+        parts: dict[str, list[torch.Tensor]],
+    ) -> None:
+        """Write the Hugging Face tensors of a bucket into ``flat``."""
+        places = dict(_named_views(bucket, flat))
+        for entry, shard in zip(bucket.entries, shards, strict=True):
             whole = shard.detach()
-            if entry.partition_dim is not None and self.mpu.tp_size > 1:
-                shards = [torch.empty_like(whole) for _ in range(self.mpu.tp_size)]
-                dist.all_gather(shards, whole, group=self.mpu.tp_group)
-                whole = self._weight_merge_across_tp(entry.name, shards, shard)
-            yield from zip(*self._weight_to_hf_format(entry.name, whole), strict=True)
+            if entry.name in parts:
+                whole = self._weight_merge_across_tp(entry.name, parts[entry.name], shard)
+            for name, tensor in zip(*self._weight_to_hf_format(entry.name, whole), strict=True):
+                places[name].copy_(tensor)
 
     @functools.cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -177,15 +229,25 @@ def make_bridge(
     return bridge
 
 
+def _device(chunks: list[torch.nn.Module]) -> torch.device:
+    return next(chunks[0].parameters()).device
+
+
+def _named_views(bucket: ExportBucket, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return the tensors of a bucket with their names, views into ``flat``."""
+    tensors = bucket.tensors
+    views = split_bucket(flat, [tensor.dtype for tensor in tensors], [tensor.shape for tensor in tensors])
+    return zip([tensor.name for tensor in tensors], views, strict=True)
+
+
 @torch.no_grad()
 def export_hf(
     bridge: Bridge, chunks: list[torch.nn.Module], path: Path, *, template_dir: Path, dtype: torch.dtype, manifest: bool
 ) -> Callable[[], None]:
     """Write the sharded model's weights as a Hugging Face directory at ``path``, tensor by tensor, by global rank 0.
 
-    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
-    Rank 0 holds one whole tensor at a time. If its disk fails, it goes on until every tensor has come, so that no other
-    rank waits for it.
+    Collective over all ranks, as ``bridge.export_weights``: the weights come bucket by bucket, of which rank 0 holds
+    one. If its disk fails, it goes on until every bucket has come, so that no other rank waits for it.
 
     Args:
         template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
@@ -205,7 +267,6 @@ def export_hf(
     for name, tensor in bridge.export_weights(chunks):
         if writer is not None and failure is None:
             try:
-                # A tied head comes by again from the last pipeline stage, and is written already.
                 writer.write(name, tensor)
             except (OSError, WeightsError) as error:
                 failure = error

@@ -1,16 +1,15 @@
-"""The process group that carries weights from the trainer to rollout servers, and the flat buckets that travel over it.
+"""The process groups that carry weights from the trainer to rollout servers, one for each pipeline stage.
 
-It is apart from the trainer's own groups. Its rank 0 is the trainer's first process. The others are the servers'
-processes, which join when ``/init_weights_update_group`` asks them to; SGLang joins it in the same way.
+They are apart from the trainer's own groups. Rank 0 of each is a process of the trainer, which gathers the weights of
+its stage. The others are the servers' processes, which join when ``/init_weights_update_group`` asks them to; SGLang
+joins in the same way.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -50,20 +49,3 @@ def join_weight_group(
     )
     distributed_c10d._world.pg_group_ranks[group] = {index: index for index in range(world_size)}
     return group
-
-
-def split_bucket(
-    flat: torch.Tensor, dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
-    """Return the tensors of a bucket, views into ``flat`` [bytes] uint8, where they lie end to end."""
-    tensors, offset = [], 0
-    for dtype, shape in zip(dtypes, shapes, strict=True):
-        size = torch.Size(shape).numel() * dtype.itemsize
-        tensors.append(flat[offset : offset + size].view(dtype).reshape(shape))
-        offset += size
-    return tensors
-
-
-def bucket_bytes(dtypes: Sequence[torch.dtype], shapes: Sequence[Sequence[int]]) -> int:
-    """Return the size of a bucket with these tensors."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True))

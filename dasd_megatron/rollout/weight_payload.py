@@ -23,9 +23,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from dasd_megatron.models.pickles import check_pickle
-
-Entry = tuple[str, torch.dtype, tuple[int, ...]]
-"""Name, dtype and shape of one tensor of a bucket, in which the tensors lie end to end."""
+from dasd_megatron.models.weight_export import HfTensor
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -73,21 +71,25 @@ class _Call:
         return self._call
 
 
-def pack(flat: torch.Tensor, entries: Sequence[Entry]) -> str:
+def pack(flat: torch.Tensor, tensors: Sequence[HfTensor]) -> str:
     """Return the payload of a bucket for one receiving process, which may open it once.
 
-    flat: [bytes] uint8, the head of a :class:`SharedBuffer`, or memory of a GPU.
+    flat: [bytes] uint8, the head of a :class:`SharedBuffer`, or memory of a GPU; the tensors lie in it end to end.
     """
     metadata, start = [], 0
-    for name, dtype, shape in entries:
-        size = torch.Size(shape).numel() * dtype.itemsize
+    for tensor in tensors:
         # SGLang's own class has these attributes, and asks for no more.
         metadata.append(
             SimpleNamespace(
-                name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=start + size, numel=size
+                name=tensor.name,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                start_idx=start,
+                end_idx=start + tensor.size,
+                numel=tensor.size,
             )
         )
-        start += size
+        start += tensor.size
     memory = _cuda_memory(flat) if flat.is_cuda else _shared_memory(flat)
     return base64.b64encode(pickle.dumps({"flattened_tensor": memory, "metadata": metadata})).decode()
 

@@ -29,20 +29,21 @@ TP2_PP2 = ["parallel=tp2", "parallel.pipeline_model_parallel_size=2"]
 
 @pytest.mark.parametrize("way", ["tensor", "distributed"])
 @pytest.mark.parametrize(
-    ("engine", "layout", "processes"),
+    ("engine", "layout", "processes", "servers"),
     [
-        # The short form of the drill that follows. It stays in `make test`, with the embedded server.
-        ("embedded", TP2_PP2, 4),
-        pytest.param("sglang", ["parallel=single"], 1, marks=pytest.mark.drill),
+        # The short form of the drill that follows. It stays in `make test`, with two embedded servers, which must get
+        # the stages' buckets in the same order.
+        ("embedded", TP2_PP2, 4, 2),
+        pytest.param("sglang", TP2_PP2, 4, 1, marks=pytest.mark.drill),
     ],
 )
-def test_the_server_holds_what_the_policy_is(
-    way: str, engine: str, layout: list[str], processes: int, tmp_path: Path
+def test_the_servers_hold_what_the_policy_is(
+    way: str, engine: str, layout: list[str], processes: int, servers: int, tmp_path: Path
 ) -> None:
     overrides = [*SMALL_BUCKETS, *layout]
     if engine == "sglang":
         overrides += ["rollout=sglang_cpu", f"rollout.sglang.python={sglang_python()}"]
     overrides += [f"rollout.weight_sync={way}", "rollout.max_retries=0"]
     path = make_tiny_model(tmp_path / "model", TINY, 0)
-    arguments = {"path": str(path), "log": str(tmp_path / "server.log"), "overrides": overrides}
+    arguments = {"path": str(path), "log": str(tmp_path / "server.log"), "servers": servers, "overrides": overrides}
     torchrun("weight_sync_to_server", processes, arguments, timeout=400)

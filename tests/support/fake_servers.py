@@ -6,7 +6,6 @@ import itertools
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -14,12 +13,12 @@ import torch
 from transformers import Qwen3Config
 
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, HfTensor, split_bucket
 from dasd_megatron.rollout.answers import Answer
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.local_server import ServerStartError
 from dasd_megatron.rollout.pool import ServerPool
-from dasd_megatron.rollout.weight_payload import Entry
-from dasd_megatron.training.weight_sync.send import BucketSender, Future
+from dasd_megatron.training.weight_sync.send import BucketSender
 
 MODEL = Qwen3Config(architectures=["Qwen3ForCausalLM"], vocab_size=100, hidden_size=32)
 
@@ -153,9 +152,9 @@ class FakeSender(BucketSender):
 
     made: list[FakeSender]
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.buckets: list[tuple[bytes, list[Entry]]] = []
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.buckets: list[tuple[bytes, tuple[HfTensor, ...]]] = []
         self.drops = 0
         type(self).made.append(self)
 
@@ -163,30 +162,53 @@ class FakeSender(BucketSender):
     def joined(self) -> bool:
         return True
 
-    def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
-        self.buckets.append((bytes(flat.tolist()), entries))
-        return self.run(self.client.update_weights_from_tensor([["bucket"] for _ in self.urls]))
+    def start(self, buckets: Sequence[ExportBucket], flat: torch.Tensor | None) -> None:
+        for bucket in buckets:
+            self.buckets.append((bytes(flat.tolist()), bucket.tensors))
+            self.answers = self.run(self.client.update_weights_from_tensor([["bucket"] for _ in self.urls]))
 
     def drop(self) -> None:
         self.drops += 1
 
 
 class FakeBridge:
-    """In the place of a model's bridge: ``tensors`` pass by in order, and ``passed`` counts them."""
+    """In the place of a model's bridge, on the only rank: ``tensors`` pass by in order, and ``passed`` counts them."""
+
+    export_stage = 0
 
     def __init__(self, *tensors: tuple[str, torch.Tensor]) -> None:
         self.tensors, self.passed, self.hf_config = tensors, 0, MODEL
 
         self.hf_shapes = {name: tensor.shape for name, tensor in tensors}
 
-    def export_plan(self, _chunks: Any) -> list[SimpleNamespace]:
-        return [SimpleNamespace(name=name) for name in self.hf_shapes]
+    def export_plan(self, _chunks: Any) -> list[ExportEntry]:
+        return [
+            ExportEntry(0, 0, name, name, tuple(tensor.shape), tensor.dtype, None, (hf_tensor(name, tensor),))
+            for name, tensor in self.tensors
+        ]
+
+    def collect_bucket(self, _chunks: Any, bucket: ExportBucket, flat: torch.Tensor | None, *, to_stage: int) -> None:
+        assert to_stage == bucket.stage == 0
+        if flat is None:
+            return
+        known = dict(reversed(self.tensors))
+        for tensor, place in zip(bucket.tensors, split_tensors(bucket, flat), strict=True):
+            self.passed += 1
+            place.copy_(known[tensor.name])
 
     def export_weights(self, _chunks: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.tensors:
             if only is None or name in only:
                 self.passed += 1
                 yield name, tensor
+
+
+def hf_tensor(name: str, tensor: torch.Tensor) -> HfTensor:
+    return HfTensor(name, tensor.dtype, tuple(tensor.shape))
+
+
+def split_tensors(bucket: ExportBucket, flat: torch.Tensor) -> list[torch.Tensor]:
+    return split_bucket(flat, [tensor.dtype for tensor in bucket.tensors], [tensor.shape for tensor in bucket.tensors])
 
 
 class FakeModel:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
+from dasd_megatron.models.weight_export import HfTensor
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 
@@ -200,7 +201,7 @@ def by_tensor(target, tensors):
     flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors.values()])
     buffer = SharedBuffer(flat.numel())
     buffer.bytes.copy_(flat)
-    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    entries = [HfTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     try:
         return target.post(
             "/update_weights_from_tensor",

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 TIMEOUT_SECONDS = 20.0
 
 
 class ThreadRanks:
-    """``size`` ranks. Torch's collectives of Python objects are between the threads of :meth:`run`; a single rank
-    needs none."""
+    """``size`` ranks. Torch's collectives of Python objects, and the largest of their numbers, are between the threads
+    of :meth:`run`; a single rank needs none."""
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.size = size
@@ -25,6 +26,7 @@ class ThreadRanks:
         monkeypatch.setattr(dist, "get_world_size", lambda group=None: size)
         monkeypatch.setattr(dist, "all_gather_object", self._all_gather)
         monkeypatch.setattr(dist, "broadcast_object_list", self._broadcast)
+        monkeypatch.setattr(dist, "all_reduce", self._largest)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Call ``work(rank)`` on every rank at once; what each returned or raised."""
@@ -59,6 +61,10 @@ class ThreadRanks:
 
     def _all_gather(self, gathered: list[Any], value: Any, group: Any = None) -> None:
         gathered[:] = self.exchange(value)
+
+    def _largest(self, tensor: torch.Tensor, op: Any, group: Any = None) -> None:
+        assert op == dist.ReduceOp.MAX, "no other reduction is known to these ranks"
+        tensor.fill_(max(self.exchange(tensor.item())))
 
     def _broadcast(self, box: list[Any], src: int, group: Any = None) -> None:
         box[:] = self.exchange(list(box))[src]

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from dasd_megatron.errors import first_line
+from dasd_megatron.models.weight_export import bucket_bytes, split_bucket
 from dasd_megatron.rollout.embedded.schema import brief
-from dasd_megatron.rollout.weight_group import bucket_bytes, join_weight_group, split_bucket
+from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import PayloadError, unpack
 
 JOIN_TIMEOUT_SECONDS = 120.0

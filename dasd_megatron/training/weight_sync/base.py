@@ -32,7 +32,7 @@ class WeightSyncError(RuntimeError):
 
     def __init__(self, failure: str, url: str | None = None):
         super().__init__(f"weight sync: {failure}")
-        self.url = url
+        self.failure, self.url = failure, url
 
 
 class Receivers(Protocol):
@@ -116,7 +116,8 @@ class WeightSync(ABC):
 
     @abstractmethod
     def disconnect(self) -> None:
-        """End what connects this process with the servers; the next :meth:`send` connects anew. On global rank 0."""
+        """End what connects this process with the servers. After that of global rank 0 the next :meth:`send` connects
+        all ranks anew."""
 
 
 def raise_failure(failure: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""Weights over a process group of the trainer's first process and all processes of the servers."""
+"""Weights over process groups of the trainer's pipeline stages and all processes of the servers."""
 
 from __future__ import annotations
 
@@ -6,129 +6,200 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import socket
 import uuid
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
 from dasd_megatron import backend
+from dasd_megatron.models.weight_export import ExportBucket
+from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.transport import RolloutServerError
 from dasd_megatron.rollout.weight_group import join_weight_group
-from dasd_megatron.rollout.weight_payload import Entry
+from dasd_megatron.training.parallel import gather_world
+from dasd_megatron.training.weight_sync.base import raise_failure
 from dasd_megatron.training.weight_sync.send import LEAVE_SECONDS, BucketSender, BucketSync, Future
 
-T = TypeVar("T")
+
+class _Place(NamedTuple):
+    """A process group as its rank 0 offers it: the pipeline stage that it is for, and where each server finds it."""
+
+    stage: int
+    name: str
+    addresses: list[str]
+    port: int
 
 
 class DistributedSender(BucketSender):
-    """Sender over a process group, which is made when it is first needed, and again after a failure."""
+    """Sender over process groups, one for each pipeline stage, whose rank 0 is the source of that stage's weights. They
+    are made when they are first needed, and again after a failure.
 
+    Global rank 0 tells the servers when to take part in which broadcast. A server takes one bucket at a time, and two
+    servers that took those of two stages in different orders would wait for each other for ever. So all of them are
+    told of one stage's bucket after the other's, while the next buckets of all stages are gathered.
+    """
+
+    _connected = False
+    _place: _Place | None = None
     _group: dist.ProcessGroup | None = None
-    _store: dist.TCPStore | None = None
-    _name = ""
+    _moving: Future | None = None
+    """What this rank alone has under way: its joining, or its broadcast."""
     _leaving: Future | None = None
 
     @property
     def joined(self) -> bool:
-        """True while the process group stands."""
-        return self._group is not None
+        """True while the process groups stand."""
+        return self._connected
+
+    def rounds(self, buckets: Sequence[ExportBucket]) -> list[list[ExportBucket]]:
+        """Return the next bucket of every stage that has one left, round by round."""
+        stages: dict[int, list[ExportBucket]] = {}
+        for bucket in buckets:
+            stages.setdefault(bucket.stage, []).append(bucket)
+        together = itertools.zip_longest(*(stages[stage] for stage in sorted(stages)))
+        return [[bucket for bucket in members if bucket is not None] for members in together]
+
+    def sending_stage(self, bucket: ExportBucket) -> int:
+        """Return the bucket's own stage."""
+        return bucket.stage
 
     def drop(self) -> None:
-        """Leave the group; the next sync makes another."""
-        if self._group is not None:
-            self._leaving = self.run(self._leave(self._name, self._group))
-        self._group = self._store = None
+        """Leave the groups; the next sync makes others."""
+        if self._connected:
+            self._connected, self._moving = False, None
+            self._leaving = self.run(self._leave(self._names))
 
-    async def _leave(self, name: str, group: dist.ProcessGroup) -> None:
-        async def dismiss(url: str) -> None:
+    async def _leave(self, names: Sequence[str]) -> None:
+        group, self._group, self._place = self._group, None, None
+
+        async def dismiss(url: str, name: str) -> None:
             limits = dataclasses.replace(self.config, request_timeout_seconds=LEAVE_SECONDS)
             async with self.make_client(limits, [url]) as client:
                 with contextlib.suppress(RolloutServerError):  # it is down, or has left already
                     await client.destroy_weights_update_group(name)
 
-        # This runs in a thread, because a broadcast that still waits for a dead peer may hold it up, up to its own
-        # limit.
-        await asyncio.gather(asyncio.to_thread(dist.destroy_process_group, group), *map(dismiss, self.urls))
+        requests = [dismiss(url, name) for url in self.urls for name in names if self.client is not None]
+        if group is not None:
+            # This runs in a thread, because a broadcast that still waits for a dead peer may hold it up, up to its own
+            # limit.
+            requests.append(asyncio.to_thread(dist.destroy_process_group, group))
+        await asyncio.gather(*requests)
 
-    async def _join(self) -> None:
+    def begin(self) -> None:
+        """Start to open the update. Where there are no groups, make them first: collective over all ranks then, one
+        gather of Python objects."""
+        if self._connected:
+            super().begin()
+            return
+        self._connected = True
+        place: _Place | None = None
+        failure: Exception | None = None
+        try:
+            place, store = self._listen()
+        except (OSError, RuntimeError) as error:
+            failure = error
+        places = sorted(found for found in gather_world(place) if found is not None)
+        self._names = [found.name for found in places]
+        raise_failure(failure)
+        if place is not None:
+            self._moving = self.run(self._join(place, store))
+        if self.client is not None:
+            self.answers = self.run(self._invite(self.client, places))
+
+    def _listen(self) -> tuple[_Place | None, dist.TCPStore | None]:
+        """Open what the servers join a group by, where this rank is the source of a stage's weights."""
+        if self.stage is None:
+            return None, None
         addresses = [_address_towards(url) for url in self.urls]
-        limit = self.config.weight_sync_timeout_seconds
-        world_size = 1 + sum(self.sizes)
-        # The name is new each time, since a server may still know groups of a trainer that is gone.
-        name = f"weights-{uuid.uuid4().hex}"
         store = dist.TCPStore(
             addresses[0],
             0,
-            world_size,
+            1 + sum(self.sizes),
             is_master=True,
             wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=limit),
+            timeout=datetime.timedelta(seconds=self.limit_seconds),
         )
-        offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
-        kind = backend.current().collective_backend()
-        asked = self.client.init_weights_update_group(
-            addresses, store.port, rank_offsets=offsets, world_size=world_size, name=name, backend=kind
-        )
-        joining = asyncio.to_thread(
+        # The name is new each time, since a server may still know groups of a trainer that is gone.
+        return _Place(self.stage, f"weights-{uuid.uuid4().hex}", addresses, store.port), store
+
+    async def _join(self, place: _Place, store: dist.TCPStore | None) -> None:
+        self._place = place
+        group = await asyncio.to_thread(
             join_weight_group,
-            addresses[0],
-            store.port,
+            place.addresses[0],
+            place.port,
             rank=0,
-            world_size=world_size,
-            name=name,
-            backend=kind,
-            timeout_seconds=limit,
+            world_size=1 + sum(self.sizes),
+            name=place.name,
+            backend=backend.current().collective_backend(),
+            timeout_seconds=self.limit_seconds,
             store=store,
         )
-        self._name = name
-        self._group = await _await_both(asked, joining)
-        self._store = store
+        if self._place is place:
+            self._group, self._store = group, store
+        else:  # the sync has failed meanwhile
+            await asyncio.to_thread(dist.destroy_process_group, group)
 
-    def begin(self) -> None:
-        """Make the group if there is none, and open the update; raises as every sender's."""
-        if self._group is None:
-            self.finish(self.run(self._join()))
-        super().begin()
+    async def _invite(self, client: RolloutClient, places: Sequence[_Place]) -> None:
+        """Let the servers join the groups, and open the update. A server joins one at a time, and waits there for the
+        others, so that all have to be asked in the same order."""
+        offsets = [1 + sum(self.sizes[:index]) for index in range(len(self.sizes))]
+        for place in places:
+            await client.init_weights_update_group(
+                place.addresses,
+                place.port,
+                rank_offsets=offsets,
+                world_size=1 + sum(self.sizes),
+                name=place.name,
+                backend=backend.current().collective_backend(),
+            )
+        await client.begin_weight_update()
 
-    def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
-        """Announce a bucket to the servers and broadcast it."""
-        names, dtypes, shapes = zip(*entries, strict=True)
-        announced = self.client.update_weights_from_distributed(
-            names, [str(dtype).removeprefix("torch.") for dtype in dtypes], shapes, name=self._name
-        )
-        return self.run(_await_both(announced, asyncio.to_thread(dist.broadcast, flat, 0, self._group)))
+    def start(self, buckets: Sequence[ExportBucket], flat: torch.Tensor | None) -> None:
+        """Broadcast this rank's bucket, and let the servers take those of all ranks."""
+        if self._moving is not None:
+            # The servers have answered, so that it is done, or will be at once.
+            moving, self._moving = self._moving, None
+            self.finish(moving)
+        if flat is not None:
+            self._moving = self.run(asyncio.to_thread(self._broadcast, flat))
+        if self.client is not None and buckets:
+            self.answers = self.run(self._announce(self.client, buckets))
+
+    def _broadcast(self, flat: torch.Tensor) -> None:
+        with backend.current().beside(flat):
+            dist.broadcast(flat, 0, self._group)
+
+    async def _announce(self, client: RolloutClient, buckets: Sequence[ExportBucket]) -> None:
+        for bucket in buckets:
+            names, dtypes, shapes = zip(*bucket.tensors, strict=True)
+            await client.update_weights_from_distributed(
+                names,
+                [str(dtype).removeprefix("torch.") for dtype in dtypes],
+                shapes,
+                name=self._names[bucket.stage],
+            )
+
+    def check(self) -> None:
+        """Wait as every sender does. A broadcast of this rank that has failed by now is raised too."""
+        super().check()
+        if self._moving is not None and self._moving.done():
+            self.finish(self._moving)
 
     def start_closing(self) -> list[Future]:
-        """Begin to close, and include the leaving of the group in what is waited for."""
+        """Begin to close, and include the leaving of the groups in what is waited for."""
         return super().start_closing() + ([self._leaving] if self._leaving is not None else [])
 
 
 class DistributedSync(BucketSync):
-    """Weight sync over a process group, in which each version is broadcast."""
+    """Weight sync over process groups, in which each version is broadcast."""
 
     sender_class = DistributedSender
-
-
-async def _await_both(request: Awaitable[None], collective: Awaitable[T]) -> T:
-    """Return the result of ``collective`` once ``request``, which asks the servers to take part in it, is answered too.
-
-    A refused request is raised at once. The collective would wait for servers that never come until it times out, and
-    is left to do so.
-    """
-    asked, joined = asyncio.ensure_future(request), asyncio.ensure_future(collective)
-    tasks: list[asyncio.Future[None] | asyncio.Future[T]] = [asked, joined]
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    for task in tasks:
-        failure = task.exception() if task in done else None
-        if failure is not None:
-            for other in tasks:
-                other.cancel()
-            raise failure
-    return joined.result()
 
 
 def _address_towards(url: str) -> str:

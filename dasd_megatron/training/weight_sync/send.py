@@ -1,7 +1,7 @@
 """The policy's weights to the rollout servers without a file between them, bucket by bucket.
 
-A :class:`BucketSender` knows how a bucket travels to a fixed set of servers, :func:`send_weights` gathers and packs,
-and a :class:`BucketSync` chooses the servers and makes the senders.
+A :class:`BucketSender` knows how a bucket travels to a fixed set of servers, :func:`send_weights` lets the ranks gather
+and send in step, and a :class:`BucketSync` chooses the servers and makes the senders.
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ import dataclasses
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dasd_megatron import backend
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.errors import first_line
 from dasd_megatron.models.gpt import ShardedModel
-from dasd_megatron.rollout.client import ClientFactory, make_client
+from dasd_megatron.models.weight_export import ExportBucket, plan_buckets
+from dasd_megatron.rollout.client import ClientFactory, RolloutClient, make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.rollout.weight_payload import Entry, PayloadError
+from dasd_megatron.rollout.weight_payload import PayloadError
 from dasd_megatron.training.export import Policy
-from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank
+from dasd_megatron.training.parallel import broadcast_from_rank0, gather_world, on_selected_rank, true_on_any
 from dasd_megatron.training.weight_sync.base import WeightSync, WeightSyncError, raise_failure
 
 # A server that is gone, or hangs, is not waited for any longer when a group is left.
 LEAVE_SECONDS = 5.0
 
 Future = concurrent.futures.Future[Any]
+T = TypeVar("T")
 
 
 class BucketSender(ABC):
-    """Sender of buckets of weights to a fixed set of servers. It lives on global rank 0, while :func:`send_weights` is
-    collective over all ranks.
+    """Sender of buckets of weights to a fixed set of servers. Every rank has one, and that of global rank 0 talks to
+    the servers, for all.
 
-    Every step has the limit ``rollout.weight_sync_timeout_seconds``.
+    Every request has the limit ``rollout.weight_sync_timeout_seconds``, and what is under way at once twice that.
 
     sizes: the servers' addresses, with the processes of each that take part, its tensor-parallel size; pool: hears who
-    serves the weights.
+    serves the weights; stage: the pipeline stage whose weights this rank gathers, if it gathers any.
     """
 
     def __init__(
@@ -49,49 +52,71 @@ class BucketSender(ABC):
         config: RolloutConfig,
         sizes: Mapping[str, int],
         pool: ServerPool,
+        *,
+        stage: int | None,
         make_client: ClientFactory = make_client,
     ) -> None:
         self.config, self.urls, self.sizes = config, list(sizes), list(sizes.values())
-        self.make_client = make_client
+        self.stage, self.make_client = stage, make_client
         self.device = backend.current().device()
         self.buffers: dict[int, torch.Tensor] = {}
         """Memory of the device, by number of the buffer."""
+        self.answers: Future | None = None
+        """What the servers have still to answer, on global rank 0."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
-        # All servers have to be asked at once, since each may wait for the others.
-        in_flight = max(config.max_in_flight, len(self.urls))
-        limits = dataclasses.replace(
-            config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight
-        )
-        self.client = make_client(limits, self.urls, pool)
+        self.client: RolloutClient | None = None
+        if dist.get_rank() == 0:
+            # All servers have to be asked at once, since each may wait for the others.
+            in_flight = max(config.max_in_flight, len(self.urls))
+            limits = dataclasses.replace(
+                config, request_timeout_seconds=config.weight_sync_timeout_seconds, max_in_flight=in_flight
+            )
+            self.client = make_client(limits, self.urls, pool)
+
+    @property
+    def limit_seconds(self) -> float:
+        """Limit of what is under way at once. Each request has its own, and those of several stages follow one
+        another."""
+        return 2 * self.config.weight_sync_timeout_seconds
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Future:
         """Start ``work`` in this sender's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def finish(self, future: Future) -> None:
-        """Wait for what :meth:`send` has started; raises as :meth:`begin`."""
-        try:
-            # Each request and each collective in it has its own limit; this one is for what neither bounds.
-            future.result(2 * self.config.weight_sync_timeout_seconds + self.config.connect_timeout_seconds)
-        except (RolloutServerError, RuntimeError, OSError) as error:  # a TimeoutError is an OSError
-            self.drop()
-            raise WeightSyncError(
-                str(error) or type(error).__name__, error.url if isinstance(error, RolloutServerError) else None
-            ) from error
-
-    def begin(self) -> None:
-        """Open the update on every server.
+        """Wait for what this sender has started.
 
         Raises:
             WeightSyncError: a server refused, is gone or too slow.
         """
-        self.finish(self.run(self.client.begin_weight_update()))
+        try:
+            future.result(self.limit_seconds + self.config.connect_timeout_seconds)
+        except RolloutServerError as error:
+            raise WeightSyncError(str(error), error.url) from error
+        except TimeoutError as error:
+            raise WeightSyncError(f"not done within {self.limit_seconds:g} s") from error
+        except (RuntimeError, OSError) as error:
+            raise WeightSyncError(first_line(error)) from error
 
     @property
     @abstractmethod
     def joined(self) -> bool:
         """True where the next sync needs no new connection."""
+
+    def rounds(self, buckets: Sequence[ExportBucket]) -> list[list[ExportBucket]]:
+        """Return the buckets that are gathered, and then under way, at the same time, round by round; at most one for
+        each rank. By default they follow one another."""
+        return [[bucket] for bucket in buckets]
+
+    def sending_stage(self, bucket: ExportBucket) -> int:
+        """Return the pipeline stage whose source sends a bucket. By default that is the first one's, global rank 0."""
+        return 0
+
+    def begin(self) -> None:
+        """Start to open the update on every server. May be collective over all ranks."""
+        if self.client is not None:
+            self.answers = self.run(self.client.begin_weight_update())
 
     def buffer(self, index: int, size: int) -> torch.Tensor:
         """Return one of the two buffers, with room for ``size`` bytes at least: one fills while the other travels."""
@@ -100,12 +125,25 @@ class BucketSender(ABC):
         return self.buffers[index]
 
     @abstractmethod
-    def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
-        """Start to send a bucket, the head of a buffer; the future is done when every server has it."""
+    def start(self, buckets: Sequence[ExportBucket], flat: torch.Tensor | None) -> None:
+        """Start to send the buckets of a round.
+
+        flat: [size] uint8, the one that this rank sends, the head of a buffer; None where it sends none.
+        """
+
+    def check(self) -> None:
+        """Wait, on global rank 0, until every server has answered to what was started last; raises as :meth:`finish`.
+
+        Elsewhere it waits for nothing, because a server that refuses never comes for what another rank sends.
+        """
+        if self.answers is not None:
+            answers, self.answers = self.answers, None
+            self.finish(answers)
 
     def end(self, version: str) -> None:
-        """Close the update on every server and check that it serves ``version``; raises as :meth:`begin`."""
-        self.finish(self.run(self.client.end_weight_update(version)))
+        """Close the update on every server and check that it serves ``version``; raises as :meth:`finish`."""
+        if self.client is not None:
+            self.finish(self.run(self.client.end_weight_update(version)))
 
     @abstractmethod
     def drop(self) -> None:
@@ -119,7 +157,7 @@ class BucketSender(ABC):
 
     def start_closing(self) -> list[Future]:
         """Start the work that :meth:`close` waits for a little while."""
-        return [self.run(self.client.aclose())]
+        return [] if self.client is None else [self.run(self.client.aclose())]
 
 
 class BucketSync(WeightSync):
@@ -132,15 +170,13 @@ class BucketSync(WeightSync):
         """Send the policy to all servers that can take it.
 
         A server for which it fails is left out of the next try, as long as others are left. Collective over all ranks:
-        per try two gathers of a Python object, those of :func:`send_weights`, and a broadcast of a bool.
+        per try a gather and a broadcast of Python objects, :func:`send_weights`, and a broadcast of a bool.
         """
         rank0 = dist.get_rank() == 0
         while True:
-            on_selected_rank(rank0, self._connect, (RolloutServerError,))
-            failure = send_weights(
-                policy.model, self._sender, policy.version, bucket_size=self.config.weight_bucket_bytes
-            )
-            again = rank0 and failure is not None and self._leave_out(failure)
+            sender = self._connect(policy.model.bridge.export_stage)
+            failure = send_weights(policy.model, sender, policy.version, bucket_size=self.config.weight_bucket_bytes)
+            again = rank0 and failure is not None and self.receivers.leave_out(sender.urls, failure)
             if not broadcast_from_rank0(again):
                 break
         on_selected_rank(rank0, lambda: raise_failure(failure), (WeightSyncError,))
@@ -157,112 +193,95 @@ class BucketSync(WeightSync):
             self._sender.close()
             self._sender = None
 
-    def _connect(self) -> None:
-        """Make a sender to the servers that can take weights, unless there is one to exactly these."""
+    def _connect(self, stage: int | None) -> BucketSender:
+        """Return a sender to the servers that can take weights, a new one unless there is one to exactly these."""
+        rank0 = dist.get_rank() == 0
+        sizes = broadcast_from_rank0(on_selected_rank(rank0, self._choose_servers, (RolloutServerError,)))
+        if sizes is not None:
+            self.disconnect()
+            self._sender = self.sender_class(
+                self.config, sizes, self.receivers.pool, stage=stage, make_client=self.make_client
+            )
+        assert self._sender is not None, "global rank 0 keeps a sender that this rank lacks"
+        return self._sender
+
+    def _choose_servers(self) -> dict[str, int] | None:
+        """Return the servers that can take weights, with their sizes; None where the sender is connected to exactly
+        these."""
         able = self.receivers.choose_receivers()
         if self._sender is not None and self._sender.joined and self._sender.urls == able:
-            return
+            return None
         # A server that does not answer now would keep the others waiting when the sender connects.
         sizes = self.receivers.tensor_parallel_sizes(able)
-        if self._sender is not None:
-            self._sender.close()
-        answering = {url: sizes[url] for url in able if url in sizes}
-        self._sender = self.sender_class(self.config, answering, self.receivers.pool, self.make_client)
-
-    def _leave_out(self, failure: WeightSyncError) -> bool:
-        return self._sender is not None and self.receivers.leave_out(self._sender.urls, failure)
+        return {url: sizes[url] for url in able if url in sizes}
 
 
-class _Buckets:
-    """Buckets that tensors are packed into: one fills while the one before it travels. On global rank 0.
+class _Attempts:
+    """What a rank does for a sync, up to the first failure: from then on nothing is done any more."""
 
-    failure: the first failure. From then on nothing is done any more.
-    """
-
-    def __init__(self, sender: BucketSender, size: int) -> None:
+    def __init__(self) -> None:
         self.failure: WeightSyncError | None = None
-        self._sender, self._size = sender, size
-        self._names: set[str] = set()
-        self._entries: list[Entry] = []
-        self._filled = self._index = 0
-        self._travelling: Future | None = None
 
-    def attempt(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Call ``work`` unless something has failed, and keep its failure: whatever it is, the other ranks are waiting
-        in the next tensor's collectives."""
+    def attempt(self, work: Callable[..., T], *arguments: Any) -> T | None:
+        """Return what ``work`` does, unless something has failed. A failure is kept, whatever it is: the other ranks
+        are waiting in the next collective."""
         if self.failure is not None:
-            return
+            return None
         try:
-            work(*arguments)
+            return work(*arguments)
         except WeightSyncError as error:
             self.failure = error
         except PayloadError as error:
             self.failure = WeightSyncError(str(error))
         except Exception as error:
-            self.failure = WeightSyncError(f"{type(error).__name__}: {error}")
-
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor into the bucket that fills, and send that first where there is no room left."""
-        # A tied head comes by again from the last pipeline stage.
-        if name in self._names:
-            return
-        self._names.add(name)
-        size = tensor.numel() * tensor.element_size()
-        # A tensor has to begin at a multiple of its element size.
-        if self._entries and (self._filled + size > self._size or self._filled % tensor.element_size()):
-            self._flush()
-        buffer = self._sender.buffer(self._index, max(size, self._size))
-        buffer[self._filled : self._filled + size].copy_(tensor.contiguous().view(torch.uint8).flatten())
-        self._entries.append((name, tensor.dtype, tuple(tensor.shape)))
-        self._filled += size
-
-    def finish(self, version: str) -> None:
-        """Send what is left, and close the update."""
-        self._flush()
-        self._wait()
-        self._sender.end(version)
-
-    def _flush(self) -> None:
-        if not self._entries:
-            return
-        self._wait()
-        bucket = self._sender.buffer(self._index, self._filled)[: self._filled]
-        self._travelling = self._sender.send(bucket, list(self._entries))
-        self._entries.clear()
-        self._filled, self._index = 0, 1 - self._index
-
-    def _wait(self) -> None:
-        if self._travelling is not None:
-            previous, self._travelling = self._travelling, None
-            self._sender.finish(previous)
+            self.failure = WeightSyncError(f"{type(error).__name__}: {first_line(error)}")
+        return None
 
 
 @torch.no_grad()
 def send_weights(
-    model: ShardedModel, sender: BucketSender | None, version: str, *, bucket_size: int
+    model: ShardedModel, sender: BucketSender, version: str, *, bucket_size: int
 ) -> WeightSyncError | None:
     """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
 
-    Collective over all ranks: per tensor an all-gather over tensor-parallel ranks and a broadcast over pipeline ranks.
-    While a bucket travels, the next one is gathered; global rank 0 holds these two and one gathered tensor. A failure
-    is kept until every tensor has gone by, so that no other rank waits for rank 0.
+    While the buckets of a round travel, those of the next one are gathered: a sending rank holds two buckets, and what
+    one is made of. Every rank learns of a failure before the next round, and nobody goes on.
+
+    Collective over all ranks: per bucket those of ``bridge.collect_bucket``; per round an all-reduce of one number; at
+    the end a gather of Python objects.
 
     Args:
-        sender: on global rank 0; None elsewhere.
-        bucket_size: bytes of one bucket; a larger tensor has one of its own.
+        bucket_size: bytes of one bucket; a larger parameter has one of its own.
 
     Returns:
-        On rank 0 what failed, if anything did; None elsewhere.
+        The first failure, on every rank the same; None where all servers have the weights.
     """
-    buckets = None if sender is None else _Buckets(sender, bucket_size)
-    if sender is not None and buckets is not None:
-        buckets.attempt(sender.begin)
-    for name, tensor in model.bridge.export_weights(model.chunks):
-        if buckets is not None:
-            buckets.attempt(buckets.put, name, tensor)
-    if sender is None or buckets is None:
+    bridge, attempts = model.bridge, _Attempts()
+    planned = plan_buckets(bridge.export_plan(model.chunks), bucket_size)
+    rounds = sender.rounds(planned)
+    # Buffers that fit all but the few larger parameters need not be made anew for the next bucket.
+    usual_size = max((bucket.size for bucket in planned if bucket.size <= bucket_size), default=0)
+    attempts.attempt(sender.begin)
+    # The round after the last one sends nothing, and waits for what the last one has sent.
+    for index, buckets in enumerate([*rounds, []]):
+        sent: torch.Tensor | None = None
+        for bucket in buckets:
+            stage = sender.sending_stage(bucket)
+            room: torch.Tensor | None = None
+            if bridge.export_stage == stage:
+                room = attempts.attempt(sender.buffer, index % 2, max(bucket.size, usual_size))
+                sent = room = None if room is None else room[: bucket.size]
+            bridge.collect_bucket(model.chunks, bucket, room, to_stage=stage)
+        attempts.attempt(sender.check)
+        if true_on_any(attempts.failure is not None):
+            break
+        attempts.attempt(sender.start, buckets, sent)
+    else:
+        attempts.attempt(sender.end, version)
+    own = attempts.failure
+    failures = gather_world(None if own is None else (own.failure, own.url))
+    first = next((failure for failure in failures if failure is not None), None)
+    if first is None:
         return None
-    buckets.attempt(buckets.finish, version)
-    if buckets.failure is not None:
-        sender.drop()
-    return buckets.failure
+    sender.drop()
+    return WeightSyncError(*first)

@@ -3,29 +3,32 @@ GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.models.weight_export import ExportBucket
 from dasd_megatron.rollout.client import ClientFactory, make_client
 from dasd_megatron.rollout.pool import ServerPool
-from dasd_megatron.rollout.weight_payload import Entry, SharedBuffer, pack
-from dasd_megatron.training.weight_sync.send import BucketSender, BucketSync, Future
+from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
+from dasd_megatron.training.weight_sync.send import BucketSender, BucketSync
 
 
 class TensorSender(BucketSender):
-    """Sender that tells the servers where a bucket lies. Both buffers are there from the first bucket of a sync to its
-    end or failure."""
+    """Sender that tells the servers where a bucket lies, in memory of global rank 0. Both buffers are there from the
+    first bucket of a sync to its end or failure."""
 
     def __init__(
         self,
         config: RolloutConfig,
         sizes: Mapping[str, int],
         pool: ServerPool,
+        *,
+        stage: int | None,
         make_client: ClientFactory = make_client,
     ) -> None:
-        super().__init__(config, sizes, pool, make_client)
+        super().__init__(config, sizes, pool, stage=stage, make_client=make_client)
         self._shared: dict[int, SharedBuffer] = {}
 
     @property
@@ -43,11 +46,14 @@ class TensorSender(BucketSender):
             self._shared[index] = SharedBuffer(size)
         return self._shared[index].bytes
 
-    def send(self, flat: torch.Tensor, entries: list[Entry]) -> Future:
+    def start(self, buckets: Sequence[ExportBucket], flat: torch.Tensor | None) -> None:
         """Hand a bucket to the servers."""
+        if self.client is None or flat is None:
+            return
+        (bucket,) = buckets
         # A server answers once it has copied the bucket; on a GPU, torch waits for that where it lets the memory go.
-        payloads = [[pack(flat, entries) for _ in range(size)] for size in self.sizes]
-        return self.run(self.client.update_weights_from_tensor(payloads))
+        payloads = [[pack(flat, bucket.tensors) for _ in range(size)] for size in self.sizes]
+        self.answers = self.run(self.client.update_weights_from_tensor(payloads))
 
     def end(self, version: str) -> None:
         """Give the shared memory back and let the servers name the version."""

@@ -48,9 +48,8 @@ def verify_weights(
     """Compare ``rollout.verify_weights`` of the policy's parameters with what every server holds, by checksums of their
     bytes.
 
-    Collective over all ranks, as :func:`~dasd_megatron.training.weight_sync.send.send_weights`, for the chosen
-    parameters alone: other ones each time, the same on all ranks. Servers have to hold them in ``rollout.dtype``,
-    unquantised.
+    Collective over all ranks, as ``bridge.export_weights``, for the chosen parameters alone: other ones each time, the
+    same on all ranks. Servers have to hold them in ``rollout.dtype``, unquantised.
 
     Returns:
         On global rank 0 the first difference, or what kept a server from answering; None where all agree, and
@@ -60,10 +59,7 @@ def verify_weights(
     chosen = _choose(plan, config.verify_weights, version)
     parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in model.bridge.export_weights(model.chunks, only=chosen):
-        members = parts.setdefault(_fused_name(name), [])
-        # A tied head comes by twice.
-        if dist.get_rank() == 0 and all(name != known for known, _ in members):
-            members.append((name, tensor.to("cpu", getattr(torch, config.dtype))))
+        parts.setdefault(_fused_name(name), []).append((name, tensor.to("cpu", getattr(torch, config.dtype))))
     if dist.get_rank() != 0:
         return None
     # Both names of each tensor are skipped, whatever the servers call it, so that they read only what is compared.

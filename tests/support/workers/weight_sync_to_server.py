@@ -1,4 +1,4 @@
-"""One rollout server, the policy sent to it as ``rollout.weight_sync`` says, and what it holds compared with the
+"""Rollout servers, the policy sent to it as ``rollout.weight_sync`` says, and what they hold compared with the
 policy."""
 
 import contextlib
@@ -17,12 +17,14 @@ config = load_config(
 backend.select(config.backend)
 
 import httpx  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
 from dasd_megatron.rollout.local_server import LocalServer  # noqa: E402
 from dasd_megatron.rollout.pool import ServerPool  # noqa: E402
+from dasd_megatron.rollout.weight_payload import PayloadError  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.weight_sync import weight_sync_class  # noqa: E402
 from dasd_megatron.training.weight_sync.send import send_weights  # noqa: E402
@@ -45,18 +47,33 @@ def shared_files() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(f"torch_{os.getpid()}_")}
 
 
+def refuse(*_: object) -> torch.Tensor:
+    raise PayloadError("no room")
+
+
+last_stage = config.parallel.pipeline_model_parallel_size - 1
+
 with contextlib.ExitStack() as stack:
-    urls, sender, pool = [], None, None
+    servers = []
     if rank == 0:
-        server = stack.enter_context(LocalServer(arguments["path"], "start", config.rollout, Path(arguments["log"])))
-        urls = [server.url]
-        pool = ServerPool(urls)
-        sender = weight_sync_class(config.rollout.weight_sync).sender_class(config.rollout, {server.url: 1}, pool)
-        stack.callback(sender.close)
+        servers = [
+            stack.enter_context(
+                LocalServer(arguments["path"], "start", config.rollout, Path(f"{arguments['log']}{index}"))
+            )
+            for index in range(arguments["servers"])
+        ]
+    urls = parallel.broadcast_from_rank0([server.url for server in servers])
+    pool = ServerPool(urls)
+    sender = weight_sync_class(config.rollout.weight_sync).sender_class(
+        config.rollout, dict.fromkeys(urls, 1), pool, stage=model.bridge.export_stage
+    )
+    stack.callback(sender.close)
 
     def send(version: str) -> str:
         error = send_weights(model, sender, version, bucket_size=config.rollout.weight_bucket_bytes)
         assert not shared_files()
+        # Every rank knows what rank 0 knows.
+        assert parallel.broadcast_from_rank0(str(error or "")) == str(error or "")
         return str(error or "")
 
     def difference(version: str) -> str:
@@ -88,9 +105,17 @@ with contextlib.ExitStack() as stack:
         if kept is not None:
             parameters[name].data.copy_(kept)
         assert (different := difference("step_3")) == "", different
+    # A rank that has no room for a bucket: an error on all of them, and the next sync is a good one.
+    with pytest.MonkeyPatch.context() as patch:
+        if model.bridge.export_stage == (0 if config.rollout.weight_sync == "tensor" else last_stage):
+            patch.setattr(sender, "buffer", refuse)
+        assert "no room" in send("unsent")
+    assert (failure := send("step_4")) == "", failure
+    assert (different := difference("step_4")) == "", different
     # A server that dies: an error, in time, no file left, and none of the other ranks hangs.
     if rank == 0:
-        assert httpx.get(f"{urls[0]}/model_info").json()["weight_version"] == "step_3"
-        server.stop()
+        for url in urls:
+            assert httpx.get(f"{url}/model_info").json()["weight_version"] == "step_4"
+        servers[-1].stop()
     failed, compared = send("lost"), difference("lost")
-    assert rank != 0 or (failed and "could not be compared" in compared), (failed, compared)
+    assert failed and (rank != 0 or "could not be compared" in compared), (failed, compared)

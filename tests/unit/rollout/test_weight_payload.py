@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
+from dasd_megatron.models.weight_export import HfTensor
 from dasd_megatron.rollout.weight_payload import PayloadError, SharedBuffer, pack, unpack
 
 ENTRIES = [
-    ("a", torch.float32, (3, 4)),
-    ("none", torch.float32, (0, 4)),
-    ("b", torch.bfloat16, (5,)),
-    ("c", torch.float16, ()),
+    HfTensor("a", torch.float32, (3, 4)),
+    HfTensor("none", torch.float32, (0, 4)),
+    HfTensor("b", torch.bfloat16, (5,)),
+    HfTensor("c", torch.float16, ()),
 ]
 SIZE = 48 + 10 + 2
 

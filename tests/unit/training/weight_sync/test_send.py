@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, RolloutConfig
-from dasd_megatron.rollout.pool import Status
+from dasd_megatron.models.weight_export import ExportBucket, HfTensor
+from dasd_megatron.rollout.pool import ServerPool, Status
 from dasd_megatron.rollout.weight_payload import PayloadError
 from dasd_megatron.training.export import Policy, WeightDirectory
 from dasd_megatron.training.fleet import ServerFleet
 from dasd_megatron.training.parallel import PeerError
+from dasd_megatron.training.weight_sync.distributed import DistributedSender
 from dasd_megatron.training.weight_sync.send import BucketSync, send_weights
 from tests.support.fake_servers import FakeModel, FakeSender, FakeServer, FakeServers
 from tests.support.thread_ranks import ThreadRanks
@@ -42,14 +45,14 @@ def senders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeSender]]:
 
 def one_sender(servers: FakeServers) -> FakeSender:
     pool = ServerFleet(CONFIG, servers.urls, Path("log")).pool
-    return FakeSender(CONFIG, dict.fromkeys(servers.urls, 1), pool, servers.make_client)
+    return FakeSender(CONFIG, dict.fromkeys(servers.urls, 1), pool, stage=0, make_client=servers.make_client)
 
 
 def test_tensors_arrive_whole_in_order_and_once() -> None:
     tensors = [
         ("first", torch.arange(6, dtype=torch.float32)),
         ("half", torch.arange(3, dtype=torch.bfloat16)),
-        # After 30 bytes a float32 would not begin at a multiple of its size.
+        # Behind the 6 bytes of the one before, a float32 would not begin at a multiple of its size.
         ("next", torch.arange(2, dtype=torch.float32)),
         ("large", torch.arange(20, dtype=torch.float32).reshape(4, 5).T),
         ("first", torch.zeros(6)),
@@ -57,15 +60,11 @@ def test_tensors_arrive_whole_in_order_and_once() -> None:
     servers = FakeServers(a=FakeServer())
     sender = one_sender(servers)
     assert send_weights(FakeModel(*tensors), sender, "v1", bucket_size=40) is None
-    assert [[name for name, _, _ in entries] for _, entries in sender.buckets] == [
-        ["first", "half"],
-        ["next"],
-        ["large"],
-    ]
+    assert [[tensor.name for tensor in sent] for _, sent in sender.buckets] == [["first", "next", "half"], ["large"]]
     found = {}
-    for data, entries in sender.buckets:
+    for data, sent in sender.buckets:
         start = 0
-        for name, dtype, shape in entries:
+        for name, dtype, shape in sent:
             size = torch.Size(shape).numel() * dtype.itemsize
             found[name] = torch.frombuffer(bytearray(data[start : start + size]), dtype=dtype).reshape(shape)
             start += size
@@ -77,22 +76,71 @@ def test_tensors_arrive_whole_in_order_and_once() -> None:
     order = [path for path in server.asked if "update" in path and "info" not in path]
     assert order == [
         "/begin_weight_update",
-        *["/update_weights_from_tensor"] * 3,
+        *["/update_weights_from_tensor"] * 2,
         "/end_weight_update",
         "/update_weight_version",
     ]
 
 
-@pytest.mark.parametrize("path", ["/begin_weight_update", "/update_weights_from_tensor", "/end_weight_update"])
-def test_after_a_failure_every_tensor_still_goes_by(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "gathered"), [("/begin_weight_update", 1), ("/update_weights_from_tensor", 2), ("/end_weight_update", 5)]
+)
+def test_after_a_failure_nothing_more_is_gathered(path: str, gathered: int) -> None:
+    """The bucket after the one that failed was gathered while that travelled."""
     servers = FakeServers(a=FakeServer(), b=FakeServer())
     servers.by_url[B].failing = {path}
     model = FakeModel(*[(f"t{index}", torch.zeros(9)) for index in range(5)])
     sender = one_sender(servers)
     failure = send_weights(model, sender, "v1", bucket_size=40)
     assert failure is not None and failure.url == B and f"{path} answered 500: injected" in str(failure)
-    # Other ranks take part in the collectives of all five.
-    assert model.bridge.passed == 5 and sender.drops and servers.by_url[B].version == "old"
+    assert model.bridge.passed == gathered and sender.drops and servers.by_url[B].version == "old"
+
+
+def test_a_bucket_of_every_stage_travels_at_the_same_time() -> None:
+    """Each from its own stage's source, in the order of the stages, which is the same on all servers."""
+    sender = DistributedSender(CONFIG, {A: 1}, ServerPool([A]), stage=None)
+    sizes = [(0, 5), (0, 6), (0, 7), (1, 8), (2, 9), (2, 10)]
+    buckets = [ExportBucket(stage, (), (HfTensor("t", torch.uint8, (size,)),)) for stage, size in sizes]
+    rounds = sender.rounds(buckets)
+    assert [[(b.stage, b.size) for b in members] for members in rounds] == [
+        [(0, 5), (1, 8), (2, 9)],
+        [(0, 6), (2, 10)],
+        [(0, 7)],
+    ]
+    assert [sender.sending_stage(bucket) for bucket in buckets] == [0, 0, 0, 1, 2, 2] and sender.rounds([]) == []
+    sender.close()
+
+
+class QuietSender(FakeSender):
+    """Sends nothing, and cannot have the memory for its second bucket on the rank ``broken``."""
+
+    broken = -1
+
+    def start(self, buckets: Sequence[ExportBucket], flat: torch.Tensor | None) -> None:
+        self.started = buckets
+
+    def buffer(self, index: int, size: int) -> torch.Tensor:
+        if dist.get_rank() == self.broken and index == 1:
+            raise PayloadError("no room")
+        return super().buffer(index, size)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_every_rank_learns_of_a_failure_and_goes_no_further(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = ThreadRanks(2, monkeypatch)
+    monkeypatch.setattr(QuietSender, "broken", broken)
+    servers = FakeServers(a=FakeServer())
+
+    def send(rank: int) -> tuple[str, int, int]:
+        model = FakeModel(*[(f"t{index}", torch.zeros(9)) for index in range(5)])
+        # A rank without room for a bucket takes part in its collectives all the same.
+        monkeypatch.setattr(model.bridge, "collect_bucket", lambda *_, **__: None)
+        sender = QuietSender(CONFIG, {A: 1}, ServerPool([A]), stage=rank, make_client=servers.make_client)
+        failure = send_weights(model, sender, "v1", bucket_size=40)
+        return str(failure), sender.drops, len(sender.started)
+
+    assert ranks.run(send) == [("weight sync: no room", 1, 1)] * 2
+    assert servers.by_url[A].version == "old"
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ TENSORS = [
     ("layers.0.self_attn.v_proj.weight", V),
     ("layers.0.mlp.down_proj.weight", DOWN),
     ("norm.weight", NORM),
-    # A tied head comes by again.
-    ("model.embed_tokens.weight", EMBEDDING),
 ]
 Checksum = Callable[[Sequence[torch.Tensor]], str]
 
