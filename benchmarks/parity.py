@@ -278,17 +278,20 @@ def open_replaying(config: Config, folder: Path) -> Iterator[Any]:
     from dasd_megatron.observability.progress import ProgressDisplay
     from dasd_megatron.run.paths import RunPaths
     from dasd_megatron.training.checkpoint_search import TrainerState
-    from dasd_megatron.training.rollout_plane import RolloutPlane
-    from dasd_megatron.training.trainer import Trainer, build_learner
+    from dasd_megatron.training.rollout_plane import RolloutPlane, open_fleet
+    from dasd_megatron.training.trainer import Trainer, build_learner, make_memory
 
     assert isinstance(config.data.train, DataSourceConfig)
     tokenizer, paths = load_tokenizer(config.model.path), RunPaths(folder)
     renderer = make_renderer(config.data, config.teacher, tokenizer)
     learner = build_learner(config, Path(config.model.path))
+    memory = make_memory(config.backend.offload, learner)
     state, problems = TrainerState(), [Problem("p", "1", "1", "1")]
     with open(os.devnull, "w") as nowhere, ProgressDisplay(STEPS, start_step=0, stream=nowhere) as display:
         plane = RolloutPlane(
             config,
+            fleet=open_fleet(config, paths, learner.model.bridge.hf_config),
+            memory=memory,
             paths=paths,
             problems=problems,
             grader=None,
@@ -305,6 +308,7 @@ def open_replaying(config: Config, folder: Path) -> Iterator[Any]:
             grader=None,
             heldout_problems=problems,
             learner=learner,
+            memory=memory,
             state=state,
             saver=None,
             plane=plane,

@@ -24,6 +24,8 @@ class WeightWay:
     """Route of the weights between the GPUs of trainer and servers, in messages. None: the servers need no GPU."""
     shares_memory: bool = False
     """True where servers open the trainer's memory: they run on its machine, and on the same kind of device."""
+    needs_own_gpus: bool = False
+    """True where no server may be on a GPU that the trainer has."""
     reaches_replicas: bool = False
     """True where all replicas behind a server's one address get the weights."""
 
@@ -42,6 +44,8 @@ WEIGHT_WAYS: dict[str, WeightWay] = {
             "broadcast by the source of every pipeline stage, over process groups with the servers",
             "dasd_megatron.training.weight_sync.distributed:DistributedSync",
             gpu_route="over NCCL",
+            # It refuses two processes of a group on one GPU.
+            needs_own_gpus=True,
         ),
         WeightWay(
             "tensor",

@@ -33,7 +33,7 @@ whole_number() {
 
 # A number between 0 and 1.
 share() {
-    [[ ${!1-} =~ ^0?\.[0-9]{1,9}$ ]] || fail "$1=$(shown "${!1-}"): write a share like 0.4, in slurm/env.sh"
+    [[ -z ${!1-} || ${!1} =~ ^0?\.[0-9]{1,9}$ ]] || fail "$1=$(shown "${!1-}"): write a share like 0.4, in slurm/env.sh"
 }
 
 # A path that Slurm, Hydra and the containers take as it is. Empty values are let pass: other checks look for them.

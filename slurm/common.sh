@@ -253,15 +253,22 @@ end_servers() {
 
 # --- rollout servers --------------------------------------------------------------------------------------------------
 
+# True where servers and trainers give the GPUs' memory to one another.
+hands_over_memory() {
+    [[ $DASD_PLACEMENT == colocated && $DASD_ENGINE == sglang && $DASD_ROUTER == 0 ]]
+}
+
 # Start all servers on SERVE; URLS: their addresses.
 start_servers() {
     local model=$1 index=0 node slot port devices command host=0.0.0.0 extra=()
     read -ra extra <<< "$DASD_SERVER_ARGS"
     if [[ ${#SERVE[@]} -eq 1 && ${#TRAIN[@]} -eq 1 && ${SERVE[0]} == "${TRAIN[0]}" ]]; then
         host=127.0.0.1
-        if [[ $DASD_PLACEMENT == colocated && $DASD_ENGINE == sglang ]]; then extra+=(--enable-memory-saver); fi
+    fi
+    if hands_over_memory; then
+        extra+=(--enable-memory-saver --mem-fraction-static "${DASD_COLOCATED_MEMORY:-0.75}")
     elif [[ $DASD_PLACEMENT == colocated && $DASD_ENGINE == sglang ]]; then
-        extra+=(--mem-fraction-static "$DASD_COLOCATED_MEMORY")
+        extra+=(--mem-fraction-static "${DASD_COLOCATED_MEMORY:-0.4}")
     fi
     URLS=()
     for node in "${SERVE[@]}"; do
@@ -340,20 +347,28 @@ on_exit() {
 }
 
 run_training() {
-    local model=$1 overrides=()
+    local model=$1 overrides=() server=node
     shift
     dry || require "$model"
     print_layout "$model"
     overrides=("run.dir=$RUN_DIR" resume=auto rollout=external)
     if [[ $DASD_PLACEMENT == colocated ]]; then
-        # They take turns on the GPUs, so nothing is sampled ahead. Memory is handed over inside one machine only.
+        # They take turns on the GPUs, so nothing is sampled ahead.
         overrides+=(rollout.max_staleness=0)
-        if ((DASD_GPUS_PER_NODE > 0)); then overrides+=(precision.recompute=full); fi
-        if ((${#TRAIN[@]} == 1 && !DASD_ROUTER)) && [[ $DASD_ENGINE == sglang ]]; then
-            overrides+=(rollout.weight_sync=tensor rollout.release_memory=true)
+        if hands_over_memory; then
+            overrides+=(rollout.release_memory=true backend.offload=all)
+            # Between machines weights go over the disk: NCCL takes no two processes on one GPU.
+            if ((${#TRAIN[@]} == 1)); then
+                server=127.0.0.1
+                overrides+=(rollout.weight_sync=tensor)
+            else
+                overrides+=(rollout.weight_sync=disk)
+            fi
+        elif ((DASD_GPUS_PER_NODE > 0)); then
+            overrides+=(precision.recompute=full)
         fi
     fi
-    check_run "${overrides[@]}" 'rollout.servers=[http://node:30000]' "$@"
+    check_run "${overrides[@]}" "rollout.servers=[http://$server:30000]" "$@"
     start_servers "$model"
     if ((DASD_ROUTER)); then
         start_router

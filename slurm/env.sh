@@ -32,7 +32,8 @@
 : "${DASD_GPUS_PER_NODE:=}"
 : "${DASD_GPU_MEMORY:=80}"                       # of one GPU, in GB; the layout is compared with it first
 : "${DASD_ROUTER:=0}"                            # 1: sglang-router between trainer and servers
-: "${DASD_COLOCATED_MEMORY:=0.4}"                # colocated on several nodes: SGLang's share of a GPU's memory
+: "${DASD_COLOCATED_MEMORY:=}"                   # colocated: SGLang's share of a GPU's memory while it samples; empty:
+                                                 # 0.75 where it hands it over to the trainer, else 0.4
 : "${DASD_SERVER_ARGS:=}"                        # further arguments of sglang.launch_server, like --quantization fp8
 
 # Network. DASD_API_KEY: empty for servers without a key; unset, every job makes one up.

@@ -64,6 +64,20 @@ class Backend(Protocol):
         The work begins after all that was queued before. At the end of the context it is done.
         """
 
+    def wait(self) -> None:
+        """Wait until the device has done all that this process has asked of it."""
+
+    def host_memory(self, size: int) -> torch.Tensor:
+        """Return memory of the host that the device copies to and from at full speed, uint8 [size], not filled.
+
+        Raises:
+            MemoryError: the host has none; the message is one line.
+        """
+
+    def readable_when_forked(self, host: torch.Tensor) -> torch.Tensor:
+        """Return what :meth:`host_memory` holds, as a process that is forked now will see it, whatever this one does
+        to it meanwhile."""
+
     def get_rng_state(self) -> torch.Tensor:
         """Return the state of the device's default generator, uint8 on the host."""
 

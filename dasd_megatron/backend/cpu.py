@@ -209,6 +209,20 @@ def beside(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def wait() -> None:
+    """Do nothing: work is done when a call returns."""
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Return plain memory, uint8 [size], not filled."""
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def readable_when_forked(host: torch.Tensor) -> torch.Tensor:
+    """Return the same memory, of which a forked process has its own from then on."""
+    return host
+
+
 def get_rng_state() -> torch.Tensor:
     """Return the state of the default generator, uint8."""
     return torch.get_rng_state()

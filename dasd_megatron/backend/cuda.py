@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.util
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,6 +145,29 @@ def beside(tensor: torch.Tensor) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+def wait() -> None:
+    """Wait for the kernels and copies of all streams."""
+    torch.cuda.synchronize()
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Return pinned memory, uint8 [size], not filled; MemoryError where it cannot be pinned."""
+    # Torch's own pinned memory is rounded up to a power of two, which can be twice as much.
+    memory = torch.empty(size, dtype=torch.uint8)
+    cudart, address = torch.cuda.cudart(), memory.data_ptr()
+    status = int(cudart.cudaHostRegister(address, size, 0)) if size else 0
+    if status != 0:
+        raise MemoryError(f"{size / 1e9:.2f} GB of host memory could not be pinned (cudaHostRegister says {status})")
+    if size:
+        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    return memory
+
+
+def readable_when_forked(host: torch.Tensor) -> torch.Tensor:
+    """Return a copy: a forked process may not have pinned memory, or would see what the GPU writes into it later."""
+    return host.clone()
 
 
 def get_rng_state() -> torch.Tensor:

@@ -7,6 +7,7 @@ from dasd_megatron.config.loading import load_config, read_config, save_config
 from dasd_megatron.config.pipeline import stage_layers
 from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.config.schema import UMASKS, Config, RunConfig, field_limits, known_fields
+from dasd_megatron.config.schema_backend import BackendConfig
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import (
     DataConfig,
@@ -20,7 +21,6 @@ from dasd_megatron.config.schema_training import (
     ARISING_SOURCES,
     PRIVILEGED_SOURCES,
     AlgorithmConfig,
-    BackendConfig,
     BatchConfig,
     CheckpointConfig,
     ModelConfig,

@@ -24,6 +24,7 @@ from dasd_megatron.config.checks_rollout import (
     check_embedded_server,
     check_functions,
     check_memory_release,
+    check_offload,
     check_servers,
     check_sglang_arguments,
     check_step_timeout,
@@ -34,13 +35,13 @@ from dasd_megatron.config.checks_rollout import (
 from dasd_megatron.config.fields import Limits, limits_of, walk_fields
 from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.config.schema import Config, RunConfig
+from dasd_megatron.config.schema_backend import BackendConfig
 from dasd_megatron.config.schema_observability import WATCH_CONDITIONS, HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig, VerifyConfig
 from dasd_megatron.config.schema_training import (
     PRIVILEGED_SOURCES,
     SCHEDULED_SETTINGS,
     AlgorithmConfig,
-    BackendConfig,
     BatchConfig,
     ModelConfig,
     OptimizerConfig,
@@ -540,6 +541,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_functions(config.verify, config.rollout),
     lambda config: check_unfinished(config.rollout),
     lambda config: check_memory_release(config.rollout),
+    lambda config: check_offload(config.rollout, config.backend),
     lambda config: check_top_k(config.rollout),
     lambda config: check_step_timeout(config.rollout, config.backend),
     lambda config: check_weight_sync(config.rollout, config.backend),

@@ -11,8 +11,8 @@ import re
 from urllib.parse import urlsplit
 
 from dasd_megatron.config.fields import FUNCTION_PATH
+from dasd_megatron.config.schema_backend import BackendConfig
 from dasd_megatron.config.schema_rollout import RolloutConfig, SGLangConfig, VerifyConfig
-from dasd_megatron.config.schema_training import BackendConfig
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.weight_ways import WEIGHT_WAYS
 
@@ -152,6 +152,26 @@ def check_memory_release(rollout: RolloutConfig) -> None:
         )
 
 
+def check_offload(rollout: RolloutConfig, backend: BackendConfig) -> None:
+    """Refuse to move the trainer's memory away where no server takes turns with the trainer."""
+    if backend.offload == "none":
+        return
+    name = f"backend.offload={backend.offload}"
+    if rollout.max_staleness:
+        raise ConfigError(
+            f"{name} moves the trainer's state away while servers sample, and with rollout.max_staleness="
+            f"{rollout.max_staleness} the trainer computes meanwhile: write backend.offload=none, or max_staleness=0"
+        )
+    if rollout.replay is not None:
+        raise ConfigError(f"{name} gives memory to servers, and rollout.replay has none: write backend.offload=none")
+    if not rollout.release_memory:
+        raise ConfigError(
+            f"{name} leaves the trainer without its memory until the servers give theirs back, and "
+            "rollout.release_memory=false keeps it with them: write rollout.release_memory=true, or "
+            "backend.offload=none"
+        )
+
+
 def check_top_k(rollout: RolloutConfig) -> None:
     """Refuse 0, which could mean off or no token."""
     if rollout.top_k == 0:
@@ -204,10 +224,6 @@ def _check_shared_memory(rollout: RolloutConfig) -> None:
             f"rollout.weight_sync={way.name} needs servers on the trainer's machine, not {remote[0]}: give "
             "rollout.servers like http://127.0.0.1:30000, or write distributed"
         )
-    if rollout.release_memory:
-        raise ConfigError(
-            f"rollout.release_memory=true is for servers on the trainer's machine, not {remote[0]}: write false"
-        )
 
 
 def _check_device_memory(rollout: RolloutConfig, backend: BackendConfig) -> None:
@@ -217,6 +233,12 @@ def _check_device_memory(rollout: RolloutConfig, backend: BackendConfig) -> None
         raise ConfigError(
             f"rollout.weight_sync={way.name} {way.gpu_route} needs servers on GPUs: write rollout.engine=sglang or "
             "external, or disk"
+        )
+    if rollout.release_memory and on_gpu and way.needs_own_gpus:
+        raise ConfigError(
+            f"rollout.weight_sync={way.name} {way.gpu_route} takes no two processes on one GPU, and servers with "
+            "rollout.release_memory=true share those of the trainer: write disk, on one machine tensor, or "
+            "release_memory=false"
         )
     if rollout.engine != "sglang":
         return

@@ -9,11 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from dasd_megatron.config.fields import REQUIRED, limits_of, setting, walk_fields
+from dasd_megatron.config.schema_backend import BackendConfig
 from dasd_megatron.config.schema_observability import HealthConfig, LoggingConfig, WatchConfig
 from dasd_megatron.config.schema_rollout import DataConfig, EvaluationConfig, RolloutConfig, VerifyConfig
 from dasd_megatron.config.schema_training import (
     AlgorithmConfig,
-    BackendConfig,
     BatchConfig,
     CheckpointConfig,
     ModelConfig,

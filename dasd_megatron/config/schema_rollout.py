@@ -156,8 +156,9 @@ class RolloutConfig:
     )
     release_memory: bool = setting(
         False,
-        "servers on the trainer's machine give the memory of weights and key-value cache back while the trainer "
-        "computes; external ones have to run with --enable-memory-saver",
+        "servers on the trainer's devices, of one machine or of several, give the memory of weights and key-value "
+        "cache back while the trainer computes; external ones have to run with --enable-memory-saver. What the trainer "
+        "gives them while they sample is backend.offload",
     )
     max_log_prob_diff: float | None = setting(
         1.0,

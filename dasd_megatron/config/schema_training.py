@@ -1,4 +1,4 @@
-"""Sections of the configuration that the trainer reads: processes, model, method, loss, batch and optimizer."""
+"""Sections of the configuration that the trainer reads: layout, model, method, loss, batch and optimizer."""
 
 from __future__ import annotations
 
@@ -54,27 +54,6 @@ def _describe_defaults(field: str) -> str:
 
 def _describe_bounds(side: str) -> str:
     return ", ".join(f"{getattr(level.bounds, side):g} under {name}" for name, level in REJECTIONS.items())
-
-
-@dataclass
-class BackendConfig:
-    """The hardware of the trainer and the limits of its processes."""
-
-    kind: str = setting(
-        "cpu", "cpu (gloo, local layers) or cuda (NCCL); cuda without a GPU is refused", choices=("cpu", "cuda")
-    )
-    transformer_impl: str = setting(
-        "auto",
-        "auto, transformer_engine or local; auto takes Transformer Engine where it is installed",
-        choices=("auto", "transformer_engine", "local"),
-    )
-    threads: int = setting(1, "CPU threads of each training process", low=1)
-    timeout_seconds: float = setting(
-        1800.0,
-        "limit of every collective, of the process group's start-up and of nodes waiting for one another, seconds; "
-        "more than rollout.step_timeout_seconds",
-        low=1,
-    )
 
 
 @dataclass

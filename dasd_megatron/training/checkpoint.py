@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -31,7 +31,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -50,6 +55,7 @@ from dasd_megatron.samples import save_samples
 from dasd_megatron.training.checkpoint_files import STATE_FILE, CheckpointError, checkpoint_path, prune, publish
 from dasd_megatron.training.checkpoint_search import COUNTERS, TrainerState, do_on_rank0, read_state
 from dasd_megatron.training.checkpoint_writer import PendingCheckpoint, ResultFile
+from dasd_megatron.training.offload import TrainerMemory
 from dasd_megatron.training.optimizer import OptimizerState
 from dasd_megatron.training.parallel import (
     PeerError,
@@ -113,17 +119,31 @@ def check_kept_teacher(path: Path, weights: str) -> None:
     do_on_rank0(look)
 
 
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def _sharded_state(
-    model: ShardedModel, optimizer: OptimizerState, teacher: WeightSnapshot | None, *, is_loading: bool
+    model: ShardedModel,
+    optimizer: OptimizerState,
+    teacher: WeightSnapshot | None,
+    *,
+    is_loading: bool,
+    read: Callable[[torch.Tensor], torch.Tensor] = _as_it_is,
 ) -> dict[str, Any]:
+    """Return Megatron's sharded state of all that a checkpoint has. ``read`` gives the tensor that has the values of
+    one whose memory is released."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     model_state = {
         f"model{index}": unwrap_model(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(model.chunks)
     }
-    state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading)}
+    state = {**model_state, **optimizer.sharded_state_dict(model_state, is_loading=is_loading, read=read)}
     if teacher is not None:
         state[teacher.name] = teacher.sharded_state_dict(model, model_state)
+    for value in nested_values(state):
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+            value.data = read(value.data)
     return state
 
 
@@ -162,7 +182,8 @@ class CheckpointSaver:
     """Writer of a run's checkpoints. With ``checkpoint.async_save`` a process forked for each checkpoint writes and
     hashes the files while training goes on; it sees the memory as it was.
 
-    ``stalled``: seconds that training has waited; the training loop sets it back.
+    ``memory``: parts of the state that it has released are read where they are, on the host. ``stalled``: seconds that
+    training has waited; the training loop sets it back.
     """
 
     def __init__(
@@ -175,10 +196,11 @@ class CheckpointSaver:
         *,
         template_dir: Path,
         timeout_seconds: float,
+        memory: TrainerMemory | None = None,
     ) -> None:
         self.run_dir, self.settings, self.template_dir = run_dir, settings, template_dir
         self.timeout_seconds = timeout_seconds
-        self.model, self.optimizer, self.teacher = model, optimizer, teacher
+        self.model, self.optimizer, self.teacher, self.memory = model, optimizer, teacher, memory
         self.stalled = 0.0
         self._pending: PendingCheckpoint | None = None
         # All checkpoints share one strategy: their tensors are the same, and from the third on so is what the ranks
@@ -230,7 +252,8 @@ class CheckpointSaver:
         filesystem_async._results_queue = ResultFile(partial / f"results_{dist.get_rank()}.pickle")
         checkpoint = self._pending = PendingCheckpoint(partial, final)
         try:
-            sharded = _sharded_state(self.model, self.optimizer, self.teacher, is_loading=False)
+            read = _as_it_is if self.memory is None else self.memory.reader()
+            sharded = _sharded_state(self.model, self.optimizer, self.teacher, is_loading=False, read=read)
             _narrow_storages(sharded)
             size = sum(gather_world(_bytes_to_write(sharded)))
             self._await_removal()
@@ -372,10 +395,9 @@ def _narrow_storages(sharded: dict[str, Any]) -> None:
     """
     apply_factories(sharded)
     for value in nested_values(sharded):
-        if isinstance(value, ShardedTensor) and value.data.device.type == "cpu" and value.data.is_contiguous():
-            # NumPy has no bfloat16, so the way there and back goes over bytes.
-            content = value.data.detach().view(torch.uint8) if value.data.ndim else value.data.detach()
-            value.data = torch.from_numpy(content.numpy()).view(value.dtype)
+        if isinstance(value, ShardedTensor) and value.data.device.type == "cpu":
+            # NumPy would forbid that the storage is ever resized, which is how its memory is released.
+            value.data = torch.from_dlpack(value.data.detach().contiguous())
 
 
 def _bytes_to_write(sharded: dict[str, Any]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -159,33 +159,41 @@ class ServerFleet:
                     self.pool.record(url, Event.FAILED, reason=error.failure)
         return [url for url in urls if url in self._checked]
 
-    def release_memory(self) -> None:
-        """Let the servers give back their memory until the next sync; every replica has its rollouts by then."""
-        for url in self.pool.with_status(Status.SERVING):
-            if self._ask(url, lambda client: client.release_memory_occupation(["weights", "kv_cache"])):
-                self.released[url] = {"weights", "kv_cache"}
+    def release_memory(
+        self, tags: Collection[MemoryTag] = ("weights", "kv_cache"), urls: Sequence[str] | None = None
+    ) -> None:
+        """Let the servers, which are idle, give back memory until it is resumed; None for ``urls``: all that serve."""
+        asked = self.pool.with_status(Status.SERVING) if urls is None else urls
+        # SGLang ends when it is asked twice.
+        missing = {url: [tag for tag in tags if tag not in self.released.get(url, ())] for url in asked}
+        missing = {url: left for url, left in missing.items() if left}
+        for url in self._ask(list(missing), lambda client, url: client.release_memory_occupation(missing[url])):
+            self.released.setdefault(url, set()).update(missing[url])
 
     def resume_memory(self, tag: MemoryTag) -> None:
         """Let the servers take back memory that they have released. A server that was started anew has not: SGLang ends
         when it is asked for what is not released."""
-        for url, tags in self.released.items():
-            if tag in tags and self._ask(url, lambda client: client.resume_memory_occupation([tag])):
-                tags.discard(tag)
+        asked = [url for url, tags in self.released.items() if tag in tags]
+        for url in self._ask(asked, lambda client, _: client.resume_memory_occupation([tag])):
+            self.released[url].discard(tag)
 
-    def _ask(self, url: str, request: Callable[[RolloutClient], Awaitable[None]]) -> bool:
-        """Return whether a server did what it was asked for. One that did not is dead to the pool, and is started anew
-        or left out as such."""
+    def _ask(self, urls: Sequence[str], request: Callable[[RolloutClient, str], Awaitable[None]]) -> list[str]:
+        """Ask servers, all at once; return those that did what they were asked for. The others are dead to the pool,
+        and are started anew or left out as such."""
 
-        async def ask() -> None:
-            async with self._make_client(self.config, [url], self.pool) as client:
-                await request(client)
+        async def ask(url: str) -> bool:
+            try:
+                async with self._make_client(self.config, [url], self.pool) as client:
+                    await request(client, url)
+            except RolloutServerError as error:
+                self.pool.record(url, Event.UPDATE_FAILED, reason=error.failure)
+                return False
+            return True
 
-        try:
-            asyncio.run(ask())
-        except RolloutServerError as error:
-            self.pool.record(url, Event.UPDATE_FAILED, reason=error.failure)
-            return False
-        return True
+        async def ask_all() -> list[bool]:
+            return await asyncio.gather(*map(ask, urls))
+
+        return [url for url, has_done_it in zip(urls, asyncio.run(ask_all()), strict=True) if has_done_it]
 
     # The following three methods make the fleet the weight_sync.base.Receivers of a weight sync.
 

@@ -23,6 +23,7 @@ from dasd_megatron.samples import version_name
 from dasd_megatron.stopping import StopRequested, WatchStopped
 from dasd_megatron.training.decisions import Decision, Progress, Signals, decide, is_evaluation_due
 from dasd_megatron.training.export import export_model
+from dasd_megatron.training.offload import DeviceMemoryError
 from dasd_megatron.training.parallel import broadcast_from_rank0, flags_of_all_ranks
 from dasd_megatron.training.rollout_plane import RolloutsUnavailableError, ServersUnavailableError
 from dasd_megatron.training.saving import begin_checkpoint, roll_back, save_last_step
@@ -38,8 +39,9 @@ def train(config: Config, paths: RunPaths) -> None:
     initialised.
 
     Raises:
-        RolloutsUnavailableError: the rollout servers failed beyond repair. Before it and the next two a checkpoint of
+        RolloutsUnavailableError: the rollout servers failed beyond repair. Before it and the next three a checkpoint of
             the last finished step is written.
+        DeviceMemoryError: the memory that the trainer has left to the servers is not there again.
         StopRequested: a signal asked for it. WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a
@@ -61,6 +63,12 @@ def train(config: Config, paths: RunPaths) -> None:
             raise RolloutsUnavailableError(
                 f"after step {trainer.state.step}: {failure}; continue with resume=auto once the cause is mended"
             ) from failure
+        except DeviceMemoryError as failure:
+            save_last_step(trainer)
+            raise DeviceMemoryError(
+                f"after step {trainer.state.step}: {failure}; continue with resume=auto"
+            ) from failure
+        trainer.plane.regain_weights()
         export_model(trainer.learner.model, paths.final_model, template_dir=trainer.hf_files)
         if trainer.logger is not None:
             _conclude(trainer)
@@ -79,6 +87,7 @@ def _run(trainer: Trainer) -> None:
         metrics = train_step(trainer)
         # Both belong to the end of the step before this one; a step's own row is written as soon as the step is done.
         metrics |= {"seconds/sync": sync_seconds, "seconds/checkpoint": saver.stalled}
+        metrics |= trainer.memory.measures()
         metrics["evaluation/failures"] = trainer.failed_evaluations
         saver.stalled = 0.0
         advice = _log_step(trainer, watch, metrics)

@@ -4,7 +4,7 @@ are missing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +41,19 @@ class OptimizerState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     settings: OptimizerSettings
+    before_step: Callable[[], None] = lambda: None
+    """Done at the beginning of every step, on every rank: what brings back state that has been moved away."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Yield this rank's weights as Adam changes them, and Adam's state of them, as far as it has made any.
+
+        Without float32 copies, the weights are the model's own or parts of them.
+        """
+        for inner in _inner_optimizers(self.optimizer):
+            for group in inner.optimizer.param_groups:
+                yield from group["params"]
+            for state in inner.optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients and advance the schedule.
@@ -48,6 +61,7 @@ class OptimizerState:
         Gradients that are not finite anywhere are not applied: weights, moments and schedule stay as they are.
         Megatron's own ``step`` would apply them, since it looks for infinities only when it scales the loss.
         """
+        self.before_step()
         lr = self.optimizer.param_groups[0]["lr"]
         with torch.no_grad():
             self.optimizer.prepare_grads()
@@ -56,21 +70,31 @@ class OptimizerState:
             if not math.isfinite(grad_norm):
                 return StepResult(grad_norm, lr, applied=False)
             if self.settings.clip_grad > 0:
-                for inner in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                    if not getattr(inner, "is_stub_optimizer", False) and (parameters := inner.get_parameters()):
+                for inner in _inner_optimizers(self.optimizer):
+                    if parameters := inner.get_parameters():
                         clip_grad_by_total_norm_fp32(parameters, self.settings.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
         return StepResult(grad_norm, lr, applied=True)
 
-    def sharded_state_dict(self, model_sharded_state_dict: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: dict[str, Any],
+        *,
+        is_loading: bool,
+        read: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> dict[str, Any]:
         """Optimizer state for Megatron's dist checkpointing, for any other parallel layout to load. No collectives, and
-        no copies: what is loaded goes straight into the optimizer's tensors."""
+        no copies: what is loaded goes straight into the optimizer's tensors.
+
+        read: gives the tensor that has the values of one of the optimizer's, where these are parted; whole tensors are
+        the optimizer's own.
+        """
         (*others, optimizer) = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         if others or not isinstance(optimizer, DistributedOptimizer):
             state = self.optimizer.sharded_state_dict(model_sharded_state_dict, is_loading=is_loading)
         else:
-            state = {**optimizer.state_dict(), "pieces": _sharded_pieces(optimizer, model_sharded_state_dict)}
+            state = {**optimizer.state_dict(), "pieces": _sharded_pieces(optimizer, model_sharded_state_dict, read)}
         return {"optimizer": state, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,12 +111,22 @@ class OptimizerState:
                 parameter_state["step"] = parameter_state["step"].clone()
 
 
+def _inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Return the optimizers of this rank that have parameters to change."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner for inner in chained if not getattr(inner, "is_stub_optimizer", False)]
+
+
 def _torch_adam_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [inner for inner in chained if isinstance(inner.optimizer, (torch.optim.Adam, torch.optim.AdamW))]
 
 
-def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: dict[str, Any]) -> list[ShardedTensor]:
+def _sharded_pieces(
+    optimizer: DistributedOptimizer,
+    model_sharded_state_dict: dict[str, Any],
+    read: Callable[[torch.Tensor], torch.Tensor],
+) -> list[ShardedTensor]:
     """Return this rank's share of the float32 weights and moments, as rectangles of the parameters that they belong to.
 
     Megatron's own format for any layout ("fully_reshardable", with the same names) gathers everything on the ranks'
@@ -118,7 +152,9 @@ def _sharded_pieces(optimizer: DistributedOptimizer, model_sharded_state_dict: d
         for name in ("param", "exp_avg", "exp_avg_sq"):
             # The float32 weights of a float32 model are the model's own, which are saved with it.
             if name != "param" or parameter.dtype != torch.float32:
-                pieces += _rectangles(shardings[parameter], parameter, states[name], start, f"optimizer.state.{name}")
+                pieces += _rectangles(
+                    shardings[parameter], parameter, read(states[name]), start, f"optimizer.state.{name}"
+                )
     return pieces
 
 
@@ -133,9 +169,12 @@ def _rectangles(
 
     The values belong to the elements of ``parameter`` from ``start`` on, in row-major order.
     """
-    parts = sharding.build() if isinstance(sharding, ShardedTensorFactory) else sharding
-    for part in [parts] if isinstance(parts, ShardedTensor) else nested_values(parts):
-        first = part.data.storage_offset() - parameter.storage_offset()
+    parts: Iterable[ShardedTensor] = [sharding]
+    if isinstance(sharding, ShardedTensorFactory):
+        # Places alone are asked for. The parameter's memory may be released, and then it cannot be divided.
+        parts = nested_values(replace(sharding, data=torch.empty_like(parameter, device="meta")).build())
+    for part in parts:
+        first = 0 if part is sharding else part.data.storage_offset()
         begin, end = max(start - first, 0), min(start + values.numel() - first, part.data.numel())
         columns = part.data.shape[-1] if part.data.ndim == 2 else 1
         while begin < end:

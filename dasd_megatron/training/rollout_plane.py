@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dasd_megatron import backend
 from dasd_megatron.config import Config
@@ -37,6 +37,7 @@ from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_pa
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import Policy, WeightDirectory
 from dasd_megatron.training.fleet import ServerFleet
+from dasd_megatron.training.offload import STATE, WEIGHTS, TrainerMemory
 from dasd_megatron.training.parallel import (
     PeerError,
     broadcast_from_rank0,
@@ -101,13 +102,16 @@ class RolloutPlane:
 
     It owns the fleet of servers, the way that weights reach them and, on global rank 0, the collector of rollouts.
 
-    state: where the order of problems and what was collected ahead go on; counts on rank 0.
+    fleet: the servers, from :func:`open_fleet`; memory: what of the trainer's memory they get while they sample. state:
+    where the order of problems and what was collected ahead go on; counts on rank 0.
     """
 
     def __init__(
         self,
         config: Config,
         *,
+        fleet: ServerFleet,
+        memory: TrainerMemory,
         paths: RunPaths,
         problems: list[Problem],
         grader: Grader,
@@ -116,12 +120,8 @@ class RolloutPlane:
         vocab_size: int,
         state: BufferState,
     ) -> None:
-        self.config = config
+        self.config, self.fleet, self.memory = config, fleet, memory
         rank0, replays = dist.get_rank() == 0, config.rollout.replay is not None
-        urls: list[str] = []
-        if not replays:
-            urls = on_selected_rank(rank0, lambda: find_servers(config.rollout), (DiscoveryError,)) or []
-        self.fleet = ServerFleet(config.rollout, urls, paths.root / "logs" / "rollout_server.log")
         self.directory = WeightDirectory(paths.weights)
         self.sync = make_weight_sync(config.rollout, self.fleet, self.directory)
         self._policy: Policy | None = None
@@ -168,8 +168,11 @@ class RolloutPlane:
         """Make every server serve the policy after ``step`` steps. Meanwhile rollouts in flight are waited for, broken
         off or suspended.
 
+        Servers that take turns with the trainer get memory for their weights, and for the rest when they are to sample.
+
         Raises:
-            RolloutsUnavailableError: no server took the weights.
+            RolloutsUnavailableError: no server took the weights. DeviceMemoryError: the host has no room for the
+                trainer's state.
         """
         if self.config.rollout.replay is not None:
             return
@@ -183,16 +186,19 @@ class RolloutPlane:
             self.collector.before_sync()
         self.fleet.pool.expect(policy.version)
         if self.config.rollout.release_memory:
+            self.memory.release(*STATE)
             backend.current().release_cached_memory()
         self.fleet.resume_memory("weights")
         if self.fleet.starts_server and self.directory.is_empty():
             # A server starts from a directory, whichever way its later weights come.
             self.directory.write(policy)
+            # A server takes its share of what is free when it starts.
+            self.memory.release(WEIGHTS)
             self._with_recovery(lambda: self.fleet.start_server(self.directory.newest))
         else:
             self._with_recovery(self.sync.deliver, unsent=policy)
-        self.fleet.resume_memory("kv_cache")
         if self.config.rollout.verify_weights:
+            self.regain_weights()
             self._verify_weights(policy)
         if checks:
             self._check_served_weights(model)
@@ -200,6 +206,28 @@ class RolloutPlane:
             if first:
                 self.collector.connect(self.fleet.client())
             self.collector.after_sync(step)
+
+    def regain_weights(self, *, servers_are_idle: bool = True) -> None:
+        """Have the policy's weights on the devices again, where these have been left to the servers.
+
+        Idle servers give up their room for keys and values, and get it again when they are to sample.
+
+        Raises:
+            DeviceMemoryError: there is no room for the weights.
+        """
+        if not self.memory.is_released(WEIGHTS):
+            return
+        if servers_are_idle:
+            # The trainer's own server may have been started anew, and then serves only once it has these weights.
+            urls = self.fleet.urls if self.fleet.starts_server else None
+            on_selected_rank(dist.get_rank() == 0, lambda: self.fleet.release_memory(["kv_cache"], urls), ())
+        self.memory.restore(WEIGHTS)
+
+    def _begin_sampling(self) -> None:
+        """Leave the devices to servers that take turns with the trainer."""
+        if self.config.rollout.release_memory:
+            self.memory.release(WEIGHTS)
+            self.fleet.resume_memory("kv_cache")
 
     def on_rank0(self, work: Callable[[RolloutClient], T]) -> T | None:
         """Run ``work`` with a client on global rank 0, however long it takes, with the same recovery as rollouts; None
@@ -209,7 +237,7 @@ class RolloutPlane:
             ServersUnavailableError: the servers failed, and recovery is of no use. RolloutsUnavailableError: a function
                 of the user's own failed, or a disk.
         """
-        return self._with_recovery(lambda: work(self.fleet.client()), bounded=False)
+        return self._with_recovery(lambda: work(self.fleet.client()), samples=True, bounded=False)
 
     def start_over(self) -> None:
         """Forget the rollouts of a policy that is given up; the prompts that no step has trained on are sampled
@@ -237,7 +265,7 @@ class RolloutPlane:
             return scatter_to_replicas(
                 None if samples is None else self._divide(samples, 0.0, self._teacher_metrics(samples))
             )
-        batch = self._with_recovery(self._take_batch)
+        batch = self._with_recovery(self._take_batch, samples=True)
         if self.collector is not None:
             if rollout.release_memory:
                 self.fleet.release_memory()
@@ -272,11 +300,13 @@ class RolloutPlane:
             state.counts = batch.counts
         return state
 
-    def _with_recovery(self, work: Callable[[], T], *, unsent: Policy | None = None, bounded: bool = True) -> T | None:
+    def _with_recovery(
+        self, work: Callable[[], T], *, unsent: Policy | None = None, samples: bool = False, bounded: bool = True
+    ) -> T | None:
         """Return the result of ``work``, which global rank 0 does; None on the other ranks.
 
         If it fails, the fleet recovers and it is done again. ``unsent``: a policy that is sent to the servers before.
-        ``bounded``: the work has a limit that a collective can wait for.
+        ``samples``: the servers are to sample in it. ``bounded``: the work has a limit that a collective can wait for.
         """
 
         def attempt() -> T | _Failure:
@@ -289,8 +319,12 @@ class RolloutPlane:
         while True:
             try:
                 if unsent is not None:
+                    # Servers of others may still be at work on what has failed.
+                    self.regain_weights(servers_are_idle=self.fleet.starts_server)
                     self.sync.send(unsent)
                     unsent = None
+                if samples:
+                    self._begin_sampling()
                 done = attempt if bounded else while_others_look(rank0, attempt)
                 result = on_selected_rank(rank0, done, (RolloutServerError, ServerStartError, GraderError))
             except PeerError as error:
@@ -343,6 +377,7 @@ class RolloutPlane:
         layout = BatchLayout.of_this_rank(self.config.batch, parallel, self.config.precision)
         batches = make_micro_batches([ids[:1]] * copies, [ids[1:]] * copies, layout)
         expected = score(model, batches, self.config.loss, temperature=1.0).log_prob[: len(ids) - 1].tolist()
+        self._begin_sampling()
         self._on_rank0_or_stop(lambda: self.fleet.check_served_weights(ids, expected))
 
     def _take_batch(self) -> Batch:
@@ -359,6 +394,33 @@ class RolloutPlane:
         replicas, minibatches = self.config.parallel.data_parallel_size, self.config.batch.minibatches
         shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
         return [StepRollouts(share, grading_seconds, metrics) for share in shares]
+
+
+def open_fleet(config: Config, paths: RunPaths, hf_config: PretrainedConfig) -> ServerFleet:
+    """Return the servers of a run. Collective over all ranks; the servers of others are known to global rank 0.
+
+    Where these take turns with a trainer that offloads, they give their memory back here, before the model takes its
+    own.
+
+    Raises:
+        PeerError: no servers are found. RolloutsUnavailableError: none answers, or one serves another model than
+            ``hf_config``.
+    """
+    rank0, urls = dist.get_rank() == 0, []
+    if config.rollout.replay is None:
+        urls = on_selected_rank(rank0, lambda: find_servers(config.rollout), (DiscoveryError,)) or []
+    fleet = ServerFleet(config.rollout, urls, paths.root / "logs" / "rollout_server.log")
+    if config.backend.offload != "none" and not fleet.starts_server:
+
+        def free() -> None:
+            fleet.check_served_models(hf_config)
+            fleet.release_memory(urls=fleet.urls)
+
+        try:
+            on_selected_rank(rank0, free, (WrongModelError, RolloutServerError))
+        except PeerError as error:
+            raise RolloutsUnavailableError(str(error)) from error
+    return fleet
 
 
 def load_replayed(config: Config, step: int, vocab_size: int) -> list[Sample]:

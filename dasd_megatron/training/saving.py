@@ -11,6 +11,7 @@ from dasd_megatron.training.checkpoint_files import checkpoint_path, depart_from
 from dasd_megatron.training.checkpoint_search import TrainerState, damage, read_state
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.export import export_model
+from dasd_megatron.training.offload import STATE, WEIGHTS
 from dasd_megatron.training.optimizer import TrainingError
 from dasd_megatron.training.parallel import broadcast_from_rank0
 from dasd_megatron.training.trainer import Trainer
@@ -23,6 +24,7 @@ def begin_checkpoint(trainer: Trainer) -> None:
     trainer.state.rollouts = trainer.plane.state(step)
     trainer.saver.save(trainer.state)
     if is_multiple(step, trainer.config.checkpoint.export_every):
+        trainer.plane.regain_weights()
         path = checkpoint_path(trainer.paths.root, step).with_suffix(".hf")
         # Hashing it would hold up training for a second pass over the bytes.
         export_model(trainer.learner.model, path, template_dir=trainer.hf_files, manifest=False)
@@ -62,6 +64,8 @@ def roll_back(trainer: Trainer) -> None:
     path = _find_good_checkpoint(trainer.paths.root, state)
     if path is None:
         raise TrainingError(f"{reason}, and there is no checkpoint before them to go back to: {advice}")
+    # The step whose numbers broke may not have come to its update.
+    trainer.memory.restore(WEIGHTS, *STATE)
     saved = load_checkpoint(path, learner.model, learner.optimizer, learner.teacher)
     good_step = saved.step
     if config.rollout.replay is not None:

@@ -21,6 +21,7 @@ from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_sam
 from dasd_megatron.training.checkpoint_search import TrainerState
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
+from dasd_megatron.training.offload import COPIES, GRADIENTS, WEIGHTS, DeviceMemoryError
 from dasd_megatron.training.parallel import median_of_replicas, reduce_over_replicas
 from dasd_megatron.training.passes import UpdateResult, score, update
 from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights
@@ -73,6 +74,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
         rollouts = trainer.plane.rollouts(state.step + 1, state.discarded)
     share = rollouts.share
     timers.move("rollout", "verify", rollouts.grading_seconds)
+    trainer.memory.restore(WEIGHTS, COPIES)
     with timers("score"):
         scores = score_rollouts(trainer, share.samples)
     check_agreement(config.rollout, scores)
@@ -81,7 +83,12 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     if saves:
         save_rollouts(trainer, share.samples)
     if scores_are_finite(trainer, share.samples, scores):
-        metrics = _learn(trainer, share, scores, timers, inspects=saves and trainer.logger is not None)
+        try:
+            metrics = _learn(trainer, share, scores, timers, inspects=saves and trainer.logger is not None)
+        except DeviceMemoryError:
+            # It comes before the first update is applied, and the step before this one is the last that is done.
+            state.step -= 1
+            raise
     else:
         # A snapshot that is due is not put off by a whole interval.
         move_weights(trainer.learner, config.teacher, state.step)
@@ -244,6 +251,7 @@ def update_policy(
     advantage, bounds = routing.weighted_advantage, scores.bounds
     share = len(samples) // config.batch.minibatches
     results = []
+    trainer.memory.restore(GRADIENTS)
     for first in [*range(0, len(samples), share)] * config.batch.epochs:
         minibatch = samples[first : first + share]
         tokens = slice(bounds[first], bounds[first + share])

@@ -38,9 +38,10 @@ from dasd_megatron.samples import ReplayError
 from dasd_megatron.training.checkpoint import CheckpointSaver, check_architecture, check_kept_teacher, load_checkpoint
 from dasd_megatron.training.checkpoint_files import checkpoints_folder, depart_from
 from dasd_megatron.training.checkpoint_search import TrainerState, find_checkpoint, read_state
+from dasd_megatron.training.offload import OPTIMIZER, TrainerMemory
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank
-from dasd_megatron.training.rollout_plane import RolloutPlane, load_replayed
+from dasd_megatron.training.rollout_plane import RolloutPlane, load_replayed, open_fleet
 from dasd_megatron.training.snapshots import KEPT_COPIES, WeightSnapshot
 from dasd_megatron.training.warm_start import warm_start
 from dasd_megatron.verify.grader import Grader
@@ -72,6 +73,7 @@ class Trainer:
     grader: Grader
     heldout_problems: list[Problem]
     learner: Learner
+    memory: TrainerMemory
     state: TrainerState
     saver: CheckpointSaver
     plane: RolloutPlane
@@ -103,6 +105,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
     began = TrainerState() if checkpoint is None else _checked_state(checkpoint, hf_files, _teacher_weights(config))
     first_step = began.step
     _check_first_replayed(config, hf_files, began)
+    fleet = open_fleet(config, paths, read_hf_config(hf_files))
     with contextlib.ExitStack() as stack:
         stream = sys.stdout if dist.get_rank() == 0 else stack.enter_context(open(os.devnull, "w"))
         display = stack.enter_context(ProgressDisplay(config.run.steps, start_step=first_step, stream=stream))
@@ -116,18 +119,12 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
             logger = stack.enter_context(
                 open_logger(config.logging, paths.root, display, resumed=checkpoint is not None, first_step=first_step)
             )
-        model_path = start_path(config.model, paths)
-        if config.warm_start.steps:
-            if warm_started is None:
-                _warm_start(config, paths, train_problems, renderer, tokenizer, display, logger)
-            model_path = warm_started or paths.warm_started_model
-        learner = build_learner(config, model_path)
-        state = TrainerState()
-        if checkpoint is not None:
-            state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.teacher)
-            if logger is not None:
-                _drop_later_results(paths.root, checkpoint, state.step, logger, display)
-            display.message(f"resumed from {checkpoint} at step {state.step}")
+        if config.warm_start.steps and warm_started is None:
+            warm_started = _warm_start(config, paths, train_problems, renderer, tokenizer, display, logger)
+        start = warm_started if config.warm_start.steps else None
+        learner = build_learner(config, start or start_path(config.model, paths))
+        memory = make_memory(config.backend.offload, learner)
+        state = TrainerState() if checkpoint is None else _resume(checkpoint, paths.root, learner, logger, display)
         saver = stack.enter_context(
             CheckpointSaver(
                 paths.root,
@@ -137,12 +134,15 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
                 learner.teacher,
                 template_dir=hf_files,
                 timeout_seconds=config.backend.timeout_seconds,
+                memory=memory,
             )
         )
         grader = stack.enter_context(Grader(config.verify))
         plane = stack.enter_context(
             RolloutPlane(
                 config,
+                fleet=fleet,
+                memory=memory,
                 paths=paths,
                 problems=train_problems,
                 grader=grader,
@@ -160,6 +160,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
             grader=grader,
             heldout_problems=heldout_problems,
             learner=learner,
+            memory=memory,
             state=state,
             saver=saver,
             plane=plane,
@@ -182,6 +183,14 @@ def build_learner(config: Config, model_path: Path) -> Learner:
     if weights in KEPT_COPIES:
         teacher = WeightSnapshot(model, KEPT_COPIES[weights], dtype=torch.float32 if weights == "ema" else None)
     return Learner(model, optimizer, start, teacher)
+
+
+def make_memory(offload: str, learner: Learner) -> TrainerMemory:
+    """Return what releases and restores the learner's memory as ``backend.offload`` says; the optimizer brings its
+    state back when it takes a step."""
+    memory = TrainerMemory(offload, learner.model, learner.optimizer, [learner.start, learner.teacher])
+    learner.optimizer.before_step = functools.partial(memory.restore, OPTIMIZER)
+    return memory
 
 
 def _teacher_weights(config: Config) -> str:
@@ -244,6 +253,17 @@ def _begin_files(resume: str, run_dir: Path, display: ProgressDisplay) -> None:
         display.message(f"resume=auto: {run_dir} has no checkpoint to go on from, training begins at step 1{kept}")
 
 
+def _resume(
+    checkpoint: Path, run_dir: Path, learner: Learner, logger: MetricsLogger | None, display: ProgressDisplay
+) -> TrainerState:
+    """Load a checkpoint into the learner; results of later steps are dropped. Collective over all ranks."""
+    state = load_checkpoint(checkpoint, learner.model, learner.optimizer, learner.teacher)
+    if logger is not None:
+        _drop_later_results(run_dir, checkpoint, state.step, logger, display)
+    display.message(f"resumed from {checkpoint} at step {state.step}")
+    return state
+
+
 def _drop_later_results(
     run_dir: Path, checkpoint: Path, step: int, logger: MetricsLogger, display: ProgressDisplay
 ) -> None:
@@ -274,8 +294,8 @@ def _warm_start(
     tokenizer: PreTrainedTokenizerBase,
     display: ProgressDisplay,
     logger: MetricsLogger | None,
-) -> None:
-    """Warm-start the model and report every step of it."""
+) -> Path:
+    """Warm-start the model and report every step of it; returns where it is."""
     with display.phase("warm start", total=config.warm_start.steps) as phase:
 
         def report(metrics: dict[str, float]) -> None:
@@ -284,3 +304,4 @@ def _warm_start(
                 logger.log_warm_start(metrics)
 
         warm_start(config, paths, problems, renderer, tokenizer, report)
+    return paths.warm_started_model

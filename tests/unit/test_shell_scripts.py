@@ -207,17 +207,27 @@ def test_colocated(size: str) -> None:
     assert submit[1] == f"--nodes={train_nodes}" and len(servers) == train_nodes * per_node
     assert {option(server, "--nodelist") for server in servers} == set(option(train, "--nodelist").split(","))
     given = overrides_of(train)
-    assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given) & set(check)
+    turns = {"rollout.max_staleness=0", "rollout.release_memory=true", "backend.offload=all"}
+    assert turns <= set(given) & set(check)
     alone = train_nodes == 1
-    assert alone == ("rollout.weight_sync=tensor" in given) == ("rollout.release_memory=true" in given)
+    assert f"rollout.weight_sync={'tensor' if alone else 'disk'}" in given
     for server in servers:
         assert server[server.index("--host") + 1] == ("127.0.0.1" if alone else "0.0.0.0")
-        assert server[server.index("--") + 1 :] == (
-            ["--enable-memory-saver"] if alone else ["--mem-fraction-static", "0.4"]
-        )
-    known = [word for word in given if not word.startswith(("model.path", "data."))]
+        assert server[server.index("--") + 1 :] == ["--enable-memory-saver", "--mem-fraction-static", "0.75"]
     sources = [f"data.{name}.{field}" for name in ("train", "heldout") for field in ("generator=chain_sum", "size=200")]
-    load_config([*known, *sources])
+    for step in (check, train):
+        words = [word for word in overrides_of(step) if "=" in word]
+        known = [word for word in words if not word.startswith(("model.path", "data."))]
+        load_config([*known, *sources])
+
+
+def test_colocated_servers_behind_a_router_keep_their_memory() -> None:
+    _, (_, _, *servers, _router, train, _) = dry_run("train_dasd_32b.sh", DASD_PLACEMENT="colocated", DASD_ROUTER="1")
+    given = overrides_of(train)
+    assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given)
+    assert "rollout.release_memory=true" not in given and "backend.offload=all" not in given
+    for server in servers:
+        assert server[server.index("--") + 1 :] == ["--mem-fraction-static", "0.4"]
 
 
 def test_router_and_settings_of_the_environment() -> None:

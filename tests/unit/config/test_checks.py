@@ -124,9 +124,25 @@ REFUSED = [
         ["rollout.weight_sync=tensor", "http://10.0.0.1:1", "distributed"],
     ),
     (
-        ["rollout.engine=external", "rollout.release_memory=true", "rollout.servers=[http://a:1]"],
-        ["rollout.release_memory", "http://a:1"],
+        ["backend.offload=state", "rollout.max_staleness=1", "loss.importance_sampling=token"],
+        ["backend.offload=state", "rollout.max_staleness=1", "max_staleness=0"],
     ),
+    (["backend.offload=all"], ["backend.offload=all", "rollout.release_memory=true"]),
+    (
+        ["backend.offload=all", "rollout.replay=.", "evaluation=none"],
+        ["backend.offload=all", "rollout.replay", "backend.offload=none"],
+    ),
+    (
+        [
+            "backend.kind=cuda",
+            "rollout.engine=external",
+            "rollout.servers=[http://a:1]",
+            "rollout.release_memory=true",
+            "rollout.weight_sync=distributed",
+        ],
+        ["rollout.weight_sync=distributed over NCCL", "write disk, on one machine tensor"],
+    ),
+    (["backend.offload=gpu"], ["backend.offload=gpu", "none, state, all"]),
     (["rollout.verify_weights=-1"], ["rollout.verify_weights=-1", "at least 0"]),
     (
         ["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"],
@@ -306,6 +322,13 @@ def test_servers_of_this_machine_can_share_memory(server: str) -> None:
         f"rollout.servers=['{server}']",
     ]
     assert load_config([QUICK, *overrides]).rollout.servers == [server]
+
+
+def test_servers_of_several_machines_can_take_turns_with_the_trainer() -> None:
+    overrides = ["rollout.engine=external", "rollout.release_memory=true", "backend.offload=all"]
+    servers = ["http://node01:30000", "http://node02:30001"]
+    config = load_config([QUICK, *overrides, f"rollout.servers=[{','.join(servers)}]"])
+    assert config.rollout.servers == servers and config.backend.offload == "all"
 
 
 def test_dr_grpo_has_neither_the_deviation_nor_the_lengths_in_its_loss() -> None:

@@ -41,6 +41,8 @@ class FakeRun:
             saver=SimpleNamespace(stalled=0.0, pending=False, is_writing=lambda: False, finish=lambda: None),
             logger=None,
             learner=SimpleNamespace(model=None),
+            memory=SimpleNamespace(measures=dict),
+            plane=SimpleNamespace(regain_weights=lambda: self._note("regain weights")),
             hf_files=Path("hf"),
             failed_evaluations=0,
         )
@@ -107,18 +109,27 @@ def test_a_step_is_synced_saved_and_evaluated_in_this_order(run: FakeRun) -> Non
         "step 2", "sync", "save", "evaluate step",
         "step 3", "sync", "evaluate step",
         "step 4", "sync", "save",
-        "evaluate after", "export",
+        "evaluate after", "regain weights", "export",
     ]  # fmt: skip
 
 
 def test_a_resumed_run_makes_up_the_evaluation_of_its_last_step(run: FakeRun) -> None:
     run.state.step = 3
-    assert run.train() == ["sync", "evaluate step", "step 4", "sync", "save", "evaluate after", "export"]
+    assert run.train() == [
+        "sync",
+        "evaluate step",
+        "step 4",
+        "sync",
+        "save",
+        "evaluate after",
+        "regain weights",
+        "export",
+    ]
 
 
 def test_a_run_that_is_done_is_only_concluded(run: FakeRun) -> None:
     run.state.step = STEPS
-    assert run.train() == ["sync", "evaluate after", "export"]
+    assert run.train() == ["sync", "evaluate after", "regain weights", "export"]
 
 
 def test_a_signal_saves_the_step_before_it_ends_the_run(run: FakeRun) -> None:
@@ -157,7 +168,7 @@ def test_skipped_steps_in_a_row_take_the_run_back(monkeypatch: pytest.MonkeyPatc
         "step 2", "sync", "save",
         "step 3", "sync",
         "step 4", "sync", "save",
-        "evaluate after", "export",
+        "evaluate after", "regain weights", "export",
     ]  # fmt: skip
 
 

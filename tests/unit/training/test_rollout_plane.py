@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from dasd_megatron import backend
+from dasd_megatron.backend import cpu
 from dasd_megatron.config import load_config
 from dasd_megatron.data.prompts import Problem
 from dasd_megatron.data.templates import PromptRenderer
@@ -25,16 +27,23 @@ from dasd_megatron.run.paths import RunPaths
 from dasd_megatron.training import export, parallel, rollout_plane
 from dasd_megatron.training.export import Policy
 from dasd_megatron.training.fleet import ServerFleet
+from dasd_megatron.training.offload import STATE, WEIGHTS, DeviceMemoryError, TrainerMemory
 from dasd_megatron.training.parallel import on_selected_rank
-from dasd_megatron.training.rollout_plane import RolloutPlane, RolloutsUnavailableError, ServersUnavailableError
+from dasd_megatron.training.rollout_plane import (
+    RolloutPlane,
+    RolloutsUnavailableError,
+    ServersUnavailableError,
+    open_fleet,
+)
 from dasd_megatron.training.weight_sync.base import WeightSync
 from dasd_megatron.training.weight_sync.disk import DiskSync
-from tests.support.fake_servers import FakeModel, FakeServers
+from tests.support.fake_servers import MODEL, FakeModel, FakeServer, FakeServers
 from tests.support.thread_ranks import ThreadRanks
 
 RANKS = 2
 TOKENIZER = character_tokenizer()
-CONFIG = load_config(["experiment=quickstart", "rollout.max_restarts=2", "rollout.max_retries=0", "verify.workers=0"])
+OVERRIDES = ["experiment=quickstart", "rollout.max_restarts=2", "rollout.max_retries=0", "verify.workers=0"]
+CONFIG = load_config(OVERRIDES)
 GONE = "RolloutServerError: http://own:1: gone (after 1 try); mend it"
 
 
@@ -75,7 +84,10 @@ class Run:
     def __init__(self, way: type[WeightSync], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.servers = FakeServers()
         self.ranks = ThreadRanks(RANKS, monkeypatch)
-        self.folder = folder
+        self.folder, self.config = folder, CONFIG
+        # It has nothing to release, and so reads nothing of model and optimizer.
+        nothing: Any = None
+        self.memory = TrainerMemory("none", nothing, nothing)
         fakes = {"make_client": self.servers.make_client, "make_server": self.servers.make_server}
         monkeypatch.setattr(rollout_plane, "ServerFleet", functools.partial(ServerFleet, **fakes))
         monkeypatch.setattr(
@@ -90,7 +102,10 @@ class Run:
             renderer, problems = PromptRenderer(TOKENIZER), [Problem("p", "1+1 =", "2", "2")]
             paths = RunPaths(self.folder)
             arguments: dict[str, Any] = {"paths": paths, "problems": problems, "grader": None, "renderer": renderer}
-            with RolloutPlane(CONFIG, **arguments, tokenizer=TOKENIZER, vocab_size=100, state=BufferState()) as plane:
+            arguments |= {"fleet": open_fleet(self.config, paths, MODEL), "memory": self.memory}
+            with RolloutPlane(
+                self.config, **arguments, tokenizer=TOKENIZER, vocab_size=100, state=BufferState()
+            ) as plane:
                 return work(plane)
 
         return self.ranks.run(be_rank)
@@ -239,3 +254,171 @@ def test_the_first_weights_are_not_sent_after_the_server_was_restarted_from_them
         return plane.on_rank0(work), plane.sync.sent
 
     assert streamed(run)[0] == ("done", [])
+
+
+# Taking turns on the same devices.
+
+OFFLOADING = ["rollout.release_memory=true", "backend.offload=all", "rollout.max_log_prob_diff=null"]
+EXTERNAL = ["rollout.engine=external", "rollout.servers=[http://127.0.0.1:1,http://127.0.0.1:2]"]
+BOTH = "weights+kv_cache"
+
+
+class Turns:
+    """A run whose trainer and servers take turns: ``events`` are what rank 0's memory and the servers were asked for,
+    in order. Servers that hold memory beside the trainer's are noticed."""
+
+    def __init__(self, run: Run, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+        self.run, self.events = run, []
+        self.released: list[set[str]] = [set() for _ in range(RANKS)]
+        self.no_room = False
+        run.config = load_config([*OVERRIDES, *OFFLOADING, *overrides])
+        memory: Any = self
+        run.memory = memory
+        monkeypatch.setattr(backend, "_selected", cpu)
+        monkeypatch.setattr(export, "export_model", self._export)
+        monkeypatch.setattr(RolloutPlane, "_check_served_weights", lambda plane, model: plane._begin_sampling())
+        answer = FakeServer.answer
+
+        def noting(server: FakeServer, path: str, body: Any) -> tuple[int, Any]:
+            note = {
+                "/release_memory_occupation": "release",
+                "/resume_memory_occupation": "resume",
+                "/update_weights_from_disk": "update",
+            }.get(path)
+            if note is not None:
+                self.events.append(f"server {note} {'+'.join(body.get('tags', []))}".strip())
+            return answer(server, path, body)
+
+        monkeypatch.setattr(FakeServer, "answer", noting)
+
+    def _export(self, model: Any, path: Path, **_: Any) -> None:
+        assert not self.is_released(WEIGHTS), "weights that are not there are written"
+        path.mkdir(parents=True, exist_ok=True)
+        self._note("write")
+
+    def _note(self, event: str) -> None:
+        if dist.get_rank() == 0:
+            self.events.append(event)
+
+    def is_released(self, part: str) -> bool:
+        return part in self.released[dist.get_rank()]
+
+    def release(self, *parts: str) -> None:
+        mine = self.released[dist.get_rank()]
+        if not mine.issuperset(parts):
+            self._note("release " + ("weights" if parts == (WEIGHTS,) else "state"))
+        mine.update(parts)
+        self.run.ranks.exchange(None)
+        assert all(other.issuperset(parts) for other in self.released)
+
+    def restore(self, *parts: str) -> None:
+        mine = self.released[dist.get_rank()]
+        self.run.ranks.exchange(None)
+        if self.no_room:
+            raise DeviceMemoryError("0.00 GB of the device are free")
+        if mine.intersection(parts):
+            self._note("restore")
+        mine.difference_update(parts)
+
+
+def train(plane: RolloutPlane) -> None:
+    """What a step does to memory between its rollouts and the next sync."""
+    on_selected_rank(dist.get_rank() == 0, plane.fleet.release_memory, ())
+    plane.memory.restore(*STATE, WEIGHTS)
+
+
+def sample(plane: RolloutPlane, turns: Turns) -> None:
+    plane.on_rank0(lambda _: turns.events.append("sample"))
+
+
+def test_servers_of_others_and_the_trainer_take_turns(disk: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.servers.by_url.update({f"http://127.0.0.1:{port}": FakeServer() for port in (1, 2)})
+    turns = Turns(disk, monkeypatch, *EXTERNAL)
+
+    def run(plane: RolloutPlane) -> None:
+        turns._note("build")
+        sync(plane, 0)
+        sample(plane, turns)
+        sample(plane, turns)
+        train(plane)
+        sync(plane, 1)
+        sample(plane, turns)
+        # At the end the weights are exported.
+        plane.regain_weights()
+        assert not plane.memory.is_released(WEIGHTS)
+
+    assert disk(run) == [None, None]
+    both = ["server resume weights"] * 2
+    keys, update = ["server resume kv_cache"] * 2, ["server update"] * 2
+    assert turns.events == [
+        # The model is built where the servers were.
+        *[f"server release {BOTH}"] * 2, "build",
+        "release state", *both, "write", *update, "release weights", *keys, "sample", "sample",
+        *[f"server release {BOTH}"] * 2, "restore",
+        "release state", *both, "write", *update, "release weights", *keys, "sample",
+        *["server release kv_cache"] * 2, "restore", *keys,
+    ]  # fmt: skip
+
+
+def test_an_own_server_starts_where_the_weights_were(disk: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(disk, monkeypatch)
+
+    def run(plane: RolloutPlane) -> None:
+        sync(plane, 0)
+        sample(plane, turns)
+        train(plane)
+        sync(plane, 1)
+        sample(plane, turns)
+
+    assert disk(run) == [None, None]
+    assert turns.events == [
+        "release state", "write", "release weights", "sample",
+        f"server release {BOTH}", "restore",
+        "release state", "server resume weights", "write", "server update", "release weights",
+        "server resume kv_cache", "sample",
+    ]  # fmt: skip
+
+
+def test_weights_that_are_sent_again_come_back_for_it(streamed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(streamed, monkeypatch)
+    work = failing(server_error())
+
+    def run(plane: RolloutPlane) -> tuple[Any, list[str]]:
+        sync(plane, 0)
+        train(plane)
+        sync(plane, 1)
+        turns.events.clear()
+        return plane.on_rank0(work), plane.sync.sent
+
+    assert streamed(run)[0] == ("done", ["step_000001", "step_000001"])
+    assert turns.events == [
+        "release weights", "server resume kv_cache",
+        # The server that was started anew gives up its room for keys and values until it has the weights.
+        "server release kv_cache", "restore", "release weights", "server resume kv_cache",
+    ]  # fmt: skip
+
+
+def test_no_room_for_weights_to_be_sent_again_ends_the_run_on_every_rank(
+    streamed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(streamed, monkeypatch)
+    work = failing(server_error())
+
+    def run(plane: RolloutPlane) -> None:
+        sync(plane, 0)
+        train(plane)
+        sync(plane, 1)
+        turns.no_room = True
+        plane.on_rank0(work)
+
+    assert [str(outcome) for outcome in streamed(run)] == ["0.00 GB of the device are free"] * RANKS
+
+
+def test_servers_of_another_model_are_refused_before_the_model_is_built(
+    disk: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk.servers.by_url.update({f"http://127.0.0.1:{port}": FakeServer(architecture="Other") for port in (1, 2)})
+    turns = Turns(disk, monkeypatch, *EXTERNAL)
+    outcomes = disk(lambda plane: turns._note("build"))
+    assert {type(outcome) for outcome in outcomes} == {RolloutsUnavailableError}, outcomes
+    assert turns.events == []

@@ -15,6 +15,7 @@ from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConf
 from dasd_megatron.training import step
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.checkpoint_search import TrainerState
+from dasd_megatron.training.offload import COPIES, WEIGHTS, DeviceMemoryError
 from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
 from dasd_megatron.training.step import Timers, route, set_teacher_switch, train_step
 from dasd_megatron.training.step_metrics import schedule_metrics, switch_metrics
@@ -63,9 +64,34 @@ def test_the_teachers_weights_follow_a_step_that_is_skipped_too(
         logger=None,
         state=TrainerState(step=3),
         plane=SimpleNamespace(rollouts=lambda *_: rollouts),
+        memory=SimpleNamespace(restore=lambda *_: None),
     )
     assert train_step(trainer)["step"] == 4
     assert moved == [0 if is_finite else 4]
+
+
+def test_a_step_without_memory_for_its_update_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise DeviceMemoryError("0.00 GB of the device are free")
+
+    monkeypatch.setattr(step, "_learn", fail)
+    monkeypatch.setattr(step, "scores_are_finite", lambda *_: True)
+    for name in ("score_rollouts", "check_agreement"):
+        monkeypatch.setattr(step, name, lambda *_: {})
+    restored: list[str] = []
+    rollouts = SimpleNamespace(share=ReplicaShare([], [], []), grading_seconds=0.0, metrics={})
+    trainer: Any = SimpleNamespace(
+        config=load_config(["experiment=quickstart", "logging.save_rollouts_every=0"]),
+        logger=None,
+        state=TrainerState(step=3),
+        plane=SimpleNamespace(rollouts=lambda *_: rollouts),
+        memory=SimpleNamespace(restore=lambda *parts: restored.extend(parts)),
+    )
+    with pytest.raises(DeviceMemoryError):
+        train_step(trainer)
+    assert trainer.state.step == 3
+    # Scoring needs no more than these.
+    assert restored == [WEIGHTS, COPIES]
 
 
 def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:
