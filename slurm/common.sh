@@ -355,6 +355,8 @@ run_training() {
     if [[ $DASD_PLACEMENT == colocated ]]; then
         # They take turns on the GPUs, so nothing is sampled ahead.
         overrides+=(rollout.max_staleness=0)
+        # Servers keep a part of each GPU, also when they have released their memory.
+        if ((DASD_GPUS_PER_NODE > 0)); then overrides+=(precision.recompute=full); fi
         if hands_over_memory; then
             overrides+=(rollout.release_memory=true backend.offload=all)
             # Between machines weights go over the disk: NCCL takes no two processes on one GPU.
@@ -364,8 +366,6 @@ run_training() {
             else
                 overrides+=(rollout.weight_sync=disk)
             fi
-        elif ((DASD_GPUS_PER_NODE > 0)); then
-            overrides+=(precision.recompute=full)
         fi
     fi
     check_run "${overrides[@]}" "rollout.servers=[http://$server:30000]" "$@"
