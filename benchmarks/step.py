@@ -228,12 +228,11 @@ def loop(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def operations(hf_config: Any, lengths: list[int], *, backward: bool) -> float:
     """Return the floating-point operations of one pass over sequences of these lengths: two for each parameter of a
     matrix and token, and the products of causal attention; three times that with the backward pass."""
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    query, key = head_dim * hf_config.num_attention_heads, head_dim * hf_config.num_key_value_heads
-    layer = hf_config.hidden_size * (2 * query + 2 * key + 3 * hf_config.intermediate_size)
-    matrices = hf_config.num_hidden_layers * layer + hf_config.hidden_size * hf_config.vocab_size
-    attention = sum(2 * hf_config.num_hidden_layers * query * length**2 for length in lengths)
-    return (2 * matrices * sum(lengths) + attention) * (3 if backward else 1)
+    from dasd_megatron.planning.estimate import Architecture, head_operations, layer_operations
+
+    arch, tokens = Architecture.of(hf_config), sum(lengths)
+    layer = layer_operations(arch, tokens, sum(length**2 for length in lengths))
+    return (arch.layers * layer + head_operations(arch, tokens)) * (3 if backward else 1)
 
 
 def random_batches(config: Config, model: ShardedModel) -> tuple[list[MicroBatch], list[list[int]]]:
@@ -441,7 +440,7 @@ def report_plan(config: Config, hf_config: Any, peak: int) -> dict[str, Any]:
 
     engine = backend.current().uses_transformer_engine(config.backend.transformer_impl)
     memory = torch.cuda.get_device_properties(backend.current().device()).total_memory
-    plan = make_plan(config, Architecture.of(hf_config), gpus_per_node=1, transformer_engine=engine, gpu_bytes=memory)
+    plan = make_plan(config, Architecture.of(hf_config), transformer_engine=engine, gpu_bytes=memory)
     # The reserve of a plan is for memory that torch does not allocate.
     planned = plan.fullest.total - OVERHEAD_BYTES
     print(f"peak of our update: {peak / 1e9:.2f} GB; dasd plan, without its reserve: {planned / 1e9:.2f} GB")

@@ -357,16 +357,16 @@ run_training() {
         overrides+=(rollout.max_staleness=0)
         # Servers keep a part of each GPU, also when they have released their memory.
         if ((DASD_GPUS_PER_NODE > 0)); then overrides+=(precision.recompute=full); fi
+        # Between machines weights go over the disk: NCCL takes no two processes on one GPU.
+        local way=disk
         if hands_over_memory; then
             overrides+=(rollout.release_memory=true backend.offload=all)
-            # Between machines weights go over the disk: NCCL takes no two processes on one GPU.
             if ((${#TRAIN[@]} == 1)); then
                 server=127.0.0.1
-                overrides+=(rollout.weight_sync=tensor)
-            else
-                overrides+=(rollout.weight_sync=disk)
+                way=tensor
             fi
         fi
+        overrides+=("rollout.weight_sync=$way")
     fi
     check_run "${overrides[@]}" "rollout.servers=[http://$server:30000]" "$@"
     start_servers "$model"

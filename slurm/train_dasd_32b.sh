@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# DASD on Qwen3 32B, four nodes to train and two to serve; nodes of 8 GPUs of 80 GB. Set slurm/env.sh, then:
+# DASD on Qwen3 32B, four nodes to train and three to serve; nodes of 8 GPUs of 80 GB. Set slurm/env.sh, then:
 #   sbatch slurm/train_dasd_32b.sh [field=value ...]
 #   DRY_RUN=1 bash slurm/train_dasd_32b.sh [field=value ...]    prints what it would do
 #SBATCH --job-name=dasd_32b
-#SBATCH --nodes=6
+#SBATCH --nodes=7
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
@@ -19,7 +19,7 @@ cd "${DASD_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-: "${DASD_TRAIN_NODES:=4}" "${DASD_ROLLOUT_NODES:=2}" "${DASD_SERVER_TP:=4}" "${DASD_MODEL:=$DASD_MODELS/Qwen3-32B}"
+: "${DASD_TRAIN_NODES:=4}" "${DASD_ROLLOUT_NODES:=3}" "${DASD_SERVER_TP:=8}" "${DASD_MODEL:=$DASD_MODELS/Qwen3-32B}"
 begin_job slurm/train_dasd_32b.sh "$@"
 run_training "$DASD_MODEL" experiment=dasd_32b model.path="$DASD_MODEL" data.train.path="$DASD_TRAIN_DATA" \
     data.heldout.path="$DASD_HELDOUT_DATA" "$@"

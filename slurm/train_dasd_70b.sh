@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# DASD on Llama 3.1 70B, sixteen nodes to train and four to serve; nodes of 8 GPUs of 80 GB. Set slurm/env.sh, then:
+# DASD on Llama 3.1 70B, eight nodes to train and four to serve; nodes of 8 GPUs of 80 GB. Set slurm/env.sh, then:
 #   sbatch slurm/train_dasd_70b.sh [field=value ...]
 #   DRY_RUN=1 bash slurm/train_dasd_70b.sh [field=value ...]    prints what it would do
 #SBATCH --job-name=dasd_70b
-#SBATCH --nodes=20
+#SBATCH --nodes=12
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
@@ -19,7 +19,7 @@ cd "${DASD_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-: "${DASD_TRAIN_NODES:=16}" "${DASD_ROLLOUT_NODES:=4}" "${DASD_SERVER_TP:=8}"
+: "${DASD_TRAIN_NODES:=8}" "${DASD_ROLLOUT_NODES:=4}" "${DASD_SERVER_TP:=8}"
 : "${DASD_MODEL:=$DASD_MODELS/Llama-3.1-70B-Instruct}"
 begin_job slurm/train_dasd_70b.sh "$@"
 run_training "$DASD_MODEL" experiment=dasd_70b model.path="$DASD_MODEL" data.train.path="$DASD_TRAIN_DATA" \

@@ -19,7 +19,7 @@ cd "${DASD_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}}"
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-: "${DASD_TRAIN_NODES:=1}" "${DASD_ROLLOUT_NODES:=1}" "${DASD_SERVER_TP:=1}"
+: "${DASD_TRAIN_NODES:=1}" "${DASD_ROLLOUT_NODES:=1}" "${DASD_SERVER_TP:=4}"
 : "${DASD_MODEL:=$DASD_MODELS/Qwen2.5-7B-Instruct}"
 begin_job slurm/train_dasd_7b.sh "$@"
 run_training "$DASD_MODEL" experiment=dasd_7b model.path="$DASD_MODEL" data.train.path="$DASD_TRAIN_DATA" \

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from dasd_megatron import backend
 from dasd_megatron.arguments import Parser
-from dasd_megatron.commands.plan import gigabytes
+from dasd_megatron.commands.plan_text import gigabytes
 from dasd_megatron.commands.start_commands import Cluster, start_commands
 from dasd_megatron.config import BackendConfig, Config, ParallelConfig, load_config
 from dasd_megatron.data.prompt_checks import check_prompts
@@ -30,6 +30,7 @@ from dasd_megatron.data.templates import is_function, make_renderer
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.models.hf_config import hf_folder, load_tokenizer, stored_vocab_size
 from dasd_megatron.observability.progress import format_duration
+from dasd_megatron.planning.assumptions import LENGTH_SIGMA, MEDIAN_SHARE, PROMPT_SHARE
 from dasd_megatron.planning.estimate import Architecture, bubble_fraction, chunk_parameters, total_parameters
 from dasd_megatron.planning.layout import (
     check_layout,
@@ -39,15 +40,12 @@ from dasd_megatron.planning.layout import (
     warmup_passes,
 )
 from dasd_megatron.planning.plan import GPU_BYTES, Plan, make_plan, model_config, model_sizes
+from dasd_megatron.planning.storage import evaluations_of
 from dasd_megatron.run.checks import check_end_tokens, needs_teacher, teacher_of_rollouts
 from dasd_megatron.run.dates import choose_date
 
 if TYPE_CHECKING:
     from dasd_megatron.training.rehearsal import RankModel
-
-# Made-up rollouts have these lengths. Each prompt has this share of the longest; responses have a log-normal spread
-# about a median of this share of the longest.
-PROMPT_SHARE, MEDIAN_SHARE, SIGMA = 1 / 4, 1 / 4, 0.8
 
 
 def _parser() -> Parser:
@@ -115,13 +113,7 @@ def dry_run(arguments: list[str]) -> None:
     on_gpu = config.backend.kind == "cuda"
     transformer_engine = on_gpu and config.backend.transformer_impl != "local"
     gpu_bytes = 1e9 * options.gpu_memory if options.gpu_memory else GPU_BYTES
-    plan = make_plan(
-        config,
-        arch,
-        gpus_per_node=options.gpus_per_node,
-        transformer_engine=transformer_engine,
-        gpu_bytes=gpu_bytes,
-    )
+    plan = make_plan(config, arch, transformer_engine=transformer_engine, gpu_bytes=gpu_bytes)
     limit = gpu_bytes if on_gpu or options.gpu_memory else math.inf
     _check_memory(plan, limit)
     cluster = Cluster(hosts, options.gpus_per_node, limit, options.server_tp)
@@ -204,7 +196,9 @@ def _response_lengths(config: Config, text: str | None) -> list[int]:
             raise ConfigError(f"--response-tokens {text}: each must be between 1 and rollout.max_new_tokens={longest}")
         return list(itertools.islice(itertools.cycle(given), count))
     draw = random.Random(config.run.seed)
-    return [max(1, min(longest, round(MEDIAN_SHARE * longest * draw.lognormvariate(0, SIGMA)))) for _ in range(count)]
+    return [
+        max(1, min(longest, round(MEDIAN_SHARE * longest * draw.lognormvariate(0, LENGTH_SIGMA)))) for _ in range(count)
+    ]
 
 
 def _check_memory(plan: Plan, limit: float) -> None:
@@ -244,8 +238,7 @@ def _teacher_text(config: Config) -> str:
 def _evaluation_lines(config: Config, tokens_per_second: float) -> list[str]:
     """Say how many evaluations there will be, and how much each of them samples."""
     settings, rollout = config.evaluation, config.rollout
-    later = max(0, config.run.steps - 1) // settings.every if settings.every else 0
-    count = int(settings.before) + later + int(settings.after)
+    count = evaluations_of(config)
     if not count:
         return ["none"]
     # A file is not read here: without a size, all problems of it count.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,16 +10,15 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from dasd_megatron.access import VARIABLE
-from dasd_megatron.config import Config, PrecisionConfig, RolloutConfig, SGLangConfig, is_loopback
+from dasd_megatron.config import Config, PrecisionConfig, RolloutConfig, is_loopback
 from dasd_megatron.errors import ConfigError
-from dasd_megatron.planning.estimate import DTYPE_BYTES, Architecture, total_parameters
+from dasd_megatron.planning.estimate import Architecture
+from dasd_megatron.planning.rollouts import fewest_server_gpus
 from dasd_megatron.rollout.discovery import DiscoveryError, expand_host_list, node_servers
 from dasd_megatron.rollout.local_server import sglang_command
 from dasd_megatron.rollout.sglang_router import router_command
 
 RENDEZVOUS_PORT = 29500
-# A server's weights get this share of a GPU's memory; the rest is for keys and values, activations and graphs.
-SERVER_WEIGHTS_SHARE = 0.6
 _ANY_ADDRESS = "0.0.0.0"
 
 
@@ -48,7 +46,7 @@ def start_commands(
     if rollout.replay is not None:
         commands["rollouts"] = [f"from {rollout.replay}"]
     elif rollout.engine == "external":
-        tensor = cluster.server_tp or _server_gpus(rollout.sglang, config.precision, arch, cluster)
+        tensor = cluster.server_tp or fewest_server_gpus(arch, config, cluster.gpu_bytes, cluster.gpus_per_node)
         servers = _server_urls(rollout)
         commands |= _server_commands(rollout, config.precision, cluster.gpus_per_node, servers, model, tensor)
         if rollout.router:
@@ -87,18 +85,6 @@ def _train_lines(config: Config, hosts: Sequence[str], arguments: Sequence[str])
         f"PET_RDZV_ID={config.run.name} {train}"
         for index, host in enumerate(hosts)
     ]
-
-
-def _server_gpus(sglang: SGLangConfig, precision: PrecisionConfig, arch: Architecture, cluster: Cluster) -> int:
-    """Return the GPUs of one server, a power of two times the configured number, whose weights leave room."""
-    tensor = sglang.tensor_parallel_size
-    if not math.isfinite(cluster.gpu_bytes):
-        return tensor
-    width = 1 if sglang.quantization == "fp8" else DTYPE_BYTES[precision.params_dtype]
-    room = SERVER_WEIGHTS_SHARE * cluster.gpu_bytes
-    while total_parameters(arch) * width / tensor > room and tensor < cluster.gpus_per_node:
-        tensor *= 2
-    return tensor
 
 
 def _server_urls(rollout: RolloutConfig) -> list[str]:

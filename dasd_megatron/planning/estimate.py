@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.config import (
     Config,
     OptimizerConfig,
@@ -22,7 +23,6 @@ from dasd_megatron.config import (
 )
 from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import padded_vocab_size
-from dasd_megatron.planning.layout import longest_teacher_prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -333,6 +333,51 @@ def total_parameters(arch: Architecture) -> int:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Passes of a step over its sequences. A backward pass comes with each forward pass of the update."""
+
+    scoring: int
+    """Forward passes over the student's sequences without a backward pass: of the policy, and of the starting model."""
+    teacher: int
+    """Forward passes over the teacher's sequences, whose prompts may be longer."""
+    update: int
+    recomputed_layers: float
+    """Forward passes of the layers that the backward passes repeat, as a share of their operations."""
+    recomputed_sublayers: float
+    """The same as a share of attentions and feed-forwards, which have equal traffic each."""
+
+
+def passes_of(config: Config, arch: Architecture) -> Passes:
+    """Return the passes of a step: what :mod:`dasd_megatron.training.step` does."""
+    epochs, precision = config.batch.epochs, config.precision
+    has_teacher = METHODS[config.algorithm.name].needs_teacher
+    teacher = 2 if config.teacher.weights == "trust_region" else 1
+    operations = sublayers = 0.0
+    if precision.recompute == "full":
+        operations = sublayers = 1.0
+    elif precision.recompute == "selective" and "mlp" in precision.recompute_modules:
+        feed_forward = 3 * arch.hidden * arch.ffn
+        operations, sublayers = feed_forward / (feed_forward + _attention_matrices(arch)), 0.5
+    return Passes(1 + (config.loss.kl_coef > 0), teacher * has_teacher, epochs, epochs * operations, epochs * sublayers)
+
+
+def _attention_matrices(arch: Architecture) -> int:
+    return arch.hidden * 2 * (arch.query + arch.key)
+
+
+def layer_operations(arch: Architecture, tokens: float, squares: float) -> float:
+    """Return the floating-point operations of a forward pass through one layer: two for each element of a matrix and
+    token, and those of causal attention. ``squares``: the sum of the sequences' squared tokens."""
+    matrices = _attention_matrices(arch) + 3 * arch.hidden * arch.ffn
+    return 2 * matrices * tokens + 2 * arch.query * squares
+
+
+def head_operations(arch: Architecture, tokens: float) -> float:
+    """Return the floating-point operations of a forward pass through the LM head."""
+    return 2.0 * arch.hidden * arch.vocab * tokens
+
+
+@dataclass(frozen=True)
 class Communication:
     """Bytes that one rank sends in a training step."""
 
@@ -343,19 +388,16 @@ class Communication:
     weight_sync: float
 
 
-def teacher_share(config: Config) -> float:
-    """Return the tokens that the teacher reads for each of a longest sequence of the student."""
-    response = config.rollout.max_new_tokens
-    return (longest_teacher_prompt(config) + response) / (config.rollout.max_prompt_tokens + response)
+def communication(
+    arch: Architecture, config: Config, tokens: float, teacher_tokens: float, gradients: float, weights: float
+) -> Communication:
+    """Return the traffic of one replica in one step, whose sequences have ``tokens`` padded tokens, and the teacher's
+    ``teacher_tokens``.
 
-
-def communication(arch: Architecture, config: Config, tokens: float, state: State) -> Communication:
-    """Return the traffic of ``tokens`` padded tokens of one replica in one step.
-
-    It counts forward and backward passes of the update, and the forward passes that score student and teacher, whose
-    prompts may be longer. Weight sync counts the bytes that global rank 0 writes for the rollout servers.
+    It counts forward and backward passes of the update, and the forward passes that score student and teacher.
+    ``gradients`` and ``weights`` are the bytes of a rank. Weight sync counts the bytes of all weights.
     """
-    parallel, batch = config.parallel, config.batch
+    parallel, batch, passes = config.parallel, config.batch, passes_of(config, arch)
     width = DTYPE_BYTES[config.precision.params_dtype]
     tensor, pipeline, data = (
         parallel.tensor_model_parallel_size,
@@ -363,27 +405,27 @@ def communication(arch: Architecture, config: Config, tokens: float, state: Stat
         parallel.data_parallel_size,
     )
     virtual = parallel.virtual_pipeline_model_parallel_size or 1
-    forwards = 1 + teacher_share(config) + batch.epochs
-    recomputed: float = batch.epochs if config.precision.recompute == "full" else 0
-    if config.precision.recompute == "selective" and "mlp" in config.precision.recompute_modules:
-        recomputed = batch.epochs / 2
-    tokens /= parallel.context_parallel_size
+    # Tokens of all forward passes, of those that backward passes repeat, and of backward passes.
+    share = 1 / parallel.context_parallel_size
+    tokens, teacher_tokens = tokens * share, teacher_tokens * share
+    forward = tokens * (passes.scoring + passes.update) + teacher_tokens * passes.teacher
+    repeated, backward = tokens * passes.recomputed_sublayers, tokens * passes.update
     layers = max(stage_layers(parallel, arch.layers))
-    # Every layer has two all-reduces in each direction. Under sequence parallelism an all-gather and a reduce-scatter
-    # stand in place of each.
-    reduces = 2 * layers * (forwards + batch.epochs + recomputed)
-    tensor_bytes = tokens * arch.hidden * width * reduces * 2 * (tensor - 1) / tensor
+    # Each of a layer's two parts has an all-reduce in each direction, which sends what two gathers would. Under
+    # sequence parallelism these are an all-gather and a reduce-scatter, and the backward pass gathers the input of the
+    # first product again, since its ranks have kept their parts alone.
+    gathers = 2 * (forward + repeated) + (3 if parallel.sequence_parallel else 2) * backward
+    tensor_bytes = 2 * layers * gathers * arch.hidden * width * (tensor - 1) / tensor
     # Keys and values go round the ranks that share a sequence, and backward they and their gradients.
     ring = parallel.context_parallel_size - 1
-    context_bytes = tokens * 2 * arch.key / tensor * width * layers * ring * (forwards + recomputed + 2 * batch.epochs)
+    context_bytes = 2 * arch.key / tensor * width * layers * ring * (forward + repeated + 2 * backward)
     hops = 0 if pipeline == 1 else virtual
     # Under sequence parallelism each rank sends its part of the sequence.
-    share = tensor if parallel.sequence_parallel else 1
-    pipeline_bytes = tokens * arch.hidden * width * hops * (forwards + batch.epochs) / share
-    updates = batch.minibatches * batch.epochs
+    parts = tensor if parallel.sequence_parallel else 1
+    pipeline_bytes = arch.hidden * width * hops * (forward + backward) / parts
     # A distributed optimizer reduce-scatters gradients in float32 and all-gathers weights; otherwise there is one
     # all-reduce.
-    moved = state.gradients + (state.weights if config.optimizer.distributed else state.gradients)
+    moved = gradients + (weights if config.optimizer.distributed else gradients)
     data *= parallel.context_parallel_size
-    data_bytes = updates * moved * (data - 1) / data
+    data_bytes = batch.minibatches * batch.epochs * moved * (data - 1) / data
     return Communication(tensor_bytes, context_bytes, pipeline_bytes, data_bytes, total_parameters(arch) * width)

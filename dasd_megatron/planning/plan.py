@@ -1,20 +1,19 @@
-"""The memory that a configuration needs on each GPU, the time that a step of it takes, and the layouts that fit."""
+"""The configuration that is planned, and the memory that it needs on each GPU."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dasd_megatron.algorithms.methods import METHODS
 from dasd_megatron.backend.blocks import loss_block_tokens
-from dasd_megatron.config import Config, ModelConfig, PrecisionConfig, load_config, stage_layers, validate
-from dasd_megatron.errors import ConfigError
+from dasd_megatron.config import Config, ModelConfig, load_config
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.models.sizes import ModelSizes, read_sizes
+from dasd_megatron.planning.assumptions import DEVICES
 from dasd_megatron.planning.estimate import (
     DTYPE_BYTES,
     Architecture,
@@ -25,11 +24,9 @@ from dasd_megatron.planning.estimate import (
     communication,
     loss_bytes,
     scoring_bytes,
-    teacher_share,
-    total_parameters,
     training_state,
 )
-from dasd_megatron.planning.layout import check_layout, longest_teacher_prompt
+from dasd_megatron.planning.layout import longest_teacher_prompt
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,14 +49,13 @@ _DEFAULTS = (
     "precision=bf16",
     "batch.micro_batch_size=1",
 )
-GPU_BYTES = 80e9
+# Without a word on rollouts they come from servers of their own, on other GPUs.
+_SERVERS = ("rollout=external", "rollout.servers=[http://127.0.0.1:30000]")
+_SERVER_FIELDS = ("rollout=", "rollout.engine=", "rollout.servers=", "rollout.nodes=", "rollout.router=")
+GPU_BYTES = DEVICES["h100"].gpu_memory
 """Memory of a GPU where nothing else is said."""
 OVERHEAD_BYTES = 4e9
 """Reserve on a GPU for what is not estimated: the CUDA context, NCCL's buffers and the allocator's slack."""
-# These only decide the order of layouts: an H100's dense bf16 peak and the share of it that a large model reaches, and
-# bytes per second of NVLink and of one network card at the shares that collectives reach.
-_FLOPS = 989e12 * 0.45
-_NVLINK, _NETWORK = 450e9 * 0.7, 50e9 * 0.7
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on the GPUs of each stage and of the fullest one, and the cost of a step; see
-    :mod:`dasd_megatron.planning.estimate`."""
+    """Bytes on the GPUs of each stage and of the fullest one, and the bytes that a rank sends in a step, all with
+    sequences of the greatest length; see :mod:`dasd_megatron.planning.estimate`."""
 
     stages: list[StageMemory]
     fullest: StageMemory
@@ -87,7 +83,6 @@ class Plan:
     rows: int
     bubble: float
     traffic: Communication
-    seconds: float
 
 
 class _Batches(NamedTuple):
@@ -107,7 +102,8 @@ def plan_config(overrides: Sequence[str], config_dir: str | None = None) -> Conf
     for what they leave open."""
     if any(override.startswith("experiment=") for override in overrides):
         return load_config(list(overrides), config_dir, needs_files=False)
-    return load_config([*_DEFAULTS, *overrides], config_dir)
+    named = any(override.lstrip("+").startswith(_SERVER_FIELDS) for override in overrides)
+    return load_config([*_DEFAULTS, *(() if named else _SERVERS), *overrides], config_dir)
 
 
 def model_config(model: ModelConfig) -> PretrainedConfig:
@@ -135,14 +131,7 @@ def model_sizes(model: ModelConfig) -> ModelSizes | PretrainedConfig:
     return sizes if sizes is not None else model_config(model)
 
 
-def make_plan(
-    config: Config,
-    arch: Architecture,
-    *,
-    gpus_per_node: int,
-    transformer_engine: bool,
-    gpu_bytes: float = GPU_BYTES,
-) -> Plan:
+def make_plan(config: Config, arch: Architecture, *, transformer_engine: bool, gpu_bytes: float = GPU_BYTES) -> Plan:
     """Return the plan of a step with sequences of the greatest length, on GPUs of ``gpu_bytes``, by which the trainer
     chooses the blocks of its loss."""
     batches = _divide_batch(config)
@@ -181,9 +170,15 @@ def make_plan(
         stages.append(_stage_memory(config, arch, stage, batches, kept, loss if stage == pipeline - 1 else 0.0))
     fullest = max(stages, key=lambda memory: memory.total)
     bubble = bubble_fraction(config.parallel, batches.micro_batches)
-    traffic = communication(arch, config, batches.sequences * batches.length, fullest.state)
-    seconds = _step_seconds(config, arch, batches, bubble, traffic, gpus_per_node)
-    return Plan(stages, fullest, materialised, fused, batches.micro_batches, batches.rows, bubble, traffic, seconds)
+    traffic = communication(
+        arch,
+        config,
+        batches.sequences * batches.length,
+        batches.sequences * batches.teacher_length,
+        fullest.state.gradients,
+        fullest.state.weights,
+    )
+    return Plan(stages, fullest, materialised, fused, batches.micro_batches, batches.rows, bubble, traffic)
 
 
 def _divide_batch(config: Config) -> _Batches:
@@ -228,123 +223,3 @@ def _stage_memory(
     total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
     total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
     return StageMemory(stage, state, snapshots, activations, loss, total)
-
-
-def _step_seconds(
-    config: Config, arch: Architecture, batches: _Batches, bubble: float, traffic: Communication, gpus_per_node: int
-) -> float:
-    """Return the estimated time of a step, which is good for comparing layouts and for nothing else."""
-    parallel, epochs = config.parallel, config.batch.epochs
-    # Forward passes count two operations a parameter and token, backward passes four.
-    forwards = 1 + teacher_share(config) + epochs * (1 + _recomputed_share(config.precision, arch))
-    operations = batches.sequences * batches.length * total_parameters(arch) * 2 * (forwards + 2 * epochs)
-    # The stage with the most layers sets the pace.
-    slowest = max(stage_layers(parallel, arch.layers)) * parallel.pipeline_model_parallel_size / arch.layers
-    compute = operations * slowest / parallel.replica_size / _FLOPS
-    inside = parallel.tensor_model_parallel_size <= gpus_per_node
-    seconds = compute / (1 - bubble) + traffic.tensor / (_NVLINK if inside else _NETWORK)
-    tensor_context = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    seconds += traffic.context / (_NVLINK if tensor_context <= gpus_per_node else _NETWORK)
-    seconds += traffic.pipeline / _NETWORK
-    replicas_inside = tensor_context * parallel.data_parallel_size <= gpus_per_node
-    return seconds + traffic.data / (_NVLINK if replicas_inside else _NETWORK)
-
-
-def _recomputed_share(precision: PrecisionConfig, arch: Architecture) -> float:
-    """Return the share of a forward pass that the backward pass does again."""
-    if precision.recompute == "full":
-        return 1.0
-    if precision.recompute == "none" or "mlp" not in precision.recompute_modules:
-        return 0.0
-    return arch.layers * 3 * arch.hidden * arch.ffn / total_parameters(arch)
-
-
-class Candidate(NamedTuple):
-    """A configuration in a layout that fits, and its plan."""
-
-    config: Config
-    plan: Plan
-
-
-class Search(NamedTuple):
-    """The layouts that fit, the fastest by estimate first, and how many were planned."""
-
-    fitting: list[Candidate]
-    tried: int
-    least_bytes: float
-    """Bytes of the fullest GPU in the layout that needs the fewest; infinite if none was planned."""
-    refused_fields: list[str]
-    """The fields for which layouts were refused, each once."""
-
-
-def search_layouts(
-    config: Config,
-    sizes: ModelSizes | PretrainedConfig,
-    *,
-    gpus: int,
-    gpus_per_node: int,
-    gpu_bytes: float,
-    recomputes: Sequence[str],
-    transformer_engine: bool,
-) -> Search:
-    """Plan ``config`` in every layout of ``gpus`` GPUs with tensor parallelism inside a node and each way to recompute.
-
-    Context parallelism and the layers of the first and last stage stay as they are.
-    """
-    arch = Architecture.of(sizes)
-    fitting, refused_fields = [], []
-    tried, least = 0, math.inf
-    for changed in _layouts(config, arch, gpus, gpus_per_node, recomputes):
-        try:
-            validate(changed)
-            check_layout(changed.model, changed.parallel, changed.rollout, sizes)
-        except ConfigError as error:
-            refused_fields.append(str(error).split("=")[0].split(" ")[0])
-            continue
-        tried += 1
-        plan = make_plan(
-            changed,
-            arch,
-            gpus_per_node=gpus_per_node,
-            transformer_engine=transformer_engine,
-            gpu_bytes=gpu_bytes,
-        )
-        least = min(least, plan.fullest.total)
-        if plan.fullest.total <= gpu_bytes:
-            fitting.append(Candidate(changed, plan))
-    fitting.sort(key=lambda candidate: candidate.plan.seconds)
-    return Search(fitting, tried, least, list(dict.fromkeys(refused_fields)))
-
-
-def _layouts(
-    config: Config, arch: Architecture, gpus: int, gpus_per_node: int, recomputes: Sequence[str]
-) -> Iterator[Config]:
-    for tensor in _divisors(gpus):
-        if tensor > gpus_per_node or arch.kv_heads % tensor or arch.heads % tensor:
-            continue
-        for pipeline in _divisors(gpus // tensor):
-            ranks = tensor * pipeline * config.parallel.context_parallel_size
-            if gpus % ranks:
-                continue
-            yield from _variants(config, tensor, pipeline, gpus // ranks, recomputes)
-
-
-def _variants(config: Config, tensor: int, pipeline: int, replicas: int, recomputes: Sequence[str]) -> Iterator[Config]:
-    """Yield ``config`` in one layout with every number of virtual stages and every way to recompute."""
-    for virtual in (None, 2, 4):
-        for recompute in recomputes:
-            changed = copy.deepcopy(config)
-            changed.parallel = dataclasses.replace(
-                config.parallel,
-                tensor_model_parallel_size=tensor,
-                pipeline_model_parallel_size=pipeline,
-                virtual_pipeline_model_parallel_size=virtual,
-                data_parallel_size=replicas,
-                sequence_parallel=tensor > 1,
-            )
-            changed.precision.recompute = recompute
-            yield changed
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

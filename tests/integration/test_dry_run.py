@@ -14,32 +14,34 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
 SECONDS, BYTES = 60, 4 * 2**30
+PIPELINE, VIRTUAL = "parallel.pipeline_model_parallel_size", "parallel.virtual_pipeline_model_parallel_size"
 # Processes, nodes, what Megatron-Core says of a middle rank, and of micro-batches.
 CASES = {
     "7b": (
         ["experiment=dasd_7b", "--response-tokens", "1000"],
         8,
-        "rank 4    PP 0  DP 1  CP 0  TP 0: layers 0-27, embedding, head;",
+        "rank 4    PP 0  DP 2  CP 0  TP 0: layers 0-27, embedding, head;",
         # Prompts of 512 and responses of 1,000 tokens, of which the last is no input, filled up to a multiple of the
-        # four that share it.
+        # two that share it.
         [
-            "256 micro-batches for each of 2 replicas in each of 1 minibatches, of 1,512 to 1,512 tokens on a rank; "
+            "128 micro-batches for each of 4 replicas in each of 1 minibatches, of 1,512 to 1,512 tokens on a rank; "
             "0.1% are padding"
         ],
     ),
     "32b": (
         ["experiment=dasd_32b"],
         32,
-        "rank 16   PP 1  DP 0  CP 0  TP 0: layers 32-63, head;",
+        "rank 16   PP 2  DP 0  CP 0  TP 0: layers 32-47;",
         [
             "512 micro-batches for each of 2 replicas",
             "1F1B, 512 forward",
-            "backward: stage 0 1, stage 1 0",
-            "waits 0.2% of its time",
+            "backward: stage 0 3, stage 1 2, stage 2 1, stage 3 0",
+            "waits 0.6% of its time",
         ],
     ),
     "70b": (
-        ["experiment=dasd_70b"],
+        # Twice as many stages as the preset has, of two chunks each.
+        ["experiment=dasd_70b", f"{PIPELINE}=4", f"{VIRTUAL}=2"],
         128,
         "rank 64   PP 2  DP 0  CP 0  TP 0: layers 20-29 and 60-69;",
         [

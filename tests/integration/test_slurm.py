@@ -180,7 +180,8 @@ def test_32b_on_gpu_nodes(cluster: SlurmCluster, tmp_path: Path, stub: dict[str,
     for name in ("TRAIN", "HELDOUT"):
         stub[f"DASD_{name}_DATA"] = str(tmp_path / f"{name}.jsonl")
         (tmp_path / f"{name}.jsonl").touch()
-    stub |= {"DASD_TRAIN_NODES": "2", "DASD_ROUTER": "1", "RANK": "3", "WORLD_SIZE": "4"}
+    layout = {"DASD_TRAIN_NODES": "2", "DASD_ROLLOUT_NODES": "2", "DASD_SERVER_TP": "4", "DASD_ROUTER": "1"}
+    stub |= {**layout, "RANK": "3", "WORLD_SIZE": "4"}
     job = start(cluster, tmp_path, "train_dasd_32b.sh", "optimizer.lr=2e-6", options=("--nodes=4",), **stub)
     assert finish(cluster, job, tmp_path / "job.log", 60) == "COMPLETED", (tmp_path / "job.log").read_text()
     servers = {option(line, "--port"): line for line in said(tmp_path, "serve")}

@@ -16,11 +16,14 @@ from packaging.requirements import Requirement
 
 from dasd_megatron.commands.plan import plan
 from dasd_megatron.config import load_config
+from dasd_megatron.planning.assumptions import assume
 from dasd_megatron.planning.estimate import Architecture
+from dasd_megatron.planning.lengths import longest_lengths
 from dasd_megatron.planning.plan import make_plan, model_sizes
+from dasd_megatron.planning.training_time import training_time
 
 ROOT = Path(__file__).parents[2]
-SIZES = {"7b": (1, 1, 8, 1), "32b": (4, 2, 2, 4), "70b": (16, 4, 1, 8)}
+SIZES = {"7b": (1, 1, 2, 4), "32b": (4, 3, 1, 8), "70b": (8, 4, 1, 8)}
 """Training nodes, rollout nodes, servers on each, GPUs of each server."""
 
 
@@ -182,9 +185,9 @@ def test_dry_run(size: str, container: str, tmp_path: Path) -> None:
     parallel = config.parallel
     # Slurm's warning leaves time for a save, and the grace for a step of full length by the plan's estimate besides.
     signal = re.search(r"#SBATCH --signal=B:USR1@(\d+)", (ROOT / "slurm" / f"train_dasd_{size}.sh").read_text())
-    step = make_plan(
-        config, Architecture.of(model_sizes(config.model)), gpus_per_node=8, transformer_engine=True
-    ).seconds
+    arch = Architecture.of(model_sizes(config.model))
+    found = make_plan(config, arch, transformer_engine=True)
+    step = training_time(config, arch, found, longest_lengths(config), assume("h100", []), gpus_per_node=8).total
     assert step + 600 < config.checkpoint.grace_seconds < int(signal[1])
     processes = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.data_parallel_size
@@ -226,6 +229,7 @@ def test_colocated_servers_behind_a_router_keep_their_memory() -> None:
     given = overrides_of(train)
     assert {"rollout.max_staleness=0", "precision.recompute=full"} <= set(given)
     assert "rollout.release_memory=true" not in given and "backend.offload=all" not in given
+    assert "rollout.weight_sync=disk" in given
     for server in servers:
         assert server[server.index("--") + 1 :] == ["--mem-fraction-static", "0.4"]
 
