@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import statistics
@@ -193,11 +194,12 @@ def bucket_sync(
     from dasd_megatron.training.weight_sync import weight_sync_class
     from dasd_megatron.training.weight_sync.send import send_weights
 
-    sender = weight_sync_class(kind).sender_class(config.rollout, {url: 1}, ServerPool([url]), stage=0)
+    rollout = dataclasses.replace(config.rollout, weight_bucket_bytes=bucket_size)
+    sender = weight_sync_class(kind).sender_class(rollout, {url: 1}, ServerPool([url]), stage=0)
     numbers = itertools.count(1)
 
     def sync() -> None:
-        failure = send_weights(model, sender, f"{kind}-{bucket_size}-{next(numbers)}", bucket_size=bucket_size)
+        failure = send_weights(model, sender, f"{kind}-{bucket_size}-{next(numbers)}")
         if failure is not None:
             raise failure
 

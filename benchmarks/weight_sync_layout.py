@@ -12,6 +12,7 @@ sends. The two take turns, so that other work on the machine slows both. The mod
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import sys
@@ -151,6 +152,7 @@ def measure(model: ShardedModel, rollout: RolloutConfig, url: str, options: argp
     from dasd_megatron.training.weight_sync.send import send_weights
 
     stage, bucket_size, pool = model.bridge.export_stage, options.bucket * MEGABYTE, ServerPool([url])
+    rollout = dataclasses.replace(rollout, weight_bucket_bytes=bucket_size)
     versions = (f"step_{number}" for number in itertools.count())
 
     def next_version() -> str:
@@ -163,7 +165,7 @@ def measure(model: ShardedModel, rollout: RolloutConfig, url: str, options: argp
             pass
 
     def send(sender: BucketSender) -> None:
-        failure = send_weights(model, sender, next_version(), bucket_size=bucket_size)
+        failure = send_weights(model, sender, next_version())
         if failure is not None:
             raise failure
 

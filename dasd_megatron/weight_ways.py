@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WEIGHT_FORMAT_NAMES = ("plain", "fp8_blockwise")
+"""Forms of the weights on their way; :data:`dasd_megatron.models.weight_formats.WEIGHT_FORMATS` makes them."""
+
 
 @dataclass(frozen=True)
 class WeightWay:

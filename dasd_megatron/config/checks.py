@@ -30,6 +30,7 @@ from dasd_megatron.config.checks_rollout import (
     check_step_timeout,
     check_top_k,
     check_unfinished,
+    check_weight_format,
     check_weight_sync,
 )
 from dasd_megatron.config.fields import Limits, limits_of, walk_fields
@@ -545,6 +546,7 @@ CHECKS: tuple[Callable[[Config], None], ...] = (
     lambda config: check_top_k(config.rollout),
     lambda config: check_step_timeout(config.rollout, config.backend),
     lambda config: check_weight_sync(config.rollout, config.backend),
+    lambda config: check_weight_format(config.rollout),
     lambda config: check_evaluation(config.evaluation, config.rollout),
     lambda config: check_tiny_model(config.model, config.rollout),
     lambda config: check_nemo_skills(config.evaluation),

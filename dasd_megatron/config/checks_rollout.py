@@ -212,6 +212,32 @@ def check_weight_sync(rollout: RolloutConfig, backend: BackendConfig) -> None:
         )
 
 
+def check_weight_format(rollout: RolloutConfig) -> None:
+    """Refuse quantised weights for servers that do not take them. Replay has no servers to check."""
+    if rollout.weight_format == "plain" or rollout.replay is not None:
+        return
+    chosen = f"rollout.weight_format={rollout.weight_format}"
+    if rollout.engine == "embedded":
+        raise ConfigError(
+            f"{chosen} needs SGLang, and rollout.engine=embedded computes in rollout.dtype: write engine=sglang or "
+            "external, or weight_format=plain"
+        )
+    if rollout.engine != "sglang":
+        return
+    if rollout.sglang.backend != "cuda":
+        raise ConfigError(
+            f"{chosen} needs SGLang's FP8 kernels for GPUs, not rollout.sglang.backend={rollout.sglang.backend}: write "
+            "weight_format=plain"
+        )
+    if rollout.sglang.quantization is not None:
+        raise ConfigError(
+            f"{chosen} sends weights that are quantised already: leave rollout.sglang.quantization="
+            f"{rollout.sglang.quantization} out"
+        )
+    if rollout.dtype != "bfloat16":
+        raise ConfigError(f"{chosen}: SGLang computes with FP8 weights in half precision: write rollout.dtype=bfloat16")
+
+
 def _check_shared_memory(rollout: RolloutConfig) -> None:
     """Refuse what needs the trainer's machine where servers are named that may run on another."""
     remote = [server for server in rollout.servers if not is_loopback(urlsplit(server).hostname or "")]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dasd_megatron.config.fields import REQUIRED, setting
-from dasd_megatron.weight_ways import WEIGHT_WAYS
+from dasd_megatron.weight_ways import WEIGHT_FORMAT_NAMES, WEIGHT_WAYS
 
 
 @dataclass
@@ -79,6 +79,12 @@ class RolloutConfig:
     )
     dtype: str = setting(
         "float32", "float32 or bfloat16: the weights of the trainer's own server", choices=("float32", "bfloat16")
+    )
+    weight_format: str = setting(
+        "plain",
+        "form in which servers get the weights. plain: the trainer's own values; fp8_blockwise: linear layers in FP8 "
+        "(e4m3), with a scale for each block of 128 x 128, as in SGLang's FP8 checkpoints; needs SGLang on GPUs",
+        choices=WEIGHT_FORMAT_NAMES,
     )
     max_batch_size: int = setting(256, "sequences that the trainer's own server decodes at once", low=1)
     deterministic: bool = setting(

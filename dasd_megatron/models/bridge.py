@@ -23,7 +23,8 @@ from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import expected_tensors, padded_vocab_size, rotary_arguments
 from dasd_megatron.models.hf_weights import HfDirectoryWriter, HfWeights, WeightsError, cast
 from dasd_megatron.models.mbridge_families import Bridge, bridge_class
-from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, HfTensor, plan_buckets, split_bucket
+from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, plan_buckets, split_bucket
+from dasd_megatron.models.weight_formats import PLAIN, HfTensor, WeightFormat
 
 EXPORT_BUCKET_BYTES = 32 * 2**20
 """Bytes of tensors that are gathered at once where nobody asks for another size."""
@@ -93,16 +94,16 @@ class _Corrections(Bridge):
 
     @torch.no_grad()
     def export_weights(
-        self, chunks: list[torch.nn.Module], only: Collection[str] | None = None
+        self, chunks: list[torch.nn.Module], only: Collection[str] | None = None, form: WeightFormat = PLAIN
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield Hugging Face's names and tensors on global rank 0, and nothing on other ranks; with ``only`` those made
-        of these parameters of the plan.
+        """Yield Hugging Face's names and tensors, in the form ``form``, on global rank 0, and nothing on other ranks;
+        with ``only`` those made of these parameters of the plan.
 
         To be iterated on every rank. Collectives: those of :meth:`collect_bucket` for every bucket of
         ``EXPORT_BUCKET_BYTES``. The tensors are views of the bucket, whose memory nothing else uses.
         """
         rank0 = self.export_stage == 0
-        for bucket in plan_buckets(self.export_plan(chunks), EXPORT_BUCKET_BYTES, only):
+        for bucket in plan_buckets(self.export_plan(chunks), EXPORT_BUCKET_BYTES, only, form):
             flat = torch.empty(bucket.size, dtype=torch.uint8, device=_device(chunks)) if rank0 else None
             self.collect_bucket(chunks, bucket, flat, to_stage=0)
             if flat is not None:
@@ -172,8 +173,9 @@ class _Corrections(Bridge):
             whole = shard.detach()
             if entry.name in parts:
                 whole = self._weight_merge_across_tp(entry.name, parts[entry.name], shard)
-            for name, tensor in zip(*self._weight_to_hf_format(entry.name, whole), strict=True):
-                places[name].copy_(tensor)
+            for hf_name, tensor in zip(*self._weight_to_hf_format(entry.name, whole), strict=True):
+                for name, formed in bucket.form.convert(hf_name, tensor):
+                    places[name].copy_(formed)
 
     @functools.cached_property
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -242,7 +244,14 @@ def _named_views(bucket: ExportBucket, flat: torch.Tensor) -> Iterator[tuple[str
 
 @torch.no_grad()
 def export_hf(
-    bridge: Bridge, chunks: list[torch.nn.Module], path: Path, *, template_dir: Path, dtype: torch.dtype, manifest: bool
+    bridge: Bridge,
+    chunks: list[torch.nn.Module],
+    path: Path,
+    *,
+    template_dir: Path,
+    dtype: torch.dtype,
+    manifest: bool,
+    form: WeightFormat = PLAIN,
 ) -> Callable[[], None]:
     """Write the sharded model's weights as a Hugging Face directory at ``path``, tensor by tensor, by global rank 0.
 
@@ -252,6 +261,7 @@ def export_hf(
     Args:
         template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
         manifest: note the SHA-256 of each tensor; costs a pass over the bytes.
+        form: what the tensors are turned into; config.json says so.
 
     Returns:
         What is left to do for rank 0 alone: raise the disk's error (OSError or WeightsError), or let the directory
@@ -261,10 +271,23 @@ def export_hf(
     writer = None
     if dist.get_rank() == 0:
         try:
-            writer = HfDirectoryWriter(path, bridge.hf_shapes, dtype, template_dir=template_dir, hashes=manifest)
+            formed = [
+                tensor
+                for name, shape in bridge.hf_shapes.items()
+                for tensor in form.tensors(HfTensor(name, dtype, shape))
+            ]
+            writer = HfDirectoryWriter(
+                path,
+                {tensor.name: tensor.shape for tensor in formed},
+                dtype,
+                template_dir=template_dir,
+                hashes=manifest,
+                other_dtypes={tensor.name: tensor.dtype for tensor in formed if tensor.dtype != dtype},
+                config_fields=form.config,
+            )
         except (OSError, WeightsError) as error:
             failure = error
-    for name, tensor in bridge.export_weights(chunks):
+    for name, tensor in bridge.export_weights(chunks, form=form):
         if writer is not None and failure is None:
             try:
                 writer.write(name, tensor)

@@ -31,6 +31,8 @@ JOURNAL_FILE = "journal.jsonl"
 _MANIFEST_SHAPES = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+# These can be written for servers. A model to train is not read from them, since its values would lack their scales.
+_WRITTEN_DTYPE_NAMES = {**_DTYPE_NAMES, torch.float8_e4m3fn: "F8_E4M3"}
 # Old files of Llama hold these buffers, which every model computes.
 _RECOMPUTED = "rotary_emb.inv_freq"
 _SIDE_FILES = (
@@ -325,13 +327,14 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config.json with ``dtype`` in it, tokenizer, chat template and generation config from one Hugging Face
-    directory to another."""
+def copy_side_files(source: Path, target: Path, dtype: torch.dtype, fields: Mapping[str, Any] | None = None) -> None:
+    """Copy config.json with ``dtype`` and further ``fields`` in it, tokenizer, chat template and generation config from
+    one Hugging Face directory to another."""
     hf_config = read_json(source / "config.json", dict, advice="restore it")
     # transformers 4.56 renamed the key and reads both; other readers know the old one.
     hf_config.pop("dtype", None)
     hf_config["torch_dtype"] = dtype_name(dtype)
+    hf_config |= fields or {}
     (target / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     for name in _SIDE_FILES:
         if (source / name).is_file():
@@ -339,13 +342,13 @@ def copy_side_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def shard_plan(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
+    shapes: dict[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int
 ) -> tuple[dict[str, list[str]], dict[str, int]]:
     """Return the tensors of each file, in order, and the bytes of each tensor.
 
     There is one file if all tensors fit into it, else several with transformers' names.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + sizes[name] > max_shard_bytes:
@@ -373,11 +376,13 @@ class HfDirectoryWriter:
     Args:
         path: where it will appear; a directory that is there is replaced.
         shapes: of every tensor, by name, in the order of the files.
-        dtype: of every tensor.
+        dtype: of every tensor but ``other_dtypes``.
         template_dir: Hugging Face directory to take config, tokenizer, chat template and generation config from.
         max_shard_bytes: most bytes of tensors in one file, unless one tensor is larger.
         hashes: note the SHA-256 of each tensor in a manifest.
         job: with it, tensors that a killed writer of the same job left behind are kept, after a look at their bytes.
+        other_dtypes: of tensors that have another one, by name.
+        config_fields: further fields of config.json.
 
     Raises:
         WeightsError: the disk has not enough room.
@@ -393,10 +398,13 @@ class HfDirectoryWriter:
         max_shard_bytes: int = 5 * 10**9,
         hashes: bool = True,
         job: dict[str, Any] | None = None,
+        other_dtypes: Mapping[str, torch.dtype] | None = None,
+        config_fields: Mapping[str, Any] | None = None,
     ) -> None:
+        self.dtypes, self.config_fields = dict.fromkeys(shapes, dtype) | dict(other_dtypes or {}), config_fields
         self.path, self.shapes, self.dtype, self.template_dir, self.hashes = path, shapes, dtype, template_dir, hashes
-        plan, self._sizes = shard_plan(shapes, dtype, max_shard_bytes)
-        layout = {name: [list(shape), str(dtype)] for name, shape in shapes.items()}
+        plan, self._sizes = shard_plan(shapes, self.dtypes, max_shard_bytes)
+        layout = {name: [list(shape), str(self.dtypes[name])] for name, shape in shapes.items()}
         self._journal = Journal(
             path, {"job": job if job is not None else os.urandom(8).hex(), "layout": layout, "files": plan}
         )
@@ -419,7 +427,7 @@ class HfDirectoryWriter:
         for name in names:
             end = position + self._sizes[name]
             header[name] = {
-                "dtype": _DTYPE_NAMES[self.dtype],
+                "dtype": _WRITTEN_DTYPE_NAMES[self.dtypes[name]],
                 "shape": list(self.shapes[name]),
                 "data_offsets": [position, end],
             }
@@ -444,7 +452,7 @@ class HfDirectoryWriter:
         return name in self._journal.done
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into its file, cast to the directory's dtype. A tensor that is written already is left as it is.
+        """Put a tensor into its file, cast to its dtype there. A tensor that is written already is left as it is.
 
         Raises:
             WeightsError: the name is not in ``shapes``, the shape is another, or a value does not fit into the dtype.
@@ -457,7 +465,7 @@ class HfDirectoryWriter:
                 f"{self.path}: tensor {name} has shape {tuple(tensor.shape)}, and {self.shapes.get(name)} was to be "
                 "written"
             )
-        data = tensor_bytes(cast(name, tensor.to("cpu"), self.dtype))
+        data = tensor_bytes(cast(name, tensor.to("cpu"), self.dtypes[name]))
         descriptor, offset = self._place[name]
         _write_all(descriptor, data, offset)
         self._journal.add(name, {"sha256": sha256(data)} if self.hashes else {})
@@ -473,7 +481,7 @@ class HfDirectoryWriter:
             raise WeightsError(f"{self.path}: {len(missing)} tensors were not written: {_some(missing)}")
         self.close()
         folder = self._journal.folder
-        copy_side_files(self.template_dir, folder, self.dtype)
+        copy_side_files(self.template_dir, folder, self.dtype, self.config_fields)
         if self.hashes:
             tensors = {
                 name: {"file": self._file_of[name], "sha256": self._journal.done[name]["sha256"]}

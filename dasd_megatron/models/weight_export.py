@@ -5,22 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-
-class HfTensor(NamedTuple):
-    """A tensor as Hugging Face's directories and rollout servers know it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+from dasd_megatron.models.weight_formats import PLAIN, HfTensor, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -45,7 +33,7 @@ class ExportEntry:
 
 @dataclass(frozen=True)
 class ExportBucket:
-    """Parameters of one pipeline stage whose Hugging Face tensors travel together.
+    """Parameters of one pipeline stage whose Hugging Face tensors travel together, in the form ``form``.
 
     The tensors lie end to end. Those with the widest elements come first, so that each begins at a multiple of its
     element's size.
@@ -54,6 +42,7 @@ class ExportBucket:
     stage: int
     entries: tuple[ExportEntry, ...]
     tensors: tuple[HfTensor, ...]
+    form: WeightFormat = PLAIN
 
     @property
     def size(self) -> int:
@@ -62,12 +51,12 @@ class ExportBucket:
 
 
 def plan_buckets(
-    plan: Iterable[ExportEntry], most_bytes: int, only: Collection[str] | None = None
+    plan: Iterable[ExportEntry], most_bytes: int, only: Collection[str] | None = None, form: WeightFormat = PLAIN
 ) -> list[ExportBucket]:
     """Divide a plan into buckets of at most ``most_bytes``, stage by stage; a larger parameter has one of its own.
 
     Every Hugging Face tensor is in one bucket: a tied head, which the last stage has too, is left to the first.
-    ``only``: names of the parameters to take; None: all.
+    ``only``: names of the parameters to take; None: all. ``form``: what the tensors are turned into.
     """
     buckets: list[ExportBucket] = []
     planned: set[str] = set()
@@ -78,22 +67,25 @@ def plan_buckets(
         if names <= planned or (only is not None and entry.name not in only):
             continue
         planned |= names
-        size = sum(tensor.size for tensor in entry.tensors)
+        size = sum(tensor.size for tensor in _formed(entry, form))
         if filling and (filled + size > most_bytes or filling[0].stage != entry.stage):
-            buckets.append(_make_bucket(filling))
+            buckets.append(_make_bucket(filling, form))
             filling, filled = [], 0
         filling.append(entry)
         filled += size
     if filling:
-        buckets.append(_make_bucket(filling))
+        buckets.append(_make_bucket(filling, form))
     return buckets
 
 
-def _make_bucket(entries: Sequence[ExportEntry]) -> ExportBucket:
-    tensors = sorted(
-        (tensor for entry in entries for tensor in entry.tensors), key=lambda tensor: -tensor.dtype.itemsize
-    )
-    return ExportBucket(entries[0].stage, tuple(entries), tuple(tensors))
+def _formed(entry: ExportEntry, form: WeightFormat) -> list[HfTensor]:
+    return [formed for tensor in entry.tensors for formed in form.tensors(tensor)]
+
+
+def _make_bucket(entries: Sequence[ExportEntry], form: WeightFormat) -> ExportBucket:
+    tensors = [tensor for entry in entries for tensor in _formed(entry, form)]
+    tensors.sort(key=lambda tensor: -tensor.dtype.itemsize)
+    return ExportBucket(entries[0].stage, tuple(entries), tuple(tensors), form)
 
 
 def split_bucket(

@@ -56,12 +56,32 @@ def check_layout(
         )
     layers = "num_layers" if where == "model.tiny" else "num_hidden_layers"
     stage_layers(parallel, sizes.num_hidden_layers, f"{layers}={sizes.num_hidden_layers} ({where})")
+    if rollout.weight_format == "fp8_blockwise":
+        _check_blocks(rollout, sizes, where)
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > sizes.max_position_embeddings:
         raise ConfigError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} exceed max_position_embeddings="
             f"{sizes.max_position_embeddings} ({where}): lower them"
         )
+
+
+def _check_blocks(rollout: RolloutConfig, sizes: ModelSizes | PretrainedConfig, where: str) -> None:
+    """Refuse layers that a server could not share among its processes, or stack, in whole blocks of 128 rows."""
+    processes = rollout.sglang.tensor_parallel_size if rollout.engine == "sglang" else 1
+    head_dim = getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads
+    parts = {
+        "num_attention_heads x head_dim": sizes.num_attention_heads * head_dim,
+        # A server with more processes than key-value heads has each of these heads several times.
+        "num_key_value_heads x head_dim": max(sizes.num_key_value_heads, processes) * head_dim,
+        "intermediate_size": sizes.intermediate_size,
+    }
+    for name, rows in parts.items():
+        if rows % (128 * processes):
+            raise ConfigError(
+                f"rollout.weight_format=fp8_blockwise needs whole blocks of 128 on each of a server's {processes} "
+                f"processes, and {name} is {rows} ({where}): write rollout.weight_format=plain"
+            )
 
 
 def longest_run_text(config: Config) -> int:

@@ -57,7 +57,9 @@ class RolloutTime:
 
 def served_weight_bytes(arch: Architecture, config: Config) -> float:
     """Return the bytes of the weights of one replica on the servers."""
-    width = 1 if config.rollout.sglang.quantization == "fp8" else DTYPE_BYTES[config.precision.params_dtype]
+    rollout = config.rollout
+    quantised = rollout.sglang.quantization == "fp8" or rollout.weight_format == "fp8_blockwise"
+    width = 1 if quantised else DTYPE_BYTES[config.precision.params_dtype]
     return float(total_parameters(arch) * width)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from dasd_megatron.models.pickles import check_pickle
-from dasd_megatron.models.weight_export import HfTensor
+from dasd_megatron.models.weight_formats import HfTensor
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dasd_megatron.models.bridge import export_hf
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError
+from dasd_megatron.models.weight_formats import PLAIN, WeightFormat
 from dasd_megatron.training.parallel import PeerError, on_selected_rank
 
 
@@ -40,13 +41,13 @@ class StoredWeights(NamedTuple):
 
 
 class WeightDirectory:
-    """The newest weights of a run that are on disk for servers to read, in ``root/<version>``.
+    """The newest weights of a run that are on disk for servers to read, in ``root/<version>``, in the form ``form``.
 
     A server of the trainer's own starts from them, however it gets its later weights. All ranks hold the same versions.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, form: WeightFormat = PLAIN) -> None:
+        self.root, self.form = root, form
         self._newest: StoredWeights | None = None
 
     @property
@@ -68,7 +69,7 @@ class WeightDirectory:
         """Write the policy's weights and remove older ones. Collective over all ranks; raises ExportError."""
         path = self.root / policy.version
         # They live until the next version: hashes would cost a pass over the bytes, and nobody would read them.
-        export_model(policy.model, path, template_dir=policy.template_dir, manifest=False)
+        export_model(policy.model, path, template_dir=policy.template_dir, manifest=False, form=self.form)
         if dist.get_rank() == 0:
             for old in self.root.iterdir():
                 # What somebody else has put there is left.
@@ -77,17 +78,26 @@ class WeightDirectory:
         self._newest = StoredWeights(path, policy.version)
 
 
-def export_model(model: ShardedModel, path: Path, *, template_dir: Path, manifest: bool = True) -> None:
+def export_model(
+    model: ShardedModel, path: Path, *, template_dir: Path, manifest: bool = True, form: WeightFormat = PLAIN
+) -> None:
     """Write the policy to ``path`` in its own dtype, with the tokenizer and config of ``template_dir``. Collective over
     all ranks.
 
-    ``manifest``: with hashes of the tensors, for a directory that is to be kept.
+    ``manifest``: with hashes of the tensors, for a directory that is to be kept. ``form``: what its tensors are turned
+    into.
 
     Raises:
         ExportError: rank 0 could not write.
     """
     finish = export_hf(
-        model.bridge, model.chunks, path, template_dir=template_dir, dtype=model.config.params_dtype, manifest=manifest
+        model.bridge,
+        model.chunks,
+        path,
+        template_dir=template_dir,
+        dtype=model.config.params_dtype,
+        manifest=manifest,
+        form=form,
     )
     try:
         on_selected_rank(dist.get_rank() == 0, finish, (OSError, WeightsError))

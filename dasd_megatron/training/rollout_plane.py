@@ -23,6 +23,7 @@ from dasd_megatron.data.prompts import DataError, Problem
 from dasd_megatron.data.rendering import TemplateError
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.models.weight_formats import WEIGHT_FORMATS
 from dasd_megatron.plugins import PluginError
 from dasd_megatron.rollout.buffer import BufferState
 from dasd_megatron.rollout.client import RolloutClient
@@ -122,7 +123,7 @@ class RolloutPlane:
     ) -> None:
         self.config, self.fleet, self.memory = config, fleet, memory
         rank0, replays = dist.get_rank() == 0, config.rollout.replay is not None
-        self.directory = WeightDirectory(paths.weights)
+        self.directory = WeightDirectory(paths.weights, WEIGHT_FORMATS[config.rollout.weight_format])
         self.sync = make_weight_sync(config.rollout, self.fleet, self.directory)
         self._policy: Policy | None = None
         self._state = state

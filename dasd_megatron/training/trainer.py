@@ -125,6 +125,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
         learner = build_learner(config, start or start_path(config.model, paths))
         memory = make_memory(config.backend.offload, learner)
         state = TrainerState() if checkpoint is None else _resume(checkpoint, paths.root, learner, logger, display)
+        _warn_of_quantised_rollouts(config, display)
         saver = stack.enter_context(
             CheckpointSaver(
                 paths.root,
@@ -166,6 +167,16 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
             plane=plane,
             display=display,
             logger=logger,
+        )
+
+
+def _warn_of_quantised_rollouts(config: Config, display: ProgressDisplay) -> None:
+    """Warn where the servers' numbers are known to be others than the trainer's, and nothing corrects for it."""
+    form = config.rollout.weight_format
+    if form != "plain" and config.loss.importance_sampling == "none" and config.rollout.replay is None:
+        display.warning(
+            f"rollouts are drawn from weights in rollout.weight_format={form} and trained without a correction: write "
+            "loss.importance_sampling=token, and look at rollout/kl and rollout/log_prob_diff_mean"
         )
 
 

@@ -13,7 +13,8 @@ import torch
 from transformers import Qwen3Config
 
 from dasd_megatron.config import RolloutConfig
-from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, HfTensor, split_bucket
+from dasd_megatron.models.weight_export import ExportBucket, ExportEntry, split_bucket
+from dasd_megatron.models.weight_formats import PLAIN, HfTensor, WeightFormat
 from dasd_megatron.rollout.answers import Answer
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.local_server import ServerStartError
@@ -196,11 +197,13 @@ class FakeBridge:
             self.passed += 1
             place.copy_(known[tensor.name])
 
-    def export_weights(self, _chunks: Any, only: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_weights(
+        self, _chunks: Any, only: Collection[str] | None = None, form: WeightFormat = PLAIN
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.tensors:
             if only is None or name in only:
                 self.passed += 1
-                yield name, tensor
+                yield from form.convert(name, tensor)
 
 
 def hf_tensor(name: str, tensor: torch.Tensor) -> HfTensor:

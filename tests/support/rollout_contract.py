@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dasd_megatron.config import RolloutConfig, TinyModelConfig
-from dasd_megatron.models.weight_export import HfTensor
+from dasd_megatron.models.weight_formats import HfTensor
 from dasd_megatron.rollout.weight_group import join_weight_group
 from dasd_megatron.rollout.weight_payload import SharedBuffer, pack
 

@@ -22,6 +22,7 @@ from dasd_megatron.config import RolloutConfig
 from dasd_megatron.errors import first_line
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.weight_export import ExportBucket, plan_buckets
+from dasd_megatron.models.weight_formats import WEIGHT_FORMATS
 from dasd_megatron.rollout.client import ClientFactory, RolloutClient, make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.transport import RolloutServerError
@@ -175,7 +176,7 @@ class BucketSync(WeightSync):
         rank0 = dist.get_rank() == 0
         while True:
             sender = self._connect(policy.model.bridge.export_stage)
-            failure = send_weights(policy.model, sender, policy.version, bucket_size=self.config.weight_bucket_bytes)
+            failure = send_weights(policy.model, sender, policy.version)
             again = rank0 and failure is not None and self.receivers.leave_out(sender.urls, failure)
             if not broadcast_from_rank0(again):
                 break
@@ -239,10 +240,9 @@ class _Attempts:
 
 
 @torch.no_grad()
-def send_weights(
-    model: ShardedModel, sender: BucketSender, version: str, *, bucket_size: int
-) -> WeightSyncError | None:
-    """Send the policy to the servers as ``version``, in the model's dtype and under Hugging Face's names.
+def send_weights(model: ShardedModel, sender: BucketSender, version: str) -> WeightSyncError | None:
+    """Send the policy to the servers as ``version``, in the form ``rollout.weight_format``, of tensors in the model's
+    dtype, under Hugging Face's names, in buckets of ``rollout.weight_bucket_bytes``.
 
     While the buckets of a round travel, those of the next one are gathered: a sending rank holds two buckets, and what
     one is made of. Every rank learns of a failure before the next round, and nobody goes on.
@@ -250,14 +250,12 @@ def send_weights(
     Collective over all ranks: per bucket those of ``bridge.collect_bucket``; per round an all-reduce of one number; at
     the end a gather of Python objects.
 
-    Args:
-        bucket_size: bytes of one bucket; a larger parameter has one of its own.
-
     Returns:
         The first failure, on every rank the same; None where all servers have the weights.
     """
     bridge, attempts = model.bridge, _Attempts()
-    planned = plan_buckets(bridge.export_plan(model.chunks), bucket_size)
+    bucket_size, form = sender.config.weight_bucket_bytes, WEIGHT_FORMATS[sender.config.weight_format]
+    planned = plan_buckets(bridge.export_plan(model.chunks), bucket_size, form=form)
     rounds = sender.rounds(planned)
     # Buffers that fit all but the few larger parameters need not be made anew for the next bucket.
     usual_size = max((bucket.size for bucket in planned if bucket.size <= bucket_size), default=0)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dasd_megatron.config import RolloutConfig
 from dasd_megatron.models.gpt import ShardedModel
+from dasd_megatron.models.weight_formats import WEIGHT_FORMATS, HfTensor
 from dasd_megatron.rollout.client import ClientFactory, make_client
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.transport import RolloutServerError
@@ -49,7 +50,8 @@ def verify_weights(
     bytes.
 
     Collective over all ranks, as ``bridge.export_weights``, for the chosen parameters alone: other ones each time, the
-    same on all ranks. Servers have to hold them in ``rollout.dtype``, unquantised.
+    same on all ranks. Servers have to hold them in ``rollout.dtype``, or quantised as ``rollout.weight_format`` sends
+    them.
 
     Returns:
         On global rank 0 the first difference, or what kept a server from answering; None where all agree, and
@@ -58,8 +60,11 @@ def verify_weights(
     plan = [entry.name for entry in model.bridge.export_plan(model.chunks)]
     chosen = _choose(plan, config.verify_weights, version)
     parts: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in model.bridge.export_weights(model.chunks, only=chosen):
-        parts.setdefault(_fused_name(name), []).append((name, tensor.to("cpu", getattr(torch, config.dtype))))
+    form = WEIGHT_FORMATS[config.weight_format]
+    for name, tensor in model.bridge.export_weights(model.chunks, only=chosen, form=form):
+        kept = form.keeps(HfTensor(name, tensor.dtype, tuple(tensor.shape)))
+        held = tensor.to("cpu", tensor.dtype if kept else getattr(torch, config.dtype))
+        parts.setdefault(_fused_name(name), []).append((name, held))
     if dist.get_rank() != 0:
         return None
     # Both names of each tensor are skipped, whatever the servers call it, so that they read only what is compared.

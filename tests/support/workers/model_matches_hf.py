@@ -26,6 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from dasd_megatron.models.gpt import build_model  # noqa: E402
+from dasd_megatron.models.weight_formats import WEIGHT_FORMATS  # noqa: E402
 from dasd_megatron.training import parallel  # noqa: E402
 from dasd_megatron.training.batching import BatchLayout, make_micro_batches  # noqa: E402
 from dasd_megatron.training.export import export_model  # noqa: E402
@@ -65,7 +66,16 @@ def check(path: Path, load: Path, export: Path, save: Path, seed: int) -> None:
     assert start == len(scores.log_prob)
 
     export_model(model, export, template_dir=path)
+    quantised = export.with_name(export.name + "-fp8")
+    form = WEIGHT_FORMATS["fp8_blockwise"]
+    export_model(model, quantised, template_dir=path, manifest=False, form=form)
     if dist.get_rank() == 0:
+        # Blocks reach over the shards of tensor-parallel ranks.
+        whole, found = load_file(export / "model.safetensors"), load_file(quantised / "model.safetensors")
+        expected = {part: value for name, tensor in whole.items() for part, value in form.convert(name, tensor)}
+        assert found.keys() == expected.keys() and len(found) > len(whole)
+        for name, tensor in expected.items():
+            assert torch.equal(tensor.flatten().view(torch.uint8), found[name].flatten().view(torch.uint8)), name
         before, after = load_file(path / "model.safetensors"), load_file(export / "model.safetensors")
         before.pop("lm_head.weight", None) if reference.config.tie_word_embeddings else None
         assert before.keys() == after.keys(), before.keys() ^ after.keys()

@@ -70,7 +70,7 @@ with contextlib.ExitStack() as stack:
     stack.callback(sender.close)
 
     def send(version: str) -> str:
-        error = send_weights(model, sender, version, bucket_size=config.rollout.weight_bucket_bytes)
+        error = send_weights(model, sender, version)
         assert not shared_files()
         # Every rank knows what rank 0 knows.
         assert parallel.broadcast_from_rank0(str(error or "")) == str(error or "")

@@ -143,6 +143,19 @@ REFUSED = [
         ["rollout.weight_sync=distributed over NCCL", "write disk, on one machine tensor"],
     ),
     (["backend.offload=gpu"], ["backend.offload=gpu", "none, state, all"]),
+    (["rollout.weight_format=fp8_blockwise"], ["rollout.weight_format=fp8_blockwise", "rollout.engine=embedded"]),
+    (
+        ["rollout=sglang_cpu", "rollout.weight_format=fp8_blockwise"],
+        ["rollout.weight_format=fp8_blockwise", "rollout.sglang.backend=cpu"],
+    ),
+    (
+        ["rollout.engine=sglang", "rollout.weight_format=fp8_blockwise", "rollout.sglang.quantization=fp8"],
+        ["rollout.weight_format=fp8_blockwise", "rollout.sglang.quantization=fp8 out"],
+    ),
+    (
+        ["rollout.engine=sglang", "rollout.weight_format=fp8_blockwise", "rollout.dtype=float32"],
+        ["rollout.weight_format=fp8_blockwise", "rollout.dtype=bfloat16"],
+    ),
     (["rollout.verify_weights=-1"], ["rollout.verify_weights=-1", "at least 0"]),
     (
         ["rollout=sglang_cpu", "rollout.verify_weights=1", "rollout.sglang.tensor_parallel_size=2"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dasd_megatron.models.weight_export import ExportEntry, HfTensor, plan_buckets, split_bucket
+from dasd_megatron.models.weight_export import ExportEntry, plan_buckets, split_bucket
+from dasd_megatron.models.weight_formats import HfTensor
 
 
 def entry(stage: int, name: str, *tensors: tuple[str, torch.dtype, int]) -> ExportEntry:

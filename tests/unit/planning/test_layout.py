@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dasd_megatron.config import ParallelConfig
-from dasd_megatron.planning.layout import Place, check_teacher_lengths, place_of, warmup_passes
+from dasd_megatron.planning.layout import Place, check_layout, check_teacher_lengths, place_of, warmup_passes
 from tests.support.small_configs import configure, refusal
 
 
@@ -48,6 +48,48 @@ def test_texts_of_the_run_have_to_fit_into_the_models_positions() -> None:
     )
     check(1000, *feedback, "teacher.max_privileged_tokens=850")
     assert "lower rollout.max_prompt_tokens" in refusal(lambda: check(150, *feedback))
+
+
+@pytest.mark.parametrize(
+    ("processes", "change", "refused"),
+    [
+        (1, {}, None),
+        (8, {}, None),
+        # Each process has one of the two key-value heads, which is a whole block, and two blocks of queries.
+        (4, {"num_key_value_heads": 2}, None),
+        (8, {"intermediate_size": 1024 + 128}, "intermediate_size is 1152"),
+        (1, {"num_key_value_heads": 4, "head_dim": 80}, "num_key_value_heads x head_dim is 320"),
+        (
+            1,
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
+            "num_attention_heads x head_dim is 576",
+        ),
+    ],
+)
+def test_fp8_weights_have_whole_blocks_on_every_process_of_a_server(
+    processes: int, change: dict[str, int], refused: str | None
+) -> None:
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 100_000,
+    }
+    server = ["rollout.engine=sglang", "rollout.dtype=bfloat16", f"rollout.sglang.tensor_parallel_size={processes}"]
+    config = configure(*server, "rollout.weight_format=fp8_blockwise", "parallel=single")
+    model = SimpleNamespace(**sizes | change)
+
+    def check() -> None:
+        check_layout(config.model, config.parallel, config.rollout, model)
+
+    if refused is None:
+        check()
+    else:
+        message = refusal(check)
+        assert "rollout.weight_format=fp8_blockwise" in message and refused in message
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_figures_by_hand() -> None:
     config = plan_config(JOB)
     arch = Architecture.of(model_sizes(config.model))
     assert served_weight_bytes(arch, config) == 16_060_522_496
-    quantised = plan_config([*JOB, "rollout.sglang.quantization=fp8"])
-    assert served_weight_bytes(arch, quantised) == 8_030_261_248
+    for quantised in ("rollout.sglang.quantization=fp8", "rollout.weight_format=fp8_blockwise"):
+        assert served_weight_bytes(arch, plan_config([*JOB, quantised])) == 8_030_261_248
     # Of 80 GB nine tenths, without the weights, at 32 layers x 2 x 1024 x 2 bytes a token; on two GPUs half of both.
     assert kv_room(config, arch, 1, H100, 0.0) == (72e9 - 16_060_522_496) / 131_072
     assert kv_room(config, arch, 2, H100, 10e9) == pytest.approx((62e9 - 8_030_261_248) / 65_536)

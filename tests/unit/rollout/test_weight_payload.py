@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
-from dasd_megatron.models.weight_export import HfTensor
+from dasd_megatron.models.weight_formats import HfTensor
 from dasd_megatron.rollout.weight_payload import PayloadError, SharedBuffer, pack, unpack
 
 ENTRIES = [

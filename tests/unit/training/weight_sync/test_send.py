@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from dasd_megatron import backend
 from dasd_megatron.config import BackendConfig, RolloutConfig
-from dasd_megatron.models.weight_export import ExportBucket, HfTensor
+from dasd_megatron.models.weight_export import ExportBucket
+from dasd_megatron.models.weight_formats import HfTensor
 from dasd_megatron.rollout.pool import ServerPool, Status
 from dasd_megatron.rollout.weight_payload import PayloadError
 from dasd_megatron.training.export import Policy, WeightDirectory
@@ -59,7 +60,7 @@ def test_tensors_arrive_whole_in_order_and_once() -> None:
     ]
     servers = FakeServers(a=FakeServer())
     sender = one_sender(servers)
-    assert send_weights(FakeModel(*tensors), sender, "v1", bucket_size=40) is None
+    assert send_weights(FakeModel(*tensors), sender, "v1") is None
     assert [[tensor.name for tensor in sent] for _, sent in sender.buckets] == [["first", "next", "half"], ["large"]]
     found = {}
     for data, sent in sender.buckets:
@@ -91,7 +92,7 @@ def test_after_a_failure_nothing_more_is_gathered(path: str, gathered: int) -> N
     servers.by_url[B].failing = {path}
     model = FakeModel(*[(f"t{index}", torch.zeros(9)) for index in range(5)])
     sender = one_sender(servers)
-    failure = send_weights(model, sender, "v1", bucket_size=40)
+    failure = send_weights(model, sender, "v1")
     assert failure is not None and failure.url == B and f"{path} answered 500: injected" in str(failure)
     assert model.bridge.passed == gathered and sender.drops and servers.by_url[B].version == "old"
 
@@ -136,7 +137,7 @@ def test_every_rank_learns_of_a_failure_and_goes_no_further(broken: int, monkeyp
         # A rank without room for a bucket takes part in its collectives all the same.
         monkeypatch.setattr(model.bridge, "collect_bucket", lambda *_, **__: None)
         sender = QuietSender(CONFIG, {A: 1}, ServerPool([A]), stage=rank, make_client=servers.make_client)
-        failure = send_weights(model, sender, "v1", bucket_size=40)
+        failure = send_weights(model, sender, "v1")
         return str(failure), sender.drops, len(sender.started)
 
     assert ranks.run(send) == [("weight sync: no room", 1, 1)] * 2
@@ -153,7 +154,7 @@ def test_whatever_fails_here_is_a_failure_of_the_sync(
         raise error
 
     monkeypatch.setattr(FakeSender, "buffer", fail)
-    failure = send_weights(FakeModel(), one_sender(FakeServers(a=FakeServer())), "v1", bucket_size=40)
+    failure = send_weights(FakeModel(), one_sender(FakeServers(a=FakeServer())), "v1")
     assert str(failure) == f"weight sync: {said}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from dasd_megatron.config import RolloutConfig
+from dasd_megatron.models.weight_formats import WEIGHT_FORMATS
 from dasd_megatron.rollout.pool import ServerPool
 from dasd_megatron.rollout.weight_checksum import cpu_checksum, gpu_checksum
 from dasd_megatron.training.weight_sync.base import WeightSyncError
@@ -51,10 +53,12 @@ def served(checksum: Checksum, *, fused: bool = False, padded: bool = False) -> 
     return {name: checksum(tensors) for name, tensors in parts.items()}
 
 
-def compare(*checksums: dict[str, str], urls: Sequence[str] = (A,), down: bool = False) -> WeightSyncError | None:
+def compare(
+    *checksums: dict[str, str], urls: Sequence[str] = (A,), down: bool = False, config: RolloutConfig = CONFIG
+) -> WeightSyncError | None:
     servers = FakeServers(a=FakeServer())
     servers.by_url[A].checksums, servers.by_url[A].down = list(checksums), down
-    return verify_weights(FakeModel(*TENSORS), CONFIG, urls, ServerPool([A]), "v1", servers.make_client)
+    return verify_weights(FakeModel(*TENSORS), config, urls, ServerPool([A]), "v1", servers.make_client)
 
 
 @pytest.mark.parametrize("checksum", [cpu_checksum, gpu_checksum])
@@ -72,6 +76,29 @@ def test_another_value_is_found(fused: bool, name: str) -> None:
     difference = compare(served(cpu_checksum, fused=fused) | {wrong: cpu_checksum([Q, K + 1e-6, V])})
     assert str(difference) == f"weight sync: {A} serves other weights than the trainer's v1: {wrong} differs"
     assert difference is not None and difference.url == A
+
+
+def test_of_quantised_weights_the_bytes_and_the_scales_are_compared() -> None:
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", weight_format="fp8_blockwise")
+    quantised = {
+        part: value for name, tensor in TENSORS for part, value in WEIGHT_FORMATS["fp8_blockwise"].convert(name, tensor)
+    }
+    fused = {}
+    for kind in ("weight", "weight_scale_inv"):
+        parts = [quantised.pop(f"layers.0.self_attn.{name}_proj.{kind}") for name in "qkv"]
+        fused[f"layers.0.self_attn.qkv_proj.{kind}"] = parts
+        down = f"layers.0.mlp.down_proj.{kind}"
+        fused[down] = [quantised.pop(down)]
+    assert fused[down][0].dtype == torch.float32
+    # What is not quantised is held in the server's dtype.
+    held = fused | {name: [tensor.to(torch.bfloat16)] for name, tensor in quantised.items()}
+    checksums = {name: cpu_checksum(tensors) for name, tensors in held.items()}
+    assert compare(checksums, config=config) is None
+    for wrong in fused:
+        changed = [fused[wrong][0].clone(), *fused[wrong][1:]]
+        changed[0].view(torch.uint8)[0, 0] ^= 1
+        difference = compare(checksums | {wrong: cpu_checksum(changed)}, config=config)
+        assert f"{wrong} differs" in str(difference)
 
 
 def test_what_cannot_be_compared_is_told() -> None:
