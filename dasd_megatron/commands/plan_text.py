@@ -9,7 +9,7 @@ from dasd_megatron.planning.assumptions import FIGURES, Assumptions
 from dasd_megatron.planning.estimate import Architecture, total_parameters
 from dasd_megatron.planning.layout import longest_teacher_prompt
 from dasd_megatron.planning.lengths import Lengths
-from dasd_megatron.planning.plan import Plan
+from dasd_megatron.planning.plan import Plan, StageMemory, overhead_bytes
 from dasd_megatron.planning.rollouts import Servers, kv_room
 from dasd_megatron.planning.search import Search
 from dasd_megatron.planning.step_time import StepTime
@@ -38,7 +38,9 @@ def memory_rows(config: Config, arch: Architecture, found: Plan, assumed: Assump
     traffic = found.traffic
     # A rollout engine on the same GPUs keeps its weights there, and keys and values in what is left.
     tensor = min(config.parallel.tensor_model_parallel_size, gpus_per_node)
-    beside, alone = (max(0.0, kv_room(config, arch, tensor, assumed, resident)) for resident in (full.total, 0.0))
+    room = {
+        kind: max(0.0, kv_room(config, arch, tensor, assumed, resident)) for kind, resident in _residents(config, full)
+    }
     return [
         ("parameters", f"{total_parameters(arch):,} in all, {state.parameters:,} on this rank"),
         ("weights", f"{gigabytes(state.weights)} {config.precision.params_dtype}"),
@@ -62,8 +64,36 @@ def memory_rows(config: Config, arch: Architecture, found: Plan, assumed: Assump
         ("weight sync", f"{gigabytes(traffic.weight_sync)} a step"),
         (
             "rollouts on the same GPUs",
-            f"{beside:,.0f} tokens of KV beside the training state, {alone:,.0f} with it offloaded",
+            f"{room['none']:,.0f} tokens of KV beside the training state, {room['state']:,.0f} with "
+            f"backend.offload=state, {room['all']:,.0f} with all",
         ),
+        *_offload_rows(config, full),
+    ]
+
+
+def _residents(config: Config, full: StageMemory) -> list[tuple[str, float]]:
+    """Return the bytes of the trainer on a GPU while servers sample, for each ``backend.offload``."""
+    return [
+        ("none", full.total),
+        ("state", full.state.weights + overhead_bytes(config)),
+        ("all", overhead_bytes(config)),
+    ]
+
+
+def _offload_rows(config: Config, full: StageMemory) -> Rows:
+    """Return the peak of each phase and the host memory, where memory goes to the host."""
+    if config.backend.offload == "none":
+        return []
+    phases = full.phases
+    host = full.state.optimizer + full.copies + (full.state.weights if config.backend.offload == "all" else 0)
+    return [
+        (
+            "peak of each phase",
+            f"sampling {gigabytes(phases.sampling)}, weight sync {gigabytes(phases.sending)}, scoring "
+            f"{gigabytes(phases.scoring)}, backward {gigabytes(phases.backward)}, optimizer step "
+            f"{gigabytes(phases.optimizer)}",
+        ),
+        ("host memory of each GPU", f"{gigabytes(host)}, and as much again while a checkpoint is written"),
     ]
 
 

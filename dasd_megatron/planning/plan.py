@@ -27,6 +27,7 @@ from dasd_megatron.planning.estimate import (
     training_state,
 )
 from dasd_megatron.planning.layout import longest_teacher_prompt
+from dasd_megatron.planning.phases import Phases, StepBytes, step_phases
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -60,14 +61,21 @@ OVERHEAD_BYTES = 4e9
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes on one GPU of a pipeline stage. ``total`` includes the reserve."""
+    """Bytes on one GPU of a pipeline stage. ``copies``: of the weights, a part of ``snapshots``. ``total``: the most at
+    once, the peak of ``phases``. These include the reserve."""
 
     stage: int
     state: State
+    copies: float
     snapshots: float
     activations: float
     loss: float
-    total: float
+    phases: Phases
+
+    @property
+    def total(self) -> float:
+        """The most that the trainer needs at once."""
+        return self.phases.peak
 
 
 @dataclass(frozen=True)
@@ -166,8 +174,9 @@ def make_plan(config: Config, arch: Architecture, *, transformer_engine: bool, g
             batches.teacher_rows * batches.teacher_length,
             transformer_engine=transformer_engine,
         )
-        kept = max(kept, scoring)
-        stages.append(_stage_memory(config, arch, stage, batches, kept, loss if stage == pipeline - 1 else 0.0))
+        stages.append(
+            _stage_memory(config, arch, stage, batches, kept, scoring, loss if stage == pipeline - 1 else 0.0)
+        )
     fullest = max(stages, key=lambda memory: memory.total)
     bubble = bubble_fraction(config.parallel, batches.micro_batches)
     traffic = communication(
@@ -198,9 +207,20 @@ def _divide_batch(config: Config) -> _Batches:
     return _Batches(sequences, length, rows, micro_batches, teacher_length, rows_of(teacher_length))
 
 
+def overhead_bytes(config: Config) -> float:
+    """Return the reserve on a device of the trainer."""
+    return OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
+
+
+def beside_servers(config: Config, memory: StageMemory) -> float:
+    """Return the bytes that the trainer keeps of a GPU while servers on it sample."""
+    return memory.total if config.backend.offload == "none" else memory.phases.sampling
+
+
 def _stage_memory(
-    config: Config, arch: Architecture, stage: int, batches: _Batches, activations: float, loss: float
+    config: Config, arch: Architecture, stage: int, batches: _Batches, update: float, scoring: float, loss: float
 ) -> StageMemory:
+    """Return the memory of a stage whose activations take ``update`` bytes in an update and ``scoring`` in a pass."""
     parallel = config.parallel
     teacher = config.teacher.weights if METHODS[config.algorithm.name].needs_teacher else "live"
     state = training_state(arch, parallel, config.precision, config.optimizer, stage)
@@ -208,7 +228,7 @@ def _stage_memory(
     # There may be copies of the weights: the starting model, and the teacher's own, an average of them in float32.
     copies = width * (config.loss.kl_coef > 0 or teacher in ("frozen", "trust_region"))
     copies += {"ema": 4, "snapshot": width}.get(teacher, 0)
-    snapshots = float(state.parameters * copies)
+    snapshots = copies_bytes = float(state.parameters * copies)
     # A mixture of two models has the states and the head of both; of a live teacher later updates need the former head.
     models, tokens = 2 if teacher == "trust_region" else 1, batches.sequences * config.rollout.max_new_tokens
     is_last, top_k = stage == parallel.pipeline_model_parallel_size - 1, config.algorithm.divergence_top_k
@@ -220,6 +240,7 @@ def _stage_memory(
         # Of each entry an id and a log-prob, whole on every rank; while the teacher scores the student's entries, both.
         owners = 2 if config.algorithm.divergence_top_k_of == "student" else 1
         snapshots += owners * tokens * min(top_k, arch.vocab) * 8
-    total = state.weights + state.gradients + state.optimizer + snapshots + activations + loss
-    total += OVERHEAD_BYTES if config.backend.kind == "cuda" else 0.0
-    return StageMemory(stage, state, snapshots, activations, loss, total)
+    needs = StepBytes(state, copies_bytes, snapshots - copies_bytes, scoring, update, loss, overhead_bytes(config))
+    return StageMemory(
+        stage, state, copies_bytes, snapshots, max(update, scoring), loss, phases=step_phases(config, needs)
+    )

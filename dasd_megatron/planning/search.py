@@ -14,7 +14,7 @@ from dasd_megatron.planning.assumptions import Assumptions
 from dasd_megatron.planning.estimate import Architecture
 from dasd_megatron.planning.layout import check_layout
 from dasd_megatron.planning.lengths import typical_lengths
-from dasd_megatron.planning.plan import Plan, make_plan
+from dasd_megatron.planning.plan import Plan, beside_servers, make_plan
 from dasd_megatron.planning.rollouts import Servers, kv_room
 from dasd_megatron.planning.step_time import ServerTime, StepTime, server_time, step_time
 from dasd_megatron.planning.training_time import training_time
@@ -172,7 +172,7 @@ def server_choices(
     for size in sizes:
         if per_node >= size and not arch.heads % size:
             count = gpus // per_node * (per_node // size)
-            resident = plan.fullest.total if shared else 0.0
+            resident = beside_servers(config, plan.fullest) if shared else 0.0
             room = kv_room(config, arch, size, assumed, resident)
             yield Servers(count, size, math.ceil(gpus / machines.gpus_per_node), room, shared)
 
