@@ -25,6 +25,7 @@ from dasd_megatron.planning.estimate import (
 )
 from dasd_megatron.planning.lengths import Lengths
 
+_MOST_SEQUENCES = 32768
 SERVER_WEIGHTS_SHARE = 0.6
 """A server's weights get at most this share of a GPU's memory where its GPUs are to be chosen; the rest is for keys and
 values, activations and graphs."""
@@ -146,20 +147,24 @@ def _sampling_time(
 ) -> RolloutTime:
     """Return the time of ``work``: groups, samples of each, and groups that are waited for. They are dealt evenly."""
     started, samples, needed = work
-    groups = math.ceil(started / servers.count)
-    drawn = lengths.drawn(groups * samples)
+    dealt = math.ceil(started / servers.count)
+    # Of more sequences than this the rest takes as long for each: a plan is to be there in seconds.
+    simulated = min(samples, _MOST_SEQUENCES)
+    groups = min(dealt, max(1, _MOST_SEQUENCES // simulated))
+    scale = dealt * samples / (groups * simulated)
+    drawn = lengths.drawn(groups * simulated)
     # The same order each time, so that plans differ by what was changed alone.
     random.Random(0).shuffle(drawn)
     in_flight = math.ceil(config.rollout.max_in_flight * config.rollout.groups_per_request * samples / servers.count)
     most = max(1, min(config.rollout.max_batch_size, in_flight))
     decoding = decoding_of(config, arch, servers.gpus, lengths.prompt, assumed)
-    sampled = decode_all(drawn, samples, math.ceil(lengths.prompt), most, servers.kv_tokens, decoding)
+    sampled = decode_all(drawn, simulated, math.ceil(lengths.prompt), most, servers.kv_tokens, decoding)
     if sampled is None:
         return RolloutTime(math.inf, 0.0, 0, 0.0)
-    done = sorted(max(sampled.ends[first : first + samples]) for first in range(0, len(drawn), samples))
-    seconds = done[math.ceil(needed / servers.count) - 1]
+    done = sorted(max(sampled.ends[first : first + simulated]) for first in range(0, len(drawn), simulated))
+    seconds = done[math.ceil(needed / started * groups) - 1]
     tokens = started * samples * lengths.response
-    return RolloutTime(seconds, tokens, sampled.at_once, max(0.0, seconds - sampled.thinned))
+    return RolloutTime(seconds * scale, tokens, sampled.at_once, max(0.0, seconds - sampled.thinned))
 
 
 @dataclass(frozen=True)

@@ -185,9 +185,8 @@ def _layouts(config: Config, arch: Architecture, machines: Machines, recomputes:
         if arch.kv_heads % tensor or arch.heads % tensor:
             continue
         for pipeline in range(1, min(arch.layers, most // (tensor * context)) + 1):
-            for replicas in _divisors(config.batch.groups):
-                world = tensor * context * pipeline * replicas
-                if world <= most and _is_allowed(world, machines):
+            for replicas in _divisors(config.batch.groups, most // (tensor * context * pipeline)):
+                if _is_allowed(tensor * context * pipeline * replicas, machines):
                     yield from _variants(config, tensor, pipeline, replicas, recomputes)
 
 
@@ -214,5 +213,5 @@ def _variants(config: Config, tensor: int, pipeline: int, replicas: int, recompu
             yield dataclasses.replace(config, parallel=parallel, precision=precision)
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [size for size in range(1, min(number, most or number) + 1) if number % size == 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dasd_megatron.config import Config
@@ -55,15 +56,16 @@ def storage_of(arch: Architecture, config: Config) -> Storage:
 def checkpoints_at_once(config: Config) -> int:
     """Return the most checkpoints that the run has on disk at once: the newest, those that are kept for good, and the
     one that is being written."""
-    settings, saved = config.checkpoint, _saved_steps(config)
-    older = saved[: -settings.keep_last - 1]
-    for_good = sum(step % settings.keep_every == 0 for step in older) if settings.keep_every else 0
-    return min(len(saved), settings.keep_last + 1) + for_good
-
-
-def _saved_steps(config: Config) -> list[int]:
-    every, steps = config.checkpoint.every, config.run.steps
-    return sorted({*range(every, steps + 1, every), steps}) if every else [steps]
+    settings, steps = config.checkpoint, config.run.steps
+    # The last step is saved in any case.
+    every = settings.every or max(1, steps)
+    saved = max(1, math.ceil(steps / every))
+    newest = min(saved, settings.keep_last + 1)
+    if not settings.keep_every:
+        return newest
+    last_multiple = saved if steps % every == 0 else saved - 1
+    older = (last_multiple - newest + (steps % every != 0)) * every
+    return newest + max(0, older) // math.lcm(every, settings.keep_every)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,20 @@ def test_more_servers_room_and_bandwidth_are_never_slower() -> None:
     assert math.isinf(time_of(config, Servers(4, 1, 1, 5000)).seconds)
 
 
+def test_a_step_of_any_size_is_planned_at_once() -> None:
+    servers = Servers(2, 1, 1, 1e9)
+    by_groups = [
+        time_of(plan_config(["model=llama3_8b", f"batch.groups={groups}"]), servers).seconds
+        for groups in (4096, 8192, 10**9)
+    ]
+    # Of the second a half is simulated. With so many sequences the end hardly counts.
+    assert by_groups[1] == pytest.approx(2 * by_groups[0], rel=0.02)
+    assert by_groups[2] == pytest.approx(10**9 / 8192 * by_groups[1], rel=0.02)
+    assert math.isfinite(
+        time_of(plan_config(["model=llama3_8b", "batch.samples_per_group=1000000000"]), servers).seconds
+    )
+
+
 def test_limits_and_surplus_of_the_configuration() -> None:
     servers = Servers(4, 1, 1, 1e9)
     base = time_of(plan_config(JOB), servers)

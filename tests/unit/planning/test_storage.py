@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,32 @@ def test_checkpoints_of_the_presets(name: str, each: float, together: float) -> 
         # Of the steps 10, 20, ... 100 those up to 70 have made room, but for 30 and 60.
         (["checkpoint.every=10", "checkpoint.keep_every=30"], 5),
         (["checkpoint.every=40", "checkpoint.keep_last=5"], 3),
+        # Of 30, 60, 90 and 100 the first has gone, unless it is kept.
+        (["checkpoint.every=30", "checkpoint.keep_every=15"], 4),
+        (["checkpoint.every=30", "checkpoint.keep_every=60"], 3),
+        (["checkpoint.every=1", "checkpoint.keep_every=2", "run.steps=1000000000000"], 500_000_000_001),
     ],
     ids=str,
 )
 def test_checkpoints_at_once(fields: list[str], count: int) -> None:
     assert checkpoints_at_once(plan_config(["model=llama3_8b", "run.steps=100", *fields])) == count
+
+
+def test_checkpoints_at_once_are_those_of_a_run_step_by_step() -> None:
+    config = plan_config(["model=llama3_8b"])
+    draw = random.Random(0)
+    for _ in range(300):
+        steps, every, last, good = (draw.randint(low, 40) for low in (1, 0, 1, 0))
+        config.run.steps, config.checkpoint.every = steps, every
+        config.checkpoint.keep_last, config.checkpoint.keep_every = last, good
+        kept: list[int] = []
+        most = 0
+        for step in range(1, steps + 1):
+            if step == steps or (every and step % every == 0):
+                kept.append(step)
+                most = max(most, len(kept))
+                kept = [old for old in kept[:-last] if good and old % good == 0] + kept[-last:]
+        assert checkpoints_at_once(config) == most, (steps, every, last, good)
 
 
 def test_saving_waits_where_the_one_before_is_not_written() -> None:
