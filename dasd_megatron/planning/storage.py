@@ -93,7 +93,8 @@ def saving_time(arch: Architecture, config: Config, assumed: Assumptions) -> Sav
 def sync_time(arch: Architecture, config: Config, servers: Servers, assumed: Assumptions) -> float:
     """Return the seconds of handing the weights to all servers. Every GPU of a server receives all of them, whoever
     sends them."""
-    sent = float(total_parameters(arch) * DTYPE_BYTES[config.precision.params_dtype])
+    quantised = config.rollout.weight_format == "fp8_blockwise"
+    sent = float(total_parameters(arch) * (1 if quantised else DTYPE_BYTES[config.precision.params_dtype]))
     way = config.rollout.weight_sync
     if way == "disk":
         # Servers of one node read a file from the shared disk once.

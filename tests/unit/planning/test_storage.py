@@ -115,13 +115,14 @@ def test_saving_waits_where_the_one_before_is_not_written() -> None:
 
 
 def test_weights_by_each_way() -> None:
-    def seconds(way: str, nodes: int) -> float:
+    def seconds(way: str, nodes: int, form: str = "plain") -> float:
         config = plan_config(["model=llama3_8b"])
-        config.rollout.weight_sync = way
+        config.rollout.weight_sync, config.rollout.weight_format = way, form
         return sync_time(arch_of(config), config, Servers(8 * nodes, 1, nodes, 0.0), H100)
 
     assert seconds("disk", 2) == pytest.approx(16_060_522_496 * (1 / 1e9 + 2 / 20e9))
     assert seconds("distributed", 2) == seconds("distributed", 1) == pytest.approx(16_060_522_496 / 35e9)
+    assert seconds("distributed", 2, "fp8_blockwise") == pytest.approx(8_030_261_248 / 35e9)
     assert seconds("tensor", 1) == pytest.approx(16_060_522_496 / 44.8e9)
 
 
