@@ -68,7 +68,7 @@ class Backend(Protocol):
         """Wait until the device has done all that this process has asked of it."""
 
     def host_memory(self, size: int) -> torch.Tensor:
-        """Return memory of the host that the device copies to and from at full speed, uint8 [size], not filled.
+        """Return memory of the host that the device copies to and from at full speed, uint8 [size].
 
         Raises:
             MemoryError: the host has none; the message is one line.

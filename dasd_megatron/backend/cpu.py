@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -204,7 +205,7 @@ def release_cached_memory() -> None:
         trim(0)
 
 
-def beside(tensor: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+def beside(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Return a context that does nothing, since a thread of the host holds up no other."""
     return contextlib.nullcontext()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.util
+import mmap
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -137,9 +139,13 @@ def release_cached_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def beside(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """Return a context that puts its work on a stream of its own, and waits for it at the end."""
+    return _on_stream_of_its_own(tensor)
+
+
 @contextlib.contextmanager
-def beside(tensor: torch.Tensor) -> Iterator[None]:
-    """Put the work of the body on a stream of its own, and wait for it at the end."""
+def _on_stream_of_its_own(tensor: torch.Tensor) -> Iterator[None]:
     stream = torch.cuda.Stream(tensor.device)
     stream.wait_stream(torch.cuda.default_stream(tensor.device))
     with torch.cuda.stream(stream):
@@ -153,20 +159,22 @@ def wait() -> None:
 
 
 def host_memory(size: int) -> torch.Tensor:
-    """Return pinned memory, uint8 [size], not filled; MemoryError where it cannot be pinned."""
+    """Return pinned memory, uint8 [size]; MemoryError where it cannot be pinned."""
     # Torch's own pinned memory is rounded up to a power of two, which can be twice as much.
-    memory = torch.empty(size, dtype=torch.uint8)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Pages that are pinned cannot be shared with a forked process. It would get a copy of all of them.
+    area.madvise(mmap.MADV_DONTFORK)
+    memory = torch.frombuffer(area, dtype=torch.uint8)
     cudart, address = torch.cuda.cudart(), memory.data_ptr()
-    status = int(cudart.cudaHostRegister(address, size, 0)) if size else 0
+    status = int(cudart.cudaHostRegister(address, size, 0))
     if status != 0:
         raise MemoryError(f"{size / 1e9:.2f} GB of host memory could not be pinned (cudaHostRegister says {status})")
-    if size:
-        weakref.finalize(memory, cudart.cudaHostUnregister, address)
+    weakref.finalize(memory, cudart.cudaHostUnregister, address)
     return memory
 
 
 def readable_when_forked(host: torch.Tensor) -> torch.Tensor:
-    """Return a copy: a forked process may not have pinned memory, or would see what the GPU writes into it later."""
+    """Return a copy, since a forked process does not have the pinned memory."""
     return host.clone()
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
+import mmap
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -122,3 +126,38 @@ def test_blocks_of_the_loss_are_the_cpus_own_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda, "device", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=150 * 10**9))
     assert cuda.loss_block_tokens(8192) == 16384
+
+
+def test_host_memory_for_a_gpu_is_pinned_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, int]] = []
+    status = 0
+
+    def register(address: int, size: int, _flags: int) -> int:
+        calls.append(("register", address, size))
+        return status
+
+    cudart = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=lambda address: calls.append(("unregister", address, 0))
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    memory = cuda.host_memory(10_001)
+    memory.fill_(7)
+    address = memory.data_ptr()
+    copied = cuda.readable_when_forked(memory)
+    assert memory.shape == (10_001,) and calls == [("register", address, 10_001)] and address % mmap.PAGESIZE == 0
+    # A process that is forked now has the copy and not the pinned memory.
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(int(copied[-1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(int(memory[-1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+    del memory
+    assert calls[1:] == [("unregister", address, 0)]
+    status = 2
+    with pytest.raises(MemoryError, match=r"^0.00 GB of host memory could not be pinned \(cudaHostRegister says 2\)$"):
+        cuda.host_memory(1000)
