@@ -64,6 +64,8 @@ COMMON = [
     "logging.save_rollouts_every=0",
     "verify.workers=0",
 ]
+# Half as many updates as the others make, and twice as far.
+ONE_UPDATE = ["batch.minibatches=1", "batch.epochs=1", "optimizer.lr=6e-4", "optimizer.min_lr=6e-4"]
 OBJECTIVES = {
     "sampled": ["algorithm.objective=sampled", "teacher.weights=ema"],
     "distributional": [
@@ -71,6 +73,22 @@ OBJECTIVES = {
         "algorithm.divergence_weight=1.0",
         "teacher.weights=trust_region",
         "teacher.trust_region_mix=0.3",
+    ],
+    # Scoring and update in one forward pass; one process makes two of them.
+    "one pass": [
+        *ONE_UPDATE,
+        "algorithm.objective=sampled",
+        "teacher.weights=ema",
+        "loss.importance_sampling=token",
+        "loss.surrogate=gspo",
+        "loss.dual_clip=null",
+        "loss.aggregation=seq_mean_token_mean",
+    ],
+    "one pass, distributional": [
+        *ONE_UPDATE,
+        "algorithm.objective=distributional",
+        "algorithm.divergence_weight=1.0",
+        "teacher.weights=live",
     ],
     # What needs whole responses, and counts of all replicas. The bounds are far from most ratios, so that rounding does
     # not put one on the other side.
@@ -97,10 +115,12 @@ TP2, PP2, PP4, VPP2, DP2, SP = (
 )
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_size=3000"]
 PACKING = ["batch.packing=true", "batch.micro_batch_size=8", "batch.micro_batch_tokens=200"]
+ONE_PASS_ALONE = "one process, one pass"
 LAYOUTS: dict[str, list[str]] = {
     "recompute full": ["precision.recompute=full"],
     "recompute selective": ["precision.recompute=selective", "precision.recompute_modules=[core_attn,mlp]"],
     "packing": PACKING,
+    ONE_PASS_ALONE: [],
     "materialised logits": ["loss.fused_linear=false"],
     "TP2": [TP2],
     "TP2 SP": [TP2, SP],
@@ -146,7 +166,21 @@ RESPONSE_LAYOUTS = (
     "TP2 SP PP2 VPP2, recompute full, packing",
     "CP2, packing, gathering attention",
 )
+
+
+def is_compared(objective: str, layout: str) -> bool:
+    """Return whether a layout is compared for an objective."""
+    if objective.endswith("distributional") and layout == "materialised logits":
+        # The distributional objective works on hidden states.
+        return False
+    if layout == ONE_PASS_ALONE:
+        return objective in ALONE_OVERRIDES
+    return objective != "by response" or layout in RESPONSE_LAYOUTS
+
+
 ALONE = "one process"
+# What layouts are compared with, where that is not the same objective's own in one process.
+ALONE_OVERRIDES = {name: ["loss.share_pass=never"] for name in ("one pass", "one pass, distributional")}
 METRICS = {"loss": "update/loss", "gradient norm": "update/grad_norm"}
 ROUTING = (
     "entropy/mean",
@@ -467,15 +501,11 @@ def measure(only: list[str], seed: int) -> dict[str, Any]:
 
     jobs: dict[str, tuple[bool, list[str]]] = {}
     chosen = [name for name in LAYOUTS if not only or name in only]
-    # The distributional objective works on hidden states.
-    layouts = {
-        "sampled": chosen,
-        "distributional": [name for name in chosen if name != "materialised logits"],
-        "by response": [name for name in chosen if name in RESPONSE_LAYOUTS],
-    }
+    layouts = {objective: [name for name in chosen if is_compared(objective, name)] for objective in OBJECTIVES}
     for objective, overrides in OBJECTIVES.items():
-        for name in [ALONE, *layouts[objective]]:
-            jobs[f"{objective}/{name}"] = (False, [*overrides, *LAYOUTS.get(name, [])])
+        jobs[f"{objective}/{ALONE}"] = (False, [*overrides, *ALONE_OVERRIDES.get(objective, [])])
+        for name in layouts[objective]:
+            jobs[f"{objective}/{name}"] = (False, [*overrides, *LAYOUTS[name]])
     compared = {
         name: case for name, case in DROPOUT.items() if not only or "dropout" in only or f"dropout/{name}" in only
     }

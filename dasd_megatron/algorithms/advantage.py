@@ -98,6 +98,7 @@ def token_advantages(
     facts: RolloutFacts | None = None,
     sum_over_replicas: Callable[[Tensor], Tensor] | None = None,
     eps: float = 1e-6,
+    check_values: bool = True,
 ) -> tuple[Tensor, Credit]:
     """Return the advantage of each token under a method: ``factor * verifier_weight * A + beta * omega * signal``, with
     A the rollout's verifier advantage.
@@ -121,7 +122,7 @@ def token_advantages(
             of exactly 0; its ``delta`` must be a number, and is not used.
         sum_over_replicas: sums a float64 ``[2]`` tensor over data-parallel replicas, for a method whose omega has a
             mean of 1 over the whole batch, and is called by that one alone. None: this process has the whole batch.
-        eps: guard of the divisions, nats.
+        eps, check_values: see :func:`~dasd_megatron.algorithms.credit.rollout_statistics`.
 
     Returns:
         advantage ``[N]`` and Credit, both float32 (float64 for float64 entropies), without gradient. Its term is what
@@ -143,6 +144,7 @@ def token_advantages(
         scale_floor=settings.scale_floor,
         entropy_floor=settings.entropy_floor,
         eps=eps,
+        check_values=check_values,
     )
     verifier = settings.verifier_weight * rewards_advantage.detach().to(entropy.device, torch.float64)
     statistics, tokens = _read_facts(method, statistics, verifier, lengths, facts)

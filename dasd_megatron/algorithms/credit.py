@@ -129,10 +129,14 @@ def rollout_statistics(
     scale_floor: float,
     entropy_floor: float,
     eps: float,
+    check_values: bool = True,
 ) -> RolloutStatistics:
     """Return the statistics that :func:`direction_adaptive_credit` describes, for every method alike; same arguments
-    and errors."""
-    _check(entropy, delta, lengths, rho, quantile_side, scale_floor, entropy_floor, eps)
+    and errors. Without ``check_values`` neither lengths nor tokens are read back from the device: the caller knows the
+    lengths, and looks at the tokens later."""
+    _check_arguments(entropy, delta, lengths, rho, quantile_side, scale_floor, entropy_floor, eps)
+    if check_values:
+        _check_values(entropy, delta, lengths)
     entropy = entropy.detach().double()
     delta = delta.detach().double().clamp(-GAP_LIMIT, GAP_LIMIT)
     lengths = lengths.to(entropy.device, torch.int64)
@@ -272,7 +276,7 @@ def context_parallel_credit(
     )
 
 
-def _check(
+def _check_arguments(
     entropy: Tensor,
     delta: Tensor,
     lengths: Tensor,
@@ -302,6 +306,9 @@ def _check(
         raise ValueError(f"entropy_floor is {entropy_floor}; expected a number of nats, at least 0")
     if not eps > 0.0:
         raise ValueError(f"eps is {eps}; expected above 0")
+
+
+def _check_values(entropy: Tensor, delta: Tensor, lengths: Tensor) -> None:
     sizes = lengths.tolist()
     if min(sizes, default=0) < 0 or sum(sizes) != entropy.numel():
         raise ValueError(
@@ -322,7 +329,7 @@ def _mean_per_rollout(values: Tensor, lengths: Tensor) -> Tensor:
     """Return ``[B]`` means, 0 where a rollout is empty; in a fixed order of summation, so that repeated runs agree bit
     for bit.
 
-    ``unsafe`` leaves out a check of the lengths that :func:`_check` has made, and that fails on an empty batch.
+    ``unsafe`` leaves out a check of the lengths that :func:`_check_values` makes, and that fails on an empty batch.
     """
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0.0) / lengths.clamp_min(1)
 

@@ -4,6 +4,7 @@ from dasd_megatron.config.checks import validate
 from dasd_megatron.config.checks_rollout import check_servers, check_sglang_arguments, is_loopback
 from dasd_megatron.config.fields import FUNCTION_PATH
 from dasd_megatron.config.loading import load_config, read_config, save_config
+from dasd_megatron.config.passes import why_scored_first
 from dasd_megatron.config.pipeline import stage_layers
 from dasd_megatron.config.schedules import ScheduleConfig
 from dasd_megatron.config.schema import UMASKS, Config, RunConfig, field_limits, known_fields
@@ -73,4 +74,5 @@ __all__ = [
     "save_config",
     "stage_layers",
     "validate",
+    "why_scored_first",
 ]

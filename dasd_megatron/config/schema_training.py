@@ -465,12 +465,14 @@ class PolicyLossConfig:
         "of a micro-batch",
     )
     block_tokens: int | None = setting(
-        None,
-        "fused_linear only: tokens of one block of logits; null: 1024 on a CPU, on a GPU the power of two whose block "
-        "takes at most 1/256 of its memory",
-        low=1,
+        None, "fused_linear only: tokens of one block of logits; null: 1024 on a CPU, on a GPU by its memory", low=1
     )
     block_columns: int = setting(8192, "fused_linear only: vocabulary columns of one block of logits", low=1)
+    share_pass: str = setting(
+        "auto",
+        "auto: the update's own forward pass scores the rollouts where it can; never: a pass of its own before it does",
+        choices=("auto", "never"),
+    )
     max_skipped_steps: int = setting(
         3,
         "steps in a row with updates skipped, because logits or gradients are not finite, before the run goes back "

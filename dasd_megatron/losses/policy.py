@@ -237,9 +237,10 @@ def kl_k3(log_prob: Tensor, ref_log_prob: Tensor) -> Tensor:
     return torch.where(near, series, torch.where(far, tangent, curve))
 
 
-def rollouts_of_tokens(lengths: Tensor) -> Tensor:
-    """Return the rollout of each packed token, ``[N]`` int64, from the rollouts' numbers of tokens ``[B]``."""
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+def rollouts_of_tokens(lengths: Tensor, tokens: int | None = None) -> Tensor:
+    """Return the rollout of each packed token, ``[N]`` int64, from the rollouts' numbers of tokens ``[B]``. ``tokens``:
+    N, for a caller that knows it; else it is read back from the device."""
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=tokens)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -604,7 +604,7 @@ _STEP = [
     Metric(
         "seconds/score",
         "seconds",
-        "log-probs and entropy of student and teacher",
+        "log-probs and entropy of teacher and starting model, and of the student where the update does not score it",
         "under seconds/update",
         "batch.packing=true, a larger batch.micro_batch_size",
     ),

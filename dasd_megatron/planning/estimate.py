@@ -20,6 +20,7 @@ from dasd_megatron.config import (
     PolicyLossConfig,
     PrecisionConfig,
     stage_layers,
+    why_scored_first,
 )
 from dasd_megatron.models.families import FAMILIES
 from dasd_megatron.models.hf_config import padded_vocab_size
@@ -337,7 +338,8 @@ class Passes:
     """Passes of a step over its sequences. A backward pass comes with each forward pass of the update."""
 
     scoring: int
-    """Forward passes over the student's sequences without a backward pass: of the policy, and of the starting model."""
+    """Forward passes over the student's sequences without a backward pass: of the policy, where the update's do not
+    score them, and of the starting model."""
     teacher: int
     """Forward passes over the teacher's sequences, whose prompts may be longer."""
     update: int
@@ -358,7 +360,8 @@ def passes_of(config: Config, arch: Architecture) -> Passes:
     elif precision.recompute == "selective" and "mlp" in precision.recompute_modules:
         feed_forward = 3 * arch.hidden * arch.ffn
         operations, sublayers = feed_forward / (feed_forward + _attention_matrices(arch)), 0.5
-    return Passes(1 + (config.loss.kl_coef > 0), teacher * has_teacher, epochs, epochs * operations, epochs * sublayers)
+    scoring = (why_scored_first(config) is not None) + (config.loss.kl_coef > 0)
+    return Passes(scoring, teacher * has_teacher, epochs, epochs * operations, epochs * sublayers)
 
 
 def _attention_matrices(arch: Architecture) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -107,6 +107,7 @@ class MicroBatch:
         longest: tokens of the longest sequence of a pack, padding included.
         least_target, largest_target: of ``targets`` over all context-parallel ranks, known without asking the device;
             0 and -1 where there are none.
+        sequences: int64, places of the sequences among the callers', in the order of their response tokens.
     """
 
     tokens: torch.Tensor
@@ -119,6 +120,7 @@ class MicroBatch:
     longest: int = 0
     least_target: int = 0
     largest_target: int = -1
+    sequences: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
@@ -219,10 +221,12 @@ def batch_samples(samples: Sequence[Sample], prompts: Sequence[Tokens], layout: 
 class _Sequence(NamedTuple):
     """A prompt with its response. R is the number of its response tokens, without the masked ones.
 
-    ``inputs``: all tokens but the last, which predicts nothing; ``predictors``: [R], places in ``inputs`` whose logits
-    predict the response tokens; ``targets``: [R], these tokens; ``packed_index``: [R], see :class:`MicroBatch`.
+    ``place``: its place among the callers' sequences; ``inputs``: all tokens but the last, which predicts nothing;
+    ``predictors``: [R], places in ``inputs`` whose logits predict the response tokens; ``targets``: [R], these tokens;
+    ``packed_index``: [R], see :class:`MicroBatch`.
     """
 
+    place: int
     inputs: np.ndarray
     predictors: np.ndarray
     targets: np.ndarray
@@ -233,12 +237,14 @@ def _sequences(
     prompts: Sequence[Tokens], responses: Sequence[Tokens], response_mask: Sequence[Tokens | None] | None
 ) -> list[_Sequence]:
     masks = [None] * len(responses) if response_mask is None else response_mask
-    sequences, end = [], 0
+    sequences: list[_Sequence] = []
+    end = 0
     for prompt, response, mask in zip(prompts, responses, masks, strict=True):
         places = _sampled_places(response, mask)
         begin, end = end, end + len(places)
         sequences.append(
             _Sequence(
+                place=len(sequences),
                 inputs=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, response)])[:-1],
                 predictors=places + len(prompt) - 1,
                 targets=np.asarray(response, dtype=np.int64)[places],
@@ -285,6 +291,7 @@ def _micro_batch(sequences: list[_Sequence], widths: list[int], layout: BatchLay
         longest=max(grid.sizes),
         least_target=int(targets.min()) if targets.size else 0,
         largest_target=int(targets.max(initial=-1)),
+        sequences=on_device(np.array([sequence.place for sequence in sequences], dtype=np.int64)),
     )
 
 

@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from dasd_megatron import backend
-from dasd_megatron.config import PolicyLossConfig
+from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig
 from dasd_megatron.losses import (
     EntryStats,
     TokenStats,
@@ -27,13 +27,15 @@ from dasd_megatron.training.batching import MicroBatch
 from dasd_megatron.training.optimizer import OptimizerState, TrainingError
 from dasd_megatron.training.parallel import broadcast_from_last_stage, reduce_over_replicas, sum_over_sequence_parts
 from dasd_megatron.training.policy_loss import (
-    Distillation,
     PolicyTargets,
     TokenLoss,
     over_teacher_tokens,
     policy_loss,
 )
-from dasd_megatron.training.scores import TeacherStates, TokenScores
+from dasd_megatron.training.scores import TeacherEntries, TeacherStates, TokenScores
+
+BatchLoss = Callable[[TokenStats, MicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""A :data:`~dasd_megatron.training.policy_loss.TokenLoss` that is given the micro-batch of the tokens."""
 
 
 class UpdateResult(NamedTuple):
@@ -53,13 +55,15 @@ def _token_stats(
     output: torch.Tensor,
     loss: PolicyLossConfig,
     temperature: float,
-    distillation: Distillation | None = None,
+    teacher: TeacherStates | TeacherEntries | None = None,
+    algorithm: AlgorithmConfig | None = None,
     *,
     top_k: int | None = None,
     entry_ids: torch.Tensor | None = None,
 ) -> TokenStats | EntryStats:
     """Compute the statistics of a micro-batch's response tokens from the last stage's output; see
-    :class:`ShardedModel`. ``top_k`` and ``entry_ids`` ask for entries of the vocabulary, as
+    :class:`ShardedModel`. With a ``teacher`` the section ``algorithm`` says which divergence from it is wanted.
+    ``top_k`` and ``entry_ids`` ask for entries of the vocabulary, as
     :func:`~dasd_megatron.losses.linear_token_stats` does."""
     rows = output[micro_batch.rows, micro_batch.columns]
     if not model.fused_linear:
@@ -78,11 +82,10 @@ def _token_stats(
         *(model, rows, model.head_weight(), micro_batch.targets, loss, temperature),
         weight_grad=model.head_gradient() if torch.is_grad_enabled() else None,
     )
-    if distillation is None or distillation.teacher is None:
+    if teacher is None or algorithm is None:
         return linear_stats(top_k=top_k, entry_ids=entry_ids)
-    teacher, settings = distillation.teacher, distillation.settings
     objective: dict[str, Any] = dict(
-        divergence=settings.divergence, jsd_weight=settings.jsd_weight, entry_clip=settings.divergence_entry_clip
+        divergence=algorithm.divergence, jsd_weight=algorithm.jsd_weight, entry_clip=algorithm.divergence_entry_clip
     )
     if isinstance(teacher, TeacherStates):
         states = teacher.of(micro_batch.packed_index)
@@ -90,7 +93,7 @@ def _token_stats(
     entries = teacher.of(micro_batch.packed_index)
     stats = linear_stats(entry_ids=entries.ids)
     assert isinstance(stats, EntryStats), "it was asked for entries"
-    divergence = top_k_divergence(stats.top.log_prob, entries.log_prob, tail=settings.divergence_tail, **objective)
+    divergence = top_k_divergence(stats.top.log_prob, entries.log_prob, tail=algorithm.divergence_tail, **objective)
     return TokenStats(stats.log_prob, stats.entropy, None, divergence)
 
 
@@ -300,11 +303,61 @@ def update(
     distributed = parallel_state.get_context_parallel_world_size() > 1
     group = parallel_state.get_context_parallel_group() if distributed else None
 
-    def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
-        return TokenStats(*_token_stats(model, micro_batch, output, settings, temperature, targets.distillation)[:4])
+    teacher = algorithm = None
+    if targets.distillation is not None:
+        teacher, algorithm = targets.distillation.teacher, targets.distillation.settings
 
-    result = _optimize(model, optimizer, micro_batches, token_stats, policy_loss(targets, settings, group=group))
+    def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
+        return TokenStats(*_token_stats(model, micro_batch, output, settings, temperature, teacher, algorithm)[:4])
+
+    token_loss = policy_loss(targets, settings, group=group)
+    batch_loss = _by_tokens(token_loss)
+    reports = _accumulate(model, optimizer, micro_batches, token_stats, batch_loss)
+    result = _apply(optimizer, micro_batches, batch_loss, reports)
     return result._replace(means=over_teacher_tokens(result.means))
+
+
+class SharedPass(NamedTuple):
+    """The scores of an update's rollouts by the weights before it, and the update; None where its gradients were not to
+    be applied."""
+
+    scores: TokenScores
+    result: UpdateResult | None
+
+
+def score_and_update(
+    model: ShardedModel,
+    optimizer: OptimizerState,
+    micro_batches: list[MicroBatch],
+    batch_loss: BatchLoss,
+    settings: PolicyLossConfig,
+    *,
+    temperature: float,
+    teacher: TeacherStates | TeacherEntries | None,
+    algorithm: AlgorithmConfig,
+    accept: Callable[[TokenScores], bool],
+) -> SharedPass:
+    """Score rollouts and take one optimizer step on them, in one forward pass; what :func:`score` and :func:`update` do
+    in two.
+
+    Args:
+        teacher: for the distributional objective, on the last pipeline stage.
+        accept: is given the scores, on every rank alike, when the gradients are there and before they are applied. They
+            are not where it returns False or raises, and the next update clears them.
+
+    Collectives: those of :func:`update`, and one broadcast of the scores from the last pipeline stage. Context
+    parallelism is not for it: every rank needs whole rollouts.
+    """
+
+    def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
+        return TokenStats(*_token_stats(model, micro_batch, output, settings, temperature, teacher, algorithm)[:4])
+
+    reports = _accumulate(model, optimizer, micro_batches, token_stats, batch_loss)
+    scores = _packed_scores(micro_batches, [report.stats for report in reports])
+    if not accept(scores):
+        return SharedPass(scores, None)
+    result = _apply(optimizer, micro_batches, batch_loss, reports)
+    return SharedPass(scores, result._replace(means=over_teacher_tokens(result.means)))
 
 
 def supervised_update(
@@ -334,7 +387,9 @@ def supervised_update(
     def token_stats(micro_batch: MicroBatch, output: torch.Tensor) -> TokenStats:
         return TokenStats(*_token_stats(model, micro_batch, output, settings, 1.0)[:4])
 
-    result = _optimize(model, optimizer, micro_batches, token_stats, negative_log_likelihood)
+    batch_loss = _by_tokens(negative_log_likelihood)
+    reports = _accumulate(model, optimizer, micro_batches, token_stats, batch_loss)
+    result = _apply(optimizer, micro_batches, batch_loss, reports)
     if not result.applied:
         raise TrainingError(
             f"warm start: loss {result.means['loss']}, gradient norm {result.grad_norm}: start again with a lower "
@@ -343,39 +398,59 @@ def supervised_update(
     return result
 
 
-def _optimize(
+class _Report(NamedTuple):
+    """What the last stage keeps of a micro-batch: sums over its tokens by name, and their statistics."""
+
+    sums: dict[str, torch.Tensor]
+    stats: TokenStats
+
+
+def _by_tokens(token_loss: TokenLoss) -> BatchLoss:
+    return lambda stats, micro_batch: token_loss(stats, micro_batch.packed_index)
+
+
+def _accumulate(
     model: ShardedModel,
     optimizer: OptimizerState,
     micro_batches: list[MicroBatch],
     token_stats: Callable[[MicroBatch, torch.Tensor], TokenStats],
-    token_loss: TokenLoss,
-) -> UpdateResult:
-    """Accumulate the gradients of ``token_loss`` over ``micro_batches`` and take one optimizer step."""
+    batch_loss: BatchLoss,
+) -> list[_Report]:
+    """Make the gradients of ``batch_loss`` over ``micro_batches``, in place of those of an earlier update; returns a
+    report of each on the last pipeline stage, and nothing elsewhere."""
 
-    def last_stage(
-        micro_batch: MicroBatch, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def last_stage(micro_batch: MicroBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, _Report]:
         index = micro_batch.packed_index
-        loss, sums = token_loss(token_stats(micro_batch, output), index)
+        stats = token_stats(micro_batch, output)
+        loss, sums = batch_loss(stats, micro_batch)
         count = torch.tensor(index.numel(), dtype=torch.int, device=index.device)
-        return loss, count, {name: value.detach().to(loss.dtype) for name, value in sums.items()}
+        kept = TokenStats(stats.log_prob.detach(), stats.entropy.detach(), None, None)
+        return loss, count, _Report({name: value.detach().to(loss.dtype) for name, value in sums.items()}, kept)
 
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.optimizer.zero_grad()
-    reports = run_schedule(model, micro_batches, last_stage, forward_only=False)
+    return run_schedule(model, micro_batches, last_stage, forward_only=False)
+
+
+def _apply(
+    optimizer: OptimizerState, micro_batches: list[MicroBatch], batch_loss: BatchLoss, reports: list[_Report]
+) -> UpdateResult:
+    """Take an optimizer step on the gradients that :func:`_accumulate` has made."""
     step = optimizer.step()
     count = sum(batch.packed_index.numel() for batch in micro_batches)
-    means = _means_by_name(_reported_names(token_loss, micro_batches[0].tokens.device), reports, count)
+    names = _reported_names(batch_loss, micro_batches[0].tokens.device)
+    means = _means_by_name(names, [report.sums for report in reports], count)
     return UpdateResult(means, step.grad_norm, step.lr, step.applied)
 
 
-def _reported_names(token_loss: TokenLoss, device: torch.device) -> list[str]:
+def _reported_names(batch_loss: BatchLoss, device: torch.device) -> list[str]:
     """Return the names of the sums that a loss reports, in its order. Pipeline stages before the last compute no loss
     and have to know the names all the same: the loss of no tokens has them too."""
-    nothing = torch.empty(0, device=device)
+    nothing, nowhere = torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    empty = MicroBatch(*(nowhere,) * 6, sequences=nowhere)
     with torch.no_grad():
-        _, sums = token_loss(TokenStats(nothing, nothing, nothing, nothing), nothing.long())
+        _, sums = batch_loss(TokenStats(nothing, nothing, nothing, nothing), empty)
     return list(sums)
 
 

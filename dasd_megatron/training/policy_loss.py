@@ -97,12 +97,12 @@ def policy_loss(
     Collectives of each call of the loss, for surrogates of the whole response alone: one all-reduce over ``group``.
     """
     whole_response = SURROGATES[settings.surrogate].uses_response_ratio
-    rollout = rollouts_of_tokens(targets.lengths)
+    rollout = rollouts_of_tokens(targets.lengths, len(targets.weight)) if whole_response else None
 
     def token_loss(stats: TokenStats, index: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         weight, old_log_prob = targets.weight[index], targets.old_log_prob[index]
         response_log_ratio = None
-        if whole_response:
+        if rollout is not None:
             log_ratio = stats.log_prob.detach() - old_log_prob
             response_log_ratio = response_means(log_ratio, rollout[index], targets.lengths, group=group)
         surrogate, clipped = policy_surrogate(

@@ -82,8 +82,8 @@ class TeacherEntries:
 class TeacherScores(NamedTuple):
     """The teacher's scores of a replica's rollouts.
 
-    ``log_prob`` and ``entropy`` are float32 [N], equal on all ranks of a replica, and the student's where a sample has
-    no teacher. ``has_teacher`` is bool [B]. ``ran``: some sample of some replica has a teacher. ``distribution`` is for
+    ``log_prob`` and ``entropy`` are float32 [N], equal on all ranks of a replica, and 0 where a sample has no teacher.
+    ``has_teacher`` is bool [B]. ``ran``: some sample of some replica has a teacher. ``distribution`` is for
     the distributional objective, on the last pipeline stage.
     """
 
@@ -92,6 +92,58 @@ class TeacherScores(NamedTuple):
     has_teacher: torch.Tensor
     ran: bool
     distribution: TeacherStates | TeacherEntries | None = None
+
+
+@dataclass(frozen=True)
+class References:
+    """What is known of some rollouts before the policy scores them: packed response tokens that the policy sampled,
+    float32 [N], equal on all ranks of the replica; all at the sampling temperature.
+
+    Names are those of :class:`ScoredRollouts`; ``teacher_log_prob`` and ``teacher_entropy`` are 0 where a sample has no
+    teacher.
+    """
+
+    teacher_log_prob: torch.Tensor
+    teacher_entropy: torch.Tensor
+    has_teacher: torch.Tensor
+    start_log_prob: torch.Tensor | None
+    rollout_log_prob: torch.Tensor
+    lengths: torch.Tensor
+    teacher_ran: bool
+    teacher: TeacherStates | TeacherEntries | None = None
+
+    @property
+    def teacher_tokens(self) -> torch.Tensor:
+        """The tokens that have a teacher, bool [N]."""
+        return self.has_teacher.repeat_interleave(self.lengths, output_size=len(self.teacher_log_prob))
+
+    def with_student(self, student: TokenScores) -> ScoredRollouts:
+        """Return the rollouts with the policy's scores, which stand for the teacher's where there is none."""
+        taught = self.teacher_tokens
+        return ScoredRollouts(
+            student=student._replace(top=None),
+            teacher_log_prob=torch.where(taught, self.teacher_log_prob, student.log_prob),
+            teacher_entropy=torch.where(taught, self.teacher_entropy, student.entropy),
+            has_teacher=self.has_teacher,
+            start_log_prob=self.start_log_prob,
+            rollout_log_prob=self.rollout_log_prob,
+            lengths=self.lengths,
+            teacher_ran=self.teacher_ran,
+            teacher=self.teacher,
+        )
+
+    def of(self, sequences: torch.Tensor, index: torch.Tensor) -> References:
+        """Return those of some whole rollouts, without the teacher's distribution. ``sequences``: int64 places of the
+        rollouts; ``index``: int64 places of their packed tokens, in the same order."""
+        return References(
+            teacher_log_prob=self.teacher_log_prob[index],
+            teacher_entropy=self.teacher_entropy[index],
+            has_teacher=self.has_teacher[sequences],
+            start_log_prob=None if self.start_log_prob is None else self.start_log_prob[index],
+            rollout_log_prob=self.rollout_log_prob[index],
+            lengths=self.lengths[sequences],
+            teacher_ran=self.teacher_ran,
+        )
 
 
 @dataclass(frozen=True)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dasd_megatron import backend
-from dasd_megatron.algorithms import METHODS, RolloutFacts, group_relative_advantage, token_advantages
-from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, TeacherConfig
-from dasd_megatron.losses import importance_weights, reject
+from dasd_megatron.config import AlgorithmConfig, why_scored_first
 from dasd_megatron.run.checks import needs_teacher
 from dasd_megatron.samples import Sample
-from dasd_megatron.training.batching import BatchLayout, ReplicaShare, batch_samples
-from dasd_megatron.training.checkpoint_search import TrainerState
+from dasd_megatron.training.batching import BatchLayout, MicroBatch, ReplicaShare, batch_samples
 from dasd_megatron.training.decisions import is_multiple
 from dasd_megatron.training.inspection import save_inspection, save_rollouts
 from dasd_megatron.training.offload import COPIES, GRADIENTS, WEIGHTS, DeviceMemoryError
-from dasd_megatron.training.parallel import median_of_replicas, reduce_over_replicas
-from dasd_megatron.training.passes import UpdateResult, score, update
+from dasd_megatron.training.passes import UpdateResult, score, score_and_update, update
 from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights
-from dasd_megatron.training.scores import Importance, Routing, ScoredRollouts
-from dasd_megatron.training.step_checks import check_agreement, compare_fp8, report_not_applied, scores_are_finite
+from dasd_megatron.training.routing import judge, route, turn_switch
+from dasd_megatron.training.scores import References, Routing, ScoredRollouts, TokenScores
+from dasd_megatron.training.shared_pass import routed_loss
+from dasd_megatron.training.step_checks import (
+    check_agreement,
+    compare_fp8,
+    report_not_applied,
+    score_in_bf16,
+    scores_are_finite,
+)
 from dasd_megatron.training.step_metrics import (
     reward_metrics,
     schedule_metrics,
@@ -75,49 +77,127 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     share = rollouts.share
     timers.move("rollout", "verify", rollouts.grading_seconds)
     trainer.memory.restore(WEIGHTS, COPIES)
-    with timers("score"):
-        scores = score_rollouts(trainer, share.samples)
-    check_agreement(config.rollout, scores)
-    state.step += 1
-    saves = is_multiple(state.step, config.logging.save_rollouts_every)
-    if saves:
-        save_rollouts(trainer, share.samples)
-    if scores_are_finite(trainer, share.samples, scores):
-        try:
-            metrics = _learn(trainer, share, scores, timers, inspects=saves and trainer.logger is not None)
-        except DeviceMemoryError:
-            # It comes before the first update is applied, and the step before this one is the last that is done.
-            state.step -= 1
-            raise
-    else:
-        # A snapshot that is due is not put off by a whole interval.
-        move_weights(trainer.learner, config.teacher, state.step)
-        metrics = reward_metrics(share, timers.finish(), config.batch.samples_per_group)
-        metrics["update/skipped"] = config.batch.minibatches * config.batch.epochs
+    learn = _learn_in_one_pass if why_scored_first(config) is None else _score_and_learn
+    before = state.step
+    try:
+        metrics = learn(trainer, share, timers)
+    except DeviceMemoryError:
+        # It comes before the first update is applied, and the step before this one is the last that is done.
+        state.step = before
+        raise
     return {"step": state.step, **metrics, **rollouts.metrics, "weight_version": share.samples[0].weight_version}
 
 
-def _learn(
-    trainer: Trainer, share: ReplicaShare, scores: ScoredRollouts, timers: Timers, *, inspects: bool
-) -> dict[str, float]:
-    """Route and update by rollouts that have been scored; returns the step's metrics. ``inspects``: this rank writes
-    token statistics of the first rollouts."""
-    config, step = trainer.config, trainer.state.step
-    algorithm = set_teacher_switch(trainer.state, config.algorithm.at(step, config.run.steps), scores)
-    fp8_metrics = compare_fp8(trainer, share.samples, scores)
+class _Learned(NamedTuple):
+    """What a step has computed and applied."""
+
+    algorithm: AlgorithmConfig
+    scores: ScoredRollouts
+    routing: Routing
+    updates: list[UpdateResult]
+    fp8_metrics: dict[str, float]
+
+
+def _score_and_learn(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:
+    """Score a step's rollouts, route and update by them; returns the step's metrics."""
+    config, state, samples = trainer.config, trainer.state, share.samples
+    with timers("score"):
+        scores, references = score_rollouts(trainer, samples)
+    check_agreement(config.rollout, scores)
+    _count_step(trainer, samples)
+    if not scores_are_finite(trainer, samples, scores):
+        return _skip(trainer, share, timers)
+    algorithm = config.algorithm.at(state.step, config.run.steps)
+    state.teacher_switch, algorithm = turn_switch(state.teacher_switch, algorithm, references)
+    fp8_metrics = compare_fp8(trainer, scores, score_in_bf16(trainer, samples, state.step))
     with timers("route"):
-        routing = route(
+        verdicts = judge(
             algorithm,
-            config.loss,
             share,
-            scores,
+            config.teacher,
             samples_per_group=config.batch.samples_per_group,
-            teacher=config.teacher,
+            device=scores.lengths.device,
         )
+        routing = route(algorithm, config.loss, verdicts, scores)
     with timers("update"):
-        updates = update_policy(trainer, share.samples, scores, routing, algorithm)
+        updates = update_policy(trainer, samples, scores, routing, algorithm)
+    return _conclude(trainer, share, _Learned(algorithm, scores, routing, updates, fp8_metrics), timers)
+
+
+def _learn_in_one_pass(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:
+    """Update by a step's rollouts in the forward pass that scores them; returns the step's metrics. The checks of the
+    scores come between its gradients and their use, and what is reported is routed once more from all scores."""
+    config, state, samples = trainer.config, trainer.state, share.samples
+    layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
+    batches = batch_samples(samples, [sample.prompt_ids for sample in samples], layout)
+    with timers("score"):
+        references = score_references(trainer, samples, batches, layout)
+        bf16 = score_in_bf16(trainer, samples, state.step + 1)
+    algorithm = config.algorithm.at(state.step + 1, config.run.steps)
+    switch, algorithm = turn_switch(state.teacher_switch, algorithm, references)
+    verdicts = judge(
+        algorithm, share, config.teacher, samples_per_group=config.batch.samples_per_group, device=layout.device
+    )
+    weight = loss_weights(config.loss, references.lengths, None, config.rollout.max_new_tokens)
+
+    def accept(student: TokenScores) -> bool:
+        scores = references.with_student(student)
+        check_agreement(config.rollout, scores)
+        _count_step(trainer, samples)
+        return scores_are_finite(trainer, samples, scores)
+
+    with timers("update"):
+        trainer.memory.restore(GRADIENTS)
+        student, result = score_and_update(
+            trainer.learner.model,
+            trainer.learner.optimizer,
+            batches,
+            routed_loss(algorithm, config.loss, references, verdicts, weight),
+            config.loss,
+            temperature=config.rollout.temperature,
+            teacher=references.teacher,
+            algorithm=algorithm,
+            accept=accept,
+        )
+        if result is not None:
+            _settle(trainer)
+    if result is None:
+        return _skip(trainer, share, timers)
+    state.teacher_switch = switch
+    scores = references.with_student(student)
+    with timers("route"):
+        routing = route(algorithm, config.loss, verdicts, scores)
+    learned = _Learned(algorithm, scores, routing, [result], compare_fp8(trainer, scores, bf16))
+    return _conclude(trainer, share, learned, timers)
+
+
+def _saves_rollouts(trainer: Trainer) -> bool:
+    return is_multiple(trainer.state.step, trainer.config.logging.save_rollouts_every)
+
+
+def _count_step(trainer: Trainer, samples: list[Sample]) -> None:
+    """Count the step, whose rollouts have turned out to be of the trainer's weights, and save them where it is due."""
+    trainer.state.step += 1
+    if _saves_rollouts(trainer):
+        save_rollouts(trainer, samples)
+
+
+def _skip(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:
+    """Leave the weights as they are; returns the step's metrics."""
+    config = trainer.config
+    # A snapshot that is due is not put off by a whole interval.
+    move_weights(trainer.learner, config.teacher, trainer.state.step)
+    metrics = reward_metrics(share, timers.finish(), config.batch.samples_per_group)
+    return metrics | {"update/skipped": config.batch.minibatches * config.batch.epochs}
+
+
+def _conclude(trainer: Trainer, share: ReplicaShare, learned: _Learned, timers: Timers) -> dict[str, float]:
+    """Report updates that were not applied, save token statistics where they are wanted, and return the metrics of a
+    step."""
+    config, step = trainer.config, trainer.state.step
+    algorithm, scores, routing, updates, fp8_metrics = learned
     report_not_applied(trainer, updates)
-    if inspects:
+    if _saves_rollouts(trainer) and trainer.logger is not None:
         save_inspection(trainer, share.samples, scores, routing)
     health_metrics = {}
     if is_multiple(step, config.health.every):
@@ -128,27 +208,49 @@ def _learn(
     return {**metrics, **fp8_metrics, **health_metrics}
 
 
-def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollouts:
+class _Scored(NamedTuple):
+    scores: ScoredRollouts
+    references: References
+
+
+def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> _Scored:
     """Score this replica's rollouts under the policy, and where the configuration needs them under the starting model
     and the teacher. Collective over all ranks; see :func:`~dasd_megatron.training.passes.score`."""
-    config, learner, device = trainer.config, trainer.learner, backend.current().device()
-    temperature = config.rollout.temperature
+    config = trainer.config
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     batches = batch_samples(samples, [sample.prompt_ids for sample in samples], layout)
     student = score(
-        learner.model, batches, config.loss, temperature=temperature, top_k=config.algorithm.top_k_of("student")
+        trainer.learner.model,
+        batches,
+        config.loss,
+        temperature=config.rollout.temperature,
+        top_k=config.algorithm.top_k_of("student"),
     )
+    references = score_references(trainer, samples, batches, layout, student)
+    return _Scored(references.with_student(student), references)
+
+
+def score_references(
+    trainer: Trainer,
+    samples: Sequence[Sample],
+    batches: list[MicroBatch],
+    layout: BatchLayout,
+    student: TokenScores | None = None,
+) -> References:
+    """Score this replica's rollouts under the starting model and the teacher, where the configuration needs them.
+    ``student``: scores with entries of the vocabulary, where the teacher needs those. Collective over all ranks; see
+    :func:`~dasd_megatron.training.passes.score`."""
+    config, learner, device = trainer.config, trainer.learner, layout.device
     start_log_prob = None
     if config.loss.kl_coef > 0 and learner.start is not None:
         with learner.start.applied(learner.model):
-            start_log_prob = score(learner.model, batches, config.loss, temperature=temperature).log_prob
+            start_log_prob = score(learner.model, batches, config.loss, temperature=config.rollout.temperature).log_prob
     if needs_teacher(config.algorithm):
-        teacher = score_teacher(trainer, samples, student, layout)
+        teacher = score_teacher(trainer, samples, layout, None if student is None else student.top)
     else:
-        teacher = without_teacher(samples, student)
+        teacher = without_teacher(samples, device)
     log_probs = np.concatenate([sample.of_sampled(sample.rollout_log_probs) for sample in samples])
-    return ScoredRollouts(
-        student=student._replace(top=None),
+    return References(
         teacher_log_prob=teacher.log_prob,
         teacher_entropy=teacher.entropy,
         has_teacher=teacher.has_teacher,
@@ -158,83 +260,6 @@ def score_rollouts(trainer: Trainer, samples: Sequence[Sample]) -> ScoredRollout
         teacher_ran=teacher.ran,
         teacher=teacher.distribution,
     )
-
-
-def set_teacher_switch(state: TrainerState, algorithm: AlgorithmConfig, scores: ScoredRollouts) -> AlgorithmConfig:
-    """Set the run's switch by the teacher's entropies at this step, for a method that has one, and return the section
-    with the weights of the teacher that follow: 0 while the switch is off.
-
-    Collective over replicas for such a method: those of
-    :func:`~dasd_megatron.training.parallel.median_of_replicas`, so that all ranks set it alike.
-    """
-    if not METHODS[algorithm.name].has_entropy_switch:
-        return algorithm
-    state.teacher_switch = state.teacher_switch.after(
-        median_of_replicas(scores.teacher_entropy[scores.teacher_tokens]),
-        warmup_steps=algorithm.antisd_warmup_steps,
-        off_share=algorithm.antisd_off_share,
-    )
-    if state.teacher_switch.is_on:
-        return algorithm
-    return dataclasses.replace(algorithm, beta=0.0, divergence_weight=0.0)
-
-
-def route(
-    settings: AlgorithmConfig,
-    loss: PolicyLossConfig,
-    share: ReplicaShare,
-    scores: ScoredRollouts,
-    *,
-    samples_per_group: int,
-    teacher: TeacherConfig,
-) -> Routing:
-    """Make the tokens' advantages and directions of rewards and scores. One all-reduce over replicas for a method whose
-    weights have a mean of 1, no collectives for others."""
-    rewards = torch.tensor(share.rewards, device=scores.lengths.device)
-    all_advantages = group_relative_advantage(
-        rewards, samples_per_group=samples_per_group, normalize_std=settings.normalize_std
-    )
-    verifier_advantage = all_advantages[share.places]
-    # Compared as the rewards are given: float32 would put one at the threshold on either side.
-    is_right = torch.tensor([teacher.is_right(reward) for reward in share.rewards], device=rewards.device)
-    solve_rate = is_right.float().view(-1, samples_per_group).mean(1).repeat_interleave(samples_per_group)
-    advantage, credit = token_advantages(
-        settings.name,
-        settings.method_settings,
-        rewards_advantage=verifier_advantage,
-        entropy=scores.student.entropy,
-        delta=scores.delta,
-        lengths=scores.lengths,
-        facts=RolloutFacts(
-            has_teacher=scores.has_teacher,
-            is_right=is_right[share.places],
-            solve_rate=solve_rate[share.places],
-            teacher_entropy=scores.teacher_entropy if scores.teacher_ran else None,
-        ),
-        sum_over_replicas=reduce_over_replicas,
-    )
-    importance = None
-    if loss.importance_sampling != "none":
-        weights, cut = importance_weights(
-            scores.student.log_prob,
-            scores.rollout_log_prob,
-            scores.lengths,
-            level=loss.importance_sampling,
-            cap=loss.importance_cap,
-        )
-        importance = Importance(weights, cut)
-    rejected = None
-    if loss.rejects:
-        rejected = reject(
-            scores.student.log_prob,
-            scores.rollout_log_prob,
-            scores.lengths,
-            level=loss.rejection,
-            low=loss.rejection_low,
-            high=loss.rejection_high,
-            veto=loss.rejection_veto,
-        )
-    return Routing(verifier_advantage, advantage, credit, importance, rejected)
 
 
 def update_policy(
@@ -272,6 +297,11 @@ def update_policy(
         batches = batch_samples(minibatch, [sample.prompt_ids for sample in minibatch], layout)
         temperature = config.rollout.temperature
         results.append(update(learner.model, learner.optimizer, batches, targets, config.loss, temperature=temperature))
-    learner.model.gather_parameters()
-    move_weights(learner, config.teacher, trainer.state.step)
+    _settle(trainer)
     return results
+
+
+def _settle(trainer: Trainer) -> None:
+    """Bring in the weights of other replicas' updates, and let the teacher's follow. Collective over replicas."""
+    trainer.learner.model.gather_parameters()
+    move_weights(trainer.learner, trainer.config.teacher, trainer.state.step)

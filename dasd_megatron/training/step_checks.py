@@ -38,20 +38,29 @@ def check_agreement(settings: RolloutConfig, scores: ScoredRollouts) -> None:
         )
 
 
-def compare_fp8(trainer: Trainer, samples: Sequence[Sample], scores: ScoredRollouts) -> dict[str, float]:
-    """Measure what FP8 does to the log-probs of a few rollouts, which the same weights score in bf16, at the first step
-    and then as often as configured; nothing without FP8. Collective over all ranks."""
-    config, step = trainer.config, trainer.state.step
+def score_in_bf16(trainer: Trainer, samples: Sequence[Sample], step: int) -> torch.Tensor | None:
+    """Score a few rollouts in bf16, for :func:`compare_fp8`, at the first step and then as often as configured; None
+    without FP8 and at other steps. To be called while the weights are those that score all of them. Collective over
+    all ranks."""
+    config = trainer.config
     every = config.precision.fp8_check_every
     if config.precision.fp8 == "none" or not every or (step != 1 and step % every):
-        return {}
+        return None
     # Interleaved schedules need a sequence for each stage.
     chosen = samples[: max(config.batch.samples_per_group, config.parallel.pipeline_model_parallel_size)]
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     batches = batch_samples(chosen, [sample.prompt_ids for sample in chosen], layout)
     model = trainer.learner.model
     with model.without_fp8():
-        bf16 = score(model, batches, config.loss, temperature=config.rollout.temperature).log_prob
+        return score(model, batches, config.loss, temperature=config.rollout.temperature).log_prob
+
+
+def compare_fp8(trainer: Trainer, scores: ScoredRollouts, bf16: torch.Tensor | None) -> dict[str, float]:
+    """Measure what FP8 does to the log-probs of the rollouts that :func:`score_in_bf16` has scored; nothing where it
+    has scored none. Collective over replicas."""
+    if bf16 is None:
+        return {}
+    config, step = trainer.config, trainer.state.step
     gap = (scores.student.log_prob[: len(bf16)] - bf16).abs()
     mean = _mean_over_replicas(gap)
     largest = reduce_over_replicas(gap.max(), dist.ReduceOp.MAX).item()

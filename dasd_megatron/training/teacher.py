@@ -11,6 +11,7 @@ import torch
 
 from dasd_megatron.algorithms import METHODS
 from dasd_megatron.config import Config, TeacherConfig
+from dasd_megatron.losses import TopK
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, make_micro_batches
@@ -25,14 +26,14 @@ _FILLING = [0]
 """The prompt and the response of a sequence that nothing is read from."""
 
 
-def without_teacher(samples: Sequence[Sample], student: TokenScores) -> TeacherScores:
-    """Return the scores of a step in which no sample has a teacher: the student's own, so that all gaps are 0."""
-    has_teacher = torch.zeros(len(samples), dtype=torch.bool, device=student.log_prob.device)
-    return TeacherScores(student.log_prob, student.entropy, has_teacher, ran=False)
+def without_teacher(samples: Sequence[Sample], device: torch.device) -> TeacherScores:
+    """Return the scores of a step in which no sample has a teacher."""
+    nothing = torch.zeros(sum(len(sample.sampled) for sample in samples), device=device)
+    return TeacherScores(nothing, nothing, torch.zeros(len(samples), dtype=torch.bool, device=device), ran=False)
 
 
 def score_teacher(
-    trainer: Trainer, samples: Sequence[Sample], student: TokenScores, layout: BatchLayout
+    trainer: Trainer, samples: Sequence[Sample], layout: BatchLayout, entries: TopK | None = None
 ) -> TeacherScores:
     """Score the responses behind the privileged prompts, of those samples that have one and that the method's teacher
     acts on.
@@ -40,18 +41,22 @@ def score_teacher(
     Every replica passes as many sequences as the replica with the most samples that have a teacher, since some
     collectives of a forward pass are over replicas. What it lacks are sequences of one token.
 
+    ``entries``: the student's most probable entries of the vocabulary, [N, k] on the last pipeline stage, where the
+    divergence compares these.
+
     Collective over all ranks: one all-reduce over replicas, and those of
     :func:`~dasd_megatron.training.passes.score`.
     """
     acts = [_acts_on(trainer.config, sample) for sample in samples]
     batches = _teacher_batches(list(itertools.compress(samples, acts)), layout)
+    scored = without_teacher(samples, layout.device)
     if not batches:
-        return without_teacher(samples, student)
-    has_teacher = torch.tensor(acts, device=student.log_prob.device)
-    lengths = torch.tensor([len(sample.sampled) for sample in samples], device=student.log_prob.device)
+        return scored
+    has_teacher = torch.tensor(acts, device=layout.device)
+    lengths = torch.tensor([len(sample.sampled) for sample in samples], device=layout.device)
     places = has_teacher.repeat_interleave(lengths).nonzero()[:, 0]
-    scores, distribution = _score_batches(trainer.config, trainer.learner, batches, _entries(student, places, batches))
-    log_prob, entropy = student.log_prob.clone(), student.entropy.clone()
+    scores, distribution = _score_batches(trainer.config, trainer.learner, batches, _entries(entries, places, batches))
+    log_prob, entropy = scored.log_prob.clone(), scored.entropy.clone()
     log_prob[places], entropy[places] = scores.log_prob[: len(places)], scores.entropy[: len(places)]
     if distribution is not None:
         rows = torch.full_like(log_prob, -1, dtype=torch.int64)
@@ -92,13 +97,13 @@ def _teacher_batches(chosen: Sequence[Sample], layout: BatchLayout) -> list[Micr
     )
 
 
-def _entries(student: TokenScores, places: torch.Tensor, batches: list[MicroBatch]) -> torch.Tensor | None:
+def _entries(entries: TopK | None, places: torch.Tensor, batches: list[MicroBatch]) -> torch.Tensor | None:
     """Return the ids of the student's entries for the tokens that the teacher scores ``[M, k]``, no entry where a
     sequence only fills up; None where the student has no entries."""
-    if student.top is None:
+    if entries is None:
         return None
-    ids = student.top.ids.new_full((response_tokens(batches), student.top.ids.shape[1]), -1)
-    ids[: len(places)] = student.top.ids[places]
+    ids = entries.ids.new_full((response_tokens(batches), entries.ids.shape[1]), -1)
+    ids[: len(places)] = entries.ids[places]
     return ids
 
 

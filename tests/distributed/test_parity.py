@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.parity import DROPOUT, LAYOUTS, OBJECTIVES, RESPONSE_LAYOUTS
+from benchmarks.parity import DROPOUT, LAYOUTS, OBJECTIVES, ONE_PASS_ALONE, is_compared
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -25,6 +25,7 @@ LIMITS = {"loss": 2e-6, "gradient norm": 2e-5, "token statistics": 3e-4, "routin
 # Every way to split and every option once, in few layouts; none is of more than four processes. What recomputes a part
 # is among the cases of dropout.
 SHORT = (
+    ONE_PASS_ALONE,
     "materialised logits",
     "TP2 SP, packing, small blocks",
     "DP2, distributed optimizer, overlap",
@@ -41,8 +42,7 @@ def cases() -> list[Any]:
         for kind in KINDS
         for objective in OBJECTIVES
         for layout in (SHORT if kind.values == ("short",) else LAYOUTS)
-        if (objective, layout) != ("distributional", "materialised logits")
-        and (objective != "by response" or layout in RESPONSE_LAYOUTS)
+        if is_compared(objective, layout)
     ]
 
 

@@ -54,10 +54,10 @@ def test_numbers_by_hand() -> None:
     # 12 bytes a parameter on half of the replicas, and a step counter for each of some fifty parameters.
     assert abs(state.optimizer - 6 * state.parameters) < 4 * 50
     traffic = communication(arch, config, 1000, 1000, state.gradients, state.weights)
-    # Two all-reduces a layer for each of 3 forward passes and 1 backward pass; of a ring of two each rank sends its
-    # tensor once.
-    assert traffic.tensor == 1000 * 4096 * 2 * 8 * 2 * 4
-    assert traffic.pipeline == 1000 * 4096 * 2 * 4
+    # Two all-reduces a layer for each of 2 forward passes, of teacher and update, and 1 backward pass; of a ring of two
+    # each rank sends its tensor once.
+    assert traffic.tensor == 1000 * 4096 * 2 * 8 * 2 * 3
+    assert traffic.pipeline == 1000 * 4096 * 2 * 3
     assert traffic.data == 0.5 * 6 * state.parameters
     assert traffic.weight_sync == 2 * 8_030_261_248
 

@@ -49,7 +49,7 @@ def test_a_response_token_outside_the_vocabulary_is_refused_before_the_pass(toke
 
 
 def test_names_are_known_where_no_loss_is_computed() -> None:
-    assert passes._reported_names(a_loss, torch.device("cpu")) == ["loss", "weight", "a_share"]
+    assert passes._reported_names(passes._by_tokens(a_loss), torch.device("cpu")) == ["loss", "weight", "a_share"]
 
 
 def test_means_are_over_the_tokens_of_all_micro_batches(one_rank: list[str]) -> None:

@@ -12,12 +12,15 @@ import torch
 
 from dasd_megatron.algorithms import EntropySwitch
 from dasd_megatron.config import AlgorithmConfig, PolicyLossConfig, ScheduleConfig, TeacherConfig, load_config
-from dasd_megatron.training import step
+from dasd_megatron.training import routing, step
 from dasd_megatron.training.batching import ReplicaShare
 from dasd_megatron.training.checkpoint_search import TrainerState
-from dasd_megatron.training.offload import COPIES, WEIGHTS, DeviceMemoryError
-from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
-from dasd_megatron.training.step import Timers, route, set_teacher_switch, train_step
+from dasd_megatron.training.offload import COPIES, GRADIENTS, WEIGHTS, DeviceMemoryError
+from dasd_megatron.training.passes import SharedPass, UpdateResult
+from dasd_megatron.training.rollout_plane import RolloutsUnavailableError
+from dasd_megatron.training.routing import Switched, judge, route, turn_switch
+from dasd_megatron.training.scores import References, Routing, ScoredRollouts, TokenScores
+from dasd_megatron.training.step import Timers, train_step
 from dasd_megatron.training.step_metrics import schedule_metrics, switch_metrics
 
 REWARDS = [1.0, 0.0, 0.0, 1.0]
@@ -27,7 +30,8 @@ GRPO = AlgorithmConfig(name="grpo", normalize_std=False, beta=1.0, scale_floor=0
 def routed(places: list[int], loss: PolicyLossConfig, settings: AlgorithmConfig = GRPO) -> Routing:
     """Routing of the rollouts at ``places``, of which each has two tokens of other log-probs at the servers."""
     share = ReplicaShare([], places, REWARDS)
-    return route(settings, loss, share, scored(places), samples_per_group=2, teacher=TeacherConfig())
+    verdicts = judge(settings, share, TeacherConfig(), samples_per_group=2, device=torch.device("cpu"))
+    return route(settings, loss, verdicts, scored(places))
 
 
 def scored(places: list[int]) -> ScoredRollouts:
@@ -45,53 +49,119 @@ def scored(places: list[int]) -> ScoredRollouts:
     )
 
 
-@pytest.mark.parametrize("is_finite", [True, False])
+def references(places: list[int]) -> References:
+    """What is known of the same rollouts before the policy scores them."""
+    scores = scored(places)
+    names = [field.name for field in dataclasses.fields(References)]
+    return References(**{name: getattr(scores, name) for name in names})
+
+
+class Steps:
+    """A trainer whose passes and checks are replaced, and what happened to it in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, share_pass: str, *, is_finite: bool = True) -> None:
+        self.events: list[Any] = []
+        student = TokenScores(torch.zeros(2), torch.ones(2))
+
+        def seen(name: str, result: Any = None) -> Any:
+            return lambda *_, **__: self.events.append(name) or result
+
+        def score_and_update(*_: Any, accept: Any, **__: Any) -> SharedPass:
+            self.events.append("gradients")
+            return SharedPass(student, seen("applied", UpdateResult({}, 1.0, 0.0, True))() if accept(student) else None)
+
+        monkeypatch.setattr(step, "move_weights", lambda learner, teacher, number: self.events.append(number))
+        for name, replacement in {
+            "score_rollouts": seen("scored", (scored([0]), references([0]))),
+            "score_references": seen("references", references([0])),
+            "score_and_update": score_and_update,
+            "update_policy": seen("applied", []),
+            "check_agreement": seen("agrees"),
+            "scores_are_finite": lambda *_: is_finite,
+            "_conclude": lambda *_: {},
+            "reward_metrics": lambda *_: {},
+            "save_rollouts": seen("saved"),
+            "batch_samples": lambda *_: [],
+            "loss_weights": lambda *_: None,
+            "turn_switch": lambda switch, algorithm, _: Switched("turned", algorithm),
+            "score_in_bf16": lambda *_: None,
+            "compare_fp8": lambda *_: {},
+            "judge": lambda *_, **__: None,
+            "route": lambda *_: None,
+        }.items():
+            monkeypatch.setattr(step, name, replacement)
+        monkeypatch.setattr(step.BatchLayout, "of_this_rank", lambda *_: SimpleNamespace(device=None))
+        sample = SimpleNamespace(weight_version="step_000003", prompt_ids=[1])
+        rollouts = SimpleNamespace(share=ReplicaShare([sample], [0], [0.0]), grading_seconds=0.0, metrics={})
+        model = SimpleNamespace(gather_parameters=seen("gathered"))
+        overrides = [f"loss.share_pass={share_pass}", "logging.save_rollouts_every=4"]
+        self.trainer: Any = SimpleNamespace(
+            config=load_config(["experiment=quickstart", *overrides]),
+            learner=SimpleNamespace(model=model, optimizer=None),
+            logger=None,
+            state=TrainerState(step=3),
+            plane=SimpleNamespace(rollouts=lambda *_: rollouts),
+            memory=SimpleNamespace(restore=lambda *parts: self.events.append(parts)),
+        )
+
+
+ORDER = {
+    "never": [(WEIGHTS, COPIES), "scored", "agrees", "saved", "applied"],
+    "auto": [(WEIGHTS, COPIES), "references", (GRADIENTS,), "gradients", "agrees", "saved", "applied", "gathered", 4],
+}
+
+
+@pytest.mark.parametrize("share_pass", ORDER)
+def test_scores_are_checked_before_anything_is_applied(share_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, share_pass)
+    assert train_step(steps.trainer)["step"] == 4
+    assert steps.events == ORDER[share_pass]
+    assert steps.trainer.state.teacher_switch == "turned"
+
+
+@pytest.mark.parametrize("share_pass", ORDER)
 def test_the_teachers_weights_follow_a_step_that_is_skipped_too(
-    is_finite: bool, monkeypatch: pytest.MonkeyPatch
+    share_pass: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(step, "move_weights", lambda learner, teacher, number: moved.append(number))
-    # The rest of a step that is not skipped, of which only the update moves the teacher.
-    monkeypatch.setattr(step, "_learn", lambda *_, **__: moved.append(0) or {})
-    monkeypatch.setattr(step, "scores_are_finite", lambda *_: is_finite)
-    for name in ("score_rollouts", "check_agreement", "reward_metrics"):
-        monkeypatch.setattr(step, name, lambda *_: {})
-    sample = SimpleNamespace(weight_version="step_000003")
-    rollouts = SimpleNamespace(share=ReplicaShare([sample], [0], [0.0]), grading_seconds=0.0, metrics={})
-    trainer: Any = SimpleNamespace(
-        config=load_config(["experiment=quickstart"]),
-        learner=None,
-        logger=None,
-        state=TrainerState(step=3),
-        plane=SimpleNamespace(rollouts=lambda *_: rollouts),
-        memory=SimpleNamespace(restore=lambda *_: None),
-    )
-    assert train_step(trainer)["step"] == 4
-    assert moved == [0 if is_finite else 4]
+    steps = Steps(monkeypatch, share_pass, is_finite=False)
+    metrics = train_step(steps.trainer)
+    assert metrics["step"] == 4 and metrics["update/skipped"] == 1
+    until = ORDER[share_pass].index("applied")
+    assert steps.events == [*ORDER[share_pass][:until], 4]
+    # The entropies of such a step are not a measure of anything.
+    assert steps.trainer.state.teacher_switch == EntropySwitch()
 
 
-def test_a_step_without_memory_for_its_update_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+@pytest.mark.parametrize("share_pass", ORDER)
+def test_rollouts_of_other_weights_leave_the_run_as_it_was(share_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, share_pass)
+
+    def disagree(*_: Any) -> None:
+        raise RolloutsUnavailableError("others")
+
+    monkeypatch.setattr(step, "check_agreement", disagree)
+    with pytest.raises(RolloutsUnavailableError):
+        train_step(steps.trainer)
+    assert steps.trainer.state == TrainerState(step=3)
+    assert not {"saved", "applied", "gathered"} & set(steps.events)
+
+
+@pytest.mark.parametrize("share_pass", ORDER)
+def test_a_step_without_memory_for_its_update_is_not_counted(share_pass: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch, share_pass)
+
+    def fail(*_: Any, accept: Any = None, **__: Any) -> None:
+        if accept is not None:
+            # The optimizer's state comes back when the gradients are accepted.
+            accept(TokenScores(torch.zeros(2), torch.ones(2)))
         raise DeviceMemoryError("0.00 GB of the device are free")
 
-    monkeypatch.setattr(step, "_learn", fail)
-    monkeypatch.setattr(step, "scores_are_finite", lambda *_: True)
-    for name in ("score_rollouts", "check_agreement"):
-        monkeypatch.setattr(step, name, lambda *_: {})
-    restored: list[str] = []
-    rollouts = SimpleNamespace(share=ReplicaShare([], [], []), grading_seconds=0.0, metrics={})
-    trainer: Any = SimpleNamespace(
-        config=load_config(["experiment=quickstart", "logging.save_rollouts_every=0"]),
-        logger=None,
-        state=TrainerState(step=3),
-        plane=SimpleNamespace(rollouts=lambda *_: rollouts),
-        memory=SimpleNamespace(restore=lambda *parts: restored.extend(parts)),
-    )
+    monkeypatch.setattr(step, "score_and_update" if share_pass == "auto" else "update_policy", fail)
     with pytest.raises(DeviceMemoryError):
-        train_step(trainer)
-    assert trainer.state.step == 3
+        train_step(steps.trainer)
+    assert steps.trainer.state.step == 3
     # Scoring needs no more than these.
-    assert restored == [WEIGHTS, COPIES]
+    assert steps.events[0] == (WEIGHTS, COPIES)
 
 
 def test_advantages_are_relative_to_groups_that_two_replicas_share() -> None:
@@ -149,21 +219,19 @@ def test_scheduled_values_of_a_step_are_metrics() -> None:
 
 def test_the_switch_follows_the_median_entropy_of_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = AlgorithmConfig(name="antisd", beta=0.5, divergence_weight=0.2, scale_floor=1.0, antisd_warmup_steps=1)
-    state = TrainerState()
     others = numpy.array([3.0, 3.0, 9.0])
-    monkeypatch.setattr(step, "median_of_replicas", lambda own: float(numpy.median([*own.tolist(), *others])))
-    scores = dataclasses.replace(
-        scored([0, 1]), teacher_entropy=torch.tensor([1.0, 2.0, 0.0, 0.0]), has_teacher=torch.tensor([True, False])
+    monkeypatch.setattr(routing, "median_of_replicas", lambda own: float(numpy.median([*own.tolist(), *others])))
+    known = dataclasses.replace(
+        references([0, 1]), teacher_entropy=torch.tensor([1.0, 2.0, 0.0, 0.0]), has_teacher=torch.tensor([True, False])
     )
     # The entropies of the rollout without a teacher are not read: the median is 3, and not 2.
-    off = set_teacher_switch(state, settings, scores)
-    assert state.teacher_switch == EntropySwitch((3.0,)) and (off.beta, off.divergence_weight) == (0.0, 0.0)
-    assert switch_metrics(off, state.teacher_switch) == {"teacher/switch_on": 0.0}
-    on = set_teacher_switch(state, settings, scores)
-    assert on is settings and switch_metrics(on, state.teacher_switch) == {"teacher/switch_on": 1.0}
+    first, off = turn_switch(EntropySwitch(), settings, known)
+    assert first == EntropySwitch((3.0,)) and (off.beta, off.divergence_weight) == (0.0, 0.0)
+    assert switch_metrics(off, first) == {"teacher/switch_on": 0.0}
+    second, on = turn_switch(first, settings, known)
+    assert on is settings and switch_metrics(on, second) == {"teacher/switch_on": 1.0}
     others[:] = 1.0
-    assert set_teacher_switch(state, settings, scores).beta == 0.0 and not state.teacher_switch.is_on
-
-    kept = TrainerState()
-    assert set_teacher_switch(kept, GRPO, scores) is GRPO and kept.teacher_switch == EntropySwitch()
-    assert switch_metrics(GRPO, kept.teacher_switch) == {}
+    third, off = turn_switch(second, settings, known)
+    assert off.beta == 0.0 and not third.is_on
+    assert turn_switch(third, GRPO, known) == (third, GRPO)
+    assert switch_metrics(GRPO, third) == {}

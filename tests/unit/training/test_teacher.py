@@ -51,17 +51,15 @@ def score_with(
         loss=None,
     )
     trainer: Any = SimpleNamespace(config=config, learner=SimpleNamespace(model=None, start=None, teacher=None))
-    total = sum(len(sample.response_ids) for sample in samples)
-    student = TokenScores(torch.full((total,), -50.0), torch.full((total,), 50.0))
-    return teacher.score_teacher(trainer, samples, student, layout), passed
+    return teacher.score_teacher(trainer, samples, layout), passed
 
 
-def test_tokens_without_a_teacher_have_the_students_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_a_teacher_have_no_statistics_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [sample_of(2, prompt=None), sample_of(3, prompt=[1, 2]), sample_of(1, prompt=None)]
     found, passed = score_with(samples, monkeypatch, most=1)
     assert found.ran and found.has_teacher.tolist() == [False, True, False] and passed == [1]
-    assert found.log_prob.tolist() == [-50.0, -50.0, 0.0, -1.0, -2.0, -50.0]
-    assert found.entropy.tolist() == [50.0, 50.0, 0.0, 1.0, 2.0, 50.0]
+    assert found.log_prob.tolist() == [0.0, 0.0, 0.0, -1.0, -2.0, 0.0]
+    assert found.entropy.tolist() == [0.0, 0.0, 0.0, 1.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize(("own", "most", "multiple"), [(0, 5, 1), (3, 5, 1), (5, 5, 1), (0, 1, 4), (3, 5, 4)])
@@ -76,12 +74,12 @@ def test_every_replica_passes_as_many_sequences(
     assert sum(passed) == sum(expected) >= most
     assert found.ran and int(found.has_teacher.sum()) == own
     assert found.log_prob[: 2 * own].tolist() == [-float(token) for token in range(2 * own)]
-    assert found.log_prob[2 * own :].tolist() == [-50.0] * (12 - 2 * own)
+    assert found.log_prob[2 * own :].tolist() == [0.0] * (12 - 2 * own)
 
 
 def test_no_pass_where_no_replica_has_a_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     found, passed = score_with([sample_of(2, prompt=None)], monkeypatch, most=0)
-    assert not found.ran and not passed and found.log_prob.tolist() == [-50.0, -50.0]
+    assert not found.ran and not passed and found.log_prob.tolist() == [0.0, 0.0]
     assert found.has_teacher.tolist() == [False] and found.distribution is None
 
 
