@@ -192,12 +192,12 @@ def _linear_worker(_: int, port: int, tokens: int, vocab_size: int, hidden_size:
     weight = torch.randn(vocab_size, hidden_size, generator=generator).mul_(hidden_size**-0.5)
     targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
 
-    def prepare(fused: bool, inplace: bool = False) -> Callable[[], None]:
+    def prepare(fused: bool, inplace: bool = False, keep_bytes: int = 0) -> Callable[[], None]:
         states, head = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
         def call() -> None:
             if fused:
-                stats = linear_token_stats(states, head, targets)
+                stats = linear_token_stats(states, head, targets, keep_bytes=keep_bytes)
             else:
                 stats = vocab_parallel_token_stats(states @ head.t(), targets, inplace_backward=inplace)
             (stats.log_prob.sum() + 0.1 * stats.entropy.sum()).backward()
@@ -208,6 +208,10 @@ def _linear_worker(_: int, port: int, tokens: int, vocab_size: int, hidden_size:
         "materialised logits": functools.partial(prepare, False),
         "materialised logits, gradient in place": functools.partial(prepare, False, True),
         "linear_token_stats": functools.partial(prepare, True),
+        "linear_token_stats, logits of half the tokens kept": functools.partial(
+            prepare, True, keep_bytes=tokens * vocab_size * 2
+        ),
+        "linear_token_stats, all logits kept": functools.partial(prepare, True, keep_bytes=tokens * vocab_size * 4),
     }
     Path(output).write_text(json.dumps(measure(variants, rounds, lambda values: values)))
 

@@ -160,8 +160,8 @@ CONTEXT_LAYOUTS = {
     "CP2 PP2 DP2, overlap, packing": [CP2, PP2, DP2, *OVERLAP, *PACKING],
 }
 LAYOUTS |= {f"{name}, gathering attention": overrides for name, overrides in CONTEXT_LAYOUTS.items()}
-# The objective by response is compared in these alone.
-RESPONSE_LAYOUTS = (
+# Two of the objectives are compared in these alone.
+FEW_LAYOUTS = (
     "DP2, distributed optimizer, overlap",
     "TP2 SP PP2 VPP2, recompute full, packing",
     "CP2, packing, gathering attention",
@@ -175,7 +175,7 @@ def is_compared(objective: str, layout: str) -> bool:
         return False
     if layout == ONE_PASS_ALONE:
         return objective in ALONE_OVERRIDES
-    return objective != "by response" or layout in RESPONSE_LAYOUTS
+    return objective not in ("by response", "one pass, distributional") or layout in FEW_LAYOUTS
 
 
 ALONE = "one process"

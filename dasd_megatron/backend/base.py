@@ -55,6 +55,10 @@ class Backend(Protocol):
         """Return the tokens of one block of the fused loss's logits, of ``columns`` columns, on this process's device;
         see :func:`~dasd_megatron.backend.blocks.loss_block_tokens`."""
 
+    def kept_logits_bytes(self) -> int:
+        """Return the bytes of logits that the fused loss may keep on this process's device; see
+        :func:`~dasd_megatron.backend.blocks.kept_logits_bytes`."""
+
     def release_cached_memory(self) -> None:
         """Give memory that this process has freed and kept back, so that other processes can take it."""
 

@@ -198,6 +198,11 @@ def loss_block_tokens(columns: int) -> int:
     return blocks.loss_block_tokens("cpu", 0, columns)
 
 
+def kept_logits_bytes() -> int:
+    """Return 0: the CPU keeps none."""
+    return blocks.kept_logits_bytes("cpu", 0)
+
+
 def release_cached_memory() -> None:
     """Let the C library give back what was freed; glibc keeps it otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -131,7 +131,16 @@ def free_memory(device: torch.device) -> int:
 
 def loss_block_tokens(columns: int) -> int:
     """Return what this GPU's memory allows."""
-    return blocks.loss_block_tokens("cuda", torch.cuda.get_device_properties(device()).total_memory, columns)
+    return blocks.loss_block_tokens("cuda", _memory(), columns)
+
+
+def kept_logits_bytes() -> int:
+    """Return what this GPU's memory allows."""
+    return blocks.kept_logits_bytes("cuda", _memory())
+
+
+def _memory() -> int:
+    return torch.cuda.get_device_properties(device()).total_memory
 
 
 def release_cached_memory() -> None:

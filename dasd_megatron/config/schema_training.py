@@ -468,6 +468,11 @@ class PolicyLossConfig:
         None, "fused_linear only: tokens of one block of logits; null: 1024 on a CPU, on a GPU by its memory", low=1
     )
     block_columns: int = setting(8192, "fused_linear only: vocabulary columns of one block of logits", low=1)
+    keep_logits: bool = setting(
+        True,
+        "fused_linear only: a GPU keeps logits for the backward pass, up to 1/64 of its memory, in the model's dtype; "
+        "false: project all of them again",
+    )
     share_pass: str = setting(
         "auto",
         "auto: the update's own forward pass scores the rollouts where it can; never: a pass of its own before it does",

@@ -10,13 +10,14 @@ the PyTorch kernels' buffers; for half precision inputs also a block's gradient,
 ``[V_local, h]`` to sum the gradient of ``weight`` in; with entries some ``[T, k]``. Saved for the backward pass: the
 inputs, at most 7 numbers per token, and the ids.
 
-Matrix products: 1 forward and 3 backward, with a teacher 2 and 4; ``jsd`` and ``entry_clip`` project both a second
-time in the forward pass.
+Matrix products: 1 forward and 3 backward, 2 for tokens whose logits are kept; with a teacher 2 and 4, or 3. ``jsd`` and
+``entry_clip`` project both a second time in the forward pass.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def linear_token_stats(
     inplace_backward: bool = False,
     reduce_hidden_grad: bool = True,
     weight_grad: GradientSum | None = None,
+    keep_bytes: int = 0,
     check_targets: bool = True,
     jsd_weight: float = 0.5,
     entry_clip: float | None = None,
@@ -99,6 +101,8 @@ def linear_token_stats(
         reduce_hidden_grad: sum the gradient of ``hidden`` over the group, as a column-parallel layer does. False leaves
             each rank its own part of the sum, for a caller that reduces it itself: under sequence parallelism the
             reduce-scatter that belongs to the all-gather of ``hidden`` does.
+        keep_bytes: logits of as many tokens as fit are kept for the backward pass, which does not project these again;
+            not where ``entry_ids`` is given. Those of half precision inputs are kept in it, less their block's maximum.
         weight_grad: a sum that the gradient of ``weight`` is added to; None: autograd gets the gradient.
 
     Returns:
@@ -125,7 +129,8 @@ def linear_token_stats(
     block = torch.empty(0, dtype=accumulator(hidden), device=hidden.device)
     kernels = choose_kernels(implementation, (block,), None, objective)
     reduces = reduce_hidden_grad and shard.group is not None
-    settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduces, weight_grad, top_k)
+    keep_bytes = keep_bytes if torch.is_grad_enabled() and entry_ids is None else 0
+    settings = _Settings(shard, blocks, kernels, objective, inplace_backward, reduces, weight_grad, keep_bytes, top_k)
     apply: Callable[..., tuple[Any, ...]] = _LinearTokenStats.apply
     *stats, ids, log_prob = apply(hidden, weight, *(teacher or (None, None)), entry_ids, settings)
     return TokenStats(*stats) if ids is None else EntryStats._make([*stats, TopK(ids, log_prob)])
@@ -166,6 +171,7 @@ class _Settings(NamedTuple):
     inplace_backward: bool
     reduces_hidden_grad: bool
     weight_grad: GradientSum | None
+    keep_bytes: int
     top_k: int | None
 
 
@@ -274,6 +280,44 @@ class _Projector:
         return _matmul(self.linear.hidden[rows], self.linear.weight[columns].t(), out)
 
 
+class _Kept(NamedTuple):
+    """Logits of one block, for half precision inputs in their dtype and less ``maximum`` ``[rows]``, that of each row
+    in the block."""
+
+    logits: Tensor
+    maximum: Tensor | None
+
+
+class _KeptLogits:
+    """Blocks of logits that the forward pass leaves to the backward pass, of the first tokens that fit.
+
+    A logit of half precision is off by 2^-9 of its distance from the block's maximum, and its probability by at most
+    0.37 times that of the largest one. Rounded as it is, it would be off by 2^-9 of its size.
+    """
+
+    def __init__(self, hidden: Tensor, settings: _Settings) -> None:
+        self.dtype = hidden.dtype
+        self.tokens = settings.keep_bytes // max(settings.shard.columns * hidden.itemsize, 1)
+        self.blocks: dict[tuple[int, int], _Kept] = {}
+
+    def keep(self, block: Tensor, rows: slice, columns: slice) -> None:
+        """Keep a block if all of its rows fit. The block is overwritten."""
+        if rows.stop > self.tokens:
+            return
+        if block.dtype == self.dtype:
+            kept = _Kept(block.clone(), None)
+        else:
+            maximum = block.amax(1)
+            # A row of padding alone has no maximum to be counted from.
+            maximum = torch.where(maximum == -math.inf, 0.0, maximum)
+            kept = _Kept(block.sub_(maximum[:, None]).to(self.dtype), maximum)
+        self.blocks[rows.start, columns.start] = kept
+
+    def take(self, rows: slice, columns: slice) -> _Kept | None:
+        """Return a block that has been kept, once: it becomes its own gradient. A second backward pass finds none."""
+        return self.blocks.pop((rows.start, columns.start), None)
+
+
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -290,7 +334,8 @@ class _LinearTokenStats(torch.autograd.Function):
             entries = LargestEntries(settings.top_k, settings.shard, student.buffer.dtype)
         elif entry_ids is not None:
             entries = GivenEntries(entry_ids, settings.shard, student.buffer.dtype)
-        partials = _partials(student, teacher, settings, entries)
+        ctx.kept = _KeptLogits(hidden, settings)
+        partials = _partials(student, teacher, settings, entries, ctx.kept)
         finished = finish(partials, settings.objective, settings.shard, second_sums)
         ids = log_probs = None
         if entries is not None:
@@ -333,11 +378,14 @@ class _LinearTokenStats(torch.autograd.Function):
             row_grad = torch.zeros(rows.stop - rows.start, hidden.shape[1], dtype=dtype, device=hidden.device)
             row_coefficients = coefficients.of_rows(rows).arguments()
             for columns in blocks.column_ranges():
-                block = student(rows, columns)
+                kept = ctx.kept.take(rows, columns)
+                block = student(rows, columns) if kept is None else kept.logits
+                if kept is not None and kept.maximum is not None:
+                    row_coefficients["p_max"] = coefficients.p_max[rows] - kept.maximum
                 # The block becomes its own gradient; for half precision inputs in their dtype, in which the matrix
                 # units are fast. With entries it is rounded later, since their part cancels nearly all of the rest
                 # where the policy is certain.
-                rounds_later = hidden.dtype == dtype or grad_entries is not None
+                rounds_later = block.dtype == hidden.dtype or grad_entries is not None
                 gradient = block if rounds_later else torch.empty_like(block, dtype=hidden.dtype)
                 kernels.backward(
                     block, None if teacher is None else teacher(rows, columns), gradient, shard.targets[rows],
@@ -362,9 +410,14 @@ class _LinearTokenStats(torch.autograd.Function):
 
 
 def _partials(
-    student: _Projector, teacher: _Projector | None, settings: _Settings, entries: LargestEntries | GivenEntries | None
+    student: _Projector,
+    teacher: _Projector | None,
+    settings: _Settings,
+    entries: LargestEntries | GivenEntries | None,
+    kept: _KeptLogits,
 ) -> Tensor:
-    """Return this rank's partial sums ``[n, T]``, made block by block; ``entries`` reads every block."""
+    """Return this rank's partial sums ``[n, T]``, made block by block; ``entries`` reads every block, and ``kept``
+    keeps what it can."""
     shard, blocks, kernels, objective = settings[:4]
     parts = []
     for rows in blocks.rows():
@@ -379,6 +432,7 @@ def _partials(
             row_parts.append(part)
             if entries is not None:
                 entries.read(block, rows, columns)
+            kept.keep(block, rows, columns)
         if row_parts:
             parts.append(merge_partials(torch.stack(row_parts), objective.divergence, shard.inverse_temperature))
     if parts:

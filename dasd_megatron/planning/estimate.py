@@ -288,16 +288,18 @@ def loss_bytes(
     tokens: float,
     response_tokens: float,
     block_tokens: int,
+    kept_bytes: float = 0.0,
 ) -> tuple[float, float]:
     """Return the bytes of logits and loss buffers on the last stage: (materialised, fused). The fused ones are of
-    blocks of ``block_tokens``, and include the gradient of the hidden states."""
+    blocks of ``block_tokens``, and include the gradient of the hidden states and at most ``kept_bytes`` of logits."""
     tensor = parallel.tensor_model_parallel_size
     width = DTYPE_BYTES[precision.params_dtype]
     columns = arch.padded_vocab(tensor) // tensor
     materialised = tokens * columns * (width + _FP32) + response_tokens * columns * _FP32
     rows = min(block_tokens, response_tokens)
     block = rows * min(loss.block_columns, columns) * _FP32 * _LOSS_BUFFERS
-    return materialised, block + 2 * response_tokens * arch.hidden * _FP32
+    kept = min(kept_bytes, response_tokens * columns * width)
+    return materialised, block + kept + 2 * response_tokens * arch.hidden * _FP32
 
 
 def scoring_bytes(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dasd_megatron.algorithms.methods import METHODS
-from dasd_megatron.backend.blocks import loss_block_tokens
+from dasd_megatron.backend.blocks import kept_logits_bytes, loss_block_tokens
 from dasd_megatron.config import Config, ModelConfig, load_config
 from dasd_megatron.models.hf_config import hf_folder, read_hf_config
 from dasd_megatron.models.sizes import ModelSizes, read_sizes
@@ -153,6 +153,7 @@ def make_plan(config: Config, arch: Architecture, *, transformer_engine: bool, g
         share * batches.length,
         share * config.rollout.max_new_tokens,
         config.loss.block_tokens or loss_block_tokens(config.backend.kind, gpu_bytes, config.loss.block_columns),
+        kept_logits_bytes(config.backend.kind, gpu_bytes) if config.loss.keep_logits else 0.0,
     )
     loss = fused if config.loss.fused_linear else materialised
     stages = []

@@ -123,6 +123,7 @@ def _linear_stats(
         chunk_size=loss.block_tokens or backend.current().loss_block_tokens(loss.block_columns),
         vocab_chunk_size=loss.block_columns,
         reduce_hidden_grad=not model.config.sequence_parallel,
+        keep_bytes=backend.current().kept_logits_bytes() if loss.keep_logits else 0,
         check_targets=False,
         top_k=top_k,
         **others,

@@ -126,6 +126,7 @@ def test_blocks_of_the_loss_are_the_cpus_own_there(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cuda, "device", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=150 * 10**9))
     assert cuda.loss_block_tokens(8192) == 16384
+    assert cuda.kept_logits_bytes() == 150 * 10**9 // 64 and cpu.kept_logits_bytes() == 0
 
 
 def test_host_memory_for_a_gpu_is_pinned_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:

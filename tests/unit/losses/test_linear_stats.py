@@ -97,10 +97,22 @@ def assert_close(found: tuple, expected: tuple, rtol: float, atol: float, messag
     chunk_size=st.none() | st.integers(1, 10),
     vocab_chunk_size=st.none() | st.integers(1, 45),
     inplace=st.booleans(),
+    keep_bytes=st.integers(0, 3000),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_property_matches_dense(
-    data, tokens, hidden, width, temperature, divergence, weight, chunk_size, vocab_chunk_size, inplace, seed
+    data,
+    tokens,
+    hidden,
+    width,
+    temperature,
+    divergence,
+    weight,
+    chunk_size,
+    vocab_chunk_size,
+    inplace,
+    keep_bytes,
+    seed,
 ) -> None:
     vocab_size = data.draw(st.integers(1, width))
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +121,7 @@ def test_property_matches_dense(
     weights = torch.randn(3, tokens, generator=generator, dtype=torch.float64)
     found, expected = run_both(
         inputs, targets, divergence, weights, vocab_size, weight, temperature=temperature, chunk_size=chunk_size,
-        vocab_chunk_size=vocab_chunk_size, inplace_backward=inplace,
+        vocab_chunk_size=vocab_chunk_size, inplace_backward=inplace, keep_bytes=keep_bytes,
     )  # fmt: skip
     assert_close(found, expected, 1e-8, 1e-9, "")
     assert (found[2][vocab_size:] == 0).all()
@@ -202,6 +214,37 @@ def test_gradients_of_the_head_are_added_to_a_sum_of_the_callers(seed: int, dtyp
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(total, before + times * expected.float(), rtol=tolerance, atol=tolerance)
     assert next(calls, "none left") == "none left" and torch.equal(total[28:], before[28:])
+
+
+@pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_the_gradients_of_projected_ones(
+    seed: int, dtype: torch.dtype, divergence: str | None
+) -> None:
+    """The same bits where they are kept as they are. In half precision both are as far from float64."""
+    inputs = make(29, 24, 4099, torch.Generator().manual_seed(seed), dtype)
+    # Logits up to 60, where rounding them as they are would turn probabilities upside down.
+    inputs = (inputs[0] * 4, *inputs[1:])
+    targets, weights = torch.randint(0, 4000, (29,)), torch.randn(3, 29)
+    options = dict(temperature=1.5, chunk_size=8, vocab_chunk_size=1000)
+    projected, expected = run_both(inputs, targets, divergence, weights, 4000, 0.3, **options)
+    # The first 16 of 29 tokens fit, in two of four blocks of rows.
+    kept, _ = run_both(
+        inputs, targets, divergence, weights, 4000, 0.3, **options, keep_bytes=17 * 4000 * dtype.itemsize
+    )
+    for part in (1, 2):
+        if dtype == torch.float32:
+            assert torch.equal(kept[part], projected[part]), f"seed {seed}"
+        else:
+            errors = [float((found[part].double() - expected[part]).norm()) for found in (kept, projected)]
+            assert errors[0] <= 2 * errors[1] and not torch.equal(kept[part], projected[part]), f"seed {seed}: {errors}"
+
+
+def test_kept_logits_serve_one_backward_pass(seed: int) -> None:
+    hidden, head = torch.randn(6, 8, requires_grad=True), torch.randn(30, 8)
+    stats = linear_token_stats(hidden, head, torch.randint(0, 30, (6,)), keep_bytes=1 << 20)
+    first, second = (torch.autograd.grad(stats.log_prob.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second), f"seed {seed}"
 
 
 def test_inplace_backward_writes_into_hidden(seed: int) -> None:

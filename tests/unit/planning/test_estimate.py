@@ -92,7 +92,7 @@ def test_fields_of_the_layout_come_through() -> None:
     assert state_of(shared, 0).optimizer < state_of(plan_config(base), 0).optimizer / 3.9
     traffic = traffic_of(shared, 4000)
     assert traffic.context == 1000 * 2 * 512 * 2 * 32 * 3 * 5
-    assert traffic.tensor == traffic_of(plan_config(base), 1000).tensor
+    assert traffic.tensor == traffic_of(plan_config([*base, "loss.share_pass=never"]), 1000).tensor
 
 
 def test_fused_loss_is_bounded_by_its_block() -> None:
@@ -104,6 +104,9 @@ def test_fused_loss_is_bounded_by_its_block() -> None:
     assert materialised == 128256 // 2 * (1000 * (2 + 4) + 500 * 4)
     # Three fp32 buffers of a block, and two fp32 hidden states of the response.
     assert fused == 64 * 1024 * 4 * 3 + 2 * 500 * 4096 * 4
+    # Kept are bf16 logits, as far as there are any.
+    for bound, kept in ((1e6, 1e6), (1e12, 500 * 128256 // 2 * 2)):
+        assert loss_bytes(arch, config.parallel, config.precision, loss, 1000, 500, 64, bound)[1] == fused + kept
 
 
 # A layer's hidden states of 1000 tokens in bf16. A rank of four sends three quarters of them in an all-gather and in a
@@ -116,6 +119,8 @@ GATHER = 1000 * 4096 * 2 * 3 / 4
     [
         # Of each of the two parts of a layer: forward passes of student, teacher and update, and a backward pass.
         ([], 2 * (3 * 2 + 2)),
+        # The update's forward pass scores the student.
+        (["loss.share_pass=auto"], 2 * (2 * 2 + 2)),
         # Sequences are cut: a backward pass gathers the input of the first product again.
         (["parallel.sequence_parallel=true"], 2 * (3 * 2 + 3)),
         (["parallel.sequence_parallel=true", "precision.recompute=full"], 2 * (4 * 2 + 3)),
@@ -130,12 +135,12 @@ GATHER = 1000 * 4096 * 2 * 3 / 4
     ids=str,
 )
 def test_collectives_of_tensor_parallel_ranks_are_counted_by_hand(overrides: list[str], gathers: int) -> None:
-    config = plan_config(["model=llama3_8b", TP + "4", "batch.groups=8", *overrides])
+    config = plan_config(["model=llama3_8b", TP + "4", "batch.groups=8", "loss.share_pass=never", *overrides])
     assert traffic_of(config, 1000).tensor == pytest.approx(32 * gathers * GATHER)
 
 
 def test_the_teachers_longer_sequences_are_sent_too() -> None:
-    config = plan_config(["model=llama3_8b", TP + "4", "batch.groups=8"])
+    config = plan_config(["model=llama3_8b", TP + "4", "batch.groups=8", "loss.share_pass=never"])
     assert traffic_of(config, 1000, 3000).tensor == pytest.approx(32 * 2 * (2 * 2 + 3 * 2 + 2) * GATHER)
 
 

@@ -30,7 +30,9 @@ PRESETS = {"dasd_7b": (1, 1, 4), "dasd_32b": (4, 3, 8), "dasd_70b": (8, 4, 8)}
 
 
 def search(gpu_memory: float, *overrides: str, machines: Machines) -> Search:
-    config = plan_config(["model=qwen3_8b", "batch.groups=8", "loss.block_tokens=1024", *overrides])
+    config = plan_config(
+        ["model=qwen3_8b", "batch.groups=8", "loss.block_tokens=1024", "loss.keep_logits=false", *overrides]
+    )
     assumed = dataclasses.replace(H100, gpu_memory=gpu_memory)
     return search_layouts(
         config, model_sizes(config.model), machines, assumed, recomputes=["none", "full"], transformer_engine=True

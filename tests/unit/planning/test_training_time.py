@@ -18,7 +18,8 @@ from dasd_megatron.planning.training_time import TrainingTime, training_time
 
 H100 = assume("h100", [])
 MEASURED = json.loads((Path(__file__).parents[3] / "benchmarks/results/step_update_NVIDIA_H200.json").read_text())
-LLAMA = ["model=llama3_8b", "batch.groups=8", "batch.samples_per_group=4"]
+# The policy scores its rollouts in a pass of its own, unless a test says otherwise.
+LLAMA = ["model=llama3_8b", "batch.groups=8", "batch.samples_per_group=4", "loss.share_pass=never"]
 TP, PP, DP = (f"parallel.{name}_parallel_size=" for name in ("tensor_model", "pipeline_model", "data"))
 
 
@@ -38,6 +39,8 @@ def test_products_by_hand() -> None:
     assert found.scoring == pytest.approx(32 * (student + teacher) / rate)
     assert found.update == pytest.approx(32 * 3 * student / rate)
     assert found.total == found.scoring + found.update
+    shared = time_of(plan_config([*LLAMA, "loss.share_pass=auto"]), Lengths(1000, 2000, (3000,)))
+    assert shared.scoring == pytest.approx(32 * teacher / rate) and shared.update == found.update
 
 
 def test_recomputation_and_the_slowest_stage_take_longer() -> None:
@@ -105,7 +108,7 @@ def test_an_update_measured_on_an_h200(name: str, low: float, high: float) -> No
     0.6B, where launches of kernels bound both: docs/plan.md says so."""
     entry, command = measured(name), MEASURED["command"].split()
     fields = [word for word in command if word.startswith(("rollout.", "batch.")) and "=" in word]
-    config = plan_config([f"model={name}", *fields])
+    config = plan_config([f"model={name}", "loss.share_pass=never", *fields])
     sequences = config.batch.groups * config.batch.samples_per_group
     response = round(entry["tokens"] / sequences - config.rollout.max_prompt_tokens)
     prompt = config.rollout.max_prompt_tokens
