@@ -1,6 +1,8 @@
 """Seconds to gather a sharded policy's weights, and to hand them to a rollout server, tensor by tensor and in buckets.
 
-    torchrun --nproc-per-node 4 benchmarks/weight_sync_layout.py        # TP 2, PP 2, gloo, the embedded server
+    python -m torch.distributed.run --nproc-per-node 4 benchmarks/weight_sync_layout.py
+
+It is at TP 2 and PP 2, over gloo, to the embedded server.
 
 ``tensor by tensor`` is what this package did before, written anew here: a broadcast over the pipeline ranks and an
 all-gather over the tensor-parallel ranks for every parameter, on all ranks, and global rank 0 alone sends. ``buckets``
