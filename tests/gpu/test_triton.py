@@ -233,9 +233,12 @@ def test_more_than_2_to_the_31_elements(generator: torch.Generator) -> None:
     assert torch.equal(case.logits[rows:], alone) and not case.logits[:rows].any()
 
 
+@pytest.mark.parametrize("kept_tokens", [0, 128, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("divergence", [None, *DIVERGENCES])
-def test_linear_token_stats(generator: torch.Generator, divergence: str | None, dtype: torch.dtype) -> None:
+def test_linear_token_stats(
+    generator: torch.Generator, divergence: str | None, dtype: torch.dtype, kept_tokens: int
+) -> None:
     """Several blocks of tokens and columns, with padding, against the definitions in float64; and no tokens at all."""
     shapes = ((300, 64), (20_100, 64), (300, 96), (20_100, 96))
     hidden, head, teacher_hidden, teacher_head = (
@@ -255,6 +258,7 @@ def test_linear_token_stats(generator: torch.Generator, divergence: str | None, 
             temperature=0.7,
             chunk_size=128,
             vocab_chunk_size=4096,
+            keep_bytes=kept_tokens * 20_000 * dtype.itemsize,
             jsd_weight=0.3,
             **extra,
         )

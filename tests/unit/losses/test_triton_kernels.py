@@ -492,18 +492,22 @@ def test_public_functions_agree_with_the_pytorch_kernels(
             )  # fmt: skip
             weighted_sum(stats, weights).backward()
             results += [*(tensor for tensor in stats if tensor is not None), leaf.grad]
-        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        stats = linear_token_stats(
-            *leaves,
-            targets,
-            teacher_hidden=None if divergence is None else teacher_hidden,
-            chunk_size=3,
-            vocab_chunk_size=100,
-            implementation=implementation,
-            **common,
-        )
-        weighted_sum(stats, weights).backward()
-        return results + [*(tensor for tensor in stats if tensor is not None), *(leaf.grad for leaf in leaves)]
+        # The first three of five tokens have logits that are kept, or none has.
+        for keep_bytes in (0, 3 * 300 * dtype.itemsize):
+            leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+            stats = linear_token_stats(
+                *leaves,
+                targets,
+                teacher_hidden=None if divergence is None else teacher_hidden,
+                chunk_size=3,
+                vocab_chunk_size=100,
+                keep_bytes=keep_bytes,
+                implementation=implementation,
+                **common,
+            )
+            weighted_sum(stats, weights).backward()
+            results += [*(tensor for tensor in stats if tensor is not None), *(leaf.grad for leaf in leaves)]
+        return results
 
     for got, want in zip(run("triton"), run("torch"), strict=True):
         # Relative to the largest entry: a gradient's entries are sums of rounded numbers of either sign.
