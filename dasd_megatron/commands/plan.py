@@ -17,7 +17,7 @@ from dasd_megatron.commands.plan_text import (
     storage_rows,
     time_rows,
 )
-from dasd_megatron.config import Config, stage_layers
+from dasd_megatron.config import Config, stage_layers, why_scored_first
 from dasd_megatron.errors import ConfigError
 from dasd_megatron.planning.assumptions import DEVICES, FIGURES, Assumptions, assume
 from dasd_megatron.planning.estimate import Architecture
@@ -146,6 +146,9 @@ def plan(arguments: list[str]) -> None:
 def _warnings(config: Config, gpus_per_node: int) -> list[str]:
     parallel = config.parallel
     found = []
+    scored_first = why_scored_first(config)
+    if scored_first is not None:
+        found.append(f"the policy scores its rollouts in a pass of its own before the update: {scored_first}")
     if parallel.tensor_model_parallel_size > gpus_per_node:
         found.append("tensor parallelism crosses nodes: its all-reduces then go over the network")
     if config.precision.recompute == "selective" and config.precision.recompute_modules == ["core_attn"]:

@@ -85,10 +85,12 @@ def time_lines(capsys: pytest.CaptureFixture, *arguments: str) -> dict[str, str]
 def test_a_plan_names_the_bound_of_a_step(capsys: pytest.CaptureFixture) -> None:
     job = ["experiment=dasd_32b"]
     assert "bound by rollouts" in time_lines(capsys, *job, "--rollout-nodes", "1")["a step"]
-    assert "bound by training" in time_lines(capsys, *job, "--rollout-nodes", "4")["a step"]
-    # By default there are as many nodes as keep up with training.
+    assert "bound by training" in time_lines(capsys, *job, "--rollout-nodes", "8")["a step"]
+    # By default there are as many nodes as keep up with training, and at most as many as training has.
     rows = time_lines(capsys, *job)
-    assert "4 servers of 8 GPUs on 4 nodes" in rows["rollouts"] and "bound by training" in rows["a step"]
+    assert "4 servers of 8 GPUs on 4 nodes" in rows["rollouts"] and "bound by rollouts" in rows["a step"]
+    slow = time_lines(capsys, *job, "precision.recompute=full", "loss.share_pass=never")
+    assert "3 servers of 8 GPUs on 3 nodes" in slow["rollouts"] and "bound by training" in slow["a step"]
     assert rows["a step's sequences"].startswith("1,024: 512 tokens of prompt and 2,666 of response")
     disk = [*job, "--rollout-nodes", "3", "rollout.weight_sync=disk"]
     slow = time_lines(capsys, *disk, "--assume", "process_write=2e8")
@@ -106,6 +108,8 @@ def test_servers_are_those_of_the_configuration(capsys: pytest.CaptureFixture) -
     named = time_lines(capsys, *job, "rollout=external", "rollout.servers=[http://a:1,http://b:1,http://c:1]")
     assert "3 servers of 1 GPU on 1 node" in named["rollouts"]
     own = ["rollout=sglang_cpu", "rollout.sglang.backend=cuda", "rollout.sglang.tensor_parallel_size=2"]
+    # Beside all activations there would be no room for the longest sequence.
+    own.append("precision.recompute=selective")
     assert "1 server of 2 GPUs on the trainer's GPUs" in time_lines(capsys, *job, *own)["rollouts"]
     assert "4 servers of 2 GPUs" in time_lines(capsys, *job, "--server-tp", "2", "--rollout-nodes", "1")["rollouts"]
     # The embedded server is no engine of this model, and a CPU has none of these rates.
@@ -136,3 +140,8 @@ def test_what_cannot_work_is_refused_in_one_line(arguments: list[str], named: st
     with pytest.raises(ConfigError) as caught:
         plan(arguments)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plan_says_why_the_rollouts_are_scored_first(capsys: pytest.CaptureFixture) -> None:
+    assert "in a pass of its own" not in printed(capsys, "experiment=dasd_7b")
+    assert "before the update: rejection decides" in printed(capsys, "experiment=dasd_7b", "loss.rejection=token")
