@@ -140,7 +140,7 @@ def _to_config(values: Any) -> Config:
     except ConfigKeyError as error:
         raise ConfigError(_explain_unknown_field(str(error.full_key))) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+        raise ConfigError(_explain_bad_value(str(error.full_key), error)) from error
     validate(config)
     if config.rollout.engine == "embedded" and config.rollout.device == "auto":
         config.rollout.device = config.backend.kind
@@ -154,12 +154,20 @@ def _explain_unknown_field(name: str) -> str:
     )
 
 
+def _explain_bad_value(name: str, error: BaseException) -> str:
+    """Return one line about a value that the field ``name`` does not take."""
+    fields = [field.removeprefix(f"{name}.") for field in known_fields() if field.startswith(f"{name}.")]
+    if fields and "Invalid type assigned" in str(error):
+        return f"{name} is a section and takes no value: write {name}.FIELD=..., FIELD being {', '.join(fields)}"
+    return f"{name}: {first_line(error)}"
+
+
 def _explain_hydra_error(error: Exception) -> str:
     """Return one line about the override that Hydra refused."""
     text = str(error)
     override = re.fullmatch(r"Error merging override (\S+?)=.*", text, re.DOTALL)
     if override and error.__cause__ is not None:
-        return f"{override.group(1)}: {first_line(error.__cause__)}"
+        return _explain_bad_value(override.group(1).lstrip("+"), error.__cause__)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         return _explain_unknown_field(unknown.group(1))

@@ -112,3 +112,13 @@ def test_the_embedded_server_computes_where_the_trainer_does_unless_told(tmp_pat
     other = load_config([QUICK, *gpu, "rollout=external", "rollout.servers=[http://a:1]"])
     save_config(other, tmp_path / "config.yaml")
     assert read_config(tmp_path / "config.yaml").rollout.device == "auto"
+
+
+@pytest.mark.parametrize("override", ["algorithm.beta_schedule=linear", "loss=ppo"])
+def test_a_section_that_is_given_a_value_names_its_fields(override: str) -> None:
+    section = override.partition("=")[0]
+    with pytest.raises(
+        ConfigError, match=rf"^{section} is a section and takes no value: write {section}\.FIELD="
+    ) as refused:
+        load_config(["experiment=quickstart", override])
+    assert ("style, final, steps" if "schedule" in section else "surrogate, ") in str(refused.value)
