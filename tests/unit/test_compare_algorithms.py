@@ -19,10 +19,7 @@ from dasd_megatron.config import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = EXAMPLES / "compare_algorithms"
-COMPARISONS = sorted(EXAMPLES.glob("*/comparison.yaml")) + [
-    EXAMPLE / "long.yaml",
-    EXAMPLES / "think_or_answer/gates.yaml",
-]
+COMPARISONS = [*sorted(EXAMPLES.glob("*/comparison.yaml")), EXAMPLE / "long.yaml"]
 
 
 @pytest.fixture(scope="module")
