@@ -202,7 +202,8 @@ def draw_rollouts(folder: Path, seed: int) -> None:
     from safetensors.torch import load_file, save_file
 
     from dasd_megatron.models.tiny import make_tiny_model
-    from dasd_megatron.samples import Sample, rollouts_path, save_samples
+    from dasd_megatron.rollout_files import rollouts_path, save_samples
+    from dasd_megatron.samples import Sample
 
     make_tiny_model(folder / "model", ARCHITECTURE, seed)
     path = folder / "model" / "model.safetensors"
@@ -345,6 +346,7 @@ def open_replaying(config: Config, folder: Path) -> Iterator[Any]:
             memory=memory,
             state=state,
             saver=None,
+            rollout_writer=None,
             plane=plane,
             display=display,
             logger=None,
@@ -353,7 +355,7 @@ def open_replaying(config: Config, folder: Path) -> Iterator[Any]:
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
     """The training steps in this layout; the steps' metrics, and exported weights and token statistics after them."""
-    from dasd_megatron.samples import load_samples, rollouts_path
+    from dasd_megatron.rollout_files import load_samples
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.passes import score
     from dasd_megatron.training.step import train_step
@@ -361,7 +363,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     with open_replaying(config, folder) as trainer:
         model = trainer.learner.model
         rows = [train_step(trainer) for _ in range(STEPS)]
-    samples = load_samples(rollouts_path(folder / "rollouts", 1), groups=GROUPS, samples_per_group=SAMPLES)
+    samples = load_samples(folder / "rollouts", 1, groups=GROUPS, samples_per_group=SAMPLES)
     batches = make_micro_batches(
         [sample.prompt_ids for sample in samples],
         [sample.response_ids for sample in samples],
@@ -383,7 +385,7 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from dasd_megatron.models.gpt import build_model
-    from dasd_megatron.samples import load_samples, rollouts_path
+    from dasd_megatron.rollout_files import load_samples
     from dasd_megatron.training.batching import BatchLayout, make_micro_batches
     from dasd_megatron.training.optimizer import build_optimizer
     from dasd_megatron.training.passes import supervised_update
@@ -393,7 +395,7 @@ def train_with_dropout(config: Config, folder: Path) -> dict[str, Any]:
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     rows = []
     for step in (1, 2, 3):
-        samples = load_samples(rollouts_path(folder / "rollouts", step), groups=GROUPS, samples_per_group=SAMPLES)
+        samples = load_samples(folder / "rollouts", step, groups=GROUPS, samples_per_group=SAMPLES)
         prompts, responses = [sample.prompt_ids for sample in samples], [sample.response_ids for sample in samples]
         batches = make_micro_batches(prompts, responses, layout)
         result = supervised_update(model, optimizer, batches, config.loss)

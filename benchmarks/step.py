@@ -92,7 +92,8 @@ def random_model(preset: str, path: Path, dtype: str) -> Path:
 def random_rollouts(folder: Path, config: Config, prompt: int, response: int, vocab_size: int) -> None:
     """Write rollouts of all steps in the format of replay: random tokens, responses of half to the whole of
     ``response``."""
-    from dasd_megatron.samples import Sample, rollouts_path, save_samples, version_name
+    from dasd_megatron.rollout_files import rollouts_path, save_samples
+    from dasd_megatron.samples import Sample, version_name
 
     seed = secrets.randbelow(2**31)
     draw = random.Random(seed)

@@ -17,6 +17,7 @@ commands:
             --compare DIR DIR   where two gradings of the same responses differ
   rollout   OVERRIDES           sample and grade the rollouts of run.steps steps without training on them, \
 for rollout.replay
+  rollouts  show FILE ...       what stands in files of rollouts, for people or as JSON (--help lists the options)
   plan      [--search --gpus N] OVERRIDES   memory and traffic of a configuration, without a GPU \
 (--help lists the options)
   convert   hf-to-megatron | megatron-to-hf | gguf-to-hf ...
@@ -31,6 +32,7 @@ COMMANDS = {
     "train": "dasd_megatron.commands.train:train",
     "evaluate": "dasd_megatron.commands.evaluate:evaluate",
     "rollout": "dasd_megatron.commands.rollout:collect_rollouts",
+    "rollouts": "dasd_megatron.commands.rollouts:show_rollouts",
     "convert": "dasd_megatron.commands.convert:convert",
     "plan": "dasd_megatron.commands.plan:plan",
     "serve": "dasd_megatron.commands.serve:serve",

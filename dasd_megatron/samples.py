@@ -1,4 +1,4 @@
-"""A graded rollout and its file format, which training writes and replay reads.
+"""A graded rollout, and what it has to be to be trained on.
 
 What there is for each token is an array: ids are int32, log-probs float32 and masks bool, 9 bytes a token at most.
 """
@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dasd_megatron.files import atomic_file
-from dasd_megatron.reading import JsonLine, UnreadableError, is_unicode, iterate_json_lines
-
 LOG_PROB_TOLERANCE = 1e-3
 """Rounding may put a certain token's log-prob a little above 0."""
 LARGEST_REWARD = 1e15
 """Advantages square rewards and sum the squares in float32, whose largest value is 3e38."""
-_LARGEST_INTEGER = 2**63 - 1
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -208,181 +202,35 @@ def log_probs_are_sound(log_probs: LogProbs) -> bool:
     return bool((log_probs >= -LARGEST_FLOAT32).all() and (log_probs <= np.float32(LOG_PROB_TOLERANCE)).all())
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST_INTEGER
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and is_unicode(value)
-
-
-def _is_number(value: Any, lowest: float, highest: float) -> bool:
-    return type(value) in (int, float) and lowest <= value <= highest
-
-
-def _is_log_prob(value: Any) -> bool:
-    return _is_number(value, -LARGEST_FLOAT32, LOG_PROB_TOLERANCE)
-
-
-def _is_measure(value: Any) -> bool:
-    return _is_number(value, -LARGEST_REWARD, LARGEST_REWARD)
-
-
-def _is_stretch(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_count(value[1])
-
-
-def _is_list_of(value: Any, is_element: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(is_element, value))
-
-
-_COUNT = ("a whole number from 0 on", _is_count)
-_TEXT = ("a text", _is_text)
-_IDS = ("a list of token ids, at least one", lambda value: _is_list_of(value, _is_id))
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("group", "sample", "position"), _COUNT),
-    **dict.fromkeys(("problem_id", "problem", "expected_answer", "reference_solution", "text", "finish_reason"), _TEXT),
-    **dict.fromkeys(("prompt_ids", "response_ids"), _IDS),
-    "rollout_log_probs": (
-        f"a list of finite numbers up to 0 (within {LOG_PROB_TOLERANCE:g})",
-        lambda value: _is_list_of(value, _is_log_prob),
-    ),
-    "weight_versions": (
-        "a list of [version, number of tokens], at least one",
-        lambda value: _is_list_of(value, _is_stretch),
-    ),
-    "reward": (
-        f"a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}",
-        lambda value: _is_number(value, -LARGEST_REWARD, LARGEST_REWARD),
-    ),
-    "predicted_answer": ("a text or null", lambda value: value is None or _is_text(value)),
-    "timed_out": ("true or false", lambda value: isinstance(value, bool)),
-    "response_mask": ("null or a list", lambda value: value is None or isinstance(value, list)),
-    "feedback": ("a text or null", lambda value: value is None or _is_text(value)),
-    "privileged_source": ("a text or null", lambda value: value is None or _is_text(value)),
-    "privileged": _TEXT,
-    "measures": (
-        "null, or finite numbers by name",
-        lambda value: value is None or (isinstance(value, dict) and all(map(_is_measure, value.values()))),
-    ),
-}
-"""What a field of a saved rollout has to be, in words and as a test."""
-
-
-def _record_fault(record: dict[str, Any], vocab_size: int | None) -> str | None:
-    """Return what keeps a saved rollout from being trained on, beginning with the field; None if nothing does.
+def sample_fault(sample: Sample, vocab_size: int | None) -> str | None:
+    """Return what keeps a saved sample from being trained on, beginning with the field; None if nothing does.
 
     ``vocab_size``: number of tokens of the model, where it is known.
     """
-    for name, (kind, is_sound) in _KINDS.items():
-        if name not in record:
-            return f"not a saved rollout: {name} is missing"
-        if not is_sound(record[name]):
-            return f"{name} must be {kind}, and is {record[name]!r:.80}"
-    ids, log_probs = record["response_ids"], record["rollout_log_probs"]
-    if len(ids) != len(log_probs):
-        return (
-            f"rollout_log_probs has {len(log_probs)} entries and response_ids {len(ids)}; there must be one for each "
-            "token"
-        )
-    tokens = sum(count for _, count in record["weight_versions"])
-    if tokens > len(ids):
-        return f"weight_versions has {tokens} tokens, and response_ids only {len(ids)}"
+    for name in ("group", "sample", "position"):
+        if getattr(sample, name) < 0:
+            return f"{name} must be a whole number from 0 on, and is {getattr(sample, name)}"
     for name in ("prompt_ids", "response_ids"):
-        if vocab_size is not None and max(record[name]) >= vocab_size:
-            return f"{name} has token {max(record[name])}, and the model has {vocab_size} (vocab_size in config.json)"
-    return mask_fault(record["response_mask"], np.asarray(log_probs))
-
-
-_FIELDS = [field.name for field in dataclasses.fields(Sample) if field.name != "teacher_prompt_ids"]
-# Older files lack these.
-_ADDED_LATER = {
-    field.name: field.default
-    for field in dataclasses.fields(Sample)
-    if field.name in ("response_mask", "feedback", "privileged_source", "privileged", "measures")
-}
-
-
-def rollouts_path(folder: str | Path, step: int) -> Path:
-    """Return the file of the rollouts of training step ``step`` (counted from 1)."""
-    return Path(folder) / f"step_{step:06d}.jsonl"
-
-
-def save_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(as_json(sample)) + "\n")
-
-
-def as_json(sample: Sample) -> dict[str, Any]:
-    """Return a sample as JSON has it, without the teacher's prompt: arrays are lists, and a mask has 1 and 0."""
-    record = {name: getattr(sample, name) for name in _FIELDS}
-    record = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in record.items()}
-    if sample.response_mask is not None:
-        record["response_mask"] = sample.response_mask.astype(int).tolist()
-    return record
-
-
-def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:
-    """Read a file of :func:`save_samples`.
-
-    ``vocab_size``: number of tokens of the model that is to be trained on them, where it is known.
-
-    Raises:
-        ReplayError: names a broken line, or one that cannot be trained on, with the field and its value.
-    """
-    samples = []
-    try:
-        for line in iterate_json_lines(path, advice="give rollouts that a run has saved"):
-            samples.append(_sample_of(line, f"{path}:{line.number}", vocab_size))
-    except UnreadableError as error:
-        raise ReplayError(str(error)) from error
-    return samples
-
-
-def _sample_of(line: JsonLine, where: str, vocab_size: int | None) -> Sample:
-    if line.problem is not None:
-        raise ReplayError(f"{where}: not a saved rollout ({line.problem})")
-    record = {**_ADDED_LATER, **line.row}
-    fault = _record_fault(record, vocab_size)
-    if fault is not None:
-        raise ReplayError(f"{where}: {fault}")
-    return Sample(**{name: record[name] for name in _FIELDS})
-
-
-def load_samples(path: Path, *, groups: int, samples_per_group: int, vocab_size: int | None = None) -> list[Sample]:
-    """Read the rollouts of a step that :func:`save_samples` wrote, in order of (group, sample).
-
-    Raises:
-        ReplayError: missing file, broken or unsound line, not exactly ``samples_per_group`` rollouts of each of
-            ``groups`` prompts, or a group of several prompts.
-    """
-    if not path.is_file():
-        raise ReplayError(f"{path}: no such file; rollout.replay must hold one file for every step that is trained")
-    samples = sorted(read_samples(path, vocab_size=vocab_size), key=lambda sample: (sample.group, sample.sample))
-    expected = [(group, sample) for group in range(groups) for sample in range(samples_per_group)]
-    if [(sample.group, sample.sample) for sample in samples] != expected:
-        raise ReplayError(
-            f"{path}: {len(samples)} rollouts are not {groups} groups of {samples_per_group}; "
-            "set batch.groups and batch.samples_per_group as in the run that saved them"
+        ids = getattr(sample, name)
+        if not len(ids) or ids.min() < 0:
+            return f"{name} must be a list of token ids, at least one, and is {ids.tolist()!r:.80}"
+        if vocab_size is not None and ids.max() >= vocab_size:
+            return f"{name} has token {ids.max()}, and the model has {vocab_size} (vocab_size in config.json)"
+    log_probs, count = sample.rollout_log_probs, len(sample.response_ids)
+    if len(log_probs) != count:
+        return (
+            f"rollout_log_probs has {len(log_probs)} entries and response_ids {count}; there must be one for each token"
         )
-    prompts: dict[int, int] = {}
-    for sample in samples:
-        first = samples[sample.group * samples_per_group]
-        if (sample.position, sample.problem_id) != (first.position, first.problem_id):
-            raise ReplayError(
-                f"{path}: group {sample.group} has the problems {first.problem_id!r} (position {first.position}) and "
-                f"{sample.problem_id!r} (position {sample.position}); a group is the responses to one prompt"
-            )
-        if prompts.setdefault(sample.position, sample.group) != sample.group:
-            raise ReplayError(
-                f"{path}: groups {prompts[sample.position]} and {sample.group} have the same position "
-                f"{sample.position}; no two groups share one"
-            )
-    return samples
+    if not log_probs_are_sound(log_probs):
+        wrong = float(log_probs[~((log_probs >= -LARGEST_FLOAT32) & (log_probs <= LOG_PROB_TOLERANCE))][0])
+        return f"rollout_log_probs must be finite numbers up to 0 (within {LOG_PROB_TOLERANCE:g}), and one is {wrong:g}"
+    spans = [int(tokens) for _, tokens in sample.weight_versions]
+    if not spans or min(spans) < 0:
+        return f"weight_versions must be a list of [version, number of tokens], and is {sample.weight_versions!r:.80}"
+    if sum(spans) > count:
+        return f"weight_versions has {sum(spans)} tokens, and response_ids only {count}"
+    if not abs(sample.reward) <= LARGEST_REWARD:
+        return f"reward must be a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, and is {sample.reward}"
+    if not all(abs(value) <= LARGEST_REWARD for value in (sample.measures or {}).values()):
+        return f"measures must be null, or finite numbers by name, and is {sample.measures!r:.80}"
+    return mask_fault(sample.response_mask, log_probs)

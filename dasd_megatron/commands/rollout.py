@@ -19,10 +19,11 @@ from dasd_megatron.rollout.client import RolloutClient, make_client
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.discovery import check_models, check_updated, find_servers
 from dasd_megatron.rollout.local_server import LocalServer
+from dasd_megatron.rollout_files import rollouts_path, save_samples
 from dasd_megatron.run.checks import require_hf_directory, teacher_of_rollouts
 from dasd_megatron.run.paths import choose_run_dir, run_problems, start_hf_files, start_path
 from dasd_megatron.run.prepare import prepare_run
-from dasd_megatron.samples import rollouts_path, save_samples, version_name
+from dasd_megatron.samples import version_name
 from dasd_megatron.verify.grader import Grader
 
 if TYPE_CHECKING:

@@ -72,6 +72,10 @@ class Completion:
     response_mask: Mask | None = None
 
     def __post_init__(self) -> None:
+        self.use_arrays()
+
+    def use_arrays(self) -> None:
+        """Make arrays of lists of ids, log-probs and mask. Raises ValueError for what cannot be one."""
         self.output_ids, self.log_probs = ids_array(self.output_ids), log_probs_array(self.log_probs)
         if self.response_mask is not None:
             self.response_mask = mask_array(self.response_mask)
@@ -272,7 +276,7 @@ def _read_row(
     if reason["type"] == "abort":
         raise FailedTryError(f"row {index} was aborted by the server: {show(reason.get('message'), WORDS)}")
     ids = _read_ids(row, index, reason["type"], max_new_tokens, vocab_size)
-    log_probs = _read_log_probs(meta, index, ids)
+    log_probs = _read_log_probs(meta, index, row["output_ids"])
     text = row.get("text", "")  # a server started without a tokenizer sends none
     if not isinstance(text, str):
         raise _unsound(index, f"text is {_type_name(text)}")
@@ -285,16 +289,14 @@ def _read_row(
             raise OtherVersionError(
                 f"expected weight version {wanted}, but row {index} was sampled under {found}", meta["weight_version"]
             )
-    return Completion(np.array(ids, dtype=np.int32), log_probs, reason["type"], versions, text)
+    return Completion(ids, log_probs, reason["type"], versions, text)
 
 
 def _unsound(index: int, fault: str) -> FailedTryError:
     return FailedTryError(f"/generate answered garbage in row {index}: {fault}")
 
 
-def _read_ids(
-    row: dict[str, Any], index: int, reason: str, max_new_tokens: int | None, vocab_size: int | None
-) -> list[int]:
+def _read_ids(row: dict[str, Any], index: int, reason: str, max_new_tokens: int | None, vocab_size: int | None) -> Ids:
     ids = row.get("output_ids")
     if not isinstance(ids, list) or not _all_of_type(ids, int):
         raise _unsound(index, "output_ids is not a list of integers")
@@ -304,11 +306,15 @@ def _read_ids(
     if max_new_tokens is not None and len(ids) > max_new_tokens:
         raise _unsound(index, f"{len(ids)} tokens, but max_new_tokens is {max_new_tokens}")
     largest = _LARGEST_ID if vocab_size is None else vocab_size - 1
-    if min(ids) < 0 or max(ids) > largest:
+    try:
+        array = np.array(ids, dtype=np.int64)
+    except OverflowError:
+        array = np.array([-1])
+    if array.min() < 0 or array.max() > largest:
         position, token = next((i, token) for i, token in enumerate(ids) if not 0 <= token <= largest)
         bounds = "is no token's" if vocab_size is None else f"is outside the vocabulary of {vocab_size}"
         raise _unsound(index, f"id {token} of token {position} {bounds}")
-    return ids
+    return array.astype(np.int32)
 
 
 def _read_log_probs(meta: dict[str, Any], index: int, ids: list[int]) -> LogProbs:

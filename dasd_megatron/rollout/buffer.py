@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dasd_megatron.samples import ReplayError, Sample, read_samples, version_step
+from dasd_megatron.rollout_files import read_samples
+from dasd_megatron.samples import ReplayError, Sample, version_step
 
 
 @dataclass(slots=True)
@@ -39,10 +40,10 @@ def make_group(samples: list[Sample]) -> Group:
 
 
 def read_groups(path: Path) -> list[Group]:
-    """Read the groups of a file of :func:`~dasd_megatron.samples.save_samples`, each group's samples in a row.
+    """Read the groups of a file of :func:`~dasd_megatron.rollout_files.save_samples`, each group's samples in a row.
 
     Raises:
-        ReplayError: names a broken line, or what is wrong with the file.
+        ReplayError: names what is wrong with the file.
     """
     grouped = itertools.groupby(read_samples(path), key=lambda sample: sample.position)
     try:

@@ -550,6 +550,13 @@ def completion_fault(completion: Any, vocab_size: int, max_new_tokens: int) -> s
     """Return the fault of a response that did not come from a server straight away; None for a sound one."""
     if not isinstance(completion, Completion):
         return f"a {type(completion).__name__} in its place"
+    try:
+        # A function may have put lists into a completion that it was given.
+        completion.use_arrays()
+    except ValueError as error:
+        return f"fields that cannot be used: {error}"
+    if not isinstance(completion.finish_reason, str):
+        return f"finish_reason={completion.finish_reason!r:.80}, which is no text"
     ids, log_probs = completion.output_ids, completion.log_probs
     spans = sum(tokens for _, tokens in completion.weight_versions)
     if not len(ids) == len(log_probs) == spans > 0:

@@ -3,10 +3,10 @@
 A checkpoint is a directory ``checkpoints/step_<n>`` with Megatron's distributed state (model, optimizer, schedule, and
 the weights of a teacher that follows the policy), ``rng.pt`` (the generators of every rank), ``hf`` (config and
 tokenizer, so that ``dasd convert`` needs nothing else), ``trainer.json`` (step, data position and prompts that were
-under way; the weight version is the step's), where there are any ``ready.jsonl`` and ``refused.jsonl`` (rollouts
-collected for steps to come), and a manifest with the SHA-256 of every file. It is written under another name, fsynced
-and renamed when every rank is done, see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk leaves
-the previous one in place.
+under way; the weight version is the step's), where there are any ``ready.safetensors`` and ``refused.safetensors``
+(rollouts collected for steps to come), and a manifest with the SHA-256 of every file. It is written under another name,
+fsynced and renamed when every rank is done, see :mod:`~dasd_megatron.training.checkpoint_files`. A crash or a full disk
+leaves the previous one in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import random
@@ -50,8 +51,8 @@ from dasd_megatron.models.extra_state import kept_scaling, load_state, without_e
 from dasd_megatron.models.gpt import ShardedModel
 from dasd_megatron.models.hf_weights import WeightsError, copy_side_files
 from dasd_megatron.models.megatron_checkpoint import read_metadata
-from dasd_megatron.rollout.buffer import Group, read_groups
-from dasd_megatron.samples import save_samples
+from dasd_megatron.rollout.buffer import BufferState, Group, read_groups
+from dasd_megatron.rollout_files import save_samples
 from dasd_megatron.training.checkpoint_files import STATE_FILE, CheckpointError, checkpoint_path, prune, publish
 from dasd_megatron.training.checkpoint_search import COUNTERS, TrainerState, do_on_rank0, read_state
 from dasd_megatron.training.checkpoint_writer import PendingCheckpoint, ResultFile
@@ -275,6 +276,8 @@ class CheckpointSaver:
         self._raise_failure(checkpoint, failure)
         # A single rank that reused the former plan would leave the others waiting for it.
         self._strategy.validated_cache_reuse = not true_on_any(not self._strategy.validated_cache_reuse)
+        if dist.get_rank() == 0 and (state.rollouts.ready or state.rollouts.refused):
+            checkpoint.extra = functools.partial(_write_collected, state.rollouts)
         checkpoint.start(background=self.settings.async_save)
         self.stalled += time.perf_counter() - started
         if not self.settings.async_save:
@@ -371,10 +374,6 @@ class CheckpointSaver:
             "teacher_switch": dataclasses.asdict(state.teacher_switch),
         }
         (partial / STATE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        for name in _COLLECTED:
-            groups = getattr(state.rollouts, name)
-            if groups:
-                save_samples(partial / f"{name}.jsonl", (sample for group in groups for sample in group.samples))
         (partial / "hf").mkdir()
         copy_side_files(self.template_dir, partial / "hf", self.model.config.params_dtype)
 
@@ -477,12 +476,25 @@ def load_checkpoint(
     return state
 
 
+def _write_collected(rollouts: BufferState, folder: Path) -> list[str]:
+    """Write the groups for steps to come and return the names of their files."""
+    names = []
+    for kind in _COLLECTED:
+        samples = [sample for group in getattr(rollouts, kind) for sample in group.samples]
+        if samples:
+            names.append(f"{kind}.safetensors")
+            save_samples(folder / names[-1], samples)
+    return names
+
+
 def _read_collected(path: Path) -> dict[str, list[Group]]:
     """Return the groups that a checkpoint has for steps to come, by the name of their list."""
     found = {}
-    for name in _COLLECTED:
-        if (path / f"{name}.jsonl").exists():
-            found[name] = read_groups(path / f"{name}.jsonl")
+    for kind in _COLLECTED:
+        # Earlier versions have written a JSON object a line.
+        files = [file for suffix in ("safetensors", "jsonl") if (file := path / f"{kind}.{suffix}").exists()]
+        if files:
+            found[kind] = read_groups(files[0])
     return found
 
 

@@ -30,7 +30,7 @@ LATEST = "latest"
 _NAME = re.compile(r"step_([0-9]{6,})")
 _NAME_WITH_SUFFIX = re.compile(r"step_([0-9]{6,})(\.hf)?")
 # These are what a run is loaded from.
-_LOADED = re.compile(r".*\.(distcp|pt|json|jsonl)|\.metadata")
+_LOADED = re.compile(r".*\.(distcp|pt|json|jsonl|safetensors)|\.metadata")
 _STATE_SHAPE = {
     **dict.fromkeys(("step", "skipped", "discarded", "rollbacks", "rolled_back_to", "position", "world_size"), int),
     "pending": [int],

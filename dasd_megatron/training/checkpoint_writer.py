@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -27,6 +28,8 @@ from dasd_megatron.files import atomic_file
 from dasd_megatron.training.checkpoint_files import hash_files
 
 _CHILDREN_POLL_SECONDS = 0.5
+
+Extra = Callable[[Path], list[str]]
 
 
 @dataclass
@@ -55,7 +58,8 @@ class PendingCheckpoint:
     """A checkpoint on its way to the disk.
 
     It is written to ``partial`` and becomes ``final``. ``request`` is what Megatron-Core asks this rank to do,
-    ``process`` the process that does it, if there is one, and ``error`` why it could not be started.
+    ``process`` the process that does it, if there is one, and ``error`` why it could not be started. ``extra`` writes
+    more of this rank's files into the folder that it is given and returns their names.
     """
 
     partial: Path
@@ -63,16 +67,20 @@ class PendingCheckpoint:
     request: Any = None
     process: BaseProcess | None = None
     error: Exception | None = None
+    extra: Extra | None = None
 
     def start(self, *, background: bool) -> None:
         """Write this rank's files: here, or in a process forked for it, which has the memory as it is now."""
-        if self.request.async_fn is None:
+        if not self._writes:
             return
-        arguments = list(self.request.async_fn_args)
-        if self.request.preload_fn is not None:
-            # This copies from the GPU to host memory. The second argument is what is to be written.
-            arguments[1] = self.request.preload_fn()
-        work = (self.request.async_fn, arguments, dict(self.request.async_fn_kwargs), self.partial, dist.get_rank())
+        write = None
+        if self.request.async_fn is not None:
+            arguments = list(self.request.async_fn_args)
+            if self.request.preload_fn is not None:
+                # This copies from the GPU to host memory. The second argument is what is to be written.
+                arguments[1] = self.request.preload_fn()
+            write = functools.partial(self.request.async_fn, *arguments, **self.request.async_fn_kwargs)
+        work = (write, self.extra, self.partial, dist.get_rank())
         try:
             if background:
                 self.process = multiprocessing.get_context("fork").Process(
@@ -85,6 +93,10 @@ class PendingCheckpoint:
             # The other ranks hear of it when all finish.
             self.process, self.error = None, error
 
+    @property
+    def _writes(self) -> bool:
+        return self.request.async_fn is not None or self.extra is not None
+
     def join(self, timeout_seconds: float) -> dict[str, dict[str, Any]]:
         """Wait for the writing and return size and hash of each file that this rank has written.
 
@@ -96,7 +108,7 @@ class PendingCheckpoint:
         if self.process is not None:
             self.process.join(timeout_seconds)
             _check_ended(self.process, timeout_seconds)
-        if self.request.async_fn is None:
+        if not self._writes:
             return {}
         hashes = self.partial / _hashes_file(dist.get_rank())
         record = json.loads(hashes.read_text())
@@ -120,9 +132,7 @@ def _hashes_file(rank: int) -> str:
     return f"hashes_{rank}.json"
 
 
-def _write_in_background(
-    write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int
-) -> None:
+def _write_in_background(write: Callable[[], None] | None, extra: Extra | None, folder: Path, rank: int) -> None:
     """Do :func:`_write_and_hash` in a forked process; an OSError is its exit status."""
     # OpenMP's threads do not exist in a forked process, and whoever waits for them waits forever.
     torch.set_num_threads(1)
@@ -130,7 +140,7 @@ def _write_in_background(
     gc.disable()
     threading.Thread(target=_end_with_children, daemon=True).start()
     try:
-        _write_and_hash(write, arguments, keywords, folder, rank)
+        _write_and_hash(write, extra, folder, rank)
     except OSError as error:
         # A full disk takes no message, so the number has to do.
         sys.exit(error.errno)
@@ -148,10 +158,11 @@ def _end_with_children() -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _write_and_hash(
-    write: Callable[..., None], arguments: list[Any], keywords: dict[str, Any], folder: Path, rank: int
-) -> None:
-    """Let Megatron-Core write one rank's files, fsynced, and then write their hashes into a file beside them."""
-    write(*arguments, **keywords)
-    hashes = hash_files(folder, [path.name for path in folder.glob(f"__{rank}_*.distcp")])
+def _write_and_hash(write: Callable[[], None] | None, extra: Extra | None, folder: Path, rank: int) -> None:
+    """Let Megatron-Core write one rank's files, fsynced, and ``extra`` its own, and then write their hashes into a file
+    beside them."""
+    names = [] if extra is None else extra(folder)
+    if write is not None:
+        write()
+    hashes = hash_files(folder, [*names, *(path.name for path in folder.glob(f"__{rank}_*.distcp"))])
     (folder / _hashes_file(rank)).write_text(json.dumps(hashes))

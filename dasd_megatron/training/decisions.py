@@ -11,13 +11,14 @@ class Signals:
     """Flags that the ranks exchange after a step; each is true if it is true on any rank.
 
     ``stop``: a signal asks the run to stop. ``writing``: a checkpoint is still being written. ``end`` and ``pause``:
-    the watch on training asks for it.
+    the watch on training asks for it. ``disk``: rollouts could not be written.
     """
 
     stop: bool = False
     writing: bool = False
     end: bool = False
     pause: bool = False
+    disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Decision:
     """
 
     finish_checkpoint: bool
-    end: Literal["signal", "watch"] | None = None
+    end: Literal["disk", "signal", "watch"] | None = None
     roll_back: bool = False
     save: bool = False
     pause: bool = False
@@ -52,12 +53,14 @@ class Decision:
 def decide(signals: Signals, progress: Progress, *, checkpoint_every: int, max_skipped_steps: int) -> Decision:
     """Decide what follows a step.
 
-    A signal ends the run in any case, the watch only if steps are left. A run that goes back to a checkpoint has that
-    checkpoint already, and gets a chance before it is paused. ``checkpoint_every`` may be 0: then the last step alone
-    is saved.
+    A disk that fails and a signal end the run in any case, the watch only if steps are left. A run that goes back to a
+    checkpoint has that checkpoint already, and gets a chance before it is paused. ``checkpoint_every`` may be 0: then
+    the last step alone is saved.
     """
     steps_left = progress.step < progress.steps
     finish_checkpoint = progress.checkpoint_pending and not signals.writing
+    if signals.disk:
+        return Decision(finish_checkpoint, end="disk")
     if signals.stop:
         return Decision(finish_checkpoint, end="signal")
     if signals.end and steps_left:

@@ -1,4 +1,4 @@
-"""Files of a run that people look into: all rollouts of a step, and the token statistics of its first ones."""
+"""Token statistics of a step's first rollouts, in files that people look into."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dasd_megatron.files import atomic_file
-from dasd_megatron.samples import Sample, rollouts_path, save_samples
-from dasd_megatron.training.parallel import gather_replicas
+from dasd_megatron.samples import Sample
 from dasd_megatron.training.scores import Routing, ScoredRollouts
 from dasd_megatron.training.trainer import Trainer
-
-
-def save_rollouts(trainer: Trainer, samples: list[Sample]) -> None:
-    """Write the step's rollouts of all replicas, for replay, on rank 0; a step that was itself replayed is not written
-    again. Collective over replicas."""
-    shares = gather_replicas(samples)
-    if trainer.logger is None or trainer.config.rollout.replay is not None:
-        return
-    everything = [sample for share in shares for sample in share]
-    everything.sort(key=lambda sample: (sample.group, sample.sample))
-    save_samples(rollouts_path(trainer.paths.rollouts, trainer.state.step), everything)
 
 
 def save_inspection(trainer: Trainer, samples: list[Sample], scores: ScoredRollouts, routing: Routing) -> None:

@@ -44,6 +44,7 @@ def train(config: Config, paths: RunPaths) -> None:
         DeviceMemoryError: the memory that the trainer has left to the servers is not there again.
         StopRequested: a signal asked for it. WatchStopped: the watch did.
         CheckpointError: a checkpoint could not be written or read; the previous one is untouched.
+        UnsavedRolloutsError: rollouts could not be written; there is no checkpoint behind their step.
         TrainingError: logits, loss or gradient were not finite in too many steps in a row, and going back to a
             checkpoint did not help.
     """
@@ -95,6 +96,8 @@ def _run(trainer: Trainer) -> None:
         decision = _decide(trainer, advice)
         if decision.finish_checkpoint:
             saver.finish()
+        if decision.end == "disk":
+            trainer.rollout_writer.finish()
         if decision.end == "signal":
             raise StopRequested("between steps")
         if decision.end == "watch":
@@ -127,7 +130,13 @@ def _decide(trainer: Trainer, advice: _Advice) -> Decision:
     """Decide what follows the step, alike on every rank; one all-reduce."""
     config, state = trainer.config, trainer.state
     signals = flags_of_all_ranks(
-        Signals(stop=stopping.requested(), writing=trainer.saver.is_writing(), end=advice.end, pause=advice.pause)
+        Signals(
+            disk=trainer.rollout_writer.failed,
+            stop=stopping.requested(),
+            writing=trainer.saver.is_writing(),
+            end=advice.end,
+            pause=advice.pause,
+        )
     )
     progress = Progress(state.step, config.run.steps, state.skipped, trainer.saver.pending)
     return decide(

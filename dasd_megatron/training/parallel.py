@@ -7,9 +7,10 @@ import contextlib
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -127,25 +128,88 @@ def is_replica_source() -> bool:
     return all(dist.get_rank() == dist.get_process_group_ranks(group)[0] for group in groups)
 
 
-def broadcast_in_replica(value: T | None) -> T:
-    """Return the replica source's Python object on every rank of its replica. Collective over the replica."""
-    box: list[Any] = [value]
+def _groups_of_replica() -> list[dist.ProcessGroup]:
+    """Return the groups of several ranks over which what a replica's source has reaches all of the replica, one after
+    the other."""
     # Context-parallel ranks come first: then the first rank of every model-parallel group has it.
-    groups = [parallel_state.get_model_parallel_group()]
-    if parallel_state.get_context_parallel_world_size() > 1:
-        groups.insert(0, parallel_state.get_context_parallel_group())
-    for group in groups:
-        dist.broadcast_object_list(box, src=dist.get_process_group_ranks(group)[0], group=group)
-    return box[0]
+    groups = [parallel_state.get_context_parallel_group(), parallel_state.get_model_parallel_group()]
+    return [group for group in groups if dist.get_world_size(group) > 1]
 
 
-def scatter_to_replicas(parts: list[T] | None) -> T:
-    """Return global rank 0's Python object for this data-parallel replica, on every rank of it. Collective over all
-    ranks; ``parts`` has one object for each replica on rank 0, and is None elsewhere."""
-    box: list[Any] = [None]
+class Part(NamedTuple):
+    """What a data-parallel replica is sent: flat arrays by name, and a few small facts."""
+
+    arrays: dict[str, np.ndarray]
+    facts: dict[str, Any]
+
+
+def scatter_to_replicas(parts: list[Part] | None) -> Part:
+    """Return global rank 0's part for this data-parallel replica, on every rank of it.
+
+    ``parts`` has one for each replica on rank 0, and is None elsewhere. Each array travels as it is: from rank 0
+    straight to the source of its replica, through host memory, so that rank 0's device holds nobody's; and within a
+    replica by one broadcast over its tensor- and pipeline-parallel ranks, and one over its context-parallel ranks.
+
+    Collective over all ranks: a scatter of facts, names, types and lengths as Python objects, and the arrays.
+    """
+    head: list[Any] = [None]
+    part: Part | None = None
+    groups = _groups_of_replica()
     if is_replica_source():
-        dist.scatter_object_list(box, parts, src=0, group=parallel_state.get_data_parallel_group())
-    return broadcast_in_replica(box[0])
+        group = parallel_state.get_data_parallel_group()
+        heads = None if parts is None else [_Head.of(part) for part in parts]
+        dist.scatter_object_list(head, heads, src=0, group=group)
+        part = head[0].empty() if parts is None else parts[0]
+        _pass_on(part, parts, dist.get_process_group_ranks(group))
+    for group in groups:
+        dist.broadcast_object_list(head, src=dist.get_process_group_ranks(group)[0], group=group)
+    part = part or head[0].empty()
+    if groups:
+        part = Part({name: _broadcast(array, groups) for name, array in part.arrays.items()}, part.facts)
+    return part
+
+
+class _Head(NamedTuple):
+    """Facts of a :class:`Part`, and type and length of each of its arrays by name."""
+
+    facts: dict[str, Any]
+    shapes: dict[str, tuple[np.dtype, int]]
+
+    @classmethod
+    def of(cls, part: Part) -> _Head:
+        return cls(part.facts, {name: (array.dtype, len(array)) for name, array in part.arrays.items()})
+
+    def empty(self) -> Part:
+        """Return a part of this head with room for the arrays."""
+        return Part({name: np.empty(length, dtype) for name, (dtype, length) in self.shapes.items()}, self.facts)
+
+
+def _host_tensors(part: Part) -> list[torch.Tensor]:
+    """Return the arrays as tensors of bytes that share their memory, without those of no bytes."""
+    return [torch.from_numpy(array.view(np.uint8)) for array in part.arrays.values() if len(array)]
+
+
+def _pass_on(part: Part, parts: list[Part] | None, sources: Sequence[int]) -> None:
+    """Send the other replicas' ``parts`` from rank 0 to their ``sources``, and fill ``part`` on these."""
+    if parts is None:
+        for tensor in _host_tensors(part):
+            dist.recv(tensor, 0)
+        return
+    others = zip(parts[1:], sources[1:], strict=True)
+    sent = [dist.isend(tensor, rank) for other, rank in others for tensor in _host_tensors(other)]
+    for work in sent:
+        if work is not None:
+            work.wait()
+
+
+def _broadcast(array: np.ndarray, groups: Sequence[dist.ProcessGroup]) -> np.ndarray:
+    """Return the array of the first rank of each of ``groups``, one group after the other."""
+    if not len(array):
+        return array
+    tensor = torch.from_numpy(array.view(np.uint8)).to(backend.current().device())
+    for group in groups:
+        dist.broadcast(tensor, dist.get_process_group_ranks(group)[0], group=group)
+    return tensor.cpu().numpy().view(array.dtype)
 
 
 def broadcast_from_rank0(value: T | None) -> T:

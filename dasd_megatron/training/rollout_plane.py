@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -32,14 +33,17 @@ from dasd_megatron.rollout.discovery import DiscoveryError, WrongModelError, fin
 from dasd_megatron.rollout.local_server import ServerStartError
 from dasd_megatron.rollout.pool import Status
 from dasd_megatron.rollout.transport import RolloutServerError
+from dasd_megatron.rollout_files import load_samples
 from dasd_megatron.run.checks import teacher_of_rollouts
 from dasd_megatron.run.paths import RunPaths
-from dasd_megatron.samples import ReplayError, Sample, load_samples, rollouts_path, version_name, version_step
+from dasd_megatron.sample_columns import Columns, from_columns, to_columns, without_teacher
+from dasd_megatron.samples import ReplayError, Sample, version_name, version_step
 from dasd_megatron.training.batching import BatchLayout, ReplicaShare, make_micro_batches, replica_shares
 from dasd_megatron.training.export import Policy, WeightDirectory
 from dasd_megatron.training.fleet import ServerFleet
 from dasd_megatron.training.offload import STATE, WEIGHTS, TrainerMemory
 from dasd_megatron.training.parallel import (
+    Part,
     PeerError,
     broadcast_from_rank0,
     on_selected_rank,
@@ -56,6 +60,8 @@ from dasd_megatron.verify.grader import Grader, GraderError
 T = TypeVar("T")
 
 PROBE_TOKENS = 32
+_PLACES, _REWARDS = "share.places", "share.rewards"
+"""Names of arrays beside a share's columns."""
 _FINAL = (PluginError, TemplateError, DataError, OSError)
 """What a function or a template of the user's own, a problem or a disk fails with. It would fail again."""
 
@@ -76,11 +82,13 @@ class ServersUnavailableError(RolloutsUnavailableError):
 class StepRollouts(NamedTuple):
     """A replica's part of the rollouts of one training step.
 
-    grading_seconds: what grading took after the last rollout of the step had been sampled; metrics: of the collection,
-    ``rollout/...``, those of all replicas together.
+    columns: the share's samples as they came, without the teacher's prompts; grading_seconds: what grading took after
+    the last rollout of the step had been sampled; metrics: of the collection, ``rollout/...``, those of all replicas
+    together.
     """
 
     share: ReplicaShare
+    columns: Columns
     grading_seconds: float
     metrics: dict[str, float]
 
@@ -263,8 +271,10 @@ class RolloutPlane:
                 rank0, lambda: self._replay(step + discarded), (ReplayError, TemplateError, DataError)
             )
             self._state.position += self.config.batch.groups
-            return scatter_to_replicas(
-                None if samples is None else self._divide(samples, 0.0, self._teacher_metrics(samples))
+            return _received(
+                scatter_to_replicas(
+                    None if samples is None else self._divide(samples, 0.0, self._teacher_metrics(samples))
+                )
             )
         batch = self._with_recovery(self._take_batch, samples=True)
         if self.collector is not None:
@@ -272,11 +282,11 @@ class RolloutPlane:
                 self.fleet.release_memory()
             self.collector.start_ahead(min(rollout.max_staleness, self.config.run.steps - step))
         if batch is None:
-            return scatter_to_replicas(None)
+            return _received(scatter_to_replicas(None))
         self._handed_out = _HandedOut(step, batch)
         samples = batch.samples()
         metrics = _collection_metrics(batch, samples, step - 1) | self._teacher_metrics(samples)
-        return scatter_to_replicas(self._divide(samples, batch.grading_seconds, metrics))
+        return _received(scatter_to_replicas(self._divide(samples, batch.grading_seconds, metrics)))
 
     def _teacher_metrics(self, samples: list[Sample]) -> dict[str, float]:
         return {} if self._teacher is None else teacher_metrics(samples, self._teacher.settings.privileged)
@@ -390,11 +400,30 @@ class RolloutPlane:
             asyncio.run(update())
         return self.collector.take(update)
 
-    def _divide(self, samples: list[Sample], grading_seconds: float, metrics: dict[str, float]) -> list[StepRollouts]:
+    def _divide(self, samples: list[Sample], grading_seconds: float, metrics: dict[str, float]) -> list[Part]:
         """Divide a step's samples among the replicas."""
         replicas, minibatches = self.config.parallel.data_parallel_size, self.config.batch.minibatches
         shares = replica_shares(samples, replicas=replicas, minibatches=minibatches)
-        return [StepRollouts(share, grading_seconds, metrics) for share in shares]
+        facts = {"grading_seconds": grading_seconds, "metrics": metrics}
+        return [
+            Part(
+                {
+                    **to_columns(share.samples, with_teacher=True),
+                    _PLACES: np.array(share.places, np.int64),
+                    _REWARDS: np.array(share.rewards, np.float64),
+                },
+                facts,
+            )
+            for share in shares
+        ]
+
+
+def _received(part: Part) -> StepRollouts:
+    """Return what a replica was sent as the samples that it trains on. Ids and log-probs are not copied."""
+    columns = dict(part.arrays)
+    places, rewards = columns.pop(_PLACES).tolist(), columns.pop(_REWARDS).tolist()
+    share = ReplicaShare(from_columns(columns), places, rewards)
+    return StepRollouts(share, without_teacher(columns), **part.facts)
 
 
 def open_fleet(config: Config, paths: RunPaths, hf_config: PretrainedConfig) -> ServerFleet:
@@ -430,7 +459,8 @@ def load_replayed(config: Config, step: int, vocab_size: int) -> list[Sample]:
     if config.rollout.replay is None:
         raise ValueError("rollout.replay is null")
     return load_samples(
-        rollouts_path(config.rollout.replay, step),
+        config.rollout.replay,
+        step,
         groups=config.batch.groups,
         samples_per_group=config.batch.samples_per_group,
         vocab_size=vocab_size,

@@ -19,8 +19,14 @@ from dasd_megatron.training.trainer import Trainer
 
 def begin_checkpoint(trainer: Trainer) -> None:
     """Begin a checkpoint of the last finished step, and export its weights beside it where that is due. Collective over
-    all ranks."""
+    all ranks.
+
+    Raises:
+        UnsavedRolloutsError: rollouts of the steps before it could not be written.
+    """
     step = trainer.state.step
+    # A run that goes on from this checkpoint does not take the steps before it again.
+    trainer.rollout_writer.finish()
     trainer.state.rollouts = trainer.plane.state(step)
     trainer.saver.save(trainer.state)
     if is_multiple(step, trainer.config.checkpoint.export_every):

@@ -12,13 +12,16 @@ import torch
 
 from dasd_megatron.config import AlgorithmConfig, why_scored_first
 from dasd_megatron.run.checks import needs_teacher
+from dasd_megatron.sample_columns import Columns
 from dasd_megatron.samples import Sample
 from dasd_megatron.training.batching import BatchLayout, MicroBatch, ReplicaShare, batch_samples
 from dasd_megatron.training.decisions import is_multiple
-from dasd_megatron.training.inspection import save_inspection, save_rollouts
+from dasd_megatron.training.inspection import save_inspection
 from dasd_megatron.training.offload import COPIES, GRADIENTS, WEIGHTS, DeviceMemoryError
+from dasd_megatron.training.parallel import is_replica_source
 from dasd_megatron.training.passes import UpdateResult, score, score_and_update, update
 from dasd_megatron.training.policy_loss import Distillation, PolicyTargets, loss_weights
+from dasd_megatron.training.rollout_plane import StepRollouts
 from dasd_megatron.training.routing import judge, route, turn_switch
 from dasd_megatron.training.scores import References, Routing, ScoredRollouts, TokenScores
 from dasd_megatron.training.shared_pass import routed_loss
@@ -80,7 +83,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
     learn = _learn_in_one_pass if why_scored_first(config) is None else _score_and_learn
     before = state.step
     try:
-        metrics = learn(trainer, share, timers)
+        metrics = learn(trainer, rollouts, timers)
     except DeviceMemoryError:
         # It comes before the first update is applied, and the step before this one is the last that is done.
         state.step = before
@@ -98,13 +101,14 @@ class _Learned(NamedTuple):
     fp8_metrics: dict[str, float]
 
 
-def _score_and_learn(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:
+def _score_and_learn(trainer: Trainer, rollouts: StepRollouts, timers: Timers) -> dict[str, float]:
     """Score a step's rollouts, route and update by them; returns the step's metrics."""
-    config, state, samples = trainer.config, trainer.state, share.samples
+    config, state, share = trainer.config, trainer.state, rollouts.share
+    samples = share.samples
     with timers("score"):
         scores, references = score_rollouts(trainer, samples)
     check_agreement(config.rollout, scores)
-    _count_step(trainer, samples)
+    _count_step(trainer, rollouts.columns)
     if not scores_are_finite(trainer, samples, scores):
         return _skip(trainer, share, timers)
     algorithm = config.algorithm.at(state.step, config.run.steps)
@@ -124,10 +128,11 @@ def _score_and_learn(trainer: Trainer, share: ReplicaShare, timers: Timers) -> d
     return _conclude(trainer, share, _Learned(algorithm, scores, routing, updates, fp8_metrics), timers)
 
 
-def _learn_in_one_pass(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:
+def _learn_in_one_pass(trainer: Trainer, rollouts: StepRollouts, timers: Timers) -> dict[str, float]:
     """Update by a step's rollouts in the forward pass that scores them; returns the step's metrics. The checks of the
     scores come between its gradients and their use, and what is reported is routed once more from all scores."""
-    config, state, samples = trainer.config, trainer.state, share.samples
+    config, state, share = trainer.config, trainer.state, rollouts.share
+    samples = share.samples
     layout = BatchLayout.of_this_rank(config.batch, config.parallel, config.precision)
     batches = batch_samples(samples, [sample.prompt_ids for sample in samples], layout)
     with timers("score"):
@@ -143,7 +148,7 @@ def _learn_in_one_pass(trainer: Trainer, share: ReplicaShare, timers: Timers) ->
     def accept(student: TokenScores) -> bool:
         scores = references.with_student(student)
         check_agreement(config.rollout, scores)
-        _count_step(trainer, samples)
+        _count_step(trainer, rollouts.columns)
         return scores_are_finite(trainer, samples, scores)
 
     with timers("update"):
@@ -175,11 +180,13 @@ def _saves_rollouts(trainer: Trainer) -> bool:
     return is_multiple(trainer.state.step, trainer.config.logging.save_rollouts_every)
 
 
-def _count_step(trainer: Trainer, samples: list[Sample]) -> None:
-    """Count the step, whose rollouts have turned out to be of the trainer's weights, and save them where it is due."""
+def _count_step(trainer: Trainer, columns: Columns) -> None:
+    """Count the step, whose rollouts have turned out to be of the trainer's weights, and begin to save this replica's
+    ``columns`` of them where it is due."""
     trainer.state.step += 1
-    if _saves_rollouts(trainer):
-        save_rollouts(trainer, samples)
+    # Ranks that got the same rollouts as their replica's source, and a step that was itself replayed, save nothing.
+    if _saves_rollouts(trainer) and is_replica_source() and trainer.config.rollout.replay is None:
+        trainer.rollout_writer.save(trainer.state.step, columns)
 
 
 def _skip(trainer: Trainer, share: ReplicaShare, timers: Timers) -> dict[str, float]:

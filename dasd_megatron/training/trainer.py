@@ -42,6 +42,7 @@ from dasd_megatron.training.offload import OPTIMIZER, TrainerMemory
 from dasd_megatron.training.optimizer import OptimizerState, build_optimizer
 from dasd_megatron.training.parallel import broadcast_from_rank0, on_selected_rank
 from dasd_megatron.training.rollout_plane import RolloutPlane, load_replayed, open_fleet
+from dasd_megatron.training.rollout_writer import RolloutWriter
 from dasd_megatron.training.snapshots import KEPT_COPIES, WeightSnapshot
 from dasd_megatron.training.warm_start import warm_start
 from dasd_megatron.verify.grader import Grader
@@ -76,6 +77,7 @@ class Trainer:
     memory: TrainerMemory
     state: TrainerState
     saver: CheckpointSaver
+    rollout_writer: RolloutWriter
     plane: RolloutPlane
     display: ProgressDisplay
     logger: MetricsLogger | None
@@ -138,6 +140,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
                 memory=memory,
             )
         )
+        writer = stack.enter_context(RolloutWriter.of_this_rank(config, paths.rollouts))
         grader = stack.enter_context(Grader(config.verify))
         plane = stack.enter_context(
             RolloutPlane(
@@ -164,6 +167,7 @@ def open_trainer(config: Config, paths: RunPaths) -> Iterator[Trainer]:
             memory=memory,
             state=state,
             saver=saver,
+            rollout_writer=writer,
             plane=plane,
             display=display,
             logger=logger,

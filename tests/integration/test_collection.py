@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import NO_EVALUATION, kill, reproducible, rows, rows_so_far, start, train
+from dasd_megatron.rollout_files import read_samples
+from tests.support.runs import NO_EVALUATION, kill, reproducible, rows, rows_so_far, saved_rollouts, start, train
 from tests.support.servers import sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -31,7 +32,7 @@ def measures(sample):
 
 def samples(run: Path) -> list[list[dict]]:
     """The rollouts of each step."""
-    return [rows(path) for path in sorted((run / "rollouts").glob("step_*.jsonl"))]
+    return list(saved_rollouts(run).values())
 
 
 def positions(run: Path) -> list[list[int]]:
@@ -67,7 +68,7 @@ def test_one_step_ahead_killed_and_resumed_is_like_uninterrupted(tmp_path: Path)
         time.sleep(0.01)
     kill(process)
     # What had been sampled for the fourth step is in the checkpoint after the third.
-    assert len(rows(run / "checkpoints" / "step_000003" / "ready.jsonl")) == 16
+    assert len(read_samples(run / "checkpoints" / "step_000003" / "ready.safetensors")) == 16
     assert "at step 3" in train(*AHEAD, f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(whole / "metrics.jsonl")
 

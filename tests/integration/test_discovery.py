@@ -109,7 +109,7 @@ def sample(over: RolloutClient, version: str) -> list[tuple[list[int], list[floa
     async def generate() -> list[tuple[list[int], list[float]]]:
         async with over:
             completions = await over.generate(prompts, params, weight_version=version, rows_per_request=1)
-        return [(completion.output_ids, completion.log_probs) for completion in completions]
+        return [(completion.output_ids.tolist(), completion.log_probs.tolist()) for completion in completions]
 
     return asyncio.run(generate())
 

@@ -179,7 +179,7 @@ def typed(text: str) -> str:
         return text.replace("step_000100", "step_000003")
     if text == "dasd train model=hf model.path=DIR":
         text += " experiment=quickstart"
-    if text.startswith(("dasd train", "dasd rollout", "dasd evaluate")) and "--compare" not in text:
+    if text.startswith(("dasd train", "dasd rollout ", "dasd evaluate")) and "--compare" not in text:
         return small(text)
     return text
 

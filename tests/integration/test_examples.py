@@ -14,7 +14,7 @@ import pytest
 from dasd_megatron.config import load_config
 from dasd_megatron.data.generators import generate_splits
 from dasd_megatron.models.tiny import character_tokenizer
-from tests.support.runs import NO_EVALUATION, SMALL, one_threaded, rows, train
+from tests.support.runs import NO_EVALUATION, SMALL, one_threaded, rows, saved_rollouts, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -101,8 +101,8 @@ def test_functions_of_ones_own_and_rollouts_without_a_trainer(tmp_path: Path, mo
     small = [*SMALL, *own, "evaluation=none", "run.steps=2"]
     dasd("rollout", *small, f"run.dir={tmp_path / 'alone'}")
     dasd("train", *small, f"run.dir={tmp_path / 'together'}")
-    first = [(tmp_path / name / "rollouts" / "step_000001.jsonl").read_text() for name in ("alone", "together")]
-    assert first[0] == first[1] and first[0].count("\n") == 16
+    first = [(tmp_path / name / "rollouts" / "step_000001.safetensors").read_bytes() for name in ("alone", "together")]
+    assert first[0] == first[1] and len(saved_rollouts(tmp_path / "alone")[1]) == 16
     replay = f"rollout.replay={tmp_path / 'alone' / 'rollouts'}"
     dasd("train", *SMALL, "evaluation=none", "run.steps=2", replay, f"run.dir={tmp_path / 'replayed'}")
     losses = [
@@ -130,7 +130,7 @@ def test_prompts_by_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         f"run.dir={run}",
     )  # fmt: skip
     tokenizer = character_tokenizer()
-    for saved in rows(run / "rollouts" / "step_000001.jsonl"):
+    for saved in saved_rollouts(run)[1]:
         spaced = saved["problem"].replace("+", " + ").replace("-", " - ").replace("=", " =")
         assert tokenizer.decode(saved["prompt_ids"]) == f"<|user|>{spaced}<|end|><|assistant|>"
 

@@ -24,7 +24,8 @@ import pytest
 from dasd_megatron.config import RolloutConfig, load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
-from tests.support.runs import NO_EVALUATION, SMALL, kill, reproducible, rows, rows_so_far, start, train
+from dasd_megatron.rollout_files import read_samples
+from tests.support.runs import NO_EVALUATION, SMALL, kill, reproducible, rows_so_far, saved_rollouts, start, train
 from tests.support.servers import FaultyProxy, sglang_python
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -231,7 +232,7 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     staleness = 1 if more else 0
     trained: list[int] = []
     for step in range(1, last + 1):
-        samples = rows(run / "rollouts" / f"step_{step:06d}.jsonl")
+        samples = saved_rollouts(run)[step]
         assert len({(sample["position"], sample["sample"]) for sample in samples}) == len(samples) == 2 * GROUPS
         trained += sorted({sample["position"] for sample in samples})
         allowed = {f"step_{version:06d}" for version in range(step - 1 - staleness, step)}
@@ -239,7 +240,7 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     assert len(trained) == len(set(trained)) == last * GROUPS >= least_groups
     checkpoint = run / "checkpoints" / f"step_{last:06d}"
     state = json.loads((checkpoint / "trainer.json").read_text())
-    kept = {*state["pending"], *(sample["position"] for sample in rows(checkpoint / "ready.jsonl"))}
+    kept = {*state["pending"], *(sample.position for sample in read_samples(checkpoint / "ready.safetensors"))}
     assert not kept & set(trained) and kept | set(trained) == set(range(state["position"]))
     if not more:
         undisturbed = tmp_path / "undisturbed"

@@ -3,6 +3,7 @@ lost or comes twice."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -20,7 +21,17 @@ from packaging.version import Version
 from dasd_megatron.config import load_config
 from dasd_megatron.models.tiny import make_tiny_model
 from dasd_megatron.rollout.local_server import LocalServer
-from tests.support.runs import NO_EVALUATION, SMALL, finish, reproducible, start, train, wait_for_steps
+from tests.support.runs import (
+    NO_EVALUATION,
+    SMALL,
+    finish,
+    reproducible,
+    rows,
+    saved_rollouts,
+    start,
+    train,
+    wait_for_steps,
+)
 from tests.support.servers import FaultyProxy
 
 pytestmark = pytest.mark.integration
@@ -195,18 +206,24 @@ def test_nobody_gets_the_port_of_a_server_that_died_before_it_is_back(tmp_path: 
         other.bind(("127.0.0.1", port))
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A run directory whose checkpoints lie on a disk that holds one of them and not two."""
-    folder = tmp_path / "run" / "checkpoints"
+@contextlib.contextmanager
+def small_disk_at(folder: Path, size: str) -> Iterator[Path]:
+    """Mount a disk of this size at a folder that is to be made."""
     folder.mkdir(parents=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1100k", "tmpfs", folder], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"mounting a small tmpfs needs root: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run directory whose checkpoints lie on a disk that holds one of them and not two."""
+    with small_disk_at(tmp_path / "run" / "checkpoints", "1100k") as folder:
+        yield folder
 
 
 def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Path, tmp_path: Path) -> None:
@@ -219,6 +236,21 @@ def test_full_disk_leaves_the_previous_checkpoint(small_disk: Path, healthy: Pat
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     train(*OVERRIDES, f"run.dir={run}", "resume=auto")
     assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+
+
+def test_a_full_disk_for_rollouts_ends_the_run_in_one_line_and_nothing_is_lost(healthy: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # It holds the rollouts of two steps, and there is a checkpoint behind the second.
+    with small_disk_at(run / "rollouts", "32k") as folder:
+        status, output = finish(start(*OVERRIDES, f"run.dir={run}"))
+        assert status == 1 and "Traceback" not in output, output[-4000:]
+        assert f"cannot write {folder}/step_" in output and "No space left on device" in output, output[-4000:]
+        saved = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+        assert saved > 0 and all((folder / f"step_{step:06d}.safetensors").exists() for step in range(1, saved + 1))
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        train(*OVERRIDES, f"run.dir={run}", "resume=auto")
+        assert reproducible(run / "metrics.jsonl") == reproducible(healthy / "metrics.jsonl")
+        assert list(saved_rollouts(run)) == [row["step"] for row in rows(run / "metrics.jsonl")]
 
 
 # Rank 0 writes these while the other ranks wait for it. At the second checkpoint of a process a folder stands where one

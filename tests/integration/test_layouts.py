@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dasd_megatron.samples import load_samples, rollouts_path, save_samples
+from dasd_megatron.rollout_files import load_samples, rollouts_path, save_samples
 from tests.support.runs import NO_EVALUATION, rows, train
 
 pytestmark = pytest.mark.integration
@@ -66,7 +66,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     print(f"seed {seed}")
     draw = random.Random(seed)
     for step in (1, 2):
-        samples = load_samples(rollouts_path(folder / "made" / "rollouts", step), groups=4, samples_per_group=4)
+        samples = load_samples(folder / "made" / "rollouts", step, groups=4, samples_per_group=4)
         for sample in samples:
             sample.reward = float(draw.random() < 0.5)
         save_samples(rollouts_path(folder / "replay", step), samples)

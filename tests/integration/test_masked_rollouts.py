@@ -12,15 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dasd_megatron.samples import (
-    Sample,
-    ids_array,
-    load_samples,
-    log_probs_array,
-    mask_array,
-    rollouts_path,
-    save_samples,
-)
+from dasd_megatron.rollout_files import load_samples, rollouts_path, save_samples
+from dasd_megatron.samples import Sample, ids_array, log_probs_array, mask_array
 from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
 
 pytestmark = pytest.mark.integration
@@ -45,7 +38,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     print(f"seed {seed}")
     draw = random.Random(seed)
     for step in (1, 2):
-        samples = load_samples(rollouts_path(made / "rollouts", step), groups=4, samples_per_group=4)
+        samples = load_samples(made / "rollouts", step, groups=4, samples_per_group=4)
         for sample in samples:
             sample.reward = float(draw.random() < 0.5)
         save_samples(rollouts_path(made / "rollouts", step), samples)
@@ -58,9 +51,7 @@ def replay(recorded: Path, run: Path, change: Callable[[Sample], None] | None, *
     if change is not None:
         source = run.with_name(run.name + "-rollouts")
         for step in (1, 2):
-            samples = copy.deepcopy(
-                load_samples(rollouts_path(recorded / "rollouts", step), groups=4, samples_per_group=4)
-            )
+            samples = copy.deepcopy(load_samples(recorded / "rollouts", step, groups=4, samples_per_group=4))
             for sample in samples:
                 change(sample)
             save_samples(rollouts_path(source, step), samples)
@@ -109,7 +100,7 @@ def test_context_changes_no_metric(recorded: Path, tmp_path: Path) -> None:
 def test_turns_with_answers_between_train_alike_on_replicas(recorded: Path, tmp_path: Path) -> None:
     found = replay(recorded, tmp_path / "single", insert_answer)
     assert_same(replay(recorded, tmp_path / "dp2", insert_answer, "parallel.data_parallel_size=2"), found)
-    samples = load_samples(rollouts_path(tmp_path / "single-rollouts", 1), groups=4, samples_per_group=4)
+    samples = load_samples(tmp_path / "single-rollouts", 1, groups=4, samples_per_group=4)
     assert found[0]["response/length_mean"] == sum(int(sample.response_mask.sum()) for sample in samples) / len(samples)
     # The tokens behind the answer are other than what was recorded for them.
     assert (
@@ -130,5 +121,5 @@ def test_rollouts_that_cannot_be_trained_on_end_a_run_before_its_model_is_made(t
     save_samples(path, [sample])
     process = start(*NO_EVALUATION, f"rollout.replay={path.parent}", f"run.dir={tmp_path / 'run'}")
     status, output = finish(process)
-    assert status != 0 and f"{path}:1: response_ids has token 1000000, and the model has" in output, output
+    assert status != 0 and f"{path}: rollout 1: response_ids has token 1000000, and the model has" in output, output
     assert "Traceback" not in output and not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dasd_megatron.models.tiny import character_tokenizer
-from dasd_megatron.samples import read_samples, rollouts_path
+from dasd_megatron.rollout_files import read_samples, rollouts_path, save_samples
 from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
 from tests.support.worker_scripts import torchrun
 
@@ -54,13 +54,15 @@ def replay(source: Path, target: Path, token: int, steps: tuple[int, ...]) -> Pa
     """A copy of saved rollouts in which one prompt of each of ``steps`` begins with ``token``, and which hold it
     nowhere else."""
     target.mkdir()
-    for path in source.glob("*.jsonl"):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        for record in records:
-            record["response_ids"] = [token_id - (token_id == token) for token_id in record["response_ids"]]
+    for path in source.glob("*.safetensors"):
+        samples = read_samples(path)
+        for sample in samples:
+            sample.response_ids = sample.response_ids - (sample.response_ids == token)
         if int(path.stem.removeprefix("step_")) in steps:
-            records[5]["prompt_ids"][0] = token
-        (target / path.name).write_text("".join(json.dumps(record) + "\n" for record in records))
+            # The others of its group keep their prompt.
+            samples[5].prompt_ids = samples[5].prompt_ids.copy()
+            samples[5].prompt_ids[0] = token
+        save_samples(target / path.name, samples)
     return target
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, start, train
+from dasd_megatron.rollout_files import read_samples
+from tests.support.runs import NO_EVALUATION, finish, reproducible, rows, saved_rollouts, start, train
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +69,7 @@ def test_peers_and_feedback_train_and_go_on_from_a_checkpoint_as_uninterrupted(
         assert sum(shares) == pytest.approx(1) and shares[0] > 0 and shares[1] > 0
         assert row["update/grad_norm"] > 0 and row["credit/delta_abs_mean"] > 0
     for step in range(1, STEPS + 1):
-        samples = rows(whole / "rollouts" / f"step_{step:06d}.jsonl")
+        samples = saved_rollouts(whole)[step]
         sources = [sample["privileged_source"] for sample in samples]
         assert sources.count(None) / len(sources) == metrics[step - 1]["teacher/absent_share"]
         for sample in samples:
@@ -82,7 +83,7 @@ def test_peers_and_feedback_train_and_go_on_from_a_checkpoint_as_uninterrupted(
                 }
     # What had been collected ahead is in the checkpoint, and gets its prompts again.
     checkpoint = whole / "checkpoints" / "step_000003"
-    assert len(rows(checkpoint / "ready.jsonl")) == 16
+    assert len(read_samples(checkpoint / "ready.safetensors")) == 16
     train(*options, f"run.dir={run}", f"resume={checkpoint}")
     assert without_warnings(run) == without_warnings(whole)[3:]
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import psutil
 
+from dasd_megatron.rollout_files import read_samples, whole_steps
+from dasd_megatron.rollout_json import as_json
+
 # Seconds, not minutes: 30k parameters, two groups of four short responses. Rewards are rare at this size, but the
 # teacher term always acts.
 SMALL = [
@@ -105,6 +108,16 @@ def train(*overrides: str, timeout: float = 240, environment: Mapping[str, str] 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def saved_rollouts(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """The saved rollouts of each step as JSON has them, in order of (group, sample)."""
+    folder = run / "rollouts"
+    found = {}
+    for step, names in whole_steps(os.listdir(folder)).items():
+        samples = [sample for name in names for sample in read_samples(folder / name)]
+        found[step] = [as_json(sample) for sample in sorted(samples, key=lambda one: (one.group, one.sample))]
+    return found
 
 
 def rows_so_far(run: Path) -> list[dict[str, Any]]:

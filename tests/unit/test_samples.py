@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dasd_megatron.rollout_files import load_samples, read_samples
+from dasd_megatron.rollout_json import as_json
 from dasd_megatron.samples import (
     ReplayError,
     Sample,
-    as_json,
     ids_array,
-    load_samples,
     log_probs_array,
     mask_array,
-    read_samples,
-    rollouts_path,
     sampling_seed,
-    save_samples,
 )
 
 
@@ -49,12 +47,19 @@ def sample(group: int, index: int) -> Sample:
     )
 
 
-def test_round_trip_is_exact_and_ordered(tmp_path: Path) -> None:
+def lines_path(folder: Path | str, step: int = 1) -> Path:
+    return Path(folder) / f"step_{step:06d}.jsonl"
+
+
+def write_lines(path: Path, samples: Iterable[Sample]) -> None:
+    """Write rollouts as earlier versions did."""
+    path.write_text("".join(json.dumps(as_json(sample)) + "\n" for sample in samples))
+
+
+def test_lines_are_read_exactly_and_in_order(tmp_path: Path) -> None:
     samples = [sample(group, index) for group in range(2) for index in range(3)]
-    path = rollouts_path(tmp_path, 7)
-    save_samples(path, reversed(samples))
-    assert path.name == "step_000007.jsonl"
-    assert load_samples(path, groups=2, samples_per_group=3) == samples
+    write_lines(lines_path(tmp_path, 7), reversed(samples))
+    assert load_samples(tmp_path, 7, groups=2, samples_per_group=3) == samples
 
 
 def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
@@ -62,23 +67,23 @@ def test_masks_are_kept_and_say_what_was_sampled(tmp_path: Path) -> None:
     masked.measures = {"thinks": 1.0, "steps": -0.25}
     masked.response_mask, masked.rollout_log_probs = mask_array([0, 1]), log_probs_array([0.0, -1.0])
     assert ([*masked.sampled], [*whole.sampled]) == ([1], [0, 1])
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [masked, whole])
-    assert load_samples(path, groups=1, samples_per_group=2) == [masked, whole]
+    path = lines_path(tmp_path)
+    write_lines(path, [masked, whole])
+    assert load_samples(tmp_path, 1, groups=1, samples_per_group=2) == [masked, whole]
     # As they were saved before there were masks and measures.
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         del row["response_mask"], row["measures"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [sample.response_mask for sample in load_samples(path, groups=1, samples_per_group=2)] == [None, None]
+    assert [sample.response_mask for sample in load_samples(tmp_path, 1, groups=1, samples_per_group=2)] == [None, None]
 
 
 def test_what_the_teacher_saw_is_kept_for_people_and_its_prompt_is_not(tmp_path: Path) -> None:
     shown, bare = sample(0, 0), sample(0, 1)
     shown.feedback, shown.privileged_source, shown.privileged = "no\u2028", "feedback", "Feedback:\nno"
     shown.teacher_prompt_ids = ids_array([1, 2, 3])
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [shown, bare])
+    path = lines_path(tmp_path)
+    write_lines(path, [shown, bare])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert all("teacher_prompt_ids" not in row for row in rows)
     shown.teacher_prompt_ids = None
@@ -93,8 +98,8 @@ def test_what_the_teacher_saw_is_kept_for_people_and_its_prompt_is_not(tmp_path:
 @pytest.mark.parametrize("name", ["feedback", "privileged_source", "privileged"])
 @pytest.mark.parametrize("value", [3, ["a"], "\ud800"])
 def test_broken_texts_of_the_teacher_are_refused(name: str, value: object, tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [sample(0, 0)])
+    path = lines_path(tmp_path)
+    write_lines(path, [sample(0, 0)])
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}) + "\n")
     with pytest.raises(ReplayError, match=f"step_000001.jsonl:1: {name} must be a text"):
         read_samples(path)
@@ -102,22 +107,22 @@ def test_broken_texts_of_the_teacher_are_refused(name: str, value: object, tmp_p
 
 @pytest.mark.parametrize("mask", [[1], [0, 0], [0, 2], [1, None], [[1], 0], "01", 3])
 def test_broken_masks_are_refused(mask: object, tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [sample(0, 0)])
+    path = lines_path(tmp_path)
+    write_lines(path, [sample(0, 0)])
     path.write_text(
         json.dumps({**json.loads(path.read_text()), "rollout_log_probs": [0.0, 0.0], "response_mask": mask}) + "\n"
     )
     with pytest.raises(ReplayError, match="step_000001.jsonl:1: response_mask must be null"):
-        load_samples(path, groups=1, samples_per_group=1)
+        load_samples(tmp_path, 1, groups=1, samples_per_group=1)
 
 
 def test_a_log_prob_of_a_token_that_was_not_sampled_is_refused(tmp_path: Path) -> None:
     shifted = sample(0, 0)
     shifted.response_mask, shifted.rollout_log_probs = mask_array([0, 1]), log_probs_array([-1.0, 0.0])
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [shifted])
+    path = lines_path(tmp_path)
+    write_lines(path, [shifted])
     with pytest.raises(ReplayError, match="must be 0.0 where response_mask is 0"):
-        load_samples(path, groups=1, samples_per_group=1)
+        load_samples(tmp_path, 1, groups=1, samples_per_group=1)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +142,17 @@ def test_a_log_prob_of_a_token_that_was_not_sampled_is_refused(tmp_path: Path) -
     ],
 )
 def test_broken_files_are_refused(change, named: str, tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
-    save_samples(path, [sample(group, index) for group in range(2) for index in range(3)])
+    path = lines_path(tmp_path)
+    write_lines(path, [sample(group, index) for group in range(2) for index in range(3)])
     path.write_text("\n".join(change(path.read_text().split("\n")[:-1])) + "\n")
     with pytest.raises(ReplayError) as caught:
-        load_samples(path, groups=2, samples_per_group=3)
+        load_samples(tmp_path, 1, groups=2, samples_per_group=3)
     assert named in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ReplayError, match="rollout.replay"):
-        load_samples(tmp_path / "none.jsonl", groups=1, samples_per_group=1)
+        load_samples(tmp_path, 1, groups=1, samples_per_group=1)
 
 
 def test_sampling_seeds_are_distinct_and_fit_31_bits() -> None:
@@ -179,7 +184,7 @@ def test_files_of_other_writers_may_hold_any_character_that_json_allows(end: str
     assert [sample.text for sample in read_samples(path)] == [f"x{text}y"] * 2
     saved = read_samples(path)[0]
     saved.text = f"x{''.join(SEPARATORS)}y"
-    save_samples(path, [saved])
+    write_lines(path, [saved])
     assert read_samples(path) == [saved]
 
 
@@ -257,21 +262,21 @@ def write_record(path: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("name", UNSOUND)
 def test_unsound_rollouts_are_refused_with_line_field_and_value(name: str, tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
+    path = lines_path(tmp_path)
     for value in UNSOUND[name]:
         write_record(path, **{name: value})
         with pytest.raises(ReplayError) as caught:
-            load_samples(path, groups=1, samples_per_group=1, vocab_size=10)
+            load_samples(tmp_path, 1, groups=1, samples_per_group=1, vocab_size=10)
         message = str(caught.value)
         assert message.startswith(f"{path}:1: ") and name in message and "\n" not in message, (value, message)
         assert len(message) < len(str(path)) + 250, message
     # Nothing but the field was wrong.
     write_record(path)
-    assert load_samples(path, groups=1, samples_per_group=1, vocab_size=10) == [sample(0, 0)]
+    assert load_samples(tmp_path, 1, groups=1, samples_per_group=1, vocab_size=10) == [sample(0, 0)]
 
 
 def test_sound_rollouts_at_the_bounds_are_taken(tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
+    path = lines_path(tmp_path)
     for changes in (
         {"prompt_ids": [0, 9], "response_ids": [9, 0]},
         {"rollout_log_probs": [0, -3e38]},
@@ -283,7 +288,7 @@ def test_sound_rollouts_at_the_bounds_are_taken(tmp_path: Path) -> None:
         {"predicted_answer": None, "text": "", "problem": "\u2028"},
     ):
         write_record(path, **changes)
-        (found,) = load_samples(path, groups=1, samples_per_group=1, vocab_size=10)
+        (found,) = load_samples(tmp_path, 1, groups=1, samples_per_group=1, vocab_size=10)
         assert found == dataclasses.replace(sample(0, 0), **changes)
 
 
@@ -298,14 +303,14 @@ def test_sound_rollouts_at_the_bounds_are_taken(tmp_path: Path) -> None:
     ],
 )
 def test_groups_of_several_prompts_are_refused(index: int | slice, changes: dict, named: str, tmp_path: Path) -> None:
-    path = rollouts_path(tmp_path, 1)
+    path = lines_path(tmp_path)
     samples = [sample(group, number) for group in range(2) for number in range(3)]
     for changed in samples[index] if isinstance(index, slice) else [samples[index]]:
         for name, value in changes.items():
             setattr(changed, name, value)
-    save_samples(path, samples)
+    write_lines(path, samples)
     with pytest.raises(ReplayError) as caught:
-        load_samples(path, groups=2, samples_per_group=3)
+        load_samples(tmp_path, 1, groups=2, samples_per_group=3)
     assert named in str(caught.value) and str(path) in str(caught.value)
 
 
@@ -321,7 +326,7 @@ JSON_VALUES = st.recursive(
 def test_any_rollout_is_sound_or_refused_in_one_line(changes: dict[str, object], cut: int) -> None:
     """Whatever stands in a file: what is taken can be trained on, and what cannot is named."""
     with tempfile.TemporaryDirectory() as folder:
-        path = rollouts_path(folder, 1)
+        path = lines_path(folder)
         write_record(path, **changes)
         if cut < 500:
             path.write_bytes(path.read_bytes()[:cut])

@@ -9,12 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dasd_megatron.observability.report.run_files import (
     Row,
     Run,
     file_size,
     read_list,
     read_objects,
+    read_rollouts,
+    saved_rollouts,
     saved_steps,
     shorten,
     to_number,
@@ -76,7 +80,7 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     Ties go to the later step, then to the smaller number. At most about ``max_bytes`` are read, in whole steps chosen
     evenly. Fewer than 2 * keep groups are split in two.
     """
-    saved = saved_steps(run, "rollouts", ".jsonl")
+    saved = saved_rollouts(run)
     steps = _steps_within(saved, max_bytes)
     means = _mean_rewards(run, {step: saved[step] for step in steps}, max_bytes)
     best = heapq.nsmallest(min(keep, (len(means) + 1) // 2), means, key=lambda key: (-means[key], -key[0], key[1]))
@@ -86,7 +90,7 @@ def extreme_groups(run: Run, keep: int = GROUPS_KEPT, max_bytes: int = ROLLOUT_B
     chosen: dict[GroupKey, _GroupRecord] = {}
     wanted = {*best, *worst}
     for step in sorted({step for step, _ in wanted}):
-        for row in read_objects(run, saved[step], max_bytes):
+        for row in read_rollouts(run, saved[step], max_bytes):
             group = row.get("group")
             if isinstance(group, int) and (step, group) in wanted:
                 chosen.setdefault((step, group), _GroupRecord.of_problem(step, row)).add(row)
@@ -109,14 +113,14 @@ def groups_rule(parts: Sequence[Groups]) -> str:
     )
 
 
-def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
+def _steps_within(saved: Mapping[int, Sequence[Path]], max_bytes: int) -> list[int]:
     """Return evenly spaced steps whose files have about ``max_bytes`` together, in ascending order; at least one step
     where there is any."""
     steps: list[int] = []
     numbers, left = list(saved), max_bytes
     for index in halving_order(len(saved)):
         step = numbers[index]
-        size = file_size(saved[step])
+        size = sum(map(file_size, saved[step]))
         if steps and (size > left or len(steps) >= MOST_STEPS_READ):
             break
         steps.append(step)
@@ -124,11 +128,11 @@ def _steps_within(saved: Mapping[int, Path], max_bytes: int) -> list[int]:
     return sorted(steps)
 
 
-def _mean_rewards(run: Run, files: Mapping[int, Path], max_bytes: int) -> dict[GroupKey, float]:
+def _mean_rewards(run: Run, files: Mapping[int, Sequence[Path]], max_bytes: int) -> dict[GroupKey, float]:
     """Return the mean of the finite rewards of each group in these steps, of which each is read up to ``max_bytes``."""
     rewards: dict[GroupKey, list[float]] = {}
-    for step, path in files.items():
-        for row in read_objects(run, path, max_bytes):
+    for step, paths in files.items():
+        for row in read_rollouts(run, paths, max_bytes):
             reward, group = to_number(row.get("reward")), row.get("group")
             if reward is not None and math.isfinite(reward) and isinstance(group, int):
                 rewards.setdefault((step, group), []).append(reward)
@@ -169,7 +173,8 @@ class _GroupRecord:
         self.count += 1
         if len(self.rewards) < MOST_REWARDS:
             self.rewards.append(reward)
-        self.tokens += len(row["response_ids"]) if isinstance(row.get("response_ids"), list) else 0
+        ids = row.get("response_ids")
+        self.tokens += len(ids) if isinstance(ids, list | np.ndarray) else 0
         self.cut += row.get("finish_reason") == "length"
         if len(self.samples) < SAMPLES_PER_GROUP:
             self.samples.append(
@@ -225,7 +230,8 @@ def token_rollouts(run: Run, budget: int) -> Rollouts:
     read = len(saved) - left_out
     # Most runs record as many rollouts at every step: the steps that were not read are estimated by those that were.
     per_step = count / read if read else 0.0
-    details = {step: _sample_details(run, step, records) for step, records in chosen.items()}
+    files = saved_rollouts(run)
+    details = {step: _sample_details(run, files.get(step, []), records) for step, records in chosen.items()}
     return Rollouts(
         [
             {name: value for name, value in record.items() if name not in ("id", "text")} | detail
@@ -312,13 +318,12 @@ def _round(value: float | None) -> float | str | None:
     return round(value, 3) if abs(value) >= 1e-3 else float(f"{value:.1e}")
 
 
-def _sample_details(run: Run, step: int, records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return, for each of a step's records, what the step's saved rollouts say about the same sample."""
-    path = run.path / "rollouts" / f"step_{step:06d}.jsonl"
+def _sample_details(run: Run, paths: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return, for each of a step's records, what the step's rollouts in ``paths`` say about the same sample."""
     wanted = {(record["id"], record["text"]) for record in records}
     found: dict[tuple[str, str], Row] = {}
-    if file_size(path) <= ROLLOUT_BYTES:
-        for row in read_objects(run, path):
+    if sum(map(file_size, paths)) <= ROLLOUT_BYTES:
+        for row in read_rollouts(run, paths):
             key = (to_text(row.get("problem_id")), to_text(row.get("text")))
             if key not in wanted:
                 continue

@@ -6,6 +6,7 @@ All text of a run is untrusted, and so are the sizes, the nesting and the kinds 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -34,6 +35,8 @@ from dasd_megatron.reading import (
     read_json,
     read_text,
 )
+from dasd_megatron.rollout_files import read_samples, whole_steps
+from dasd_megatron.samples import ReplayError
 
 MOST_ROWS = 20_000
 ROW_CHARS = 64_000_000
@@ -183,6 +186,35 @@ def _sized_objects(run: Run, path: Path, most_chars: float = math.inf) -> Iterat
         run.note(f"{name}: {bad} unreadable lines were left out")
 
 
+def saved_rollouts(run: Run) -> dict[int, list[Path]]:
+    """Return the files of each step whose rollouts are there in whole, by step."""
+    steps = whole_steps(_names_in(run, "rollouts"))
+    return {step: [run.path / "rollouts" / name for name in names] for step, names in steps.items()}
+
+
+def read_rollouts(run: Run, paths: Sequence[Path], most_bytes: float = math.inf) -> Iterator[Row]:
+    """Yield the rollouts of a step one by one, as JSON has them, but with arrays.
+
+    Reading stops after about ``most_bytes``. What could not be read is in the notes.
+    """
+    for path in paths:
+        if path.suffix == ".jsonl":
+            yield from read_objects(run, path, most_bytes)
+            continue
+        name = path.relative_to(run.path)
+        most_bytes -= file_size(path)
+        if most_bytes < 0:
+            run.note(f"{name} was left out: it is too large")
+            return
+        try:
+            samples = read_samples(path)
+        except ReplayError as error:
+            run.note(f"{name} could not be read: {str(error).removeprefix(f'{path}').lstrip(': ')}")
+            continue
+        for sample in samples:
+            yield {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+
+
 def read_list(run: Run, path: Path, most_bytes: int) -> list[Row]:
     """Return the objects of a JSON file with a list of them; none, with a note, where it cannot be read."""
     try:
@@ -197,15 +229,20 @@ def _reason(error: UnreadableError) -> str:
     return error.reason if error.reason.startswith("line ") else f"it {error.reason}"
 
 
-def saved_steps(run: Run, folder: str, suffix: str) -> dict[int, Path]:
-    """Return the files step_<n><suffix> of a folder of the run, by step."""
+def _names_in(run: Run, folder: str) -> list[str]:
+    """Return the names in a folder of the run, none with a note where it cannot be read."""
     try:
-        names = os.listdir(run.path / folder)
+        return os.listdir(run.path / folder)
     except FileNotFoundError:
-        return {}
+        return []
     except OSError as error:
         run.note(f"{folder} could not be read: {error}")
-        return {}
+        return []
+
+
+def saved_steps(run: Run, folder: str, suffix: str) -> dict[int, Path]:
+    """Return the files step_<n><suffix> of a folder of the run, by step."""
+    names = _names_in(run, folder)
     found = ((re.fullmatch(rf"step_([0-9]{{1,15}})\{suffix}", name), name) for name in names)
     return dict(sorted((int(match.group(1)), run.path / folder / name) for match, name in found if match))
 

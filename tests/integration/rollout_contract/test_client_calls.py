@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 
+import numpy as np
 import pytest
 
 from dasd_megatron.rollout.client import RolloutClient
@@ -30,10 +31,12 @@ async def test_the_client_samples_updates_and_waits(changing, models):
         direct = changing.generate(
             input_ids=prompts[:6], sampling_params=seeded(6, max_new_tokens=12), return_logprob=True
         )
-        assert [c.output_ids for c in completions[:6]] == [a["output_ids"] for a in direct]
+        assert [c.output_ids.tolist() for c in completions[:6]] == [a["output_ids"] for a in direct]
         # What SGLang decodes together, and with it the last bits, depends on when requests come.
         near = (lambda values: pytest.approx(values, abs=1e-5)) if changing.kind == "sglang" else list
-        assert [c.log_probs for c in completions[:6]] == [near(output_log_probs(a)) for a in direct]
+        assert [c.log_probs.tolist() for c in completions[:6]] == [
+            near(np.array(output_log_probs(a), np.float32).tolist()) for a in direct
+        ]
         assert {c.finish_reason for c in completions} <= {"stop", "length"}
         await client.pause_generation()
         await client.update_weights_from_disk(models["b"], "v2")

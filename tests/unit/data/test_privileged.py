@@ -19,7 +19,8 @@ from dasd_megatron.data.teacher_prompts import TeacherPrompts
 from dasd_megatron.data.templates import PromptRenderer
 from dasd_megatron.models.tiny import character_tokenizer
 from dasd_megatron.rollout.buffer import read_groups
-from dasd_megatron.samples import Sample, sampling_seed, save_samples
+from dasd_megatron.rollout_files import save_samples
+from dasd_megatron.samples import Sample, sampling_seed
 from tests.support.teachers import teacher_of
 
 TOKENIZER = character_tokenizer()
@@ -292,8 +293,8 @@ def test_groups_that_are_read_back_get_the_same_prompts(tmp_path: Path) -> None:
         for place in range(8)
     ]
     teacher.assign(group)
-    save_samples(tmp_path / "ready.jsonl", group)
-    [again] = read_groups(tmp_path / "ready.jsonl")
+    save_samples(tmp_path / "ready.safetensors", group)
+    [again] = read_groups(tmp_path / "ready.safetensors")
     assert {sample.teacher_prompt_ids for sample in again.samples} == {None}
     # What a file says of the teacher is for people.
     again.samples[0].privileged, again.samples[0].privileged_source = "forged", "answer"

@@ -27,7 +27,8 @@ from dasd_megatron.rollout.buffer import BufferState, read_groups
 from dasd_megatron.rollout.client import RolloutClient
 from dasd_megatron.rollout.collector import Collector
 from dasd_megatron.rollout.transport import RolloutServerError
-from dasd_megatron.samples import save_samples, version_name
+from dasd_megatron.rollout_files import save_samples
+from dasd_megatron.samples import version_name
 from dasd_megatron.verify.grader import Grader
 from tests.support.teachers import teacher_of
 
@@ -300,7 +301,7 @@ def test_samples_have_the_teachers_prompt_also_where_a_checkpoint_has_them(
     state = collector.state()
     expected = [sample for group in state.ready for sample in group.samples]
     assert [sample.teacher_prompt_ids is None for sample in expected] == [False, True] * 2
-    path = tmp_path / "ready.jsonl"
+    path = tmp_path / "ready.safetensors"
     save_samples(path, expected)
     read_back = dataclasses.replace(state, ready=read_groups(path), refused=[])
     again, servers = start("rollout.max_staleness=1", state=read_back, step=1, teacher=teacher)
@@ -379,6 +380,13 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "async def unmasked(request, generate):\n"
         "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
         "    return [dataclasses.replace(one, response_mask=[0] * len(one.output_ids)) for one in found]\n"
+        "async def endless(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    return [dataclasses.replace(one, finish_reason=None) for one in found]\n"
+        "async def fractions(request, generate):\n"
+        "    found = await generate([request.prompt_ids] * len(request.sampling_params), request.sampling_params)\n"
+        "    for one in found: one.output_ids = [0.5] * len(one.output_ids)\n"
+        "    return found\n"
         "import asyncio, sys\n"
         "async def exits(request, generate):\n    sys.exit(3)\n"
         "async def interrupts(request, generate):\n    raise KeyboardInterrupt\n"
@@ -463,6 +471,8 @@ def test_saved_groups_of_another_size_are_sampled_again(start: Callable[..., tup
         ("rollout.function={}:short", r"\d+ output_ids, \d+ log_probs"),
         ("rollout.function={}:nan", "log_probs that are none"),
         ("rollout.function={}:unmasked", "response_mask must"),
+        ("rollout.function={}:endless", "finish_reason=None"),
+        ("rollout.function={}:fractions", "token ids are a list of whole numbers"),
         ("rollout.function={}:exits", r"rollout\.function=own_rollouts:exits on problem p\d: SystemExit: 3"),
         ("rollout.function={}:interrupts", "on problem p.: KeyboardInterrupt: KeyboardInterrupt"),
         ("rollout.function={}:cancels", "on problem p.: GeneratorExit"),

@@ -307,8 +307,8 @@ def test_a_file_that_the_manifest_does_not_list_is_not_loaded(tmp_path: Path) ->
     path = write(tmp_path, 1)
     (path / "README").touch()
     listed_files(path)
-    (path / "ready.jsonl").touch()
-    with pytest.raises(WeightsError, match="ready.jsonl is not listed"):
+    (path / "ready.safetensors").touch()
+    with pytest.raises(WeightsError, match="ready.safetensors is not listed"):
         listed_files(path)
 
 

@@ -50,6 +50,24 @@ def test_files_are_hashed_where_they_are_written(
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
 
 
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("has_tensors", [False, True])
+def test_what_else_a_rank_has_is_written_and_hashed_in_the_background_too(
+    background: bool, has_tensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extra(folder: Path) -> list[str]:
+        (folder / "ready.safetensors").write_text(f"written by {os.getpid()}")
+        return ["ready.safetensors"]
+
+    ThreadRanks(1, monkeypatch)
+    asked = request(write, tmp_path) if has_tensors else SimpleNamespace(async_fn=None)
+    checkpoint = PendingCheckpoint(tmp_path, tmp_path / "final", asked, extra=extra)
+    checkpoint.start(background=background)
+    names = ["ready.safetensors", *["__0_0.distcp"][:has_tensors]]
+    assert checkpoint.join(20.0) == hash_files(tmp_path, names)
+    assert (str(os.getpid()) in (tmp_path / "ready.safetensors").read_text()) is not background
+
+
 def test_a_full_disk_is_the_same_error_here_and_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

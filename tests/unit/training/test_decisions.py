@@ -34,6 +34,9 @@ def decided(signals: Signals, progress: Progress) -> Decision:
         (Signals(stop=True), Progress(3, 10), Decision(False, end="signal")),
         (Signals(stop=True, end=True, pause=True), Progress(5, 10), Decision(False, end="signal")),
         (Signals(stop=True), Progress(10, 10), Decision(False, end="signal")),
+        # A disk that takes no rollouts ends it too, and what the signal would have saved is not saved.
+        (Signals(disk=True), Progress(5, 10), Decision(False, end="disk")),
+        (Signals(disk=True, stop=True), Progress(10, 10), Decision(False, end="disk")),
         # The watch ends or pauses a run that has steps left, and cannot end one that is done.
         (Signals(end=True), Progress(5, 10), Decision(False, end="watch")),
         (Signals(end=True), Progress(10, 10), Decision(False, save=True)),
@@ -58,7 +61,7 @@ def test_what_follows_a_step(signals: Signals, progress: Progress, expected: Dec
 
 
 def test_a_run_never_does_two_things_that_exclude_each_other() -> None:
-    flags = itertools.product((False, True), repeat=4)
+    flags = itertools.product((False, True), repeat=5)
     for values, step, skipped, pending in itertools.product(flags, (4, 5, 10), (0, 4), (False, True)):
         signals = Signals(*values)
         decision = decided(signals, Progress(step, 10, skipped, pending))
@@ -66,7 +69,8 @@ def test_a_run_never_does_two_things_that_exclude_each_other() -> None:
         assert not (decision.end and going_on)
         assert not (decision.roll_back and (decision.save or decision.pause))
         assert decision.finish_checkpoint == (pending and not signals.writing)
-        assert (decision.end == "signal") == signals.stop
+        assert (decision.end == "disk") == signals.disk
+        assert (decision.end == "signal") == (signals.stop and not signals.disk)
         # A run that is over is saved, unless it goes back or is stopped.
         assert step < 10 or decision.end or decision.roll_back or decision.save
 

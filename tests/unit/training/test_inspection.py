@@ -1,4 +1,4 @@
-"""The files that people look into: all rollouts of a step in order, and token statistics of the first ones."""
+"""The files that people look into: token statistics of the first rollouts of a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 
 from dasd_megatron.algorithms import Credit
 from dasd_megatron.run.paths import RunPaths
-from dasd_megatron.samples import Sample, read_samples, rollouts_path
-from dasd_megatron.training import inspection
-from dasd_megatron.training.inspection import save_inspection, save_rollouts
+from dasd_megatron.samples import Sample
+from dasd_megatron.training.inspection import save_inspection
 from dasd_megatron.training.scores import Routing, ScoredRollouts, TokenScores
 
 STEP = 3
@@ -42,30 +41,13 @@ def rollout(group: int, sample: int, mask: list[int] | None = None) -> Sample:
     )
 
 
-def trainer_at(root: Path, *, reports: bool = True, replay: str | None = None, inspected: int = 1) -> Any:
+def trainer_at(root: Path, inspected: int) -> Any:
     return SimpleNamespace(
-        config=SimpleNamespace(
-            rollout=SimpleNamespace(replay=replay), logging=SimpleNamespace(inspect_rollouts=inspected)
-        ),
+        config=SimpleNamespace(logging=SimpleNamespace(inspect_rollouts=inspected)),
         paths=RunPaths(root),
         state=SimpleNamespace(step=STEP),
-        logger=object() if reports else None,
         tokenizer=SimpleNamespace(decode=lambda ids: f"<{ids[0]}>"),
     )
-
-
-def test_rollouts_of_all_replicas_are_saved_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares = [[rollout(0, 1), rollout(1, 0)], [rollout(1, 1), rollout(0, 0)]]
-    monkeypatch.setattr(inspection, "gather_replicas", lambda samples: shares)
-    (tmp_path / "rollouts").mkdir()
-    path = rollouts_path(tmp_path / "rollouts", STEP)
-    # Another rank does not write, and a replayed step is not written again.
-    save_rollouts(trainer_at(tmp_path, reports=False), shares[0])
-    save_rollouts(trainer_at(tmp_path, replay="elsewhere"), shares[0])
-    assert not path.exists()
-    save_rollouts(trainer_at(tmp_path), shares[0])
-    saved = read_samples(path)
-    assert [(sample.group, sample.sample) for sample in saved] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_statistics_stand_beside_the_tokens_that_were_sampled(tmp_path: Path) -> None:
@@ -83,7 +65,7 @@ def test_statistics_stand_beside_the_tokens_that_were_sampled(tmp_path: Path) ->
     )
     credit = Credit(tokens / 10, tokens, torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 3.0]), tokens)
     routing = Routing(torch.tensor([0.5, -0.5, 1.0]), 10 * tokens, credit, None)
-    save_inspection(trainer_at(tmp_path, inspected=2), samples, scores, routing)
+    save_inspection(trainer_at(tmp_path, 2), samples, scores, routing)
     first, second = json.loads((tmp_path / "inspect" / "step_000003.json").read_text())
     assert first["tokens"] == ["<5>", "<7>"] and first["entropy"] == [0.0, 1.0] and first["advantage"] == 0.5
     assert second["tokens"] == ["<5>", "<6>", "<7>"] and second["token_advantage"] == [20.0, 30.0, 40.0]

@@ -38,6 +38,7 @@ class FakeRun:
             config=self.config,
             paths=RunPaths(Path("run")),
             state=self.state,
+            rollout_writer=SimpleNamespace(failed=False, finish=lambda: None),
             saver=SimpleNamespace(stalled=0.0, pending=False, is_writing=lambda: False, finish=lambda: None),
             logger=None,
             learner=SimpleNamespace(model=None),

@@ -80,7 +80,7 @@ class Steps:
             "scores_are_finite": lambda *_: is_finite,
             "_conclude": lambda *_: {},
             "reward_metrics": lambda *_: {},
-            "save_rollouts": seen("saved"),
+            "is_replica_source": lambda: True,
             "batch_samples": lambda *_: [],
             "loss_weights": lambda *_: None,
             "turn_switch": lambda switch, algorithm, _: Switched("turned", algorithm),
@@ -92,13 +92,16 @@ class Steps:
             monkeypatch.setattr(step, name, replacement)
         monkeypatch.setattr(step.BatchLayout, "of_this_rank", lambda *_: SimpleNamespace(device=None))
         sample = SimpleNamespace(weight_version="step_000003", prompt_ids=[1])
-        rollouts = SimpleNamespace(share=ReplicaShare([sample], [0], [0.0]), grading_seconds=0.0, metrics={})
+        rollouts = SimpleNamespace(
+            share=ReplicaShare([sample], [0], [0.0]), columns={}, grading_seconds=0.0, metrics={}
+        )
         model = SimpleNamespace(gather_parameters=seen("gathered"))
         overrides = [f"loss.share_pass={share_pass}", "logging.save_rollouts_every=4"]
         self.trainer: Any = SimpleNamespace(
             config=load_config(["experiment=quickstart", *overrides]),
             learner=SimpleNamespace(model=model, optimizer=None),
             logger=None,
+            rollout_writer=SimpleNamespace(save=seen("saved")),
             state=TrainerState(step=3),
             plane=SimpleNamespace(rollouts=lambda *_: rollouts),
             memory=SimpleNamespace(restore=lambda *parts: self.events.append(parts)),

@@ -6,7 +6,10 @@ import random
 import pytest
 
 from dasd_megatron.observability.report.rollouts import extreme_groups, halving_order
-from dasd_megatron.observability.report.run_files import read_run
+from dasd_megatron.observability.report.run_files import read_rollouts, read_run
+from dasd_megatron.rollout_files import rollouts_path, save_samples
+from dasd_megatron.rollout_json import as_json
+from tests.support.random_samples import random_group
 from tests.support.report_runs import inspected, load_page, make_run, rollout, write_lines
 
 
@@ -129,3 +132,33 @@ def test_rewards_that_are_no_numbers_are_left_out(tmp_path):
     rows[-1]["group"] = [0]
     write_lines(path, rows)
     load_page(run)
+
+
+def test_columns_are_shown_as_the_same_rollouts_in_lines(tmp_path):
+    shown = []
+    draw = random.Random(5)
+    samples = [sample for group in range(6) for sample in random_group(draw, group, 5, with_teacher=False)]
+    for name in ("lines", "columns"):
+        run = make_run(tmp_path / name, steps=1)
+        folder = run / "rollouts"
+        if name == "lines":
+            write_lines(folder / "step_000001.jsonl", map(as_json, samples))
+        else:
+            # A file of each replica, and an older one of the same step, which does not count.
+            for replica in range(2):
+                save_samples(rollouts_path(folder, 1, replica, 2), samples[15 * replica : 15 * replica + 15])
+        shown.append(extreme_groups(read_run(run)))
+    assert shown[0] == shown[1] and shown[0].count == 6
+
+
+def test_columns_that_cannot_be_read_are_noted(tmp_path):
+    run = make_run(tmp_path / "run", steps=2)
+    path = rollouts_path(run / "rollouts", 2)
+    path.write_bytes(b"no columns")
+    found = read_run(run)
+    assert extreme_groups(found).steps_saved == 2
+    assert any("rollouts/step_000002.safetensors could not be read: no saved rollouts" in note for note in found.notes)
+    save_samples(path, random_group(random.Random(0), 0, 2, with_teacher=False))
+    found = read_run(run)
+    assert list(read_rollouts(found, [path], most_bytes=99)) == []
+    assert any("was left out: it is too large" in note for note in found.notes)
