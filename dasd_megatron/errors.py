@@ -6,32 +6,36 @@ is a defect and keeps its traceback.
 
 from __future__ import annotations
 
+import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 
 from dasd_megatron import stopping
 
 _LONGEST_LINE = 1000
-# Control characters, marks that end a line or change the direction of writing, and halves of surrogate pairs.
-_NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]+")
 
 
 def printable(text: str, limit: int | None = None) -> str:
     """Return ``text`` on one line that a terminal, a log or a page can show, cut to ``limit`` characters.
 
     What models, servers and files say may hold escape sequences, which would move the cursor or recolour what follows,
-    and halves of surrogate pairs, which cannot be written as UTF-8. Each run of such characters becomes one space.
+    marks that change the direction of writing, halves of surrogate pairs, which cannot be written as UTF-8, and
+    characters that Unicode has not assigned. Each run of what ``str.isprintable`` refuses becomes one space.
     """
     cut = text if limit is None else text[: limit + 1]
-    shown = _NOT_PRINTABLE.sub(" ", cut).strip()
+    shown = _with_spaces(cut).strip()
     return shown if limit is None or len(cut) <= limit else f"{shown[:limit]}..."
 
 
 def printable_lines(text: str) -> str:
     """Return text of several lines as :func:`printable` does each line; lines and their indentation stay."""
-    return "\n".join(_NOT_PRINTABLE.sub(" ", line.expandtabs()).rstrip() for line in text.split("\n"))
+    return "\n".join(_with_spaces(line.expandtabs()).rstrip() for line in text.split("\n"))
+
+
+def _with_spaces(text: str) -> str:
+    runs = itertools.groupby(text, key=str.isprintable)
+    return "".join("".join(characters) if shows else " " for shows, characters in runs)
 
 
 def report_errors(work: Callable[[], None]) -> int:

@@ -88,6 +88,10 @@ def test_printable_text_moves_no_cursor(text: str, shown: str) -> None:
     shown.encode()
 
 
+def test_what_unicode_has_not_assigned_is_not_printed() -> None:
+    assert printable("a\U00018cd6\xadb") == "a b"
+
+
 def test_printable_text_is_cut() -> None:
     assert printable("x" * 10**6, 10) == "x" * 10 + "..." and printable("x" * 10, 10) == "x" * 10
 
