@@ -270,9 +270,14 @@ def read_run(comparison: Comparison, runs: Path, job: Job) -> Run:
         "before": {name: before[name] for name in of_evaluations if name in before},
         "after": {name: after[name] for name in of_evaluations if name in after},
         "last": last,
-        "curves": {name: [row.get(name) for row in steps] for name in comparison.curves.values()},
+        "curves": {name: [_rounded(row.get(name)) for row in steps] for name in comparison.curves.values()},
         "seconds": float((folder / "seconds").read_text()),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Return what a picture shows of a value, so that published curves stay small."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def _evaluation(folder: Path, label: str) -> dict[str, Any]:
@@ -516,9 +521,21 @@ def write_results(comparison: Comparison, found: Found, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     for task, methods in found.items():
         (output / f"{task}.svg").write_text(picture(comparison, methods))
-    (output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (output / "results.json").write_text(_with_a_line_for_each_run(found))
     (output / "RESULTS.md").write_text(page(comparison, found) + "\n")
     return output / "RESULTS.md"
+
+
+def _with_a_line_for_each_run(found: Found) -> str:
+    """Return the runs as JSON that can be read by line and compared by ``diff``."""
+    tasks = []
+    for task, methods in found.items():
+        parts = []
+        for method, seeds in methods.items():
+            runs = ",\n".join(f"   {json.dumps(str(seed))}: {json.dumps(run)}" for seed, run in seeds.items())
+            parts.append(f"  {json.dumps(method)}: {{\n{runs}\n  }}")
+        tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(parts) + "\n }")
+    return "{\n" + ",\n".join(tasks) + "\n}\n"
 
 
 def preload() -> None:
