@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -213,13 +212,16 @@ def read_completions(
     An object that has a name twice is refused too, since parsers do not agree which of the two counts.
     """
     for name in _NAMES_OF_A_ROW:
-        # Counting is ten times as fast as the expression, which leaves out what is a value and no name.
-        if response.content.count(b'"%s"' % name) > len(sampling_params) and len(
-            re.findall(rb'"%s"\s*:' % name, response.content)
-        ) > len(sampling_params):
+        quoted, rows = b'"%s"' % name, len(sampling_params)
+        # Counting is fast; the second look leaves out what is a value and no name.
+        if response.content.count(quoted) > rows and _count_names(response.content, quoted) > rows:
             raise FailedTryError(f"/generate answered garbage: {name.decode()} stands more than once in a row")
     with _without_cycle_collection():
         return check_completions(read_json(response), sampling_params, weight_version, vocab_size)
+
+
+def _count_names(content: bytes, quoted: bytes) -> int:
+    return sum(part.lstrip(b" \t\r\n").startswith(b":") for part in content.split(quoted)[1:])
 
 
 @contextlib.contextmanager

@@ -240,7 +240,9 @@ def test_drill(weight_sync: str, more: list[str], places: list[Place], tmp_path:
     assert len(trained) == len(set(trained)) == last * GROUPS >= least_groups
     checkpoint = run / "checkpoints" / f"step_{last:06d}"
     state = json.loads((checkpoint / "trainer.json").read_text())
-    kept = {*state["pending"], *(sample.position for sample in read_samples(checkpoint / "ready.safetensors"))}
+    ready = checkpoint / "ready.safetensors"
+    # There is no such file where no group was ahead of its step.
+    kept = {*state["pending"], *(sample.position for sample in (read_samples(ready) if ready.exists() else []))}
     assert not kept & set(trained) and kept | set(trained) == set(range(state["position"]))
     if not more:
         undisturbed = tmp_path / "undisturbed"

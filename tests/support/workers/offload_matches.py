@@ -161,7 +161,7 @@ parallel.initialize(first)
 for layout, cases in CASES.items():
     if layout != DP2:
         parallel_state.destroy_model_parallel()
-        parallel.split_world(configured(layout, "live", "fp32", []).parallel, 60.0, 1)
+        parallel.split_world(configured(layout, "live", "fp32", cases[0][-1]).parallel, 60.0, 1)
     for index, case in enumerate(cases):
         check(layout, index, case)
 torch.distributed.barrier()

@@ -15,11 +15,13 @@ from dasd_megatron.losses import DIVERGENCES
 
 
 def test_every_field_is_documented_and_read() -> None:
-    """A field that nothing outside config/ names would be a knob that does nothing."""
+    """A field that is only declared and checked would be a knob that does nothing."""
     fields = known_fields()
     assert all(text for text in fields.values())
     package = pathlib.Path(dasd_megatron.__file__).parent
-    source = "\n".join(path.read_text() for path in package.rglob("*.py") if path.parent.name != "config")
+    # Of config/, passes.py alone decides something by its fields.
+    modules = [path for path in package.rglob("*.py") if path.parent.name != "config" or path.name == "passes.py"]
+    source = "\n".join(path.read_text() for path in modules)
     words = set(re.findall(r"\w+", source))
     unread = [name for name in fields if name.rsplit(".", 1)[-1] not in words]
     assert not unread
