@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.parity import DROPOUT, LAYOUTS, OBJECTIVES, ONE_PASS_ALONE, is_compared
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1300)]
 
 PARITY = Path(__file__).parents[2] / "benchmarks" / "parity.py"
 
@@ -73,10 +73,10 @@ def measure(folder: Path, options: list[str]) -> dict[str, Any]:
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=800)
+        output, _ = process.communicate(timeout=1200)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end within 800 s:\n{process.communicate()[0][-6000:]}") from None
+        raise AssertionError(f"no end within 1200 s:\n{process.communicate()[0][-6000:]}") from None
     assert process.returncode == 0, output[-6000:]
     print(output)
     return json.loads(path.read_text())
