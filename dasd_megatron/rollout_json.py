@@ -85,7 +85,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_measure, value.values()))),
     ),
 }
-"""What a field of a saved rollout has to be, in words and as a test."""
+"""Requirement on each field of a saved rollout, in words and as a test."""
 
 
 def _record_fault(record: dict[str, Any], vocab_size: int | None) -> str | None:

@@ -48,7 +48,7 @@ class DeviceMemoryError(RuntimeError):
 
 
 class HoldsTensors(Protocol):
-    """What has parameters: the model, as far as this module reads it."""
+    """Owner of parameters: the model, as far as this module reads it."""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters."""

@@ -137,7 +137,7 @@ def _groups_of_replica() -> list[dist.ProcessGroup]:
 
 
 class Part(NamedTuple):
-    """What a data-parallel replica is sent: flat arrays by name, and a few small facts."""
+    """Message to a data-parallel replica: flat arrays by name, and a few small facts."""
 
     arrays: dict[str, np.ndarray]
     facts: dict[str, Any]

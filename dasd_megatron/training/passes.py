@@ -400,7 +400,7 @@ def supervised_update(
 
 
 class _Report(NamedTuple):
-    """What the last stage keeps of a micro-batch: sums over its tokens by name, and their statistics."""
+    """Results of a micro-batch on the last stage: sums over its tokens by name, and their statistics."""
 
     sums: dict[str, torch.Tensor]
     stats: TokenStats

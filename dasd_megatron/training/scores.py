@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,11 +97,13 @@ class TeacherScores(NamedTuple):
 
 @dataclass(frozen=True)
 class References:
-    """What is known of some rollouts before the policy scores them: packed response tokens that the policy sampled,
+    """Facts of some rollouts from before the policy scores them: packed response tokens that the policy sampled,
     float32 [N], equal on all ranks of the replica; all at the sampling temperature.
 
-    Names are those of :class:`ScoredRollouts`; ``teacher_log_prob`` and ``teacher_entropy`` are 0 where a sample has no
-    teacher.
+    ``teacher_log_prob`` and ``teacher_entropy`` are 0 where a sample has no teacher. ``has_teacher`` is bool [B].
+    ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B]. ``teacher_ran``:
+    some sample of some replica has a teacher. ``teacher`` is for the distributional objective, on the last pipeline
+    stage.
     """
 
     teacher_log_prob: torch.Tensor
@@ -120,17 +123,10 @@ class References:
     def with_student(self, student: TokenScores) -> ScoredRollouts:
         """Return the rollouts with the policy's scores, which stand for the teacher's where there is none."""
         taught = self.teacher_tokens
-        return ScoredRollouts(
-            student=student._replace(top=None),
-            teacher_log_prob=torch.where(taught, self.teacher_log_prob, student.log_prob),
-            teacher_entropy=torch.where(taught, self.teacher_entropy, student.entropy),
-            has_teacher=self.has_teacher,
-            start_log_prob=self.start_log_prob,
-            rollout_log_prob=self.rollout_log_prob,
-            lengths=self.lengths,
-            teacher_ran=self.teacher_ran,
-            teacher=self.teacher,
-        )
+        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(References)}
+        known["teacher_log_prob"] = torch.where(taught, self.teacher_log_prob, student.log_prob)
+        known["teacher_entropy"] = torch.where(taught, self.teacher_entropy, student.entropy)
+        return ScoredRollouts(**known, student=student._replace(top=None))
 
     def of(self, sequences: torch.Tensor, index: torch.Tensor) -> References:
         """Return those of some whole rollouts, without the teacher's distribution. ``sequences``: int64 places of the
@@ -146,36 +142,19 @@ class References:
         )
 
 
-@dataclass(frozen=True)
-class ScoredRollouts:
-    """Packed response tokens of this replica that the policy sampled, float32 [N], equal on all its ranks; all at the
-    sampling temperature.
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollouts(References):
+    """The same with the policy's own scores.
 
-    ``teacher_log_prob`` and ``teacher_entropy`` are the student's where a sample has no teacher. ``has_teacher`` is
-    bool [B]. ``start_log_prob`` is the starting model's, None without a KL penalty. ``lengths`` is int64 [B].
-    ``teacher_ran``: some sample of some replica has a teacher. ``teacher`` is for the distributional objective, on the
-    last pipeline stage.
+    ``teacher_log_prob`` and ``teacher_entropy`` are the student's where a sample has no teacher.
     """
 
     student: TokenScores
-    teacher_log_prob: torch.Tensor
-    teacher_entropy: torch.Tensor
-    has_teacher: torch.Tensor
-    start_log_prob: torch.Tensor | None
-    rollout_log_prob: torch.Tensor
-    lengths: torch.Tensor
-    teacher_ran: bool
-    teacher: TeacherStates | TeacherEntries | None = None
 
     @property
     def delta(self) -> torch.Tensor:
         """Teacher log-prob minus student log-prob, exactly 0 for tokens without a teacher."""
         return self.teacher_log_prob - self.student.log_prob
-
-    @property
-    def teacher_tokens(self) -> torch.Tensor:
-        """The tokens that have a teacher, bool [N]."""
-        return self.has_teacher.repeat_interleave(self.lengths, output_size=len(self.student.log_prob))
 
     @property
     def bounds(self) -> list[int]:

@@ -92,7 +92,7 @@ def train_step(trainer: Trainer) -> dict[str, Any]:
 
 
 class _Learned(NamedTuple):
-    """What a step has computed and applied."""
+    """Results of a step that has been computed and applied."""
 
     algorithm: AlgorithmConfig
     scores: ScoredRollouts

@@ -48,7 +48,7 @@ class DistributedSender(BucketSender):
     _place: _Place | None = None
     _group: dist.ProcessGroup | None = None
     _moving: Future | None = None
-    """What this rank alone has under way: its joining, or its broadcast."""
+    """Work that this rank alone has under way: its joining, or its broadcast."""
     _leaving: Future | None = None
 
     @property

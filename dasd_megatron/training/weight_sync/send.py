@@ -63,7 +63,7 @@ class BucketSender(ABC):
         self.buffers: dict[int, torch.Tensor] = {}
         """Memory of the device, by number of the buffer."""
         self.answers: Future | None = None
-        """What the servers have still to answer, on global rank 0."""
+        """Requests that the servers have still to answer, on global rank 0."""
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True).start()
         self.client: RolloutClient | None = None
@@ -218,7 +218,7 @@ class BucketSync(WeightSync):
 
 
 class _Attempts:
-    """What a rank does for a sync, up to the first failure: from then on nothing is done any more."""
+    """Work of a rank for a sync, up to the first failure: from then on nothing is done any more."""
 
     def __init__(self) -> None:
         self.failure: WeightSyncError | None = None
