@@ -17,11 +17,10 @@ from safetensors import SafetensorError
 from dasd_megatron.errors import first_line
 from dasd_megatron.files import atomic_file
 from dasd_megatron.reading import ROWS_FILE_BYTES, UnreadableError, read_bytes
-from dasd_megatron.rollout_json import read_json_samples
+from dasd_megatron.rollout_json import ADVICE, read_json_samples
 from dasd_megatron.sample_columns import Columns, columns_fault, from_columns, to_columns
 from dasd_megatron.samples import ReplayError, Sample, sample_fault
 
-_ADVICE = "give rollouts that a run has saved"
 _STEP_FILE = re.compile(r"step_([0-9]{6,15})(?:-([0-9]{5})-of-([0-9]{5}))?\.(safetensors|jsonl)")
 
 
@@ -83,15 +82,15 @@ def read_samples(path: Path, *, vocab_size: int | None = None) -> list[Sample]:
     if path.suffix == ".jsonl":
         return read_json_samples(path, vocab_size)
     try:
-        columns = safetensors.numpy.load(read_bytes(path, advice=_ADVICE, limit=ROWS_FILE_BYTES))
+        columns = safetensors.numpy.load(read_bytes(path, advice=ADVICE, limit=ROWS_FILE_BYTES))
     except UnreadableError as error:
         raise ReplayError(str(error)) from error
     # A type of numbers that NumPy lacks is a KeyError.
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ReplayError(f"{path}: no saved rollouts ({first_line(error)}): {_ADVICE}") from error
+        raise ReplayError(f"{path}: no saved rollouts ({first_line(error)}): {ADVICE}") from error
     fault = columns_fault(columns)
     if fault is not None:
-        raise ReplayError(f"{path}: no saved rollouts ({fault}): {_ADVICE}")
+        raise ReplayError(f"{path}: no saved rollouts ({fault}): {ADVICE}")
     samples = from_columns(columns)
     for number, sample in enumerate(samples, 1):
         fault = sample_fault(sample, vocab_size)

@@ -21,6 +21,8 @@ from dasd_megatron.samples import (
 )
 
 _LARGEST_INTEGER = 2**63 - 1
+ADVICE = "give rollouts that a run has saved"
+"""Remedy for the user where a file cannot be read."""
 
 
 def _is_count(value: Any) -> bool:
@@ -141,7 +143,7 @@ def read_json_samples(path: Path, vocab_size: int | None) -> list[Sample]:
     """
     samples = []
     try:
-        for line in iterate_json_lines(path, advice="give rollouts that a run has saved"):
+        for line in iterate_json_lines(path, advice=ADVICE):
             samples.append(_sample_of(line, f"{path}:{line.number}", vocab_size))
     except UnreadableError as error:
         raise ReplayError(str(error)) from error
